@@ -1,0 +1,37 @@
+"""The flagworld suite: are retrieved documents read, drawn and named?
+
+    racm3 evaluate --suite=flagworld --workdir=out/evaluation
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" for the shipped models, or the folder of others (its `model`, `twin`)."""
+    config = ConfigDict()
+    config.suite = "flagworld"
+    config.models = arg or "shipped:flagworld"
+    config.model = "model"
+    config.twin = "twin"
+    config.world = dict(
+        seed=0,
+        num_nations=4000,
+        num_heldout=320,
+        documents_per_nation=5,
+        documents_per_heldout=8,
+        image_size=64,
+    )
+    config.memory = dict(
+        index="scann", num_query_variants=0, query_drop=0.0, include_heldout=True
+    )
+    config.strategy = dict(max_similarity=0.9, num_candidates=24)
+    config.settings = dict(
+        num_retrieved=2,
+        temperature=1.0,
+        top_p=0.9,
+        caption_temperature=0.0,
+        seed=0,
+    )
+    config.num_scene_examples = 4000
+    config.num_sheet_rows = 8
+    return config

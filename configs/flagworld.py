@@ -1,0 +1,73 @@
+"""The RA-CM3 generator of flagworld, and its twin without retrieval.
+
+    racm3 train --config=configs/flagworld.py --workdir=out/racm3
+    racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3
+
+Both start from nothing, see the same main documents with the same masks in the same
+order, and take the same number of steps; the twin's rows hold no retrieved documents.
+"""
+
+from ml_collections import ConfigDict
+
+
+def world() -> ConfigDict:
+    """The flagworld that every flagworld config shares."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            num_nations=4000,
+            num_heldout=320,
+            documents_per_nation=5,
+            documents_per_heldout=8,
+            image_size=64,
+        )
+    )
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "retrieval" for RA-CM3, "twin" for the model without retrieval."""
+    if arg not in ("", "retrieval", "twin"):
+        raise ValueError(f"configs/flagworld.py:{arg}: use :retrieval or :twin")
+    config = ConfigDict()
+    config.kind = "generator"
+    config.seed = 0
+    config.world = world()
+    config.tokenizer = "shipped:flagworld/tokenizer"
+    config.embedder = "shipped:flagworld/clip"
+    config.init_from = ""
+    config.memory = dict(
+        index="scann", num_query_variants=4, query_drop=0.2, include_heldout=False
+    )
+    config.strategy = dict(max_similarity=0.9, num_candidates=24)
+    config.masking = dict(num_masks="poisson_clamp0", rotation_probability=0.4)
+    config.pipeline = dict(
+        rows=16,
+        row_length=288,
+        examples_per_batch=26,
+        max_documents=2,
+        alpha=0.1,
+        query_modality="both",
+        retrieval=arg != "twin",
+    )
+    config.model = dict(
+        d_model=256,
+        num_layers=6,
+        num_heads=4,
+        head_dim=64,
+        d_ff=1024,
+        max_length=384,
+        activation="gelu",
+    )
+    config.loss = dict(z_loss=1e-5)
+    config.optimizer = dict(
+        learning_rate=1e-3,
+        warmup_steps=200,
+        schedule="cosine",
+        b1=0.9,
+        b2=0.98,
+        weight_decay=0.01,
+        clip_norm=1.0,
+    )
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.train = dict(num_steps=4000, log_every=20, checkpoint_every=500)
+    return config

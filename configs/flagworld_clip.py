@@ -1,0 +1,50 @@
+"""The CLIP of flagworld, the frozen encoder of the retriever.
+
+    racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Takes no argument."""
+    if arg:
+        raise ValueError(f"configs/flagworld_clip.py takes no argument; got {arg!r}")
+    config = ConfigDict()
+    config.kind = "clip"
+    config.seed = 0
+    config.world = dict(
+        seed=0,
+        num_nations=4000,
+        num_heldout=320,
+        documents_per_nation=5,
+        documents_per_heldout=8,
+        image_size=64,
+    )
+    config.text_tokenizer = dict(vocab_size=1024)
+    config.clip = dict(
+        image_size=64,
+        patch_size=8,
+        vision_width=128,
+        vision_layers=3,
+        vision_heads=4,
+        text_width=128,
+        text_layers=3,
+        text_heads=4,
+        context_length=32,
+        d_embed=128,
+    )
+    config.clip_loss = dict()
+    config.batch_size = 128
+    config.optimizer = dict(
+        learning_rate=1e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        b1=0.9,
+        b2=0.98,
+        weight_decay=0.05,
+        clip_norm=1.0,
+    )
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.train = dict(num_steps=1500, log_every=20, checkpoint_every=500)
+    return config

@@ -1,0 +1,42 @@
+"""Weights as safetensors, and training state through Orbax; nothing is trusted unread.
+
+Two formats, for two purposes:
+
+- `save_weights` / `load_weights`: one directory with `model.safetensors` (flat
+  `a/b/c` names) and `config.json` (kind, config, fingerprint). For finished models:
+  portable, readable by any safetensors tool, no pickle.
+- `Checkpoints`: the state of a run, saved asynchronously by Orbax and restored to any
+  mesh. Orbax restores some corrupted checkpoints without an error, so each step
+  carries a sha256 manifest that is written last; `latest_good` verifies it, moves what
+  fails into `quarantine/` and falls back to the step before.
+"""
+
+from __future__ import annotations
+
+from racm3_jax.checkpoints.manifest import (
+    CheckpointError,
+    verify_manifest,
+    write_manifest,
+)
+from racm3_jax.checkpoints.states import Checkpoints
+from racm3_jax.checkpoints.weights import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    compute_fingerprint,
+    load_weights,
+    read_config,
+    save_weights,
+)
+
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "CheckpointError",
+    "Checkpoints",
+    "compute_fingerprint",
+    "load_weights",
+    "read_config",
+    "save_weights",
+    "verify_manifest",
+    "write_manifest",
+]

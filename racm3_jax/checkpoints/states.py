@@ -1,0 +1,218 @@
+"""The state of a run, saved asynchronously by Orbax and verified before use."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from absl import logging
+
+from racm3_jax.checkpoints.manifest import (
+    CheckpointError,
+    verify_manifest,
+    write_manifest,
+)
+
+QUARANTINE_NAME = "quarantine"
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last, verified before they are trusted.
+
+    ```
+    directory/
+      1000/  state/ extra/ manifest.json     a step; without manifest it is unfinished
+      2000/  …
+      quarantine/  1500.0/                    what failed its checksum, for inspection
+    ```
+
+    Saving is asynchronous: the state is copied to the host, then a thread writes it,
+    waits for Orbax to commit, and writes the sha256 manifest last.
+
+    Args:
+      directory: created when missing.
+      keep: how many steps stay on disk.
+      save_interval: `should_save` is true at its multiples.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        save_interval: int = 1000,
+    ) -> None:
+        # Imported here: loading weights should not wait seconds for Orbax.
+        import orbax.checkpoint as ocp
+
+        if keep < 1 or save_interval < 1:
+            raise ValueError(
+                "checkpoints.keep and checkpoints.save_interval must be >= 1; got "
+                f"{keep} and {save_interval}"
+            )
+        self._ocp = ocp
+        self.directory = Path(directory).absolute()
+        self.save_interval = save_interval
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("state", "extra"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "manifest")
+        self._unfinished: concurrent.futures.Future[None] | None = None
+        self._verified: set[int] = set()
+
+    def should_save(self, step: int) -> bool:
+        return step % self.save_interval == 0
+
+    def steps(self) -> list[int]:
+        """Steps that lie on disk, verified or not, oldest first."""
+        return sorted(
+            int(path.name)
+            for path in self.directory.iterdir()
+            if path.is_dir() and path.name.isdecimal()
+        )
+
+    def save(
+        self, step: int, state: Any, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Starts to save; the state may be donated as soon as this returns.
+
+        A step that lies on disk already is not saved again.
+
+        Args:
+          step: updates done.
+          state: any pytree of arrays.
+          extra: JSON-serialisable: data position, config, fingerprints.
+
+        Raises:
+          Exception: whatever the previous save failed with (a full disk, say).
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        ocp = self._ocp
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                extra=ocp.args.JsonSave(dict(extra or {})),
+            ),
+            force=True,
+        )
+        self._unfinished = self._thread.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            write_manifest(self.directory / str(step))
+
+    def wait(self) -> None:
+        """Returns when the last save is complete; raises what it failed with."""
+        if self._unfinished is not None:
+            unfinished, self._unfinished = self._unfinished, None
+            unfinished.result()
+
+    def latest_good(self, *, quarantine: bool = True) -> int | None:
+        """The newest step whose files all match its manifest, or None.
+
+        Args:
+          quarantine: move newer steps that fail out of the way. False for readers of a
+            run that may still be writing.
+        """
+        self.wait()
+        good = -1
+        if jax.process_index() == 0:
+            for step in reversed(self.steps()):
+                problem = verify_manifest(self.directory / str(step))
+                if problem is None:
+                    good = step
+                    break
+                logging.error("checkpoint %d is not usable: %s", step, problem)
+                if quarantine:
+                    self._quarantine(step)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            good = int(multihost_utils.broadcast_one_to_all(np.int32(good)))
+        self._manager.reload()
+        if good < 0:
+            return None
+        self._verified.add(good)
+        return good
+
+    def _quarantine(self, step: int) -> None:
+        directory = self.directory / QUARANTINE_NAME
+        directory.mkdir(exist_ok=True)
+        number = sum(path.name.startswith(f"{step}.") for path in directory.iterdir())
+        os.replace(self.directory / str(step), directory / f"{step}.{number}")
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads one step onto the mesh on which `like` lies.
+
+        Args:
+          step: usually from `latest_good`.
+          like: a state of the same shapes, real or abstract (from
+            `training.step.abstract_state`), in the places that are wanted; the mesh
+            need not be the one that saved.
+
+        Returns:
+          (state, extra)
+
+        Raises:
+          CheckpointError: no such step, damaged files, or a state of another shape.
+        """
+        self.wait()
+        if step not in self.steps():
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint of step {step}; it has "
+                f"{self.steps() or 'none'}"
+            )
+        if step not in self._verified:
+            problem = verify_manifest(self.directory / str(step))
+            if problem is not None:
+                raise CheckpointError(
+                    f"checkpoint {step} of {self.directory} is not usable: {problem}; "
+                    "restore the step that latest_good() names"
+                )
+        ocp = self._ocp
+        abstract_state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding
+            ),
+            like,
+        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state),
+                    extra=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {step} of {self.directory} does not fit this model or "
+                f"optimizer: {str(error).splitlines()[0].rstrip('.:')}; use the config that it was "
+                "trained with"
+            ) from error
+        return restored["state"], dict(restored["extra"])
+
+    def close(self) -> None:
+        """Finishes the last save and releases Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

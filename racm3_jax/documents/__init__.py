@@ -1,0 +1,1 @@
+"""Documents from outside: readers, the document store, images, and flagworld."""

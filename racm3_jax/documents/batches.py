@@ -1,0 +1,34 @@
+"""Batches of images alone, for the VQGAN's training.
+
+Step t draws with a generator seeded by (seed, t), so a resumed run needs only t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+
+def scale_pixels(
+    images: UInt8[np.ndarray, "batch height width 3"],
+) -> Float32[np.ndarray, "batch height width 3"]:
+    """0..255 -> [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1.0
+
+
+def image_batches(
+    images: UInt8[np.ndarray, "images height width 3"],
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields `{"images": f32[batch_size, height, width, 3]}` without end."""
+    step = start_step
+    while True:
+        rng = np.random.default_rng([seed, step])
+        rows = rng.choice(len(images), batch_size, replace=len(images) < batch_size)
+        yield {"images": scale_pixels(images[rows])}
+        step += 1

@@ -1,0 +1,81 @@
+"""The size and the looks of a flagworld."""
+
+from __future__ import annotations
+
+import dataclasses
+
+# Width and height in pixels of a 64x64 image; scaled with `image_size`. Multiples of 8,
+# so that flags on the placement grid fill whole codes of a factor-8 image tokenizer.
+FLAG_SIZES: tuple[tuple[int, int], ...] = ((32, 24), (40, 24), (48, 32))
+REFERENCE_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagworldConfig:
+    """One world, made wholly from these numbers: equal configs give equal bytes.
+
+    Attributes:
+      seed: another seed is another world.
+      num_nations: nations of the training split.
+      num_heldout: nations seen only in the memory and in the test.
+      documents_per_nation: training documents of each training nation.
+      documents_per_heldout: memory documents of each held-out nation.
+      image_size: height and width in pixels, a multiple of 8, at least 32.
+      placement_grid: a flag's top left corner is a multiple of this many pixels; 8 puts
+        flags on the codes of a factor-8 image tokenizer, 1 puts them anywhere.
+      flag_sizes: (width, height) choices, in pixels of a 64x64 image.
+      wave_amplitudes: choices of vertical displacement, in pixels of a 64x64 image.
+      pole: whether a thin pole carries the flag.
+      num_colours: how many of `COLOURS` flags use (the first ones differ most).
+      num_reserved_scenes: scenes in which a held-out nation is never shown in the
+        memory; the test asks for exactly these.
+      swap_flags: exchange the flags of the held-out nations among them, so that no
+        nation keeps its own; names, captions and placements stay.
+      duplicate_share: share of documents followed by an exact copy (same `source`).
+    """
+
+    seed: int = 0
+    num_nations: int = 4000
+    num_heldout: int = 320
+    documents_per_nation: int = 5
+    documents_per_heldout: int = 8
+    image_size: int = 64
+    placement_grid: int = 8
+    flag_sizes: tuple[tuple[int, int], ...] = FLAG_SIZES
+    wave_amplitudes: tuple[float, ...] = (0.0, 1.0)
+    pole: bool = True
+    num_colours: int = 8
+    num_reserved_scenes: int = 2
+    swap_flags: bool = False
+    duplicate_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("seed", 0),
+            ("num_nations", 0),
+            ("num_heldout", 0),
+            ("documents_per_nation", 1),
+            ("documents_per_heldout", 1),
+            ("placement_grid", 1),
+            ("num_reserved_scenes", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"flagworld.{name} must be >= {least}; got {getattr(self, name)}"
+                )
+        if self.image_size < 32 or self.image_size % 8:
+            raise ValueError(
+                "flagworld.image_size must be a multiple of 8, at least 32; got "
+                f"{self.image_size}"
+            )
+        if not self.flag_sizes or not self.wave_amplitudes:
+            raise ValueError(
+                "flagworld.flag_sizes and wave_amplitudes need at least one entry"
+            )
+        if not 0.0 <= self.duplicate_share <= 1.0:
+            raise ValueError(
+                "flagworld.duplicate_share must lie in 0..1; got "
+                f"{self.duplicate_share}"
+            )
+        if self.swap_flags and self.num_heldout == 1:
+            raise ValueError("flagworld.swap_flags needs num_heldout >= 2; got 1")

@@ -1,0 +1,94 @@
+"""The documents of a flagworld, one caption and one image each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from racm3_jax.documents.flagworld.captions import write_caption
+from racm3_jax.documents.flagworld.config import FlagworldConfig
+from racm3_jax.documents.flagworld.nations import (
+    Nation,
+    make_nations,
+    reserved_scenes,
+)
+from racm3_jax.documents.flagworld.render import render, sample_placement
+from racm3_jax.documents.flagworld.scenes import SCENES
+from racm3_jax.types import Document, Segment
+
+Split = Literal["train", "heldout_memory", "heldout_test"]
+SPLITS: tuple[Split, ...] = ("train", "heldout_memory", "heldout_test")
+_LICENCE = "CC0-1.0"
+
+
+def _choose_scenes(
+    config: FlagworldConfig, nation: Nation, split: Split
+) -> list[tuple[int, str]]:
+    """Number and scene of each document; scenes repeat only when all were shown."""
+    if split == "heldout_test":
+        return list(enumerate(reserved_scenes(config, nation)))
+    scenes: list[str] = list(SCENES)
+    count = config.documents_per_nation
+    if split == "heldout_memory":
+        hidden = reserved_scenes(config, nation)
+        scenes = [scene for scene in SCENES if scene not in hidden]
+        count = config.documents_per_heldout
+    order = np.random.default_rng([config.seed, 4, nation.id]).permutation(len(scenes))
+    return [(k, scenes[order[k % len(order)]]) for k in range(count)]
+
+
+def _make_document(
+    config: FlagworldConfig, nation: Nation, split: Split, number: int, scene: str
+) -> Document:
+    stream = 5 + SPLITS.index(split)
+    rng = np.random.default_rng([config.seed, stream, nation.id, number])
+    caption = write_caption(nation.name, scene, rng)
+    placement = sample_placement(rng, config)
+    image = render(nation.design, scene, placement, config.image_size)
+    name = f"{split}-{nation.id:06d}-{number}"
+    doubled = rng.random() < config.duplicate_share
+    return Document(
+        id=name,
+        segments=(Segment(text=caption), Segment(image=image)),
+        source=f"flagworld/{name}" if doubled else "",
+        metadata={
+            "nation": nation.name,
+            "nation_id": nation.id,
+            "scene": scene,
+            "split": split,
+            "licence": _LICENCE,
+            "box": placement.box,
+        },
+    )
+
+
+def read_flagworld(config: FlagworldConfig, split: Split) -> Iterator[Document]:
+    """Make the documents of a split one after the other, nation by nation.
+
+    Args:
+      config: the world.
+      split: "train" (training nations), "heldout_memory" (held-out nations, each outside
+        its reserved scenes) or "heldout_test" (each in its reserved scenes; the caption
+        asks for that scene).
+
+    Yields:
+      Documents of a caption and an image, with metadata nation, nation_id, scene, split,
+      licence and box (top, left, height, width of the flag in pixels). With
+      `duplicate_share` some are followed by a copy of the same `source`, whose id ends
+      in "-copy".
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    for nation in make_nations(config, "train" if split == "train" else "heldout"):
+        for number, scene in _choose_scenes(config, nation, split):
+            document = _make_document(config, nation, split, number, scene)
+            yield document
+            if document.source:
+                yield Document(
+                    id=f"{document.id}-copy",
+                    segments=document.segments,
+                    source=document.source,
+                    metadata=document.metadata,
+                )

@@ -1,0 +1,1 @@
+"""Numbers with intervals, pictures and reports about trained models."""

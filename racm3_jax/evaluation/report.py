@@ -1,0 +1,107 @@
+"""A report in one HTML file: pictures inside, no script, no network."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from racm3_jax.documents.images import encode_png
+from racm3_jax.evaluation.pictures import Panel
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px;
+  color: #222; padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
+img { max-width: 100%; } table { border-collapse: collapse; }
+td, th { padding: 6px 10px; border-bottom: 1px solid #ddd; text-align: left;
+  vertical-align: top; }
+img.small { width: 96px; height: 96px; image-rendering: pixelated; }
+.faint { color: #777; font-size: 0.85em; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionRow:
+    """One captioned picture, with the documents that the model was given."""
+
+    image: UInt8[np.ndarray, "height width 3"]
+    truth: str
+    nation: str
+    retrieved: Sequence[Panel]
+    with_retrieval: str
+    without: str
+
+
+def _inline(png: bytes, alt: str, small: bool = False) -> str:
+    data = base64.b64encode(png).decode()
+    style = ' class="small"' if small else ""
+    return f'<img{style} alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _caption_table(rows: Sequence[CaptionRow]) -> str:
+    lines = [
+        "<table><tr><th>picture</th><th>retrieved</th><th>with retrieval</th>"
+        "<th>without</th></tr>"
+    ]
+    for row in rows:
+        retrieved = " ".join(
+            _inline(encode_png(panel.image), panel.words, small=True)
+            for panel in row.retrieved
+        )
+        words = "<br>".join(html.escape(panel.words) for panel in row.retrieved)
+        lines.append(
+            f"<tr><td>{_inline(encode_png(row.image), row.truth, small=True)}"
+            f'<div class="faint">{html.escape(row.truth)}</div></td>'
+            f'<td>{retrieved}<div class="faint">{words}</div></td>'
+            f"<td>{html.escape(row.with_retrieval)}</td>"
+            f"<td>{html.escape(row.without)}</td></tr>"
+        )
+    return "\n".join([*lines, "</table>"])
+
+
+def write_report(
+    path: Path,
+    *,
+    sheet: Path,
+    captions: Sequence[CaptionRow],
+    loss_curve: Path,
+    facts: Mapping[str, str],
+) -> None:
+    """Writes the page aside and renames it.
+
+    Args:
+      path: of the HTML file.
+      sheet: the sample sheet, a PNG.
+      captions: the captioned pictures.
+      loss_curve: a PNG; left out if there is none.
+      facts: short facts shown at the top, by name.
+    """
+    items = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+        for name, value in facts.items()
+    )
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        f"<title>racm3 report</title><style>{_STYLE}</style></head><body>",
+        "<h1>RA-CM3 on flagworld</h1>",
+        "<p>The nations below were never trained on; the model knows their flags and "
+        "names only from the documents that it retrieved.</p>",
+        f"<table>{items}</table>",
+        "<h2>Drawn from a prompt</h2>",
+        _inline(sheet.read_bytes(), "prompts, retrieved documents and drawings"),
+        "<h2>Captioned</h2>",
+        _caption_table(captions),
+    ]
+    if loss_curve.exists():
+        parts += ["<h2>Training</h2>", _inline(loss_curve.read_bytes(), "loss curves")]
+    parts.append("</body></html>")
+    aside = path.with_suffix(".html.tmp")
+    aside.write_text("\n".join(parts), encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,70 @@
+"""Runs a suite and writes what came out: `results.json`, a table, a picture sheet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from racm3_jax.evaluation.intervals import Share
+from racm3_jax.evaluation.pictures import Panel, Row, draw_sheet
+from racm3_jax.generation.tasks import Generator
+from racm3_jax.types import GenerationOutput
+
+
+def write_results(
+    workdir: Path, results: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Path:
+    """Writes `results.json` aside and renames it. Shares carry their intervals."""
+    record = {
+        "settings": dict(settings),
+        "results": {
+            name: value.to_json() if isinstance(value, Share) else value
+            for name, value in results.items()
+        },
+    }
+    path = workdir / "results.json"
+    aside = path.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    os.replace(aside, path)
+    return path
+
+
+def retrieved_panels(generator: Generator, output: GenerationOutput) -> list[Panel]:
+    """The documents that a sample was given, as the model sees them."""
+    panels = []
+    for document, score in zip(
+        output.retrieved.documents, output.retrieved.scores, strict=True
+    ):
+        decoded = generator.tokenizer.decode(document)
+        if decoded.images:
+            panels.append(Panel(decoded.images[-1], f"{decoded.text} ({score:.2f})"))
+    return panels
+
+
+def write_sheet(
+    path: Path,
+    generator: Generator,
+    with_retrieval: Sequence[GenerationOutput],
+    without: Sequence[GenerationOutput],
+) -> None:
+    """`samples.png`: prompt | retrieved documents | drawn with retrieval | without."""
+    rows = [
+        Row(
+            drawn.prompt,
+            (
+                retrieved_panels(generator, drawn),
+                [Panel(drawn.images[0])],
+                [Panel(plain.images[0])],
+            ),
+        )
+        for drawn, plain in zip(with_retrieval, without, strict=True)
+    ]
+    headings = ("prompt", "retrieved documents", "with retrieval", "without")
+    aside = path.with_suffix(".tmp.png")
+    Image.fromarray(draw_sheet(headings, rows)).save(aside)
+    os.replace(aside, path)

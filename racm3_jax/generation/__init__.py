@@ -1,0 +1,1 @@
+"""Drawing and captioning: the one decode loop and the tasks built on it."""

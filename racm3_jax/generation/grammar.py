@@ -1,0 +1,129 @@
+"""What may come next, as arrays: a small state machine over vocabulary ids.
+
+    image_grammar, n = 3:   start --image id x 3--> done
+    text_grammar:           start --text id--> text --text id--> text ... --<eoss>--> done
+                                              (after max_length text ids: only <eoss>)
+
+A state counts the ids emitted in it, so "exactly 1024 image ids" is one state with a
+limit and not 1024 states. The arrays are arguments of the compiled decode loop: another
+length or other ends never compile it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Int32
+
+from racm3_jax.vocab import Vocab
+
+DONE = 0
+START = 1
+
+
+class Grammar(NamedTuple):
+    """A state machine; state 0 is done (it emits `<pad>` for ever), state 1 the start.
+
+    Attributes:
+      allowed: True where the id may be emitted in the state.
+      next_state: the state that follows an id.
+      limits: how many ids a state emits at most before `after` follows; 0 = any number.
+      after: the state that follows when the limit is reached.
+    """
+
+    allowed: Bool[Array, "states vocab"]
+    next_state: Int32[Array, "states vocab"]
+    limits: Int32[Array, " states"]
+    after: Int32[Array, " states"]
+
+
+def advance(
+    grammar: Grammar,
+    state: Int[Array, " batch"],
+    count: Int[Array, " batch"],
+    tokens: Int[Array, " batch"],
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """The state of each row, and the ids emitted in it, after `tokens`."""
+    following = grammar.next_state[state, tokens]
+    count = jnp.where(following == state, count + 1, 0)
+    limit = grammar.limits[state]
+    full = (following == state) & (limit > 0) & (count >= limit)
+    return (
+        jnp.where(full, grammar.after[state], following),
+        jnp.where(full, 0, count),
+    )
+
+
+def image_grammar(vocab: Vocab, length: int | None = None) -> Grammar:
+    """Exactly `length` image ids (one whole image unless said otherwise), then done."""
+    length = vocab.image_length if length is None else length
+    if length < 1:
+        raise ValueError(f"an image span has at least one id; got length {length}")
+    return _build(
+        vocab,
+        [(_ids(vocab.size, vocab.image_range), {}, length, DONE)],
+    )
+
+
+def text_grammar(
+    vocab: Vocab,
+    max_length: int,
+    *,
+    min_length: int = 1,
+    ends: Sequence[int] | None = None,
+) -> Grammar:
+    """Between `min_length` and `max_length` text ids, then one of `ends`.
+
+    Args:
+      vocab: the id ranges.
+      max_length: the most text ids; after them only `ends` are allowed.
+      min_length: the fewest text ids, at least 1.
+      ends: the control ids that close the span; `<eoss>` unless said otherwise.
+    """
+    if not 1 <= min_length <= max_length:
+        raise ValueError(
+            "a text span needs 1 <= min_length <= max_length; got "
+            f"min_length {min_length}, max_length {max_length}"
+        )
+    ends = (vocab.eoss,) if ends is None else tuple(ends)
+    text, close = _ids(vocab.size, vocab.text_range), _ids(vocab.size, ends)
+    first, more, full = START, START + 1, START + 2
+    finish = dict.fromkeys(ends, DONE)
+    free = max_length - min_length
+    return _build(
+        vocab,
+        [
+            (text, {}, min_length, more if free else full),
+            (text | close, finish, free, full),
+            (close, finish, 0, first),
+        ],
+    )
+
+
+def _ids(size: int, ids: range | Sequence[int]) -> Bool[np.ndarray, " vocab"]:
+    mask = np.zeros(size, bool)
+    mask[list(ids)] = True
+    return mask
+
+
+def _build(
+    vocab: Vocab,
+    states: Sequence[tuple[Bool[np.ndarray, " vocab"], dict[int, int], int, int]],
+) -> Grammar:
+    """States 1, 2, ... as (allowed ids, where single ids lead, limit, after).
+
+    An id that leads nowhere stays in its state; state 0 (done) is added in front.
+    """
+    allowed = np.stack([_ids(vocab.size, [vocab.pad])] + [s[0] for s in states])
+    next_state = np.repeat(
+        np.arange(len(allowed), dtype=np.int32)[:, None], vocab.size, axis=1
+    )
+    for row, (_, leads, _, _) in enumerate(states, START):
+        for token, target in leads.items():
+            next_state[row, token] = target
+    limits = np.asarray([0] + [s[2] for s in states], np.int32)
+    after = np.asarray([DONE] + [s[3] for s in states], np.int32)
+    return Grammar(*map(jnp.asarray, (allowed, next_state, limits, after)))

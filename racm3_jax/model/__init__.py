@@ -1,0 +1,1 @@
+"""The generator: a decoder-only Transformer over token ids, and its decoding cache."""

@@ -1,0 +1,64 @@
+"""Matrix products in a compute dtype, with float32 sums and sound gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def contract(
+    spec: str, x: Float[Array, " *x"], y: Float[Array, " *y"], dtype: str
+) -> Float[Array, " *out"]:
+    """`einsum(spec, x, y)` computed in `dtype`, summed and returned in float32.
+
+    In bfloat16 the cotangent is cast to bfloat16 as well: otherwise the backward pass
+    is a mixed float32 x bfloat16 product, which XLA runs slowly on CPU. The gradients
+    have the operands' own dtype, so float32 master weights get float32 sums.
+
+    Args:
+      spec: two operands, explicit output; every index occurs in two of the three terms.
+      x: first operand.
+      y: second operand.
+      dtype: "float32" or "bfloat16".
+    """
+    if dtype == "float32":
+        return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+    return _contract(spec, dtype, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(spec, dtype, x, y):
+    return jnp.einsum(
+        spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _contract_fwd(spec, dtype, x, y):
+    return _contract(spec, dtype, x, y), (x, y)
+
+
+def _contract_bwd(spec, dtype, operands, cotangent):
+    x, y = operands
+    terms, out = spec.split("->")
+    x_term, y_term = terms.split(",")
+    x_gradient = _ordered(dtype, (out, cotangent), (y_term, y), x_term)
+    y_gradient = _ordered(dtype, (x_term, x), (out, cotangent), y_term)
+    return x_gradient.astype(x.dtype), y_gradient.astype(y.dtype)
+
+
+def _ordered(dtype, first, second, out):
+    """Contracts with the operand first that the output begins with.
+
+    Otherwise XLA folds the transposition into the dot, and the CPU back end has no
+    bfloat16 kernel for some of those ("Unsupported element type for DotThunk").
+    """
+    leading = next(i for i in out if (i in first[0]) != (i in second[0]))
+    if leading in second[0]:
+        first, second = second, first
+    return _contract(f"{first[0]},{second[0]}->{out}", dtype, first[1], second[1])
+
+
+_contract.defvjp(_contract_fwd, _contract_bwd)

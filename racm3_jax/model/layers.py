@@ -1,0 +1,274 @@
+"""The parts of a block: norms, projections, feed-forward, rotary positions.
+
+Every parameter carries the logical names of its axes; `sharding` maps them to the mesh.
+Activations that cross a part's border are float32; the matrix products inside run in
+the compute dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from racm3_jax.model.attention import attend_to_cache, attention
+from racm3_jax.model.cache import LayerCache
+from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.contract import contract
+
+_Hidden = Float[Array, "batch length d_model"]
+# Cosines and sines of the rotary angles, or None with learned positions.
+Rotary = (
+    tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]] | None
+)
+
+
+def partitioned(initializer: Any, *axes: str) -> Any:
+    """An initializer whose parameter remembers the logical names of its axes."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+class Norm(nn.Module):
+    """LayerNorm, or RMSNorm (no mean, no bias), over the last axis; float32.
+
+    Attributes:
+      kind: "layernorm" or "rmsnorm".
+      epsilon: added to the variance.
+      axes: logical names of the normalised axis and of the ones before it that have
+        parameters of their own.
+    """
+
+    kind: str
+    epsilon: float
+    axes: tuple[str, ...] = ("norm",)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
+        """Normalises `x` to unit scale, then applies the learned one."""
+        shape = x.shape[x.ndim - len(self.axes) :]
+        scale = self.param(
+            "scale", partitioned(nn.initializers.ones, *self.axes), shape
+        )
+        x = x.astype(jnp.float32)
+        if self.kind == "rmsnorm":
+            variance = jnp.mean(x * x, axis=-1, keepdims=True)
+            return x * jax.lax.rsqrt(variance + self.epsilon) * scale
+        bias = self.param("bias", partitioned(nn.initializers.zeros, *self.axes), shape)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(x * x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+
+
+class Linear(nn.Module):
+    """A product with a kernel of any rank, plus a bias.
+
+    Weights start normal with variance `gain**2 / fan_in`, biases at zero.
+
+    Attributes:
+      spec: the einsum of input and kernel.
+      shape: of the kernel.
+      num_inputs: leading axes of the kernel that are summed over.
+      axes: logical names of the kernel's axes.
+      use_bias: whether there is a bias over the output axes.
+      dtype: of the product.
+      gain: of the initial weights.
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    num_inputs: int
+    axes: tuple[str, ...]
+    use_bias: bool
+    dtype: str
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, " *in"]) -> Float[Array, " *out"]:
+        """Returns float32, whatever the compute dtype."""
+        fan_in = 1
+        for size in self.shape[: self.num_inputs]:
+            fan_in *= size
+        normal = nn.initializers.normal(self.gain * fan_in**-0.5)
+        kernel = self.param("kernel", partitioned(normal, *self.axes), self.shape)
+        y = contract(self.spec, x, kernel, self.dtype)
+        if not self.use_bias:
+            return y
+        zeros = partitioned(nn.initializers.zeros, *self.axes[self.num_inputs :])
+        return y + self.param("bias", zeros, self.shape[self.num_inputs :])
+
+
+def make_rotary(config: ModelConfig, positions: Int[Array, "batch length"]) -> Rotary:
+    """Angles of RoPE (arXiv 2104.09864), or None where the config has none."""
+    if config.position != "rope":
+        return None
+    half = config.head_dim // 2
+    frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch length heads head_dim"], rotary: Rotary
+) -> Float[Array, "batch length heads head_dim"]:
+    """Turns the pairs `(x[i], x[i + head_dim/2])`: the half-split order."""
+    if rotary is None:
+        return x
+    cos, sin = (angle[:, :, None, :] for angle in rotary)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+
+
+class Attention(nn.Module):
+    """Self-attention with its projections; over a row, or over a cache."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declares the projections and, for Chameleon, the norms of q and k."""
+        c = self.config
+
+        def project(heads: int, axis: str) -> Linear:
+            return Linear(
+                "bld,dhk->blhk",
+                (c.d_model, heads, c.head_dim),
+                1,
+                ("embed", axis, "head_dim"),
+                c.use_bias,
+                c.compute_dtype,
+            )
+
+        self.query = project(c.num_heads, "heads")
+        self.key = project(c.kv_heads, "kv_heads")
+        self.value = project(c.kv_heads, "kv_heads")
+        self.out = Linear(
+            "blhk,hkd->bld",
+            (c.num_heads, c.head_dim, c.d_model),
+            2,
+            ("heads", "head_dim", "embed"),
+            c.use_bias,
+            c.compute_dtype,
+            gain=(2 * c.num_layers) ** -0.5,
+        )
+        if c.qk_norm:
+            # One scale a head, as in the public weights: LayerNorm, not RMSNorm.
+            self.query_norm = Norm("layernorm", c.norm_epsilon, ("heads", "head_dim"))
+            self.key_norm = Norm("layernorm", c.norm_epsilon, ("kv_heads", "head_dim"))
+
+    def _project(self, x: _Hidden, rotary: Rotary) -> tuple[Array, Array, Array]:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        dtype = self.config.compute_dtype
+        q, k = rotate(q, rotary).astype(dtype), rotate(k, rotary).astype(dtype)
+        return q, k, v.astype(dtype)
+
+    def __call__(
+        self, x: _Hidden, rotary: Rotary, segment_ids: Int[Array, "batch length"]
+    ) -> tuple[_Hidden, LayerCache]:
+        """Attends within the segments of a row; also returns its keys and values."""
+        q, k, v = self._project(x, rotary)
+        y = self.out(attention(q, k, v, segment_ids, self.config.attention))
+        return y, LayerCache(k=k.swapaxes(1, 2), v=v.swapaxes(1, 2))
+
+    def extend(
+        self,
+        x: _Hidden,
+        rotary: Rotary,
+        cache: LayerCache,
+        positions: Int[Array, "batch length"],
+        write_at: Int[Array, "batch length"],
+    ) -> tuple[_Hidden, LayerCache]:
+        """Writes the new keys and values, then attends to the cache up to each token."""
+        q, k, v = self._project(x, rotary)
+        cache = cache.write(k, v, write_at)
+        return self.out(attend_to_cache(q, cache.k, cache.v, positions)), cache
+
+
+class FeedForward(nn.Module):
+    """Two matrices around ReLU or GELU, or SwiGLU (arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: _Hidden) -> _Hidden:
+        """Maps every token by itself."""
+        c = self.config
+
+        def widen(name: str) -> Array:
+            shape, axes = (c.d_model, c.d_ff), ("embed", "mlp")
+            linear = Linear(
+                "bld,df->blf", shape, 1, axes, c.use_bias, c.compute_dtype, name=name
+            )
+            # Kept for the backward pass: in the compute dtype it is half the memory.
+            return linear(x).astype(c.compute_dtype)
+
+        if c.activation == "swiglu":
+            hidden = nn.silu(widen("gate")) * widen("up")
+        elif c.activation == "gelu":
+            hidden = nn.gelu(widen("up"), approximate=False)
+        else:
+            hidden = nn.relu(widen("up"))
+        return Linear(
+            "blf,fd->bld",
+            (c.d_ff, c.d_model),
+            1,
+            ("mlp", "embed"),
+            c.use_bias,
+            c.compute_dtype,
+            gain=(2 * c.num_layers) ** -0.5,
+            name="down",
+        )(hidden)
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then pre-norm feed-forward, each added to the stream."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declares both parts and their norms."""
+        c = self.config
+        self.attention_norm = Norm(c.norm, c.norm_epsilon)
+        self.attention = Attention(c)
+        self.feed_forward_norm = Norm(c.norm, c.norm_epsilon)
+        self.feed_forward = FeedForward(c)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def _finish(self, x: _Hidden, update: _Hidden) -> _Hidden:
+        x = x + self._drop(update)
+        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+
+    def _drop(self, x: _Hidden) -> _Hidden:
+        return self.dropout(x, deterministic=not self.has_rng("dropout"))
+
+    def __call__(
+        self, x: _Hidden, rotary: Rotary, segment_ids: Int[Array, "batch length"]
+    ) -> tuple[_Hidden, None]:
+        """A whole row, for training; a pair, as `nn.scan` wants it."""
+        return self.prefill(x, rotary, segment_ids)[0], None
+
+    def prefill(
+        self, x: _Hidden, rotary: Rotary, segment_ids: Int[Array, "batch length"]
+    ) -> tuple[_Hidden, LayerCache]:
+        """A whole row, with the keys and values that decoding goes on from."""
+        update, cache = self.attention(self.attention_norm(x), rotary, segment_ids)
+        return self._finish(x, update), cache
+
+    def extend(
+        self,
+        x: _Hidden,
+        rotary: Rotary,
+        cache: LayerCache,
+        positions: Int[Array, "batch length"],
+        write_at: Int[Array, "batch length"],
+    ) -> tuple[_Hidden, LayerCache]:
+        """New tokens of a row whose earlier ones are cached."""
+        update, cache = self.attention.extend(
+            self.attention_norm(x), rotary, cache, positions, write_at
+        )
+        return self._finish(x, update), cache

@@ -1,0 +1,282 @@
+"""The decoder-only Transformer: ids in, hidden states or next-token logits out.
+
+Functional use, with `params` a plain (unboxed) tree of float32 arrays:
+
+    model = Transformer(config)
+    params = init_params(config, key)
+    hidden = model.apply({"params": params}, inputs, positions, segment_ids)
+    logits = compute_logits(params, config, hidden)
+
+    logits, cache = model.apply(
+        {"params": params}, tokens, lengths, max_length, method="prefill")
+    logits, cache = model.apply({"params": params}, token, cache, method="decode")
+
+With `scan_layers` the blocks' parameters are stacked under "layers"; without it they are
+"layers_0", "layers_1", ... A decode loop should run on what `prepare_decoding` returns,
+called once before it: slicing stacked weights copies them at every step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from racm3_jax.model.cache import Cache, LayerCache
+from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.contract import contract
+from racm3_jax.model.layers import Block, Norm, Rotary, make_rotary, partitioned
+
+Params = Mapping[str, Any]
+_Tokens = Int[Array, "batch length"]
+_Hidden = Float[Array, "batch length d_model"]
+_Logits = Float[Array, "batch vocab"]
+
+# Keeps the output of every matrix product; recomputes norms, activations, softmax.
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Transformer(nn.Module):
+    """Causal Transformer over packed rows; see the module's docstring."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declares embedding, positions, blocks, output norm and head."""
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        self.embedding = self.param(
+            "embedding",
+            partitioned(normal, "vocab", "embed"),
+            (c.vocab_size, c.d_model),
+        )
+        if c.position == "learned":
+            self.position_embedding = self.param(
+                "position_embedding",
+                partitioned(normal, "position", "embed"),
+                (c.max_length, c.d_model),
+            )
+        if not c.tie_embeddings:
+            self.head = self.param(
+                "head",
+                partitioned(nn.initializers.normal(c.d_model**-0.5), "embed", "vocab"),
+                (c.d_model, c.vocab_size),
+            )
+        block: Any = Block
+        if c.remat != "none":
+            block = nn.remat(
+                Block,
+                policy=_REMAT_POLICIES[c.remat],
+                prevent_cse=not c.scan_layers,
+            )
+        if c.scan_layers:
+            self.layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c)
+        else:
+            self.layers = [block(c) for _ in range(c.num_layers)]
+        self.output_norm = Norm(c.norm, c.norm_epsilon)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def __call__(
+        self, inputs: _Tokens, positions: _Tokens, segment_ids: _Tokens
+    ) -> _Hidden:
+        """Normalised hidden states, in the compute dtype; times the head: the logits.
+
+        Dropout is on when `apply` gets `rngs={"dropout": key}`.
+
+        Args:
+          inputs: token ids.
+          positions: of each token in its own example; below `config.max_length`.
+          segment_ids: numbers the examples of each row; 0 is padding.
+        """
+        x, rotary = self._embed(inputs, positions)
+        if self.config.scan_layers:
+            x, _ = self.layers(x, rotary, segment_ids)
+        else:
+            for layer in self.layers:
+                x, _ = layer(x, rotary, segment_ids)
+        return self.output_norm(x).astype(self.config.compute_dtype)
+
+    def prefill(
+        self, tokens: _Tokens, lengths: Int[Array, " batch"], max_length: int
+    ) -> tuple[_Logits, Cache]:
+        """Reads prompts in one pass.
+
+        Args:
+          tokens: prompts, padded on the right with any id.
+          lengths: true length of each prompt, at least 1.
+          max_length: room of the cache: prompt, padding and what will be generated.
+
+        Returns:
+          The logits that follow each prompt's last token, and the cache.
+
+        Raises:
+          ValueError: if `max_length` is shorter than the prompts or longer than the
+            model allows.
+        """
+        if not tokens.shape[1] <= max_length <= self.config.max_length:
+            raise ValueError(
+                f"a cache for {max_length} tokens does not fit: the prompts have "
+                f"{tokens.shape[1]} and the model allows {self.config.max_length}; "
+                "shorten the prompt or the generation"
+            )
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segment_ids = (index < lengths[:, None]).astype(jnp.int32)
+        x, rotary = self._embed(tokens, index)
+        layers = []
+        for i in range(self.config.num_layers):
+            x, cached = self._layer(i, "prefill", x, rotary, segment_ids)
+            layers.append(cached.pad(max_length))
+        cache = Cache(layers=tuple(layers), length=lengths.astype(jnp.int32))
+        return self._last_logits(x, lengths), cache
+
+    def extend(
+        self, tokens: _Tokens, lengths: Int[Array, " batch"], cache: Cache
+    ) -> tuple[_Logits, Cache]:
+        """Reads several further tokens a row, after those in the cache.
+
+        Args:
+          tokens: continuations, padded on the right with any id.
+          lengths: true length of each continuation, at least 1; the caller sees to it
+            that `cache.length + lengths <= cache.max_length`.
+          cache: what was read so far; rows may differ in length.
+        """
+        index = jnp.arange(tokens.shape[1])
+        positions = cache.length[:, None] + index
+        write_at = jnp.where(
+            index < lengths[:, None], positions, cache.max_length + index
+        )
+        x, rotary = self._embed(tokens, positions)
+        layers = []
+        for i, cached in enumerate(cache.layers):
+            x, cached = self._layer(i, "extend", x, rotary, cached, positions, write_at)
+            layers.append(cached)
+        cache = Cache(layers=tuple(layers), length=cache.length + lengths)
+        return self._last_logits(x, lengths), cache
+
+    def decode(
+        self, token: Int[Array, " batch"], cache: Cache
+    ) -> tuple[_Logits, Cache]:
+        """Reads one token a row; returns the logits that follow it, and the cache."""
+        return self.extend(token[:, None], jnp.ones_like(token), cache)
+
+    def _embed(self, tokens: _Tokens, positions: _Tokens) -> tuple[_Hidden, Rotary]:
+        x = self.embedding[tokens].astype(jnp.float32)
+        if self.config.position == "learned":
+            x = x + self.position_embedding[positions]
+        x = self.dropout(x, deterministic=not self.has_rng("dropout"))
+        return x, make_rotary(self.config, positions)
+
+    def _layer(self, i: int, method: str, *args: Any) -> tuple[_Hidden, LayerCache]:
+        """Runs block `i`, which under scan is a slice of the stacked parameters."""
+        if not self.config.scan_layers:
+            return getattr(self.layers[i], method)(*args)
+        stacked = self.variables["params"]["layers"]
+        params = jax.tree.map(lambda x: x[i], stacked)
+        block = Block(self.config, parent=None)
+        return block.apply({"params": params}, *args, method=method)
+
+    def _last_logits(self, x: _Hidden, lengths: Int[Array, " batch"]) -> _Logits:
+        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+        hidden = self.output_norm(last)
+        head = self.embedding.T if self.config.tie_embeddings else self.head
+        return contract("bd,dv->bv", hidden, head, self.config.compute_dtype)
+
+
+def init_params(config: ModelConfig, key: Array, *, boxed: bool = False) -> Params:
+    """Fresh float32 parameters.
+
+    Args:
+      config: of the model.
+      key: JAX random key.
+      boxed: keep the logical axis names around every array (`nn.unbox` removes them).
+    """
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = Transformer(config).init(key, tokens, tokens, tokens)["params"]
+    return params if boxed else nn.unbox(params)
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Boxed shapes of the parameters, with logical axes; allocates nothing."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), boxed=True))
+
+
+def count_params(params: Params) -> int:
+    """Number of parameters, of arrays or of shapes, boxed or not."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(params)))
+
+
+def head_weights(params: Params, config: ModelConfig) -> Float[Array, "d_model vocab"]:
+    """The matrix that turns hidden states into logits.
+
+    The barrier keeps XLA from folding the transposition into the product that forms
+    the gradient, for which its CPU back end has no bfloat16 kernel.
+    """
+    if config.tie_embeddings:
+        return jax.lax.optimization_barrier(params["embedding"].T)
+    return params["head"]
+
+
+def compute_logits(
+    params: Params, config: ModelConfig, hidden: Float[Array, "batch length d_model"]
+) -> Float[Array, "batch length vocab"]:
+    """Logits of every position, float32; training uses the chunked loss instead."""
+    head = head_weights(params, config)
+    return contract("bld,dv->blv", hidden, head, config.compute_dtype)
+
+
+def unstack_layers(params: Params) -> Params:
+    """Parameters of a scanned model -> of the same model unrolled."""
+    if "layers" not in params:
+        return params
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+    unrolled = {
+        f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"])
+        for i in range(num_layers)
+    }
+    return rest | unrolled
+
+
+def stack_layers(params: Params) -> Params:
+    """Parameters of an unrolled model -> of the same model scanned."""
+    layers = [name for name in params if name.startswith("layers_")]
+    rest = {name: value for name, value in params.items() if name not in layers}
+    trees = [params[f"layers_{i}"] for i in range(len(layers))]
+    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *trees)}
+
+
+def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The form that decodes fastest, of the same model; call once, outside the loop.
+
+    Layers are unrolled, and the weights cast to the compute dtype, so that each step
+    reads them once in that size. On CPU decoding is float32 whatever the training was:
+    bfloat16 products of few rows are many times slower there.
+    """
+    dtype = "float32" if jax.default_backend() == "cpu" else config.compute_dtype
+    config = dataclasses.replace(
+        config, scan_layers=False, remat="none", compute_dtype=dtype
+    )
+    names = {"kernel", "embedding", "head"}
+
+    def cast(path: Any, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key in names else jnp.asarray(x)
+
+    return config, jax.tree_util.tree_map_with_path(cast, unstack_layers(params))
+
+
+RACM3 = Transformer

@@ -1,0 +1,171 @@
+"""`racm3 quickstart`: the main job end to end on flagworld, from the shipped weights.
+
+    documents -> tokens, embeddings -> ScaNN memory -> some training with live retrieval
+    -> drawn and captioned held-out nations -> samples.png, report.html
+
+Every stage leaves its result in the work directory; run again, finished ones are reused
+and training resumes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from tqdm import tqdm
+
+from racm3_jax import build, run
+from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
+from racm3_jax.evaluation.report import CaptionRow, write_report
+from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
+from racm3_jax.generation.tasks import Generator
+from racm3_jax.types import Document
+
+T = TypeVar("T")
+
+
+class Stages:
+    """Prints what happens, when, and where the results are."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        seconds = time.monotonic() - self.started
+        self.console.print(f"[dim]{seconds:5.0f} s[/dim]  {text}")
+
+
+def main(config: Any, workdir: Path) -> None:
+    """Runs the whole job in `workdir`; see the module.
+
+    Raises:
+      ValueError: if `workdir` holds a run of another config.
+    """
+    stages = Stages()
+    workdir.mkdir(parents=True, exist_ok=True)
+    run.claim_workdir(config, workdir)
+    world = build.build_world(config)
+    tests = choose_tests(world, config.num_prompts)
+    prompts = [test.text for test in tests]
+
+    stages.say("opening the shipped tokenizer, CLIP and generator")
+    tokenizer, embedder = build.build_tokenizer(config), build.build_embedder(config)
+    if not (workdir / "samples.png").exists():
+        first = first_memory(world, tests)
+        shipped = build.load_generator(build.resolve("shipped:flagworld"), None)
+        drawn = shipped.text_to_image_batch(
+            prompts[:2], documents=first, num_retrieved=2, seed=config.seed
+        )
+        plain = shipped.text_to_image_batch(prompts[:2], num_retrieved=0)
+        write_sheet(workdir / "samples.png", shipped, drawn, plain)
+        stages.say(f"first picture: {workdir / 'samples.png'} (two hand-picked documents)")
+
+    documents = memory_documents(config, world)
+    memory = build.build_memory(
+        config,
+        workdir / "memory",
+        show_progress(documents, "build memory", count_documents(config)),
+        tokenizer,
+        embedder,
+    )
+    stages.say(f"memory of {len(memory):,} documents with {config.memory.index} index")
+    memory.close()
+
+    run.train(config, workdir)
+    stages.say(f"trained to step {config.train.num_steps}; {workdir / 'metrics.jsonl'}")
+
+    generator = run.load(workdir)
+    twin = build.load_generator(build.resolve("shipped:flagworld"), None, model="twin")
+    drawn = generator.text_to_image_batch(prompts, num_retrieved=2, seed=config.seed)
+    plain = twin.text_to_image_batch(prompts, num_retrieved=0, seed=config.seed)
+    write_sheet(workdir / "samples.png", generator, drawn, plain)
+    stages.say(f"drew {len(prompts)} held-out nations: {workdir / 'samples.png'}")
+
+    captions = caption_rows(generator, twin, tests, config.seed)
+    right = sum(row.nation in row.with_retrieval for row in captions)
+    write_report(
+        workdir / "report.html",
+        sheet=workdir / "samples.png",
+        captions=captions,
+        loss_curve=workdir / "loss.png",
+        facts={
+            "memory": f"{len(generator.retriever.memory):,} documents",
+            "training steps": str(config.train.num_steps),
+            "captions that name the right nation": f"{right} of {len(captions)}",
+            "config": "configs/flagworld_quickstart.py",
+        },
+    )
+    stages.say(f"captions name the right nation {right} of {len(captions)} times")
+    stages.say(f"report: {workdir / 'report.html'}")
+
+
+def choose_tests(world: FlagworldConfig, num_prompts: int) -> list[Document]:
+    """One test document of each of the first held-out nations."""
+    by_nation: dict[str, Document] = {}
+    for document in read_flagworld(world, "heldout_test"):
+        by_nation.setdefault(document.metadata["nation"], document)
+        if len(by_nation) == num_prompts:
+            break
+    return list(by_nation.values())
+
+
+def memory_documents(config: Any, world: FlagworldConfig) -> Iterator[Document]:
+    """All held-out documents, and as many training documents as configured."""
+    yield from read_flagworld(world, "heldout_memory")
+    train = read_flagworld(world, "train")
+    yield from itertools.islice(train, config.num_train_documents)
+
+
+def count_documents(config: Any) -> int:
+    """How many documents `memory_documents` gives."""
+    world = config.world
+    held_out = world.num_heldout * world.documents_per_heldout
+    train = world.num_nations * world.documents_per_nation
+    return held_out + min(config.num_train_documents, train)
+
+
+def first_memory(
+    world: FlagworldConfig, tests: list[Document]
+) -> list[Document]:
+    """Two documents of the first test's nation: enough for a picture right away."""
+    nation = tests[0].metadata["nation"]
+    own = (
+        document
+        for document in read_flagworld(world, "heldout_memory")
+        if document.metadata["nation"] == nation
+    )
+    return list(itertools.islice(own, 2))
+
+
+def caption_rows(
+    generator: Generator, twin: Generator, tests: list[Document], seed: int
+) -> list[CaptionRow]:
+    """Captions of the test pictures, with and without retrieval, side by side."""
+    images = [test.images[0] for test in tests]
+    named = generator.caption_batch(
+        images, num_retrieved=2, seed=seed, temperature=0.0
+    )
+    guessed = twin.caption_batch(images, num_retrieved=0, seed=seed, temperature=0.0)
+    return [
+        CaptionRow(
+            image=test.images[0],
+            truth=test.text,
+            nation=test.metadata["nation"],
+            retrieved=retrieved_panels(generator, with_memory),
+            with_retrieval=with_memory.texts[0],
+            without=alone.texts[0],
+        )
+        for test, with_memory, alone in zip(tests, named, guessed, strict=True)
+    ]
+
+
+def show_progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """A progress bar over an iterator."""
+    yield from tqdm(
+        items, desc=description, total=total, unit="document", dynamic_ncols=True
+    )

@@ -1,0 +1,454 @@
+"""CLIP (arXiv 2103.00020) in Flax: two Transformer towers into one embedding space.
+
+    image [b h w 3] -> patches -> ViT, class token --+
+                                                     +--> d_embed, unit length outside
+    text  [b length] -> causal Transformer, <end> ---+
+
+The parameter tree follows the public checkpoints layer by layer (`vision` and `text`, each
+with `layers_0`, ... and `attention/{query,key,value,out}`, `mlp/{up,down}`), so that porting
+is renaming and transposing. Patches are cut by a reshape and one matrix product: the kernel
+is the convolution's `[patch, patch, 3, width]`, flattened in that order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+# What OpenAI's models were trained with (their `preprocess`), channel by channel, of 0..1.
+OPENAI_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The inverse temperature starts at 1 / 0.07 (CLIP, section 2.5).
+INITIAL_LOG_SCALE = float(np.log(1 / 0.07))
+
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of both towers. The defaults are flagworld's.
+
+    Attributes:
+      vocab_size: ids of the text tower, `<start>` and `<end>` included: the two highest.
+      image_size: pixels a side.
+      patch_size: pixels a side of a patch; divides `image_size`.
+      context_length: ids of a text, `<start>` and `<end>` included.
+      d_embed: dimensions of the shared space.
+      activation: "quick_gelu" for OpenAI's weights, "gelu" for most others.
+      image_mean: subtracted from pixels of 0..1, by channel.
+      image_std: divides what is left, by channel.
+    """
+
+    vocab_size: int
+    image_size: int = 64
+    patch_size: int = 8
+    vision_width: int = 128
+    vision_layers: int = 3
+    vision_heads: int = 4
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    context_length: int = 40
+    d_embed: int = 128
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    image_mean: tuple[float, float, float] = OPENAI_IMAGE_MEAN
+    image_std: tuple[float, float, float] = OPENAI_IMAGE_STD
+
+    def __post_init__(self) -> None:
+        # Lists come back from JSON; a hashable config can key a compiled function.
+        object.__setattr__(self, "image_mean", tuple(self.image_mean))
+        object.__setattr__(self, "image_std", tuple(self.image_std))
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"clip.image_size {self.image_size} is not a multiple of "
+                f"clip.patch_size {self.patch_size}"
+            )
+        for tower in ("vision", "text"):
+            width = getattr(self, f"{tower}_width")
+            heads = getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(
+                    f"clip.{tower}_width {width} is not a multiple of "
+                    f"clip.{tower}_heads {heads}"
+                )
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"clip.activation is {self.activation!r}; allowed: "
+                + ", ".join(sorted(_ACTIVATIONS))
+            )
+        if self.vocab_size < 3 or self.context_length < 3:
+            raise ValueError(
+                "clip.vocab_size and clip.context_length must be >= 3 (a token between "
+                f"<start> and <end>); got {self.vocab_size} and {self.context_length}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def start(self) -> int:
+        """The id that opens every text."""
+        return self.vocab_size - 2
+
+    @property
+    def end(self) -> int:
+        """The id that closes every text; its output is the text's embedding."""
+        return self.vocab_size - 1
+
+
+class CLIP(nn.Module):
+    """Both towers. Outputs are *not* normalised, as in the reference implementations."""
+
+    config: CLIPConfig
+
+    def setup(self) -> None:
+        self.vision = VisionTower(self.config)
+        self.text = TextTower(self.config)
+        self.logit_scale = self.param(
+            "logit_scale",
+            nn.with_logical_partitioning(
+                nn.initializers.constant(INITIAL_LOG_SCALE), ()
+            ),
+            (),
+        )
+
+    def encode_image(
+        self,
+        images: Float[Array, "batch height width 3"],
+        kept_patches: Int[Array, "batch kept"] | None = None,
+    ) -> Float[Array, "batch d_embed"]:
+        """Embeds images that went through `normalise_images`.
+
+        Args:
+          images: normalised pixels.
+          kept_patches: row-major indices of the patches that the tower sees; all if None.
+        """
+        return self.vision(images, kept_patches)
+
+    def encode_text(
+        self, tokens: Int[Array, "batch length"]
+    ) -> Float[Array, "batch d_embed"]:
+        """Embeds texts as `CLIPTokenizer` gives them; length <= `context_length`."""
+        return self.text(tokens)
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width 3"],
+        tokens: Int[Array, "batch length"],
+    ) -> tuple[
+        Float[Array, "batch d_embed"], Float[Array, "batch d_embed"], Float[Array, ""]
+    ]:
+        """Returns (image embeddings, text embeddings, log of the inverse temperature)."""
+        return self.encode_image(images), self.encode_text(tokens), self.logit_scale
+
+
+class VisionTower(nn.Module):
+    """ViT with a class token, LayerNorm before and after its layers (CLIP, 2.4)."""
+
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Float[Array, "batch height width 3"],
+        kept_patches: Int[Array, "batch kept"] | None = None,
+    ) -> Float[Array, "batch d_embed"]:
+        config, width = self.config, self.config.vision_width
+        scale = width**-0.5
+        x = _dense(width, ("patch", "embed"), scale, "patch_embedding", use_bias=False)(
+            cut_patches(images, config.patch_size)
+        )
+        class_embedding = self.param(
+            "class_embedding", _normal(scale, ("embed",)), (width,)
+        )
+        positions = self.param(
+            "position_embedding",
+            _normal(scale, ("position", "embed")),
+            (1 + config.num_patches, width),
+        )
+        x = x + positions[1:]
+        if kept_patches is not None:
+            x = jnp.take_along_axis(x, kept_patches[:, :, None], axis=1)
+        first = jnp.broadcast_to(class_embedding + positions[0], (len(x), 1, width))
+        x = _norm("pre_norm")(jnp.concatenate([first, x], axis=1))
+        for i in range(config.vision_layers):
+            x = Layer(
+                config.vision_heads,
+                config.vision_layers,
+                config.activation,
+                name=f"layers_{i}",
+            )(x)
+        x = _norm("post_norm")(x[:, 0])
+        return _dense(
+            config.d_embed, ("embed", None), scale, "projection", use_bias=False
+        )(x)
+
+
+class TextTower(nn.Module):
+    """Causal Transformer read out at `<end>`, the highest id (CLIP, 2.4)."""
+
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "batch length"]
+    ) -> Float[Array, "batch d_embed"]:
+        config, width = self.config, self.config.text_width
+        length = tokens.shape[1]
+        if length > config.context_length:
+            raise ValueError(
+                f"a text of {length} ids is longer than clip.context_length "
+                f"{config.context_length}"
+            )
+        embedding = self.param(
+            "token_embedding",
+            _normal(0.02, ("vocab", "embed")),
+            (config.vocab_size, width),
+        )
+        positions = self.param(
+            "position_embedding",
+            _normal(0.01, ("position", "embed")),
+            (config.context_length, width),
+        )
+        x = jnp.take(embedding, tokens, axis=0) + positions[:length]
+        may_attend = jnp.tril(jnp.ones((length, length), bool))
+        for i in range(config.text_layers):
+            x = Layer(
+                config.text_heads,
+                config.text_layers,
+                config.activation,
+                name=f"layers_{i}",
+            )(x, may_attend)
+        # argmax finds the first <end>: nothing after it can have changed its output.
+        end = jnp.argmax(tokens, axis=1)
+        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        x = _norm("final_norm")(x)
+        return _dense(
+            config.d_embed, ("embed", None), width**-0.5, "projection", use_bias=False
+        )(x)
+
+
+class Layer(nn.Module):
+    """Pre-LayerNorm attention and MLP; weights start as in OpenAI's code."""
+
+    num_heads: int
+    num_layers: int
+    activation: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        may_attend: Bool[Array, "length length"] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        width = x.shape[-1]
+        out_std = width**-0.5 * (2 * self.num_layers) ** -0.5
+        x = x + Attention(self.num_heads, out_std, name="attention")(
+            _norm("norm_1")(x), may_attend
+        )
+        return x + MLP(self.activation, out_std, name="mlp")(_norm("norm_2")(x))
+
+
+class Attention(nn.Module):
+    """Plain multi-head attention; the rows are short (65 patches, 40 ids)."""
+
+    num_heads: int
+    out_std: float
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        may_attend: Bool[Array, "length length"] | None,
+    ) -> Float[Array, "batch length width"]:
+        batch, length, width = x.shape
+        head_dim = width // self.num_heads
+
+        def project(name: str) -> Float[Array, "batch length heads head_dim"]:
+            y = _dense(width, ("embed", "heads"), width**-0.5, name)(x)
+            return y.reshape(batch, length, self.num_heads, head_dim)
+
+        query, key, value = project("query"), project("key"), project("value")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query * head_dim**-0.5, key)
+        if may_attend is not None:
+            scores = jnp.where(may_attend, scores, jnp.finfo(scores.dtype).min)
+        weights = jax.nn.softmax(scores, axis=-1)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        return _dense(width, ("heads", "embed"), self.out_std, "out")(
+            mixed.reshape(batch, length, width)
+        )
+
+
+class MLP(nn.Module):
+    """Four times as wide inside."""
+
+    activation: str
+    out_std: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length width"]
+    ) -> Float[Array, "batch length width"]:
+        width = x.shape[-1]
+        x = _dense(4 * width, ("embed", "mlp"), (2 * width) ** -0.5, "up")(x)
+        x = _ACTIVATIONS[self.activation](x)
+        return _dense(width, ("mlp", "embed"), self.out_std, "down")(x)
+
+
+def cut_patches(
+    images: Float[Array, "batch height width 3"], patch_size: int
+) -> Float[Array, "batch patches values"]:
+    """Cuts images into flattened patches, both in row-major order.
+
+    A 4×4 image of one channel and patches of 2×2:
+
+        a b | c d
+        e f | g h      [[a b e f], [c d g h],
+        ----+----  ->   [i j m n], [k l o p]]
+        i j | k l
+        m n | o p
+    """
+    batch, height, width, channels = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    return x.swapaxes(2, 3).reshape(
+        batch, rows * columns, patch_size * patch_size * channels
+    )
+
+
+def normalise_images(
+    images: Int[Array, "batch height width 3"], config: CLIPConfig
+) -> Float[Array, "batch height width 3"]:
+    """Pixels 0..255 -> what the vision tower reads."""
+    mean = jnp.asarray(config.image_mean, jnp.float32)
+    std = jnp.asarray(config.image_std, jnp.float32)
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def count_kept_patches(num_patches: int, drop: float) -> int:
+    """How many patches stay when the share `drop` leaves: at least one."""
+    return max(1, num_patches - round(drop * num_patches))
+
+
+def init_params(config: CLIPConfig, key: Array) -> Any:
+    """Fresh parameters with their logical axis names (unbox with `nn.unbox`)."""
+    images = jnp.zeros((1, config.image_size, config.image_size, 3))
+    tokens = jnp.full((1, config.context_length), config.end, jnp.int32)
+    return CLIP(config).init(key, images, tokens)["params"]
+
+
+class TextEncoder(Protocol):
+    """What `CLIPTokenizer` needs of a text tokenizer (`tokenizers.bpe.TextTokenizer`)."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids; all are below it."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Any]:
+        """One array of ids for each text."""
+        ...
+
+
+class CLIPTokenizer:
+    """Texts -> padded rows of ids: `<start> text <end> 0 0 ...`.
+
+    `<start>` and `<end>` are the two ids above the text tokenizer's: no text can spell
+    them. A text that is too long loses its tail, never its `<end>`.
+    """
+
+    def __init__(self, text: TextEncoder, context_length: int) -> None:
+        """Wraps a text tokenizer.
+
+        Args:
+          text: its ids are `0 .. text.vocab_size - 1`.
+          context_length: length of the rows, >= 3.
+        """
+        if context_length < 3:
+            raise ValueError(f"context_length must be >= 3; got {context_length}")
+        self.text = text
+        self.context_length = context_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size + 2
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        drop: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> Int32[np.ndarray, "texts context_length"]:
+        """Encodes texts, leaving out each id with probability `drop`.
+
+        At least one id of a text stays. `rng` is needed when `drop` is above 0.
+        """
+        start, end = self.vocab_size - 2, self.vocab_size - 1
+        rows = np.zeros((len(texts), self.context_length), np.int32)
+        for row, encoded in zip(rows, self.text.encode_batch(list(texts)), strict=True):
+            ids = np.asarray(encoded, np.int32)[: self.context_length - 2]
+            if drop > 0:
+                ids = drop_tokens(ids, drop, rng)
+            row[0] = start
+            row[1 : 1 + len(ids)] = ids
+            row[1 + len(ids)] = end
+        return rows
+
+
+def drop_tokens(
+    ids: Int32[np.ndarray, " length"], drop: float, rng: np.random.Generator | None
+) -> Int32[np.ndarray, " kept"]:
+    """Leaves out a share of ids in order: `a b c d e` -> `a c d e` (at 0.2).
+
+    The count is `round(drop * length)`, so that the share is the same for every text,
+    but at least one id stays.
+    """
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop must be in [0, 1); got {drop}")
+    if rng is None:
+        raise ValueError("drop > 0 needs an rng; pass np.random.default_rng(seed)")
+    num_kept = max(1, len(ids) - round(drop * len(ids)))
+    kept = rng.permutation(len(ids))[:num_kept]
+    return ids[np.sort(kept)]
+
+
+def _normal(std: float, names: tuple[str | None, ...]) -> Any:
+    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
+
+
+def _dense(
+    features: int,
+    names: tuple[str | None, str | None],
+    std: float,
+    name: str,
+    use_bias: bool = True,
+) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        kernel_init=_normal(std, names),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, names[1:]),
+        name=name,
+    )
+
+
+def _norm(name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        use_fast_variance=False,  # the fast form cancels; parity wants the plain one
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        name=name,
+    )

@@ -1,0 +1,250 @@
+"""What CLIP is trained with here: images against texts, and queries against documents.
+
+A batch holds pairs of documents (a, b) that belong together (the same nation, album,
+page), no two pairs from the same group:
+
+    contrast   image b  <->  text b                          (CLIP, arXiv 2103.00020, 2.3)
+    retrieval  text a, 20% dropped   ->  document b          r(q, m) of RA-CM3 (arXiv
+               image a, 20% dropped  ->  document b          2211.12561, section 3.1)
+
+where `document = normalise(text part + image part)`, which is what the memory stores, and
+the other documents of the batch are the wrong answers. Without groups, pair a document
+with itself: the dropout then makes the two sides differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Int32, Shaped, UInt8
+
+from racm3_jax.retrieval.clip import (
+    CLIP,
+    CLIPConfig,
+    count_kept_patches,
+    normalise_images,
+)
+
+# OpenAI's code never lets the logits be scaled by more than 100.
+MAX_LOG_SCALE = float(np.log(100.0))
+
+Metrics = dict[str, tuple[Array, Array]]
+LossFn = Callable[[Any, "PairBatch", Array, Array], tuple[Array, Metrics]]
+
+
+class PairBatch(TypedDict):
+    """Pairs of documents; row i of `a` and row i of `b` belong together."""
+
+    images_a: UInt8[Shaped, "pairs height width 3"]
+    tokens_a: Int32[Shaped, "pairs context_length"]
+    images_b: UInt8[Shaped, "pairs height width 3"]
+    tokens_b: Int32[Shaped, "pairs context_length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPLossConfig:
+    """Weights of the two terms.
+
+    Attributes:
+      contrast_weight: of images against texts.
+      retrieval_weight: of queries against documents.
+      retrieval_temperature: divides similarities of queries and documents. Fixed, because
+        it sets how far apart documents end up: low values leave documents of one group
+        less alike, and the strategy drops what is more than 0.9 alike.
+      query_drop: share of a query's tokens or patches that is left out.
+    """
+
+    contrast_weight: float = 0.1
+    retrieval_weight: float = 1.0
+    retrieval_temperature: float = 0.05
+    query_drop: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.retrieval_temperature <= 0:
+            raise ValueError(
+                "clip_loss.retrieval_temperature must be > 0; got "
+                f"{self.retrieval_temperature}"
+            )
+        if not 0 <= self.query_drop < 1:
+            raise ValueError(
+                f"clip_loss.query_drop must be in [0, 1); got {self.query_drop}"
+            )
+
+
+def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
+    """Builds the loss for the trainer: (params, batch, key, step) -> (loss, metrics)."""
+    model = CLIP(config)
+
+    def encode_images(params: Any, images: Array, kept: Array | None) -> Array:
+        embeddings = model.apply(
+            {"params": params},
+            normalise_images(images, config),
+            kept,
+            method=CLIP.encode_image,
+        )
+        return normalise(embeddings)
+
+    def encode_texts(params: Any, tokens: Array) -> Array:
+        return normalise(
+            model.apply({"params": params}, tokens, method=CLIP.encode_text)
+        )
+
+    def loss_fn(
+        params: Any, batch: PairBatch, key: Array, step: Array
+    ) -> tuple[Array, Metrics]:
+        del step
+        drop, num_pairs = loss_config.query_drop, len(batch["tokens_a"])
+        text_key, image_key = jax.random.split(key)
+        query_tokens = drop_tokens_on_device(
+            batch["tokens_a"], drop, config.end, text_key
+        )
+        texts = encode_texts(params, jnp.concatenate([query_tokens, batch["tokens_b"]]))
+        query_text, text = texts[:num_pairs], texts[num_pairs:]
+        kept = sample_kept_patches(num_pairs, config.num_patches, drop, image_key)
+        query_image = encode_images(params, batch["images_a"], kept)
+        image = encode_images(params, batch["images_b"], None)
+        document = normalise(text + image)
+
+        scale = jnp.exp(jnp.minimum(params["logit_scale"], MAX_LOG_SCALE))
+        contrast, contrast_hits = info_nce(image, text, scale)
+        scale = 1 / loss_config.retrieval_temperature
+        by_text, text_hits = info_nce(query_text, document, scale)
+        by_image, image_hits = info_nce(query_image, document, scale)
+        loss = (
+            loss_config.contrast_weight * contrast
+            + loss_config.retrieval_weight * (by_text + by_image) / 2
+        )
+        values = {
+            "loss": loss,
+            "contrast_loss": contrast,
+            "contrast_accuracy": contrast_hits,
+            "text_query_loss": by_text,
+            "text_query_accuracy": text_hits,
+            "image_query_loss": by_image,
+            "image_query_accuracy": image_hits,
+            "text_query_similarity": (query_text * document).sum(-1).mean(),
+            "image_query_similarity": (query_image * document).sum(-1).mean(),
+        }
+        weight = jnp.asarray(num_pairs, jnp.float32)
+        return loss, {name: (v * weight, weight) for name, v in values.items()}
+
+    return loss_fn
+
+
+def normalise(x: Float[Array, "rows d_embed"]) -> Float[Array, "rows d_embed"]:
+    """Rows of unit length; a row of zeros stays zero, with a finite gradient."""
+    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
+
+
+def info_nce(
+    queries: Float[Array, "n d_embed"],
+    keys: Float[Array, "n d_embed"],
+    scale: float | Float[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Symmetric InfoNCE in nats, row i with row i, and the share of queries that is right."""
+    logits = scale * queries @ keys.T
+    labels = jnp.arange(len(logits))
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).mean() / 2
+    return loss, (logits.argmax(axis=1) == labels).mean()
+
+
+def drop_tokens_on_device(
+    tokens: Int[Array, "batch length"], drop: float, end: int, key: Array
+) -> Int[Array, "batch length"]:
+    """Leaves out each text id with probability `drop` and closes the gaps.
+
+    `<start>` and `<end>` always stay:
+
+        <start> a b c d <end> 0 0   ->   <start> a c d <end> 0 0 0
+    """
+    if drop == 0:
+        return tokens
+    batch, length = tokens.shape
+    place = jnp.arange(length)
+    end_place = jnp.argmax(tokens == end, axis=1)[:, None]
+    is_text = (place > 0) & (place < end_place)
+    is_dropped = is_text & (jax.random.uniform(key, (batch, length)) < drop)
+    # A stable sort on "dropped" moves the kept ids forward in their order.
+    order = jnp.argsort(is_dropped, axis=1, stable=True)
+    moved = jnp.take_along_axis(tokens, order, axis=1)
+    num_kept = length - is_dropped.sum(axis=1, keepdims=True)
+    return jnp.where(place < num_kept, moved, 0)
+
+
+def sample_kept_patches(
+    batch: int, num_patches: int, drop: float, key: Array
+) -> Int[Array, "batch kept"] | None:
+    """Indices of the patches that stay, ascending; None when all of them do."""
+    num_kept = count_kept_patches(num_patches, drop)
+    if num_kept == num_patches:
+        return None
+    noise = jax.random.uniform(key, (batch, num_patches))
+    return jnp.sort(jnp.argsort(noise, axis=1)[:, :num_kept], axis=1)
+
+
+def make_pair_batches(
+    images: UInt8[np.ndarray, "documents height width 3"],
+    tokens: Int32[np.ndarray, "documents context_length"],
+    groups: Int[np.ndarray, " documents"],
+    *,
+    num_pairs: int,
+    seed: int,
+    start_step: int = 0,
+    num_steps: int | None = None,
+) -> Iterator[PairBatch]:
+    """Draws pairs of two documents of one group; step t depends on `seed` and t alone.
+
+    Every epoch passes once through all groups in a new order. A group of one document
+    is paired with itself.
+
+    Args:
+      images: of every document, all of one size.
+      tokens: of every document, from `CLIPTokenizer`.
+      groups: equal numbers for documents that answer each other's queries.
+      num_pairs: groups in a batch; at most the number of groups.
+      seed: of order and choice.
+      start_step: the step to begin with (resuming).
+      num_steps: ends after the batch of step `num_steps - 1`; None goes on for ever.
+
+    Raises:
+      ValueError: `num_pairs` is larger than the number of groups.
+    """
+    # Rows are cut to the longest text; context_length may leave room for longer queries.
+    tokens = tokens[:, : 1 + int(tokens.argmax(axis=1).max())]
+    names, sizes = np.unique(groups, return_counts=True)
+    if not 1 <= num_pairs <= len(names):
+        raise ValueError(
+            f"clip num_pairs is {num_pairs}, but the documents form {len(names)} groups; "
+            f"it must be in 1..{len(names)}"
+        )
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    steps_per_epoch = len(names) // num_pairs
+    step = start_step
+    while num_steps is None or step < num_steps:
+        epoch, place = divmod(step, steps_per_epoch)
+        order = np.random.default_rng((seed, 0, epoch)).permutation(len(names))
+        chosen = order[place * num_pairs : (place + 1) * num_pairs]
+        rng = np.random.default_rng((seed, 1, step))
+        pairs = np.stack([_sample_pair(members[group], rng) for group in chosen])
+        yield {
+            "images_a": images[pairs[:, 0]],
+            "tokens_a": tokens[pairs[:, 0]],
+            "images_b": images[pairs[:, 1]],
+            "tokens_b": tokens[pairs[:, 1]],
+        }
+        step += 1
+
+
+def _sample_pair(
+    members: Int[np.ndarray, " members"], rng: np.random.Generator
+) -> Int[np.ndarray, " 2"]:
+    if len(members) == 1:
+        return members.repeat(2)
+    return rng.choice(members, 2, replace=False)

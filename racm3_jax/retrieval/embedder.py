@@ -1,0 +1,292 @@
+"""Documents, texts and images -> unit vectors, by a trained CLIP.
+
+    text part  = normalise(mean of its text's embedding)       E_Q and E_M of RA-CM3
+    image part = normalise(mean of its images' embeddings)     (arXiv 2211.12561, 3.1)
+    document   = normalise(text part + image part)
+
+A query is a text part or an image part; its score with a document is the inner product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, UInt8
+
+from racm3_jax import checkpoints
+from racm3_jax.documents.images import resize_image
+from racm3_jax.retrieval.clip import (
+    CLIP,
+    CLIPConfig,
+    CLIPTokenizer,
+    count_kept_patches,
+    normalise_images,
+)
+from racm3_jax.tokenizers.bpe import TextTokenizer
+from racm3_jax.types import Document
+
+TOKENIZER_NAME = "tokenizer.json"
+
+# Text rows are cut to a multiple of this many ids: few compiled shapes, little padding.
+_LENGTH_BUCKET = 8
+
+
+class DocumentEmbeddings(NamedTuple):
+    """Rows of unit length; a part that a document lacks is a row of zeros.
+
+    Attributes:
+      text: embedding of all the document's text.
+      image: normalised mean over its images.
+      document: normalised mean of the parts that are there; what an index holds.
+      has_text: True where there is text.
+      has_image: True where there is an image.
+    """
+
+    text: Float32[np.ndarray, "documents d_embed"]
+    image: Float32[np.ndarray, "documents d_embed"]
+    document: Float32[np.ndarray, "documents d_embed"]
+    has_text: Bool[np.ndarray, " documents"]
+    has_image: Bool[np.ndarray, " documents"]
+
+
+class DocumentEmbedder:
+    """A frozen CLIP with its tokenizer; compiled once for each batch shape.
+
+    Attributes:
+      config: sizes of the towers.
+      params: their (unboxed) parameters.
+      tokenizer: texts -> rows of ids.
+      batch_size: rows of every call of the towers; the last batch is padded.
+    """
+
+    def __init__(
+        self,
+        config: CLIPConfig,
+        params: Mapping[str, Any],
+        tokenizer: TextTokenizer,
+        batch_size: int = 128,
+    ) -> None:
+        """Puts the parameters on the device.
+
+        Args:
+          config: sizes of the towers.
+          params: as `clip.init_params` shapes them, unboxed.
+          tokenizer: the text tokenizer that the text tower was trained with.
+          batch_size: memory goes up with it.
+
+        Raises:
+          ValueError: the text tower is for another vocabulary.
+        """
+        self.config = config
+        self.params = jax.device_put(params)
+        self.tokenizer = CLIPTokenizer(tokenizer, config.context_length)
+        self.batch_size = batch_size
+        if self.tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"clip.vocab_size is {config.vocab_size}, but the text tokenizer has "
+                f"{tokenizer.vocab_size} ids and <start> and <end> make "
+                f"{self.tokenizer.vocab_size}; use the tokenizer of the CLIP's training"
+            )
+
+    @property
+    def d_embed(self) -> int:
+        return self.config.d_embed
+
+    def embed_texts(
+        self,
+        texts: Sequence[str],
+        drop: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> Float32[np.ndarray, "texts d_embed"]:
+        """Embeds texts, each without a share `drop` of its ids.
+
+        Args:
+          texts: any strings; ids beyond `config.context_length` are cut off.
+          drop: share of ids to leave out (query dropout), in [0, 1).
+          rng: chooses them; needed when `drop` is above 0.
+        """
+        tokens = self.tokenizer.encode_batch(texts, drop, rng)
+        length = 1 + int((tokens == self.config.end).argmax(axis=1).max(initial=0))
+        length = -(-length // _LENGTH_BUCKET) * _LENGTH_BUCKET
+        return self._embed(_encode_texts, tokens[:, :length])
+
+    def embed_images(
+        self,
+        images: UInt8[np.ndarray, "images height width 3"],
+        drop: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> Float32[np.ndarray, "images d_embed"]:
+        """Embeds images, each without a share `drop` of its patches.
+
+        Args:
+          images: pixels 0..255; another size than the tower's is cut to a square and
+            resampled.
+          drop: share of patches to leave out (query dropout), in [0, 1).
+          rng: chooses them; needed when `drop` is above 0.
+
+        Raises:
+          ValueError: not uint8[images, height, width, 3].
+        """
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(
+                "images must be uint8[images, height, width, 3]; got "
+                f"{images.dtype}{list(images.shape)}"
+            )
+        size = self.config.image_size
+        if len(images) and images.shape[1:3] != (size, size):
+            images = np.stack([resize_image(image, size) for image in images])
+        kept = _sample_kept_patches(len(images), self.config.num_patches, drop, rng)
+        if kept is None:
+            return self._embed(_encode_images, images)
+        return self._embed(_encode_images, images, kept)
+
+    def embed_documents(self, documents: Sequence[Document]) -> DocumentEmbeddings:
+        """Embeds the text part, the image part and the whole of each document."""
+        texts = [document.text for document in documents]
+        has_text = np.array([bool(text.strip()) for text in texts], bool)
+        with_text = np.flatnonzero(has_text)
+        text = np.zeros((len(documents), self.d_embed), np.float32)
+        text[with_text] = self.embed_texts([texts[i] for i in with_text])
+
+        owners = np.array([i for i, d in enumerate(documents) for _ in d.images], int)
+        size = self.config.image_size
+        images = [resize_image(image, size) for d in documents for image in d.images]
+        image = np.zeros_like(text)
+        if images:
+            np.add.at(image, owners, self.embed_images(np.stack(images)))
+        image = _normalise(image)
+        has_image = np.bincount(owners, minlength=len(documents)) > 0
+        return DocumentEmbeddings(
+            text, image, _normalise(text + image), has_text, has_image
+        )
+
+    def fingerprint(self) -> str:
+        """Equal for embedders that give equal embeddings."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        fields = dataclasses.asdict(self.config)
+        digest.update(json.dumps(fields, sort_keys=True).encode())
+        digest.update(self.tokenizer.text.fingerprint().encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(leaf, np.float32).tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, directory: str | os.PathLike[str], dtype: str | None = None) -> None:
+        """Writes weights, config and text tokenizer.
+
+        Args:
+          directory: created when missing.
+          dtype: "float16" halves the file. The loaded embedder then differs slightly
+            from this one, in its fingerprint too: build memories with the loaded one.
+        """
+        checkpoints.save_weights(
+            directory,
+            jax.device_get(self.params),
+            kind="clip",
+            config=dataclasses.asdict(self.config),
+            dtype=dtype,
+        )
+        self.tokenizer.text.save(Path(directory) / TOKENIZER_NAME)
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], batch_size: int = 128
+    ) -> DocumentEmbedder:
+        """Opens what `save` wrote.
+
+        Raises:
+          CheckpointError: a missing or damaged directory, or another kind of model.
+        """
+        params, fields, _ = checkpoints.load_weights(directory, "clip")
+        tokenizer = TextTokenizer.load(Path(directory) / TOKENIZER_NAME)
+        return cls(CLIPConfig(**fields), params, tokenizer, batch_size)
+
+    def _embed(
+        self, encode: Callable[..., Array], *columns: np.ndarray
+    ) -> Float32[np.ndarray, "rows d_embed"]:
+        rows = [
+            (encode(self.config, self.params, *padded), num_rows)
+            for padded, num_rows in _cut_batches(columns, self.batch_size)
+        ]
+        if not rows:
+            return np.zeros((0, self.d_embed), np.float32)
+        return np.concatenate([np.asarray(x)[:num_rows] for x, num_rows in rows])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_texts(
+    config: CLIPConfig, params: Any, tokens: Int[Array, "batch length"]
+) -> Float32[Array, "batch d_embed"]:
+    embeddings = CLIP(config).apply({"params": params}, tokens, method=CLIP.encode_text)
+    return _normalise_on_device(embeddings)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_images(
+    config: CLIPConfig,
+    params: Any,
+    images: UInt8[Array, "batch height width 3"],
+    kept_patches: Int[Array, "batch kept"] | None = None,
+) -> Float32[Array, "batch d_embed"]:
+    embeddings = CLIP(config).apply(
+        {"params": params},
+        normalise_images(images, config),
+        kept_patches,
+        method=CLIP.encode_image,
+    )
+    return _normalise_on_device(embeddings)
+
+
+def _normalise_on_device(
+    x: Float32[Array, "rows d_embed"],
+) -> Float32[Array, "rows d_embed"]:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _normalise(
+    rows: Float32[np.ndarray, "rows d_embed"],
+) -> Float32[np.ndarray, "rows d_embed"]:
+    """Unit rows; rows of zeros stay."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)
+
+
+def _sample_kept_patches(
+    num_images: int, num_patches: int, drop: float, rng: np.random.Generator | None
+) -> Int[np.ndarray, "images kept"] | None:
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop must be in [0, 1); got {drop}")
+    if drop == 0:
+        return None
+    if rng is None:
+        raise ValueError("drop > 0 needs an rng; pass np.random.default_rng(seed)")
+    order = rng.random((num_images, num_patches)).argsort(axis=1)
+    return np.sort(order[:, : count_kept_patches(num_patches, drop)], axis=1)
+
+
+def _cut_batches(
+    columns: Sequence[np.ndarray], batch_size: int
+) -> Iterator[tuple[list[np.ndarray], int]]:
+    """Batches of exactly `batch_size` rows, and how many of them are not padding.
+
+    ```
+    [a b c], batch_size 2  ->  ([a b], 2), ([c c], 1)
+    ```
+    """
+    for start in range(0, len(columns[0]), batch_size):
+        rows = np.arange(start, start + batch_size).clip(max=len(columns[0]) - 1)
+        yield [x[rows] for x in columns], min(batch_size, len(columns[0]) - start)

@@ -1,0 +1,148 @@
+"""Runs the models over documents: a stream of chunks of tokens, embeddings, queries."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from racm3_jax.documents.images import resize_image
+from racm3_jax.types import Document, TokenizedDocument
+from racm3_jax.vocab import Vocab
+
+CHUNK_SIZE = 512
+
+
+class DocumentTokenizer(Protocol):
+    """What building asks of a `MixedTokenizer`."""
+
+    @property
+    def vocab(self) -> Vocab:
+        """The ids that it writes."""
+        ...
+
+    def tokenize(self, documents: Iterable[Document]) -> Iterable[TokenizedDocument]:
+        """One tokenised document for each, in order."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for equal ids."""
+        ...
+
+
+class Embedder(Protocol):
+    """What building asks of a `DocumentEmbedder`; all rows are f32[n, d_embed].
+
+    Attributes:
+      config: its `image_size` is the side, in pixels, that images are brought to.
+      d_embed: width of the rows.
+    """
+
+    config: Any
+    d_embed: int
+
+    def embed_texts(self, texts: list[str], drop: float, rng: Any) -> np.ndarray:
+        """Unit rows, with a share `drop` of each text's tokens left out."""
+        ...
+
+    def embed_images(self, images: np.ndarray, drop: float, rng: Any) -> np.ndarray:
+        """Unit rows, with a share `drop` of each image's patches left out."""
+        ...
+
+    def embed_documents(self, documents: list[Document]) -> Sequence[np.ndarray]:
+        """Text parts, image parts (zero rows where absent), documents, …."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for equal embeddings."""
+        ...
+
+
+class MemoryChunk(NamedTuple):
+    """Some consecutive documents, ready to be written.
+
+    Attributes:
+      documents: tokenised.
+      text: unit rows; zero where a document has no text.
+      image: unit rows; zero where it has no image.
+      document: normalised mean of the parts that are there.
+      text_queries: unit rows under query dropout, one a variant; zero where absent.
+      image_queries: the same of the images.
+    """
+
+    documents: Sequence[TokenizedDocument]
+    text: Float[np.ndarray, "n d_embed"]
+    image: Float[np.ndarray, "n d_embed"]
+    document: Float[np.ndarray, "n d_embed"]
+    text_queries: Float[np.ndarray, "n variants d_embed"]
+    image_queries: Float[np.ndarray, "n variants d_embed"]
+
+
+def make_chunks(
+    documents: Iterable[Document],
+    tokenizer: DocumentTokenizer,
+    embedder: Embedder,
+    *,
+    num_query_variants: int,
+    query_drop: float,
+    seed: int = 0,
+    chunk_size: int = CHUNK_SIZE,
+) -> Iterator[MemoryChunk]:
+    """Runs the models over the documents, a chunk at a time."""
+    documents = iter(documents)
+    first = 0
+    while chunk := list(itertools.islice(documents, chunk_size)):
+        tokenized = list(tokenizer.tokenize(chunk))
+        if [t.id for t in tokenized] != [d.id for d in chunk]:
+            raise ValueError(
+                f"the tokenizer returned {len(tokenized)} documents for the "
+                f"{len(chunk)} that begin with {chunk[0].id!r}, or in another order"
+            )
+        text, image, document = embedder.embed_documents(chunk)[:3]
+        rngs = [
+            np.random.default_rng([seed, first, v]) for v in range(num_query_variants)
+        ]
+        queries = embed_queries(chunk, embedder, query_drop, rngs)
+        yield MemoryChunk(tokenized, text, image, document, *queries)
+        first += len(chunk)
+
+
+def embed_queries(
+    documents: Sequence[Document],
+    embedder: Embedder,
+    drop: float,
+    rngs: Sequence[np.random.Generator],
+) -> tuple[
+    Float32[np.ndarray, "n variants d_embed"], Float32[np.ndarray, "n variants d_embed"]
+]:
+    """Text and image parts under query dropout; zero rows where a part is absent.
+
+    The image part of a document with several images is their normalised mean.
+
+    Args:
+      documents: some, with text or images.
+      embedder: makes the rows.
+      drop: share of tokens or patches left out.
+      rngs: one for each variant.
+    """
+    texts = [document.text for document in documents]
+    with_text = np.asarray([i for i, text in enumerate(texts) if text.strip()], int)
+    owners = np.asarray([i for i, d in enumerate(documents) for _ in d.images], int)
+    size = embedder.config.image_size
+    images = [resize_image(image, size) for d in documents for image in d.images]
+    shape = (len(documents), len(rngs), embedder.d_embed)
+    text_queries, image_queries = np.zeros((2, *shape), np.float32)
+    for variant, rng in enumerate(rngs):
+        if len(with_text):
+            rows = embedder.embed_texts([texts[i] for i in with_text], drop, rng)
+            text_queries[with_text, variant] = rows
+        if images:
+            rows = embedder.embed_images(np.stack(images), drop, rng)
+            sums = np.zeros((len(documents), embedder.d_embed), np.float32)
+            np.add.at(sums, owners, rows)
+            image_queries[:, variant] = sums
+    norms = np.linalg.norm(image_queries, axis=-1, keepdims=True)
+    return text_queries, image_queries / np.where(norms > 0, norms, 1)

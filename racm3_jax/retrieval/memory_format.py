@@ -1,0 +1,161 @@
+"""What lies in a memory's directory besides its rows: manifest, deny list, names."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int64
+
+from racm3_jax.retrieval import integrity
+from racm3_jax.types import Modality
+
+FORMAT = "racm3-memory"
+FORMAT_VERSION = 1
+DENY_FORMAT = "racm3-deny-list"
+MANIFEST_FILE = "manifest.json"
+DOCUMENTS_FILE = "documents.array_record"
+INDEX_DIRECTORY = "index"
+DENY_FILE = "deny.json"
+MODALITY_BITS: Mapping[Modality, int] = {"text": 1, "image": 2}
+
+
+class Fingerprinted(Protocol):
+    """Anything whose identity a memory can be compared with."""
+
+    def fingerprint(self) -> str:
+        """Equal for equal behaviour."""
+        ...
+
+
+def hash_name(name: str) -> int:
+    """64 bits of a document id or source; 0 stands for an empty one."""
+    if not name:
+        return 0
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+def rebuild_remedy(path: pathlib.Path) -> str:
+    """What to do about a memory that cannot be used."""
+    return f"build it anew with `racm3 memory build --memory={path}`"
+
+
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    """What manifest.json says, once its format, version and seal are right.
+
+    Raises:
+      FileNotFoundError: if there is no memory at `path`.
+      ValueError: if its format version is another.
+      IntegrityError: if the manifest is damaged.
+    """
+    remedy = rebuild_remedy(path)
+    file = path / MANIFEST_FILE
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no memory at {path}: {remedy}")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} is no memory (it has no {MANIFEST_FILE}): {remedy}"
+        )
+    data = file.read_bytes()
+    # Before the seal, which another version may make in another way.
+    try:
+        seen = json.loads(data)
+    except ValueError:
+        seen = None
+    if isinstance(seen, dict) and seen.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"the memory at {path} has format version {seen.get('format_version')}; "
+            f"this racm3 reads version {FORMAT_VERSION}: {remedy}"
+        )
+    manifest = integrity.decode_sealed(data, str(file), remedy)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} has format {manifest.get('format')!r} instead of {FORMAT!r}: "
+            f"{remedy}"
+        )
+    return manifest
+
+
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Of a memory's content: equal for equal files and settings."""
+    return integrity.content_digest(manifest)[:16]
+
+
+def check_fingerprint(
+    path: pathlib.Path,
+    manifest: Mapping[str, Any],
+    field: str,
+    argument: str,
+    given: Fingerprinted | str | None,
+) -> None:
+    """Refuses an embedder or a tokenizer that the memory was not built with.
+
+    Args:
+      path: of the memory.
+      manifest: of the memory.
+      field: "encoder" or "tokenizer".
+      argument: what the caller calls it.
+      given: the object, its fingerprint, or None to compare nothing.
+
+    Raises:
+      ValueError: names both fingerprints.
+    """
+    if given is None:
+        return
+    fingerprint = given if isinstance(given, str) else given.fingerprint()
+    stored = manifest[f"{field}_fingerprint"]
+    if fingerprint != stored:
+        raise ValueError(
+            f"the memory at {path} was built with {field} {stored}, but the {argument} "
+            f"given is {fingerprint}: load that {field}, or {rebuild_remedy(path)}"
+        )
+
+
+def read_denied(
+    path: pathlib.Path, fingerprint: str, num_rows: int
+) -> Int64[np.ndarray, " denied"]:
+    """The denied rows of the memory at `path`, ascending.
+
+    Raises:
+      IntegrityError: if the list is missing, damaged, or of another memory: a memory
+        does not open rather than show what was removed.
+    """
+    file = path / DENY_FILE
+    remedy = f"restore it from a copy, or {rebuild_remedy(path)}"
+    if not file.is_file():
+        raise integrity.IntegrityError(f"{file} is missing; {remedy}")
+    content = integrity.decode_sealed(file.read_bytes(), str(file), remedy)
+    rows = np.asarray(content.get("rows", ()), np.int64)
+    expected = (DENY_FORMAT, fingerprint)
+    if (content.get("format"), content.get("memory")) != expected or (
+        len(rows) and not 0 <= rows.min() <= rows.max() < num_rows
+    ):
+        raise integrity.IntegrityError(f"{file} belongs to another memory; {remedy}")
+    return rows
+
+
+def write_denied(
+    path: pathlib.Path, fingerprint: str, rows: Int64[np.ndarray, " denied"]
+) -> None:
+    """Replaces the deny list in one step."""
+    content = {"format": DENY_FORMAT, "memory": fingerprint, "rows": rows.tolist()}
+    integrity.write_file(path / DENY_FILE, integrity.encode_sealed(content))
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Keeps two removals, in any two processes, from losing one of them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

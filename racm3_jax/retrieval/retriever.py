@@ -1,0 +1,132 @@
+"""From queries to documents: one index search for a whole batch, then the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from racm3_jax.retrieval import strategy as strategy_lib
+from racm3_jax.retrieval.memory import Memory, hash_name
+from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.types import Retrieved, TokenizedDocument
+
+_WIDENING = 4
+
+
+class Retriever:
+    """Retrieves documents of a memory by a strategy. Safe to use from threads.
+
+    Args:
+      memory: where the documents are.
+      strategy: how they are chosen.
+    """
+
+    def __init__(self, memory: Memory, strategy: StrategyConfig | None = None):
+        self.memory = memory
+        self.strategy = strategy or StrategyConfig()
+
+    def retrieve(
+        self,
+        queries: Float32[np.ndarray, "queries d_embed"],
+        nums: Int[np.ndarray, " queries"],
+        mains: Sequence[TokenizedDocument | None],
+    ) -> list[Retrieved]:
+        """The documents for each query, best first.
+
+        Args:
+          queries: unit rows.
+          nums: how many documents each query asks for; 0 asks for none. Fewer come back
+            when the strategy drops all other candidates.
+          mains: the document that each query stands for, which is never returned, nor
+            any of its source; None where there is none.
+
+        Raises:
+          ValueError: if the lengths differ, a number is negative, or larger than the
+            number of documents that the memory may show.
+        """
+        nums = np.asarray(nums, np.int64)
+        if not len(queries) == len(nums) == len(mains):
+            raise ValueError(
+                "queries, nums and mains go together; got "
+                f"{len(queries)}, {len(nums)} and {len(mains)} of them"
+            )
+        self._check_nums(nums)
+        chosen: list[tuple[np.ndarray, np.ndarray]] = [_NOTHING] * len(nums)
+        asking = np.flatnonzero(nums)
+        num_rows = len(self.memory)
+        width = min(self.strategy.num_candidates, num_rows)
+        while len(asking):
+            found = self._search(queries[asking], nums[asking], asking, mains, width)
+            for i, taken in zip(asking, found, strict=True):
+                chosen[i] = taken
+            if width >= min(self.strategy.max_candidates, num_rows):
+                break
+            width = min(_WIDENING * width, self.strategy.max_candidates, num_rows)
+            asking = np.asarray([i for i in asking if len(chosen[i][0]) < nums[i]], int)
+        return self._read(chosen)
+
+    def _check_nums(self, nums: Int[np.ndarray, " queries"]) -> None:
+        if not len(nums):
+            return
+        allowed = self.memory.num_allowed
+        if nums.min() < 0 or nums.max() > allowed:
+            wrong = nums.min() if nums.min() < 0 else nums.max()
+            raise ValueError(
+                f"cannot retrieve {wrong} documents: the memory at {self.memory.path} "
+                f"has {allowed}, so num_retrieved must be in 0..{allowed}"
+            )
+
+    def _search(
+        self,
+        queries: Float32[np.ndarray, "asking d_embed"],
+        nums: Int[np.ndarray, " asking"],
+        asking: Int[np.ndarray, " asking"],
+        mains: Sequence[TokenizedDocument | None],
+        width: int,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Rows and scores taken for each asking query, out of `width` candidates."""
+        config, memory = self.strategy, self.memory
+        neighbours = memory.search(queries, width)
+        # Unfilled slots read row 0; they are excluded.
+        rows = np.maximum(neighbours.ids, 0)
+        embeddings = memory.embeddings[rows]
+        excluded = ~neighbours.valid
+        if config.require_multimodal:
+            excluded |= ~memory.is_multimodal[rows]
+        chosen = []
+        for j, i in enumerate(asking):
+            main = mains[i]
+            if main is not None:
+                excluded[j] |= strategy_lib.find_own(
+                    memory.id_hashes[rows[j]],
+                    memory.source_hashes[rows[j]],
+                    hash_name(main.id),
+                    hash_name(main.source),
+                    drop_same_source=config.drop_same_source,
+                )
+            taken = strategy_lib.select(
+                neighbours.scores[j],
+                embeddings[j],
+                num=int(nums[j]),
+                excluded=excluded[j],
+                max_similarity=config.max_similarity,
+            )
+            chosen.append((rows[j][taken], neighbours.scores[j][taken]))
+        return chosen
+
+    def _read(self, chosen: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Retrieved]:
+        """One read of the records for the whole batch."""
+        documents = iter(
+            self.memory.documents(
+                np.concatenate([_NOTHING[0], *(c[0] for c in chosen)])
+            )
+        )
+        return [
+            Retrieved(rows, scores, tuple(next(documents) for _ in rows))
+            for rows, scores in chosen
+        ]
+
+
+_NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.float32))

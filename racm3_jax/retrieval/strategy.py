@@ -1,0 +1,110 @@
+"""Which of the candidates become context: relevance, modality, diversity. NumPy only.
+
+RA-CM3 (arXiv 2211.12561, section 3.1): walk the ranked list; keep whole image-and-text
+documents; skip a candidate that is too similar to the query or to one already taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt64
+
+
+@dataclasses.dataclass(frozen=True)
+class StrategyConfig:
+    """How retrieved documents are chosen.
+
+    Attributes:
+      max_similarity: a candidate whose inner product with the query, or with a document
+        already taken, is above this is skipped (0.9 in the paper); 1 or more keeps all.
+      num_candidates: neighbours looked at for each query at first.
+      max_candidates: when too few of those are left, four times as many are looked at,
+        up to this number.
+      require_multimodal: keep only documents that have both text and an image.
+      drop_same_source: skip candidates with the main document's source.
+    """
+
+    max_similarity: float = 0.9
+    num_candidates: int = 32
+    max_candidates: int = 512
+    require_multimodal: bool = True
+    drop_same_source: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 1:
+            raise ValueError(
+                f"strategy.num_candidates must be >= 1; got {self.num_candidates}"
+            )
+        if self.max_candidates < self.num_candidates:
+            raise ValueError(
+                "strategy.max_candidates must be >= strategy.num_candidates "
+                f"({self.num_candidates}); got {self.max_candidates}"
+            )
+
+
+def find_own(
+    id_hashes: UInt64[np.ndarray, " k"],
+    source_hashes: UInt64[np.ndarray, " k"],
+    main_id_hash: int,
+    main_source_hash: int,
+    *,
+    drop_same_source: bool = True,
+) -> Bool[np.ndarray, " k"]:
+    """True where a candidate is the main document itself, or of the same source.
+
+    Args:
+      id_hashes: of the candidates' ids.
+      source_hashes: of their sources; 0 where a document has none.
+      main_id_hash: of the main document's id.
+      main_source_hash: of its source, or 0.
+      drop_same_source: False compares ids only.
+    """
+    own = id_hashes == np.uint64(main_id_hash)
+    if drop_same_source and main_source_hash:
+        own |= source_hashes == np.uint64(main_source_hash)
+    return own
+
+
+def select(
+    scores: Float[np.ndarray, " k"],
+    embeddings: Float[np.ndarray, "k d_embed"],
+    *,
+    num: int,
+    excluded: Bool[np.ndarray, " k"],
+    max_similarity: float = 0.9,
+) -> Int[np.ndarray, " taken"]:
+    """Walks the ranked candidates of one query and takes at most `num`.
+
+        scores        .97   .80   .79   .60   .55
+        excluded       no    no    no   yes    no
+        similar to           -    [1]    -     -      (> 0.9)
+        taken               [1]               [4]     (num = 2)
+
+    Args:
+      scores: inner products of the query with the candidates, best first.
+      embeddings: unit rows of the candidates.
+      num: how many to take.
+      excluded: True drops a candidate outright: itself, same source, denied, unfilled
+        slot, or without the wanted modalities.
+      max_similarity: see `StrategyConfig`.
+
+    Returns:
+      Positions of the taken candidates, in the order of the list.
+    """
+    taken: list[int] = []
+    for position in np.flatnonzero(~excluded & (scores <= max_similarity)):
+        if len(taken) == num:
+            break
+        similarities = embeddings[taken] @ embeddings[position]
+        if (similarities <= max_similarity).all():
+            taken.append(int(position))
+    return np.asarray(taken, np.int64)
+
+
+def sample_num_documents(rng: np.random.Generator, maximum: int) -> int:
+    """K ~ Uniform{0, …, maximum}; the paper trains with maximum = 2."""
+    if maximum < 0:
+        raise ValueError(f"the largest number of documents must be >= 0; got {maximum}")
+    return int(rng.integers(maximum + 1))

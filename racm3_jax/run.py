@@ -1,0 +1,199 @@
+"""Train, evaluate, load: the three verbs, over objects that `build` made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from racm3_jax import build
+from racm3_jax.checkpoints import Checkpoints
+from racm3_jax.evaluation.flagworld import evaluate_flagworld, format_table
+from racm3_jax.evaluation.runner import write_results, write_sheet
+from racm3_jax.generation.tasks import Generator
+from racm3_jax.metrics import MetricsWriter, plot_curves
+from racm3_jax.retrieval.memory import Memory
+from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.training.loop import fit
+from racm3_jax.training.step import TrainState, state_shardings
+
+
+def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainState:
+    """Trains what `config.kind` names, in `workdir`; the same call resumes.
+
+    Writes `config.json`, `metrics.jsonl` (and TensorBoard event files), `loss.png`,
+    `checkpoints/` and, at the end, the exported model. A step's batch depends on the
+    seed and the step's number alone, so that a resumed run equals an unbroken one, bit
+    for bit.
+
+    Args:
+      config: from a file of `configs/`.
+      workdir: created if missing.
+      progress: show a progress bar.
+
+    Returns:
+      The last state.
+
+    Raises:
+      ValueError: if `workdir` holds a run of another config.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    fingerprint = claim_workdir(config, workdir)
+    job = build.build_job(config, workdir)
+    saver = Checkpoints(
+        workdir / "checkpoints",
+        keep=config.train.get("keep_checkpoints", 2),
+        save_interval=config.train.checkpoint_every,
+    )
+    state = job.state
+    found = saver.latest_good()
+    if found is not None:
+        state = saver.restore(found, abstract_like(state))
+        logging.info("resuming %s at step %d", workdir, found)
+    start_step = int(state.step)
+    if start_step < job.num_steps:
+        batches = job.make_batches(start_step)
+        try:
+            with MetricsWriter(workdir) as writer:
+                state = fit(
+                    state,
+                    job.step_fn,
+                    batches,
+                    num_steps=job.num_steps,
+                    writer=writer,
+                    checkpoints=saver,
+                    checkpoint_extra={"config": fingerprint},
+                    log_every=config.train.log_every,
+                    progress=progress,
+                    description=f"train {config.kind}",
+                    with_stats=job.with_stats,
+                )
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
+        plot_curves([workdir / "metrics.jsonl"], workdir / "loss.png")
+    saver.close()
+    if int(state.step) == job.num_steps:
+        job.export(state)
+    return state
+
+
+def abstract_like(state: TrainState) -> TrainState:
+    """Shapes, dtypes and places of a state, which is what a restore fills."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        state,
+        state_shardings(state),
+    )
+
+
+def claim_workdir(config: Any, workdir: Path) -> str:
+    """Writes the config into a new work directory, or checks that it is the same.
+
+    Returns:
+      The config's fingerprint.
+
+    Raises:
+      ValueError: names the settings that differ.
+    """
+    text = config.to_json(sort_keys=True)
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = json.loads(path.read_text()), json.loads(text)
+        changed = sorted(_differences(old, new, "config"))
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run of another config (it differs in "
+                f"{', '.join(changed[:5])}): use another --workdir, or remove this one"
+            )
+    else:
+        aside = path.with_suffix(".json.tmp")
+        aside.write_text(text)
+        os.replace(aside, path)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _differences(old: Any, new: Any, where: str) -> set[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {
+            name
+            for key in old.keys() | new.keys()
+            for name in _differences(old.get(key), new.get(key), f"{where}.{key}")
+        }
+    return set() if old == new else {where}
+
+
+def load(
+    path: str | Path,
+    memory: Memory | str | Path | None = None,
+    strategy: StrategyConfig | None = None,
+) -> Generator:
+    """Opens a trained model for generation.
+
+    Args:
+      path: a work directory of `train`, or "shipped:flagworld/racm3".
+      memory: what to retrieve from; None opens `path/memory` if there is one, else the
+        generator works without retrieval.
+      strategy: which of the found documents are used.
+
+    Raises:
+      ValueError: if there is no model at `path`, or the memory was built with another
+        encoder or tokenizer.
+    """
+    directory = build.resolve(path)
+    if not (directory / "model").is_dir():
+        raise ValueError(
+            f"no trained model in {directory}: give the --workdir of a finished "
+            "`racm3 train` or `racm3 quickstart`, or shipped:flagworld/racm3"
+        )
+    if memory is None and (directory / "memory" / "manifest.json").exists():
+        memory = directory / "memory"
+    if memory is not None and not isinstance(memory, Memory):
+        memory = Memory.load(memory)
+    return build.load_generator(directory, memory, strategy)
+
+
+def evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
+    """Runs the suite that `config.suite` names.
+
+    Prints the table and writes `results.json` and `samples.png` into `workdir`, where
+    the memories that it builds stay for the next call.
+
+    Returns:
+      The figures by name; shares carry their intervals.
+
+    Raises:
+      ValueError: for an unknown suite, or models and memories that do not fit.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    suite = build.build_flagworld_suite(config, workdir)
+    results, outputs = evaluate_flagworld(
+        suite.generator,
+        suite.twin,
+        suite.swapped,
+        suite.judge,
+        suite.swapped_judge,
+        suite.settings,
+    )
+    settings = config.to_dict() | {"memory_documents": len(suite.memory)}
+    write_results(workdir, results, settings)
+    rows = config.num_sheet_rows
+    if "twin_draw" in outputs and rows:
+        write_sheet(
+            workdir / "samples.png",
+            suite.generator,
+            outputs["draw"][:rows],
+            outputs["twin_draw"][:rows],
+        )
+    print(format_table(results))
+    return results

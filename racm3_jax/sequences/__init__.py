@@ -1,0 +1,1 @@
+"""Documents to rows: the layout, the CM3 objective, packing and the input pipeline."""

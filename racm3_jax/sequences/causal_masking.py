@@ -1,0 +1,393 @@
+"""The CM3 objective: spans of a document move to the end of the sequence.
+
+    plain    <eod> t1 t2 t3 <break> i1 i2 <eod>
+    masked   <eod> t1 <mask:0> t3 <break> i1 i2 <eod> <mask:0> t2 <eoss>
+    rotated  <eod> <mask:0> <break> i1 i2 <eod> <mask:0> t1 t2 t3 <eoss>
+
+A causal model that reads such sequences learns to fill a gap with both of its sides in
+view (arXiv 2201.07520, section 2). Spans do not cross `<break>` (arXiv 2309.02591).
+A whole caption is almost never hit by chance (0.2% for 32 tokens beside an image of
+1024), so rotation of a whole segment has a probability of its own: without it captioning
+by infilling would stay untrained.
+
+Pure NumPy: functions take `rng` and return arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from racm3_jax.sequences import layout
+from racm3_jax.types import Example, TokenizedDocument
+from racm3_jax.vocab import Vocab
+
+NumMasks = Literal["poisson_clamp1", "poisson_clamp0", "fixed", "single", "none"]
+Span = tuple[int, int]
+
+
+class ExampleTooLong(ValueError):
+    """The moved spans of a document alone are longer than a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalMaskingConfig:
+    """How many spans move, and which.
+
+    With `num_masks="none"` and `rotation_probability=0` sequences are plain documents.
+
+    Attributes:
+      num_masks: distribution of the number of spans of a document that is not rotated.
+        "poisson_clamp1" is the paper's Clamp(Poisson(mean), 1, max_masks),
+        "poisson_clamp0" the later code's clamp from 0 (at mean 1, 37% stay plain),
+        "fixed" is `mean` spans, "single" one span, "none" no span.
+      mean: of the Poisson distribution, or the number of "fixed".
+      max_masks: most spans of a document; at most the sentinels of the vocabulary.
+      rotation_probability: share of documents of which one whole segment is the only
+        span. Independent of `num_masks`.
+      rotation_text_share: of the rotated documents, the share of which a text is moved,
+        not an image. A document without the drawn modality rotates the other one.
+      mask_retrieved: retrieved documents are masked too, each by a draw of its own.
+      sentinel_weight: loss weight of `<mask:i>` as a target.
+    """
+
+    num_masks: NumMasks = "poisson_clamp1"
+    mean: float = 1.0
+    max_masks: int = 16
+    rotation_probability: float = 0.25
+    rotation_text_share: float = 1.0
+    mask_retrieved: bool = False
+    sentinel_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_masks not in get_args(NumMasks):
+            raise ValueError(
+                f"causal_masking.num_masks is {self.num_masks!r}; allowed: "
+                + ", ".join(get_args(NumMasks))
+            )
+        if self.mean < 0 or (self.num_masks == "fixed" and self.mean % 1):
+            raise ValueError(
+                "causal_masking.mean must be >= 0, and whole when num_masks is "
+                f"'fixed'; got {self.mean}"
+            )
+        if self.max_masks < 1:
+            raise ValueError(
+                f"causal_masking.max_masks must be >= 1; got {self.max_masks}"
+            )
+        for name in ("rotation_probability", "rotation_text_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"causal_masking.{name} must be in 0..1; got {getattr(self, name)}"
+                )
+
+
+def sample_num_masks(config: CausalMaskingConfig, rng: np.random.Generator) -> int:
+    """How many spans one document that is not rotated gets, before overlaps."""
+    if config.num_masks == "none":
+        return 0
+    if config.num_masks == "single":
+        return 1
+    if config.num_masks == "fixed":
+        return min(int(config.mean), config.max_masks)
+    least = 1 if config.num_masks == "poisson_clamp1" else 0
+    return int(np.clip(rng.poisson(config.mean), least, config.max_masks))
+
+
+def sample_spans(
+    tokens: Int32[np.ndarray, " length"],
+    config: CausalMaskingConfig,
+    vocab: Vocab,
+    rng: np.random.Generator,
+) -> list[Span]:
+    """Which ranges of one document move.
+
+    Args:
+      tokens: a document as `layout.document_tokens` makes it.
+      config: the distribution.
+      vocab: tells `<break>` from the rest.
+      rng: the only source of randomness.
+
+    Returns:
+      Half-open ranges of `tokens`, ascending, disjoint, none empty, none with `<break>`.
+      Fewer than drawn when the document is too short to hold them apart.
+    """
+    if rng.random() < config.rotation_probability:
+        return _sample_rotation(tokens, config, vocab, rng)
+    num_masks = sample_num_masks(config, rng)
+    inside = np.flatnonzero(tokens != vocab.break_)
+    if num_masks == 0 or len(inside) == 0:
+        return []
+    # n*n candidates for n masks, first come first served, as in the authors' code.
+    ends_of_segments = _segment_ends(tokens, vocab)
+    candidates = rng.integers(len(inside), size=(num_masks * num_masks, 2))
+    candidates = inside[np.sort(candidates, axis=1)]
+    taken: list[Span] = []
+    for first, last in candidates.tolist():
+        segment = np.searchsorted(ends_of_segments, first, side="right")
+        span = (first, min(last + 1, int(ends_of_segments[segment])))
+        if all(span[1] <= start or end <= span[0] for start, end in taken):
+            taken.append(span)
+        if len(taken) == num_masks:
+            break
+    return sorted(taken)
+
+
+def apply_masks(
+    tokens: Int32[np.ndarray, " length"], spans: Sequence[Span], vocab: Vocab
+) -> Int32[np.ndarray, " masked_length"]:
+    """Replace each span by its sentinel and move it behind the last `<eod>`.
+
+    index    0     1  2  3  4       5  6  7
+    tokens   <eod> t1 t2 t3 <break> i1 i2 <eod>          spans [(2, 3), (5, 6)]
+    result   <eod> t1 <mask:0> t3 <break> <mask:1> i2 <eod>
+                                     <mask:0> t2 <eoss> <mask:1> i1 <eoss>
+
+    Args:
+      tokens: a whole sequence as `layout.join` makes it.
+      spans: half-open ranges of `tokens`, ascending, disjoint, not empty, without
+        `<eod>` and `<break>`; they take `<mask:0>`, `<mask:1>`, ... from left to right.
+      vocab: gives sentinels and `<eoss>`.
+
+    Raises:
+      ValueError: spans overlap, are empty, leave the sequence, or hold a control id.
+    """
+    return _apply(tokens, _arrange(tokens, spans, vocab))
+
+
+def unmask(
+    tokens: Int32[np.ndarray, " masked_length"], vocab: Vocab
+) -> Int32[np.ndarray, " length"]:
+    """Put moved spans back: the inverse of `apply_masks`.
+
+    <eod> t1 <mask:0> t3 <eod> <mask:0> t2 <eoss>  ->  <eod> t1 t2 t3 <eod>
+
+    Raises:
+      ValueError: the sequence has no `<eod>`; a moved span is not
+        `<mask:i> ... <eoss>`; or a sentinel has no span, or a span no sentinel.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    eods = np.flatnonzero(tokens == vocab.eod)
+    if not len(eods):
+        raise ValueError("unmask wants a sequence with <eod>; got one without")
+    body, moved = tokens[: eods[-1] + 1], tokens[eods[-1] + 1 :]
+    spans: dict[int, np.ndarray] = {}
+    start = 0
+    for end in np.flatnonzero(moved == vocab.eoss):
+        name = int(moved[start]) if start < end else vocab.eoss
+        if not vocab.is_sentinel(name) or name in spans:
+            raise ValueError(
+                "a moved span must begin with a sentinel of its own and end with "
+                f"<eoss>; got {vocab.picture(moved[start : end + 1])}"
+            )
+        spans[name] = moved[start + 1 : end]
+        start = int(end) + 1
+    if start != len(moved):
+        raise ValueError(
+            f"a moved span has no <eoss>: {vocab.picture(moved[start:][:8])} ..."
+        )
+    pieces, position = [], 0
+    for at in np.flatnonzero(vocab.is_sentinel(body)):
+        name = int(body[at])
+        if name not in spans:
+            raise ValueError(f"{vocab.name(name)} has no moved span to put back")
+        pieces += [body[position:at], spans.pop(name)]
+        position = int(at) + 1
+    if spans:
+        names = " ".join(vocab.name(name) for name in spans)
+        raise ValueError(f"moved spans without a place in the document: {names}")
+    return np.concatenate([*pieces, body[position:]])
+
+
+def build_example(
+    main: TokenizedDocument,
+    retrieved: Sequence[TokenizedDocument],
+    config: CausalMaskingConfig,
+    vocab: Vocab,
+    *,
+    alpha: float,
+    max_length: int,
+    rng: np.random.Generator,
+) -> Example:
+    """One training sequence: retrieved documents, the main one, its moved spans.
+
+        tokens   <eod> r1 <break> r2 <eod> <mask:0> <break> i1 <eod> <mask:0> t1 <eoss>
+        weights  0     a  a       a  a     0        1       1  1     0        1  1
+        is_main  .     .  .       .  .     x        x       x  x     x        x  x
+
+    What is too long loses, in this order: retrieved documents that do not fit, whole,
+    the less relevant ones first; then tokens of the main document, from its beginning
+    (an image is left out whole). Moved spans are never touched, and their sentinels stay
+    in place. The masks of the main document depend on `main` and `rng` only, whatever
+    was retrieved.
+
+    Args:
+      main: the document to learn.
+      retrieved: documents of the memory, best first.
+      config: the masking distribution.
+      vocab: gives control ids and sentinels.
+      alpha: loss weight of retrieved documents (the paper: 0.1).
+      max_length: most tokens of the result; a row of n positions holds n + 1.
+      rng: the only source of randomness.
+
+    Raises:
+      ExampleTooLong: the moved spans alone do not fit into `max_length`.
+      ValueError: `config.max_masks` exceeds the sentinels of the vocabulary.
+    """
+    if config.max_masks > vocab.num_sentinels:
+        raise ValueError(
+            f"causal_masking.max_masks is {config.max_masks}, but the vocabulary has "
+            f"{vocab.num_sentinels} sentinels: lower max_masks"
+        )
+    main_tokens = layout.document_tokens(main, vocab)
+    main_spans = sample_spans(main_tokens, config, vocab, rng)
+    room = max_length - (len(main_tokens) + 2 + 3 * len(main_spans))
+    sentinels_left = vocab.num_sentinels - len(main_spans)
+    kept: list[TokenizedDocument] = []
+    row_spans: list[Span] = []
+    start = 1  # behind the first <eod>
+    for document in retrieved:
+        tokens = layout.document_tokens(document, vocab)
+        spans: list[Span] = []
+        if config.mask_retrieved:
+            spans = sample_spans(tokens, config, vocab, rng)[:sentinels_left]
+        length = len(tokens) + 1 + 3 * len(spans)
+        if length > room:
+            continue
+        kept.append(document)
+        row_spans += [(start + i, start + j) for i, j in spans]
+        room -= length
+        sentinels_left -= len(spans)
+        start += len(tokens) + 1
+    row_spans += [(start + i, start + j) for i, j in main_spans]
+
+    row = layout.join(kept, main_tokens, vocab)
+    order = _arrange(row, row_spans, vocab)
+    if room < 0:
+        order = _trim(order, row, -room, start, vocab, main.id)
+    tokens = _apply(row, order)
+    is_main = order.source >= start
+    weights = np.where(is_main, np.float32(1), np.float32(alpha)).astype(np.float32)
+    weights[vocab.is_sentinel(tokens)] *= config.sentinel_weight
+    weights[0] = 0  # nothing comes before it, so it is never a target
+    return Example(tokens=tokens, weights=weights, is_main=is_main)
+
+
+class _Order(NamedTuple):
+    """Where each token of a masked sequence comes from.
+
+    Attributes:
+      source: index into the plain sequence; of an inserted token, the index of a token of
+        its span (so that both belong to the same document).
+      inserted: the inserted id, or -1 where the token is copied from `source`.
+      body_length: tokens up to and with the last `<eod>`; the rest are moved spans.
+    """
+
+    source: Int64[np.ndarray, " masked_length"]
+    inserted: Int64[np.ndarray, " masked_length"]
+    body_length: int
+
+
+def _segment_ends(
+    tokens: Int32[np.ndarray, " length"], vocab: Vocab
+) -> Int64[np.ndarray, " segments"]:
+    """Index one past the last token of each segment of a document."""
+    return np.append(np.flatnonzero(tokens == vocab.break_), len(tokens))
+
+
+def _sample_rotation(
+    tokens: Int32[np.ndarray, " length"],
+    config: CausalMaskingConfig,
+    vocab: Vocab,
+    rng: np.random.Generator,
+) -> list[Span]:
+    """One whole segment as the only span; none when the document is empty."""
+    ends = _segment_ends(tokens, vocab)
+    starts = np.append(0, ends[:-1] + 1)
+    spans = [(int(s), int(e)) for s, e in zip(starts, ends, strict=True) if s < e]
+    texts = [span for span in spans if vocab.is_text(tokens[span[0]])]
+    images = [span for span in spans if not vocab.is_text(tokens[span[0]])]
+    if rng.random() < config.rotation_text_share:
+        choices = texts or images
+    else:
+        choices = images or texts
+    return [choices[rng.integers(len(choices))]] if choices else []
+
+
+def _arrange(
+    tokens: Int32[np.ndarray, " length"], spans: Sequence[Span], vocab: Vocab
+) -> _Order:
+    """The order of the masked sequence; see `apply_masks` for the picture."""
+    body: list[np.ndarray] = []
+    moved: list[np.ndarray] = []
+    position = 0
+    for i, (start, end) in enumerate(spans):
+        if not position <= start < end <= len(tokens):
+            raise ValueError(
+                f"span {i} is [{start}, {end}); spans must ascend, not overlap, not be "
+                f"empty and lie within the {len(tokens)} tokens"
+            )
+        if vocab.is_control(tokens[start:end]).any():
+            raise ValueError(
+                f"span {i} is [{start}, {end}) and holds a control id: "
+                f"{vocab.picture(tokens[start:end])}; spans stay within a segment"
+            )
+        sentinel = vocab.sentinel(i)
+        body += [_copied(position, start), _inserted(start, sentinel)]
+        moved += [_inserted(start, sentinel), _copied(start, end)]
+        moved.append(_inserted(start, vocab.eoss))
+        position = end
+    body.append(_copied(position, len(tokens)))
+    source, inserted = np.concatenate([*body, *moved], axis=1)
+    return _Order(source, inserted, sum(piece.shape[1] for piece in body))
+
+
+def _copied(start: int, end: int) -> Int64[np.ndarray, "2 length"]:
+    source = np.arange(start, end, dtype=np.int64)
+    return np.stack([source, np.full_like(source, -1)])
+
+
+def _inserted(source: int, token: int) -> Int64[np.ndarray, "2 1"]:
+    return np.array([[source], [token]], np.int64)
+
+
+def _apply(
+    tokens: Int32[np.ndarray, " length"], order: _Order
+) -> Int32[np.ndarray, " masked_length"]:
+    copied = np.asarray(tokens, np.int32)[order.source]
+    return np.where(order.inserted < 0, copied, order.inserted).astype(np.int32)
+
+
+def _trim(
+    order: _Order,
+    row: Int32[np.ndarray, " length"],
+    overflow: int,
+    main_start: int,
+    vocab: Vocab,
+    document_id: str,
+) -> _Order:
+    """Leave out `overflow` tokens (or more) from the beginning of the main document.
+
+    <eod> t1 <mask:0> t3 t4 <eod> <mask:0> t2 <eoss>      overflow 2
+    <eod>    <mask:0>    t4 <eod> <mask:0> t2 <eoss>
+    """
+    body = np.arange(len(order.source)) < order.body_length - 1  # not the last <eod>
+    trimmable = body & (order.source >= main_start) & (order.inserted < 0)
+    candidates = np.flatnonzero(trimmable)
+    if overflow > len(candidates):
+        raise ExampleTooLong(
+            f"document {document_id!r}: its moved spans are {overflow - len(candidates)}"
+            " tokens longer than a row; use longer rows or shorter documents"
+        )
+    tokens = row[order.source[candidates]]
+    is_image: Bool[np.ndarray, " candidates"] = vocab.is_image(tokens)
+    while overflow < len(candidates) and is_image[overflow - 1] and is_image[overflow]:
+        overflow += 1
+    keep = np.ones(len(order.source), bool)
+    keep[candidates[:overflow]] = False
+    return _Order(
+        order.source[keep], order.inserted[keep], order.body_length - overflow
+    )

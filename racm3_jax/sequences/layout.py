@@ -1,0 +1,162 @@
+"""The order of tokens in a sequence, written down here and nowhere else.
+
+    <eod> text <break> image <eod> text <break> image <eod> text <break> image <eod>
+    `-- retrieved, best first --'-- retrieved ------------'-- the main document ---'
+
+With causal masking (`causal_masking`) spans move behind the last `<eod>`:
+
+    ... <eod> text <mask:0> text <break> image <eod> <mask:0> span <eoss>
+
+The prompts of generation are beginnings of these same sequences, so that a task asks the
+model only for what it was trained to write. This is the layout of CM3Leon
+(arXiv 2309.02591) and Chameleon, the successors of RA-CM3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from racm3_jax.types import TokenizedDocument
+from racm3_jax.vocab import Vocab
+
+
+def document_tokens(
+    document: TokenizedDocument, vocab: Vocab
+) -> Int32[np.ndarray, " length"]:
+    """Segments of one document joined by `<break>`, without `<eod>` around them.
+
+        (t1 t2) (i3 i4)  ->  t1 t2 <break> i3 i4
+
+    Raises:
+      ValueError: the document has no segments, a text segment holds an id that is no
+        text id, or an image segment is not exactly `vocab.image_length` image ids.
+    """
+    if not document.segments:
+        raise ValueError(f"document {document.id!r} has no segments")
+    pieces: list[np.ndarray] = []
+    for segment in document.segments:
+        tokens = np.asarray(segment.tokens, np.int32)
+        if segment.modality == "image":
+            if len(tokens) != vocab.image_length or not vocab.is_image(tokens).all():
+                raise ValueError(
+                    f"an image of document {document.id!r} has {len(tokens)} tokens, "
+                    f"{int(vocab.is_image(tokens).sum())} of them image ids; the "
+                    f"vocabulary wants {vocab.image_length} image ids: was the "
+                    "document tokenised with another tokenizer?"
+                )
+        elif ((tokens < 0) | ~vocab.is_text(tokens)).any():
+            raise ValueError(
+                f"a text of document {document.id!r} holds ids outside 0.."
+                f"{vocab.num_text_ids - 1}: was the document tokenised with another "
+                "tokenizer?"
+            )
+        if pieces:
+            pieces.append(np.array([vocab.break_], np.int32))
+        pieces.append(tokens)
+    return np.concatenate(pieces)
+
+
+def retrieved_prefix(
+    retrieved: Sequence[TokenizedDocument], vocab: Vocab
+) -> Int32[np.ndarray, " length"]:
+    """What stands before the main document; equal for all prompts with these documents.
+
+    []      ->  <eod>
+    [a, b]  ->  <eod> a <eod> b <eod>
+    """
+    eod = np.array([vocab.eod], np.int32)
+    pieces = [eod]
+    for document in retrieved:
+        pieces += [document_tokens(document, vocab), eod]
+    return np.concatenate(pieces)
+
+
+def join(
+    retrieved: Sequence[TokenizedDocument],
+    main_tokens: Int32[np.ndarray, " main_length"],
+    vocab: Vocab,
+) -> Int32[np.ndarray, " length"]:
+    """Retrieved documents first, the main one last, one `<eod>` between documents.
+
+    [a, b], main  ->  <eod> a <eod> b <eod> main <eod>
+    """
+    eod = np.array([vocab.eod], np.int32)
+    main_tokens = np.asarray(main_tokens, np.int32)
+    return np.concatenate([retrieved_prefix(retrieved, vocab), main_tokens, eod])
+
+
+def text_to_image_prompt(
+    retrieved: Sequence[TokenizedDocument],
+    text_tokens: Int32[np.ndarray, " text_length"],
+    vocab: Vocab,
+) -> Int32[np.ndarray, " length"]:
+    """The sequence up to where the image of the main document begins.
+
+    [a], t1 t2  ->  <eod> a <eod> t1 t2 <break>
+    """
+    end = np.array([vocab.break_], np.int32)
+    text_tokens = np.asarray(text_tokens, np.int32)
+    return np.concatenate([retrieved_prefix(retrieved, vocab), text_tokens, end])
+
+
+def infill_prompt(
+    retrieved: Sequence[TokenizedDocument],
+    tokens: Int32[np.ndarray, " document_length"],
+    spans: Sequence[tuple[int, int]],
+    vocab: Vocab,
+) -> Int32[np.ndarray, " length"]:
+    """Ask for the first of the spans that are left out of a document.
+
+    The model goes on with the tokens of the first span and `<eoss>`; for the next span
+    append `<mask:1>`, and so on.
+
+        [a], t1 t2 t3 t4, [(1, 3)]  ->  <eod> a <eod> t1 <mask:0> t4 <eod> <mask:0>
+
+    Args:
+      retrieved: documents of the memory, best first.
+      tokens: the document as `document_tokens` makes it; what stands inside a span is
+        not read.
+      spans: half-open ranges of `tokens`, ascending, disjoint; an empty range
+        (start = end) asks for an insertion.
+      vocab: gives the sentinels.
+
+    Raises:
+      ValueError: there is no span, or they overlap or leave the document.
+    """
+    if not spans:
+        raise ValueError("infill_prompt needs at least one span; got none")
+    tokens = np.asarray(tokens, np.int32)
+    pieces, position = [], 0
+    for i, (start, end) in enumerate(spans):
+        if not position <= start <= end <= len(tokens):
+            raise ValueError(
+                f"span {i} is [{start}, {end}); spans must ascend, not overlap and lie "
+                f"within the {len(tokens)} tokens of the document"
+            )
+        pieces += [tokens[position:start], np.array([vocab.sentinel(i)], np.int32)]
+        position = end
+    masked = np.concatenate([*pieces, tokens[position:]])
+    ask = np.array([vocab.sentinel(0)], np.int32)
+    return np.concatenate([join(retrieved, masked, vocab), ask])
+
+
+def caption_prompt(
+    retrieved: Sequence[TokenizedDocument],
+    image_tokens: Int32[np.ndarray, " image_length"],
+    vocab: Vocab,
+    prefix_tokens: Int32[np.ndarray, " prefix_length"] | Sequence[int] = (),
+) -> Int32[np.ndarray, " length"]:
+    """Ask for the caption of an image: the sequence of a wholly rotated caption.
+
+        [a], i1 i2  ->  <eod> a <eod> <mask:0> <break> i1 i2 <eod> <mask:0>
+
+    `prefix_tokens` ("Photo of", as the paper prompts) stay in front of `<mask:0>`.
+    """
+    prefix = np.asarray(prefix_tokens, np.int32)
+    break_ = np.array([vocab.break_], np.int32)
+    image_tokens = np.asarray(image_tokens, np.int32)
+    tokens = np.concatenate([prefix, break_, image_tokens])
+    return infill_prompt(retrieved, tokens, [(len(prefix), len(prefix))], vocab)

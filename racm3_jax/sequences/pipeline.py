@@ -1,0 +1,362 @@
+"""The input pipeline: memory and retriever in, packed batches out, in the background.
+
+    step t
+      -> global indices t*E .. t*E + E-1          E = examples_per_batch
+      -> main documents                           shuffled anew each epoch, by seed
+      -> K, query modality and variant of each    rng(seed, RETRIEVAL, global index)
+      -> one batched search for all of them       threads; ScaNN releases the GIL
+      -> masked sequences                         rng(seed, MASKING, global index)
+      -> packed rows                              Batch
+
+Step t is a pure function of (memory, main_ids, seed, t): to resume, give the step number.
+Masking and retrieval draw from streams of their own, so that a twin without retrieval
+sees the same main documents, masked alike, in the same order.
+
+Grain runs it in threads of this process: worker processes would each load the index, and
+their order depends on their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Literal, Protocol, Self, get_args
+
+import grain
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from racm3_jax.sequences.causal_masking import (
+    CausalMaskingConfig,
+    ExampleTooLong,
+    build_example,
+)
+from racm3_jax.sequences.packing import pack
+from racm3_jax.types import Batch, Modality, Retrieved, TokenizedDocument
+from racm3_jax.vocab import Vocab
+
+# Names of the random streams; a change of either changes every batch.
+MASKING, RETRIEVAL = 0, 1
+
+QueryModality = Literal["text", "image", "both"]
+
+
+class DocumentStore(Protocol):
+    """What the pipeline asks of a memory; calls come from several threads."""
+
+    def documents(self, ids: Int64[np.ndarray, " n"]) -> Sequence[TokenizedDocument]:
+        """The documents of these rows, in order."""
+        ...
+
+    def queries(
+        self, ids: Int64[np.ndarray, " n"], modality: Modality, variant: int
+    ) -> Float32[np.ndarray, "n d_embed"]:
+        """Their text or image parts as queries; variant 0 is without query dropout."""
+        ...
+
+
+class DocumentRetriever(Protocol):
+    """What the pipeline asks of a retriever; calls come from several threads."""
+
+    def retrieve(
+        self,
+        queries: Float32[np.ndarray, "n d_embed"],
+        nums: Int64[np.ndarray, " n"],
+        mains: Sequence[TokenizedDocument | None],
+    ) -> Sequence[Retrieved]:
+        """At most `nums[i]` documents for query i, none of them `mains[i]`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """What a batch is made of.
+
+    Attributes:
+      rows: rows of a batch.
+      row_length: positions of a row.
+      examples_per_batch: main documents of a step. Too many for the rows are dropped and
+        counted, too few leave padding; `stats["fill"]` shows which.
+      max_documents: K ~ Uniform{0..max_documents} documents are retrieved.
+      alpha: loss weight of retrieved documents.
+      query_modality: the part of the main document that is the query; "both" draws one.
+        A document without that part is queried by the other one.
+      num_query_variants: queries with dropout that the memory holds, numbered from 1, one
+        of which is drawn; with 0 the query without dropout is taken.
+      seed: of order, masks, K and queries; 0..2^32-1.
+      prefetch: batches made ahead; 0 makes each when it is asked for.
+      threads: that make them.
+      retrieval: False for the twin: K is 0, all else is equal.
+      max_skipped_share: a step in which a larger share of the main documents cannot be
+        used is an error.
+    """
+
+    rows: int
+    row_length: int
+    examples_per_batch: int
+    max_documents: int = 2
+    alpha: float = 0.1
+    query_modality: QueryModality = "both"
+    num_query_variants: int = 4
+    seed: int = 0
+    prefetch: int = 4
+    threads: int = 2
+    retrieval: bool = True
+    max_skipped_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        least = {
+            "rows": 1,
+            "row_length": 1,
+            "examples_per_batch": 1,
+            "max_documents": 0,
+            "num_query_variants": 0,
+            "prefetch": 0,
+            "threads": 1,
+        }
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(
+                    f"pipeline.{name} must be >= {minimum}; got {getattr(self, name)}"
+                )
+        if self.query_modality not in get_args(QueryModality):
+            raise ValueError(
+                f"pipeline.query_modality is {self.query_modality!r}; allowed: "
+                + ", ".join(get_args(QueryModality))
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"pipeline.seed must be in 0..2^32-1; got {self.seed}")
+
+
+class Batches:
+    """Iterator of (batch, stats). Close it, or use it as a context manager.
+
+    `close` returns once no thread uses the memory or the retriever any more.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, steps: _Steps, prefetch: int) -> None:
+        self._steps = steps
+        options = grain.ReadOptions(
+            num_threads=min(steps.config.threads, prefetch),
+            prefetch_buffer_size=prefetch,
+        )
+        self._iterator = iter(dataset.to_iter_dataset(options))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[Batch, dict[str, float]]:
+        if self._steps.closed:
+            raise StopIteration
+        return next(self._iterator)
+
+    def close(self) -> None:
+        self._steps.close()
+        self._iterator.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def make_batches(
+    memory: DocumentStore,
+    retriever: DocumentRetriever | None,
+    main_ids: Int64[np.ndarray, " n"],
+    vocab: Vocab,
+    masking: CausalMaskingConfig,
+    config: PipelineConfig,
+    *,
+    start_step: int = 0,
+    num_steps: int,
+) -> Batches:
+    """Batches of steps `start_step`, `start_step + 1`, ..., `num_steps` of them.
+
+    Each comes with `stats`: "examples" packed, "dropped" (did not fit), "skipped" (moved
+    spans longer than a row), "retrieved" documents given, "fill" (share of positions in
+    use).
+
+    Args:
+      memory: the documents, their queries.
+      retriever: not needed (None) when nothing is retrieved.
+      main_ids: rows of the memory that are main documents; the memory may hold more.
+      vocab: that the documents were tokenised with.
+      masking: the CM3 objective.
+      config: sizes, retrieval, seed, threads.
+      start_step: the first step; to resume, the number of steps taken.
+      num_steps: how many steps follow.
+
+    Raises:
+      ValueError: no main documents, no retriever though one is needed, or sizes below 0.
+    """
+    main_ids = np.asarray(main_ids, np.int64)
+    if main_ids.ndim != 1 or not len(main_ids):
+        raise ValueError(
+            f"main_ids must be a list of at least one row; got {main_ids.shape}"
+        )
+    if start_step < 0 or num_steps < 0:
+        raise ValueError(
+            f"start_step and num_steps must be >= 0; got {start_step} and {num_steps}"
+        )
+    if config.retrieval and config.max_documents and retriever is None:
+        raise ValueError(
+            "pipeline.retrieval is on, but no retriever was given: give one, or set "
+            "pipeline.retrieval=False"
+        )
+    steps = _Steps(memory, retriever, vocab, masking, config)
+    last_step = start_step + num_steps
+    # Not `repeat()` without a number: its length overflows in Grain at batches of 1.
+    num_epochs = -(-last_step * config.examples_per_batch // len(main_ids))
+    dataset = (
+        grain.MapDataset.range(len(main_ids))
+        .seed(config.seed)
+        .shuffle()
+        .repeat(max(1, num_epochs))  # shuffled anew in each
+        .batch(config.examples_per_batch)
+        .map(main_ids.__getitem__)
+        # Before the slice, so that the index is the step whatever the start.
+        .map_with_index(steps)
+        .slice(slice(start_step, last_step))
+    )
+    return Batches(dataset, steps, config.prefetch)
+
+
+class _Steps:
+    """Step number and main ids -> (Batch, stats); called from Grain's threads."""
+
+    def __init__(
+        self,
+        memory: DocumentStore,
+        retriever: DocumentRetriever | None,
+        vocab: Vocab,
+        masking: CausalMaskingConfig,
+        config: PipelineConfig,
+    ) -> None:
+        self.memory = memory
+        self.retriever = retriever
+        self.vocab = vocab
+        self.masking = masking
+        self.config = config
+        self.closed = False
+        self._running = 0
+        self._idle = threading.Condition()
+
+    def __call__(
+        self, step: int, ids: Int64[np.ndarray, " n"]
+    ) -> tuple[Batch, dict[str, float]] | None:
+        # Grain's `close` does not wait for its threads: refuse new work, count the old.
+        with self._idle:
+            if self.closed:
+                return None
+            self._running += 1
+        try:
+            return self._make(step, np.asarray(ids, np.int64))
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        with self._idle:
+            self.closed = True
+            self._idle.wait_for(lambda: self._running == 0)
+
+    def _make(
+        self, step: int, ids: Int64[np.ndarray, " n"]
+    ) -> tuple[Batch, dict[str, float]]:
+        config = self.config
+        first = step * config.examples_per_batch
+        mains = list(self.memory.documents(ids))
+        retrieved = self._retrieve(ids, mains, first)
+        examples, num_skipped = [], 0
+        for i, (main, documents) in enumerate(zip(mains, retrieved, strict=True)):
+            try:
+                example = build_example(
+                    main,
+                    documents,
+                    self.masking,
+                    self.vocab,
+                    alpha=config.alpha,
+                    max_length=config.row_length + 1,
+                    rng=np.random.default_rng([config.seed, MASKING, first + i]),
+                )
+            except ExampleTooLong as error:
+                num_skipped += 1
+                if num_skipped > config.max_skipped_share * len(mains):
+                    raise ValueError(
+                        f"step {step}: more than {config.max_skipped_share:.0%} of the "
+                        f"main documents cannot be used; the last one: {error}"
+                    ) from error
+                continue
+            examples.append(example)
+        batch, num_dropped = pack(
+            examples, config.rows, config.row_length, self.vocab.pad
+        )
+        stats = {
+            "examples": float(len(examples) - num_dropped),
+            "dropped": float(num_dropped),
+            "skipped": float(num_skipped),
+            "retrieved": float(sum(len(documents) for documents in retrieved)),
+            "fill": float((batch.segment_ids > 0).mean()),
+        }
+        return batch, stats
+
+    def _retrieve(
+        self,
+        ids: Int64[np.ndarray, " n"],
+        mains: Sequence[TokenizedDocument],
+        first: int,
+    ) -> list[tuple[TokenizedDocument, ...]]:
+        """The documents of each example; one search for the whole step."""
+        config = self.config
+        found: list[tuple[TokenizedDocument, ...]] = [()] * len(mains)
+        if not config.retrieval or self.retriever is None:
+            return found
+        nums = np.zeros(len(mains), np.int64)
+        parts: list[tuple[Modality, int]] = []
+        for i, main in enumerate(mains):
+            rng = np.random.default_rng([config.seed, RETRIEVAL, first + i])
+            nums[i] = rng.integers(config.max_documents + 1)
+            modality = _query_modality(main, config.query_modality, rng)
+            variant = 0
+            if config.num_query_variants:
+                variant = 1 + int(rng.integers(config.num_query_variants))
+            parts.append((modality, variant))
+        asking = np.flatnonzero(nums).tolist()
+        if not asking:
+            return found
+        queries = self._queries(ids[asking], [parts[i] for i in asking])
+        results = self.retriever.retrieve(
+            queries, nums[asking], [mains[i] for i in asking]
+        )
+        for i, result in zip(asking, results, strict=True):
+            found[i] = tuple(result.documents)
+        return found
+
+    def _queries(
+        self, ids: Int64[np.ndarray, " n"], parts: Sequence[tuple[Modality, int]]
+    ) -> Float32[np.ndarray, "n d_embed"]:
+        """One query a document, read with one call per (modality, variant)."""
+        groups: dict[tuple[Modality, int], list[int]] = {}
+        for i, part in enumerate(parts):
+            groups.setdefault(part, []).append(i)
+        pieces = [
+            self.memory.queries(ids[members], *part) for part, members in groups.items()
+        ]
+        queries = np.concatenate(pieces).astype(np.float32)
+        order = np.concatenate(list(groups.values()))
+        return queries[np.argsort(order)]
+
+
+def _query_modality(
+    main: TokenizedDocument, wanted: QueryModality, rng: np.random.Generator
+) -> Modality:
+    drawn: Modality = "text" if rng.random() < 0.5 else "image"
+    if wanted != "both":
+        drawn = wanted
+    if drawn in main.modalities:
+        return drawn
+    return "image" if drawn == "text" else "text"

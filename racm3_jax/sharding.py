@@ -1,0 +1,235 @@
+"""The mesh, and the one table that says how every parameter lies on it.
+
+The mesh has three axes: `data` (batch is split, parameters are copied), `fsdp` (batch
+and parameters are split) and `tensor` (parameters are split, batch is copied). Modules
+name the *logical* axes of their parameters (`nn.with_logical_partitioning`);
+`LOGICAL_RULES` maps names to mesh axes. The table is total: an unknown name, a matrix
+without names, a mesh axis used twice or a size that does not divide is an error that
+names the parameter; nothing is replicated by accident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Choices in order; the first mesh axis that no earlier dimension of the same parameter
+# took is used. An empty tuple means "replicated along this dimension". What is small in
+# every preset (convolutions, patches, codebooks, positions, norms) is replicated.
+LOGICAL_RULES: dict[str, tuple[str, ...]] = {
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "tensor"),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "layers": (),
+    "length": (),
+    "position": (),
+    "patch": (),
+    "norm": (),
+    "codes": (),
+    "conv_in": (),
+    "conv_out": (),
+}
+
+BATCH_AXES = ("data", "fsdp")
+
+
+class ShardingError(ValueError):
+    """A parameter or a batch that the mesh and the table cannot place."""
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Builds the mesh `(data, fsdp, tensor)`; one of the sizes may be -1 ("the rest").
+
+    Args:
+      data: copies of the model that read different rows.
+      fsdp: over how many devices parameters, optimizer state and rows are split.
+      tensor: over how many devices one layer's heads and width are split.
+      devices: the devices to use; all of them by default.
+
+    Raises:
+      ShardingError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    wanted = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ShardingError(
+            f"mesh {wanted}: sizes are >= 1, and at most one is -1 (the rest)"
+        )
+    if -1 in sizes:
+        rest, remainder = divmod(len(devices), -int(np.prod(sizes)))
+        sizes[sizes.index(-1)] = 0 if remainder else rest
+    if int(np.prod(sizes)) != len(devices):
+        raise ShardingError(
+            f"mesh {wanted} does not fit {len(devices)} devices: the sizes must "
+            "multiply to the number of devices"
+        )
+    return jax.make_mesh(
+        tuple(sizes),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def partition_spec(
+    path: str, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+) -> PartitionSpec:
+    """Where one parameter lies, by the table.
+
+    ```
+    names  ("embed", "mlp")   on (data=2, fsdp=2, tensor=2)  -> P("fsdp", "tensor")
+    names  ("embed", "embed")                                -> P("fsdp", "tensor")
+    names  ("mlp", "vocab")                                  -> error, "tensor" twice
+    ```
+
+    Args:
+      path: the parameter's name, for errors.
+      names: one logical name a dimension; None means replicated.
+      shape: its shape.
+      mesh: from `make_mesh`.
+
+    Raises:
+      ShardingError: unknown name, mesh axis used twice, or size not divisible.
+    """
+    if len(names) != len(shape):
+        raise ShardingError(
+            f"parameter {path} has shape {list(shape)} but {len(names)} axis names "
+            f"{list(names)}: name every dimension"
+        )
+    taken: dict[str, str] = {}
+    spec: list[str | None] = []
+    for name, size in zip(names, shape, strict=True):
+        if name is None:
+            spec.append(None)
+            continue
+        if name not in LOGICAL_RULES:
+            raise ShardingError(
+                f"parameter {path}: logical axis {name!r} has no rule; known are "
+                f"{sorted(LOGICAL_RULES)}"
+            )
+        choices = LOGICAL_RULES[name]
+        axis = next((choice for choice in choices if choice not in taken), None)
+        if choices and axis is None:
+            raise ShardingError(
+                f"parameter {path}: axis {name!r} wants mesh axis {choices[0]!r}, "
+                f"which {taken[choices[0]]!r} already uses; names are {list(names)}"
+            )
+        if axis is not None:
+            taken[axis] = name
+            if size % mesh.shape[axis]:
+                raise ShardingError(
+                    f"parameter {path}: axis {name!r} of size {size} does not divide "
+                    f"by mesh axis {axis!r} of {mesh.shape[axis]}; pad that size or "
+                    "choose another mesh"
+                )
+        spec.append(axis)
+    return PartitionSpec(*spec)
+
+
+def shardings_for(abstract_boxed_params: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for every parameter of a tree.
+
+    Args:
+      abstract_boxed_params: arrays or `jax.ShapeDtypeStruct`s as `module.init` gives
+        them (by `jax.eval_shape`), still boxed with their logical axis names. Vectors
+        and scalars may come without names and are replicated.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The unboxed tree's structure with `NamedSharding` leaves.
+
+    Raises:
+      ShardingError: a parameter that the table does not cover.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if isinstance(leaf, nn.Partitioned):
+            spec = partition_spec(name, leaf.names, leaf.value.shape, mesh)
+        elif len(leaf.shape) <= 1:
+            spec = PartitionSpec()
+        else:
+            raise ShardingError(
+                f"parameter {name} of shape {list(leaf.shape)} has no logical axis "
+                "names: create it through nn.with_logical_partitioning"
+            )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(
+        place, abstract_boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over `data` and `fsdp`; all further dimensions whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def constrain_rows(x: Any) -> Any:
+    """Keeps activations split by rows, as the batch is; for use inside a model or loss.
+
+    Without it the compiler may follow the parameters instead and split the width over
+    `fsdp`, which gathers every row on every device. Outside of a training step (no
+    current mesh) it does nothing.
+
+    Args:
+      x: an array whose first dimension is the batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH_AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a pytree of host arrays on the mesh: rows split, scalars copied.
+
+    With several processes each passes its own rows, and the global batch is their
+    concatenation. Arrays that are on the mesh already pass through.
+
+    Raises:
+      ShardingError: a number of rows that the mesh does not divide.
+    """
+    rows_sharding, scalar_sharding = batch_sharding(mesh), replicated(mesh)
+    num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    num_processes = jax.process_count()
+
+    def put(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(
+            mesh.devices.flat
+        ):
+            return leaf
+        leaf = np.asarray(leaf)
+        if leaf.ndim == 0:
+            return jax.device_put(leaf, scalar_sharding)
+        if (leaf.shape[0] * num_processes) % num_shards:
+            raise ShardingError(
+                f"a batch of {leaf.shape[0]} rows does not divide over {num_shards} "
+                "devices (data x fsdp): change the number of rows or the mesh"
+            )
+        if num_processes == 1:
+            return jax.device_put(leaf, rows_sharding)
+        return jax.make_array_from_process_local_data(rows_sharding, leaf)
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,1 @@
+"""Documents to token ids and back: text (bpe), images (vqgan, image), both (mixed)."""

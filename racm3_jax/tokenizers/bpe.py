@@ -1,0 +1,138 @@
+"""Text to ids and back: byte-level BPE on the `tokenizers` library.
+
+The vocabulary holds no control string at all. `tokenizers` would emit control tokens from
+plain text, and the flag that stops it is lost on save and load; here there is nothing
+to emit, whatever a caption spells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Int32
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+NUM_BYTES = 256
+
+
+class TextTokenizer:
+    """Byte-level BPE: every string has ids, and decoding gives the string back.
+
+    Attributes:
+      vocab_size: how many ids there are; all of them are text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Takes a `tokenizers.Tokenizer`; use `train` or `load`.
+
+        Raises:
+          ValueError: if it has added tokens, or lacks one of the 256 bytes.
+        """
+        added = sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())
+        if added:
+            raise ValueError(
+                f"a text tokenizer must have no added (special) tokens; got {added[:5]}: "
+                "control ids belong to Vocab, remove them from tokenizer.json"
+            )
+        missing = set(ByteLevel.alphabet()) - set(tokenizer.get_vocab())
+        if missing:
+            raise ValueError(
+                f"the text tokenizer lacks {len(missing)} of the {NUM_BYTES} bytes; a "
+                "byte-level BPE with its whole alphabet is needed"
+            )
+        self._tokenizer = tokenizer
+        self.vocab_size: int = tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+        """Learns merges.
+
+        Args:
+          texts: the corpus; read once.
+          vocab_size: ids at most, 256 of them bytes; a small corpus yields fewer.
+
+        Returns:
+          A tokenizer that depends on the texts and the size alone.
+        """
+        if vocab_size < NUM_BYTES:
+            raise ValueError(
+                f"vocab_size must be >= {NUM_BYTES}, one id a byte; got {vocab_size}"
+            )
+        tokenizer = Tokenizer(BPE())
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = ByteLevelDecoder()
+        trainer = BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=sorted(ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TextTokenizer:
+        """Reads a `tokenizer.json`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: it is not a byte-level BPE without control tokens.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; give a tokenizer.json written by "
+                "TextTokenizer.save"
+            )
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        # The library raises plain Exception for a file that it cannot read.
+        except Exception as error:
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        return cls(tokenizer)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json`; the directory is made if need be."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        aside.replace(path)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " length"]:
+        """The ids of a string; unpaired surrogates become `?`."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " length"]]:
+        """The ids of each string, on all cores."""
+        valid = [t.encode("utf-8", "replace").decode("utf-8") for t in texts]
+        encodings = self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
+        return [np.asarray(e.ids, np.int32) for e in encodings]
+
+    def decode(self, ids: Int[np.ndarray, " length"] | Sequence[int]) -> str:
+        """The string of some ids; bytes that are no UTF-8 become the character U+FFFD.
+
+        Raises:
+          ValueError: an id is not one of this vocabulary.
+        """
+        array = np.asarray(ids, np.int64)
+        if array.size and not (0 <= array.min() and array.max() < self.vocab_size):
+            raise ValueError(
+                f"text ids lie in 0..{self.vocab_size - 1}; got {array.min()}.."
+                f"{array.max()}"
+            )
+        return self._tokenizer.decode(array.tolist(), skip_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids, whatever the file's layout."""
+        fields = json.loads(self._tokenizer.to_str())
+        content = json.dumps(fields, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]

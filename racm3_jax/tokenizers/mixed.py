@@ -1,0 +1,239 @@
+"""Documents to vocabulary ids and back: the one place where text and images meet.
+
+    text   "a red flag"      --bpe-->    17 301 44          ids of the text range
+    image  uint8[64, 64, 3]  --vqgan-->  codes  -- + constant -->  ids of the image range
+
+Sentinel and control ids are assigned by range in `Vocab`. No tokenizer can produce one:
+a caption that spells `<eod>` is encoded as its characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt8
+
+from racm3_jax.documents.images import resize_image
+from racm3_jax.tokenizers.bpe import TextTokenizer
+from racm3_jax.tokenizers.image import ImageTokenizer
+from racm3_jax.types import Document, Segment, TokenizedDocument, TokenizedSegment
+from racm3_jax.vocab import Vocab
+
+FORMAT = 1
+MANIFEST_NAME = "mixed.json"
+
+
+class MixedTokenizer:
+    """Tokenizes documents of any mixture of text and images.
+
+    Attributes:
+      text: the text tokenizer.
+      image: the image tokenizer.
+      vocab: the id ranges.
+    """
+
+    def __init__(
+        self, text: TextTokenizer, image: ImageTokenizer, num_sentinels: int = 512
+    ) -> None:
+        self.text = text
+        self.image = image
+        self.vocab = Vocab(
+            num_text_ids=text.vocab_size,
+            num_image_codes=image.num_codes,
+            image_length=image.image_length,
+            num_sentinels=num_sentinels,
+        )
+        self._fingerprint: str | None = None
+
+    def tokenize(
+        self, documents: Iterable[Document], batch: int = 256
+    ) -> Iterator[TokenizedDocument]:
+        """Yields each document as ids, in order.
+
+        Args:
+          documents: read once, `batch` at a time.
+          batch: documents whose texts, and whose images, are encoded together.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be >= 1; got {batch}")
+        chunk: list[Document] = []
+        for document in documents:
+            chunk.append(document)
+            if len(chunk) == batch:
+                yield from self._tokenize_chunk(chunk)
+                chunk = []
+        if chunk:
+            yield from self._tokenize_chunk(chunk)
+
+    def encode_text(self, text: str) -> Int32[np.ndarray, " length"]:
+        """Ids of a text; all lie in the text range."""
+        return self.text.encode(text)
+
+    def encode_image(
+        self, image: UInt8[np.ndarray, "height width 3"]
+    ) -> Int32[np.ndarray, " length"]:
+        """Ids of an image of any size (cropped to a square and resized)."""
+        return self._encode_images([image])[0]
+
+    def decode(self, document: TokenizedDocument) -> Document:
+        """Ids back to text and pixels; pixels pass through the VQGAN, so they are close.
+
+        Raises:
+          ValueError: a segment that is not whole, or holds ids of another range.
+        """
+        images = [s.tokens for s in document.segments if s.modality == "image"]
+        for tokens in images:
+            self._check_image(tokens)
+        pixels = iter(())
+        if images:
+            codes = self.vocab.image_codes(np.stack(images))
+            pixels = iter(self.image.decode(codes))
+        segments = tuple(
+            Segment(text=self.text.decode(s.tokens))
+            if s.modality == "text"
+            else Segment(image=next(pixels))
+            for s in document.segments
+        )
+        return Document(document.id, segments, document.source, document.metadata)
+
+    def split_tokens(
+        self, tokens: Int[np.ndarray, " length"] | Sequence[int], id: str = ""
+    ) -> TokenizedDocument:
+        """One document's ids back to its segments.
+
+            <eod> t4 t9 <break> i1 i7 i7 i2 <eod>   ->   text [t4 t9], image [i1 i7 i7 i2]
+
+        `<break>` parts segments, and so does a change between text and image ids; `<eod>`, `<pad>`, sentinels and `<eoss>` are dropped.
+
+        Args:
+          tokens: vocabulary ids of one document, unmasked.
+          id: name of the result.
+
+        Raises:
+          ValueError: ids outside the vocabulary, an image that is not whole, or more
+            than one document.
+        """
+        array = np.asarray(tokens, np.int32)
+        self._check_range(array, range(self.vocab.size), "the vocabulary")
+        is_image = self.vocab.is_image(array)
+        kept = np.flatnonzero(is_image | self.vocab.is_text(array))
+        if not kept.size:
+            return TokenizedDocument(id, ())
+        ends = array == self.vocab.eod
+        if ends[kept[0] : kept[-1]].any():
+            raise ValueError(
+                "tokens hold an <eod> between segments, so more than one document; cut "
+                "them at <eod> first"
+            )
+        number = np.cumsum(array == self.vocab.break_)[kept]
+        changes = (np.diff(number) != 0) | (np.diff(is_image[kept].astype(int)) != 0)
+        segments = []
+        for places in np.split(kept, np.flatnonzero(changes) + 1):
+            if is_image[places[0]]:
+                self._check_image(array[places])
+                segments.append(TokenizedSegment("image", array[places]))
+            else:
+                segments.append(TokenizedSegment("text", array[places]))
+        return TokenizedDocument(id, tuple(segments))
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids for equal documents."""
+        if self._fingerprint is None:
+            parts = (f.fingerprint() for f in (self.text, self.image, self.vocab))
+            content = "/".join(parts)
+            self._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return self._fingerprint
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `text/tokenizer.json`, `image/` and `mixed.json`."""
+        directory = Path(directory)
+        self.text.save(directory / "text" / "tokenizer.json")
+        self.image.save(directory / "image")
+        manifest = {
+            "format": FORMAT,
+            "num_sentinels": self.vocab.num_sentinels,
+            "fingerprint": self.fingerprint(),
+        }
+        (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> MixedTokenizer:
+        """Reads what `save` wrote.
+
+        Raises:
+          FileNotFoundError: no tokenizer there.
+          ValueError: damaged, of another format, or parts of different tokenizers.
+        """
+        directory = Path(directory)
+        path = directory / MANIFEST_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory} holds no {MANIFEST_NAME}; give a directory written by "
+                "MixedTokenizer.save"
+            )
+        try:
+            manifest = json.loads(path.read_text())
+            found = manifest["format"]
+            num_sentinels, expected = manifest["num_sentinels"], manifest["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}; save it again") from error
+        if found != FORMAT:
+            raise ValueError(
+                f"{path} has format {found}; this version reads format {FORMAT}"
+            )
+        tokenizer = cls(
+            TextTokenizer.load(directory / "text" / "tokenizer.json"),
+            ImageTokenizer.load(directory / "image"),
+            num_sentinels,
+        )
+        if tokenizer.fingerprint() != expected:
+            raise ValueError(
+                f"{directory} holds parts of different tokenizers: fingerprint "
+                f"{tokenizer.fingerprint()}, {MANIFEST_NAME} says {expected}"
+            )
+        return tokenizer
+
+    def _tokenize_chunk(self, chunk: list[Document]) -> Iterator[TokenizedDocument]:
+        segments = [s for document in chunk for s in document.segments]
+        texts = [s.text for s in segments if s.text is not None]
+        images = [s.image for s in segments if s.image is not None]
+        text_ids = iter(self.text.encode_batch(texts))
+        image_ids = iter(self._encode_images(images))
+        for document in chunk:
+            parts = tuple(
+                TokenizedSegment(
+                    s.modality, next(text_ids if s.modality == "text" else image_ids)
+                )
+                for s in document.segments
+            )
+            yield TokenizedDocument(
+                document.id, parts, document.source, document.metadata
+            )
+
+    def _encode_images(
+        self, images: Sequence[UInt8[np.ndarray, "height width 3"]]
+    ) -> Sequence[Int32[np.ndarray, " length"]]:
+        if not images:
+            return []
+        size = self.image.image_size
+        pixels = np.stack([resize_image(image, size) for image in images])
+        return self.vocab.image_tokens(self.image.encode(pixels)).astype(np.int32)
+
+    def _check_image(self, tokens: Int[np.ndarray, " length"]) -> None:
+        if len(tokens) != self.vocab.image_length:
+            raise ValueError(
+                f"an image has exactly {self.vocab.image_length} ids; got {len(tokens)}"
+            )
+        self._check_range(tokens, self.vocab.image_range, "the image range")
+
+    def _check_range(self, tokens: np.ndarray, ids: range, name: str) -> None:
+        if tokens.size and not (ids.start <= tokens.min() <= tokens.max() < ids.stop):
+            raise ValueError(
+                f"ids of {name} lie in {ids.start}..{ids.stop - 1}; got "
+                f"{tokens.min()}..{tokens.max()}"
+            )

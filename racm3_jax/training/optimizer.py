@@ -1,0 +1,97 @@
+"""AdamW, its learning-rate schedule, and what is decayed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up. Defaults: RA-CM3's recipe as far as it is published.
+
+    Attributes:
+      learning_rate: the peak, reached after `warmup_steps`.
+      warmup_steps: linear rise from 0.
+      num_steps: the step at which the schedule has reached `final_fraction`.
+      schedule: the form of the fall after the warm-up.
+      final_fraction: learning rate at the end, as a share of the peak.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled; only parameters of rank >= 2 decay.
+      clip_norm: the gradient's global norm is clipped to it; 0 turns clipping off.
+    """
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 1500
+    num_steps: int = 100_000
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optimizer.schedule is {self.schedule!r}; choose one of {SCHEDULES}"
+            )
+        for name in ("learning_rate", "num_steps", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"optimizer.{name} must be > 0; got {getattr(self, name)}"
+                )
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "final_fraction"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"optimizer.{name} must be >= 0; got {getattr(self, name)}"
+                )
+
+
+def build_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then the chosen fall."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    num_decay_steps = max(config.num_steps - config.warmup_steps, 1)
+    if config.schedule == "linear":
+        fall = optax.linear_schedule(peak, final, num_decay_steps)
+    elif config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(
+            peak, num_decay_steps, alpha=config.final_fraction
+        )
+    else:
+        fall = optax.constant_schedule(peak)
+    if config.warmup_steps == 0:
+        return fall
+    # The first update uses step 0, so the rise starts one notch above 0.
+    rise = optax.linear_schedule(
+        peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1)
+    )
+    return optax.join_schedules([rise, fall], [config.warmup_steps])
+
+
+def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW without decay on vectors and scalars."""
+
+    def decays(params: Any) -> Any:
+        return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+
+    adamw = optax.adamw(
+        build_schedule(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    if config.clip_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -1,0 +1,48 @@
+"""Packaging of racm3_jax; tool settings live in hidden files beside this one."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+LINUX = "sys_platform == 'linux'"
+
+setup(
+    name="racm3_jax",
+    version="0.1.0",
+    description="RA-CM3: retrieval-augmented multimodal language modelling in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["racm3_jax", "racm3_jax.*", "configs"]),
+    package_data={"racm3_jax": ["shipped/**/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8",
+        "clu>=0.0.12",
+        "etils[epath]>=1.9",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "jax>=0.9",
+        "jaxtyping>=0.3",
+        "matplotlib>=3.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "rich>=13",
+        "safetensors>=0.5",
+        f"scann>=1.4.2; {LINUX}",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.21",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "pyright>=1.1.390"],
+        "parity": ["torch>=2.6", "transformers>=4.50"],
+    },
+    entry_points={"console_scripts": ["racm3=racm3_jax.cli:main"]},
+)

@@ -1,0 +1,111 @@
+"""Filters and draws against NumPy references."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from racm3_jax.generation import logits as L
+
+FILTER = jax.jit(L.filter_logits)
+
+
+def reference_filter(row, temperature, top_k, top_p):
+    """Sorts, as the definitions read; -inf where an id is dropped."""
+    row = row.astype(np.float64)
+    if temperature == 0:
+        return np.where(row == row.max(), row, -np.inf)
+    row = row / temperature
+    if top_k:
+        row = np.where(row >= np.sort(row)[-min(top_k, len(row))], row, -np.inf)
+    if top_p < 1:
+        probabilities = np.exp(row - row.max())
+        probabilities /= probabilities.sum()
+        order = np.argsort(-probabilities, kind="stable")
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        dropped = order[before >= top_p]
+        row[dropped] = -np.inf
+    return row
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 1000])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.93, 1.0])
+def test_filter_equals_the_sorting_reference(temperature, top_k, top_p):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(0, 3, (32, 47)).astype(np.float32)
+    rows[:, 7] = -np.inf  # what a grammar forbids stays forbidden
+    got = np.asarray(FILTER(rows, temperature, top_k, top_p))
+    for row, out in zip(rows, got, strict=True):
+        expected = reference_filter(row, temperature, top_k, top_p)
+        np.testing.assert_array_equal(np.isfinite(out), np.isfinite(expected))
+        kept = np.isfinite(expected)
+        if temperature:
+            np.testing.assert_allclose(out[kept], expected[kept], rtol=1e-5)
+
+
+def test_changing_the_settings_compiles_nothing():
+    traces = []
+
+    @jax.jit
+    def run(*args):
+        traces.append(1)
+        return L.filter_logits(*args)
+
+    rows = jnp.zeros((2, 9))
+    for temperature, top_k, top_p in [(1.0, 0, 1.0), (0.0, 3, 0.5), (0.7, 9, 0.9)]:
+        run(rows, temperature, top_k, top_p)
+    assert len(traces) == 1
+
+
+def test_order_bits_keeps_the_order_of_floats():
+    values = np.array([-np.inf, -3e38, -1.0, -1e-30, 0.0, 1e-30, 2.0, np.inf])
+    bits = np.asarray(L.order_bits(jnp.asarray(values, jnp.float32)))
+    assert (np.diff(bits.astype(np.int64)) > 0).all()
+
+
+def test_ties_stay_together_and_the_best_always_stays():
+    #            mass  .4   .2   .2   .1   .1
+    rows = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
+    for top_p, num_kept in [(1e-6, 1), (0.39, 1), (0.5, 3), (0.79, 3), (0.85, 5)]:
+        assert np.isfinite(np.asarray(L.keep_top_p(rows, top_p))).sum() == num_kept
+    assert np.isfinite(np.asarray(L.keep_top_k(rows, 2))).sum() == 3
+
+
+def test_frequencies_follow_the_probabilities():
+    """Chi-square over 40,000 draws; 6 ids, of which top-p drops two."""
+    probabilities = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+    num_draws = 40_000
+    rows = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (num_draws, 6))
+    keys = jax.random.split(jax.random.key(1), num_draws)
+    drawn = np.asarray(jax.jit(L.sample_tokens)(keys, rows, 1.0, 0, 0.85))
+    counts = np.bincount(drawn, minlength=6)
+    expected = np.append(probabilities[:4] / 0.9, [0, 0]) * num_draws
+    assert counts[4:].sum() == 0
+    chi_square = ((counts - expected)[:4] ** 2 / expected[:4]).sum()
+    assert chi_square < 16.27  # 3 degrees of freedom, p = 0.001
+
+    drawn = np.asarray(jax.jit(L.sample_tokens)(keys, rows, 0.5, 0, 1.0))
+    expected = probabilities**2 / (probabilities**2).sum() * num_draws
+    chi_square = ((np.bincount(drawn, minlength=6) - expected) ** 2 / expected).sum()
+    assert chi_square < 20.52  # 5 degrees of freedom, p = 0.001
+
+
+def test_a_draw_depends_on_its_own_key_only():
+    rng = np.random.default_rng(2)
+    rows = jnp.asarray(rng.normal(size=(8, 33)), jnp.float32)
+    keys = jax.random.split(jax.random.key(3), 8)
+    draw = jax.jit(L.sample_tokens)
+    together = draw(keys, rows, 0.9, 0, 0.9)
+    alone = [
+        int(draw(keys[i : i + 1], rows[i : i + 1], 0.9, 0, 0.9)[0]) for i in range(8)
+    ]
+    assert together.tolist() == alone
+
+
+def test_temperature_zero_takes_the_first_maximum():
+    rows = jnp.array([[0.0, 2.0, 2.0], [5.0, -1.0, 1.0]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert L.sample_tokens(keys, rows, 0.0, 0, 1.0).tolist() == [1, 0]

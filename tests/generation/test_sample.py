@@ -1,0 +1,240 @@
+"""The decode loop: equal to the full forward, reproducible, compiled once a bucket."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from racm3_jax.generation.grammar import image_grammar, text_grammar
+from racm3_jax.generation.sample import SamplingConfig, sample
+from racm3_jax.model.config import tiny, tiny_chameleon
+from racm3_jax.model.transformer import Transformer, compute_logits, init_params
+from racm3_jax.vocab import Vocab
+
+VOCAB = Vocab(num_text_ids=20, num_image_codes=30, image_length=6, num_sentinels=2)
+MAX_LENGTH = 160
+KEY = jax.random.key(0)
+
+
+@flax.struct.dataclass
+class SumCache:
+    """Stands in for keys and values: the sum of what was read."""
+
+    total: Any
+
+    def repeat(self, num_samples):
+        return SumCache(jnp.repeat(self.total, num_samples, axis=0))
+
+
+class SumModel:
+    """Next-id logits from the sum of all embeddings; counts how often it is traced."""
+
+    def __init__(self):
+        self.config = types.SimpleNamespace(max_length=MAX_LENGTH)
+        self.num_traces = 0
+
+    def apply(self, variables, *args, method):
+        return getattr(self, method)(variables["params"], *args)
+
+    def prefill(self, params, tokens, lengths, max_length):
+        self.num_traces += 1
+        assert max_length <= MAX_LENGTH
+        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        total = (params["embed"][tokens] * real[..., None]).sum(1)
+        return total @ params["head"], SumCache(total)
+
+    def decode(self, params, token, cache):
+        total = cache.total + params["embed"][token]
+        return total @ params["head"], SumCache(total)
+
+
+def sum_params():
+    rng = np.random.default_rng(0)
+    return {
+        "embed": jnp.asarray(rng.normal(size=(VOCAB.size, 8)), jnp.float32),
+        "head": jnp.asarray(rng.normal(size=(8, VOCAB.size)) / 3, jnp.float32),
+    }
+
+
+def make_prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB.num_text_ids, (len(lengths), max(lengths)))
+    return tokens.astype(np.int32), np.asarray(lengths, np.int32)
+
+
+IMAGE = SamplingConfig(max_new_tokens=6, fixed_length=True)
+TEXT = SamplingConfig(max_new_tokens=9)
+
+
+@pytest.mark.parametrize("make_config", [tiny, tiny_chameleon])
+def test_greedy_equals_the_argmax_of_the_full_forward(make_config):
+    """Step by step, on prompts of different lengths, with a table larger than the ids."""
+    config = make_config(vocab_size=VOCAB.size + 5, max_length=40)
+    model = Transformer(config)
+    tokens, lengths = make_prompts([3, 9, 14])
+    params = jax.jit(init_params, static_argnums=0)(config, KEY)
+    grammar = text_grammar(VOCAB, 8)
+    greedy = dataclasses.replace(TEXT, temperature=0.0)
+    got = sample(model, params, tokens, lengths, grammar, greedy, KEY)
+
+    @jax.jit
+    def full_logits(row, length):
+        segments = (jnp.arange(40) < length).astype(jnp.int32)[None]
+        positions = jnp.arange(40)[None]
+        hidden = model.apply({"params": params}, row[None], positions, segments)
+        return compute_logits(params, config, hidden)[0, length - 1]
+
+    for i, length in enumerate(lengths):
+        row = np.zeros(40, np.int32)
+        row[:length] = tokens[i, :length]
+        for step in range(got.lengths[i, 0]):
+            logits = np.asarray(full_logits(row, length + step))
+            allowed = np.zeros(len(logits), bool)
+            allowed[: VOCAB.num_text_ids] = step < 8
+            allowed[VOCAB.eoss] = step > 0
+            expected = np.argmax(np.where(allowed, logits, -np.inf))
+            assert got.tokens[i, 0, step] == expected
+            log_prob = logits[expected] - np.log(np.exp(logits).sum())
+            np.testing.assert_allclose(got.log_probs[i, 0, step], log_prob, atol=1e-4)
+            row[length + step] = expected
+
+
+def test_images_have_exactly_their_length_and_seeds_reproduce():
+    model, params = SumModel(), sum_params()
+    tokens, lengths = make_prompts([5, 30, 11])
+    grammar = image_grammar(VOCAB)
+
+    def run(key):
+        return sample(
+            model, params, tokens, lengths, grammar, IMAGE, key, num_samples=4
+        )
+
+    first, again, other = run(KEY), run(KEY), run(jax.random.key(1))
+    assert first.tokens.shape == (3, 4, 6)
+    assert VOCAB.is_image(first.tokens).all()
+    assert (first.lengths == 6).all()
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert (first.tokens != other.tokens).any()
+    assert len({t.tobytes() for t in first.tokens.reshape(12, 6)}) == 12
+
+
+def test_batching_and_the_number_of_samples_change_no_sample():
+    model, params = SumModel(), sum_params()
+    tokens, lengths = make_prompts([7, 40, 90, 23, 64])
+    grammar = text_grammar(VOCAB, 8)
+    seeds = np.array([5, 0, 77, 5, 2**32 - 1])
+    prompts = (tokens, lengths, grammar, TEXT, KEY)
+    together = sample(model, params, *prompts, num_samples=3, row_seeds=seeds)
+    for i in range(len(lengths)):
+        alone = sample(
+            model,
+            params,
+            tokens[i : i + 1, : lengths[i]],
+            lengths[i : i + 1],
+            grammar,
+            TEXT,
+            KEY,
+            num_samples=2,
+            row_seeds=seeds[i : i + 1],
+        )
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i, :2])
+        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[i, :2], 1e-4)
+
+
+def test_text_ends_with_one_eoss_and_padding_follows():
+    model, params = SumModel(), sum_params()
+    tokens, lengths = make_prompts([4] * 16)
+    drawn = sample(model, params, tokens, lengths, text_grammar(VOCAB, 8), TEXT, KEY)
+    assert len(set(drawn.lengths[:, 0])) > 1
+    for row, log_probs, length in zip(
+        drawn.tokens[:, 0], drawn.log_probs[:, 0], drawn.lengths[:, 0], strict=True
+    ):
+        assert VOCAB.is_text(row[: length - 1]).all()
+        assert row[length - 1] == VOCAB.eoss
+        assert (row[length:] == VOCAB.pad).all()
+        assert (log_probs[:length] < 0).all()
+        assert (log_probs[length:] == 0).all()
+
+
+def test_one_compiled_program_serves_a_bucket():
+    """Lengths, rows, settings, grammar limits and seeds: none compiles anew."""
+    model, params = SumModel(), sum_params()
+    for rows, longest, limit, config in [
+        (3, 3, 8, TEXT),
+        (4, 64, 2, dataclasses.replace(TEXT, temperature=0.0)),
+        (4, 31, 15, SamplingConfig(0.5, 0.8, 3, 16)),
+    ]:
+        tokens, lengths = make_prompts([longest] + [2] * (rows - 1))
+        grammar = text_grammar(VOCAB, limit)
+        drawn = sample(model, params, tokens, lengths, grammar, config, KEY)
+        assert drawn.tokens.shape == (rows, 1, config.max_new_tokens)
+    assert model.num_traces == 1
+    tokens, lengths = make_prompts([65, 1, 1])
+    sample(model, params, tokens, lengths, text_grammar(VOCAB, 8), TEXT, KEY)
+    assert model.num_traces == 2
+
+
+def test_a_row_stops_at_the_max_length_of_the_model():
+    """Text gets what is left of the 160 positions; an image must fit as a whole."""
+    model, params = SumModel(), sum_params()
+    tokens, lengths = make_prompts([157, 10])
+    grammar = text_grammar(VOCAB, 8, min_length=8)
+    drawn = sample(model, params, tokens, lengths, grammar, TEXT, KEY)
+    assert drawn.lengths[:, 0].tolist() == [3, 9]
+    assert (drawn.tokens[0, 0, 3:] == VOCAB.pad).all()
+    with pytest.raises(ValueError, match="157 ids, and at least 6 .* max_length 160"):
+        sample(model, params, tokens, lengths, image_grammar(VOCAB), IMAGE, KEY)
+
+
+def test_frequencies_follow_the_model():
+    """Chi-square of the first id over 6,000 samples of one prompt."""
+    model, params = SumModel(), sum_params()
+    tokens, lengths = make_prompts([5])
+    one = SamplingConfig(max_new_tokens=1, fixed_length=True)
+    grammar = image_grammar(VOCAB, 1)
+    drawn = sample(model, params, tokens, lengths, grammar, one, KEY, num_samples=6000)
+    codes = VOCAB.image_codes(drawn.tokens.ravel())
+    logits = np.asarray(model.prefill(params, tokens, lengths, 6)[0])[0]
+    weights = np.exp(logits[VOCAB.image_range.start : VOCAB.image_range.stop])
+    expected = weights / weights.sum() * 6000
+    rare = expected < 20
+    counts = np.bincount(codes, minlength=30)
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    chi_square = ((counts - expected) ** 2 / np.maximum(expected, 1e-9)).sum()
+    assert chi_square < 59.7  # at most 30 - 1 + 1 cells, p = 0.001
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -0.1}, "temperature .* got -0.1"),
+        ({"temperature": float("nan")}, "temperature .* got nan"),
+        ({"top_p": 0.0}, "top_p .* got 0.0"),
+        ({"top_p": 1.5}, "top_p .* got 1.5"),
+        ({"top_k": -1}, "top_k .* got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens .* got 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**changes)
+
+
+def test_prompts_that_cannot_be_are_refused():
+    model, params = SumModel(), sum_params()
+    grammar = image_grammar(VOCAB)
+    tokens, lengths = make_prompts([5, 3])
+    with pytest.raises(ValueError, match="num_samples must be >= 1; got 0"):
+        sample(model, params, tokens, lengths, grammar, IMAGE, KEY, num_samples=0)
+    with pytest.raises(ValueError, match="at least one id"):
+        sample(model, params, tokens, np.array([5, 0]), grammar, IMAGE, KEY)
+    with pytest.raises(ValueError, match="do not hold 2 prompts"):
+        sample(model, params, tokens, np.array([5, 6]), grammar, IMAGE, KEY)

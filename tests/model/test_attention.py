@@ -1,0 +1,110 @@
+"""Every implementation equals the plain one, and none leaks between segments."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from racm3_jax.model.attention import (
+    IMPLEMENTATIONS,
+    attend_to_cache,
+    attention,
+    choose_implementation,
+)
+
+# Longer than one block of queries, and no multiple of it.
+LENGTH = 150
+SEGMENTS = np.repeat([1, 2, 3, 0], [40, 60, 35, 15])[None]
+
+
+def make_qkv(heads=4, kv_heads=2, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(1, LENGTH, h, 8) for h in (heads, kv_heads, kv_heads)]
+    return [
+        jax.random.normal(k, s, jnp.float32).astype(dtype)
+        for k, s in zip(keys, shapes, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def outputs_and_gradients(implementation, q, k, v, direction):
+    def loss(q, k, v):
+        out = attention(q, k, v, jnp.asarray(SEGMENTS), implementation)
+        return (out.astype(jnp.float32) * direction).sum(), out
+
+    gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return out, gradients
+
+
+def test_plain_is_the_picture_of_the_docstring():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
+    q = k = jnp.zeros((1, 6, 1, 6))
+    v = jnp.eye(6)[None, :, None, :]
+    seen = attention(q, k, v, segments, "plain")[0, :, 0] > 0
+    picture = ["".join("x" if x else "." for x in row) for row in np.asarray(seen)]
+    assert picture == ["x.....", "xx....", "xxx...", "...x..", "...xx.", ".....x"]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_equals_plain_with_its_gradient(implementation, heads, kv_heads):
+    inputs = (*make_qkv(heads, kv_heads), jnp.cos(jnp.arange(8.0)))
+    expected = outputs_and_gradients("plain", *inputs)
+    actual = outputs_and_gradients(implementation, *inputs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), actual, expected
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_stays_near_float32(implementation):
+    direction = jnp.cos(jnp.arange(8.0))
+    expected = outputs_and_gradients("plain", *make_qkv(), direction)
+    inputs = make_qkv(dtype=jnp.bfloat16)
+    actual = outputs_and_gradients(implementation, *inputs, direction)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(actual))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, atol=0.06),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_segment_touches_another(implementation):
+    perturbed = SEGMENTS[0] == 2
+    change = jnp.asarray(perturbed)[None, :, None, None] * 3.0
+    q, k, v = make_qkv()
+    # Gradients only of what the *other* segments computed.
+    direction = jnp.asarray(~perturbed)[None, :, None, None] * 1.0
+    out, gradients = outputs_and_gradients(implementation, q, k, v, direction)
+    changed, _ = outputs_and_gradients(
+        implementation, q + change, k + change, v + change, direction
+    )
+    np.testing.assert_array_equal(out[:, ~perturbed], changed[:, ~perturbed])
+    assert not np.array_equal(out[:, perturbed], changed[:, perturbed])
+    for gradient in gradients:
+        assert not np.any(gradient[:, perturbed])
+        assert np.any(gradient[:, ~perturbed])
+
+
+def test_cache_of_one_row_equals_plain():
+    q, k, v = make_qkv()
+    alone = jnp.ones((1, LENGTH), jnp.int32)
+    expected = attention(q, k, v, alone, "plain")
+    positions = jnp.arange(LENGTH)[None]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    np.testing.assert_allclose(attend_to_cache(q, k, v, positions), expected, atol=2e-6)
+    last = attend_to_cache(q[:, -1:], k, v, positions[:, -1:])
+    np.testing.assert_allclose(last, expected[:, -1:], atol=2e-6)
+
+
+def test_auto_is_an_implementation_and_other_names_are_refused():
+    assert choose_implementation() in IMPLEMENTATIONS
+    q, k, v = make_qkv()
+    with pytest.raises(ValueError, match="'flash' does not exist; use 'auto'"):
+        attention(q, k, v, jnp.asarray(SEGMENTS), "flash")

@@ -1,0 +1,236 @@
+"""Equivalences of the Transformer: cached = full, scanned = unrolled, remat = none."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from racm3_jax.model.attention import IMPLEMENTATIONS
+from racm3_jax.model.cache import make_cache
+from racm3_jax.model.config import tiny, tiny_chameleon
+from racm3_jax.model.transformer import (
+    Transformer,
+    compute_logits,
+    head_weights,
+    init_params,
+    prepare_decoding,
+    stack_layers,
+    unstack_layers,
+)
+
+STYLES = [tiny, tiny_chameleon]
+LENGTH = 24
+TOKENS = jax.random.randint(jax.random.key(7), (3, LENGTH), 0, 64)
+POSITIONS = jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape)
+SEGMENTS = jnp.ones_like(TOKENS)
+
+
+def compute(config, params, tokens=TOKENS, positions=POSITIONS, segments=SEGMENTS):
+    hidden = Transformer(config).apply({"params": params}, tokens, positions, segments)
+    return compute_logits(params, config, hidden)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
+        actual,
+        expected,
+    )
+
+
+def loss_and_gradient(config, params):
+    def loss(params):
+        return jnp.sin(compute(config, params)).mean()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_cached_decode_equals_full_forward(style, scan):
+    """Prompts of 5, 9 and 12 tokens, read by prefill, extend and decode."""
+    config = style(scan_layers=scan)
+    params = init_params(config, jax.random.key(0))
+    full, rows = compute(config, params), jnp.arange(3)
+    lengths = jnp.asarray([5, 9, 12])
+    model, variables = Transformer(config), {"params": params}
+    logits, cache = model.apply(
+        variables, TOKENS[:, :12], lengths, LENGTH, method="prefill"
+    )
+    assert_close(logits, full[rows, lengths - 1])
+    more = jnp.asarray([2, 1, 3])
+    chunk = TOKENS[rows[:, None], lengths[:, None] + jnp.arange(3)]
+    logits, cache = model.apply(variables, chunk, more, cache, method="extend")
+    lengths += more
+    assert_close(logits, full[rows, lengths - 1])
+    decode = jax.jit(lambda t, c: model.apply(variables, t, c, method="decode"))
+    for _ in range(6):
+        logits, cache = decode(TOKENS[rows, lengths], cache)
+        assert_close(logits, full[rows, lengths])
+        lengths += 1
+    np.testing.assert_array_equal(cache.length, lengths)
+
+
+def test_a_prefix_is_read_once_and_repeated():
+    config = tiny()
+    variables = {"params": init_params(config, jax.random.key(0))}
+    model, prefix = Transformer(config), jnp.broadcast_to(TOKENS[:1, :8], (3, 8))
+    lengths = jnp.full(3, 8)
+    _, each = model.apply(variables, prefix, lengths, 16, method="prefill")
+    _, once = model.apply(variables, prefix[:1], lengths[:1], 16, method="prefill")
+    nexts = jnp.asarray([1, 2, 3])
+    expected, _ = model.apply(variables, nexts, each, method="decode")
+    actual, _ = model.apply(variables, nexts, once.repeat(3), method="decode")
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_scanned_equals_unrolled(style):
+    scanned, unrolled = style(scan_layers=True), style()
+    params = init_params(scanned, jax.random.key(0))
+    loss, gradient = loss_and_gradient(scanned, params)
+    expected = loss_and_gradient(unrolled, unstack_layers(params))
+    assert_close((loss, unstack_layers(gradient)), expected)
+    restored = stack_layers(unstack_layers(params))
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_nothing(remat, scan):
+    config = tiny(scan_layers=scan)
+    params = init_params(config, jax.random.key(0))
+    recomputing = dataclasses.replace(config, remat=remat)
+    assert_close(
+        loss_and_gradient(recomputing, params), loss_and_gradient(config, params)
+    )
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_blocked_equals_plain(style):
+    config = style(attention="plain")
+    params = init_params(config, jax.random.key(0))
+    blocked = style(attention="blocked")
+    assert_close(loss_and_gradient(blocked, params), loss_and_gradient(config, params))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("style", STYLES)
+def test_packed_examples_do_not_touch_each_other(style, implementation):
+    """One row of three examples and padding; the second one is replaced."""
+    config = style(attention=implementation)
+    params = init_params(config, jax.random.key(0))
+    segments = jnp.repeat(jnp.asarray([1, 2, 3, 0]), jnp.asarray([7, 8, 6, 3]))[None]
+    positions = jnp.concatenate([jnp.arange(n) for n in (7, 8, 6, 3)])[None]
+    second = np.asarray(segments[0] == 2)
+    tokens = TOKENS[:1]
+    other = jnp.where(segments == 2, (tokens + 17) % 64, tokens)
+
+    @jax.jit
+    def run(tokens):
+        return compute(config, params, tokens, positions, segments)
+
+    logits, changed = run(tokens), run(other)
+    np.testing.assert_array_equal(logits[:, ~second], changed[:, ~second])
+    assert not np.array_equal(logits[:, second], changed[:, second])
+
+    # The gradient of the neighbours' logits with respect to each position's input.
+    model = Transformer(config)
+
+    @jax.jit
+    def gradient(table):
+        def loss(table):
+            # Every position has a row of the table to itself.
+            own = {**params, "embedding": table}
+            ids = jnp.arange(LENGTH)[None]
+            hidden = model.apply({"params": own}, ids, positions, segments)
+            return jnp.where(second[None, :, None], 0.0, jnp.sin(hidden)).sum()
+
+        return jax.grad(loss)(table)
+
+    by_position = gradient(params["embedding"])[:LENGTH]
+    assert not np.any(by_position[second])
+    assert np.all(np.any(by_position[~second], axis=-1))
+
+
+def test_an_example_alone_equals_itself_packed():
+    config = tiny()
+    params = init_params(config, jax.random.key(0))
+    segments = jnp.asarray([[1] * 10 + [2] * 14])
+    positions = jnp.concatenate([jnp.arange(10), jnp.arange(14)])[None]
+    packed = compute(config, params, TOKENS[:1], positions, segments)
+    alone = compute(
+        config, params, TOKENS[:1, 10:], positions[:, 10:], segments[:, 10:]
+    )
+    assert_close(packed[:, 10:], alone)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_bfloat16_trains_near_float32(style):
+    params = init_params(style(), jax.random.key(0))
+    near = style(compute_dtype="bfloat16")
+    assert (
+        Transformer(near).apply({"params": params}, TOKENS, POSITIONS, SEGMENTS).dtype
+        == jnp.bfloat16
+    )
+    _, gradient = loss_and_gradient(near, params)
+    _, exact = loss_and_gradient(style(), params)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == jnp.float32
+        assert np.linalg.norm(a - b) <= 0.05 * np.linalg.norm(b) + 1e-4
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_prepared_for_decoding_is_the_same_model(style):
+    config = style(scan_layers=True, remat="full")
+    params = init_params(config, jax.random.key(0))
+    prepared, unrolled = prepare_decoding(config, params)
+    assert not prepared.scan_layers
+    assert_close(compute(prepared, unrolled), compute(config, params))
+
+
+def test_dropout_needs_a_key():
+    config = tiny(dropout=0.5)
+    params = init_params(config, jax.random.key(0))
+    assert_close(compute(config, params), compute(tiny(), params), 0)
+    arguments = ({"params": params}, TOKENS, POSITIONS, SEGMENTS)
+    first, again, other = (
+        Transformer(config).apply(*arguments, rngs={"dropout": jax.random.key(i)})
+        for i in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_parameter_names_every_axis(style):
+    for scan in (False, True):
+        boxed = init_params(style(scan_layers=scan), jax.random.key(0), boxed=True)
+        leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+        for leaf in leaves:
+            assert len(leaf.names) == leaf.value.ndim
+            assert ("layers" in leaf.names) <= scan
+
+
+def test_head_weights_are_the_matrix_of_the_logits():
+    for style in STYLES:
+        config = style()
+        params = init_params(config, jax.random.key(0))
+        assert head_weights(params, config).shape == (32, 64)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="exceeds the model's max_length=64"):
+        make_cache(tiny(), 1, 65)
+    config = tiny()
+    variables = {"params": init_params(config, jax.random.key(0))}
+    for max_length in (8, 65):
+        with pytest.raises(ValueError, match="does not fit: the prompts have 24"):
+            Transformer(config).apply(
+                variables, TOKENS, jnp.full(3, 24), max_length, method="prefill"
+            )

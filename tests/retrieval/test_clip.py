@@ -1,0 +1,271 @@
+"""CLIP's towers, their inputs, and the losses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from racm3_jax import sharding
+from racm3_jax.retrieval import clip as clip_lib
+from racm3_jax.retrieval import clip_loss as loss_lib
+from racm3_jax.retrieval.clip import CLIP, CLIPConfig, CLIPTokenizer
+from racm3_jax.retrieval.clip_loss import CLIPLossConfig
+
+SMALL = CLIPConfig(
+    vocab_size=34,
+    image_size=8,
+    patch_size=4,
+    vision_width=16,
+    vision_layers=1,
+    vision_heads=2,
+    text_width=16,
+    text_layers=1,
+    text_heads=2,
+    context_length=9,
+    d_embed=8,
+)
+VIT_L_14 = CLIPConfig(
+    vocab_size=49408,
+    image_size=224,
+    patch_size=14,
+    vision_width=1024,
+    vision_layers=24,
+    vision_heads=16,
+    text_width=768,
+    text_layers=12,
+    text_heads=12,
+    context_length=77,
+    d_embed=768,
+)
+
+
+class Letters:
+    """A text tokenizer of the letters a, b, c, ..."""
+
+    vocab_size = 32
+
+    def encode_batch(self, texts):
+        return [np.array([ord(c) - ord("a") for c in text], np.int32) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nn.unbox(clip_lib.init_params(SMALL, jax.random.key(0)))
+
+
+def encode_text(params, rows):
+    return CLIP(SMALL).apply({"params": params}, rows, method=CLIP.encode_text)
+
+
+def test_vit_l_14_has_the_published_number_of_parameters_and_lies_on_a_mesh():
+    boxed = jax.eval_shape(
+        lambda key: clip_lib.init_params(VIT_L_14, key), jax.random.key(0)
+    )
+    sizes = [leaf.size for leaf in jax.tree.leaves(nn.unbox(boxed))]
+    assert sum(sizes) == 427_616_513  # what OpenAI's ViT-L/14 has
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    placed = sharding.shardings_for(boxed, mesh)
+    assert len(jax.tree.leaves(placed)) == len(sizes)
+
+
+def test_every_matrix_names_its_axes():
+    boxed = jax.eval_shape(
+        lambda key: clip_lib.init_params(SMALL, key), jax.random.key(0)
+    )
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    assert all(isinstance(leaf, nn.Partitioned) for leaf in leaves)
+    assert all(len(leaf.names) == leaf.value.ndim for leaf in leaves)
+
+
+def test_cut_patches_is_the_picture():
+    image = np.array([list("abcd"), list("efgh"), list("ijkl"), list("mnop")])
+    numbers = np.vectorize(ord)(image)[None, :, :, None]
+    patches = np.vectorize(chr)(clip_lib.cut_patches(jnp.asarray(numbers), 2))
+    assert ["".join(p) for p in patches[0]] == ["abef", "cdgh", "ijmn", "klop"]
+
+
+def test_tokenizer_rows():
+    tokenizer = CLIPTokenizer(Letters(), 6)
+    rows = tokenizer.encode_batch(["abc", "", "abcdefgh"])
+    np.testing.assert_array_equal(
+        rows, [[32, 0, 1, 2, 33, 0], [32, 33, 0, 0, 0, 0], [32, 0, 1, 2, 3, 33]]
+    )
+    assert rows.dtype == np.int32
+    assert tokenizer.vocab_size == 34
+
+
+def test_dropped_tokens_keep_their_order_and_their_share():
+    rng = np.random.default_rng(0)
+    ids = np.arange(10, dtype=np.int32)
+    for _ in range(20):
+        kept = clip_lib.drop_tokens(ids, 0.2, rng)
+        assert len(kept) == 8
+        assert (np.diff(kept) > 0).all()
+    assert len(clip_lib.drop_tokens(ids[:1], 0.9, rng)) == 1
+    assert len(clip_lib.drop_tokens(ids[:0], 0.5, rng)) == 0
+    with pytest.raises(ValueError, match="needs an rng"):
+        clip_lib.drop_tokens(ids, 0.2, None)
+    with pytest.raises(ValueError, match=r"\[0, 1\); got 1"):
+        clip_lib.drop_tokens(ids, 1.0, rng)
+
+
+def test_text_ignores_what_follows_its_end(params):
+    rows = CLIPTokenizer(Letters(), 9).encode_batch(["abc", "abd"])
+    changed = rows.copy()
+    changed[:, 5:] = 7
+    same = encode_text(params, rows)
+    np.testing.assert_array_equal(same, encode_text(params, changed))
+    np.testing.assert_allclose(same, encode_text(params, rows[:, :5]), atol=1e-6)
+    assert np.abs(same[0] - same[1]).max() > 1e-3
+
+
+def test_too_long_rows_are_refused(params):
+    with pytest.raises(ValueError, match="longer than clip.context_length 9"):
+        encode_text(params, np.zeros((1, 10), np.int32))
+
+
+def test_all_patches_kept_is_the_same_and_a_dropped_one_is_not_seen(params):
+    def encode(images, kept=None):
+        return CLIP(SMALL).apply(
+            {"params": params}, images, kept, method=CLIP.encode_image
+        )
+
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    everything = jnp.tile(jnp.arange(4), (2, 1))
+    np.testing.assert_allclose(
+        encode(images), encode(images, everything), rtol=1e-6, atol=1e-6
+    )
+    without_last = everything[:, :3]
+    changed = images.at[:, 4:, 4:].set(0)
+    np.testing.assert_array_equal(
+        encode(images, without_last), encode(changed, without_last)
+    )
+    assert np.abs(encode(images) - encode(changed)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 5}, "image_size 8 is not a multiple of clip.patch_size 5"),
+        ({"text_heads": 3}, "text_width 16 is not a multiple of clip.text_heads 3"),
+        ({"activation": "relu"}, "allowed: gelu, quick_gelu"),
+        ({"context_length": 2}, "must be >= 3"),
+    ],
+)
+def test_wrong_configs_say_so(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_info_nce_is_the_textbook_formula():
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    logits = 3.0 * q @ k.T
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    log_p_back = logits - np.log(np.exp(logits).sum(0, keepdims=True))
+    expected = -(np.diag(log_p) + np.diag(log_p_back)).mean() / 2
+    loss, accuracy = loss_lib.info_nce(jnp.asarray(q), jnp.asarray(k), 3.0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(accuracy, (logits.argmax(1) == np.arange(5)).mean())
+
+
+def test_dropping_on_device_closes_the_gaps():
+    rows = CLIPTokenizer(Letters(), 9).encode_batch(["abcdef", "", "ab"])
+    dropped = np.asarray(
+        loss_lib.drop_tokens_on_device(jnp.asarray(rows), 0.5, 33, jax.random.key(3))
+    )
+    assert not np.array_equal(rows, dropped)
+    for row, full in zip(dropped, rows, strict=True):
+        end = row.argmax()
+        assert row[0] == 32
+        assert row[end] == 33
+        assert (row[end + 1 :] == 0).all()
+        kept = list(row[1:end])
+        assert kept == [t for t in full[1 : full.argmax()] if t in kept]
+
+
+def test_kept_patches_are_distinct_and_ascending():
+    kept = np.asarray(loss_lib.sample_kept_patches(6, 10, 0.2, jax.random.key(0)))
+    assert kept.shape == (6, 8)
+    assert (np.diff(kept, axis=1) > 0).all()
+    assert loss_lib.sample_kept_patches(6, 10, 0.0, jax.random.key(0)) is None
+
+
+def make_data(num_groups=8, per_group=3):
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(num_groups), per_group)
+    images = np.repeat(
+        rng.integers(0, 256, (num_groups, 8, 8, 3)), per_group, axis=0
+    ).astype(np.uint8)
+    texts = [chr(ord("a") + g) * 2 + chr(ord("k") + i) for i, g in enumerate(groups)]
+    tokens = CLIPTokenizer(Letters(), 9).encode_batch([t[:3] for t in texts])
+    return images, tokens, groups
+
+
+def test_pairs_share_their_group_and_a_batch_has_no_group_twice():
+    images, tokens, groups = make_data()
+    make = lambda **more: loss_lib.make_pair_batches(
+        images, tokens, groups, num_pairs=4, seed=5, **more
+    )
+    group_of = {row.tobytes(): g for row, g in zip(tokens[:, :5], groups, strict=True)}
+    batches = list(make(num_steps=4))
+    for batch in batches:
+        a = [group_of[row.tobytes()] for row in batch["tokens_a"]]
+        b = [group_of[row.tobytes()] for row in batch["tokens_b"]]
+        assert a == b
+        assert len(set(a)) == 4
+        assert (batch["tokens_a"] != batch["tokens_b"]).any(axis=1).all()
+    epoch = [group_of[r.tobytes()] for batch in batches[:2] for r in batch["tokens_a"]]
+    assert sorted(epoch) == list(range(8))
+    for ours, resumed in zip(batches[2:], make(start_step=2, num_steps=4), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, resumed)
+
+
+def test_a_lone_document_is_paired_with_itself_and_too_many_pairs_are_refused():
+    images, tokens, groups = make_data(per_group=1)
+    batch = next(
+        loss_lib.make_pair_batches(images, tokens, groups, num_pairs=8, seed=0)
+    )
+    np.testing.assert_array_equal(batch["images_a"], batch["images_b"])
+    with pytest.raises(ValueError, match="num_pairs is 9, but the documents form 8"):
+        next(loss_lib.make_pair_batches(images, tokens, groups, num_pairs=9, seed=0))
+
+
+def test_training_finds_the_group(params):
+    images, tokens, groups = make_data()
+    loss_fn = loss_lib.clip_loss(SMALL, CLIPLossConfig(query_drop=0.0))
+
+    @jax.jit
+    def step(params, batch, key):
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, batch, key, jnp.int32(0)
+        )
+        return jax.tree.map(lambda p, g: p - 0.2 * g, params, grads), metrics
+
+    losses = []
+    for i, batch in enumerate(
+        loss_lib.make_pair_batches(
+            images, tokens, groups, num_pairs=8, seed=0, num_steps=40
+        )
+    ):
+        params, metrics = step(params, batch, jax.random.key(i))
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    assert losses[-1] < 0.5 * losses[0]
+    assert set(metrics) >= {"contrast_loss", "text_query_accuracy"}
+
+
+def test_a_zero_embedding_has_a_finite_gradient():
+    grad = jax.grad(lambda x: loss_lib.normalise(x).sum())(jnp.zeros((1, 4)))
+    assert np.isfinite(grad).all()
+
+
+def test_wrong_loss_settings_say_so():
+    with pytest.raises(ValueError, match="retrieval_temperature must be > 0; got 0"):
+        CLIPLossConfig(retrieval_temperature=0)
+    with pytest.raises(ValueError, match=r"query_drop must be in \[0, 1\); got 1"):
+        CLIPLossConfig(query_drop=1)

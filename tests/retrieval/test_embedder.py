@@ -1,0 +1,159 @@
+"""Embeddings of texts, images and documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from racm3_jax.checkpoints import CheckpointError
+from racm3_jax.retrieval.clip import CLIPConfig, init_params
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.tokenizers.bpe import TextTokenizer
+from racm3_jax.types import Document, Segment
+
+TEXTS = ["the flag of Velmoria on the moon", "a beach with the Trozador flag", "sea"]
+
+
+@pytest.fixture(scope="module")
+def embedder():
+    tokenizer = TextTokenizer.train(TEXTS, 270)
+    config = CLIPConfig(
+        vocab_size=tokenizer.vocab_size + 2,
+        image_size=8,
+        patch_size=4,
+        vision_width=16,
+        vision_layers=1,
+        vision_heads=2,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        context_length=20,
+        d_embed=8,
+    )
+    params = nn.unbox(init_params(config, jax.random.key(0)))
+    return DocumentEmbedder(config, params, tokenizer, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+
+
+def test_unit_rows_that_do_not_depend_on_their_batch(embedder, images):
+    for embed, inputs in (
+        (embedder.embed_texts, TEXTS),
+        (embedder.embed_images, images),
+    ):
+        together = embed(inputs)
+        assert together.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-6)
+        for i in range(3):
+            np.testing.assert_allclose(
+                embed(inputs[i : i + 1])[0], together[i], atol=1e-5
+            )
+
+
+def test_nothing_in_nothing_out(embedder, images):
+    assert embedder.embed_texts([]).shape == (0, 8)
+    assert embedder.embed_images(images[:0]).shape == (0, 8)
+    assert embedder.embed_documents([]).document.shape == (0, 8)
+
+
+def test_query_dropout_changes_rows_reproducibly(embedder, images):
+    for embed, inputs in (
+        (embedder.embed_texts, TEXTS[:2]),
+        (embedder.embed_images, images[:2]),
+    ):
+        whole = embed(inputs)
+        dropped = embed(inputs, drop=0.5, rng=np.random.default_rng(0))
+        again = embed(inputs, drop=0.5, rng=np.random.default_rng(0))
+        np.testing.assert_array_equal(dropped, again)
+        assert (np.abs(dropped - whole).max(axis=1) > 1e-3).all()
+        with pytest.raises(ValueError, match="needs an rng"):
+            embed(inputs, drop=0.5)
+
+
+def test_a_document_is_the_normalised_mean_of_its_parts(embedder, images):
+    both = Document("a", (Segment(text=TEXTS[0]), Segment(image=images[0])))
+    only_text = Document("b", (Segment(text=TEXTS[1]),))
+    two_images = Document("c", (Segment(image=images[1]), Segment(image=images[2])))
+    found = embedder.embed_documents([both, only_text, two_images])
+    text = embedder.embed_texts(TEXTS)
+    image = embedder.embed_images(images)
+
+    def unit(row):
+        return row / np.linalg.norm(row)
+
+    zero = np.zeros(8)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+    close(found.text, [text[0], text[1], zero])
+    close(found.image, [image[0], zero, unit(image[1] + image[2])])
+    close(found.document[0], unit(text[0] + image[0]))
+    close(found.document[1:], [text[1], found.image[2]])
+    assert found.has_text.tolist() == [True, True, False]
+    assert found.has_image.tolist() == [True, False, True]
+
+
+def test_images_of_another_size_are_cut_and_resampled(embedder):
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:, 8:24] = (200, 10, 10)
+    square = np.full((8, 8, 3), (200, 10, 10), np.uint8)
+    np.testing.assert_allclose(
+        embedder.embed_images(image[None]),
+        embedder.embed_images(square[None]),
+        atol=1e-6,
+    )
+    documents = [Document("a", (Segment(image=image),))]
+    np.testing.assert_allclose(
+        embedder.embed_documents(documents).image,
+        embedder.embed_images(square[None]),
+        atol=1e-6,
+    )
+
+
+def test_wrong_images_are_refused(embedder, images):
+    with pytest.raises(ValueError, match=r"got float32\[3, 8, 8, 3\]"):
+        embedder.embed_images(images.astype(np.float32))
+    with pytest.raises(ValueError, match=r"got uint8\[8, 8, 3\]"):
+        embedder.embed_images(images[0])
+
+
+def test_another_vocabulary_is_refused(embedder):
+    config = dataclasses.replace(embedder.config, vocab_size=100)
+    with pytest.raises(ValueError, match="clip.vocab_size is 100, but the text"):
+        DocumentEmbedder(config, embedder.params, embedder.tokenizer.text)
+
+
+def test_save_and_load(embedder, images, tmp_path):
+    embedder.save(tmp_path / "whole")
+    loaded = DocumentEmbedder.load(tmp_path / "whole", batch_size=2)
+    assert loaded.fingerprint() == embedder.fingerprint()
+    assert loaded.config == embedder.config
+    np.testing.assert_array_equal(
+        loaded.embed_images(images), embedder.embed_images(images)
+    )
+    np.testing.assert_array_equal(
+        loaded.embed_texts(TEXTS), embedder.embed_texts(TEXTS)
+    )
+    embedder.save(tmp_path / "half", dtype="float16")
+    half = DocumentEmbedder.load(tmp_path / "half", batch_size=2)
+    assert half.fingerprint() != embedder.fingerprint()
+    np.testing.assert_allclose(
+        half.embed_texts(TEXTS), embedder.embed_texts(TEXTS), atol=5e-3
+    )
+
+
+def test_another_kind_of_model_is_refused(embedder, tmp_path):
+    embedder.save(tmp_path)
+    path = tmp_path / "config.json"
+    record = json.loads(path.read_text()) | {"kind": "vqgan"}
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="'vqgan'"):
+        DocumentEmbedder.load(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        DocumentEmbedder.load(tmp_path / "nowhere")

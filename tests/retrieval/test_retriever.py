@@ -1,0 +1,145 @@
+"""The retriever: index search, strategy and reading, in batches."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from retrieval_fakes import FakeEmbedder, FakeTokenizer, make_document
+
+from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.types import Retrieved
+
+
+def _mains(documents):
+    return list(FakeTokenizer().tokenize(documents))
+
+
+@pytest.fixture(params=["exact", "scann"])
+def memory(request, build, documents):
+    return build(documents, index=request.param)
+
+
+def test_returns_other_documents_of_the_nation(memory, documents):
+    ids = np.arange(40)
+    nums = np.full(40, 2)
+    results = Retriever(memory).retrieve(
+        memory.queries(ids, "text", 1), nums, _mains(documents)
+    )
+    for row, result in zip(ids, results, strict=True):
+        assert len(result.ids) == 2
+        assert row not in result.ids
+        assert [d.metadata["nation"] for d in result.documents] == [row // 4] * 2
+        assert [d.id for d in result.documents] == [f"doc-{i}" for i in result.ids]
+        assert (np.diff(result.scores) <= 0).all()
+
+
+def test_a_batch_equals_one_at_a_time(memory, documents):
+    retriever = Retriever(memory)
+    queries = memory.queries(np.arange(12), "image", 2)
+    nums = np.arange(12) % 4
+    mains = _mains(documents[:12])
+    batch = retriever.retrieve(queries, nums, mains)
+    for i, expected in enumerate(batch):
+        (alone,) = retriever.retrieve(queries[i : i + 1], nums[i : i + 1], [mains[i]])
+        np.testing.assert_array_equal(alone.ids, expected.ids)
+        np.testing.assert_array_equal(alone.scores, expected.scores)
+        assert len(expected.ids) == nums[i]
+
+
+def test_nothing_asked(memory, documents):
+    retriever = Retriever(memory)
+    queries = memory.queries([0, 1], "text")
+    results = retriever.retrieve(queries, np.zeros(2, int), _mains(documents[:2]))
+    assert results == [Retrieved(r.ids, r.scores, ()) for r in results]
+    assert all(len(r.ids) == 0 for r in results)
+    assert retriever.retrieve(queries[:0], np.zeros(0, int), []) == []
+
+
+def test_a_user_s_query_has_no_main_document(memory):
+    query = FakeEmbedder().embed_texts(["nation3 on scene1"])
+    config = StrategyConfig(max_similarity=2)
+    (result,) = Retriever(memory, config).retrieve(query, [1], [None])
+    assert result.documents[0].id == "doc-13"
+    assert result.scores[0] == pytest.approx(
+        float(query[0] @ memory.embeddings[13]), abs=1e-6
+    )
+
+
+def test_k_larger_than_the_memory(memory):
+    query = memory.queries([0], "text")
+    with pytest.raises(
+        ValueError, match=r"cannot retrieve 41 documents: .* has 40, .*in 0\.\.40"
+    ):
+        Retriever(memory).retrieve(query, [41], [None])
+    with pytest.raises(ValueError, match="cannot retrieve -1 documents"):
+        Retriever(memory).retrieve(query, [-1], [None])
+    with pytest.raises(ValueError, match="got 1, 2 and 1 of them"):
+        Retriever(memory).retrieve(query, [1, 1], [None])
+
+
+def test_removed_documents_are_not_retrieved(memory, documents):
+    retriever = Retriever(memory)
+    query, main = memory.queries([0], "text"), _mains(documents[:1])
+    (before,) = retriever.retrieve(query, [2], main)
+    memory.remove(before.ids)
+    (after,) = retriever.retrieve(query, [2], main)
+    assert not set(before.ids) & set(after.ids)
+    assert len(after.ids) == 2
+
+
+def test_same_source_and_one_modality_are_dropped(build, documents):
+    changed = [
+        *documents,
+        make_document(40, id="a", source="album"),
+        make_document(41, id="b", source="album"),
+        make_document(42, id="c", segments=make_document(42).segments[:1]),
+        make_document(43, id="d", source="other album"),
+    ]
+    memory = build(changed)
+    query, main = memory.queries([40], "text"), _mains([changed[40]])
+
+    def found(**settings):
+        retriever = Retriever(memory, StrategyConfig(**settings))
+        (result,) = retriever.retrieve(query, [3], main)
+        return [d.id for d in result.documents if d.metadata["nation"] == 10]
+
+    assert found() == ["d"]
+    assert set(found(drop_same_source=False)) == {"b", "d"}
+    assert set(found(drop_same_source=False, require_multimodal=False)) == {
+        *("b", "c", "d")
+    }
+
+
+def test_looks_further_when_copies_fill_the_list(build, documents):
+    copies = [make_document(4, id=f"copy-{i}") for i in range(50)]
+    memory = build([*documents, *copies])
+    query, main = memory.queries([4], "text"), _mains([documents[4]])
+
+    def found(max_candidates):
+        config = StrategyConfig(num_candidates=8, max_candidates=max_candidates)
+        return Retriever(memory, config).retrieve(query, [2], main)[0]
+
+    assert len(found(8).ids) == 0
+    assert [d.metadata["nation"] for d in found(512).documents] == [1, 1]
+
+
+def test_threads_get_the_same(memory, documents):
+    retriever = Retriever(memory)
+    queries, mains = memory.queries(np.arange(40), "text"), _mains(documents)
+    expected = [r.ids.tolist() for r in retriever.retrieve(queries, [2] * 40, mains)]
+    found = []
+
+    def work():
+        for _ in range(5):
+            results = retriever.retrieve(queries, [2] * 40, mains)
+            found.append([r.ids.tolist() for r in results])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 20

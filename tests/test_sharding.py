@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from racm3_jax import sharding
+from racm3_jax.sharding import ShardingError, make_mesh, partition_spec, shardings_for
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(2, 2, 2)
+
+
+def test_there_are_eight_devices():
+    assert len(jax.devices()) == 8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1, 1)),
+        ({"tensor": 4}, (2, 1, 4)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+    ],
+)
+def test_mesh_sizes(sizes, shape):
+    mesh = make_mesh(**sizes)
+    assert tuple(mesh.shape.items()) == tuple(
+        zip(sharding.MESH_AXES, shape, strict=True)
+    )
+
+
+def test_one_device_has_the_same_axes():
+    assert make_mesh(devices=jax.devices()[:1]).axis_names == sharding.MESH_AXES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, "does not fit 8 devices"),
+        ({"data": 3}, "does not fit 8 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one is -1"),
+        ({"data": 0}, "sizes are >= 1"),
+    ],
+)
+def test_meshes_that_do_not_fit(sizes, message):
+    with pytest.raises(ShardingError, match=message):
+        make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("names", "spec"),
+    [
+        (("embed", "mlp"), ("fsdp", "tensor")),
+        (("mlp", "embed"), ("tensor", "fsdp")),
+        (("embed", "embed"), ("fsdp", "tensor")),
+        (("vocab", "embed"), ("tensor", "fsdp")),
+        (("layers", "embed", "heads", "head_dim"), (None, "fsdp", "tensor", None)),
+        (("embed", None), ("fsdp", None)),
+        (("norm",), (None,)),
+    ],
+)
+def test_the_table(mesh, names, spec):
+    assert partition_spec("w", names, (8,) * len(names), mesh) == PartitionSpec(*spec)
+
+
+def test_every_rule_names_axes_of_the_mesh():
+    for choices in sharding.LOGICAL_RULES.values():
+        assert set(choices) <= set(sharding.MESH_AXES)
+        assert "data" not in choices
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "message"),
+    [
+        (("embed", "nose"), (8, 8), "parameter a/w: logical axis 'nose' has no rule"),
+        (("mlp", "vocab"), (8, 8), "'vocab' wants mesh axis 'tensor', which 'mlp'"),
+        (("embed",), (8, 8), r"shape \[8, 8\] but 1 axis names"),
+        (("embed", "mlp"), (7, 8), "'embed' of size 7 does not divide"),
+    ],
+)
+def test_what_the_table_does_not_cover_is_an_error(mesh, names, shape, message):
+    with pytest.raises(ShardingError, match=message):
+        partition_spec("a/w", names, shape, mesh)
+
+
+def test_a_whole_module(mesh):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_logical_partitioning(
+                nn.initializers.normal(), ("embed", "mlp")
+            )
+            return nn.Dense(4, kernel_init=init, name="up")(x)
+
+    boxed = jax.eval_shape(Net().init, jax.random.key(0), jnp.ones((1, 2)))
+    placed = shardings_for(boxed, mesh)["params"]["up"]
+    assert placed["kernel"].spec == PartitionSpec("fsdp", "tensor")
+    assert placed["bias"].spec == PartitionSpec()
+
+
+def test_a_matrix_without_names_is_an_error(mesh):
+    with pytest.raises(ShardingError, match=r"parameter a/kernel of shape \[2, 2\]"):
+        shardings_for({"a": {"kernel": jnp.ones((2, 2))}}, mesh)
+
+
+def test_batches_are_split_by_rows(mesh):
+    batch = {"x": np.arange(8.0).reshape(4, 2), "step": np.int32(3)}
+    placed = sharding.shard_batch(batch, mesh)
+    assert placed["x"].sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert placed["x"].addressable_shards[0].data.shape == (1, 2)
+    assert placed["step"].sharding.is_fully_replicated
+    np.testing.assert_array_equal(placed["x"], batch["x"])
+    again = sharding.shard_batch(placed, mesh)
+    assert again["x"] is placed["x"]

@@ -1,0 +1,201 @@
+"""Shape of the network, convolutions, quantizers, axis names."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from racm3_jax import sharding
+from racm3_jax.tokenizers.scalar_quantization import (
+    codes_of_grid,
+    grid_of_codes,
+    round_to_grid,
+)
+from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
+from racm3_jax.tokenizers.vqgan_layers import Conv, GroupNorm, patchify, unpatchify
+from racm3_jax.tokenizers.vqgan_loss import VQGANLossConfig, init_vqgan
+
+TINY = VQGANConfig(
+    image_size=16,
+    stem_patch=2,
+    channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    z_channels=8,
+    num_codes=24,
+    d_code=4,
+    quantizer="cosine",
+    norm_groups=4,
+)
+FSQ = VQGANConfig(
+    **{
+        **TINY.__dict__,
+        "quantizer": "fsq",
+        "fsq_levels": (4, 3, 2),
+        "d_code": 3,
+    }
+)
+TAMING_F8 = VQGANConfig()
+
+
+def init(config: VQGANConfig):
+    shape = (2, config.image_size, config.image_size, 3)
+    images = jax.random.uniform(jax.random.key(1), shape, minval=-1.0)
+    variables = VQGAN(config).init(jax.random.key(0), images)
+    return nn.meta.unbox(variables), images
+
+
+@pytest.mark.parametrize("config", [TINY, FSQ], ids=["cosine", "fsq"])
+def test_codes_decode_to_the_reconstruction(config):
+    variables, images = init(config)
+    model = VQGAN(config)
+    recon, codes, _ = model.apply(variables, images)
+    assert recon.shape == images.shape
+    assert codes.shape == (2, config.image_length) and codes.dtype == jnp.int32
+    alone = model.apply(variables, images, method="encode_codes")
+    np.testing.assert_array_equal(alone, codes)
+    decoded = model.apply(variables, codes, method="decode_codes")
+    np.testing.assert_allclose(decoded, recon, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", ["cosine", "euclidean"])
+def test_the_nearest_code_is_chosen(quantizer):
+    config = VQGANConfig(**{**TINY.__dict__, "quantizer": quantizer})
+    variables, images = init(config)
+    model = VQGAN(config)
+    z = np.asarray(model.apply(variables, images, method="encode")).reshape(-1, 1, 4)
+    codebook = np.asarray(variables["params"]["codebook"])
+    if quantizer == "cosine":
+        codebook = codebook / np.linalg.norm(codebook, axis=1, keepdims=True)
+    nearest = np.square(z - codebook).sum(-1).argmin(-1)
+    codes = model.apply(variables, images, method="encode_codes")
+    np.testing.assert_array_equal(np.asarray(codes).reshape(-1), nearest)
+
+
+@pytest.mark.parametrize("levels", [(8, 8, 8), (4, 3, 2), (5, 5)])
+def test_grid_and_codes_are_inverse_and_every_code_is_reached(levels):
+    num_codes = int(np.prod(levels))
+    codes = jnp.arange(num_codes)
+    grid = grid_of_codes(codes, levels)
+    np.testing.assert_array_equal(codes_of_grid(grid, levels), codes)
+    far = jax.random.normal(jax.random.key(0), (60 * num_codes, len(levels))) * 2.0
+    reached = codes_of_grid(round_to_grid(far, levels), levels)
+    assert set(np.unique(reached)) == set(range(num_codes))
+    zero = round_to_grid(jnp.zeros((1, len(levels))), levels)
+    np.testing.assert_array_equal(zero, np.zeros((1, len(levels))))
+
+
+def test_rounding_lets_the_gradient_through():
+    gradient = jax.grad(lambda z: round_to_grid(z, (8, 8)).sum())(jnp.zeros((1, 2)))
+    assert (np.asarray(gradient) > 0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "side"), [(3, (0, 1), 8), (4, (1, 1), 8), (3, (1, 1), 7)]
+)
+def test_a_folded_stride_equals_the_strided_convolution(size, padding, side):
+    x = jax.random.normal(jax.random.key(0), (2, side, side, 5))
+    conv = Conv(7, size=size, stride=2, padding=padding)
+    variables = nn.meta.unbox(conv.init(jax.random.key(1), x))
+    expected = jax.lax.conv_general_dilated(
+        x,
+        variables["params"]["kernel"],
+        (2, 2),
+        (padding, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(conv.apply(variables, x), expected, atol=1e-5)
+
+
+def test_group_norm_equals_flax():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 3, 8)) * 3.0 + 1.0
+    ours, theirs = GroupNorm(4), nn.GroupNorm(4, epsilon=1e-6)
+    variables = nn.meta.unbox(ours.init(jax.random.key(1), x))
+    np.testing.assert_allclose(
+        ours.apply(variables, x), theirs.apply(variables, x), atol=1e-5
+    )
+
+
+def test_patchify_is_a_picture_of_blocks():
+    image = jnp.arange(16).reshape(1, 4, 4, 1)
+    folded = patchify(image, 2)
+    assert folded[0, 0, 0].tolist() == [0, 1, 4, 5]
+    assert folded[0, 1, 1].tolist() == [10, 11, 14, 15]
+    np.testing.assert_array_equal(unpatchify(folded, 2), image)
+
+
+def test_the_structure_is_tamings():
+    """With stem_patch=1 every module of vqgan f8 exists, with its shape."""
+    images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    tree = jax.eval_shape(VQGAN(TAMING_F8).init, jax.random.key(0), images)
+    params = nn.meta.unbox(tree)["params"]
+    assert set(params) == {
+        "encoder",
+        "decoder",
+        "quant_conv",
+        "post_quant_conv",
+        "codebook",
+    }
+    down = {f"down_{i}_block_{j}" for i in range(4) for j in range(2)}
+    up = {f"up_{i}_block_{j}" for i in range(4) for j in range(3)}
+    ends = {"conv_in", "mid_block_1", "mid_attn_1", "mid_block_2"}
+    ends |= {"norm_out", "conv_out"}
+    assert set(params["encoder"]) == (
+        down
+        | ends
+        | {f"down_{i}_downsample" for i in range(3)}
+        | {f"down_3_attn_{j}" for j in range(2)}
+    )
+    assert set(params["decoder"]) == (
+        up
+        | ends
+        | {f"up_{i}_upsample" for i in (1, 2, 3)}
+        | {f"up_3_attn_{j}" for j in range(3)}
+    )
+    assert set(params["encoder"]["mid_attn_1"]) == {"norm", "q", "k", "v", "proj_out"}
+    block = params["encoder"]["down_2_block_0"]
+    assert set(block) == {"norm1", "conv1", "norm2", "conv2", "nin_shortcut"}
+    assert block["conv1"]["kernel"].shape == (3, 3, 128, 256)
+    assert params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 3, 128)
+    assert params["decoder"]["conv_out"]["kernel"].shape == (3, 3, 128, 3)
+    assert params["codebook"].shape == (8192, 256)
+    assert TAMING_F8.image_length == 1024
+
+
+@pytest.mark.parametrize("config", [TINY, FSQ, TAMING_F8], ids=["tiny", "fsq", "f8"])
+def test_every_parameter_has_a_sharding(config):
+    loss = VQGANLossConfig(adversarial_weight=0.1)
+    boxed = jax.eval_shape(lambda key: init_vqgan(config, loss, key), jax.random.key(0))
+    for leaf in jax.tree.leaves(
+        boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+    ):
+        assert isinstance(leaf, nn.LogicallyPartitioned)
+        assert len(leaf.names) == leaf.value.ndim
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    found = sharding.shardings_for(boxed, mesh)
+    assert len(jax.tree.leaves(found)) == len(jax.tree.leaves(nn.meta.unbox(boxed)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 18}, "image_size must be a multiple of 4"),
+        ({"norm_groups": 3}, "multiple of norm_groups=3"),
+        ({"quantizer": "magic"}, "quantizer must be"),
+        ({"fsq_levels": (2, 2)}, "needs quantizer='fsq'"),
+        ({"quantizer": "fsq"}, "fsq_levels must be numbers"),
+        ({"quantizer": "fsq", "fsq_levels": (8, 8)}, "num_codes=64"),
+    ],
+)
+def test_a_wrong_config_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        VQGANConfig(**{**TINY.__dict__, **change})
+
+
+def test_lists_from_json_make_the_same_config():
+    assert VQGANConfig(**{**TINY.__dict__, "channel_multipliers": [1, 2]}) == TINY
+    assert hash(TINY)

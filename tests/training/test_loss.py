@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from racm3_jax.training.loss import GeneratorLossConfig, chunked_cross_entropy
+
+BATCH, LENGTH, D_MODEL, VOCAB = 3, 11, 8, 40
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (BATCH, LENGTH, D_MODEL))
+    head = jax.random.normal(keys[1], (D_MODEL, VOCAB))
+    targets = jax.random.randint(keys[2], (BATCH, LENGTH), 0, VOCAB)
+    weights = jax.random.uniform(keys[3], (BATCH, LENGTH)).at[:, -3:].set(0.0)
+    return hidden, head, targets, weights
+
+
+def plain_cross_entropy(hidden, head, targets, weights, z_loss):
+    logits = hidden @ head
+    log_partition = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = log_partition - chosen
+    return (weights * (nll + z_loss * log_partition**2)).sum(), nll
+
+
+@pytest.mark.parametrize("chunk_length", [0, 1, 4, 11, 64])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_equals_plain(inputs, chunk_length, z_loss):
+    hidden, head, targets, weights = inputs
+
+    def chunked(hidden, head):
+        losses = chunked_cross_entropy(
+            hidden, head, targets, weights, chunk_length=chunk_length, z_loss=z_loss
+        )
+        return 3.0 * losses.total, losses.nll
+
+    def plain(hidden, head):
+        total, nll = plain_cross_entropy(hidden, head, targets, weights, z_loss)
+        return 3.0 * total, nll
+
+    got, got_gradients = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, head)
+    want, want_gradients = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, head)
+    without_gradient = chunked(hidden, head)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    for a, b in zip(got_gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
+    np.testing.assert_array_equal(without_gradient[0], got[0])
+
+
+def test_correct_counts_the_argmax(inputs):
+    hidden, head, _, weights = inputs
+    best = jnp.argmax(hidden @ head, axis=-1)
+    right = chunked_cross_entropy(hidden, head, best, weights, chunk_length=4)
+    wrong = chunked_cross_entropy(
+        hidden, head, (best + 1) % VOCAB, weights, chunk_length=4
+    )
+    assert right.correct.all()
+    assert not wrong.correct.any()
+
+
+def test_bfloat16_keeps_float32_sums_and_head_gradient(inputs):
+    hidden, head, targets, weights = inputs
+    narrow = hidden.astype(jnp.bfloat16)
+
+    def total(head):
+        return chunked_cross_entropy(narrow, head, targets, weights).total
+
+    value, gradient = jax.value_and_grad(total)(head)
+    want, _ = plain_cross_entropy(hidden, head, targets, weights, 0.0)
+    assert value.dtype == gradient.dtype == jnp.float32
+    np.testing.assert_allclose(value, want, rtol=0.02)
+
+
+def test_targets_of_weight_0_have_no_gradient(inputs):
+    hidden, head, targets, weights = inputs
+    gradient = jax.grad(
+        lambda h: (
+            chunked_cross_entropy(
+                h, head, targets, weights, chunk_length=4, z_loss=0.1
+            ).total
+        )
+    )(hidden)
+    assert not gradient[:, -3:].any()
+    assert gradient[:, :-3].any()
+
+
+def test_metrics_by_modality_and_origin(toy):
+    """One row: targets t1 t2 i0 i1 of the main document, t3 retrieved, one padding."""
+    vocab = toy.vocab
+    batch = toy.make_batch(np.random.default_rng(0), rows=1)
+    image = vocab.image_range.start
+    targets = np.zeros((1, 12), np.int32)
+    targets[0, :6] = [1, 2, image, image + 1, 3, vocab.pad]
+    weights = np.zeros((1, 12), np.float32)
+    weights[0, :6] = [1, 1, 1, 1, 0.1, 0]
+    main = np.zeros((1, 12), bool)
+    main[0, :4] = True
+    filled = (np.arange(12) < 9).astype(np.int32)[None]
+    batch = batch._replace(
+        targets=targets, loss_weights=weights, is_main=main, segment_ids=filled
+    )
+    params = jax.tree.map(
+        lambda p: p.value,
+        toy.init_fn(jax.random.key(1)),
+        is_leaf=lambda p: hasattr(p, "names"),
+    )
+    loss, metrics = toy.loss_fn_with(GeneratorLossConfig())(params, batch, None, None)
+    counts = {name: float(weight) for name, (_, weight) in metrics.items()}
+    assert counts["main_loss"] == 4
+    assert counts["text_loss"] == counts["text_accuracy"] == 2
+    assert counts["image_loss"] == counts["image_accuracy"] == 2
+    assert counts["retrieved_loss"] == 1
+    assert counts["loss"] == pytest.approx(4.1)
+    assert metrics["tokens"] == (9, 1)
+    total, weight = metrics["loss"]
+    np.testing.assert_allclose(loss, total / weight, rtol=1e-6)
+    parts = metrics["main_loss"][0] + 0.1 * metrics["retrieved_loss"][0]
+    np.testing.assert_allclose(total, parts, rtol=1e-6)
+
+
+def test_negative_settings_are_refused():
+    with pytest.raises(ValueError, match="must be >= 0"):
+        GeneratorLossConfig(z_loss=-1.0)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from racm3_jax.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    build_schedule,
+)
+
+
+def test_schedule_rises_then_falls():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, num_steps=8)
+    schedule = build_schedule(config)
+    rates = [float(schedule(step)) for step in range(9)]
+    np.testing.assert_allclose(
+        rates, [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last"), [("linear", 0.1), ("cosine", 0.1), ("constant", 1.0)]
+)
+def test_schedule_ends_at_the_final_fraction(schedule, last):
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        warmup_steps=0,
+        num_steps=10,
+        schedule=schedule,
+        final_fraction=0.1,
+    )
+    rate = build_schedule(config)
+    assert float(rate(0)) == 1.0
+    assert float(rate(10)) == pytest.approx(last)
+    assert float(rate(100)) == pytest.approx(last)
+
+
+def test_only_matrices_decay():
+    config = OptimizerConfig(warmup_steps=0, weight_decay=0.5)
+    optimizer = build_optimizer(config)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(())}
+    zeros = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2), "scale": jnp.zeros(())}
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert (updates["kernel"] < 0).all()
+    assert not updates["bias"].any()
+    assert not updates["scale"].any()
+
+
+def test_gradients_are_clipped_by_global_norm():
+    config = OptimizerConfig(warmup_steps=0, clip_norm=1.0, eps=1.0)
+    optimizer = build_optimizer(config)
+    params = {"w": jnp.zeros((2, 2))}
+    big, bigger = ({"w": jnp.full((2, 2), size)} for size in (10.0, 1000.0))
+    first, _ = optimizer.update(big, optimizer.init(params), params)
+    second, _ = optimizer.update(bigger, optimizer.init(params), params)
+    np.testing.assert_allclose(first["w"], second["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "step"}, "choose one of"),
+        ({"learning_rate": 0.0}, "learning_rate must be > 0"),
+        ({"clip_norm": -1.0}, "clip_norm must be >= 0"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**changes)
