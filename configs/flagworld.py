@@ -32,18 +32,22 @@ def get_config(arg: str = "") -> ConfigDict:
     config.kind = "generator"
     config.seed = 0
     config.world = world()
-    config.tokenizer = "shipped:flagworld/tokenizer"
+    config.tokenizer = dict(
+        text="shipped:flagworld/tokenizer/text",
+        image="shipped:flagworld/tokenizer/image",
+        num_sentinels=16,
+    )
     config.embedder = "shipped:flagworld/clip"
     config.init_from = ""
     config.memory = dict(
-        index="scann", num_query_variants=4, query_drop=0.2, include_heldout=False
+        index="scann", num_query_variants=2, query_drop=0.2, include_heldout=False
     )
     config.strategy = dict(max_similarity=0.9, num_candidates=24)
     config.masking = dict(num_masks="poisson_clamp0", rotation_probability=0.4)
     config.pipeline = dict(
-        rows=16,
-        row_length=288,
-        examples_per_batch=26,
+        rows=8,
+        row_length=544,
+        examples_per_batch=20,
         max_documents=2,
         alpha=0.1,
         query_modality="both",
@@ -51,11 +55,11 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.model = dict(
         d_model=256,
-        num_layers=6,
+        num_layers=4,
         num_heads=4,
         head_dim=64,
         d_ff=1024,
-        max_length=384,
+        max_length=544,
         activation="gelu",
     )
     config.loss = dict(z_loss=1e-5)
@@ -69,5 +73,5 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=4000, log_every=20, checkpoint_every=500)
+    config.train = dict(num_steps=3500, log_every=20, checkpoint_every=500)
     return config

@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.model = dict(
         d_model=256,
-        num_layers=6,
+        num_layers=4,
         num_heads=4,
         head_dim=64,
         d_ff=1024,

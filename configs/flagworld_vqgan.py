@@ -23,18 +23,27 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.vqgan = dict(
         image_size=64,
-        stem_patch=4,
-        channels=64,
-        channel_multipliers=(1, 2),
+        stem_patch=8,
+        channels=128,
+        channel_multipliers=(1,),
         num_res_blocks=1,
-        attention_resolutions=(8,),
-        z_channels=128,
+        attention_resolutions=(),
+        z_channels=64,
         num_codes=512,
-        d_code=16,
+        d_code=3,
+        quantizer="fsq",
+        fsq_levels=(8, 8, 8),
     )
-    config.batch_size = 64
+    config.vqgan_loss = dict(
+        l1_weight=1.0,
+        l2_weight=1.0,
+        edge_weight=0.25,
+        codebook_weight=0.0,
+        commitment_weight=0.0,
+    )
+    config.batch_size = 32
     config.optimizer = dict(
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=100,
         schedule="cosine",
         b1=0.9,
@@ -43,5 +52,5 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=2500, log_every=20, checkpoint_every=500)
+    config.train = dict(num_steps=2600, log_every=50, checkpoint_every=500)
     return config

@@ -22,7 +22,7 @@ from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.evaluation.flagworld import FlagworldJudge, SuiteSettings
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.model.config import ModelConfig
-from racm3_jax.model.transformer import Transformer, head_weights
+from racm3_jax.model.transformer import Transformer, head_weights, init_params
 from racm3_jax.retrieval import clip as clip_model
 from racm3_jax.retrieval import clip_loss as clip_objective
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -107,6 +107,12 @@ def build_mesh(config: Any) -> Mesh:
 
 def build_tokenizer(config: Any) -> MixedTokenizer:
     section = config.tokenizer
+    for name in ("text", "image"):
+        if not section[name]:
+            raise ValueError(
+                f"config.tokenizer.{name} is empty: give the folder of a trained one, "
+                f"--config.tokenizer.{name}=FOLDER"
+            )
     return MixedTokenizer(
         TextTokenizer.load(resolve(section.text) / "tokenizer.json"),
         ImageTokenizer.load(resolve(section.image)),
@@ -235,16 +241,16 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
 def build_generator_job(config: Any, workdir: Path) -> Job:
     """Trains RA-CM3 (or its twin); exports a directory that `run.load` opens."""
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
-    memory = build_memory(
-        config, workdir / "memory", read_memory_documents(config), tokenizer, embedder
-    )
-    main_ids = np.array(
-        [
-            row
-            for row, metadata in enumerate(memory.metadata(np.arange(len(memory))))
-            if metadata["split"] == "train"
-        ]
-    )
+    if config.get("memory_path"):
+        memory = Memory.load(resolve(config.memory_path), embedder, tokenizer)
+    else:
+        documents = read_memory_documents(config)
+        memory = build_memory(
+            config, workdir / "memory", documents, tokenizer, embedder
+        )
+    rows = memory.allowed_ids()
+    is_main = [m.get("split", "train") == "train" for m in memory.metadata(rows)]
+    main_ids = rows[np.array(is_main)]
     model_config = build_model_config(config, tokenizer.vocab)
     masking = construct(CausalMaskingConfig, config.masking, "masking")
     pipeline = construct(
@@ -279,7 +285,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         params, _, _ = checkpoints.load_weights(resolve(config.init_from), "generator")
     return _job(
         config,
-        lambda key: init_transformer(model_config, key),
+        lambda key: init_params(model_config, key, boxed=True),
         make_generator_loss(
             lambda params, *inputs: model.apply({"params": params}, *inputs),
             lambda params: head_weights(params, model_config),
@@ -299,14 +305,6 @@ def read_memory_documents(config: Any) -> Iterator[Document]:
     if config.memory.include_heldout:
         yield from read_flagworld(world, "heldout_memory")
     yield from read_flagworld(world, "train")
-
-
-def init_transformer(config: ModelConfig, key: jax.Array) -> Any:
-    """Fresh parameters with their logical axis names."""
-    tokens = jax.numpy.zeros((1, 8), jax.numpy.int32)
-    positions = jax.numpy.arange(8, dtype=jax.numpy.int32)[None]
-    segments = jax.numpy.ones((1, 8), jax.numpy.int32)
-    return Transformer(config).init(key, tokens, positions, segments)["params"]
 
 
 def save_generator(

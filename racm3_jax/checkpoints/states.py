@@ -187,20 +187,27 @@ class Checkpoints:
             ),
             like,
         )
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state),
-                    extra=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError, TypeError) as error:
+        # Compared here: Orbax's own error on a mismatch is a page long.
+        stored = _shapes(self._manager.item_metadata(step)["state"].tree)
+        wanted = _shapes(like)
+        differing = [
+            f"{name} is {stored.get(name, 'absent')}, not {wanted.get(name, 'absent')}"
+            for name in sorted(stored.keys() | wanted.keys())
+            if stored.get(name) != wanted.get(name)
+        ]
+        if differing:
             raise CheckpointError(
                 f"checkpoint {step} of {self.directory} does not fit this model or "
-                f"optimizer: {str(error).splitlines()[0].rstrip('.:')}; use the config that it was "
-                "trained with"
-            ) from error
+                f"optimizer: {'; '.join(differing[:3])} ({len(differing)} differences); "
+                "use the config that it was trained with"
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state),
+                extra=ocp.args.JsonRestore(),
+            ),
+        )
         return restored["state"], dict(restored["extra"])
 
     def close(self) -> None:
@@ -216,3 +223,13 @@ class Checkpoints:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _shapes(state: Any) -> dict[str, str]:
+    """`{"params/up": "float32[16, 32]", ...}`"""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.dtype}{list(leaf.shape)}"
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }

@@ -8,6 +8,7 @@ The batched forms do each of these once for all prompts (and the decode in chunk
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,12 @@ class Generator:
         self.retriever = retriever
         self.embedder = embedder
         self.max_rows = max_rows
+
+    def with_retriever(self, retriever: Retriever | None) -> Generator:
+        """The same model over another memory; shares parameters and compiled code."""
+        other = copy.copy(self)
+        other.retriever = retriever
+        return other
 
     def text_to_image(
         self,

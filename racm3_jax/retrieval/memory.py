@@ -144,12 +144,21 @@ class Memory:
         """
         path = pathlib.Path(path)
         manifest = format_lib.read_manifest(path)
-        format_lib.check_fingerprint(path, manifest, "encoder", "embedder", embedder)
-        format_lib.check_fingerprint(
-            path, manifest, "tokenizer", "tokenizer", tokenizer
-        )
+        format_lib.check_fingerprints(path, manifest, embedder, tokenizer)
         integrity.verify_files(path, manifest["files"], format_lib.rebuild_remedy(path))
         return cls(path, manifest)
+
+    def check(
+        self,
+        embedder: Fingerprinted | str | None = None,
+        tokenizer: Fingerprinted | str | None = None,
+    ) -> None:
+        """Refuses models that the memory was not built with.
+
+        Raises:
+          ValueError: names both fingerprints.
+        """
+        format_lib.check_fingerprints(self.path, self.manifest, embedder, tokenizer)
 
     def close(self) -> None:
         """Closes the record file; the memory cannot be read afterwards."""

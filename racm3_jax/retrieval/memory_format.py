@@ -45,7 +45,7 @@ def hash_name(name: str) -> int:
 
 def rebuild_remedy(path: pathlib.Path) -> str:
     """What to do about a memory that cannot be used."""
-    return f"build it anew with `racm3 memory build --memory={path}`"
+    return f"remove {path} and build it anew (racm3_jax.Memory.build)"
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -87,6 +87,21 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
 def fingerprint(manifest: Mapping[str, Any]) -> str:
     """Of a memory's content: equal for equal files and settings."""
     return integrity.content_digest(manifest)[:16]
+
+
+def check_fingerprints(
+    path: pathlib.Path,
+    manifest: Mapping[str, Any],
+    embedder: Fingerprinted | str | None,
+    tokenizer: Fingerprinted | str | None,
+) -> None:
+    """Refuses an embedder or a tokenizer that the memory was not built with.
+
+    Raises:
+      ValueError: names both fingerprints.
+    """
+    check_fingerprint(path, manifest, "encoder", "embedder", embedder)
+    check_fingerprint(path, manifest, "tokenizer", "tokenizer", tokenizer)
 
 
 def check_fingerprint(

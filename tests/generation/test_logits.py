@@ -9,7 +9,14 @@ import pytest
 
 from racm3_jax.generation import logits as L
 
-FILTER = jax.jit(L.filter_logits)
+TRACES = []
+DRAW = jax.jit(L.sample_tokens)
+
+
+@jax.jit
+def run_filter(rows, temperature, top_k, top_p):
+    TRACES.append(1)
+    return L.filter_logits(rows, temperature, top_k, top_p)
 
 
 def reference_filter(row, temperature, top_k, top_p):
@@ -37,7 +44,7 @@ def test_filter_equals_the_sorting_reference(temperature, top_k, top_p):
     rng = np.random.default_rng(0)
     rows = rng.normal(0, 3, (32, 47)).astype(np.float32)
     rows[:, 7] = -np.inf  # what a grammar forbids stays forbidden
-    got = np.asarray(FILTER(rows, temperature, top_k, top_p))
+    got = np.asarray(run_filter(rows, temperature, top_k, top_p))
     for row, out in zip(rows, got, strict=True):
         expected = reference_filter(row, temperature, top_k, top_p)
         np.testing.assert_array_equal(np.isfinite(out), np.isfinite(expected))
@@ -47,17 +54,10 @@ def test_filter_equals_the_sorting_reference(temperature, top_k, top_p):
 
 
 def test_changing_the_settings_compiles_nothing():
-    traces = []
-
-    @jax.jit
-    def run(*args):
-        traces.append(1)
-        return L.filter_logits(*args)
-
-    rows = jnp.zeros((2, 9))
+    rows = np.zeros((32, 47), np.float32)
     for temperature, top_k, top_p in [(1.0, 0, 1.0), (0.0, 3, 0.5), (0.7, 9, 0.9)]:
-        run(rows, temperature, top_k, top_p)
-    assert len(traces) == 1
+        run_filter(rows, temperature, top_k, top_p)
+    assert len(TRACES) == 1
 
 
 def test_order_bits_keeps_the_order_of_floats():
@@ -67,11 +67,13 @@ def test_order_bits_keeps_the_order_of_floats():
 
 
 def test_ties_stay_together_and_the_best_always_stays():
-    #            mass  .4   .2   .2   .1   .1
-    rows = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
+    rows = np.full((32, 47), -np.inf, np.float32)
+    rows[:, :5] = np.log([0.4, 0.2, 0.2, 0.1, 0.1])
     for top_p, num_kept in [(1e-6, 1), (0.39, 1), (0.5, 3), (0.79, 3), (0.85, 5)]:
-        assert np.isfinite(np.asarray(L.keep_top_p(rows, top_p))).sum() == num_kept
-    assert np.isfinite(np.asarray(L.keep_top_k(rows, 2))).sum() == 3
+        kept = np.isfinite(np.asarray(run_filter(rows, 1.0, 0, top_p)))
+        assert kept.sum(-1).tolist() == [num_kept] * 32
+    kept = np.isfinite(np.asarray(run_filter(rows, 1.0, 2, 1.0)))
+    assert kept[0].tolist() == [True] * 3 + [False] * 44
 
 
 def test_frequencies_follow_the_probabilities():
@@ -80,14 +82,14 @@ def test_frequencies_follow_the_probabilities():
     num_draws = 40_000
     rows = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (num_draws, 6))
     keys = jax.random.split(jax.random.key(1), num_draws)
-    drawn = np.asarray(jax.jit(L.sample_tokens)(keys, rows, 1.0, 0, 0.85))
+    drawn = np.asarray(DRAW(keys, rows, 1.0, 0, 0.85))
     counts = np.bincount(drawn, minlength=6)
     expected = np.append(probabilities[:4] / 0.9, [0, 0]) * num_draws
     assert counts[4:].sum() == 0
     chi_square = ((counts - expected)[:4] ** 2 / expected[:4]).sum()
     assert chi_square < 16.27  # 3 degrees of freedom, p = 0.001
 
-    drawn = np.asarray(jax.jit(L.sample_tokens)(keys, rows, 0.5, 0, 1.0))
+    drawn = np.asarray(DRAW(keys, rows, 0.5, 0, 1.0))
     expected = probabilities**2 / (probabilities**2).sum() * num_draws
     chi_square = ((np.bincount(drawn, minlength=6) - expected) ** 2 / expected).sum()
     assert chi_square < 20.52  # 5 degrees of freedom, p = 0.001
@@ -97,15 +99,15 @@ def test_a_draw_depends_on_its_own_key_only():
     rng = np.random.default_rng(2)
     rows = jnp.asarray(rng.normal(size=(8, 33)), jnp.float32)
     keys = jax.random.split(jax.random.key(3), 8)
-    draw = jax.jit(L.sample_tokens)
-    together = draw(keys, rows, 0.9, 0, 0.9)
+    together = DRAW(keys, rows, 0.9, 0, 0.9)
     alone = [
-        int(draw(keys[i : i + 1], rows[i : i + 1], 0.9, 0, 0.9)[0]) for i in range(8)
+        int(DRAW(keys[i : i + 1], rows[i : i + 1], 0.9, 0, 0.9)[0]) for i in range(8)
     ]
     assert together.tolist() == alone
 
 
 def test_temperature_zero_takes_the_first_maximum():
-    rows = jnp.array([[0.0, 2.0, 2.0], [5.0, -1.0, 1.0]])
-    keys = jax.random.split(jax.random.key(0), 2)
-    assert L.sample_tokens(keys, rows, 0.0, 0, 1.0).tolist() == [1, 0]
+    rows = np.zeros((8, 33), np.float32)
+    rows[:, [4, 9]] = 2.0
+    keys = jax.random.split(jax.random.key(3), 8)
+    assert DRAW(keys, rows, 0.0, 0, 1.0).tolist() == [4] * 8

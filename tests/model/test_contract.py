@@ -22,7 +22,9 @@ def test_bfloat16_gradients_are_near_and_in_the_operands_dtype(spec):
     )
 
     def gradients(dtype):
-        loss = lambda x, y: jnp.sin(contract(spec, x, y, dtype)).sum()  # noqa: E731
+        def loss(x, y):
+            return jnp.sin(contract(spec, x, y, dtype)).sum()
+
         return jax.jit(jax.grad(loss, (0, 1)))(x, y)
 
     for near, exact in zip(gradients("bfloat16"), gradients("float32"), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -30,6 +31,11 @@ POSITIONS = jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape)
 SEGMENTS = jnp.ones_like(TOKENS)
 
 
+# One compilation each, instead of one per operation.
+init_params = functools.partial(jax.jit, static_argnums=(0,))(init_params)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
 def compute(config, params, tokens=TOKENS, positions=POSITIONS, segments=SEGMENTS):
     hidden = Transformer(config).apply({"params": params}, tokens, positions, segments)
     return compute_logits(params, config, hidden)

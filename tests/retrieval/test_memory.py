@@ -167,7 +167,7 @@ def test_every_flipped_byte_is_noticed(small):
                     silent.append((name, place))
                 except (ValueError, FileNotFoundError) as error:
                     assert file.name in str(error) or "format version" in str(error)
-                    assert "racm3 memory build" in str(error)
+                    assert "build it anew" in str(error)
         file.write_bytes(data)
     assert silent == []
     Memory.load(small).close()
@@ -221,7 +221,7 @@ def test_another_encoder_is_refused(small):
     with pytest.raises(
         ValueError,
         match=r"built with encoder encoder-1, but the embedder given is encoder-2: "
-        r".*`racm3 memory build --memory=",
+        r".*build it anew",
     ):
         Memory.load(small, embedder=FakeEmbedder("encoder-2"))
     with pytest.raises(ValueError, match="tokenizer tokenizer-1, .* is tokenizer-2"):

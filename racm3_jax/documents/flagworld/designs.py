@@ -172,9 +172,9 @@ def sample_design(rng: np.random.Generator, num_colours: int = 8) -> FlagDesign:
 def num_designs(num_colours: int = 8) -> int:
     """Count every design that `sample_design` can draw.
 
-    Of designs drawn at random, a greedy pass over 72-number thumbnails (coarser than
-    the ones of `thumbnails`, hence never an overestimate) keeps more than 100,000 that
-    differ pairwise by `MIN_DIFFERENCE`.
+    How many are clearly different was measured in part: with 8 colours, a greedy pass
+    over 140,000 distinct designs from `sample_design` kept 93,637 that differ pairwise
+    by `MIN_DIFFERENCE`, and was still keeping half of the new ones when it was stopped.
     """
     contrasts = _contrasts(num_colours)
     total = 0

@@ -92,7 +92,9 @@ def _mountains(c: _Canvas) -> None:
     c.sky((176, 214, 240))
     for centre, half, up in ((8, 14, 24), (24, 12, 16)):
         c.fill(c.cone(centre, half, up), (104, 108, 128))
-        c.fill(c.cone(centre, half, up) & (c.y < c.horizon - 0.62 * up), (246,) * 3)
+        c.fill(
+            c.cone(centre, half, up) & (c.y < c.horizon - 0.62 * up), (246, 246, 246)
+        )
     c.ground((84, 132, 72))
 
 

@@ -1,0 +1,72 @@
+"""Wrong input ends in one clear sentence and exit status 2."""
+
+import pathlib
+
+import pytest
+
+from racm3_jax import cli
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def sentence(capsys, *arguments):
+    assert cli.main(list(arguments)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("racm3: ")
+    assert "\n" not in error and "Traceback" not in error
+    return error
+
+
+def test_unknown_config_key_names_the_nearest(capsys, tmp_path):
+    error = sentence(
+        capsys,
+        "train",
+        f"--config={CONFIGS}/flagworld_tiny.py",
+        "--config.optimizer.learning_rat=1",
+        f"--workdir={tmp_path}/x",
+    )
+    assert "learning_rate" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_config(capsys, tmp_path):
+    error = sentence(capsys, "train", "--config=none.py", f"--workdir={tmp_path}")
+    assert "none.py" in error
+    error = sentence(capsys, "train", f"--workdir={tmp_path}")
+    assert "give --config" in error
+
+
+def test_config_argument_that_does_not_exist(capsys, tmp_path):
+    flag = f"--config={CONFIGS}/flagworld.py:tvin"
+    error = sentence(capsys, "train", flag, f"--workdir={tmp_path}")
+    assert ":twin" in error
+
+
+def test_unknown_argument(capsys):
+    error = sentence(capsys, "generate", "--workdir=x", "--prompt=y", "--sampels=4")
+    assert "--sampels=4" in error
+
+
+def test_missing_workdir(capsys, tmp_path):
+    error = sentence(
+        capsys, "generate", f"--workdir={tmp_path}/none", "--prompt=a flag"
+    )
+    assert "no trained model" in error and "racm3 quickstart" in error
+
+
+def test_an_image_that_is_none(capsys, tmp_path):
+    path = tmp_path / "x.png"
+    path.write_text("not a picture")
+    error = sentence(capsys, "caption", f"--workdir={tmp_path}", f"--image={path}")
+    assert "is not an image" in error
+    error = sentence(
+        capsys, "caption", f"--workdir={tmp_path}", f"--image={tmp_path}/y.png"
+    )
+    assert "y.png" in error
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().out
+    for name in ("quickstart", "train", "generate", "caption", "evaluate"):
+        assert name in shown
