@@ -1,6 +1,6 @@
 """The CLIP of flagworld, the frozen encoder of the retriever.
 
-    racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
+racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
 """
 
 from ml_collections import ConfigDict
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.clip_loss = dict()
     config.batch_size = 128
     config.optimizer = dict(
-        learning_rate=1e-3,
+        learning_rate=1.5e-3,
         warmup_steps=100,
         schedule="cosine",
         b1=0.9,
@@ -46,5 +46,5 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=1500, log_every=20, checkpoint_every=500)
+    config.train = dict(num_steps=900, log_every=20, checkpoint_every=500)
     return config

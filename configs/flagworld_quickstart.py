@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "short" (under 90 seconds, for CI)."""
     if arg not in ("", "short"):
-        raise ValueError(f"configs/flagworld_quickstart.py:{arg}: use :short or nothing")
+        raise ValueError(
+            f"configs/flagworld_quickstart.py:{arg}: use :short or nothing"
+        )
     short = arg == "short"
     config = ConfigDict()
     config.kind = "generator"
@@ -70,8 +72,6 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(
-        num_steps=8 if short else 40, log_every=2, checkpoint_every=20
-    )
+    config.train = dict(num_steps=8 if short else 40, log_every=2, checkpoint_every=20)
     config.num_prompts = 4 if short else 8
     return config

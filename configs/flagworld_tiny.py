@@ -1,6 +1,6 @@
 """A generator that trains in seconds and learns nothing: for tests and first looks.
 
-    racm3 train --config=configs/flagworld_tiny.py --workdir=out/tiny
+racm3 train --config=configs/flagworld_tiny.py --workdir=out/tiny
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """The VQGAN of flagworld: 64x64 pixels -> 8x8 codes of 512.
 
-    racm3 train --config=configs/flagworld_vqgan.py --workdir=out/vqgan
+racm3 train --config=configs/flagworld_vqgan.py --workdir=out/vqgan
 """
 
 from ml_collections import ConfigDict

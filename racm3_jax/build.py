@@ -1,6 +1,6 @@
 """The composition root: turns a ConfigDict into objects. Nothing else reads configs.
 
-    config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
+config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
 """
 
 from __future__ import annotations
@@ -178,7 +178,9 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
     loss_config = construct(
         vqgan_objective.VQGANLossConfig, config.vqgan_loss, "vqgan_loss"
     )
-    images = np.stack([d.images[0] for d in read_flagworld(build_world(config), "train")])
+    images = np.stack(
+        [d.images[0] for d in read_flagworld(build_world(config), "train")]
+    )
 
     def make(start_step: int) -> Iterator[Any]:
         return image_data.image_batches(

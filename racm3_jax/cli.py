@@ -262,9 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--short", action="store_true", help="under 90 seconds, for CI")
     sub = add("train", _train, f"Train or resume{config_help}.", takes_config=True)
     sub.add_argument("--workdir", required=True)
-    sub = add(
-        "evaluate", _evaluate, f"Run a suite{config_help}.", takes_config=True
-    )
+    sub = add("evaluate", _evaluate, f"Run a suite{config_help}.", takes_config=True)
     sub.add_argument("--suite", default="flagworld", choices=["flagworld"])
     sub.add_argument("--workdir", default="racm3_evaluation")
 

@@ -56,14 +56,8 @@ def main(config: Any, workdir: Path) -> None:
     stages.say("opening the shipped tokenizer, CLIP and generator")
     tokenizer, embedder = build.build_tokenizer(config), build.build_embedder(config)
     if not (workdir / "samples.png").exists():
-        first = first_memory(world, tests)
-        shipped = build.load_generator(build.resolve("shipped:flagworld"), None)
-        drawn = shipped.text_to_image_batch(
-            prompts[:2], documents=first, num_retrieved=2, seed=config.seed
-        )
-        plain = shipped.text_to_image_batch(prompts[:2], num_retrieved=0)
-        write_sheet(workdir / "samples.png", shipped, drawn, plain)
-        stages.say(f"first picture: {workdir / 'samples.png'} (two hand-picked documents)")
+        draw_first_picture(workdir / "samples.png", world, tests[:2], config.seed)
+        stages.say(f"first picture, from hand-picked documents: {workdir}/samples.png")
 
     documents = memory_documents(config, world)
     memory = build.build_memory(
@@ -129,17 +123,26 @@ def count_documents(config: Any) -> int:
     return held_out + min(config.num_train_documents, train)
 
 
-def first_memory(
-    world: FlagworldConfig, tests: list[Document]
-) -> list[Document]:
-    """Two documents of the first test's nation: enough for a picture right away."""
-    nation = tests[0].metadata["nation"]
-    own = (
-        document
-        for document in read_flagworld(world, "heldout_memory")
-        if document.metadata["nation"] == nation
-    )
-    return list(itertools.islice(own, 2))
+def draw_first_picture(
+    path: Path, world: FlagworldConfig, tests: list[Document], seed: int
+) -> None:
+    """Each test's nation, drawn from two of its documents: something to see at once."""
+    shipped = build.load_generator(build.resolve("shipped:flagworld"), None)
+    own: dict[str, list[Document]] = {t.metadata["nation"]: [] for t in tests}
+    for document in read_flagworld(world, "heldout_memory"):
+        documents = own.get(document.metadata["nation"])
+        if documents is not None and len(documents) < 2:
+            documents.append(document)
+        if all(len(documents) == 2 for documents in own.values()):
+            break
+    drawn = [
+        shipped.text_to_image(
+            test.text, documents=own[test.metadata["nation"]], seed=seed
+        )
+        for test in tests
+    ]
+    plain = [shipped.text_to_image(t.text, num_retrieved=0, seed=seed) for t in tests]
+    write_sheet(path, shipped, drawn, plain)
 
 
 def caption_rows(
@@ -147,9 +150,7 @@ def caption_rows(
 ) -> list[CaptionRow]:
     """Captions of the test pictures, with and without retrieval, side by side."""
     images = [test.images[0] for test in tests]
-    named = generator.caption_batch(
-        images, num_retrieved=2, seed=seed, temperature=0.0
-    )
+    named = generator.caption_batch(images, num_retrieved=2, seed=seed, temperature=0.0)
     guessed = twin.caption_batch(images, num_retrieved=0, seed=seed, temperature=0.0)
     return [
         CaptionRow(

@@ -38,7 +38,9 @@ class Vocab:
     def __post_init__(self) -> None:
         for name in ("num_text_ids", "num_image_codes", "image_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"vocab.{name} must be >= 1; got {getattr(self, name)}")
+                raise ValueError(
+                    f"vocab.{name} must be >= 1; got {getattr(self, name)}"
+                )
         if self.num_sentinels < 1:
             raise ValueError(
                 f"vocab.num_sentinels must be >= 1; got {self.num_sentinels}"
@@ -46,7 +48,7 @@ class Vocab:
 
     @property
     def text_range(self) -> range:
-        return range(0, self.num_text_ids)
+        return range(self.num_text_ids)
 
     @property
     def image_range(self) -> range:

@@ -2,8 +2,6 @@
 
 import pathlib
 
-import pytest
-
 from racm3_jax import cli
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

@@ -85,7 +85,9 @@ def test_generator_configs(name, arg):
             num_steps=config.train.num_steps,
         )
     )
-    state = abstract_state(lambda key: init_params(model, key, boxed=True), optimizer, mesh)
+    state = abstract_state(
+        lambda key: init_params(model, key, boxed=True), optimizer, mesh
+    )
     if name.endswith("2b7"):
         assert 2.6e9 < count(state.params) < 2.9e9
         # Every matrix lies in pieces: nothing large is copied to all devices.

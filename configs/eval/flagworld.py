@@ -1,6 +1,6 @@
 """The flagworld suite: are retrieved documents read, drawn and named?
 
-    racm3 evaluate --suite=flagworld --workdir=out/evaluation
+racm3 evaluate --suite=flagworld --workdir=out/evaluation
 """
 
 from ml_collections import ConfigDict

@@ -60,7 +60,10 @@ class Checkpoints:
         self.save_interval = save_interval
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_names=("state", "extra"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "extra": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
         )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "manifest")

@@ -28,7 +28,10 @@ class Share:
         centre = p + z * z / (2 * n)
         spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         scale = 1 + z * z / n
-        return (max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+        return (
+            max(0.0, (centre - spread) / scale),
+            min(1.0, (centre + spread) / scale),
+        )
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from racm3_jax.evaluation.intervals import Share
@@ -41,8 +42,11 @@ def retrieved_panels(generator: Generator, output: GenerationOutput) -> list[Pan
         output.retrieved.documents, output.retrieved.scores, strict=True
     ):
         decoded = generator.tokenizer.decode(document)
+        words = decoded.text  # hand-picked documents have no score
+        if np.isfinite(score):
+            words += f" ({score:.2f})"
         if decoded.images:
-            panels.append(Panel(decoded.images[-1], f"{decoded.text} ({score:.2f})"))
+            panels.append(Panel(decoded.images[-1], words))
     return panels
 
 

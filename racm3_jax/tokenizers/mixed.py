@@ -108,7 +108,8 @@ class MixedTokenizer:
 
             <eod> t4 t9 <break> i1 i7 i7 i2 <eod>   ->   text [t4 t9], image [i1 i7 i7 i2]
 
-        `<break>` parts segments, and so does a change between text and image ids; `<eod>`, `<pad>`, sentinels and `<eoss>` are dropped.
+        `<break>` parts segments, and so does a change between text and image ids;
+        `<eod>`, `<pad>`, sentinels and `<eoss>` are dropped.
 
         Args:
           tokens: vocabulary ids of one document, unmasked.

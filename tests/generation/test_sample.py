@@ -81,7 +81,7 @@ def test_greedy_equals_the_argmax_of_the_full_forward():
 
     One forward over prompt and drawn ids checks all steps: each sees what came before.
     """
-    config = tiny(vocab_size=VOCAB.size + 5, max_length=40)
+    config = tiny(vocab_size=VOCAB.size + 5, max_length=40, num_layers=1)
     params = jax.jit(init_params, static_argnums=0)(config, KEY)
     params["embedding"] = params["embedding"] * 20  # sharper, so that no two logits tie
     tokens, lengths = make_prompts([3, 9, 14, 30])

@@ -56,7 +56,9 @@ def test_equals_plain_with_its_gradient(implementation, heads, kv_heads):
     expected = outputs_and_gradients("plain", *inputs)
     actual = outputs_and_gradients(implementation, *inputs)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), actual, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6),
+        actual,
+        expected,
     )
 
 

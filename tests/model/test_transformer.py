@@ -49,11 +49,18 @@ def assert_close(actual, expected, tolerance=1e-5):
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0,))
 def loss_and_gradient(config, params):
     def loss(params):
         return jnp.sin(compute(config, params)).mean()
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.value_and_grad(loss)(params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("max_length",))
+def run(config, params, inputs, method, *rest, max_length=None):
+    rest = rest if max_length is None else (*rest, max_length)
+    return Transformer(config).apply({"params": params}, inputs, *rest, method=method)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -64,19 +71,17 @@ def test_cached_decode_equals_full_forward(style, scan):
     params = init_params(config, jax.random.key(0))
     full, rows = compute(config, params), jnp.arange(3)
     lengths = jnp.asarray([5, 9, 12])
-    model, variables = Transformer(config), {"params": params}
-    logits, cache = model.apply(
-        variables, TOKENS[:, :12], lengths, LENGTH, method="prefill"
+    logits, cache = run(
+        config, params, TOKENS[:, :12], "prefill", lengths, max_length=LENGTH
     )
     assert_close(logits, full[rows, lengths - 1])
     more = jnp.asarray([2, 1, 3])
     chunk = TOKENS[rows[:, None], lengths[:, None] + jnp.arange(3)]
-    logits, cache = model.apply(variables, chunk, more, cache, method="extend")
+    logits, cache = run(config, params, chunk, "extend", more, cache)
     lengths += more
     assert_close(logits, full[rows, lengths - 1])
-    decode = jax.jit(lambda t, c: model.apply(variables, t, c, method="decode"))
     for _ in range(6):
-        logits, cache = decode(TOKENS[rows, lengths], cache)
+        logits, cache = run(config, params, TOKENS[rows, lengths], "decode", cache)
         assert_close(logits, full[rows, lengths])
         lengths += 1
     np.testing.assert_array_equal(cache.length, lengths)
@@ -84,14 +89,13 @@ def test_cached_decode_equals_full_forward(style, scan):
 
 def test_a_prefix_is_read_once_and_repeated():
     config = tiny()
-    variables = {"params": init_params(config, jax.random.key(0))}
-    model, prefix = Transformer(config), jnp.broadcast_to(TOKENS[:1, :8], (3, 8))
-    lengths = jnp.full(3, 8)
-    _, each = model.apply(variables, prefix, lengths, 16, method="prefill")
-    _, once = model.apply(variables, prefix[:1], lengths[:1], 16, method="prefill")
+    params = init_params(config, jax.random.key(0))
+    prefix, lengths = jnp.repeat(TOKENS[:1, :8], 3, axis=0), jnp.full(3, 8)
+    _, each = run(config, params, prefix, "prefill", lengths, max_length=16)
+    _, once = run(config, params, prefix[:1], "prefill", lengths[:1], max_length=16)
     nexts = jnp.asarray([1, 2, 3])
-    expected, _ = model.apply(variables, nexts, each, method="decode")
-    actual, _ = model.apply(variables, nexts, once.repeat(3), method="decode")
+    expected, _ = run(config, params, nexts, "decode", each)
+    actual, _ = run(config, params, nexts, "decode", once.repeat(3))
     assert_close(actual, expected)
 
 
@@ -137,11 +141,9 @@ def test_packed_examples_do_not_touch_each_other(style, implementation):
     tokens = TOKENS[:1]
     other = jnp.where(segments == 2, (tokens + 17) % 64, tokens)
 
-    @jax.jit
-    def run(tokens):
-        return compute(config, params, tokens, positions, segments)
-
-    logits, changed = run(tokens), run(other)
+    logits, changed = (
+        compute(config, params, ids, positions, segments) for ids in (tokens, other)
+    )
     np.testing.assert_array_equal(logits[:, ~second], changed[:, ~second])
     assert not np.array_equal(logits[:, second], changed[:, second])
 

@@ -16,7 +16,13 @@ from flax import linen as nn
 from racm3_jax import sharding
 from racm3_jax.training.loss import GeneratorLossConfig, make_generator_loss
 from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer
-from racm3_jax.training.step import init_state, make_train_step, state_shardings
+from racm3_jax.training.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    state_shardings,
+)
 from racm3_jax.types import Batch
 from racm3_jax.vocab import Vocab
 
@@ -81,21 +87,27 @@ def compiled_trainer(mesh_shape: tuple[int, int, int]):
     devices = jax.devices()[: math.prod(mesh_shape)]
     mesh = sharding.make_mesh(*mesh_shape, devices=devices)
     optimizer = build_optimizer(OPTIMIZER)
-    state = init_state(init_fn, optimizer, mesh, jax.random.key(0))
+    shardings = state_shardings(abstract_state(init_fn, optimizer, mesh))
+    if mesh_shape == (1, 1, 1):
+        state = init_state(init_fn, optimizer, mesh, jax.random.key(0))
+        host_state = jax.tree.map(np.array, state)
+    else:
+        host_state = compiled_trainer((1, 1, 1))[0]
     loss_fn = loss_fn_with(GeneratorLossConfig(chunk_length=5, z_loss=1e-3))
+    state = place(host_state, shardings)
     step_fn = make_train_step(loss_fn, optimizer, mesh, state)
-    shardings = state_shardings(state)
-    return jax.tree.map(np.array, state), shardings, step_fn, optimizer, mesh
+    return host_state, shardings, step_fn, optimizer, mesh
+
+
+def place(host_state: TrainState, shardings: TrainState) -> TrainState:
+    # Copied: device_put may alias the host's memory, and the state is donated.
+    return jax.tree.map(lambda x, s: jax.device_put(x.copy(), s), host_state, shardings)
 
 
 def make_trainer(data: int = 1, fsdp: int = 1, tensor: int = 1):
     """(state, step_fn, optimizer, mesh) of the toy on as many devices as asked for."""
     host_state, shardings, *rest = compiled_trainer((data, fsdp, tensor))
-    # Copied: device_put may alias the host's memory, and the state is donated.
-    state = jax.tree.map(
-        lambda x, s: jax.device_put(x.copy(), s), host_state, shardings
-    )
-    return state, *rest
+    return place(host_state, shardings), *rest
 
 
 @pytest.fixture(scope="session")

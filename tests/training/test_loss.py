@@ -28,8 +28,7 @@ def plain_cross_entropy(hidden, head, targets, weights, z_loss):
     return (weights * (nll + z_loss * log_partition**2)).sum(), nll
 
 
-@pytest.mark.parametrize("chunk_length", [0, 1, 4, 11, 64])
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize(("chunk_length", "z_loss"), [(0, 0.1), (4, 0.0), (4, 0.1)])
 def test_equals_plain(inputs, chunk_length, z_loss):
     hidden, head, targets, weights = inputs
 
@@ -105,11 +104,7 @@ def test_metrics_by_modality_and_origin(toy):
     batch = batch._replace(
         targets=targets, loss_weights=weights, is_main=main, segment_ids=filled
     )
-    params = jax.tree.map(
-        lambda p: p.value,
-        toy.init_fn(jax.random.key(1)),
-        is_leaf=lambda p: hasattr(p, "names"),
-    )
+    params = toy.make_trainer()[0].params
     loss, metrics = toy.loss_fn_with(GeneratorLossConfig())(params, batch, None, None)
     counts = {name: float(weight) for name, (_, weight) in metrics.items()}
     assert counts["main_loss"] == 4

@@ -1,0 +1,143 @@
+"""The whole loop on the shipped tokenizer and CLIP, with a model too small to learn."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from racm3_jax import build, cli, run
+from racm3_jax.documents.flagworld import read_flagworld
+from racm3_jax.retrieval.memory import Memory
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def tiny(arg=""):
+    return cli.read_config([f"--config={CONFIGS}/flagworld_tiny.py:{arg}"])
+
+
+def leaves(state):
+    return [np.asarray(x) for x in jax.tree.leaves(jax.device_get(state))]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    state = run.train(tiny(), workdir, progress=False)
+    return workdir, state
+
+
+def test_four_steps_equal_two_and_two(unbroken, tmp_path):
+    """With live retrieval, bit for bit; the stop is a real one, at a checkpoint."""
+    _, state = unbroken
+    job = build.build_job(tiny(), tmp_path)
+    half = dataclasses.replace(job, num_steps=2, export=lambda state: None)
+    original = build.build_job
+    build.build_job = lambda config, workdir: half
+    try:
+        stopped = run.train(tiny(), tmp_path, progress=False)
+    finally:
+        build.build_job = original
+    assert int(stopped.step) == 2
+    resumed = run.train(tiny(), tmp_path, progress=False)
+    assert int(resumed.step) == int(state.step) == 4
+    for a, b in zip(leaves(state), leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_metrics_name_both_modalities(unbroken):
+    workdir, _ = unbroken
+    lines = [
+        json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines[-1]["step"] == 4
+    assert {"text_loss", "image_loss", "retrieved", "fill"} <= set(lines[-1])
+    assert lines[-1]["retrieved"] > 0
+    assert (workdir / "loss.png").stat().st_size > 1000
+
+
+def test_another_config_is_refused(unbroken):
+    workdir, _ = unbroken
+    config = tiny()
+    config.optimizer.learning_rate = 1.0
+    with pytest.raises(ValueError, match=r"config.optimizer.learning_rate"):
+        run.train(config, workdir, progress=False)
+
+
+@pytest.fixture(scope="module")
+def generator(unbroken):
+    return run.load(unbroken[0])
+
+
+def test_draw_and_caption(generator):
+    out = generator.text_to_image("the flag of Velmoria on the moon", num_samples=2)
+    assert [x.shape for x in out.images] == [(64, 64, 3)] * 2
+    assert len(out.retrieved.documents) == 2
+    named = generator.caption(out.images[0], num_retrieved=1)
+    assert isinstance(named.texts[0], str)
+    assert named.documents[0].metadata["retrieved"] == [named.retrieved.documents[0].id]
+
+
+def test_command_line_names_what_was_retrieved(unbroken, tmp_path, capsys):
+    workdir, _ = unbroken
+    picture = tmp_path / "x.png"
+    arguments = [f"--workdir={workdir}", "--json", "--seed=3"]
+    prompt = "--prompt=the flag of Velmoria on the moon"
+    assert cli.main(["generate", prompt, f"--out={picture}", *arguments]) == 0
+    drawn = json.loads(capsys.readouterr().out)
+    assert len(drawn["retrieved"]) == 2 and picture.stat().st_size > 100
+    assert cli.main(["caption", f"--image={picture}", *arguments]) == 0
+    captioned = json.loads(capsys.readouterr().out)
+    assert captioned["captions"] and captioned["retrieved"][0]["score"] <= 1.0001
+
+
+def test_removed_documents_are_never_given(unbroken, tmp_path):
+    """Removal needs no training, and survives reopening."""
+    config, workdir = tiny(), unbroken[0]
+    plain = run.load(workdir)
+    path = tmp_path / "memory"
+    documents = list(read_flagworld(build.build_world(config), "heldout_memory"))
+    Memory.build(
+        documents, tokenizer=plain.tokenizer, embedder=plain.embedder, path=path
+    )
+    nation = documents[0].metadata["nation"]
+    ask = f"the flag of {nation} in the {documents[0].metadata['scene']}"
+
+    def given():
+        out = run.load(workdir, memory=path).text_to_image(ask)
+        return [d.id for d in out.retrieved.documents]
+
+    first = given()
+    memory = Memory.load(path)
+    memory.remove(memory.find(first))
+    memory.close()
+    assert not set(first) & set(given())
+
+
+def test_memory_of_another_encoder_is_refused(unbroken, tmp_path):
+    workdir, _ = unbroken
+    plain = run.load(workdir)
+    documents = read_flagworld(build.build_world(tiny()), "heldout_memory")
+
+    class Other:
+        def __getattr__(self, name):
+            return getattr(plain.embedder, name)
+
+        def fingerprint(self):
+            return "another"
+
+    Memory.build(
+        documents, tokenizer=plain.tokenizer, embedder=Other(), path=tmp_path / "m"
+    )
+    with pytest.raises(ValueError, match="built with encoder another"):
+        run.load(workdir, memory=tmp_path / "m")
+
+
+def test_odd_calls_answer_in_one_sentence(generator):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generator.text_to_image("  ")
+    with pytest.raises(ValueError, match="memory holds only"):
+        generator.text_to_image("a flag", num_retrieved=10_000)
