@@ -44,8 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.strategy = dict(max_similarity=0.9, num_candidates=24)
     config.masking = dict(num_masks="poisson_clamp0", rotation_probability=0.4)
     config.pipeline = dict(
-        rows=8,
-        row_length=544,
+        rows=16,
+        row_length=272,
         examples_per_batch=20,
         max_documents=2,
         alpha=0.1,
@@ -58,8 +58,9 @@ def get_config(arg: str = "") -> ConfigDict:
         num_heads=4,
         head_dim=64,
         d_ff=1024,
-        max_length=544,
+        max_length=384,
         activation="gelu",
+        compute_dtype="bfloat16",
     )
     config.loss = dict(z_loss=1e-5)
     config.optimizer = dict(

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from racm3_jax import checkpoints, sharding
 from racm3_jax.documents import batches as image_data
@@ -127,24 +128,37 @@ def build_embedder(config: Any) -> DocumentEmbedder:
 def build_memory(
     config: Any,
     path: Path,
-    documents: Iterator[Document],
+    documents: Iterable[Document],
     tokenizer: MixedTokenizer,
     embedder: DocumentEmbedder,
-    **more: Any,
+    *,
+    num_documents: int | None = None,
 ) -> Memory:
-    """Opens the memory at `path`, or builds it there from `documents`."""
+    """Opens the memory at `path`, or builds it there from `documents`.
+
+    Args:
+      config: its section `memory`.
+      path: of the memory's directory.
+      documents: read only if there is no memory yet.
+      tokenizer: of the documents.
+      embedder: of the documents and their queries.
+      num_documents: how many there are, for the progress bar.
+    """
     if not (path / "manifest.json").exists():
         section = config.memory
-        Memory.build(
-            documents,
-            tokenizer=tokenizer,
-            embedder=embedder,
-            path=path,
-            index=section.index,
-            num_query_variants=section.num_query_variants,
-            query_drop=section.query_drop,
-            **more,
-        )
+        with tqdm(
+            total=num_documents, desc="build memory", unit="document", smoothing=0.1
+        ) as bar:
+            Memory.build(
+                documents,
+                tokenizer=tokenizer,
+                embedder=embedder,
+                path=path,
+                index=section.index,
+                num_query_variants=section.num_query_variants,
+                query_drop=section.query_drop,
+                progress=lambda done: bar.update(done - bar.n),
+            ).close()
     return Memory.load(path, embedder=embedder, tokenizer=tokenizer)
 
 

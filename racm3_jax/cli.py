@@ -96,10 +96,13 @@ def read_config(flags: Sequence[str], default: str = "") -> Any:
         raise UsageError("give --config=configs/NAME.py (see the folder configs/)")
     config = load_config_file(files[-1] if files else default)
     values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
     overrides = [flag for flag in flags if flag.startswith("--config.")]
+    arguments = ["racm3", *overrides]
     try:
-        values(["racm3", *overrides])
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=arguments
+        )
+        values(arguments)
     except (AttributeError, KeyError, TypeError, absl_flags.Error) as error:
         raise UsageError(_override_problem(config, overrides, error)) from None
     return config.lock()

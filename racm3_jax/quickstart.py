@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
-from tqdm import tqdm
 
 from racm3_jax import build, run
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
@@ -24,8 +23,6 @@ from racm3_jax.evaluation.report import CaptionRow, write_report
 from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import Document
-
-T = TypeVar("T")
 
 
 class Stages:
@@ -63,9 +60,10 @@ def main(config: Any, workdir: Path) -> None:
     memory = build.build_memory(
         config,
         workdir / "memory",
-        show_progress(documents, "build memory", count_documents(config)),
+        documents,
         tokenizer,
         embedder,
+        num_documents=count_documents(config),
     )
     stages.say(f"memory of {len(memory):,} documents with {config.memory.index} index")
     memory.close()
@@ -163,10 +161,3 @@ def caption_rows(
         )
         for test, with_memory, alone in zip(tests, named, guessed, strict=True)
     ]
-
-
-def show_progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """A progress bar over an iterator."""
-    yield from tqdm(
-        items, desc=description, total=total, unit="document", dynamic_ncols=True
-    )

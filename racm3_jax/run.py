@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import logging
 
 from racm3_jax import build
@@ -20,7 +19,7 @@ from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.loop import fit
-from racm3_jax.training.step import TrainState, state_shardings
+from racm3_jax.training.step import TrainState
 
 
 def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainState:
@@ -54,7 +53,7 @@ def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainSt
     state = job.state
     found = saver.latest_good()
     if found is not None:
-        state = saver.restore(found, abstract_like(state))
+        state, _ = saver.restore(found, state)
         logging.info("resuming %s at step %d", workdir, found)
     start_step = int(state.step)
     if start_step < job.num_steps:
@@ -83,17 +82,6 @@ def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainSt
     if int(state.step) == job.num_steps:
         job.export(state)
     return state
-
-
-def abstract_like(state: TrainState) -> TrainState:
-    """Shapes, dtypes and places of a state, which is what a restore fills."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
-        ),
-        state,
-        state_shardings(state),
-    )
 
 
 def claim_workdir(config: Any, workdir: Path) -> str:

@@ -27,6 +27,19 @@ def test_unknown_config_key_names_the_nearest(capsys, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_overrides_reach_nested_settings():
+    config = cli.read_config(
+        [
+            f"--config={CONFIGS}/flagworld_tiny.py",
+            "--config.optimizer.learning_rate=0.25",
+            "--config.tokenizer.text=somewhere",
+        ]
+    )
+    assert config.optimizer.learning_rate == 0.25
+    assert config.tokenizer.text == "somewhere"
+    assert config.is_locked
+
+
 def test_missing_config(capsys, tmp_path):
     error = sentence(capsys, "train", "--config=none.py", f"--workdir={tmp_path}")
     assert "none.py" in error

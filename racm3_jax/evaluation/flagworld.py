@@ -150,7 +150,8 @@ def evaluate_flagworld(
       generator: the retrieval-augmented model with its memory.
       twin: the model trained without retrieval, or None to leave it out.
       swapped: the same model over a memory whose held-out flags are exchanged.
-      judge: of the world; `swapped_judge`: of the world with exchanged flags.
+      judge: of the world.
+      swapped_judge: of the world with exchanged flags.
       settings: of the sampling.
       log: receives one line a stage.
 
@@ -237,9 +238,9 @@ def format_table(results: dict[str, Any]) -> str:
         ("drawn scene is the asked one", "draw_scene"),
         ("caption names the right nation", "caption_name"),
     ]
+    total = results["retrieval/draw_flag"].total
     lines = [
-        f"| on {results['retrieval/draw_flag'].total} held-out nations "
-        "| with retrieval | twin without | copy top retrieved |",
+        f"| {total} held-out nations | with retrieval | twin without | copy retrieved |",
         "|---|---|---|---|",
     ]
     for title, key in rows:

@@ -15,6 +15,10 @@ from jaxtyping import UInt8
 from racm3_jax.documents.images import encode_png
 from racm3_jax.evaluation.pictures import Panel
 
+_EXPLANATION = (
+    "The nations below were never trained on; the model knows their flags and names "
+    "only from the documents that it retrieved."
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px;
   color: #222; padding: 0 1em; }
@@ -46,10 +50,8 @@ def _inline(png: bytes, alt: str, small: bool = False) -> str:
 
 
 def _caption_table(rows: Sequence[CaptionRow]) -> str:
-    lines = [
-        "<table><tr><th>picture</th><th>retrieved</th><th>with retrieval</th>"
-        "<th>without</th></tr>"
-    ]
+    headings = ("picture", "retrieved", "with retrieval", "without")
+    lines = ["<table><tr>", *(f"<th>{heading}</th>" for heading in headings), "</tr>"]
     for row in rows:
         retrieved = " ".join(
             _inline(encode_png(panel.image), panel.words, small=True)
@@ -91,8 +93,7 @@ def write_report(
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         f"<title>racm3 report</title><style>{_STYLE}</style></head><body>",
         "<h1>RA-CM3 on flagworld</h1>",
-        "<p>The nations below were never trained on; the model knows their flags and "
-        "names only from the documents that it retrieved.</p>",
+        f"<p>{_EXPLANATION}</p>",
         f"<table>{items}</table>",
         "<h2>Drawn from a prompt</h2>",
         _inline(sheet.read_bytes(), "prompts, retrieved documents and drawings"),

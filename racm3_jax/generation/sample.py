@@ -85,7 +85,7 @@ class _Drawing(NamedTuple):
     """What the loop carries, apart from the model's cache."""
 
     state: Int[Array, " rows"]
-    count: Int[Array, " rows"]
+    num_in_state: Int[Array, " rows"]
     last: Int32[Array, " rows"]
     tokens: Int32[Array, "rows new"]
     log_probs: Float32[Array, "rows new"]
@@ -118,8 +118,8 @@ def sample(
     its prompt and its seed, not on the rows beside it nor on how many samples are asked.
 
     Args:
-      model: a `Transformer` and
-      params: its parameters, best in the form that `prepare_decoding` gives.
+      model: a `Transformer`, best with the config that `prepare_decoding` gives.
+      params: its parameters, in the same form.
       prompt_tokens: vocabulary ids, right-padded with any id. Its width, rounded up, is
         the length bucket.
       prompt_lengths: ids in each prompt, at least 1.
@@ -163,9 +163,9 @@ def sample(
         np.minimum(config.max_new_tokens, max_length - lengths[fill]),
         grammar,
         _Options(
-            np.float32(config.temperature),
-            np.int32(config.top_k),
-            np.float32(config.top_p),
+            jnp.asarray(config.temperature, jnp.float32),
+            jnp.asarray(config.top_k, jnp.int32),
+            jnp.asarray(config.top_p, jnp.float32),
         ),
         key,
         seeds[fill].astype(np.uint32),
@@ -257,11 +257,13 @@ def _generate(
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
         log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
         log_probs = jnp.where(running, log_probs, 0.0)
-        state, count = advance(grammar, drawing.state, drawing.count, tokens)
+        state, num_in_state = advance(
+            grammar, drawing.state, drawing.num_in_state, tokens
+        )
         lengths = drawing.lengths + running
         return _Drawing(
             jnp.where(lengths >= limits, DONE, state),
-            count,
+            num_in_state,
             tokens,
             drawing.tokens.at[:, step].set(tokens),
             drawing.log_probs.at[:, step].set(log_probs),
@@ -276,7 +278,7 @@ def _generate(
 
     start = _Drawing(
         state=jnp.full(rows, START, jnp.int32),
-        count=jnp.zeros(rows, jnp.int32),
+        num_in_state=jnp.zeros(rows, jnp.int32),
         last=jnp.full(rows, pad),
         tokens=jnp.full((rows, room), pad),
         log_probs=jnp.zeros((rows, room), jnp.float32),

@@ -226,17 +226,8 @@ class Generator:
     ) -> list[GenerationOutput]:
         """Describes every image; scores are mean log-likelihoods in nats.
 
-        Args:
-          images: RGB pixels of any size.
-          num_samples: see the class; so are the arguments that follow.
-          num_retrieved: see the class.
-          seed: see the class.
-          documents: see the class.
-          temperature: see the class.
-          top_p: see the class.
-          top_k: see the class.
-          max_caption_length: the most text ids; the model's max_length may allow fewer.
-          prefix: how every caption begins (the paper's "Photo of"); not generated.
+        `prefix` begins every caption (the paper's "Photo of") and is not generated.
+        `max_caption_length` counts text ids; the model's max_length may leave fewer.
 
         Raises:
           ValueError: as in `text_to_image_batch`.
@@ -317,12 +308,9 @@ class Generator:
         )
 
     def _tokenized(self, documents: Documents) -> tuple[TokenizedDocument, ...]:
-        tokenized = list(documents)
-        plain = [i for i, d in enumerate(tokenized) if isinstance(d, Document)]
-        found = self.tokenizer.tokenize([documents[i] for i in plain])
-        for i, document in zip(plain, found, strict=True):
-            tokenized[i] = document
-        return tuple(tokenized)
+        plain = [d for d in documents if isinstance(d, Document)]
+        found = iter(self.tokenizer.tokenize(plain))
+        return tuple(next(found) if isinstance(d, Document) else d for d in documents)
 
     def _sample(
         self,
@@ -392,7 +380,10 @@ class Generator:
 
 
 def _row_seeds(seed: int | Sequence[int], num_rows: int) -> list[int]:
-    seeds = [seed + i for i in range(num_rows)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, int | np.integer):
+        seeds = [int(seed) + i for i in range(num_rows)]
+    else:
+        seeds = [int(value) for value in seed]
     if len(seeds) != num_rows:
         raise ValueError(f"{num_rows} prompts need as many seeds; got {len(seeds)}")
     for value in seeds:

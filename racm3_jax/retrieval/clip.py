@@ -16,11 +16,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
+
+from racm3_jax.retrieval.clip_layers import ACTIVATIONS, Layer, dense, norm, normal
 
 # What OpenAI's models were trained with (their `preprocess`), channel by channel, of 0..1.
 OPENAI_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,11 +29,6 @@ OPENAI_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # The inverse temperature starts at 1 / 0.07 (CLIP, section 2.5).
 INITIAL_LOG_SCALE = float(np.log(1 / 0.07))
-
-_ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +78,10 @@ class CLIPConfig:
                     f"clip.{tower}_width {width} is not a multiple of "
                     f"clip.{tower}_heads {heads}"
                 )
-        if self.activation not in _ACTIVATIONS:
+        if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"clip.activation is {self.activation!r}; allowed: "
-                + ", ".join(sorted(_ACTIVATIONS))
+                + ", ".join(sorted(ACTIVATIONS))
             )
         if self.vocab_size < 3 or self.context_length < 3:
             raise ValueError(
@@ -167,22 +163,22 @@ class VisionTower(nn.Module):
     ) -> Float[Array, "batch d_embed"]:
         config, width = self.config, self.config.vision_width
         scale = width**-0.5
-        x = _dense(width, ("patch", "embed"), scale, "patch_embedding", use_bias=False)(
+        x = dense(width, ("patch", "embed"), scale, "patch_embedding", use_bias=False)(
             cut_patches(images, config.patch_size)
         )
         class_embedding = self.param(
-            "class_embedding", _normal(scale, ("embed",)), (width,)
+            "class_embedding", normal(scale, ("embed",)), (width,)
         )
         positions = self.param(
             "position_embedding",
-            _normal(scale, ("position", "embed")),
+            normal(scale, ("position", "embed")),
             (1 + config.num_patches, width),
         )
         x = x + positions[1:]
         if kept_patches is not None:
             x = jnp.take_along_axis(x, kept_patches[:, :, None], axis=1)
         first = jnp.broadcast_to(class_embedding + positions[0], (len(x), 1, width))
-        x = _norm("pre_norm")(jnp.concatenate([first, x], axis=1))
+        x = norm("pre_norm")(jnp.concatenate([first, x], axis=1))
         for i in range(config.vision_layers):
             x = Layer(
                 config.vision_heads,
@@ -190,8 +186,8 @@ class VisionTower(nn.Module):
                 config.activation,
                 name=f"layers_{i}",
             )(x)
-        x = _norm("post_norm")(x[:, 0])
-        return _dense(
+        x = norm("post_norm")(x[:, 0])
+        return dense(
             config.d_embed, ("embed", None), scale, "projection", use_bias=False
         )(x)
 
@@ -214,12 +210,12 @@ class TextTower(nn.Module):
             )
         embedding = self.param(
             "token_embedding",
-            _normal(0.02, ("vocab", "embed")),
+            normal(0.02, ("vocab", "embed")),
             (config.vocab_size, width),
         )
         positions = self.param(
             "position_embedding",
-            _normal(0.01, ("position", "embed")),
+            normal(0.01, ("position", "embed")),
             (config.context_length, width),
         )
         x = jnp.take(embedding, tokens, axis=0) + positions[:length]
@@ -234,77 +230,10 @@ class TextTower(nn.Module):
         # argmax finds the first <end>: nothing after it can have changed its output.
         end = jnp.argmax(tokens, axis=1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        x = _norm("final_norm")(x)
-        return _dense(
+        x = norm("final_norm")(x)
+        return dense(
             config.d_embed, ("embed", None), width**-0.5, "projection", use_bias=False
         )(x)
-
-
-class Layer(nn.Module):
-    """Pre-LayerNorm attention and MLP; weights start as in OpenAI's code."""
-
-    num_heads: int
-    num_layers: int
-    activation: str
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch length width"],
-        may_attend: Bool[Array, "length length"] | None = None,
-    ) -> Float[Array, "batch length width"]:
-        width = x.shape[-1]
-        out_std = width**-0.5 * (2 * self.num_layers) ** -0.5
-        x = x + Attention(self.num_heads, out_std, name="attention")(
-            _norm("norm_1")(x), may_attend
-        )
-        return x + MLP(self.activation, out_std, name="mlp")(_norm("norm_2")(x))
-
-
-class Attention(nn.Module):
-    """Plain multi-head attention; the rows are short (65 patches, 40 ids)."""
-
-    num_heads: int
-    out_std: float
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch length width"],
-        may_attend: Bool[Array, "length length"] | None,
-    ) -> Float[Array, "batch length width"]:
-        batch, length, width = x.shape
-        head_dim = width // self.num_heads
-
-        def project(name: str) -> Float[Array, "batch length heads head_dim"]:
-            y = _dense(width, ("embed", "heads"), width**-0.5, name)(x)
-            return y.reshape(batch, length, self.num_heads, head_dim)
-
-        query, key, value = project("query"), project("key"), project("value")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * head_dim**-0.5, key)
-        if may_attend is not None:
-            scores = jnp.where(may_attend, scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        return _dense(width, ("heads", "embed"), self.out_std, "out")(
-            mixed.reshape(batch, length, width)
-        )
-
-
-class MLP(nn.Module):
-    """Four times as wide inside."""
-
-    activation: str
-    out_std: float
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length width"]
-    ) -> Float[Array, "batch length width"]:
-        width = x.shape[-1]
-        x = _dense(4 * width, ("embed", "mlp"), (2 * width) ** -0.5, "up")(x)
-        x = _ACTIVATIONS[self.activation](x)
-        return _dense(width, ("mlp", "embed"), self.out_std, "down")(x)
 
 
 def cut_patches(
@@ -422,33 +351,3 @@ def drop_tokens(
     num_kept = max(1, len(ids) - round(drop * len(ids)))
     kept = rng.permutation(len(ids))[:num_kept]
     return ids[np.sort(kept)]
-
-
-def _normal(std: float, names: tuple[str | None, ...]) -> Any:
-    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
-
-
-def _dense(
-    features: int,
-    names: tuple[str | None, str | None],
-    std: float,
-    name: str,
-    use_bias: bool = True,
-) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        kernel_init=_normal(std, names),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, names[1:]),
-        name=name,
-    )
-
-
-def _norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=1e-5,
-        use_fast_variance=False,  # the fast form cancels; parity wants the plain one
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        name=name,
-    )

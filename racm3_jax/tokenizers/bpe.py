@@ -1,8 +1,8 @@
 """Text to ids and back: byte-level BPE on the `tokenizers` library.
 
-The vocabulary holds no control string at all. `tokenizers` would emit control tokens from
-plain text, and the flag that stops it is lost on save and load; here there is nothing
-to emit, whatever a caption spells.
+The vocabulary holds no control string at all. `tokenizers` would emit control tokens
+from plain text, and the flag that stops it is lost on save and load; here there is
+nothing to emit, whatever a caption spells.
 """
 
 from __future__ import annotations

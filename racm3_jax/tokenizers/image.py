@@ -38,7 +38,7 @@ class ImageTokenizer:
         self.config = config
         self.params = jax.tree.map(jnp.asarray, nn.meta.unbox(dict(params)))
         self.batch_size = batch_size
-        model = VQGAN(config)
+        model: Any = VQGAN(config)
 
         def encode(params, images):
             return model.apply(
@@ -152,7 +152,7 @@ def compute_psnr(
     images: UInt8[np.ndarray, "images height width 3"],
     others: UInt8[np.ndarray, "images height width 3"],
 ) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair, in decibels; 100 where they are equal."""
+    """Peak signal-to-noise ratio of each pair, in decibels; 100 if they are equal."""
     error = images.astype(np.float64) - others.astype(np.float64)
     mean = np.square(error).reshape(len(images), -1).mean(1)
     return 10.0 * np.log10(255.0**2 / np.maximum(mean, 255.0**2 * 1e-10))

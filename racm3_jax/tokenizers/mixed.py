@@ -1,7 +1,7 @@
 """Documents to vocabulary ids and back: the one place where text and images meet.
 
     text   "a red flag"      --bpe-->    17 301 44          ids of the text range
-    image  uint8[64, 64, 3]  --vqgan-->  codes  -- + constant -->  ids of the image range
+    image  uint8[h, w, 3]    --vqgan-->  codes + constant  -->  ids of the image range
 
 Sentinel and control ids are assigned by range in `Vocab`. No tokenizer can produce one:
 a caption that spells `<eod>` is encoded as its characters.
@@ -81,7 +81,7 @@ class MixedTokenizer:
         return self._encode_images([image])[0]
 
     def decode(self, document: TokenizedDocument) -> Document:
-        """Ids back to text and pixels; pixels pass through the VQGAN, so they are close.
+        """Ids back to text and pixels; the pixels are those of the VQGAN, so only close.
 
         Raises:
           ValueError: a segment that is not whole, or holds ids of another range.
@@ -106,7 +106,7 @@ class MixedTokenizer:
     ) -> TokenizedDocument:
         """One document's ids back to its segments.
 
-            <eod> t4 t9 <break> i1 i7 i7 i2 <eod>   ->   text [t4 t9], image [i1 i7 i7 i2]
+            <eod> t4 t9 <break> i1 i7 i7 i2 <eod>  ->  text [t4 t9], image [i1 i7 i7 i2]
 
         `<break>` parts segments, and so does a change between text and image ids;
         `<eod>`, `<pad>`, sentinels and `<eoss>` are dropped.
@@ -223,7 +223,7 @@ class MixedTokenizer:
             return []
         size = self.image.image_size
         pixels = np.stack([resize_image(image, size) for image in images])
-        return self.vocab.image_tokens(self.image.encode(pixels)).astype(np.int32)
+        return list(self.vocab.image_tokens(self.image.encode(pixels)).astype(np.int32))
 
     def _check_image(self, tokens: Int[np.ndarray, " length"]) -> None:
         if len(tokens) != self.vocab.image_length:

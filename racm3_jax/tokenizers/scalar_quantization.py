@@ -16,12 +16,13 @@ from jaxtyping import Array, Float, Int
 def round_to_grid(z: Float[Array, "*rest d"], levels: tuple[int, ...]) -> Array:
     """Bounds each number and rounds it to its grid in [-1, 1] (arXiv 2309.15505, A.1).
 
-        8 levels:  -4 -3 -2 -1 0 1 2 3, divided by 4      5 levels:  -2 … 2, divided by 2
+        8 levels:  -4 -3 -2 -1 0 1 2 3, divided by 4    5 levels:  -2 … 2, divided by 2
 
     The gradient is that of the bound, as if nothing was rounded.
     """
     steps = jnp.asarray(levels, jnp.float32)
-    half_range = (steps - 1) * (1 - 1e-3) / 2
+    # A little wider than the grid: at 2 levels the shift below is infinite otherwise.
+    half_range = (steps - 1) * (1 + 1e-3) / 2
     # An even grid has no middle: it is moved by half a step so that 0 stays at 0.
     offset = jnp.where(steps % 2 == 0, 0.5, 0.0)
     bounded = jnp.tanh(z + jnp.arctanh(offset / half_range)) * half_range - offset

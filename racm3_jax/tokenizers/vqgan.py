@@ -1,16 +1,16 @@
 """The VQGAN in Flax: images to a grid of codebook indices and back.
 
-The network has the shape of taming-transformers' (arXiv 2012.09841): an encoder of ResNet
-blocks, a codebook, a decoder, named so that public weights can be mapped one to one:
+The network has the shape of taming-transformers' (arXiv 2012.09841): an encoder of
+ResNet blocks, a codebook, a decoder, named so that public weights map one to one:
 
     image ─ conv_in ─ down_0 ─ down_1 … ─ mid ─ norm_out ─ conv_out ─ quant_conv ─┐
                                                                                codebook
     image ─ conv_out ─ norm_out ─ up_0 ─ up_1 … ─ mid ─ conv_in ─ post_quant_conv ─┘
 
-Two things are not taming's and off by default. `stem_patch` > 1 folds pixels into channels
-before `conv_in` (and back after `conv_out`), which makes small images cheap on a CPU. The
-quantizer may compare unit vectors ("cosine", arXiv 2110.04627) or round a few bounded
-numbers to a fixed grid ("fsq", arXiv 2309.15505), which has no codebook to collapse.
+Two things are not taming's and off by default. `stem_patch` > 1 folds pixels into
+channels before `conv_in` (and back after `conv_out`), which makes small images cheap on
+a CPU. The quantizer may compare unit vectors ("cosine", arXiv 2110.04627) or round a few
+bounded numbers to a fixed grid ("fsq", arXiv 2309.15505): no codebook, no dead code.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def _fold_stride(
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm as one reduction and one multiply-add over the map (eps as taming's)."""
+    """GroupNorm as one reduction and one multiply-add over the map, eps as taming's."""
 
     num_groups: int
     epsilon: float = 1e-6

@@ -114,7 +114,8 @@ def vqgan_loss(config: VQGANConfig, loss: VQGANLossConfig) -> VQGANLossFn:
       returns them (unboxed); `batch["images"]` is uint8[b, h, w, 3] or floats in
       [-1, 1]; metrics are (sum, weight) pairs.
     """
-    model = VQGAN(config)
+    # `apply` is typed for any module; Any says that this one returns a triple.
+    model: Any = VQGAN(config)
 
     def loss_fn(params, batch, key, step):
         images = normalize_images(batch["images"])
@@ -175,7 +176,7 @@ def _adversarial_terms(
     The step gates the weights, not the computation: XLA's CPU backend is some 50 times
     slower at a convolution's gradient inside a `lax.cond`.
     """
-    discriminator = _build_discriminator(loss)
+    discriminator: Any = _build_discriminator(loss)
     stop = jax.lax.stop_gradient
     real = discriminator.apply({"params": params}, images)
     fake = discriminator.apply({"params": params}, stop(recon))

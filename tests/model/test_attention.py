@@ -22,12 +22,9 @@ SEGMENTS = np.repeat([1, 2, 3, 0], [40, 60, 35, 15])[None]
 
 
 def make_qkv(heads=4, kv_heads=2, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
+    rng = np.random.default_rng(0)
     shapes = [(1, LENGTH, h, 8) for h in (heads, kv_heads, kv_heads)]
-    return [
-        jax.random.normal(k, s, jnp.float32).astype(dtype)
-        for k, s in zip(keys, shapes, strict=True)
-    ]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -49,7 +46,7 @@ def test_plain_is_the_picture_of_the_docstring():
     assert picture == ["x.....", "xx....", "xxx...", "...x..", "...xx.", ".....x"]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_equals_plain_with_its_gradient(implementation, heads, kv_heads):
     inputs = (*make_qkv(heads, kv_heads), jnp.cos(jnp.arange(8.0)))

@@ -51,12 +51,20 @@ def make_shapes(num: int, seed: int) -> np.ndarray:
 
 
 @functools.cache
+def init(config: VQGANConfig, loss: VQGANLossConfig):
+    return nn.meta.unbox(jax.jit(functools.partial(init_vqgan, config, loss))(KEY))
+
+
+@functools.cache
+def compute_gradients():
+    return jax.jit(jax.grad(vqgan_loss(CONFIG, ADVERSARIAL), has_aux=True))
+
+
+@functools.cache
 def gradients(step: int):
-    params = nn.meta.unbox(init_vqgan(CONFIG, ADVERSARIAL, KEY))
-    loss_fn = vqgan_loss(CONFIG, ADVERSARIAL)
-    compute = jax.jit(jax.grad(loss_fn, has_aux=True))
     batch = {"images": jnp.asarray(make_shapes(4, 0))}
-    return compute(params, batch, KEY, jnp.asarray(step))
+    params = init(CONFIG, ADVERSARIAL)
+    return compute_gradients()(params, batch, KEY, jnp.asarray(step))
 
 
 def norm(tree) -> float:
@@ -65,7 +73,7 @@ def norm(tree) -> float:
 
 def test_a_short_training_learns_and_uses_the_codes():
     loss = VQGANLossConfig(l2_weight=1.0, edge_weight=0.5)
-    params = nn.meta.unbox(init_vqgan(CONFIG, loss, KEY))
+    params = init(CONFIG, loss)
     assert set(params) == {"vqgan"}
     loss_fn, optimizer = vqgan_loss(CONFIG, loss), optax.adam(3e-3)
 
@@ -99,7 +107,7 @@ def test_the_discriminator_starts_at_its_step():
 
 def test_each_player_has_its_own_gradient():
     """The discriminator's gradient does not depend on the VQGAN's adversarial weight."""
-    params = nn.meta.unbox(init_vqgan(CONFIG, ADVERSARIAL, KEY))
+    params = init(CONFIG, ADVERSARIAL)
     stronger = dataclasses.replace(ADVERSARIAL, adversarial_weight=10.0)
     batch = {"images": jnp.asarray(make_shapes(4, 0))}
     other, _ = jax.jit(jax.grad(vqgan_loss(CONFIG, stronger), has_aux=True))(
@@ -116,7 +124,7 @@ def test_each_player_has_its_own_gradient():
 
 
 def test_bytes_and_floats_are_the_same_images():
-    params = nn.meta.unbox(init_vqgan(CONFIG, VQGANLossConfig(), KEY))
+    params = init(CONFIG, VQGANLossConfig())
     loss_fn = jax.jit(vqgan_loss(CONFIG, VQGANLossConfig()))
     pixels = make_shapes(4, 1)
     scaled = pixels.astype(np.float32) / 127.5 - 1.0
@@ -131,7 +139,7 @@ def test_learned_codebooks_have_codebook_gradients():
         CONFIG, quantizer="cosine", fsq_levels=(), d_code=4, num_codes=32
     )
     loss = VQGANLossConfig(entropy_weight=0.1)
-    params = nn.meta.unbox(init_vqgan(config, loss, KEY))
+    params = init(config, loss)
     batch = {"images": jnp.asarray(make_shapes(4, 0))}
     gradient, metrics = jax.jit(jax.grad(vqgan_loss(config, loss), has_aux=True))(
         params, batch, KEY, jnp.asarray(0)
