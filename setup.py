@@ -14,7 +14,13 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["racm3_jax", "racm3_jax.*", "configs"]),
+    # The folder configs/ stands beside the package in a clone, inside it in a wheel.
+    packages=[
+        *find_packages(include=["racm3_jax", "racm3_jax.*"]),
+        "racm3_jax.configs",
+        "racm3_jax.configs.eval",
+    ],
+    package_dir={"racm3_jax.configs": "configs"},
     package_data={"racm3_jax": ["shipped/**/*"]},
     install_requires=[
         "absl-py>=2.1",

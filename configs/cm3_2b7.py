@@ -1,63 +1,15 @@
 """CM3 2.7B: the twin of configs/racm3_2b7.py without retrieval, equal in all else.
 
-    racm3 train --config=configs/cm3_2b7.py --workdir=out/cm3_2b7
-
-Hardware in the paper: 256 A100 for 5 days (30,720 A100-hours). Steps, weight decay and
-precision are not published: the values here are choices. It trains over a memory that
-exists (config.memory_path), with the tokenizers and the CLIP that made it. Never trained
-here: the tests build it by shape, with its whole sharding.
+racm3 train --config=configs/cm3_2b7.py --workdir=out/cm3_2b7
 """
 
 from ml_collections import ConfigDict
 
+from configs import racm3_2b7
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for 20 heads of 128 (fast), "fidelity" for the authors' 32 heads of 80."""
-    if arg not in ("", "fidelity"):
-        raise ValueError(f"configs/cm3_2b7.py:{arg}: use :fidelity or nothing")
-    config = ConfigDict()
-    config.kind = "generator"
-    config.seed = 0
-    config.vocab = dict(
-        num_text_ids=56_828, num_image_codes=8192, image_length=1024, num_sentinels=512
-    )
-    config.tokenizer = dict(text="", image="", num_sentinels=512)
-    config.embedder = ""
-    config.init_from = ""
-    config.memory_path = ""
-    config.memory = dict(num_query_variants=4)
-    config.strategy = dict(max_similarity=0.9, num_candidates=64)
-    config.masking = dict(num_masks="poisson_clamp1", rotation_probability=0.1)
-    config.pipeline = dict(
-        rows=256,
-        row_length=4096,
-        examples_per_batch=480,
-        max_documents=2,
-        alpha=0.1,
-        query_modality="both",
-        retrieval=False,
-    )
-    config.model = dict(
-        d_model=2560,
-        num_layers=32,
-        num_heads=32 if arg else 20,
-        head_dim=80 if arg else 128,
-        d_ff=10240,
-        max_length=4096,
-        activation="relu",
-        compute_dtype="bfloat16",
-        scan_layers=True,
-    )
-    config.loss = dict(z_loss=0.0)
-    config.optimizer = dict(
-        learning_rate=1e-4,
-        warmup_steps=1500,
-        schedule="linear",
-        b1=0.9,
-        b2=0.98,
-        weight_decay=0.0,
-        clip_norm=1.0,
-    )
-    config.mesh = dict(data=1, fsdp=-1, tensor=1)
-    config.train = dict(num_steps=100_000, log_every=50, checkpoint_every=1000)
+    """`arg`: as in configs/racm3_2b7.py."""
+    config = racm3_2b7.get_config(arg)
+    config.pipeline.retrieval = False
     return config

@@ -5,6 +5,8 @@ racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
 
 from ml_collections import ConfigDict
 
+from configs import flagworld
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """Takes no argument."""
@@ -13,14 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.kind = "clip"
     config.seed = 0
-    config.world = dict(
-        seed=0,
-        num_nations=4000,
-        num_heldout=320,
-        documents_per_nation=5,
-        documents_per_heldout=8,
-        image_size=64,
-    )
+    config.world = flagworld.world()
     config.text_tokenizer = dict(vocab_size=1024)
     config.clip = dict(
         image_size=64,

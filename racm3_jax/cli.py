@@ -7,11 +7,13 @@ Configs are given as ml_collections users expect:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,11 @@ def read_config(flags: Sequence[str], default: str = "") -> Any:
 
 
 def load_config_file(path: str) -> Any:
-    """Calls `get_config(arg)` of `file.py:arg`."""
+    """Calls `get_config(arg)` of `file.py:arg`.
+
+    Inside the file, `from configs import other` finds the files of the same `configs`
+    folder, wherever that folder is.
+    """
     name, _, argument = path.partition(":")
     if not Path(name).is_file():
         raise UsageError(f"there is no config file {name}; see the folder configs/")
@@ -117,8 +123,29 @@ def load_config_file(path: str) -> Any:
     if spec is None or spec.loader is None:
         raise UsageError(f"{name} is not a Python file: a config ends in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _configs_importable(Path(name).resolve()):
+        spec.loader.exec_module(module)
     return module.get_config(argument)
+
+
+@contextlib.contextmanager
+def _configs_importable(path: Path) -> Iterator[None]:
+    """Makes the folder `configs` above `path` the package of that name, for a while."""
+    folder = next((p for p in path.parents if p.name == "configs"), path.parent)
+    package = types.ModuleType("configs")
+    package.__path__ = [str(folder)]
+
+    def take() -> dict[str, types.ModuleType]:
+        names = [n for n in sys.modules if n == "configs" or n.startswith("configs.")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = take()
+    sys.modules["configs"] = package
+    try:
+        yield
+    finally:
+        take()
+        sys.modules.update(before)
 
 
 def _override_problem(config: Any, overrides: Sequence[str], error: Exception) -> str:

@@ -1,13 +1,12 @@
 """Every file of configs/ is built: small ones for real, the 2.7B by shape."""
 
-import importlib.util
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from racm3_jax import build, sharding
+from racm3_jax import build, cli, sharding
 from racm3_jax.documents.flagworld import FlagworldConfig
 from racm3_jax.evaluation.flagworld import SuiteSettings
 from racm3_jax.model.transformer import init_params
@@ -38,10 +37,7 @@ GENERATORS = [
 
 
 def load(name, arg=""):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
+    return cli.load_config_file(f"{CONFIGS / name}.py:{arg}")
 
 
 def test_every_config_is_covered():

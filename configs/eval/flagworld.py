@@ -5,6 +5,8 @@ racm3 evaluate --suite=flagworld --workdir=out/evaluation
 
 from ml_collections import ConfigDict
 
+from configs import flagworld
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" for the shipped models, or the folder of others (its `model`, `twin`)."""
@@ -13,14 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.models = arg or "shipped:flagworld"
     config.model = "model"
     config.twin = "twin"
-    config.world = dict(
-        seed=0,
-        num_nations=4000,
-        num_heldout=320,
-        documents_per_nation=5,
-        documents_per_heldout=8,
-        image_size=64,
-    )
+    config.world = flagworld.world()
     config.memory = dict(
         index="scann", num_query_variants=0, query_drop=0.0, include_heldout=True
     )

@@ -63,6 +63,8 @@ class CLIPLossConfig:
     contrast_weight: float = 0.1
     retrieval_weight: float = 1.0
     retrieval_temperature: float = 0.05
+    max_pair_similarity: float = 0.6
+    separation_weight: float = 20.0
     query_drop: float = 0.2
 
     def __post_init__(self) -> None:
@@ -114,16 +116,21 @@ def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
         scale = jnp.exp(jnp.minimum(params["logit_scale"], MAX_LOG_SCALE))
         contrast, contrast_hits = info_nce(image, text, scale)
         scale = 1 / loss_config.retrieval_temperature
-        by_text, text_hits = info_nce(query_text, document, scale)
-        by_image, image_hits = info_nce(query_image, document, scale)
+        cap = loss_config.max_pair_similarity
+        by_text, text_hits = info_nce(query_text, document, scale, cap)
+        by_image, image_hits = info_nce(query_image, document, scale, cap)
+        across = (jnp.square(query_text @ image.T) + jnp.square(query_image @ text.T)) / 2
+        separation = across.mean()
         loss = (
             loss_config.contrast_weight * contrast
             + loss_config.retrieval_weight * (by_text + by_image) / 2
+            + loss_config.separation_weight * separation
         )
         values = {
             "loss": loss,
             "contrast_loss": contrast,
             "contrast_accuracy": contrast_hits,
+            "across_similarity": separation**0.5,
             "text_query_loss": by_text,
             "text_query_accuracy": text_hits,
             "image_query_loss": by_image,
@@ -146,13 +153,16 @@ def info_nce(
     queries: Float[Array, "n d_embed"],
     keys: Float[Array, "n d_embed"],
     scale: float | Float[Array, ""],
+    max_similarity: float = 1.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Symmetric InfoNCE in nats, row i with row i, and the share of queries that is right."""
-    logits = scale * queries @ keys.T
-    labels = jnp.arange(len(logits))
+    similarities = queries @ keys.T
+    is_pair = jnp.eye(len(similarities), dtype=bool)
+    capped = jnp.minimum(similarities, jnp.where(is_pair, max_similarity, jnp.inf))
+    logits, labels = scale * capped, jnp.arange(len(similarities))
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).mean() / 2
-    return loss, (logits.argmax(axis=1) == labels).mean()
+    return loss, (similarities.argmax(axis=1) == labels).mean()
 
 
 def drop_tokens_on_device(

@@ -135,7 +135,7 @@ def vqgan_loss(config: VQGANConfig, loss: VQGANLossConfig) -> VQGANLossFn:
         if loss.edge_weight:
             terms["edge"] = (loss.edge_weight, _edge_loss(recon, images))
         if loss.adversarial_weight:
-            terms |= _adversarial_terms(
+            terms |= adversarial_terms(
                 loss, params["discriminator"], recon, images, step
             )
         total = sum(
@@ -168,7 +168,7 @@ def _edge_loss(recon: Array, images: Array) -> Float[Array, ""]:
     return total
 
 
-def _adversarial_terms(
+def adversarial_terms(
     loss: VQGANLossConfig, params: Any, recon: Array, images: Array, step: Array
 ) -> dict[str, tuple[Array, Array]]:
     """Hinge losses of both players, with weight 0 before the start step.

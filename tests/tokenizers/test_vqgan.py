@@ -59,27 +59,47 @@ def init(config: VQGANConfig):
 def test_codes_decode_to_the_reconstruction(config):
     variables, images = init(config)
     model = VQGAN(config)
-    recon, codes, _ = model.apply(variables, images)
+    recon, codes, _ = jax.jit(model.apply)(variables, images)
     assert recon.shape == images.shape
     assert codes.shape == (2, config.image_length) and codes.dtype == jnp.int32
-    alone = model.apply(variables, images, method="encode_codes")
+    apply = jax.jit(model.apply, static_argnames="method")
+    alone = apply(variables, images, method="encode_codes")
     np.testing.assert_array_equal(alone, codes)
-    decoded = model.apply(variables, codes, method="decode_codes")
+    decoded = apply(variables, codes, method="decode_codes")
     np.testing.assert_allclose(decoded, recon, atol=1e-5)
 
 
 @pytest.mark.parametrize("quantizer", ["cosine", "euclidean"])
 def test_the_nearest_code_is_chosen(quantizer):
     config = VQGANConfig(**{**TINY.__dict__, "quantizer": quantizer})
-    variables, images = init(config)
-    model = VQGAN(config)
-    z = np.asarray(model.apply(variables, images, method="encode")).reshape(-1, 1, 4)
-    codebook = np.asarray(variables["params"]["codebook"])
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(2, 3, 3, 4)).astype(np.float32)
+    codebook = rng.normal(size=(24, 4)).astype(np.float32)
+    variables = {"params": {"codebook": codebook}}
+    quantize = jax.jit(VQGAN(config).apply, static_argnames="method")
     if quantizer == "cosine":
+        z /= np.linalg.norm(z, axis=-1, keepdims=True)
         codebook = codebook / np.linalg.norm(codebook, axis=1, keepdims=True)
-    nearest = np.square(z - codebook).sum(-1).argmin(-1)
-    codes = model.apply(variables, images, method="encode_codes")
-    np.testing.assert_array_equal(np.asarray(codes).reshape(-1), nearest)
+    found = quantize(variables, z, method="quantize")
+    distances = np.square(z.reshape(-1, 1, 4) - codebook).sum(-1)
+    np.testing.assert_array_equal(found.codes.reshape(-1), distances.argmin(-1))
+    np.testing.assert_allclose(
+        found.z_q, codebook[found.codes].reshape(z.shape), atol=1e-6
+    )
+    expected = distances.min(-1).mean()
+    np.testing.assert_allclose(found.commitment_loss, expected, rtol=1e-4)
+
+
+def test_the_entropy_term_moves_codes_that_no_latent_chose():
+    codebook = jax.random.normal(jax.random.key(0), (24, 4))
+    z = jnp.broadcast_to(codebook[0], (1, 2, 2, 4))
+
+    def entropy_loss(codebook):
+        variables = {"params": {"codebook": codebook}}
+        return VQGAN(TINY).apply(variables, z, method="quantize").entropy_loss
+
+    gradient = np.asarray(jax.jit(jax.grad(entropy_loss))(codebook))
+    assert np.isfinite(gradient).all() and (np.abs(gradient).sum(-1) > 0).sum() > 1
 
 
 @pytest.mark.parametrize("levels", [(8, 8, 8), (4, 3, 2), (5, 5)])
@@ -88,9 +108,12 @@ def test_grid_and_codes_are_inverse_and_every_code_is_reached(levels):
     codes = jnp.arange(num_codes)
     grid = grid_of_codes(codes, levels)
     np.testing.assert_array_equal(codes_of_grid(grid, levels), codes)
-    far = jax.random.normal(jax.random.key(0), (60 * num_codes, len(levels))) * 6.0
-    reached = codes_of_grid(round_to_grid(far, levels), levels)
-    assert set(np.unique(reached)) == set(range(num_codes))
+    steps = np.array(levels)
+    offset, half_range = np.where(steps % 2, 0.0, 0.5), (steps - 1) * 1.001 / 2
+    bounded = (np.asarray(grid) * (steps // 2) + offset) / half_range
+    z = np.arctanh(bounded) - np.arctanh(offset / half_range)
+    reached = codes_of_grid(round_to_grid(jnp.asarray(z), levels), levels)
+    np.testing.assert_array_equal(reached, codes)
     zero = round_to_grid(jnp.zeros((1, len(levels))), levels)
     np.testing.assert_array_equal(zero, np.zeros((1, len(levels))))
 
@@ -106,7 +129,7 @@ def test_rounding_lets_the_gradient_through():
 def test_a_folded_stride_equals_the_strided_convolution(size, padding, side):
     x = jax.random.normal(jax.random.key(0), (2, side, side, 5))
     conv = Conv(7, size=size, stride=2, padding=padding)
-    variables = nn.meta.unbox(conv.init(jax.random.key(1), x))
+    variables = nn.meta.unbox(jax.jit(conv.init)(jax.random.key(1), x))
     expected = jax.lax.conv_general_dilated(
         x,
         variables["params"]["kernel"],
