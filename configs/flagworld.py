@@ -43,7 +43,9 @@ def get_config(arg: str = "") -> ConfigDict:
         index="scann", num_query_variants=2, query_drop=0.2, include_heldout=False
     )
     config.strategy = dict(max_similarity=0.9, num_candidates=24)
-    config.masking = dict(num_masks="poisson_clamp0", rotation_probability=0.4)
+    config.masking = dict(
+        num_masks="poisson_clamp0", mean=0.2, rotation_probability=0.35
+    )
     config.pipeline = dict(
         # The twin's examples are shorter: the same ones fit into fewer rows.
         rows=8 if arg == "twin" else 16,
@@ -61,12 +63,15 @@ def get_config(arg: str = "") -> ConfigDict:
         head_dim=64,
         d_ff=1024,
         max_length=384,
+        position="rope",
+        norm="rmsnorm",
+        qk_norm=True,
         activation="gelu",
         compute_dtype="bfloat16",
     )
     config.loss = dict(z_loss=1e-5)
     config.optimizer = dict(
-        learning_rate=1e-3,
+        learning_rate=1.5e-3,
         warmup_steps=100,
         schedule="cosine",
         b1=0.9,
@@ -75,5 +80,5 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=2400, log_every=20, checkpoint_every=400)
+    config.train = dict(num_steps=1500, log_every=20, checkpoint_every=400)
     return config

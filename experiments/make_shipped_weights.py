@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 
 from racm3_jax import checkpoints, cli
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.tokenizers.image import ImageTokenizer
+from racm3_jax.tokenizers.mixed import MixedTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "racm3_jax" / "shipped" / "flagworld"
@@ -56,11 +59,22 @@ def run_stage(name: str, arguments: list[str], out: Path) -> None:
 
 
 def pack(out: Path) -> None:
-    """Copies the exported models; the generators are stored in half precision."""
+    """Writes the exported models in half precision."""
     aside = SHIPPED.with_name("flagworld.new")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(out / "racm3" / "tokenizer", aside / "tokenizer")
-    shutil.copytree(out / "racm3" / "clip", aside / "clip")
+    tokenizer = MixedTokenizer.load(out / "racm3" / "tokenizer")
+    image = ImageTokenizer(
+        tokenizer.image.config, checkpoints.round_to_half(tokenizer.image.params)
+    )
+    MixedTokenizer(tokenizer.text, image, tokenizer.vocab.num_sentinels).save(
+        aside / "tokenizer", dtype="float16"
+    )
+    embedder = DocumentEmbedder.load(out / "racm3" / "clip")
+    DocumentEmbedder(
+        embedder.config,
+        checkpoints.round_to_half(embedder.params),
+        embedder.tokenizer.text,
+    ).save(aside / "clip", dtype="float16")
     for stage, name in (("racm3", "model"), ("cm3", "twin")):
         params, config, extra = checkpoints.load_weights(
             out / stage / "model", "generator"

@@ -202,8 +202,8 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
         )
 
     def export(state: TrainState) -> None:
-        params = jax.device_get(state.params["vqgan"])
-        ImageTokenizer(model_config, params).save(workdir / "vqgan")
+        params = checkpoints.round_to_half(jax.device_get(state.params["vqgan"]))
+        ImageTokenizer(model_config, params).save(workdir / "vqgan", dtype="float16")
 
     return _job(
         config,
@@ -242,8 +242,9 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
         )
 
     def export(state: TrainState) -> None:
-        params = jax.device_get(state.params)
-        DocumentEmbedder(model_config, params, text_tokenizer).save(workdir / "clip")
+        params = checkpoints.round_to_half(jax.device_get(state.params))
+        embedder = DocumentEmbedder(model_config, params, text_tokenizer)
+        embedder.save(workdir / "clip", dtype="float16")
 
     return _job(
         config,

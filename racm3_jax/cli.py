@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import importlib.util
 import json
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -239,7 +240,7 @@ def _report(arguments: Arguments, output: Any, more: dict[str, Any]) -> None:
     retrieved = [
         {
             "id": document.id,
-            "score": round(float(score), 4),
+            "score": _number(score),
             "source": document.source,
             "licence": document.metadata.get("licence", ""),
         }
@@ -250,7 +251,7 @@ def _report(arguments: Arguments, output: Any, more: dict[str, Any]) -> None:
     record = {
         "prompt": output.prompt,
         "seed": output.seed,
-        "scores": [round(float(s), 4) for s in output.scores],
+        "scores": [_number(score) for score in output.scores],
         "retrieved": retrieved,
         **more,
     }
@@ -263,6 +264,11 @@ def _report(arguments: Arguments, output: Any, more: dict[str, Any]) -> None:
         print(f"wrote {more['out']}")
     for entry in retrieved:
         print(f"  retrieved {entry['id']} (score {entry['score']:.3f})")
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN, which is the score of a document that was picked by hand."""
+    return round(float(value), 4) if math.isfinite(value) else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from racm3_jax.checkpoints.weights import (
     compute_fingerprint,
     load_weights,
     read_config,
+    round_to_half,
     save_weights,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "compute_fingerprint",
     "load_weights",
     "read_config",
+    "round_to_half",
     "save_weights",
     "verify_manifest",
     "write_manifest",

@@ -29,8 +29,9 @@ from racm3_jax.model.contract import contract
 
 # Finite, so that a fully masked row would still be a softmax without NaN.
 _MASKED = -1e30
-# Queries of one block. On 2 AVX-512 cores, 16x272 tokens, 4 heads of 64, blocks of 68
-# beat 34, 136 and 272 (forward and backward 43 ms, against 92 ms for `plain`).
+# Most queries of one block. On 2 AVX-512 cores, 16x272 tokens, 4 heads of 64, float32:
+# blocks of 68 took 60 ms forward and backward, of 136 98 ms, `plain` 134 ms. The machine
+# was shared, other runs differ by a third; in all of them blocks of 34 to 91 were close.
 _BLOCK_QUERIES = 72
 
 _Q = Float[Array, "batch length heads head_dim"]

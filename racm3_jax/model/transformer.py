@@ -265,7 +265,7 @@ def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
 
     Layers are unrolled, and the weights cast to the compute dtype, so that each step
     reads them once in that size. On CPU decoding is float32 whatever the training was:
-    bfloat16 products of few rows are many times slower there.
+    a bfloat16 product with one row is tens of times slower there.
     """
     dtype = "float32" if jax.default_backend() == "cpu" else config.compute_dtype
     config = dataclasses.replace(

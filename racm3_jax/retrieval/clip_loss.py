@@ -49,14 +49,18 @@ class PairBatch(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPLossConfig:
-    """Weights of the two terms.
+    """Weights of the terms.
 
     Attributes:
       contrast_weight: of images against texts.
       retrieval_weight: of queries against documents.
-      retrieval_temperature: divides similarities of queries and documents. Fixed, because
-        it sets how far apart documents end up: low values leave documents of one group
-        less alike, and the strategy drops what is more than 0.9 alike.
+      retrieval_temperature: divides similarities of queries and documents.
+      max_pair_similarity: a query and its document that are more alike than this are not
+        pulled closer. It leaves room for what differs within a group: the strategy drops
+        documents that are more than 0.9 alike. At most 0.71 can be reached when texts
+        and images are orthogonal; 1 pulls always.
+      separation_weight: of the mean squared similarity of query parts with the other
+        modality's parts of documents.
       query_drop: share of a query's tokens or patches that is left out.
     """
 
@@ -119,7 +123,9 @@ def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
         cap = loss_config.max_pair_similarity
         by_text, text_hits = info_nce(query_text, document, scale, cap)
         by_image, image_hits = info_nce(query_image, document, scale, cap)
-        across = (jnp.square(query_text @ image.T) + jnp.square(query_image @ text.T)) / 2
+        across = (
+            jnp.square(query_text @ image.T) + jnp.square(query_image @ text.T)
+        ) / 2
         separation = across.mean()
         loss = (
             loss_config.contrast_weight * contrast
@@ -153,9 +159,19 @@ def info_nce(
     queries: Float[Array, "n d_embed"],
     keys: Float[Array, "n d_embed"],
     scale: float | Float[Array, ""],
-    max_similarity: float = 1.0,
+    max_similarity: float = float("inf"),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Symmetric InfoNCE in nats, row i with row i, and the share of queries that is right."""
+    """Symmetric InfoNCE, row i with row i.
+
+    Args:
+      queries: unit rows.
+      keys: unit rows.
+      scale: inverse temperature.
+      max_similarity: pairs above it count as if they had it, and get no gradient.
+
+    Returns:
+      The loss in nats, and the share of queries whose nearest key is their own.
+    """
     similarities = queries @ keys.T
     is_pair = jnp.eye(len(similarities), dtype=bool)
     capped = jnp.minimum(similarities, jnp.where(is_pair, max_similarity, jnp.inf))

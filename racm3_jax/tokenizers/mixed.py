@@ -150,11 +150,19 @@ class MixedTokenizer:
             self._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         return self._fingerprint
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `text/tokenizer.json`, `image/` and `mixed.json`."""
+    def save(
+        self, directory: str | os.PathLike[str], *, dtype: str | None = None
+    ) -> None:
+        """Writes `text/tokenizer.json`, `image/` and `mixed.json`.
+
+        Args:
+          directory: created when missing.
+          dtype: of the image tokenizer's weights, as in `checkpoints.save_weights`; a
+            loss of precision changes the fingerprint, which `load` then refuses.
+        """
         directory = Path(directory)
         self.text.save(directory / "text" / "tokenizer.json")
-        self.image.save(directory / "image")
+        self.image.save(directory / "image", dtype=dtype)
         manifest = {
             "format": FORMAT,
             "num_sentinels": self.vocab.num_sentinels,

@@ -174,6 +174,19 @@ def test_info_nce_is_the_textbook_formula():
     np.testing.assert_allclose(accuracy, (logits.argmax(1) == np.arange(5)).mean())
 
 
+def test_pairs_that_are_alike_enough_are_not_pulled_closer():
+    unit = jnp.eye(2, 3)
+    tilted = unit.at[:, 2].set(1.0) / jnp.sqrt(2.0)
+
+    def pull(max_similarity):
+        return jax.grad(lambda q: loss_lib.info_nce(q, tilted, 5.0, max_similarity)[0])(
+            unit
+        )
+
+    assert (jnp.diagonal(pull(0.8)) < 0).all()
+    assert (jnp.diagonal(pull(0.6)) == 0).all()
+
+
 def test_dropping_on_device_closes_the_gaps():
     rows = CLIPTokenizer(Letters(), 9).encode_batch(["abcdef", "", "ab"])
     dropped = np.asarray(
