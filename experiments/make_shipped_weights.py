@@ -73,7 +73,7 @@ def pack(out: Path) -> None:
     DocumentEmbedder(
         embedder.config,
         checkpoints.round_to_half(embedder.params),
-        embedder.tokenizer.text,
+        embedder.text_tokenizer,
     ).save(aside / "clip", dtype="float16")
     for stage, name in (("racm3", "model"), ("cm3", "twin")):
         params, config, extra = checkpoints.load_weights(

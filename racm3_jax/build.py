@@ -149,6 +149,10 @@ def build_memory(
         with tqdm(
             total=num_documents, desc="build memory", unit="document", smoothing=0.1
         ) as bar:
+
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
             Memory.build(
                 documents,
                 tokenizer=tokenizer,
@@ -157,7 +161,7 @@ def build_memory(
                 index=section.index,
                 num_query_variants=section.num_query_variants,
                 query_drop=section.query_drop,
-                progress=lambda done: bar.update(done - bar.n),
+                progress=show,
             ).close()
     return Memory.load(path, embedder=embedder, tokenizer=tokenizer)
 
@@ -278,7 +282,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         num_query_variants=config.memory.num_query_variants,
     )
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
-    model = Transformer(model_config)
+    model: Any = Transformer(model_config)
 
     def make(start_step: int) -> Iterator[Any]:
         return make_batches(

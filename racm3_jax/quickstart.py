@@ -65,8 +65,9 @@ def main(config: Any, workdir: Path) -> None:
         embedder,
         num_documents=count_documents(config),
     )
-    stages.say(f"memory of {len(memory):,} documents with {config.memory.index} index")
+    num_documents = len(memory)
     memory.close()
+    stages.say(f"memory of {num_documents:,} documents, {config.memory.index} index")
 
     run.train(config, workdir)
     stages.say(f"trained to step {config.train.num_steps}; {workdir / 'metrics.jsonl'}")
@@ -86,7 +87,7 @@ def main(config: Any, workdir: Path) -> None:
         captions=captions,
         loss_curve=workdir / "loss.png",
         facts={
-            "memory": f"{len(generator.retriever.memory):,} documents",
+            "memory": f"{num_documents:,} documents",
             "training steps": str(config.train.num_steps),
             "captions that name the right nation": f"{right} of {len(captions)}",
             "config": "configs/flagworld_quickstart.py",

@@ -71,7 +71,7 @@ class FlagworldJudge:
 
     def flag_verdicts(self, images: Sequence[np.ndarray]) -> list[bool]:
         """Is the flag the asked nation's, among all held-out designs?"""
-        found = self._identifier.identify(np.stack(images))
+        found = self._identifier.identify(list(images))
         return [
             nation.name == test.metadata["nation"]
             for (nation, _), test in zip(found, self.tests, strict=True)

@@ -77,9 +77,8 @@ def attention(
     Raises:
       ValueError: if there is no such implementation.
     """
-    if implementation == "auto":
-        implementation = choose_implementation()
-    if implementation not in IMPLEMENTATIONS:
+    chosen = choose_implementation() if implementation == "auto" else implementation
+    if chosen not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation {implementation!r} does not exist; use 'auto' "
             "or one of " + ", ".join(map(repr, IMPLEMENTATIONS))
@@ -89,7 +88,7 @@ def attention(
     grouped = (q * head_dim**-0.5).reshape(
         batch, length, kv_heads, heads // kv_heads, head_dim
     )
-    attend = _plain if implementation == "plain" else _blocked
+    attend = _plain if chosen == "plain" else _blocked
     return attend(grouped, k, v, segment_ids).reshape(q.shape).astype(q.dtype)
 
 

@@ -49,7 +49,7 @@ def _contract_bwd(spec, dtype, operands, cotangent):
     return x_gradient.astype(x.dtype), y_gradient.astype(y.dtype)
 
 
-def _ordered(dtype, first, second, out):
+def _ordered(dtype, first, second, out) -> Array:
     """Contracts with the operand first that the output begins with.
 
     Otherwise XLA folds the transposition into the dot, and the CPU back end has no

@@ -78,11 +78,11 @@ class Transformer(nn.Module):
                 prevent_cse=not c.scan_layers,
             )
         if c.scan_layers:
-            self.layers = nn.scan(
+            self.layers: Any = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(c)
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
             return getattr(self.layers[i], method)(*args)
         stacked = self.variables["params"]["layers"]
         params = jax.tree.map(lambda x: x[i], stacked)
-        block = Block(self.config, parent=None)
+        block: Any = Block(self.config, parent=None)
         return block.apply({"params": params}, *args, method=method)
 
     def _last_logits(self, x: _Hidden, lengths: Int[Array, " batch"]) -> _Logits:

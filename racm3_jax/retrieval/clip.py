@@ -112,7 +112,7 @@ class CLIP(nn.Module):
     def setup(self) -> None:
         self.vision = VisionTower(self.config)
         self.text = TextTower(self.config)
-        self.logit_scale = self.param(
+        self.logit_scale: Any = self.param(
             "logit_scale",
             nn.with_logical_partitioning(
                 nn.initializers.constant(INITIAL_LOG_SCALE), ()

@@ -85,7 +85,7 @@ class CLIPLossConfig:
 
 def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
     """Builds the loss for the trainer: (params, batch, key, step) -> (loss, metrics)."""
-    model = CLIP(config)
+    model: Any = CLIP(config)
 
     def encode_images(params: Any, images: Array, kept: Array | None) -> Array:
         embeddings = model.apply(

@@ -89,6 +89,7 @@ class DocumentEmbedder:
         """
         self.config = config
         self.params = jax.device_put(params)
+        self.text_tokenizer = tokenizer
         self.tokenizer = CLIPTokenizer(tokenizer, config.context_length)
         self.batch_size = batch_size
         if self.tokenizer.vocab_size != config.vocab_size:
@@ -179,7 +180,7 @@ class DocumentEmbedder:
         digest = hashlib.sha256()
         fields = dataclasses.asdict(self.config)
         digest.update(json.dumps(fields, sort_keys=True).encode())
-        digest.update(self.tokenizer.text.fingerprint().encode())
+        digest.update(self.text_tokenizer.fingerprint().encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.asarray(leaf, np.float32).tobytes())
@@ -200,7 +201,7 @@ class DocumentEmbedder:
             config=dataclasses.asdict(self.config),
             dtype=dtype,
         )
-        self.tokenizer.text.save(Path(directory) / TOKENIZER_NAME)
+        self.text_tokenizer.save(Path(directory) / TOKENIZER_NAME)
 
     @classmethod
     def load(
@@ -231,7 +232,8 @@ class DocumentEmbedder:
 def _encode_texts(
     config: CLIPConfig, params: Any, tokens: Int[Array, "batch length"]
 ) -> Float32[Array, "batch d_embed"]:
-    embeddings = CLIP(config).apply({"params": params}, tokens, method=CLIP.encode_text)
+    model: Any = CLIP(config)
+    embeddings = model.apply({"params": params}, tokens, method=CLIP.encode_text)
     return _normalise_on_device(embeddings)
 
 
@@ -242,7 +244,8 @@ def _encode_images(
     images: UInt8[Array, "batch height width 3"],
     kept_patches: Int[Array, "batch kept"] | None = None,
 ) -> Float32[Array, "batch d_embed"]:
-    embeddings = CLIP(config).apply(
+    model: Any = CLIP(config)
+    embeddings = model.apply(
         {"params": params},
         normalise_images(images, config),
         kept_patches,
