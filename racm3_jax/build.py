@@ -449,7 +449,13 @@ def build_flagworld_suite(config: Any, workdir: Path) -> FlagworldSuite:
             read_flagworld(its_world, "train"),
         )
         return build_memory(
-            config, workdir / name, documents, plain.tokenizer, embedder
+            config,
+            workdir / name,
+            documents,
+            plain.tokenizer,
+            embedder,
+            num_documents=its_world.num_heldout * its_world.documents_per_heldout
+            + its_world.num_nations * its_world.documents_per_nation,
         )
 
     def judge(its_world: FlagworldConfig) -> FlagworldJudge:
