@@ -29,7 +29,16 @@ def get_config(arg: str = "") -> ConfigDict:
         context_length=32,
         d_embed=128,
     )
-    config.clip_loss = dict()
+    # What the shipped CLIP was trained with: neither of the two terms that keep texts and
+    # images apart and a group's documents different (see CLIPLossConfig).
+    config.clip_loss = dict(
+        contrast_weight=0.1,
+        retrieval_weight=1.0,
+        retrieval_temperature=0.05,
+        max_pair_similarity=1.0,
+        separation_weight=0.0,
+        query_drop=0.2,
+    )
     config.batch_size = 128
     config.optimizer = dict(
         learning_rate=1.5e-3,
