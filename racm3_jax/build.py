@@ -167,7 +167,13 @@ def build_memory(
 
 
 def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
-    return construct(ModelConfig, config.model, "model", vocab_size=vocab.size)
+    model_config = construct(ModelConfig, config.model, "model", vocab_size=vocab.size)
+    if model_config.dropout:
+        raise ValueError(
+            f"config.model.dropout is {model_config.dropout}, but the trainer draws no "
+            "dropout masks: leave it 0"
+        )
+    return model_config
 
 
 def build_retriever(config: Any, memory: Memory) -> Retriever:

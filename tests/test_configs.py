@@ -125,3 +125,11 @@ def test_unknown_key_names_the_nearest():
             {"rows": 1, "row_lenght": 5, "examples_per_batch": 1},
             "pipeline",
         )
+
+
+def test_dropout_is_refused_because_the_trainer_would_ignore_it():
+    config = load("flagworld_tiny")
+    with config.unlocked():
+        config.model.dropout = 0.1
+    with pytest.raises(ValueError, match=r"config.model.dropout is 0.1"):
+        build.build_model_config(config, Vocab(1024, 512, 64, 16))
