@@ -19,23 +19,25 @@ def get_config(arg: str = "") -> ConfigDict:
     config.vqgan = dict(
         image_size=64,
         stem_patch=8,
+        encoder="patch",
         channels=128,
         channel_multipliers=(1,),
         num_res_blocks=1,
         attention_resolutions=(),
-        z_channels=64,
+        z_channels=192,
         num_codes=512,
-        d_code=3,
-        quantizer="fsq",
-        fsq_levels=(8, 8, 8),
+        d_code=192,
+        quantizer="euclidean",
     )
     config.vqgan_loss = dict(
         l1_weight=1.0,
-        l2_weight=1.0,
+        l2_weight=5.0,
         edge_weight=0.25,
-        codebook_weight=0.0,
-        commitment_weight=0.0,
+        codebook_weight=0.05,
+        commitment_weight=0.05,
     )
+    # The codebook starts as the k-means of this many images' patches.
+    config.codebook_images = 2500
     config.batch_size = 32
     config.optimizer = dict(
         learning_rate=2e-3,
@@ -47,5 +49,5 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=2600, log_every=50, checkpoint_every=500)
+    config.train = dict(num_steps=1500, log_every=50, checkpoint_every=500)
     return config

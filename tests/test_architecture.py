@@ -19,6 +19,7 @@ FLOORS = [
     {"build"},
     {"run"},
     {"quickstart"},
+    {"commands"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -3,6 +3,7 @@
 import pathlib
 
 from racm3_jax import cli
+from racm3_jax.commands import configs
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -28,7 +29,7 @@ def test_unknown_config_key_names_the_nearest(capsys, tmp_path):
 
 
 def test_overrides_reach_nested_settings():
-    config = cli.read_config(
+    config = configs.read_config(
         [
             f"--config={CONFIGS}/flagworld_tiny.py",
             "--config.optimizer.learning_rate=0.25",

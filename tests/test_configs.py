@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from racm3_jax import build, cli, sharding
+from racm3_jax import build, sharding
+from racm3_jax.commands import configs
 from racm3_jax.documents.flagworld import FlagworldConfig
 from racm3_jax.evaluation.flagworld import SuiteSettings
 from racm3_jax.model.transformer import init_params
@@ -37,7 +38,7 @@ GENERATORS = [
 
 
 def load(name, arg=""):
-    return cli.load_config_file(f"{CONFIGS / name}.py:{arg}")
+    return configs.load_config_file(f"{CONFIGS / name}.py:{arg}")
 
 
 def test_every_config_is_covered():

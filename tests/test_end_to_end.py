@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from racm3_jax import build, cli, run
+from racm3_jax.commands import configs
 from racm3_jax.documents.flagworld import read_flagworld
 from racm3_jax.retrieval.memory import Memory
 
@@ -16,7 +17,7 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
 def tiny(arg=""):
-    return cli.read_config([f"--config={CONFIGS}/flagworld_tiny.py:{arg}"])
+    return configs.read_config([f"--config={CONFIGS}/flagworld_tiny.py:{arg}"])
 
 
 def leaves(state):

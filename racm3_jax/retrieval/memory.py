@@ -28,8 +28,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt64
 
 from racm3_jax.documents import store
+from racm3_jax.retrieval import backends, integrity
 from racm3_jax.retrieval import index as index_lib
-from racm3_jax.retrieval import integrity
 from racm3_jax.retrieval import memory_format as format_lib
 from racm3_jax.retrieval.memory_format import MODALITY_BITS, Fingerprinted, hash_name
 from racm3_jax.retrieval.rows import Rows
@@ -79,7 +79,7 @@ class Memory:
         self.is_multimodal: Bool[np.ndarray, " n"] = self._modalities == sum(
             MODALITY_BITS.values()
         )
-        self._index = index_lib.open_index(
+        self._index = backends.open_index(
             path / format_lib.INDEX_DIRECTORY, self.embeddings, verify=False
         )
         self._records = store.RecordFile(path / format_lib.DOCUMENTS_FILE)

@@ -18,8 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from racm3_jax.documents import store
-from racm3_jax.retrieval import index as index_lib
-from racm3_jax.retrieval import integrity
+from racm3_jax.retrieval import backends, integrity
 from racm3_jax.retrieval import memory_format as format_lib
 from racm3_jax.retrieval.memory_chunks import (
     CHUNK_SIZE,
@@ -127,9 +126,9 @@ def write_memory(
                 columns.consume(itertools.chain([first], chunks), progress),
             )
         embeddings = columns.read("embeddings_document")
-        kind = index_lib.choose_kind(index, num_rows)
+        kind = backends.choose_kind(index, num_rows)
         # A fresh directory that is renamed as a whole needs no swap of its own.
-        index_lib.build_index(
+        backends.build_index(
             kind, np.asarray(embeddings), directory / format_lib.INDEX_DIRECTORY
         )
         manifest = {

@@ -7,9 +7,11 @@ ResNet blocks, a codebook, a decoder, named so that public weights map one to on
                                                                                codebook
     image ─ conv_out ─ norm_out ─ up_0 ─ up_1 … ─ mid ─ conv_in ─ post_quant_conv ─┘
 
-Two things are not taming's and off by default. `stem_patch` > 1 folds pixels into
+Three things are not taming's and off by default. `stem_patch` > 1 folds pixels into
 channels before `conv_in` (and back after `conv_out`), which makes small images cheap on
-a CPU. The quantizer may compare unit vectors ("cosine", arXiv 2110.04627) or round a few
+a CPU. The "patch" encoder sees each of these blocks alone, so that equal blocks have
+equal codes wherever they stand: what a generator copies, it copies code by code. The
+quantizer may compare unit vectors ("cosine", arXiv 2110.04627) or round a few
 bounded numbers to a fixed grid ("fsq", arXiv 2309.15505): no codebook, no dead code.
 """
 
@@ -47,6 +49,7 @@ class VQGANConfig:
     Attributes:
       image_size: height and width of the images, in pixels.
       stem_patch: side of the pixel blocks folded into channels; 1 is taming's network.
+      encoder: "conv" is taming's; "patch" is linear in each block of `stem_patch` pixels.
       channels: width of the first level.
       channel_multipliers: width of each level; each level but the first halves the map.
       num_res_blocks: ResNet blocks a level in the encoder; the decoder has one more.
@@ -63,6 +66,7 @@ class VQGANConfig:
 
     image_size: int = 256
     stem_patch: int = 1
+    encoder: Literal["conv", "patch"] = "conv"
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 4)
     num_res_blocks: int = 2
@@ -90,6 +94,15 @@ class VQGANConfig:
                     "vqgan.channels times every multiplier must be a multiple of "
                     f"norm_groups={self.norm_groups}; got {self.channels * multiplier}"
                 )
+        if self.encoder not in ("conv", "patch"):
+            raise ValueError(
+                f"vqgan.encoder must be 'conv' or 'patch'; got {self.encoder!r}"
+            )
+        if self.encoder == "patch" and len(self.channel_multipliers) > 1:
+            raise ValueError(
+                "vqgan.encoder='patch' has one level: put the whole factor into "
+                f"stem_patch; got channel_multipliers={self.channel_multipliers}"
+            )
         if self.quantizer not in ("euclidean", "cosine", "fsq"):
             raise ValueError(
                 "vqgan.quantizer must be 'euclidean', 'cosine' or 'fsq'; got "
@@ -168,6 +181,15 @@ class Encoder(nn.Module):
     def __call__(self, images: Array, deterministic: bool = True) -> Array:
         config = self.config
         x = patchify(images, config.stem_patch)
+        if config.encoder == "patch":
+            # Distances between patches survive, so that k-means of latents is k-means
+            # of pixels.
+            return Conv(
+                config.z_channels,
+                size=1,
+                kernel_init=nn.initializers.orthogonal(),
+                name="conv_in",
+            )(x)
         x = Conv(config.channels, name="conv_in")(x)
         last = len(config.channel_multipliers) - 1
         for level, multiplier in enumerate(config.channel_multipliers):
@@ -216,6 +238,9 @@ class Decoder(nn.Module):
                 x = Conv(features, name=f"up_{level}_upsample")(x)
         x = nn.swish(GroupNorm(config.norm_groups, name="norm_out")(x))
         x = Conv(3 * config.stem_patch**2, name="conv_out")(x)
+        if config.encoder == "patch":
+            # A code is nearly a patch already: the network adds what its neighbours tell.
+            x = x + Conv(x.shape[-1], size=1, name="patch_out")(z)
         return unpatchify(x, config.stem_patch)
 
 
@@ -228,7 +253,13 @@ class VQGAN(nn.Module):
         config = self.config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = Conv(config.d_code, size=1)
+        self.quant_conv = Conv(
+            config.d_code,
+            size=1,
+            kernel_init=nn.initializers.orthogonal()
+            if config.encoder == "patch"
+            else nn.initializers.lecun_normal(),
+        )
         self.post_quant_conv = Conv(config.z_channels, size=1)
         if config.quantizer != "fsq":
             init = nn.initializers.normal(config.d_code**-0.5)

@@ -14,8 +14,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from flax.core import meta
+from jaxtyping import Array, Float, Int, UInt8
 
+from racm3_jax.tokenizers.codebook import fit_codebook
 from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from racm3_jax.tokenizers.vqgan_layers import Conv, GroupNorm
 
@@ -99,6 +102,28 @@ def init_vqgan(
         discriminator = _build_discriminator(loss)
         variables = discriminator.init(discriminator_key, images)
         params["discriminator"] = variables["params"]
+    return params
+
+
+def init_vqgan_from_images(
+    config: VQGANConfig,
+    loss: VQGANLossConfig,
+    key: Array,
+    images: UInt8[np.ndarray, "n h w 3"],
+) -> dict[str, Any]:
+    """Fresh parameters, unboxed, whose codebook is the k-means of `images`' latents."""
+    params = meta.unbox(init_vqgan(config, loss, key))
+    encode: Any = jax.jit(
+        lambda x: VQGAN(config).apply(
+            {"params": params["vqgan"]}, normalize_images(x), method=VQGAN.encode
+        )
+    )
+    latents = np.concatenate(
+        [np.asarray(encode(images[i : i + 100])) for i in range(0, len(images), 100)]
+    )
+    params["vqgan"]["codebook"] = jnp.asarray(
+        fit_codebook(latents.reshape(-1, config.d_code), config.num_codes)
+    )
     return params
 
 

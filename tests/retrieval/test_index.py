@@ -10,9 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from racm3_jax.retrieval import index as index_lib
-from racm3_jax.retrieval import integrity, scann_index
-from racm3_jax.retrieval.index import ExactIndex
+from racm3_jax.retrieval import backends, integrity, scann_index
+from racm3_jax.retrieval.exact_index import ExactIndex
 from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
 
 NUM_ROWS, D_EMBED = 300, 16
@@ -138,7 +137,7 @@ def test_rows_must_be_finite(kind, tmp_path):
 
 def test_saved_and_opened(index, tmp_path):
     index.save(tmp_path)
-    opened = index_lib.open_index(tmp_path, ROWS)
+    opened = backends.open_index(tmp_path, ROWS)
     expected, found = index.search(QUERIES, 12), opened.search(QUERIES, 12)
     np.testing.assert_array_equal(expected.ids, found.ids)
     np.testing.assert_array_equal(expected.valid, found.valid)
@@ -157,22 +156,22 @@ def test_every_flipped_byte_is_noticed(index, tmp_path):
             damaged[place] ^= 1
             file.write_bytes(damaged)
             with pytest.raises(integrity.IntegrityError, match=file.name):
-                index_lib.open_index(tmp_path, ROWS)
+                backends.open_index(tmp_path, ROWS)
         file.write_bytes(data)
-    index_lib.open_index(tmp_path, ROWS)
+    backends.open_index(tmp_path, ROWS)
 
 
 def test_missing_index(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no index at"):
-        index_lib.open_index(tmp_path / "none")
+        backends.open_index(tmp_path / "none")
 
 
 def test_exact_index_wants_its_rows(tmp_path):
     ExactIndex(ROWS).save(tmp_path)
     with pytest.raises(ValueError, match="pass the embeddings"):
-        index_lib.open_index(tmp_path)
+        backends.open_index(tmp_path)
     with pytest.raises(ValueError, match=r"\[300, 16\] embeddings; got \[299, 16\]"):
-        index_lib.open_index(tmp_path, ROWS[1:])
+        backends.open_index(tmp_path, ROWS[1:])
 
 
 def test_batch_size_does_not_matter_when_leaves_are_left_out(tmp_path):
@@ -196,7 +195,7 @@ def test_scann_refuses_pickled_ids(tmp_path):
     ScannIndex.build(ROWS, ScannConfig(), tmp_path)
     (tmp_path / "scann" / "scann_docids.pkl").write_bytes(b"cos\nsystem\n")
     with pytest.raises(integrity.IntegrityError, match=r"scann_docids\.pkl"):
-        index_lib.open_index(tmp_path)
+        backends.open_index(tmp_path)
 
 
 def test_scann_returns_more_than_it_reorders(tmp_path):
@@ -259,6 +258,6 @@ def test_wrong_settings():
     with pytest.raises(ValueError, match=r"in \(0, 1\]; got 0"):
         ScannConfig(searched_share=0)
     with pytest.raises(ValueError, match='"exact", "scann" or "auto"; got \'faiss\''):
-        index_lib.choose_kind("faiss", 10)
-    assert index_lib.choose_kind("auto", 10) == "exact"
-    assert index_lib.choose_kind("auto", 10_000) == "scann"
+        backends.choose_kind("faiss", 10)
+    assert backends.choose_kind("auto", 10) == "exact"
+    assert backends.choose_kind("auto", 10_000) == "scann"

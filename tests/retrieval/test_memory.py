@@ -268,7 +268,7 @@ def test_a_failed_build_keeps_the_old_memory(build, documents, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(memory_writer.index_lib, "build_index", fail)
+    monkeypatch.setattr(memory_writer.backends, "build_index", fail)
     with pytest.raises(OSError, match="no space left"):
         build(documents[:10], overwrite=True)
     assert _bytes_of(memory.path) == before

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 # Width and height in pixels of a 64x64 image; scaled with `image_size`. Multiples of 8,
-# so that flags on the placement grid fill whole codes of a factor-8 image tokenizer.
-FLAG_SIZES: tuple[tuple[int, int], ...] = ((32, 24), (40, 24), (48, 32))
+# so that flags on the placement grid fill whole codes of a factor-8 image tokenizer; one
+# is the other's double, so that a code of the large flag comes from one of the small.
+FLAG_SIZES: tuple[tuple[int, int], ...] = ((24, 16), (48, 32))
 REFERENCE_SIZE = 64
 
 
@@ -25,6 +26,7 @@ class FlagworldConfig:
         flags on the codes of a factor-8 image tokenizer, 1 puts them anywhere.
       flag_sizes: (width, height) choices, in pixels of a 64x64 image.
       wave_amplitudes: choices of vertical displacement, in pixels of a 64x64 image.
+      wave_phases: choices of where in its wave the cloth is at the hoist, in half waves.
       pole: whether a thin pole carries the flag.
       num_colours: how many of `COLOURS` flags use (the first ones differ most).
       num_reserved_scenes: scenes in which a held-out nation is never shown in the
@@ -43,6 +45,7 @@ class FlagworldConfig:
     placement_grid: int = 8
     flag_sizes: tuple[tuple[int, int], ...] = FLAG_SIZES
     wave_amplitudes: tuple[float, ...] = (0.0, 1.0)
+    wave_phases: tuple[int, ...] = (0,)
     pole: bool = True
     num_colours: int = 8
     num_reserved_scenes: int = 2
@@ -68,10 +71,9 @@ class FlagworldConfig:
                 "flagworld.image_size must be a multiple of 8, at least 32; got "
                 f"{self.image_size}"
             )
-        if not self.flag_sizes or not self.wave_amplitudes:
-            raise ValueError(
-                "flagworld.flag_sizes and wave_amplitudes need at least one entry"
-            )
+        for name in ("flag_sizes", "wave_amplitudes", "wave_phases"):
+            if not getattr(self, name):
+                raise ValueError(f"flagworld.{name} needs at least one entry")
         if not 0.0 <= self.duplicate_share <= 1.0:
             raise ValueError(
                 "flagworld.duplicate_share must lie in 0..1; got "

@@ -82,7 +82,7 @@ def sample_placement(rng: np.random.Generator, config: FlagworldConfig) -> Place
         width=width,
         height=height,
         amplitude=amplitude * scale,
-        phase=int(rng.integers(2)),
+        phase=config.wave_phases[rng.integers(len(config.wave_phases))],
         variant=int(rng.integers(NUM_VARIANTS)),
         pole=config.pole,
     )

@@ -1,0 +1,1 @@
+"""The subcommands of `racm3`, one module a family; each has `register(commands)`."""

@@ -1,0 +1,107 @@
+"""Configs as ml_collections users give them: a file, its argument, overrides."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import racm3_jax
+
+
+class UsageError(Exception):
+    """Wrong input; its text is the one sentence that the user sees."""
+
+
+def read_config(flags: Sequence[str], default: str = "") -> Any:
+    """Parses `--config=file.py[:arg] --config.key=value ...` into a locked ConfigDict.
+
+    Raises:
+      UsageError: no such file, an argument that it does not take, or an unknown key
+        (names the nearest one).
+    """
+    from absl import flags as absl_flags
+    from ml_collections import config_flags
+
+    files = [f.removeprefix("--config=") for f in flags if f.startswith("--config=")]
+    if not files and not default:
+        raise UsageError("give --config=configs/NAME.py (see the folder configs/)")
+    config = load_config_file(files[-1] if files else default)
+    values = absl_flags.FlagValues()
+    overrides = [flag for flag in flags if flag.startswith("--config.")]
+    arguments = ["racm3", *overrides]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=arguments
+        )
+        values(arguments)
+    except (AttributeError, KeyError, TypeError, absl_flags.Error) as error:
+        raise UsageError(_override_problem(config, overrides, error)) from None
+    return config.lock()
+
+
+def load_config_file(path: str) -> Any:
+    """Calls `get_config(arg)` of `file.py:arg`.
+
+    Inside the file, `from configs import other` finds the files of the same `configs`
+    folder, wherever that folder is.
+    """
+    name, _, argument = path.partition(":")
+    if not Path(name).is_file():
+        raise UsageError(f"there is no config file {name}; see the folder configs/")
+    spec = importlib.util.spec_from_file_location("racm3_config", name)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{name} is not a Python file: a config ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    with _configs_importable(Path(name).resolve()):
+        spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+@contextlib.contextmanager
+def _configs_importable(path: Path) -> Iterator[None]:
+    """Makes the folder `configs` above `path` the package of that name, for a while."""
+    folder = next((p for p in path.parents if p.name == "configs"), path.parent)
+    package = types.ModuleType("configs")
+    package.__path__ = [str(folder)]
+
+    def take() -> dict[str, types.ModuleType]:
+        names = [n for n in sys.modules if n == "configs" or n.startswith("configs.")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = take()
+    sys.modules["configs"] = package
+    try:
+        yield
+    finally:
+        take()
+        sys.modules.update(before)
+
+
+def _override_problem(config: Any, overrides: Sequence[str], error: Exception) -> str:
+    """Names the override that does not fit, and the nearest key that exists."""
+    for override in overrides:
+        key = override.removeprefix("--config.").split("=")[0]
+        place, where = config, "config"
+        for part in key.split("."):
+            keys = list(place) if hasattr(place, "keys") else []
+            if part not in keys:
+                near = difflib.get_close_matches(part, keys, 1, 0.0)
+                hint = f"; did you mean {where}.{near[0]}?" if near else ""
+                return f"{where}.{part} is not a setting{hint}"
+            place, where = place[part], f"{where}.{part}"
+    return "config: " + " ".join(str(error.args[0] if error.args else error).split())
+
+
+def find_config(name: str) -> str:
+    """The path of a file of `configs/`, in a clone or in an installed package."""
+    package = Path(racm3_jax.__file__).parent
+    for folder in (package.parent / "configs", package / "configs"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise UsageError(f"the config {name} is not part of this installation")
