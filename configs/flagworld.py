@@ -15,9 +15,9 @@ def world() -> ConfigDict:
     return ConfigDict(
         dict(
             seed=0,
-            num_nations=4000,
+            num_nations=8000,
             num_heldout=320,
-            documents_per_nation=5,
+            documents_per_nation=4,
             documents_per_heldout=8,
             image_size=64,
         )
@@ -42,7 +42,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.memory = dict(
         index="scann", num_query_variants=2, query_drop=0.2, include_heldout=False
     )
-    config.strategy = dict(max_similarity=0.9, num_candidates=24)
+    # The paper's 0.9 is for OpenAI's CLIP. Flagworld's puts a nation's documents 0.95 alike
+    # (median); what is more alike than that shows the same flag at the same size.
+    config.strategy = dict(max_similarity=0.95, num_candidates=24)
     config.masking = dict(
         num_masks="poisson_clamp0", mean=0.2, rotation_probability=0.35
     )
@@ -50,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # The twin's examples are shorter: the same ones fit into fewer rows.
         rows=8 if arg == "twin" else 16,
         row_length=272,
-        examples_per_batch=20,
+        examples_per_batch=22,
         max_documents=2,
         alpha=0.1,
         query_modality="both",
@@ -80,5 +82,5 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=1500, log_every=20, checkpoint_every=400)
+    config.train = dict(num_steps=5000, log_every=20, checkpoint_every=500)
     return config

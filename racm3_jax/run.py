@@ -131,7 +131,8 @@ def load(
       path: a work directory of `train`, or "shipped:flagworld/racm3".
       memory: what to retrieve from; None opens `path/memory` if there is one, else the
         generator works without retrieval.
-      strategy: which of the found documents are used.
+      strategy: which of the found documents are used; None takes the one of the
+        model's training.
 
     Raises:
       ValueError: if there is no model at `path`, or the memory was built with another

@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.memory = dict(
         index="scann", num_query_variants=0, query_drop=0.0, include_heldout=True
     )
-    config.strategy = dict(max_similarity=0.9, num_candidates=24)
+    config.strategy = dict(max_similarity=0.95, num_candidates=24)
     config.settings = dict(
         num_retrieved=2,
         temperature=1.0,

@@ -16,7 +16,11 @@ from racm3_jax.tokenizers.scalar_quantization import (
 )
 from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from racm3_jax.tokenizers.vqgan_layers import Conv, GroupNorm, patchify, unpatchify
-from racm3_jax.tokenizers.vqgan_loss import VQGANLossConfig, init_vqgan
+from racm3_jax.tokenizers.vqgan_loss import (
+    VQGANLossConfig,
+    init_vqgan,
+    init_vqgan_from_images,
+)
 
 TINY = VQGANConfig(
     image_size=16,
@@ -55,7 +59,22 @@ def init(config: VQGANConfig):
     return variables, images
 
 
-@pytest.mark.parametrize("config", [TINY, FSQ], ids=["cosine", "fsq"])
+PATCH = VQGANConfig(
+    **{
+        **TINY.__dict__,
+        "stem_patch": 4,
+        "encoder": "patch",
+        "channel_multipliers": (1,),
+        "quantizer": "euclidean",
+        "z_channels": 48,
+        "d_code": 48,
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, FSQ, PATCH], ids=["cosine", "fsq", "patch encoder"]
+)
 def test_codes_decode_to_the_reconstruction(config):
     variables, images = init(config)
     model = VQGAN(config)
@@ -228,3 +247,50 @@ def test_a_wrong_config_is_named(change, message):
 def test_lists_from_json_make_the_same_config():
     assert VQGANConfig(**{**TINY.__dict__, "channel_multipliers": [1, 2]}) == TINY
     assert hash(TINY)
+
+
+def test_equal_patches_have_equal_codes_wherever_they_stand():
+    """With the patch encoder; taming's sees the surroundings too."""
+    rng = np.random.default_rng(0)
+    patch = rng.uniform(-1.0, 1.0, (4, 4, 3))
+    image = rng.uniform(-1.0, 1.0, (1, 16, 16, 3))
+    image[0, :4, 4:8] = image[0, 8:12, 12:] = patch
+    variables, _ = init(PATCH)
+    codes = VQGAN(PATCH).apply(variables, image, method="encode_codes").reshape(4, 4)
+    assert codes[0, 1] == codes[2, 3]
+    latents = VQGAN(PATCH).apply(variables, image, method="encode")
+    np.testing.assert_allclose(latents[0, 0, 1], latents[0, 2, 3], rtol=1e-5)
+
+
+def test_the_first_codebook_is_the_k_means_of_patches():
+    """Latents keep the distances of pixels, and the codes lie among them."""
+    rng = np.random.default_rng(0)
+    tones = rng.integers(0, 256, (12, 3))
+    images = tones[rng.integers(0, 12, (20, 4, 4))].repeat(4, 1).repeat(4, 2)
+    params = init_vqgan_from_images(
+        PATCH, VQGANLossConfig(), jax.random.key(0), images.astype(np.uint8)
+    )
+    pixels = images[:2] / 127.5 - 1.0
+    variables = {"params": params["vqgan"]}
+    latents = VQGAN(PATCH).apply(variables, pixels, method="encode")
+    flat, patches = latents.reshape(32, 48), patchify(pixels, 4).reshape(32, 48)
+    np.testing.assert_allclose(
+        np.linalg.norm(flat[0] - flat, axis=-1),
+        np.linalg.norm(patches[0] - patches, axis=-1),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    errors = np.square(flat[:, None] - params["vqgan"]["codebook"]).sum(-1).min(1)
+    assert errors.max() < 1e-3  # twelve tones, twenty-four codes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": "vit"}, "must be 'conv' or 'patch'"),
+        ({"channel_multipliers": (1, 2)}, "has one level"),
+    ],
+)
+def test_wrong_encoders_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        VQGANConfig(**{**PATCH.__dict__, **change})

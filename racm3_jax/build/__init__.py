@@ -1,0 +1,48 @@
+"""The composition root: turns a ConfigDict into objects. Nothing else reads configs.
+
+config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
+"""
+
+from racm3_jax.build.generators import load_generator, save_generator
+from racm3_jax.build.jobs import (
+    Job,
+    build_clip_job,
+    build_generator_job,
+    build_job,
+    build_vqgan_job,
+)
+from racm3_jax.build.parts import (
+    build_embedder,
+    build_memory,
+    build_mesh,
+    build_model_config,
+    build_retriever,
+    build_tokenizer,
+    build_world,
+    construct,
+    read_memory_documents,
+    resolve,
+)
+from racm3_jax.build.suites import FlagworldSuite, build_flagworld_suite
+
+__all__ = [
+    "FlagworldSuite",
+    "Job",
+    "build_clip_job",
+    "build_embedder",
+    "build_flagworld_suite",
+    "build_generator_job",
+    "build_job",
+    "build_memory",
+    "build_mesh",
+    "build_model_config",
+    "build_retriever",
+    "build_tokenizer",
+    "build_vqgan_job",
+    "build_world",
+    "construct",
+    "load_generator",
+    "read_memory_documents",
+    "resolve",
+    "save_generator",
+]

@@ -1,0 +1,144 @@
+"""One object from one section of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from racm3_jax import sharding
+from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
+from racm3_jax.model.config import ModelConfig
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.retrieval.memory import Memory
+from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.tokenizers.bpe import TextTokenizer
+from racm3_jax.tokenizers.image import ImageTokenizer
+from racm3_jax.tokenizers.mixed import MixedTokenizer
+from racm3_jax.types import Document
+from racm3_jax.vocab import Vocab
+
+PACKAGE = Path(__file__).parent.parent
+T = TypeVar("T")
+
+
+def resolve(path: str | Path) -> Path:
+    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path."""
+    text = str(path)
+    if text.startswith("shipped:"):
+        return PACKAGE / "shipped" / text.removeprefix("shipped:")
+    return Path(text).expanduser()
+
+
+def construct(cls: type[T], section: Mapping[str, Any], where: str, **more: Any) -> T:
+    """Calls a dataclass's constructor with a config section.
+
+    Raises:
+      ValueError: for a key that the dataclass does not have; names the nearest one.
+    """
+    allowed = {f.name for f in dataclasses.fields(cls)} - set(more)  # type: ignore[arg-type]
+    for key in section:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, 1, 0.0)
+            raise ValueError(
+                f"config.{where}.{key} is not a setting; did you mean "
+                f"config.{where}.{near[0]}?"
+            )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+    return cls(**values, **more)
+
+
+def build_world(config: Any) -> FlagworldConfig:
+    return construct(FlagworldConfig, config.world, "world")
+
+
+def build_mesh(config: Any) -> Mesh:
+    return sharding.make_mesh(**config.mesh)
+
+
+def build_tokenizer(config: Any) -> MixedTokenizer:
+    section = config.tokenizer
+    for name in ("text", "image"):
+        if not section[name]:
+            raise ValueError(
+                f"config.tokenizer.{name} is empty: give the folder of a trained one, "
+                f"--config.tokenizer.{name}=FOLDER"
+            )
+    return MixedTokenizer(
+        TextTokenizer.load(resolve(section.text) / "tokenizer.json"),
+        ImageTokenizer.load(resolve(section.image)),
+        section.num_sentinels,
+    )
+
+
+def build_embedder(config: Any) -> DocumentEmbedder:
+    return DocumentEmbedder.load(resolve(config.embedder))
+
+
+def build_memory(
+    config: Any,
+    path: Path,
+    documents: Iterable[Document],
+    tokenizer: MixedTokenizer,
+    embedder: DocumentEmbedder,
+    *,
+    num_documents: int | None = None,
+) -> Memory:
+    """Opens the memory at `path`, or builds it there from `documents`.
+
+    Args:
+      config: its section `memory`.
+      path: of the memory's directory.
+      documents: read only if there is no memory yet.
+      tokenizer: of the documents.
+      embedder: of the documents and their queries.
+      num_documents: how many there are, for the progress bar.
+    """
+    if not (path / "manifest.json").exists():
+        section = config.memory
+        with tqdm(
+            total=num_documents, desc="build memory", unit="document", smoothing=0.1
+        ) as bar:
+
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
+            Memory.build(
+                documents,
+                tokenizer=tokenizer,
+                embedder=embedder,
+                path=path,
+                index=section.index,
+                num_query_variants=section.num_query_variants,
+                query_drop=section.query_drop,
+                progress=show,
+            ).close()
+    return Memory.load(path, embedder=embedder, tokenizer=tokenizer)
+
+
+def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
+    model_config = construct(ModelConfig, config.model, "model", vocab_size=vocab.size)
+    if model_config.dropout:
+        raise ValueError(
+            f"config.model.dropout is {model_config.dropout}, but the trainer draws no "
+            "dropout masks: leave it 0"
+        )
+    return model_config
+
+
+def build_retriever(config: Any, memory: Memory) -> Retriever:
+    return Retriever(memory, construct(StrategyConfig, config.strategy, "strategy"))
+
+
+def read_memory_documents(config: Any) -> Iterator[Document]:
+    """What the memory holds: the training documents, and held-out nations if wanted."""
+    world = build_world(config)
+    if config.memory.include_heldout:
+        yield from read_flagworld(world, "heldout_memory")
+    yield from read_flagworld(world, "train")
