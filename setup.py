@@ -19,6 +19,7 @@ setup(
         *find_packages(include=["racm3_jax", "racm3_jax.*"]),
         "racm3_jax.configs",
         "racm3_jax.configs.eval",
+        "racm3_jax.configs.sweeps",
     ],
     package_dir={"racm3_jax.configs": "configs"},
     package_data={"racm3_jax": ["shipped/**/*"]},

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from racm3_jax import checkpoints, cli
+from racm3_jax.metrics import plot_curves
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
@@ -87,6 +88,11 @@ def pack(out: Path) -> None:
             extra=extra,
             dtype="float16",
         )
+    plot_curves(
+        {"RA-CM3": out / "racm3", "twin without retrieval": out / "cm3"},
+        aside / "loss.png",
+        names=("image_loss", "text_loss"),
+    )
     shutil.rmtree(SHIPPED, ignore_errors=True)
     aside.rename(SHIPPED)
     write_manifest(out)

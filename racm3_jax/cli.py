@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 import racm3_jax
-from racm3_jax.commands import generate, train
+from racm3_jax.commands import generate, sweep, train
 from racm3_jax.commands.configs import UsageError
 
 # Each module registers its own subcommands.
-FAMILIES = (train, generate)
+FAMILIES = (train, sweep, generate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

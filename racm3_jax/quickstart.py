@@ -85,7 +85,12 @@ def main(config: Any, workdir: Path) -> None:
         workdir / "report.html",
         sheet=workdir / "samples.png",
         captions=captions,
-        loss_curve=workdir / "loss.png",
+        loss_curves={
+            "This training": workdir / "loss.png",
+            "How the shipped models were trained, from nothing": build.resolve(
+                "shipped:flagworld/loss.png"
+            ),
+        },
         facts={
             "memory": f"{num_documents:,} documents",
             "training steps": str(config.train.num_steps),

@@ -18,7 +18,7 @@ FLOORS = [
     {"evaluation", "porting"},
     {"build"},
     {"run"},
-    {"quickstart"},
+    {"quickstart", "sweeps"},
     {"commands"},
     {"cli"},
 ]

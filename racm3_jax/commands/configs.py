@@ -46,7 +46,13 @@ def read_config(flags: Sequence[str], default: str = "") -> Any:
 
 
 def load_config_file(path: str) -> Any:
-    """Calls `get_config(arg)` of `file.py:arg`.
+    """Calls `get_config(arg)` of `file.py:arg`."""
+    module, argument = load_config_module(path)
+    return module.get_config(argument)
+
+
+def load_config_module(path: str) -> tuple[types.ModuleType, str]:
+    """The module and the argument of `file.py:arg`.
 
     Inside the file, `from configs import other` finds the files of the same `configs`
     folder, wherever that folder is.
@@ -60,7 +66,7 @@ def load_config_file(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     with _configs_importable(Path(name).resolve()):
         spec.loader.exec_module(module)
-    return module.get_config(argument)
+    return module, argument
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def write_report(
     *,
     sheet: Path,
     captions: Sequence[CaptionRow],
-    loss_curve: Path,
+    loss_curves: Mapping[str, Path],
     facts: Mapping[str, str],
 ) -> None:
     """Writes the page aside and renames it.
@@ -82,7 +82,7 @@ def write_report(
       path: of the HTML file.
       sheet: the sample sheet, a PNG.
       captions: the captioned pictures.
-      loss_curve: a PNG; left out if there is none.
+      loss_curves: PNGs by heading; one that does not exist is left out.
       facts: short facts shown at the top, by name.
     """
     items = "".join(
@@ -100,8 +100,10 @@ def write_report(
         "<h2>Captioned</h2>",
         _caption_table(captions),
     ]
-    if loss_curve.exists():
-        parts += ["<h2>Training</h2>", _inline(loss_curve.read_bytes(), "loss curves")]
+    for heading, curve in loss_curves.items():
+        if curve.exists():
+            parts += [f"<h2>{html.escape(heading)}</h2>"]
+            parts += [_inline(curve.read_bytes(), "loss curves")]
     parts.append("</body></html>")
     aside = path.with_suffix(".html.tmp")
     aside.write_text("\n".join(parts), encoding="utf-8")

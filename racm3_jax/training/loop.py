@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import math
 import signal
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import jax
@@ -21,6 +25,9 @@ from racm3_jax.training.step import Metrics, TrainState
 # Steps that may be enqueued beyond the one that runs: enough to hide the host's work,
 # few enough that batches do not pile up in device memory.
 MAX_STEPS_AHEAD = 2
+# A spike is this many median deviations above the median of this many steps.
+_SPIKE_WINDOW = 64
+_SPIKE_SPREADS = 12.0
 
 
 class Writer(Protocol):
@@ -45,6 +52,28 @@ class TrainingDiverged(FloatingPointError):
     """The loss is no longer a finite number."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Which steps a trace is written of (open it in TensorBoard or Perfetto).
+
+    Attributes:
+      first_step: the trace begins before this step.
+      last_step: and ends after this one.
+      directory: where it is written.
+    """
+
+    first_step: int
+    last_step: int
+    directory: Path
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first_step <= self.last_step:
+            raise ValueError(
+                "profile_steps=a:b needs 1 <= a <= b; got "
+                f"{self.first_step}:{self.last_step}"
+            )
+
+
 def fit(
     state: TrainState,
     step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
@@ -61,6 +90,10 @@ def fit(
     description: str = "train",
     batch_to_device: Callable[[Any], Any] | None = None,
     with_stats: bool = False,
+    max_skipped_steps: int = 0,
+    peak_flops: float = 0.0,
+    flops_per_token: float = 0.0,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Trains from `state.step` up to `num_steps`.
 
@@ -90,15 +123,24 @@ def fit(
       batch_to_device: applied to each batch before the step; `step_fn` does the
         transfer itself when None.
       with_stats: see `batches`.
+      max_skipped_steps: how many steps in a row may be skipped as not finite (see
+        `make_train_step`) before training ends.
+      peak_flops: of all devices together, a second; with `flops_per_token` it gives the
+        logged `mfu`.
+      flops_per_token: of a training step, a token of input.
+      profile: steps to trace.
 
     Returns:
       The state after the last step.
 
     Raises:
-      TrainingDiverged: the objective of some step, which it names, is not finite.
+      TrainingDiverged: the objective of some step, which it names, is not finite, or
+        too many steps in a row were skipped for that.
       RuntimeError: `batches` ended early.
     """
     log = _Log(int(state.step), num_steps, writer, progress, description)
+    log.max_skipped_steps = max_skipped_steps
+    log.peak_tokens = peak_flops / flops_per_token if flops_per_token else 0.0
     step = saved_step = log.step
 
     def save() -> None:
@@ -109,8 +151,9 @@ def fit(
             checkpoints.save(step, state, {**(checkpoint_extra or {}), "step": step})
         saved_step = step
 
-    with log, _stop_requested() as stop:
+    with log, _stop_requested() as stop, _tracing(profile) as trace:
         while step < num_steps and not stop.is_set():
+            trace(step, state)
             with log.waiting():
                 batch, stats = _next_batch(batches, step, with_stats)
                 if batch_to_device is not None:
@@ -166,6 +209,10 @@ class _Log:
         self._stats = MetricSums()
         self._pending: list[tuple[int, Metrics]] = []
         self._first_step = step
+        self.max_skipped_steps = 0
+        self.peak_tokens = 0.0
+        self._skipped_in_a_row = 0
+        self._recent: collections.deque[float] = collections.deque(maxlen=_SPIKE_WINDOW)
         # A terminal is redrawn often; a log file gets a line every 30 s.
         self._bar = tqdm(
             total=num_steps,
@@ -211,6 +258,10 @@ class _Log:
         if step == self._first_step + 1:
             # Compilation is not part of steps per second.
             jax.block_until_ready(metrics)
+            logging.info(
+                "first step, with its compilation: %.1f s",
+                time.perf_counter() - self._clock,
+            )
             self._restart_clock()
         elif len(self._pending) > MAX_STEPS_AHEAD:
             jax.block_until_ready(self._pending[-1 - MAX_STEPS_AHEAD][1])
@@ -224,8 +275,39 @@ class _Log:
                     f"the loss of step {step} is {objective}: lower the learning "
                     "rate, or restart from the last checkpoint before that step"
                 )
+            self._count_skipped(step, metrics)
+            self._warn_of_spike(step, objective)
             self._sums.add(metrics)
         self._pending.clear()
+
+    def _count_skipped(self, step: int, metrics: Metrics) -> None:
+        if not float(metrics.get("skipped_steps", (0.0, 1.0))[0]):
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        logging.warning("step %d was skipped: its gradient is not finite", step)
+        if self._skipped_in_a_row > self.max_skipped_steps:
+            raise TrainingDiverged(
+                f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a "
+                "gradient that is not finite: lower the learning rate, or restart from "
+                "the last checkpoint before them"
+            )
+
+    def _warn_of_spike(self, step: int, objective: float) -> None:
+        """A loss far above its recent values is worth a line in the log."""
+        if len(self._recent) == _SPIKE_WINDOW:
+            median = statistics.median(self._recent)
+            spread = statistics.median(abs(x - median) for x in self._recent)
+            if objective > median + _SPIKE_SPREADS * spread:
+                logging.warning(
+                    "the loss of step %d is %.3f; the median of the %d steps before is "
+                    "%.3f",
+                    step,
+                    objective,
+                    _SPIKE_WINDOW,
+                    median,
+                )
+        self._recent.append(objective)
 
     def write(self) -> None:
         """Writes means since the last line, and rates.
@@ -242,6 +324,8 @@ class _Log:
             values["data_wait_fraction"] = self._waited_seconds / seconds
             if "tokens" in values:
                 values["tokens_per_second"] = values["tokens"] * steps / seconds
+                if self.peak_tokens:
+                    values["mfu"] = values["tokens_per_second"] / self.peak_tokens
         self._emit(values)
         shown = {"loss": values.get("loss", values["objective"])}
         if "tokens_per_second" in values:
@@ -257,6 +341,31 @@ class _Log:
     def _emit(self, values: Mapping[str, float]) -> None:
         if self._writer is not None and jax.process_index() == 0:
             self._writer.write(self.step, values)
+
+
+@contextlib.contextmanager
+def _tracing(profile: Profile | None) -> Iterator[Callable[[int, TrainState], None]]:
+    """Yields what is called before each step: it starts and ends the trace."""
+    running = False
+
+    def trace(step: int, state: TrainState) -> None:
+        nonlocal running
+        if profile is None:
+            return
+        if not running and step + 1 == profile.first_step:
+            jax.block_until_ready(state.step)
+            jax.profiler.start_trace(str(profile.directory))
+            running = True
+        elif running and step == profile.last_step:
+            jax.block_until_ready(state.step)
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield trace
+    finally:
+        if running:
+            jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager

@@ -190,11 +190,14 @@ def make_train_step(
     *,
     seed: int = 0,
     schedule: optax.Schedule | None = None,
+    num_microbatches: int = 1,
+    skip_nonfinite: bool = False,
 ) -> TrainStep:
     """Compiles forward, backward and update into one function.
 
     To the loss's own metrics it adds `objective` (the scalar that is minimised),
-    `gradient_norm` before clipping, and `learning_rate` when a schedule is given.
+    `gradient_norm` before clipping, `learning_rate` when a schedule is given, and
+    `skipped_steps` with `skip_nonfinite`.
 
     Args:
       loss_fn: see `LossFn`; sums over the batch are global sums on every mesh.
@@ -204,18 +207,31 @@ def make_train_step(
       seed: the step's key is `fold_in(key(seed), step)`, so a resumed run draws what
         the uninterrupted one would have drawn.
       schedule: only logged.
+      num_microbatches: parts of the batch that are computed one after the other, to
+        hold fewer activations; the gradient is that of the whole batch.
+      skip_nonfinite: a step whose loss or gradient is not finite changes neither
+        parameters nor optimizer state, on any host; its metrics weigh nothing.
     """
+    differentiate = _accumulated_gradient(loss_fn, num_microbatches)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch, key, state.step
-        )
+        loss, metrics, gradients = differentiate(state.params, batch, key, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {name: _as_pair(name, value) for name, value in metrics.items()}
         metrics["objective"] = (loss, jnp.ones(()))
-        metrics["gradient_norm"] = (optax.tree.norm(gradients), jnp.ones(()))
+        gradient_norm = optax.tree.norm(gradients)
+        metrics["gradient_norm"] = (gradient_norm, jnp.ones(()))
+        if skip_nonfinite:
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+
+            def keep(new: Array, old: Array) -> Array:
+                return jnp.where(is_finite, new, old)
+
+            params = jax.tree.map(keep, params, state.params)
+            opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+            metrics = jax.tree.map(lambda x: jnp.where(is_finite, x, 0), metrics)
+            metrics["skipped_steps"] = (1.0 - is_finite, jnp.ones(()))
         if schedule is not None:
             metrics["learning_rate"] = (schedule(state.step), jnp.ones(()))
         new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
@@ -229,6 +245,53 @@ def make_train_step(
         donate_argnums=0,
     )
     return TrainStep(compiled, mesh)
+
+
+def _accumulated_gradient(
+    loss_fn: LossFn, num_microbatches: int
+) -> Callable[[Any, Any, Array, Array], tuple[Array, Metrics, Any]]:
+    """(params, batch, key, step) -> (loss, metrics, gradients) of the whole batch.
+
+    Means over parts of a batch have different weights; each part counts by the weight
+    of its metric `loss`, so that the sum is the mean over the whole batch.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def visit(params: Any, batch: Any, key: Array, step: Array) -> tuple[Any, Any]:
+        (loss, metrics), gradients = value_and_grad(params, batch, key, step)
+        metrics = {name: _as_pair(name, value) for name, value in metrics.items()}
+        return (loss, gradients), metrics
+
+    def whole(params: Any, batch: Any, key: Array, step: Array) -> Any:
+        (loss, gradients), metrics = visit(params, batch, key, step)
+        return loss, metrics, gradients
+
+    def in_parts(params: Any, batch: Any, key: Array, step: Array) -> Any:
+        def split(x: Array) -> Array:
+            rows, *rest = x.shape
+            if rows % num_microbatches:
+                raise ValueError(
+                    f"a batch of {rows} rows does not split into {num_microbatches} "
+                    "microbatches: choose a divisor"
+                )
+            # Every n-th row, so that rows stay on the device that holds them.
+            return x.reshape(-1, num_microbatches, *rest).swapaxes(0, 1)
+
+        def add(carry: Any, part: tuple[Any, Array]) -> tuple[Any, Metrics]:
+            rows, number = part
+            sums, metrics = visit(params, rows, jax.random.fold_in(key, number), step)
+            weight = metrics["loss"][1]
+            weighted = jax.tree.map(lambda x: x * weight, (sums, jnp.ones(())))
+            return jax.tree.map(jnp.add, carry, weighted), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, ((jnp.zeros(()), params), jnp.zeros(())))
+        parts = (jax.tree.map(split, batch), jnp.arange(num_microbatches))
+        (sums, weight), metrics = jax.lax.scan(add, zeros, parts)
+        scale = 1.0 / jnp.maximum(weight, 1e-9)
+        loss, gradients = jax.tree.map(lambda x: x * scale, sums)
+        return loss, jax.tree.map(lambda x: x.sum(0), metrics), gradients
+
+    return whole if num_microbatches == 1 else in_parts
 
 
 def make_eval_step(

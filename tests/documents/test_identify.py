@@ -40,17 +40,17 @@ def accuracy(identifier, documents, images) -> float:
 
 
 def test_clean_renders_are_named_right(identifier):
-    documents = list(read_flagworld(CONFIG, "heldout_test"))[::2]
+    documents = list(read_flagworld(CONFIG, "heldout_test"))[::3]
     images = [d.images[0] for d in documents]
-    assert len(images) == 320
+    assert len(images) > 200
     assert accuracy(identifier, documents, images) >= 0.995
 
 
 def test_damaged_renders_are_named_right(identifier):
-    documents = list(read_flagworld(CONFIG, "heldout_test"))[1::3]
+    documents = list(read_flagworld(CONFIG, "heldout_test"))[1::5]
     rng = np.random.default_rng(0)
     images = [damage(d.images[0], rng) for d in documents]
-    assert len(images) > 200
+    assert len(images) > 120
     assert accuracy(identifier, documents, images) >= 0.98
 
 
@@ -58,7 +58,7 @@ def test_flags_anywhere_are_named_right(identifier):
     config = FlagworldConfig(
         num_nations=0, placement_grid=1, wave_amplitudes=(0.0, 1.5), pole=False
     )
-    documents = list(read_flagworld(config, "heldout_test"))[::4]
+    documents = list(read_flagworld(config, "heldout_test"))[::6]
     images = [d.images[0] for d in documents]
     assert accuracy(identifier, documents, images) >= 0.98
 

@@ -31,7 +31,7 @@ def test_report_is_one_file_that_loads_nothing(tmp_path):
         tmp_path / "report.html",
         sheet=tmp_path / "samples.png",
         captions=[caption],
-        loss_curve=tmp_path / "none.png",
+        loss_curves={"Training": tmp_path / "none.png"},
         facts={"memory": "2 documents"},
     )
     page = (tmp_path / "report.html").read_text()

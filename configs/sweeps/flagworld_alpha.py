@@ -1,0 +1,32 @@
+"""The weight of retrieved documents in the loss, at two learning rates.
+
+racm3 sweep --config=configs/sweeps/flagworld_alpha.py --workdir=out/alpha
+racm3 sweep --config=configs/sweeps/flagworld_alpha.py:tiny --workdir=out/alpha_tiny
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import flagworld, flagworld_tiny
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" (as configs/flagworld.py, shorter) or "tiny" (seconds, for tests)."""
+    if arg not in ("", "tiny"):
+        raise ValueError(f"configs/sweeps/flagworld_alpha.py:{arg}: use :tiny or none")
+    if arg == "tiny":
+        return flagworld_tiny.get_config()
+    config = flagworld.get_config()
+    config.train.num_steps = 1500
+    return config
+
+
+def get_hyper(hyper: Any) -> list[dict[str, Any]]:
+    """Four points."""
+    return hyper.product(
+        [
+            hyper.sweep("config.pipeline.alpha", [0.1, 1.0]),
+            hyper.sweep("config.optimizer.learning_rate", [1e-3, 3e-3]),
+        ]
+    )
