@@ -11,15 +11,20 @@ import sys
 from collections.abc import Sequence
 
 import racm3_jax
-from racm3_jax.commands import generate, sweep, train
+from racm3_jax.commands import estimate, generate, sweep, train
 from racm3_jax.commands.configs import UsageError
 
 # Each module registers its own subcommands.
-FAMILIES = (train, sweep, generate)
+FAMILIES = (train, sweep, estimate, generate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns the exit status: 0, or 2 after wrong input."""
+    """Runs one subcommand.
+
+    Returns:
+      The exit status: 0, 2 after wrong input, or 75 when a signal ended a training early
+      (it saved; the same command goes on).
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if not hasattr(arguments, "command"):
@@ -35,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.config_flags = rest
         _quiet_libraries()
         _keep_freed_memory()
-        arguments.command(arguments)
+        status = arguments.command(arguments)
     except (UsageError, ValueError, FileNotFoundError) as error:
         if arguments.traceback:
             raise
         print(f"racm3: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _quiet_libraries() -> None:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
 
 from racm3_jax import build
@@ -18,11 +19,18 @@ from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.strategy import StrategyConfig
-from racm3_jax.training.loop import fit
+from racm3_jax.training.hardware import find_device
+from racm3_jax.training.loop import Profile, fit
 from racm3_jax.training.step import TrainState
 
 
-def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainState:
+def train(
+    config: Any,
+    workdir: str | Path,
+    *,
+    progress: bool = True,
+    profile_steps: tuple[int, int] | None = None,
+) -> TrainState:
     """Trains what `config.kind` names, in `workdir`; the same call resumes.
 
     Writes `config.json`, `metrics.jsonl` (and TensorBoard event files), `loss.png`,
@@ -34,9 +42,11 @@ def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainSt
       config: from a file of `configs/`.
       workdir: created if missing.
       progress: show a progress bar.
+      profile_steps: first and last step of a trace, written to `workdir/profile`.
 
     Returns:
-      The last state.
+      The last state; its step is below `config.train.num_steps` when SIGTERM or Ctrl-C
+      ended the training early, after a save.
 
     Raises:
       ValueError: if `workdir` holds a run of another config.
@@ -44,6 +54,7 @@ def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainSt
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     fingerprint = claim_workdir(config, workdir)
+    profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     job = build.build_job(config, workdir)
     saver = Checkpoints(
         workdir / "checkpoints",
@@ -72,6 +83,10 @@ def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainSt
                     progress=progress,
                     description=f"train {config.kind}",
                     with_stats=job.with_stats,
+                    max_skipped_steps=config.train.get("max_skipped_steps", 0),
+                    peak_flops=_peak_flops(),
+                    flops_per_token=job.flops_per_token,
+                    profile=profile,
                 )
         finally:
             close = getattr(batches, "close", None)
@@ -82,6 +97,12 @@ def train(config: Any, workdir: str | Path, *, progress: bool = True) -> TrainSt
     if int(state.step) == job.num_steps:
         job.export(state)
     return state
+
+
+def _peak_flops() -> float:
+    """Of all devices together; 0 for a kind that is not in the table, as CPUs."""
+    device = find_device(jax.devices()[0].device_kind)
+    return device.flops * jax.device_count() if device else 0.0
 
 
 def claim_workdir(config: Any, workdir: Path) -> str:

@@ -1,8 +1,9 @@
 """Wrong input ends in one clear sentence and exit status 2."""
 
 import pathlib
+import types
 
-from racm3_jax import cli
+from racm3_jax import cli, run
 from racm3_jax.commands import configs
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -82,3 +83,24 @@ def test_help_lists_the_commands(capsys):
     shown = capsys.readouterr().out
     for name in ("quickstart", "train", "generate", "caption", "evaluate"):
         assert name in shown
+
+
+def test_a_training_that_was_stopped_says_so_and_has_its_own_status(
+    monkeypatch, capsys, tmp_path
+):
+    """A scheduler can tell it from success (0) and from wrong input (2)."""
+    given = {}
+
+    def train(config, workdir, profile_steps):
+        given.update(workdir=workdir, profile_steps=profile_steps)
+        return types.SimpleNamespace(step=3)
+
+    monkeypatch.setattr(run, "train", train)
+    config = f"--config={CONFIGS}/flagworld_tiny.py"
+    arguments = ["train", config, f"--workdir={tmp_path}", "--profile_steps=2:3"]
+    assert cli.main(arguments) == 75
+    assert "stopped and saved after step 3 of 4" in capsys.readouterr().err
+    assert given == {"workdir": str(tmp_path), "profile_steps": (2, 3)}
+    assert cli.main([*arguments, "--config.train.num_steps=3"]) == 0
+    assert cli.main([*arguments, "--profile_steps=2"]) == 2
+    assert "give first:last" in capsys.readouterr().err

@@ -26,7 +26,13 @@ from racm3_jax.build.parts import (
 )
 from racm3_jax.documents import batches as image_data
 from racm3_jax.documents.flagworld import read_flagworld
-from racm3_jax.model.transformer import Transformer, head_weights, init_params
+from racm3_jax.model.transformer import (
+    Transformer,
+    abstract_params,
+    count_params,
+    head_weights,
+    init_params,
+)
 from racm3_jax.retrieval import clip as clip_model
 from racm3_jax.retrieval import clip_loss as clip_objective
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -38,6 +44,7 @@ from racm3_jax.tokenizers import vqgan as vqgan_model
 from racm3_jax.tokenizers import vqgan_loss as vqgan_objective
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
+from racm3_jax.training.hardware import flops_per_token
 from racm3_jax.training.loss import GeneratorLossConfig, make_generator_loss
 from racm3_jax.training.optimizer import (
     OptimizerConfig,
@@ -58,6 +65,7 @@ class Job:
       num_steps: where training ends.
       export: writes the finished model into the work directory.
       with_stats: whether a batch comes as `(batch, statistics)`.
+      flops_per_token: of a step, PaLM's count; 0 where nobody asks for it.
     """
 
     state: TrainState
@@ -66,6 +74,7 @@ class Job:
     num_steps: int
     export: Callable[[TrainState], None]
     with_stats: bool = False
+    flops_per_token: float = 0.0
 
 
 def build_job(config: Any, workdir: Path) -> Job:
@@ -226,6 +235,11 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         export,
         params=params,
         with_stats=True,
+        flops_per_token=flops_per_token(
+            model_config,
+            count_params(abstract_params(model_config)),
+            pipeline.row_length,
+        ),
     )
 
 
@@ -237,6 +251,7 @@ def _job(
     export: Callable[[TrainState], None],
     params: Any = None,
     with_stats: bool = False,
+    flops_per_token: float = 0.0,
 ) -> Job:
     mesh = build_mesh(config)
     optimizer_config = construct(
@@ -256,5 +271,15 @@ def _job(
         state,
         seed=config.seed,
         schedule=build_schedule(optimizer_config),
+        num_microbatches=config.train.get("num_microbatches", 1),
+        skip_nonfinite=config.train.get("max_skipped_steps", 0) > 0,
     )
-    return Job(state, step_fn, make, config.train.num_steps, export, with_stats)
+    return Job(
+        state,
+        step_fn,
+        make,
+        config.train.num_steps,
+        export,
+        with_stats,
+        flops_per_token,
+    )

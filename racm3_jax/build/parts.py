@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from racm3_jax import sharding
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.transformer import abstract_params, count_params
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
@@ -130,6 +132,34 @@ def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
             "dropout masks: leave it 0"
         )
     return model_config
+
+
+def build_model_shape(config: Any) -> tuple[ModelConfig, int]:
+    """The generator's config and its number of parameters; allocates nothing."""
+    if "vocab" in config:
+        vocab = construct(Vocab, config.vocab, "vocab")
+    else:
+        vocab = build_tokenizer(config).vocab
+    model_config = build_model_config(config, vocab)
+    return model_config, count_params(abstract_params(model_config))
+
+
+def count_shards(config: Any, num_devices: int) -> tuple[int, int]:
+    """(devices that share one copy of the weights, copies) of `config.mesh`.
+
+    Raises:
+      ValueError: a mesh that does not fit so many devices.
+    """
+    sizes = [config.mesh[name] for name in sharding.MESH_AXES]
+    if -1 in sizes:
+        known = math.prod([size for size in sizes if size != -1])
+        sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
+        raise ValueError(
+            f"config.mesh {dict(config.mesh)} does not fit {num_devices} devices"
+        )
+    data, fsdp, tensor = sizes
+    return fsdp * tensor, data
 
 
 def build_retriever(config: Any, memory: Memory) -> Retriever:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from racm3_jax.commands.configs import find_config, read_config
+from racm3_jax.commands.configs import UsageError, find_config, read_config
 
 Arguments = argparse.Namespace
+# The exit status of a training that a signal ended, after a save (EX_TEMPFAIL).
+STOPPED_EARLY = 75
 _CONFIG_HELP = "; takes --config=FILE.py[:arg] and --config.key=value"
 
 
@@ -23,6 +26,9 @@ def register(commands: Any) -> None:
     sub = commands.add_parser("train", help=text, description=text)
     sub.set_defaults(command=_train, takes_config=True)
     sub.add_argument("--workdir", required=True)
+    sub.add_argument(
+        "--profile_steps", default="", help="first:last step of a trace to write"
+    )
     text = f"Run a suite{_CONFIG_HELP}."
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.set_defaults(command=_evaluate, takes_config=True)
@@ -30,10 +36,29 @@ def register(commands: Any) -> None:
     sub.add_argument("--workdir", default="racm3_evaluation")
 
 
-def _train(arguments: Arguments) -> None:
+def _train(arguments: Arguments) -> int:
     from racm3_jax import run
 
-    run.train(read_config(arguments.config_flags), arguments.workdir)
+    config = read_config(arguments.config_flags)
+    steps = _parse_steps(arguments.profile_steps)
+    state = run.train(config, arguments.workdir, profile_steps=steps)
+    if int(state.step) < config.train.num_steps:
+        print(
+            f"stopped and saved after step {int(state.step)} of "
+            f"{config.train.num_steps}; the same command goes on",
+            file=sys.stderr,
+        )
+        return STOPPED_EARLY
+    return 0
+
+
+def _parse_steps(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit()):
+        raise UsageError(f"--profile_steps={text}: give first:last, as in 10:12")
+    return int(first), int(last)
 
 
 def _evaluate(arguments: Arguments) -> None:
