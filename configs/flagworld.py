@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         alpha=0.1,
         query_modality="both",
         retrieval=arg != "twin",
+        groups=1,
     )
     config.model = dict(
         d_model=256,
@@ -82,5 +83,12 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=5000, log_every=20, checkpoint_every=500)
+    config.train = dict(
+        num_steps=5000,
+        log_every=20,
+        checkpoint_every=500,
+        num_microbatches=1,
+        max_skipped_steps=0,
+        watchdog_seconds=0.0,
+    )
     return config

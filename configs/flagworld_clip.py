@@ -52,5 +52,12 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=1400, log_every=20, checkpoint_every=500)
+    config.train = dict(
+        num_steps=1400,
+        log_every=20,
+        checkpoint_every=500,
+        num_microbatches=1,
+        max_skipped_steps=0,
+        watchdog_seconds=0.0,
+    )
     return config

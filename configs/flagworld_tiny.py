@@ -25,5 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.head_dim = 16
     config.model.d_ff = 64
     config.optimizer.warmup_steps = 2
-    config.train = dict(num_steps=4, log_every=2, checkpoint_every=2)
+    config.train.num_steps = 4
+    config.train.log_every = 2
+    config.train.checkpoint_every = 2
     return config

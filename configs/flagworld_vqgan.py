@@ -51,5 +51,12 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.train = dict(num_steps=1500, log_every=50, checkpoint_every=500)
+    config.train = dict(
+        num_steps=1500,
+        log_every=50,
+        checkpoint_every=500,
+        num_microbatches=1,
+        max_skipped_steps=0,
+        watchdog_seconds=0.0,
+    )
     return config

@@ -36,6 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
         alpha=0.1,
         query_modality="both",
         retrieval=True,
+        groups=32,
     )
     config.model = dict(
         d_model=2560,
@@ -59,5 +60,12 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
     )
     config.mesh = dict(data=1, fsdp=-1, tensor=1)
-    config.train = dict(num_steps=100_000, log_every=50, checkpoint_every=1000)
+    config.train = dict(
+        num_steps=100_000,
+        log_every=50,
+        checkpoint_every=1000,
+        num_microbatches=1,
+        max_skipped_steps=5,
+        watchdog_seconds=1800.0,
+    )
     return config

@@ -74,8 +74,12 @@ def main(config: Any, workdir: Path) -> None:
 
     generator = run.load(workdir)
     twin = build.load_generator(build.resolve("shipped:flagworld"), None, model="twin")
-    drawn = generator.text_to_image_batch(prompts, num_retrieved=2, seed=config.seed)
-    plain = twin.text_to_image_batch(prompts, num_retrieved=0, seed=config.seed)
+    drawn = generator.text_to_image_batch(
+        prompts, num_retrieved=2, seed=config.seed, temperature=0.7
+    )
+    plain = twin.text_to_image_batch(
+        prompts, num_retrieved=0, seed=config.seed, temperature=0.7
+    )
     write_sheet(workdir / "samples.png", generator, drawn, plain)
     stages.say(f"drew {len(prompts)} held-out nations: {workdir / 'samples.png'}")
 

@@ -21,6 +21,7 @@ from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import find_device
 from racm3_jax.training.loop import Profile, fit
+from racm3_jax.training.processes import join_processes, leader_first
 from racm3_jax.training.step import TrainState
 
 
@@ -51,9 +52,11 @@ def train(
     Raises:
       ValueError: if `workdir` holds a run of another config.
     """
+    join_processes()
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    fingerprint = claim_workdir(config, workdir)
+    with leader_first():
+        fingerprint = claim_workdir(config, workdir)
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     job = build.build_job(config, workdir)
     saver = Checkpoints(
@@ -87,12 +90,14 @@ def train(
                     peak_flops=_peak_flops(),
                     flops_per_token=job.flops_per_token,
                     profile=profile,
+                    watchdog_seconds=config.train.get("watchdog_seconds", 0.0),
                 )
         finally:
             close = getattr(batches, "close", None)
             if close is not None:
                 close()
-        plot_curves([workdir / "metrics.jsonl"], workdir / "loss.png")
+        if jax.process_index() == 0:
+            plot_curves([workdir / "metrics.jsonl"], workdir / "loss.png")
     saver.close()
     if int(state.step) == job.num_steps:
         job.export(state)

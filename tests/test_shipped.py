@@ -3,7 +3,17 @@
 import hashlib
 import json
 
+import numpy as np
+import pytest
+
 from racm3_jax import build
+from racm3_jax.documents.flagworld import (
+    FlagIdentifier,
+    FlagworldConfig,
+    make_nations,
+    read_flagworld,
+)
+from racm3_jax.tokenizers.mixed import MixedTokenizer
 
 SHIPPED = build.resolve("shipped:flagworld")
 
@@ -33,3 +43,31 @@ def test_every_model_opens_with_its_tokenizer():
     twin = build.load_generator(SHIPPED, None, model="twin")
     assert model.model.config == twin.model.config
     assert model.tokenizer.fingerprint() == twin.tokenizer.fingerprint()
+
+
+@pytest.fixture(scope="module")
+def roundtrip():
+    """Unseen nations, and what the shipped VQGAN makes of them."""
+    documents = list(read_flagworld(FlagworldConfig(num_nations=0), "heldout_memory"))
+    images = np.stack([d.images[0] for d in documents[::10]])
+    tokenizer = MixedTokenizer.load(SHIPPED / "tokenizer").image
+    codes = tokenizer.encode(images)
+    return documents[::10], images, codes, tokenizer.decode(codes)
+
+
+def test_the_vqgan_keeps_24_decibels_with_most_of_its_codes(roundtrip):
+    _, images, codes, decoded = roundtrip
+    error = np.square(images.astype(np.float64) - decoded).mean((1, 2, 3))
+    assert (10 * np.log10(255.0**2 / error)).mean() >= 24.0
+    assert len(np.unique(codes)) >= 0.6 * 512
+
+
+def test_flags_are_identified_after_the_round_trip(roundtrip):
+    documents, _, _, decoded = roundtrip
+    world = FlagworldConfig(num_nations=0)
+    found = FlagIdentifier(make_nations(world, "heldout")).identify(list(decoded))
+    right = [
+        nation.name == document.metadata["nation"]
+        for (nation, _), document in zip(found, documents, strict=True)
+    ]
+    assert len(right) >= 250 and np.mean(right) >= 0.98

@@ -51,6 +51,7 @@ from racm3_jax.training.optimizer import (
     build_optimizer,
     build_schedule,
 )
+from racm3_jax.training.processes import fetch_all, leader_first
 from racm3_jax.training.step import LossFn, TrainState, init_state, make_train_step
 
 
@@ -179,9 +180,10 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         memory = Memory.load(resolve(config.memory_path), embedder, tokenizer)
     else:
         documents = read_memory_documents(config)
-        memory = build_memory(
-            config, workdir / "memory", documents, tokenizer, embedder
-        )
+        with leader_first():
+            memory = build_memory(
+                config, workdir / "memory", documents, tokenizer, embedder
+            )
     rows = memory.allowed_ids()
     is_main = [m.get("split", "train") == "train" for m in memory.metadata(rows)]
     main_ids = rows[np.array(is_main)]
@@ -207,13 +209,18 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             pipeline,
             start_step=start_step,
             num_steps=config.train.num_steps - start_step,
+            host=jax.process_index(),
+            num_hosts=jax.process_count(),
         )
 
     def export(state: TrainState) -> None:
+        params = fetch_all(state.params)
+        if jax.process_index() != 0:
+            return
         save_generator(
             workdir,
             model_config,
-            jax.device_get(state.params),
+            params,
             tokenizer,
             embedder,
             construct(StrategyConfig, config.strategy, "strategy"),

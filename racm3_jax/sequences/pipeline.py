@@ -88,6 +88,9 @@ class PipelineConfig:
       prefetch: batches made ahead; 0 makes each when it is asked for.
       threads: that make them.
       retrieval: False for the twin: K is 0, all else is equal.
+      groups: parts of a step that are packed on their own, each into `rows / groups`
+        rows. Hosts share the groups among them, so the batches do not depend on how many
+        hosts there are, as long as their number divides this one.
       max_skipped_share: a step in which a larger share of the main documents cannot be
         used is an error.
     """
@@ -104,6 +107,7 @@ class PipelineConfig:
     threads: int = 2
     retrieval: bool = True
     max_skipped_share: float = 0.5
+    groups: int = 1
 
     def __post_init__(self) -> None:
         least = {
@@ -125,6 +129,12 @@ class PipelineConfig:
                 f"pipeline.query_modality is {self.query_modality!r}; allowed: "
                 + ", ".join(get_args(QueryModality))
             )
+        for name in ("rows", "examples_per_batch"):
+            if self.groups < 1 or getattr(self, name) % self.groups:
+                raise ValueError(
+                    f"pipeline.groups must divide pipeline.{name}="
+                    f"{getattr(self, name)}; got {self.groups}"
+                )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"pipeline.seed must be in 0..2^32-1; got {self.seed}")
 
@@ -172,6 +182,8 @@ def make_batches(
     *,
     start_step: int = 0,
     num_steps: int,
+    host: int = 0,
+    num_hosts: int = 1,
 ) -> Batches:
     """Batches of steps `start_step`, `start_step + 1`, ..., `num_steps` of them.
 
@@ -188,6 +200,8 @@ def make_batches(
       config: sizes, retrieval, seed, threads.
       start_step: the first step; to resume, the number of steps taken.
       num_steps: how many steps follow.
+      host: which part of every batch to make, from 0.
+      num_hosts: into how many parts batches are split; divides `config.groups`.
 
     Raises:
       ValueError: no main documents, no retriever though one is needed, or sizes below 0.
@@ -206,7 +220,14 @@ def make_batches(
             "pipeline.retrieval is on, but no retriever was given: give one, or set "
             "pipeline.retrieval=False"
         )
-    steps = _Steps(memory, retriever, vocab, masking, config)
+    if not 0 <= host < num_hosts or config.groups % num_hosts:
+        raise ValueError(
+            f"host {host} of {num_hosts}: the number of hosts must divide "
+            f"pipeline.groups={config.groups}"
+        )
+    share = config.groups // num_hosts
+    own = range(host * share, (host + 1) * share)
+    steps = _Steps(memory, retriever, vocab, masking, config, own)
     last_step = start_step + num_steps
     # Not `repeat()` without a number: its length overflows in Grain at batches of 1.
     num_epochs = -(-last_step * config.examples_per_batch // len(main_ids))
@@ -234,7 +255,9 @@ class _Steps:
         vocab: Vocab,
         masking: CausalMaskingConfig,
         config: PipelineConfig,
+        groups: range,
     ) -> None:
+        self.groups = groups
         self.memory = memory
         self.retriever = retriever
         self.vocab = vocab
@@ -267,8 +290,25 @@ class _Steps:
     def _make(
         self, step: int, ids: Int64[np.ndarray, " n"]
     ) -> tuple[Batch, dict[str, float]]:
+        """The groups of this host, one below the other."""
+        size = self.config.examples_per_batch // self.config.groups
+        parts, all_stats = [], []
+        for group in self.groups:
+            chosen = slice(group * size, (group + 1) * size)
+            first = step * self.config.examples_per_batch + group * size
+            batch, stats = self._make_group(step, ids[chosen], first)
+            parts.append(batch)
+            all_stats.append(stats)
+        if len(parts) == 1:
+            return parts[0], all_stats[0]
+        batch = Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+        sums = {name: sum(s[name] for s in all_stats) for name in all_stats[0]}
+        return batch, sums | {"fill": sums["fill"] / len(parts)}
+
+    def _make_group(
+        self, step: int, ids: Int64[np.ndarray, " n"], first: int
+    ) -> tuple[Batch, dict[str, float]]:
         config = self.config
-        first = step * config.examples_per_batch
         mains = list(self.memory.documents(ids))
         retrieved = self._retrieve(ids, mains, first)
         examples, num_skipped = [], 0
@@ -293,7 +333,10 @@ class _Steps:
                 continue
             examples.append(example)
         batch, num_dropped = pack(
-            examples, config.rows, config.row_length, self.vocab.pad
+            examples,
+            config.rows // config.groups,
+            config.row_length,
+            self.vocab.pad,
         )
         stats = {
             "examples": float(len(examples) - num_dropped),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -331,3 +332,48 @@ def test_wrong_arguments_are_refused(vocab, memory):
 def test_configuration_is_checked(change, message):
     with pytest.raises(ValueError, match=message):
         with_(CONFIG, **change)
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_hosts_share_the_batches_of_one_host(vocab, memory, num_hosts):
+    """Groups fix what is packed together, so the number of hosts changes nothing."""
+    config = dataclasses.replace(CONFIG, rows=8, groups=4)
+
+    def batches(**hosts):
+        with make_batches(
+            memory,
+            FakeRetriever(memory),
+            np.arange(NUM_DOCUMENTS),
+            vocab,
+            MASKING,
+            config,
+            num_steps=3,
+            **hosts,
+        ) as made:
+            return [batch for batch, _ in made]
+
+    whole = batches()
+    parts = [batches(host=host, num_hosts=num_hosts) for host in range(num_hosts)]
+    for step, expected in enumerate(whole):
+        joined = [
+            np.concatenate(field)
+            for field in zip(*(p[step] for p in parts), strict=True)
+        ]
+        for got, want in zip(joined, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_hosts_must_divide_the_groups(vocab, memory):
+    with pytest.raises(ValueError, match="must divide pipeline.groups=1"):
+        make_batches(
+            memory,
+            FakeRetriever(memory),
+            np.arange(NUM_DOCUMENTS),
+            vocab,
+            MASKING,
+            CONFIG,
+            num_steps=1,
+            num_hosts=2,
+        )
+    with pytest.raises(ValueError, match="groups must divide pipeline.rows=6; got 4"):
+        dataclasses.replace(CONFIG, groups=4)

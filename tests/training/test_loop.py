@@ -10,7 +10,8 @@ import pytest
 
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.metrics import MetricsWriter, read_jsonl
-from racm3_jax.training.loop import MAX_STEPS_AHEAD, TrainingDiverged, fit
+from racm3_jax.training.loop import fit
+from racm3_jax.training.progress import MAX_STEPS_AHEAD, TrainingDiverged
 from racm3_jax.training.step import TrainState
 
 

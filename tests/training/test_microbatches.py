@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from racm3_jax.training.loop import Profile, TrainingDiverged, fit
+from racm3_jax.training.loop import Profile, fit
 from racm3_jax.training.loss import GeneratorLossConfig
+from racm3_jax.training.progress import TrainingDiverged
 from racm3_jax.training.step import TrainState, make_train_step
 
 

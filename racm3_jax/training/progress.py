@@ -1,0 +1,187 @@
+"""What a training says while it runs: a bar, log lines, warnings; and when it ends it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, Self
+
+import jax
+from absl import logging
+from tqdm import tqdm
+
+from racm3_jax.metrics import MetricSums
+from racm3_jax.training.step import Metrics
+
+# Steps that may be enqueued beyond the one that runs: enough to hide the host's work,
+# few enough that batches do not pile up in device memory.
+MAX_STEPS_AHEAD = 2
+# A spike is this many median deviations above the median of this many steps.
+_SPIKE_WINDOW = 64
+_SPIKE_SPREADS = 12.0
+
+
+class Writer(Protocol):
+    """Where scalars go; `racm3_jax.metrics.MetricsWriter` is one."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss is no longer a finite number."""
+
+
+class StepLog:
+    """Collects metrics without waiting for them, and writes a line when told to."""
+
+    def __init__(
+        self,
+        step: int,
+        num_steps: int,
+        writer: Writer | None,
+        progress: bool,
+        description: str,
+    ) -> None:
+        self.step = step
+        self._writer = writer
+        self._sums = MetricSums()
+        self._stats = MetricSums()
+        self._pending: list[tuple[int, Metrics]] = []
+        self._first_step = step
+        self.max_skipped_steps = 0
+        self.peak_tokens = 0.0
+        self._skipped_in_a_row = 0
+        self._recent: collections.deque[float] = collections.deque(maxlen=_SPIKE_WINDOW)
+        # A terminal is redrawn often; a log file gets a line every 30 s.
+        self._bar = tqdm(
+            total=num_steps,
+            initial=step,
+            desc=description,
+            unit="step",
+            disable=not progress,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+        self._restart_clock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.close()
+
+    def _restart_clock(self) -> None:
+        self._clock = time.perf_counter()
+        self._clock_step = self.step
+        self._waited_seconds = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited_seconds += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of steps per second."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
+
+    def enqueue(self, step: int, metrics: Metrics, stats: Mapping[str, Any]) -> None:
+        self.step = step
+        self._pending.append((step, metrics))
+        self._stats.add_values(stats)
+        self._bar.update(1)
+        if step == self._first_step + 1:
+            # Compilation is not part of steps per second.
+            jax.block_until_ready(metrics)
+            logging.info(
+                "first step, with its compilation: %.1f s",
+                time.perf_counter() - self._clock,
+            )
+            self._restart_clock()
+        elif len(self._pending) > MAX_STEPS_AHEAD:
+            jax.block_until_ready(self._pending[-1 - MAX_STEPS_AHEAD][1])
+
+    def flush(self) -> None:
+        """Waits for all steps so far and adds their metrics up."""
+        for step, metrics in jax.device_get(self._pending):
+            objective = float(metrics["objective"][0])
+            if not math.isfinite(objective):
+                raise TrainingDiverged(
+                    f"the loss of step {step} is {objective}: lower the learning "
+                    "rate, or restart from the last checkpoint before that step"
+                )
+            self._count_skipped(step, metrics)
+            self._warn_of_spike(step, objective)
+            self._sums.add(metrics)
+        self._pending.clear()
+
+    def _count_skipped(self, step: int, metrics: Metrics) -> None:
+        if not float(metrics.get("skipped_steps", (0.0, 1.0))[0]):
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        logging.warning("step %d was skipped: its gradient is not finite", step)
+        if self._skipped_in_a_row > self.max_skipped_steps:
+            raise TrainingDiverged(
+                f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a "
+                "gradient that is not finite: lower the learning rate, or restart from "
+                "the last checkpoint before them"
+            )
+
+    def _warn_of_spike(self, step: int, objective: float) -> None:
+        """A loss far above its recent values is worth a line in the log."""
+        if len(self._recent) == _SPIKE_WINDOW:
+            median = statistics.median(self._recent)
+            spread = statistics.median(abs(x - median) for x in self._recent)
+            if objective > median + _SPIKE_SPREADS * spread:
+                logging.warning(
+                    "the loss of step %d is %.3f; the median of the %d steps before is "
+                    "%.3f",
+                    step,
+                    objective,
+                    _SPIKE_WINDOW,
+                    median,
+                )
+        self._recent.append(objective)
+
+    def write(self) -> None:
+        """Writes means since the last line, and rates.
+
+        `data_wait_fraction` is the share of the time that the host spent on getting
+        batches; as long as it is well below 1 the device does not wait for them.
+        """
+        self.flush()
+        seconds = time.perf_counter() - self._clock
+        steps = self.step - self._clock_step
+        values = {**self._stats.compute(), **self._sums.compute()}
+        if steps > 0:
+            values["steps_per_second"] = steps / seconds
+            values["data_wait_fraction"] = self._waited_seconds / seconds
+            if "tokens" in values:
+                values["tokens_per_second"] = values["tokens"] * steps / seconds
+                if self.peak_tokens:
+                    values["mfu"] = values["tokens_per_second"] / self.peak_tokens
+        self._emit(values)
+        shown = {"loss": values.get("loss", values["objective"])}
+        if "tokens_per_second" in values:
+            shown["tokens/s"] = round(values["tokens_per_second"])
+        self._bar.set_postfix(shown)
+        self._sums.clear()
+        self._stats.clear()
+        self._restart_clock()
+
+    def write_evaluation(self, values: Mapping[str, float]) -> None:
+        self._emit({f"eval/{name}": value for name, value in values.items()})
+
+    def _emit(self, values: Mapping[str, float]) -> None:
+        if self._writer is not None and jax.process_index() == 0:
+            self._writer.write(self.step, values)
