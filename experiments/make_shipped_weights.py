@@ -9,12 +9,7 @@ and hours:
     racm3 train --config=configs/flagworld_vqgan.py --workdir=out/vqgan
     racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
     racm3 train --config=configs/flagworld.py --workdir=out/racm3 ...
-    racm3 train --config=configs/flagworld.py --workdir=out/racm3_more ...
     racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3 ...
-    racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3_more ...
-
-The two `_more` stages go on from the ones before, with other batches and a learning rate
-that rises and falls once more; RA-CM3 and its twin take the same steps throughout.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ import time
 from pathlib import Path
 
 from racm3_jax import checkpoints, cli
-from racm3_jax.metrics import plot_curves, read_jsonl
+from racm3_jax.metrics import plot_curves
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
@@ -44,22 +39,11 @@ def commands(out: Path) -> dict[str, list[str]]:
         f"--config.tokenizer.image={out}/vqgan/vqgan",
         f"--config.embedder={out}/clip/clip",
     ]
-    more = [
-        "--config.seed=1",
-        "--config.optimizer.learning_rate=1e-3",
-        "--config.train.num_steps=4000",
-    ]
-    model, twin = (
-        f"--config={configs}/flagworld.py",
-        f"--config={configs}/flagworld.py:twin",
-    )
     return {
         "vqgan": [f"--config={configs}/flagworld_vqgan.py"],
         "clip": [f"--config={configs}/flagworld_clip.py"],
-        "racm3": [model, *parts],
-        "racm3_more": [model, *parts, *more, f"--config.init_from={out}/racm3/model"],
-        "cm3": [twin, *parts],
-        "cm3_more": [twin, *parts, *more, f"--config.init_from={out}/cm3/model"],
+        "racm3": [f"--config={configs}/flagworld.py", *parts],
+        "cm3": [f"--config={configs}/flagworld.py:twin", *parts],
     }
 
 
@@ -79,20 +63,20 @@ def pack(out: Path) -> None:
     """Writes the exported models in half precision."""
     aside = SHIPPED.with_name("flagworld.new")
     shutil.rmtree(aside, ignore_errors=True)
-    tokenizer = MixedTokenizer.load(out / "racm3_more" / "tokenizer")
+    tokenizer = MixedTokenizer.load(out / "racm3" / "tokenizer")
     image = ImageTokenizer(
         tokenizer.image.config, checkpoints.round_to_half(tokenizer.image.params)
     )
     MixedTokenizer(tokenizer.text, image, tokenizer.vocab.num_sentinels).save(
         aside / "tokenizer", dtype="float16"
     )
-    embedder = DocumentEmbedder.load(out / "racm3_more" / "clip")
+    embedder = DocumentEmbedder.load(out / "racm3" / "clip")
     DocumentEmbedder(
         embedder.config,
         checkpoints.round_to_half(embedder.params),
         embedder.text_tokenizer,
     ).save(aside / "clip", dtype="float16")
-    for stage, name in (("racm3_more", "model"), ("cm3_more", "twin")):
+    for stage, name in (("racm3", "model"), ("cm3", "twin")):
         params, config, extra = checkpoints.load_weights(
             out / stage / "model", "generator"
         )
@@ -104,24 +88,14 @@ def pack(out: Path) -> None:
             extra=extra,
             dtype="float16",
         )
-    runs = {
-        "RA-CM3": join_logs(out, ("racm3", "racm3_more")),
-        "twin without retrieval": join_logs(out, ("cm3", "cm3_more")),
-    }
-    plot_curves(runs, aside / "loss.png", names=("image_loss", "text_loss"))
+    plot_curves(
+        {"RA-CM3": out / "racm3", "twin without retrieval": out / "cm3"},
+        aside / "loss.png",
+        names=("image_loss", "text_loss"),
+    )
     shutil.rmtree(SHIPPED, ignore_errors=True)
     aside.rename(SHIPPED)
     write_manifest(out)
-
-
-def join_logs(out: Path, stages: tuple[str, str]) -> Path:
-    """One log of two stages, whose steps are counted on."""
-    first, second = (read_jsonl(out / stage) for stage in stages)
-    last = first[-1]["step"]
-    lines = first + [line | {"step": line["step"] + last} for line in second]
-    path = out / f"{stages[0]}.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    return path
 
 
 def write_manifest(out: Path) -> None:
@@ -152,9 +126,7 @@ def write_manifest(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument(
-        "--stages", default="vqgan,clip,racm3,racm3_more,cm3,cm3_more,pack"
-    )
+    parser.add_argument("--stages", default="vqgan,clip,racm3,cm3,pack")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     for stage in arguments.stages.split(","):

@@ -75,10 +75,10 @@ def main(config: Any, workdir: Path) -> None:
     generator = run.load(workdir)
     twin = build.load_generator(build.resolve("shipped:flagworld"), None, model="twin")
     drawn = generator.text_to_image_batch(
-        prompts, num_retrieved=2, seed=config.seed, temperature=0.7
+        prompts, num_retrieved=2, seed=config.seed, temperature=0.5
     )
     plain = twin.text_to_image_batch(
-        prompts, num_retrieved=0, seed=config.seed, temperature=0.7
+        prompts, num_retrieved=0, seed=config.seed, temperature=0.5
     )
     write_sheet(workdir / "samples.png", generator, drawn, plain)
     stages.say(f"drew {len(prompts)} held-out nations: {workdir / 'samples.png'}")

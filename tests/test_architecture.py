@@ -18,7 +18,7 @@ FLOORS = [
     {"evaluation", "porting"},
     {"build"},
     {"run"},
-    {"quickstart", "sweeps"},
+    {"quickstart", "sweeps", "doctor"},
     {"commands"},
     {"cli"},
 ]

@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.strategy = dict(max_similarity=0.95, num_candidates=24)
     config.settings = dict(
         num_retrieved=2,
-        temperature=0.7,
+        temperature=0.5,
         top_p=0.9,
         caption_temperature=0.0,
         seed=0,

@@ -4,8 +4,6 @@ racm3 sweep --config=configs/sweeps/flagworld_alpha.py --workdir=out/alpha
 racm3 sweep --config=configs/sweeps/flagworld_alpha.py:tiny --workdir=out/alpha_tiny
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import flagworld, flagworld_tiny
@@ -22,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-def get_hyper(hyper: Any) -> list[dict[str, Any]]:
+def get_hyper(hyper) -> list[dict[str, float]]:
     """Four points."""
     return hyper.product(
         [

@@ -1,0 +1,67 @@
+"""The doctor: what it says of a sound installation and of broken ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from racm3_jax import cli, doctor
+from racm3_jax.retrieval import scann_index
+
+
+def find(name: str, *args, **kwargs) -> doctor.Finding:
+    findings = doctor.examine(*args, self_test=False, **kwargs)
+    return next(f for f in findings if f.name == name)
+
+
+def test_a_sound_installation(capsys, tmp_path):
+    """Also that the self-test of the shipped models passes."""
+    assert cli.main(["doctor", "--json", f"--workdir={tmp_path}/new"]) == 0
+    findings = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
+    assert all(f["verdict"] != "problem" for f in findings.values()), findings
+    assert "drawing work" in findings["self-test"]["words"]
+    assert findings["jax"]["words"].count(".") == 2
+    assert str(tmp_path) in findings["disk"]["words"]
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "_LIBRARIES", ("no_such_library",))
+    assert find("no_such_library").verdict == "problem"
+    assert "pip install" in find("no_such_library").words
+
+
+def test_without_scann_there_is_the_exact_index(monkeypatch):
+    def fail():
+        raise ImportError("no wheel")
+
+    monkeypatch.setattr(scann_index, "import_scann", fail)
+    found = find("ScaNN")
+    assert found.verdict == "note" and "exact index" in found.words
+
+
+def test_a_damaged_weight_is_a_problem(monkeypatch, tmp_path):
+    (tmp_path / "x").write_bytes(b"damaged")
+    manifest = {"files": {"x": {"bytes": 7, "sha256": "0" * 64}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    from racm3_jax import build
+
+    monkeypatch.setattr(build, "resolve", lambda path: tmp_path)
+    found = find("shipped weights")
+    assert found.verdict == "problem" and "x differs" in found.words
+
+
+@pytest.mark.parametrize("address", ["localhost:1", "nowhere"])
+def test_a_coordinator_that_does_not_answer(monkeypatch, address):
+    monkeypatch.setenv("RACM3_COORDINATOR", address)
+    found = find("processes")
+    assert found.verdict == "problem" and "does not answer" in found.words
+
+
+def test_a_check_that_dies_is_reported(monkeypatch, capsys):
+    def die():
+        raise OSError("unplugged")
+
+    monkeypatch.setattr(doctor, "_check_memory", die)
+    assert cli.main(["doctor", "--no_self_test"]) == 1
+    assert "OSError: unplugged" in capsys.readouterr().out
