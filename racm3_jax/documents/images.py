@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
+import zlib
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,6 +16,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 DEFAULT_MAX_PIXELS = 64_000_000
 # Formats that Pillow decodes by itself; others (EPS) would start foreign programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# What Pillow's parsers raise on damaged files besides OSError.
+_PARSE_ERRORS = (SyntaxError, EOFError, struct.error, zlib.error, IndexError, TypeError)
+
+
+class ImageError(ValueError):
+    """An image that cannot be read.
+
+    Attributes:
+      reason: the kind of fault, in a few words, equal for equal faults.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def read_image(
@@ -31,7 +47,7 @@ def read_image(
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not an image, is damaged, or is larger than allowed.
+      ImageError: the file is not an image, is damaged, or is larger than allowed.
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -41,32 +57,49 @@ def read_image(
             warnings.simplefilter("ignore")
             with Image.open(stream, formats=_FORMATS) as picture:
                 _check_size(picture, name, max_pixels)
-                return _to_rgb(ImageOps.exif_transpose(picture))
+                picture.load()
+                return _to_rgb(_rotated(picture))
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name} has more pixels than the {max_pixels} allowed"
+        raise ImageError(
+            "too many pixels", f"{name} has more pixels than the {max_pixels} allowed"
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name} is not an image; readable are {', '.join(_FORMATS)}"
+        raise ImageError(
+            "not an image",
+            f"{name} is not an image; readable are {', '.join(_FORMATS)}",
         ) from error
     except IsADirectoryError as error:
-        raise ValueError(f"{name} is not an image but a directory") from error
-    except (SyntaxError, EOFError) as error:
-        raise ValueError(f"{name} is not an image: {error}") from error
-    except OSError as error:
-        if error.errno is not None:
+        raise ImageError(
+            "not an image", f"{name} is not an image but a directory"
+        ) from error
+    except _PARSE_ERRORS as error:
+        raise ImageError("not an image", f"{name} is not an image: {error}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{name} is a damaged image: {error}") from error
+        raise ImageError(
+            "damaged image", f"{name} is a damaged image: {error}"
+        ) from error
 
 
 def _check_size(picture: Image.Image, name: str, max_pixels: int) -> None:
     width, height = picture.size
     if width * height > max_pixels:
-        raise ValueError(
+        raise ImageError(
+            "too many pixels",
             f"{name} has {width}x{height} pixels, more than the {max_pixels} allowed; "
-            "shrink it or raise max_pixels"
+            "shrink it or raise max_pixels",
         )
+
+
+def _rotated(picture: Image.Image) -> Image.Image:
+    """The picture as its EXIF says; damaged EXIF spoils no pixels, so it is ignored."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (*_PARSE_ERRORS, KeyError, ValueError, OSError):
+        return picture
 
 
 def _to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:

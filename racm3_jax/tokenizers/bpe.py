@@ -21,11 +21,16 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from racm3_jax.tokenizers.clean_text import clean_text
+
 NUM_BYTES = 256
 
 
 class TextTokenizer:
     """Byte-level BPE: every string has ids, and decoding gives the string back.
+
+    A BPE that marks the ends of words is CLIP's: it was learned on cleaned texts in lower
+    case, so it encodes them that way and decoding gives the cleaned words.
 
     Attributes:
       vocab_size: how many ids there are; all of them are text.
@@ -50,6 +55,7 @@ class TextTokenizer:
                 "byte-level BPE with its whole alphabet is needed"
             )
         self._tokenizer = tokenizer
+        self._cleans = bool(getattr(tokenizer.model, "end_of_word_suffix", None))
         self.vocab_size: int = tokenizer.get_vocab_size()
 
     @classmethod
@@ -113,6 +119,8 @@ class TextTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " length"]]:
         """The ids of each string, on all cores."""
+        if self._cleans:
+            texts = [clean_text(text) for text in texts]
         valid = [t.encode("utf-8", "replace").decode("utf-8") for t in texts]
         encodings = self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encodings]
@@ -129,7 +137,11 @@ class TextTokenizer:
                 f"text ids lie in 0..{self.vocab_size - 1}; got {array.min()}.."
                 f"{array.max()}"
             )
-        return self._tokenizer.decode(array.tolist(), skip_special_tokens=False)
+        text = self._tokenizer.decode(array.tolist(), skip_special_tokens=False)
+        if self._cleans:
+            suffix = self._tokenizer.model.end_of_word_suffix
+            return text.replace(suffix, " ").strip()
+        return text
 
     def fingerprint(self) -> str:
         """Equal for tokenizers that give equal ids, whatever the file's layout."""

@@ -13,6 +13,9 @@ a CPU. The "patch" encoder sees each of these blocks alone, so that equal blocks
 equal codes wherever they stand: what a generator copies, it copies code by code. The
 quantizer may compare unit vectors ("cosine", arXiv 2110.04627) or round a few
 bounded numbers to a fixed grid ("fsq", arXiv 2309.15505): no codebook, no dead code.
+
+The "gumbel" quantizer is that of public GumbelVQ weights: a linear layer scores the codes
+of each latent. Reading takes the best one; the sampling of its training is not here.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ class VQGANConfig:
       z_channels: width of the encoder's output.
       num_codes: size of the codebook.
       d_code: length of a code.
-      quantizer: "euclidean" (nearest code), "cosine" (nearest direction) or "fsq".
+      quantizer: "euclidean" (nearest code), "cosine" (nearest direction), "fsq", or
+        "gumbel" (best score of a linear layer).
       fsq_levels: steps of each number of an "fsq" latent; their product is `num_codes`,
         their count `d_code`. Empty for the other quantizers.
       norm_groups: groups of every GroupNorm.
@@ -74,7 +78,7 @@ class VQGANConfig:
     z_channels: int = 256
     num_codes: int = 8192
     d_code: int = 256
-    quantizer: Literal["euclidean", "cosine", "fsq"] = "euclidean"
+    quantizer: Literal["euclidean", "cosine", "fsq", "gumbel"] = "euclidean"
     fsq_levels: tuple[int, ...] = ()
     norm_groups: int = 32
     dropout: float = 0.0
@@ -103,9 +107,9 @@ class VQGANConfig:
                 "vqgan.encoder='patch' has one level: put the whole factor into "
                 f"stem_patch; got channel_multipliers={self.channel_multipliers}"
             )
-        if self.quantizer not in ("euclidean", "cosine", "fsq"):
+        if self.quantizer not in ("euclidean", "cosine", "fsq", "gumbel"):
             raise ValueError(
-                "vqgan.quantizer must be 'euclidean', 'cosine' or 'fsq'; got "
+                "vqgan.quantizer must be 'euclidean', 'cosine', 'fsq' or 'gumbel'; got "
                 f"{self.quantizer!r}"
             )
         levels = self.fsq_levels
@@ -268,6 +272,8 @@ class VQGAN(nn.Module):
                 partitioned(init, "codes", "conv_in"),
                 (config.num_codes, config.d_code),
             )
+        if config.quantizer == "gumbel":
+            self.code_scores = Conv(config.num_codes, size=1)
 
     def __call__(
         self, images: Float[Array, "b h w 3"], deterministic: bool = True
@@ -349,6 +355,11 @@ class VQGAN(nn.Module):
     def _similarities(
         self, z: Float[Array, "b grid grid d_code"]
     ) -> Float[Array, "b grid grid codes"]:
-        """Minus the squared distance to each code, up to a constant of each latent."""
+        """Minus the squared distance to each code, up to a constant of each latent.
+
+        For "gumbel": the scores of the codes.
+        """
+        if self.config.quantizer == "gumbel":
+            return self.code_scores(z)
         codebook = self._comparable(self.codebook)
         return 2.0 * z @ codebook.T - jnp.square(codebook).sum(-1)

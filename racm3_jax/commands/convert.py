@@ -1,0 +1,136 @@
+"""convert, export, tokenize: public weights in, ours out, and a look at codes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+Arguments = argparse.Namespace
+
+
+def register(commands: Any) -> None:
+    """Adds the three to the parser's subcommands."""
+    text = "Convert public weights (CLIP, VQGAN, Chameleon) into a folder of ours."
+    sub = commands.add_parser("convert", help=text, description=text)
+    sub.set_defaults(command=_convert)
+    sub.add_argument("kind", choices=["clip", "vqgan", "chameleon"])
+    sub.add_argument("source", help="a file, a folder, or hub:owner/name[@revision]")
+    sub.add_argument("out", help="new folder")
+    sub.add_argument("--merges", help="clip: file of the BPE's merges")
+    sub.add_argument(
+        "--activation",
+        choices=["quick_gelu", "gelu"],
+        help="clip: of a file that does not say",
+    )
+    sub.add_argument("--image_size", type=int, help="vqgan, chameleon: pixels a side")
+    sub.add_argument("--vqgan", help="chameleon: its image tokenizer")
+    sub.add_argument("--clip", help="chameleon: folder of a converted CLIP")
+    sub.add_argument(
+        "--accept_licence",
+        action="store_true",
+        help="chameleon: you read its licence and accept it",
+    )
+    sub.add_argument("--licence", default="", help="clip, vqgan: for the manifest")
+
+    text = "Write a CLIP or a converted Chameleon for other libraries."
+    sub = commands.add_parser("export", help=text, description=text)
+    sub.set_defaults(command=_export)
+    sub.add_argument("source", help="a folder of ours")
+    sub.add_argument("out", help="new folder")
+    sub.add_argument("--format", choices=["hf"], default="hf")
+
+    text = "Encode an image to codes; with --roundtrip decode them and measure."
+    sub = commands.add_parser("tokenize", help=text, description=text)
+    sub.set_defaults(command=_tokenize)
+    sub.add_argument("image", help="a picture of any size")
+    sub.add_argument("--tokenizer", required=True, help="folder of an image tokenizer")
+    sub.add_argument(
+        "--roundtrip",
+        action="store_true",
+        help="print the PSNR and write both pictures side by side",
+    )
+    sub.add_argument("--out", default="roundtrip.png", help="of --roundtrip")
+
+
+def _convert(arguments: Arguments) -> None:
+    from racm3_jax.porting.files import resolve_source
+
+    _refuse_foreign_options(arguments)
+    source = resolve_source(arguments.source)
+    if arguments.kind == "clip":
+        from racm3_jax.porting.clip import convert_clip
+
+        config: Any = convert_clip(
+            source,
+            arguments.out,
+            merges=arguments.merges,
+            activation=arguments.activation,
+            licence=arguments.licence,
+        )
+    elif arguments.kind == "vqgan":
+        from racm3_jax.porting.vqgan import convert_vqgan
+
+        config = convert_vqgan(
+            source,
+            arguments.out,
+            image_size=arguments.image_size,
+            licence=arguments.licence,
+        )
+    else:
+        from racm3_jax.porting.chameleon import convert_chameleon
+
+        config = convert_chameleon(
+            source,
+            arguments.out,
+            vqgan=arguments.vqgan,
+            clip=arguments.clip,
+            accept_licence=arguments.accept_licence,
+            image_size=arguments.image_size or 512,
+        )
+    print(f"wrote {arguments.out}: {config}")
+
+
+_OPTIONS = {
+    "clip": {"merges", "activation", "licence"},
+    "vqgan": {"image_size", "licence"},
+    "chameleon": {"image_size", "vqgan", "clip", "accept_licence"},
+}
+
+
+def _refuse_foreign_options(arguments: Arguments) -> None:
+    """An option that would do nothing is a mistake worth saying."""
+    for name in sorted(set().union(*_OPTIONS.values()) - _OPTIONS[arguments.kind]):
+        if getattr(arguments, name):
+            raise ValueError(
+                f"--{name} does nothing for {arguments.kind}; its options are "
+                + ", ".join(f"--{n}" for n in sorted(_OPTIONS[arguments.kind]))
+            )
+
+
+def _export(arguments: Arguments) -> None:
+    from racm3_jax.porting.export import export_hf
+
+    kind = export_hf(arguments.source, arguments.out)
+    print(f"wrote {arguments.out}: a {kind} for transformers")
+
+
+def _tokenize(arguments: Arguments) -> None:
+    import numpy as np
+
+    from racm3_jax.documents.images import encode_png, read_image, resize_image
+    from racm3_jax.tokenizers.image import ImageTokenizer, compute_psnr
+
+    tokenizer = ImageTokenizer.load(arguments.tokenizer, batch_size=1)
+    image = resize_image(read_image(arguments.image), tokenizer.image_size)[None]
+    codes = tokenizer.encode(image)
+    if not arguments.roundtrip:
+        print(" ".join(map(str, codes[0].tolist())))
+        return
+    decoded = tokenizer.decode(codes)
+    out = Path(arguments.out)
+    aside = out.with_name(f".{out.name}.tmp")
+    aside.write_bytes(encode_png(np.concatenate([image[0], decoded[0]], axis=1)))
+    aside.replace(out)
+    psnr = float(compute_psnr(image, decoded)[0])
+    print(f"PSNR {psnr:.2f} dB, {len(np.unique(codes))} different codes; wrote {out}")

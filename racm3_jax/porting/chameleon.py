@@ -1,0 +1,314 @@
+"""Public Chameleon weights -> a folder that `racm3 generate` opens.
+
+    OUT/model/      the Transformer, rows in our order of ids
+    OUT/tokenizer/  text, image (encoder and decoder), mixed.json
+    OUT/clip/       the retriever's encoder, if one was given
+    OUT/source/     their config and tokenizer, unchanged
+    OUT/manifest.json   sha256 of every file, layout, licence and its acknowledgement
+
+The weights are read one tensor at a time: at most two copies of the largest one are in
+memory, 1.1 GB for the 7B model's embedding in bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from racm3_jax.checkpoints import CONFIG_NAME, CheckpointError, read_config
+from racm3_jax.checkpoints.manifest import MANIFEST_NAME
+from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.transformer import init_params
+from racm3_jax.porting.chameleon_rules import (
+    LAYOUT_NAMES,
+    Layout,
+    chameleon_rules,
+    detect_layout,
+)
+from racm3_jax.porting.files import open_tensors, read_json
+from racm3_jax.porting.rules import check_names, count, parameter_shapes
+from racm3_jax.porting.tensors import PortingError, TensorSource
+from racm3_jax.porting.vocabulary import (
+    Vocabulary,
+    build_text_tokenizer,
+    read_vocabulary,
+)
+from racm3_jax.porting.vqgan import convert_vqgan
+from racm3_jax.porting.writing import convert_weights, new_folder, write_origin
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.tokenizers.image import KIND, ImageTokenizer
+from racm3_jax.tokenizers.mixed import MixedTokenizer
+
+LICENCE = "Chameleon Research License"
+LICENCE_NOTICE = (
+    "Chameleon's weights come under the Chameleon Research License: for research only, "
+    "and it forbids enabling again what was disabled before the release. Read it where "
+    "you got the weights; if you accept it, repeat the command with --accept_licence"
+)
+CODEBOOK = "model.vqmodel.quantize.embedding.weight"
+# Their image encoder (the decoder is left out there), and constants of the rotary code.
+_IGNORED = (r"model\.vqmodel\..*", r".*rotary_emb\.inv_freq", r"rope\.freqs")
+_TOKENIZERS = ("tokenizer.json", "tokenizer/text_tokenizer.json", "text_tokenizer.json")
+_VQGANS = ("tokenizer/vqgan.ckpt", "vqgan.ckpt")
+_NATIVE_FOLDERS = (".", "models/7b")
+_NORM_EPSILON = 1e-5
+
+
+def convert_chameleon(
+    source: str | Path,
+    out: str | Path,
+    *,
+    vqgan: str | Path | None = None,
+    clip: str | Path | None = None,
+    accept_licence: bool = False,
+    image_size: int = 512,
+) -> ModelConfig:
+    """Converts Chameleon's weights, in any of the four layouts.
+
+    Args:
+      source: the folder of the checkpoint, with its config and tokenizer.
+      out: new folder, see above.
+      vqgan: the image tokenizer, converted or not; None looks for `vqgan.ckpt`.
+      clip: a converted CLIP, copied into `out`.
+      accept_licence: the user read the licence and accepts it.
+      image_size: pixels a side, when `vqgan` is not converted yet.
+
+    Returns:
+      The sizes that were found.
+
+    Raises:
+      PortingError: names everything that does not fit; nothing is written.
+    """
+    if not accept_licence:
+        raise PortingError(LICENCE_NOTICE)
+    root = Path(source)
+    folder = _weights_folder(root)
+    tensors = open_tensors(folder)
+    config = read_model_config(tensors, folder)
+    layout = detect_layout(tensors, config.num_heads)
+    tokenizer_path = _find(root, _TOKENIZERS)
+    if tokenizer_path is None:
+        raise PortingError(f"{root} lacks its tokenizer: {' or '.join(_TOKENIZERS)}")
+    tokenizer = read_json(tokenizer_path)
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size, str(tokenizer_path))
+    rules = chameleon_rules(config, vocabulary, layout, _norm_rows(tensors, layout))
+    check_names(rules, tensors, LAYOUT_NAMES[layout], _IGNORED)
+    text = build_text_tokenizer(tokenizer, vocabulary, str(tokenizer_path))
+    vqgan = Path(vqgan) if vqgan is not None else _find(root, _VQGANS)
+    if vqgan is None:
+        raise PortingError(
+            f"{root} holds no {' or '.join(_VQGANS)}: give the image tokenizer with "
+            "--vqgan, without its decoder no image could be drawn"
+        )
+    with new_folder(out) as directory:
+        image = _open_image_tokenizer(vqgan, directory, image_size)
+        _check_codes(image, vocabulary, tensors)
+        mixed = MixedTokenizer(text, image, vocabulary.num_sentinels)
+        mixed.save(directory / "tokenizer")
+        extra: dict[str, Any] = {"tokenizer": mixed.fingerprint()}
+        if clip is not None:
+            extra["clip"] = DocumentEmbedder.load(clip).fingerprint()
+            shutil.copytree(clip, directory / "clip")
+            (directory / "clip" / MANIFEST_NAME).unlink(missing_ok=True)
+        convert_weights(
+            directory / "model",
+            tensors,
+            rules,
+            parameter_shapes(lambda key: init_params(config, key, boxed=True)),
+            kind="generator",
+            config=dataclasses.asdict(config),
+            extra=extra,
+        )
+        _keep_source(directory / "source", folder, tokenizer_path, vocabulary)
+        write_origin(
+            directory,
+            {
+                "source": root.name,
+                "layout": LAYOUT_NAMES[layout],
+                "licence": LICENCE,
+                "licence_accepted": True,
+            },
+        )
+    return config
+
+
+def _weights_folder(root: Path) -> Path:
+    """The original release keeps the weights in `models/7b`."""
+    if not root.is_dir():
+        raise PortingError(f"{root} is not a folder: give the one of the checkpoint")
+    for name in _NATIVE_FOLDERS:
+        if any((root / name).glob("consolidated*.pth")):
+            return root / name
+    return root
+
+
+def _find(root: Path, names: tuple[str, ...]) -> Path | None:
+    return next((root / name for name in names if (root / name).exists()), None)
+
+
+def read_model_config(source: TensorSource, folder: Path) -> ModelConfig:
+    """Sizes from `config.json` (Hugging Face's form) or `params.json` and the shapes.
+
+    Raises:
+      PortingError: settings that our network does not have.
+    """
+    if (folder / "params.json").exists():
+        fields = _native_fields(source, folder)
+    else:
+        fields = _hf_fields(folder)
+    names = {info.dtype.name for info in source.tensors.values()}
+    half = bool(names & {"bfloat16", "float16"})
+    try:
+        return ModelConfig(
+            position="rope",
+            norm="rmsnorm",
+            activation="swiglu",
+            qk_norm=True,
+            use_bias=False,
+            tie_embeddings=False,
+            compute_dtype="bfloat16" if half else "float32",
+            **fields,
+        )
+    except ValueError as error:
+        raise PortingError(f"{folder} is no Chameleon of ours: {error}") from None
+
+
+def _hf_fields(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    record = read_json(path)
+    rope = record.get("rope_parameters") or {}
+    scaling = record.get("rope_scaling") or {}
+    expected = {
+        "swin_norm": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": _NORM_EPSILON,
+    }
+    for name, value in expected.items():
+        _check_setting(path, name, record.get(name, value), value)
+    kind = scaling.get("rope_type") or rope.get("rope_type") or "default"
+    _check_setting(path, "rope_type", kind, "default")
+    d_model = record.get("hidden_size", 4096)
+    heads = record.get("num_attention_heads", 32)
+    return {
+        "vocab_size": record.get("vocab_size", 65_536),
+        "d_model": d_model,
+        "num_layers": record.get("num_hidden_layers", 32),
+        "num_heads": heads,
+        "num_kv_heads": record.get("num_key_value_heads") or heads,
+        "head_dim": d_model // heads,
+        "d_ff": record.get("intermediate_size", 11_008),
+        "max_length": record.get("max_position_embeddings", 4096),
+        "rope_base": float(rope.get("rope_theta") or record.get("rope_theta") or 1e4),
+        "norm_epsilon": _NORM_EPSILON,
+    }
+
+
+def _native_fields(source: TensorSource, folder: Path) -> dict[str, Any]:
+    path = folder / "params.json"
+    record = read_json(path)
+    record = record.get("model", record)
+    _check_setting(path, "swin_norm", record.get("swin_norm", False), False)
+    epsilon = record.get("norm_eps", _NORM_EPSILON)
+    _check_setting(path, "norm_eps", epsilon, _NORM_EPSILON)
+    tensors = source.tensors
+    for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        if name not in tensors:
+            raise PortingError(
+                f"{source.where} lacks {name}: it is no native Chameleon"
+            )
+    try:
+        d_model, heads = int(record["dim"]), int(record["n_heads"])
+    except (KeyError, TypeError, ValueError):
+        raise PortingError(f"{path} lacks dim or n_heads: download it again") from None
+    return {
+        "vocab_size": tensors["tok_embeddings.weight"].shape[0],
+        "d_model": d_model,
+        "num_layers": count(tensors, r"layers\.(\d+)\."),
+        "num_heads": heads,
+        "num_kv_heads": record.get("n_kv_heads") or heads,
+        "head_dim": d_model // heads,
+        "d_ff": tensors["layers.0.feed_forward.w1.weight"].shape[0],
+        "max_length": 4096,
+        "rope_base": float(record.get("rope_theta") or 1e4),
+        "norm_epsilon": _NORM_EPSILON,
+    }
+
+
+def _check_setting(path: Path, name: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise PortingError(
+            f"{path} sets {name}={found!r}; only {wanted!r} is supported"
+        )
+
+
+def _norm_rows(source: TensorSource, layout: Layout) -> tuple[int, int] | None:
+    """Lumina's norms have one row for all heads (or one a tensor-parallel part)."""
+    if layout != "lumina":
+        return None
+    prefix = "model.layers.0.self_attn"
+    rows = tuple(
+        source.tensors[f"{prefix}.{part}_norm.weight"].shape[0]
+        for part in "qk"
+        if f"{prefix}.{part}_norm.weight" in source.tensors
+    )
+    return rows if len(rows) == 2 else (1, 1)
+
+
+def _open_image_tokenizer(
+    vqgan: Path, directory: Path, image_size: int
+) -> ImageTokenizer:
+    """A converted one is opened, another is converted on the way."""
+    try:
+        if vqgan.is_dir() and read_config(vqgan)["kind"] == KIND:
+            return ImageTokenizer.load(vqgan)
+    except CheckpointError:
+        pass  # a foreign folder: its config.json is another project's
+    aside = directory / "image"
+    convert_vqgan(vqgan, aside, image_size=image_size)
+    image = ImageTokenizer.load(aside)
+    shutil.rmtree(aside)
+    return image
+
+
+def _check_codes(
+    image: ImageTokenizer, vocabulary: Vocabulary, source: TensorSource
+) -> None:
+    """The image tokenizer must be the one that the ids of images were made with."""
+    if image.num_codes != vocabulary.num_codes:
+        raise PortingError(
+            f"the image tokenizer has {image.num_codes} codes, but the vocabulary names "
+            f"{vocabulary.num_codes}: give the model's own with --vqgan"
+        )
+    if CODEBOOK not in source.tensors:
+        return
+    theirs = np.asarray(source.read(CODEBOOK), np.float32)
+    ours = np.asarray(image.params["codebook"], np.float32)
+    # Theirs may be rounded to bfloat16, at 3 digits.
+    if theirs.shape != ours.shape or not np.allclose(theirs, ours, 1e-2, 1e-4):
+        raise PortingError(
+            f"the codebook of the image tokenizer is not the one in {source.where}: "
+            "give the model's own with --vqgan"
+        )
+
+
+def _keep_source(
+    directory: Path, folder: Path, tokenizer: Path, vocabulary: Vocabulary
+) -> None:
+    """What `export` needs to write their form again."""
+    directory.mkdir()
+    shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    if (folder / CONFIG_NAME).exists():
+        shutil.copyfile(folder / CONFIG_NAME, directory / CONFIG_NAME)
+    orders = {
+        "inputs": vocabulary.inputs.tolist(),
+        "outputs": vocabulary.outputs.tolist(),
+    }
+    (directory / "vocabulary.json").write_text(json.dumps(orders))

@@ -1,0 +1,189 @@
+"""A source of named tensors, of which one at a time is in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from racm3_jax.checkpoints.weights import SAFETENSORS_DTYPES
+
+# A header is names and shapes; the format's own readers stop at this size too.
+_MAX_HEADER_BYTES = 100_000_000
+_FINITE_CHUNK = 1 << 22
+
+
+class PortingError(ValueError):
+    """Foreign weights that cannot be used; says what was found and what mends it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor that was not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Named tensors of a file or of several; `read` goes to the disk each time."""
+
+    @property
+    def where(self) -> str:
+        """The file or folder, for error messages."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All that can be read."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, whole."""
+        ...
+
+
+class SafetensorsFile:
+    """A `.safetensors` file; its header is checked against its length at once.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      PortingError: not such a file, truncated, or a header that cannot be true.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.where = str(path)
+        num_bytes = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if num_bytes < 8 or length > min(num_bytes - 8, _MAX_HEADER_BYTES):
+                raise PortingError(
+                    f"{path} is truncated or not a safetensors file (its header would "
+                    f"have {length} bytes, the file has {num_bytes}): download it again"
+                )
+            header = file.read(length)
+        self._data_start = 8 + length
+        self._offsets: dict[str, int] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        end = 0
+        try:
+            for name, entry in json.loads(header).items():
+                if name == "__metadata__":
+                    continue
+                dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+                info = TensorInfo(tuple(map(int, entry["shape"])), dtype)
+                start, stop = entry["data_offsets"]
+                if min((start, *info.shape)) < 0 or stop - start != info.num_bytes:
+                    raise ValueError(f"the extent of {name} does not fit its shape")
+                self.tensors[name], self._offsets[name] = info, start
+                end = max(end, stop)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PortingError(
+                f"the header of {path} is damaged or of an unknown dtype ({error}): "
+                "download it again"
+            ) from None
+        if self._data_start + end > num_bytes:
+            raise PortingError(
+                f"{path} is truncated: its header promises {self._data_start + end} "
+                f"bytes and it has {num_bytes}; download it again"
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        info = self.tensors[name]
+        content = np.fromfile(
+            self.path,
+            np.uint8,
+            info.num_bytes,
+            offset=self._data_start + self._offsets[name],
+        )
+        return content.view(info.dtype).reshape(info.shape)
+
+
+class MergedTensors:
+    """Several sources as one (shards); a name may occur once.
+
+    Raises:
+      PortingError: two sources have a tensor of the same name.
+    """
+
+    def __init__(self, where: str, sources: list[TensorSource]) -> None:
+        self.where = where
+        self._owner: dict[str, TensorSource] = {}
+        for source in sources:
+            for name in source.tensors:
+                if name in self._owner:
+                    raise PortingError(
+                        f"{name} is in {self._owner[name].where} and in {source.where}: "
+                        "pieces of one tensor (tensor parallelism) are not joined; give "
+                        "a checkpoint of one piece or of Hugging Face's shards"
+                    )
+                self._owner[name] = source
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: source.tensors[name] for name, source in self._owner.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._owner[name].read(name)
+
+
+class RenamedTensors:
+    """A source seen under other names.
+
+    Args:
+      source: the tensors.
+      names: new name -> name in `source`; what is not named is left out.
+    """
+
+    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
+        self.where = source.where
+        self._source, self._names = source, names
+        self.tensors = {new: source.tensors[old] for new, old in names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._source.read(self._names[name])
+
+
+def without_prefix(source: TensorSource, prefix: str) -> RenamedTensors:
+    """The tensors below `prefix`, which their names lose."""
+    names = {n.removeprefix(prefix): n for n in source.tensors if n.startswith(prefix)}
+    return RenamedTensors(source, names)
+
+
+def read_finite(source: TensorSource, name: str) -> np.ndarray:
+    """Reads a tensor of numbers.
+
+    Raises:
+      PortingError: it holds a NaN or an infinity, or no floating-point numbers.
+    """
+    array = source.read(name)
+    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+        raise PortingError(
+            f"{name} of {source.where} is {array.dtype.name}, not floating-point: "
+            "quantised weights are not read, give those of the original"
+        )
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _FINITE_CHUNK):
+        # A chunk at a time: the mask of a whole embedding would be hundreds of MB.
+        chunk = flat[start : start + _FINITE_CHUNK]
+        if not np.isfinite(chunk).all():
+            kind = "NaN" if np.isnan(chunk).any() else "infinite value"
+            raise PortingError(
+                f"{name} of {source.where} holds a {kind}: the checkpoint is damaged or "
+                "its training diverged; use another one"
+            )
+    return array

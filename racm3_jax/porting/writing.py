@@ -1,0 +1,193 @@
+"""Weights written one tensor at a time, into a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import racm3_jax
+from racm3_jax.checkpoints import CONFIG_NAME, WEIGHTS_NAME
+from racm3_jax.checkpoints.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    write_aside,
+    write_manifest,
+)
+from racm3_jax.checkpoints.weights import SAFETENSORS_DTYPES
+from racm3_jax.porting.rules import Rule
+from racm3_jax.porting.tensors import (
+    PortingError,
+    TensorInfo,
+    TensorSource,
+    read_finite,
+)
+
+_HALVES = ("float16", "bfloat16")
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@contextlib.contextmanager
+def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, which is renamed to `out` at the end, and removed on failure.
+
+    Raises:
+      PortingError: `out` is there already and not an empty folder.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PortingError(f"{out} exists and is not empty: choose another OUT")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.parent / f".{out.name}.{os.getpid()}.partial"
+    aside.mkdir()
+    try:
+        yield aside
+        if out.exists():
+            out.rmdir()
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def convert_weights(
+    directory: Path,
+    source: TensorSource,
+    rules: Sequence[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes what `checkpoints.load_weights` reads, holding one tensor at a time.
+
+    float32, float16 and bfloat16 tensors keep their dtype; others become float32, and so
+    do all if both half formats occur, because a weights folder names one.
+
+    Args:
+      directory: of the result.
+      source: the foreign checkpoint, which `rules.check_names` found to fit.
+      rules: one for each of our parameters.
+      shapes: of our parameters, from `rules.parameter_shapes`.
+      kind: "clip", "vqgan" or "generator".
+      config: fields of the model's config.
+      extra: further facts for `config.json`.
+
+    Raises:
+      PortingError: a tensor that holds a NaN, or a rule that makes a wrong shape.
+    """
+    by_name = {rule.ours: rule for rule in rules}
+    if set(by_name) != set(shapes):
+        raise PortingError(
+            "the rules do not cover the model: "
+            + ", ".join(sorted(set(by_name) ^ set(shapes)))
+        )
+    found = {source.tensors[rule.theirs].dtype.name for rule in rules}
+    halves = [name for name in _HALVES if name in found]
+    kept = {"float32", *halves} if len(halves) < 2 else {"float32"}
+    plan: dict[str, TensorInfo] = {}
+    for name in sorted(by_name):
+        dtype = source.tensors[by_name[name].theirs].dtype
+        plan[name] = TensorInfo(
+            shapes[name], dtype if dtype.name in kept else np.dtype(np.float32)
+        )
+
+    def make(name: str) -> np.ndarray:
+        rule = by_name[name]
+        return rule.form.to_ours(read_finite(source, rule.theirs))
+
+    directory.mkdir(parents=True, exist_ok=True)
+    fingerprint = write_safetensors(directory / WEIGHTS_NAME, plan, make)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "config": dict(config),
+        "extra": dict(extra or {}),
+        "storage_dtype": halves[0] if len(halves) == 1 else None,
+        "num_parameters": sum(int(np.prod(info.shape)) for info in plan.values()),
+        "fingerprint": fingerprint,
+    }
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    write_aside(directory / CONFIG_NAME, text.encode())
+
+
+def write_safetensors(
+    path: Path,
+    plan: Mapping[str, TensorInfo],
+    make: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Streams tensors into a file, in the order of their names.
+
+    Args:
+      path: written aside and renamed.
+      plan: shape and dtype of every tensor.
+      make: gives the tensor of a name; it is cast to the planned dtype.
+      metadata: strings for the header.
+
+    Returns:
+      The fingerprint, equal to `checkpoints.compute_fingerprint` of all tensors.
+
+    Raises:
+      PortingError: `make` gives another shape than planned.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in sorted(plan):
+        info = plan[name]
+        header[name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.num_bytes],
+        }
+        offset += info.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in sorted(plan):
+                info = plan[name]
+                array = make(name)
+                if array.shape != info.shape:
+                    raise PortingError(
+                        f"{name} came out as {list(array.shape)}, not "
+                        f"{list(info.shape)}: the checkpoint is of another model"
+                    )
+                array = np.asarray(array, info.dtype, order="C")
+                shape = ",".join(map(str, info.shape))
+                digest.update(f"{name}\0{info.dtype.name}\0{shape}\0".encode())
+                content = array.reshape(-1).view(np.uint8).data
+                del array
+                digest.update(content)
+                file.write(content)
+                del content
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def write_origin(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Writes the sha256 manifest of a converted folder, with where it came from.
+
+    Args:
+      directory: holds everything else already.
+      facts: source, layout, licence and whether it was acknowledged.
+    """
+    write_manifest(directory)
+    path = directory / MANIFEST_NAME
+    record = json.loads(path.read_text())
+    record["origin"] = {"converted_by": f"racm3_jax {racm3_jax.__version__}", **facts}
+    write_aside(path, json.dumps(record, indent=1).encode())

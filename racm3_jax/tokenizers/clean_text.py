@@ -1,0 +1,98 @@
+"""Texts as CLIP's tokenizer sees them: repaired, unescaped, in lower case.
+
+OpenAI's code calls `ftfy.fix_text`, unescapes HTML twice, folds white space and lowers.
+Every repair that ftfy makes character by character is here; what it guesses from
+context (text that was decoded with a wrong encoding, "mojibake") is not: such texts get
+other ids than OpenAI's code would give them.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+
+_ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+_TERMINAL_ESCAPE = re.compile("\033\\[[\\d;]*[a-zA-Z]")
+_LINE_BREAK = re.compile("\r\n|[\r\u2028\u2029\x85]")
+_C1_CONTROL = re.compile("[\x80-\x9f]")
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _character_table() -> dict[int, str | None]:
+    """Ligatures, full and half width forms, curled quotes, control characters."""
+    table: dict[int, str | None] = {}
+    # Digraphs of Latin scripts and typographic ligatures: their letters.
+    latin = (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))
+    for code in (*latin, *range(0xFB00, 0xFB07)):
+        table[code] = unicodedata.normalize("NFKC", chr(code))
+    table[0xFB05] = "\u017ft"  # keeps its long s
+    table[0x149] = "'n"  # its apostrophe is uncurled too
+    table[0x3000] = " "
+    for code in range(0xFF01, 0xFFF0):
+        plain = unicodedata.normalize("NFKC", chr(code))
+        if plain != chr(code):
+            table[code] = plain
+    for code in (0x2BC, *range(0x2018, 0x201C)):
+        table[code] = "'"
+    for code in range(0x201C, 0x2020):
+        table[code] = '"'
+    controls = (*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF)
+    for code in (*controls, *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)):
+        table[code] = None
+    return table
+
+
+_CHARACTERS = _character_table()
+
+
+def clean_text(text: str) -> str:
+    """The text whose words CLIP's BPE encodes.
+
+    "Caf&eacute;  “ﬁne”\\n"  ->  'café "fine"'
+    """
+    lines, unescapes = [], True
+    for line in text.split("\n"):
+        # Without a tag in it so far, a text with entities is taken for escaped.
+        unescapes = unescapes and "<" not in line
+        lines.append(_repair(line, unescapes))
+    text = "\n".join(lines)
+    text = html.unescape(html.unescape(text)).strip()
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def _repair(line: str, unescapes: bool) -> str:
+    """Repairs until nothing changes: one repair can uncover another."""
+    before = None
+    while line != before:
+        before = line
+        if unescapes:
+            line = _ENTITY.sub(_unescape_one, line)
+        line = _TERMINAL_ESCAPE.sub("", line)
+        line = _C1_CONTROL.sub(_from_windows, line)
+        line = _LINE_BREAK.sub("\n", line.translate(_CHARACTERS))
+        if _SURROGATE.search(line):
+            line = _SURROGATE_PAIR.sub(_join_pair, line)
+            line = _SURROGATE.sub("\ufffd", line)
+        line = unicodedata.normalize("NFC", line)
+    return line
+
+
+def _unescape_one(match: re.Match[str]) -> str:
+    entity = match.group(0)
+    plain = html.unescape(entity)
+    if ";" in plain and plain.isupper():
+        # &EACUTE; is no entity, but what else would it be?
+        plain = html.unescape(entity.lower()).upper()
+    return entity if ";" in plain else plain
+
+
+def _from_windows(match: re.Match[str]) -> str:
+    """C1 controls are unused; these bytes were Windows-1252."""
+    return match.group(0).encode("latin-1").decode("cp1252", "ignore") or match.group(0)
+
+
+def _join_pair(match: re.Match[str]) -> str:
+    pair = match.group(0)
+    return pair.encode("utf-16", "surrogatepass").decode("utf-16")

@@ -1,0 +1,77 @@
+"""convert, export and tokenize from the command line's side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from racm3_jax.commands import convert
+from racm3_jax.documents.images import read_image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "porting"))
+
+from porting_fakes import (
+    CLIP_CONFIG,
+    clip_state,
+    write_hf_clip,
+    write_torch_file,
+)
+from vqgan_fakes import VQGAN_CONFIG, vqgan_state
+
+
+def racm3(*words):
+    parser = argparse.ArgumentParser()
+    convert.register(parser.add_subparsers())
+    arguments = parser.parse_args([str(word) for word in words])
+    arguments.command(arguments)
+
+
+def test_clip_in_and_out_is_bit_equal(tmp_path, capsys):
+    write_hf_clip(tmp_path / "hf", CLIP_CONFIG, clip_state(CLIP_CONFIG))
+    racm3("convert", "clip", tmp_path / "hf", tmp_path / "ours")
+    racm3("export", tmp_path / "ours", tmp_path / "back", "--format=hf")
+    racm3("convert", "clip", tmp_path / "back", tmp_path / "again")
+    assert capsys.readouterr().out.count("wrote") == 3
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        ours, again = (tmp_path / folder / name for folder in ("ours", "again"))
+        assert ours.read_bytes() == again.read_bytes(), name
+
+    from racm3_jax.porting.files import open_tensors
+
+    before, after = open_tensors(tmp_path / "hf"), open_tensors(tmp_path / "back")
+    assert before.tensors == after.tensors
+    for name in before.tensors:
+        np.testing.assert_array_equal(before.read(name), after.read(name), name)
+
+
+def test_roundtrip_of_a_photo(tmp_path, capsys):
+    write_torch_file(tmp_path / "v.ckpt", vqgan_state(VQGAN_CONFIG))
+    racm3("convert", "vqgan", tmp_path / "v.ckpt", tmp_path / "v", "--image_size=16")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    capsys.readouterr()
+    tokenize = ("tokenize", tmp_path / "photo.png", "--tokenizer", tmp_path / "v")
+    racm3(*tokenize)
+    codes = capsys.readouterr().out.split()
+    assert len(codes) == VQGAN_CONFIG.image_length
+    assert all(0 <= int(code) < VQGAN_CONFIG.num_codes for code in codes)
+    racm3(*tokenize, "--roundtrip", "--out", tmp_path / "both.png")
+    out = capsys.readouterr().out
+    assert out.startswith("PSNR ") and f"{len(set(codes))} different codes" in out
+    assert read_image(tmp_path / "both.png").shape == (16, 32, 3)
+
+
+def test_an_option_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--merges does nothing for vqgan"):
+        racm3("convert", "vqgan", tmp_path, tmp_path / "out", "--merges=x")
+
+
+def test_the_licence_of_chameleon_is_shown(tmp_path):
+    with pytest.raises(ValueError, match="research only.*--accept_licence"):
+        racm3("convert", "chameleon", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
