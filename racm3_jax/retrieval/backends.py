@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,8 @@ from racm3_jax.retrieval.exact_index import ExactIndex
 from racm3_jax.retrieval.index import Index, IndexKind, read_description
 from racm3_jax.retrieval.rows import Rows
 from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
+from racm3_jax.retrieval.sharded_index import ShardedIndex
+from racm3_jax.retrieval.table_index import TableIndex
 
 # Below this, the exact search is as fast as any.
 MIN_SCANN_ROWS = 1024
@@ -31,22 +34,30 @@ def choose_kind(kind: IndexKind | Literal["auto"], num_rows: int) -> IndexKind:
     """
     if kind == "auto":
         return "scann" if has_scann() and num_rows >= MIN_SCANN_ROWS else "exact"
-    if kind not in ("exact", "scann"):
-        raise ValueError(f'index must be "exact", "scann" or "auto"; got {kind!r}')
+    if kind not in ("exact", "scann", "scann_sharded"):
+        raise ValueError(
+            f'index must be "scann_sharded", "exact", "scann" or "auto"; got {kind!r}'
+        )
     return kind
 
 
 def build_index(
     kind: IndexKind | Literal["auto"],
-    embeddings: Float[np.ndarray, "rows d_embed"],
+    embeddings: Float[np.ndarray, "rows d_embed"] | Rows,
     path: pathlib.Path,
+    rows_per_shard: int | None = None,
 ) -> Index:
     """Builds an index of the rows and writes it into the directory `path`."""
-    if choose_kind(kind, len(embeddings)) == "scann":
-        return ScannIndex.build(embeddings, ScannConfig(), pathlib.Path(path))
-    index = ExactIndex(embeddings)
-    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-    index.save(pathlib.Path(path))
+    kind = choose_kind(kind, len(embeddings))
+    path = pathlib.Path(path)
+    if kind == "scann_sharded":
+        path.mkdir(parents=True, exist_ok=True)
+        return ShardedIndex.build(embeddings, path, rows_per_shard=rows_per_shard)
+    if kind == "scann":
+        return ScannIndex.build(np.asarray(embeddings), ScannConfig(), path)
+    index = ExactIndex(np.asarray(embeddings))
+    path.mkdir(parents=True, exist_ok=True)
+    index.save(path)
     return index
 
 
@@ -56,7 +67,7 @@ def open_index(
     *,
     verify: bool = True,
 ) -> Index:
-    """Opens an index of either kind.
+    """Opens an index of any kind.
 
     Args:
       path: the directory that `build_index` wrote.
@@ -72,6 +83,10 @@ def open_index(
     description = read_description(path)
     if description["kind"] == "scann":
         return ScannIndex.load(path, verify=verify)
+    if description["kind"] == "scann_sharded":
+        return ShardedIndex.load(path, verify=verify)
+    if description["kind"] == "table":
+        return TableIndex.load(path, verify=verify)
     if embeddings is None:
         raise ValueError(
             f"the index at {path} is exact and keeps no rows of its own: "
@@ -84,3 +99,23 @@ def open_index(
             f"got {list(embeddings.shape)}"
         )
     return ExactIndex(np.asarray(embeddings))
+
+
+def open_parts(
+    paths: Sequence[pathlib.Path], counts: Sequence[int], embeddings: Rows
+) -> Index:
+    """Opens the indexes of a memory's parts as one; their files are verified already.
+
+    Args:
+      paths: of the indexes.
+      counts: rows of each.
+      embeddings: the rows of all.
+    """
+    if len(paths) == 1:
+        return open_index(paths[0], embeddings, verify=False)
+    shards, first = [], 0
+    for path, count in zip(paths, counts, strict=True):
+        rows = embeddings[first : first + count]
+        shards.append((first, open_index(path, rows, verify=False)))
+        first += count
+    return ShardedIndex(shards)

@@ -10,12 +10,13 @@ import pathlib
 from typing import Literal, Protocol
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from racm3_jax.retrieval import integrity
+from racm3_jax.retrieval.rows import Rows
 from racm3_jax.types import Neighbours
 
-IndexKind = Literal["exact", "scann"]
+IndexKind = Literal["exact", "scann", "scann_sharded", "table"]
 FORMAT = "racm3-index"
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -117,6 +118,25 @@ def fill_slots(
     return found
 
 
+def score_rows(
+    queries: Float32[np.ndarray, "queries d_embed"],
+    found: Neighbours,
+    embeddings: Rows,
+    denied: Bool[np.ndarray, " rows"],
+) -> Neighbours:
+    """What was found, without denied rows, with exact scores, by (-score, id)."""
+    rows = np.maximum(found.ids, 0)
+    valid = found.valid & ~denied[rows]
+    # einsum, not a matrix product: a score depends on its two vectors alone, not on
+    # the batch that they came in.
+    scores = np.einsum("qd,qkd->qk", queries, embeddings[rows])
+    scores = np.where(valid, scores, -np.inf).astype(np.float32)
+    ids = np.where(valid, found.ids, -1)
+    order = np.lexsort((ids, -scores), axis=1)
+    columns = (np.take_along_axis(x, order, axis=1) for x in (ids, scores, valid))
+    return Neighbours(*columns)
+
+
 def write_description(
     path: pathlib.Path,
     kind: IndexKind,
@@ -156,3 +176,12 @@ def read_description(path: pathlib.Path) -> dict:
             f"{(FORMAT, FORMAT_VERSION)}: {REMEDY}"
         )
     return content
+
+
+def verify_description(path: pathlib.Path, description: dict) -> None:
+    """Compares the files of an index with its description.
+
+    Raises:
+      IntegrityError: names the first that is missing or differs.
+    """
+    integrity.verify_files(path, description["files"], REMEDY)

@@ -12,12 +12,14 @@
       index/                           see `index`
       deny.json                        rows that are never returned
 
-A document's row is its id here. `memory_writer` makes the directory; afterwards only
-deny.json changes. Nothing in it is a pickle.
+A document's row is its id here. `memory_writer` makes the directory; `remove` changes
+deny.json, `memory_edit` adds documents (a folder added-00001/ of the same layout) and
+compacts. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import threading
@@ -31,8 +33,10 @@ from racm3_jax.documents import store
 from racm3_jax.retrieval import backends, integrity
 from racm3_jax.retrieval import index as index_lib
 from racm3_jax.retrieval import memory_format as format_lib
+from racm3_jax.retrieval.index import IndexKind
 from racm3_jax.retrieval.memory_format import MODALITY_BITS, Fingerprinted, hash_name
-from racm3_jax.retrieval.rows import Rows
+from racm3_jax.retrieval.rows import Records, Rows
+from racm3_jax.retrieval.table_index import TableIndex
 from racm3_jax.types import Document, Modality, Neighbours, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
@@ -59,7 +63,10 @@ class Memory:
       image_embeddings: the image parts; zero rows where there is none.
       id_hashes: `hash_name` of every document's id.
       source_hashes: of its source, 0 where it has none.
+      content_hashes: equal for equal text and pixels; None if unknown.
+      image_hashes: perceptual, of the first image, 0 without; None if unknown.
       is_multimodal: True where a document has both text and an image.
+      index: proposes neighbours; `search` scores them anew.
     """
 
     def __init__(self, path: pathlib.Path, manifest: dict[str, Any]):
@@ -75,14 +82,19 @@ class Memory:
         self.source_hashes: UInt64[np.ndarray, " n"] = np.asarray(
             self._rows("source_hashes")
         )
+        # Only memories built from sources (`corpus_build`) have these two.
+        self.content_hashes = self._hashes("content_hashes")
+        self.image_hashes = self._hashes("image_hashes")
         self._modalities = np.asarray(self._rows("modalities"))
         self.is_multimodal: Bool[np.ndarray, " n"] = self._modalities == sum(
             MODALITY_BITS.values()
         )
-        self._index = backends.open_index(
-            path / format_lib.INDEX_DIRECTORY, self.embeddings, verify=False
-        )
-        self._records = store.RecordFile(path / format_lib.DOCUMENTS_FILE)
+        folders = [path / p for p in format_lib.prefixes(manifest)]
+        parts = manifest.get("parts", [{"num_documents": len(self.embeddings)}])
+        counts = [part["num_documents"] for part in parts]
+        places = [folder / format_lib.INDEX_DIRECTORY for folder in folders]
+        self.index = backends.open_parts(places, counts, self.embeddings)
+        self._records = Records([f / format_lib.DOCUMENTS_FILE for f in folders])
         self._lock = threading.Lock()
         self._denied: _Denied | None = None
         self._check_denied()
@@ -95,7 +107,7 @@ class Memory:
         tokenizer: Any,
         embedder: Any,
         path: str | os.PathLike[str],
-        index: Literal["auto", "exact", "scann"] = "auto",
+        index: IndexKind | Literal["auto"] = "auto",
         num_query_variants: int = 4,
         query_drop: float = 0.2,
         overwrite: bool = False,
@@ -185,7 +197,7 @@ class Memory:
 
     @property
     def num_query_variants(self) -> int:
-        """Queries with dropout that every document has; variant 0 is without."""
+        """Queries with dropout of every document; variant 0 is without."""
         return self.manifest["num_query_variants"]
 
     @property
@@ -204,8 +216,7 @@ class Memory:
           IndexError: if a row does not exist.
         """
         rows = self._check_ids(ids)
-        records = self._records.read(rows.tolist()) if len(rows) else []
-        return [store.decode_tokenized(record) for record in records]
+        return [store.decode_tokenized(r) for r in self._records.read(rows)]
 
     def metadata(self, ids: Int[np.ndarray, " n"]) -> list[Mapping[str, Any]]:
         """The metadata of the documents of these rows."""
@@ -214,10 +225,33 @@ class Memory:
     def find(self, document_ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
         """The rows of documents named by their ids; -1 where there is none."""
         hashes = np.asarray([hash_name(name) for name in document_ids], np.uint64)
-        order = np.argsort(self.id_hashes)
-        places = np.searchsorted(self.id_hashes, hashes, sorter=order)
-        rows = order[np.minimum(places, len(self) - 1)]
+        places = np.searchsorted(self.id_hashes, hashes, sorter=self._id_order)
+        rows = self._id_order[np.minimum(places, len(self) - 1)]
         return np.where(self.id_hashes[rows] == hashes, rows, -1).astype(np.int64)
+
+    @functools.cached_property
+    def _id_order(self) -> Int64[np.ndarray, " n"]:
+        return np.argsort(self.id_hashes)
+
+    def use_table(self, path: str | os.PathLike[str], *, fallback: bool = True) -> None:
+        """Answers known queries from precomputed neighbours.
+
+        Args:
+          path: of the table that `racm3 memory neighbours` made.
+          fallback: ask the index about other queries; False makes them an error.
+
+        Raises:
+          FileNotFoundError: no table there.
+          ValueError: it was made of another memory.
+        """
+        live = self.index if fallback else None
+        table = TableIndex.load(path, fallback=live)
+        if table.settings.get("memory") != self.fingerprint():
+            raise ValueError(
+                f"the table at {path} was made of another memory, or of this one before "
+                "it changed: make it anew (racm3 memory neighbours)"
+            )
+        self.index = table
 
     def queries(
         self, ids: Int[np.ndarray, " n"], modality: Modality, variant: int = 0
@@ -266,8 +300,10 @@ class Memory:
         asking = np.arange(len(queries))
         width = min(len(self), k + min(k, denied.num))
         while len(asking):
-            found = self._index.search(queries[asking], width)
-            kept = self._score(queries[asking], found, denied.mask)
+            found = self.index.search(queries[asking], width)
+            kept = index_lib.score_rows(
+                queries[asking], found, self.embeddings, denied.mask
+            )
             for column, part in zip(result, kept, strict=True):
                 column[asking, : min(k, width)] = part[:, :k]
             short = result.valid[asking].sum(axis=1) < k
@@ -291,9 +327,16 @@ class Memory:
         """
         rows = self._check_ids(np.asarray(ids, np.int64))
         with format_lib.locked(self.path):
-            before = format_lib.read_denied(self.path, self.fingerprint(), len(self))
+            # Of the memory as it is on disk: others may have added to it.
+            manifest = format_lib.read_manifest(self.path)
+            if format_lib.lineage(manifest) != format_lib.lineage(self.manifest):
+                raise ValueError(
+                    f"the memory at {self.path} was compacted or replaced since it was "
+                    "opened, which numbers its rows anew: open it again"
+                )
+            before = format_lib.read_denied(self.path, manifest)
             after = np.union1d(before, rows)
-            format_lib.write_denied(self.path, self.fingerprint(), after)
+            format_lib.write_denied(self.path, manifest, after)
         self._check_denied()
         return len(after) - len(before)
 
@@ -302,8 +345,21 @@ class Memory:
         return np.flatnonzero(~self._check_denied().mask).astype(np.int64)
 
     def _rows(self, name: str) -> Rows:
-        shards = [f for f in self.manifest["files"] if f.startswith(f"{name}-")]
-        return Rows([self.path / shard for shard in sorted(shards)])
+        return Rows(
+            [
+                self.path / file
+                for prefix in format_lib.prefixes(self.manifest)
+                for file in sorted(self.manifest["files"])
+                if file.startswith(f"{prefix}{name}-")
+            ]
+        )
+
+    def _hashes(self, name: str) -> UInt64[np.ndarray, " n"] | None:
+        found = [
+            any(f.startswith(f"{prefix}{name}-") for f in self.manifest["files"])
+            for prefix in format_lib.prefixes(self.manifest)
+        ]
+        return np.asarray(self._rows(name)) if all(found) else None
 
     def _part(
         self, rows: Int64[np.ndarray, " n"], modality: Modality, variant: int
@@ -312,24 +368,6 @@ class Memory:
             return self._queries[modality][rows][:, variant - 1]
         parts = {"text": self.text_embeddings, "image": self.image_embeddings}
         return parts[modality][rows]
-
-    def _score(
-        self,
-        queries: Float32[np.ndarray, "queries d_embed"],
-        found: Neighbours,
-        denied: Bool[np.ndarray, " rows"],
-    ) -> Neighbours:
-        rows = np.maximum(found.ids, 0)
-        valid = found.valid & ~denied[rows]
-        # einsum, not a matrix product: a score depends on its two vectors alone, not
-        # on the batch that they came in.
-        scores = np.einsum("qd,qkd->qk", queries, self.embeddings[rows])
-        scores = np.where(valid, scores, -np.inf).astype(np.float32)
-        ids = np.where(valid, found.ids, -1)
-        order = np.lexsort((ids, -scores), axis=1)
-        return Neighbours(
-            *(np.take_along_axis(x, order, axis=1) for x in (ids, scores, valid))
-        )
 
     def _check_ids(self, ids: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         rows = np.asarray(ids, np.int64).reshape(-1)
@@ -343,12 +381,17 @@ class Memory:
 
     def _check_denied(self) -> _Denied:
         """The deny list; read again when another process has replaced the file."""
-        status = os.stat(self.path / format_lib.DENY_FILE)
+        file = format_lib.deny_path(self.path, self.manifest)
+        try:
+            status = os.stat(file)
+        except FileNotFoundError:
+            format_lib.read_denied(self.path, self.manifest)
+            raise
         stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
         denied = self._denied
         if denied is None or denied.stamp != stamp:
             with self._lock:
-                rows = format_lib.read_denied(self.path, self.fingerprint(), len(self))
+                rows = format_lib.read_denied(self.path, self.manifest)
                 mask = np.zeros(len(self), bool)
                 mask[rows] = True
                 denied = self._denied = _Denied(stamp, mask, len(rows))

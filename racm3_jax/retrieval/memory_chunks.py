@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt64
 
 from racm3_jax.documents.images import resize_image
 from racm3_jax.types import Document, TokenizedDocument
@@ -71,6 +71,8 @@ class MemoryChunk(NamedTuple):
       document: normalised mean of the parts that are there.
       text_queries: unit rows under query dropout, one a variant; zero where absent.
       image_queries: the same of the images.
+      content_hashes: of text and pixels together; None when nobody asked.
+      image_hashes: perceptual, of the first image; 0 where there is none.
     """
 
     documents: Sequence[TokenizedDocument]
@@ -79,6 +81,8 @@ class MemoryChunk(NamedTuple):
     document: Float[np.ndarray, "n d_embed"]
     text_queries: Float[np.ndarray, "n variants d_embed"]
     image_queries: Float[np.ndarray, "n variants d_embed"]
+    content_hashes: UInt64[np.ndarray, " n"] | None = None
+    image_hashes: UInt64[np.ndarray, " n"] | None = None
 
 
 def make_chunks(
@@ -95,19 +99,42 @@ def make_chunks(
     documents = iter(documents)
     first = 0
     while chunk := list(itertools.islice(documents, chunk_size)):
-        tokenized = list(tokenizer.tokenize(chunk))
-        if [t.id for t in tokenized] != [d.id for d in chunk]:
-            raise ValueError(
-                f"the tokenizer returned {len(tokenized)} documents for the "
-                f"{len(chunk)} that begin with {chunk[0].id!r}, or in another order"
-            )
-        text, image, document = embedder.embed_documents(chunk)[:3]
         rngs = [
             np.random.default_rng([seed, first, v]) for v in range(num_query_variants)
         ]
-        queries = embed_queries(chunk, embedder, query_drop, rngs)
-        yield MemoryChunk(tokenized, text, image, document, *queries)
+        yield make_chunk(chunk, tokenizer, embedder, query_drop, rngs)
         first += len(chunk)
+
+
+def make_chunk(
+    documents: list[Document],
+    tokenizer: DocumentTokenizer,
+    embedder: Embedder,
+    query_drop: float,
+    rngs: Sequence[np.random.Generator],
+) -> MemoryChunk:
+    """Runs the models over some documents; one generator a query variant."""
+    tokenized = tokenize(documents, tokenizer)
+    text, image, document = embedder.embed_documents(documents)[:3]
+    queries = embed_queries(documents, embedder, query_drop, rngs)
+    return MemoryChunk(tokenized, text, image, document, *queries)
+
+
+def tokenize(
+    documents: list[Document], tokenizer: DocumentTokenizer
+) -> list[TokenizedDocument]:
+    """The documents as ids.
+
+    Raises:
+      ValueError: if the tokenizer returned others.
+    """
+    tokenized = list(tokenizer.tokenize(documents))
+    if [t.id for t in tokenized] != [d.id for d in documents]:
+        raise ValueError(
+            f"the tokenizer returned {len(tokenized)} documents for the "
+            f"{len(documents)} that begin with {documents[0].id!r}, or in another order"
+        )
+    return tokenized
 
 
 def embed_queries(

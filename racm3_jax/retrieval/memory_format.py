@@ -89,6 +89,24 @@ def fingerprint(manifest: Mapping[str, Any]) -> str:
     return integrity.content_digest(manifest)[:16]
 
 
+def prefixes(manifest: Mapping[str, Any]) -> list[str]:
+    """The folders, below the memory's, that its rows lie in; "" is its own.
+
+    A memory is built as one part; every `add` makes one more.
+    """
+    return [part["prefix"] for part in manifest.get("parts", ({"prefix": ""},))]
+
+
+def lineage(manifest: Mapping[str, Any]) -> str:
+    """Equal for memories whose row numbers mean the same documents."""
+    return manifest.get("lineage") or fingerprint(manifest)
+
+
+def deny_path(path: pathlib.Path, manifest: Mapping[str, Any]) -> pathlib.Path:
+    """Where the deny list of a memory lies."""
+    return path / manifest.get("deny_file", DENY_FILE)
+
+
 def check_fingerprints(
     path: pathlib.Path,
     manifest: Mapping[str, Any],
@@ -135,7 +153,7 @@ def check_fingerprint(
 
 
 def read_denied(
-    path: pathlib.Path, fingerprint: str, num_rows: int
+    path: pathlib.Path, manifest: Mapping[str, Any]
 ) -> Int64[np.ndarray, " denied"]:
     """The denied rows of the memory at `path`, ascending.
 
@@ -143,26 +161,41 @@ def read_denied(
       IntegrityError: if the list is missing, damaged, or of another memory: a memory
         does not open rather than show what was removed.
     """
-    file = path / DENY_FILE
+    file = deny_path(path, manifest)
     remedy = f"restore it from a copy, or {rebuild_remedy(path)}"
     if not file.is_file():
-        raise integrity.IntegrityError(f"{file} is missing; {remedy}")
+        raise integrity.IntegrityError(
+            f"{file} is missing; if the memory was compacted or replaced since it was "
+            f"opened, open it again, else {remedy}"
+        )
     content = integrity.decode_sealed(file.read_bytes(), str(file), remedy)
     rows = np.asarray(content.get("rows", ()), np.int64)
-    expected = (DENY_FORMAT, fingerprint)
-    if (content.get("format"), content.get("memory")) != expected or (
-        len(rows) and not 0 <= rows.min() <= rows.max() < num_rows
-    ):
+    num_rows = manifest["num_documents"]
+    expected = (DENY_FORMAT, lineage(manifest))
+    wrong = (content.get("format"), content.get("memory")) != expected
+    if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
+        # Rows may have been added, and some denied, since this manifest was read.
+        grown = read_manifest(path)
+        same = lineage(grown) == lineage(manifest)
+        wrong |= not same or not 0 <= rows.min() <= rows.max() < grown["num_documents"]
+    if wrong:
         raise integrity.IntegrityError(f"{file} belongs to another memory; {remedy}")
-    return rows
+    return rows[rows < num_rows]
 
 
 def write_denied(
-    path: pathlib.Path, fingerprint: str, rows: Int64[np.ndarray, " denied"]
+    path: pathlib.Path,
+    manifest: Mapping[str, Any],
+    rows: Int64[np.ndarray, " denied"],
 ) -> None:
     """Replaces the deny list in one step."""
-    content = {"format": DENY_FORMAT, "memory": fingerprint, "rows": rows.tolist()}
-    integrity.write_file(path / DENY_FILE, integrity.encode_sealed(content))
+    content = {
+        "format": DENY_FORMAT,
+        "memory": lineage(manifest),
+        "rows": rows.tolist(),
+    }
+    file = deny_path(path, manifest)
+    integrity.write_file(file, integrity.encode_sealed(content))
 
 
 @contextlib.contextmanager

@@ -11,15 +11,15 @@ import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
 
 from racm3_jax.documents import store
-from racm3_jax.retrieval import backends, integrity
+from racm3_jax.retrieval import backends, integrity, scann_tuning
 from racm3_jax.retrieval import memory_format as format_lib
+from racm3_jax.retrieval.index import IndexKind
 from racm3_jax.retrieval.memory_chunks import (
     CHUNK_SIZE,
     DocumentTokenizer,
@@ -27,13 +27,10 @@ from racm3_jax.retrieval.memory_chunks import (
     MemoryChunk,
     make_chunks,
 )
-from racm3_jax.retrieval.memory_format import MODALITY_BITS, hash_name
-from racm3_jax.retrieval.rows import Rows, RowsWriter
-from racm3_jax.types import Document, Modality, TokenizedDocument
+from racm3_jax.retrieval.memory_columns import Columns
+from racm3_jax.retrieval.scann_index import ScannIndex
+from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
-
-# How far from 1 the norm of an embedding may be.
-NORM_TOLERANCE = 1e-2
 
 
 def build_memory(
@@ -42,7 +39,7 @@ def build_memory(
     tokenizer: DocumentTokenizer,
     embedder: Embedder,
     path: str | os.PathLike[str],
-    index: Literal["auto", "exact", "scann"] = "auto",
+    index: IndexKind | Literal["auto"] = "auto",
     num_query_variants: int = 4,
     query_drop: float = 0.2,
     seed: int = 0,
@@ -60,7 +57,8 @@ def build_memory(
       tokenizer: a `MixedTokenizer`.
       embedder: a `DocumentEmbedder`.
       path: the directory to make.
-      index: "exact", "scann", or "auto" (ScaNN unless the memory is tiny).
+      index: "exact", "scann", "scann_sharded", or "auto" (ScaNN unless the memory is
+        tiny).
       num_query_variants: queries with dropout embedded ahead for every document.
       query_drop: share of a query's tokens, or patches, that is left out (0.2 in
         the paper).
@@ -106,53 +104,120 @@ def write_memory(
     vocab: Vocab,
     tokenizer_fingerprint: str,
     encoder_fingerprint: str,
-    index: Literal["auto", "exact", "scann"] = "auto",
+    index: IndexKind | Literal["auto"] = "auto",
     query_drop: float = 0.0,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
+    rows_per_shard: int | None = None,
+    recall_target: float | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Streams chunks into a new memory directory; see `build_memory`."""
+    """Streams chunks into a new memory directory; see `build_memory`.
+
+    Args:
+      chunks: what is written, in order.
+      path: see `build_memory`.
+      vocab: of the tokens.
+      tokenizer_fingerprint: what documents must be read with.
+      encoder_fingerprint: what queries must be embedded with.
+      index: see `build_memory`.
+      query_drop: see `build_memory`.
+      overwrite: see `build_memory`.
+      progress: see `build_memory`.
+      rows_per_shard: of a sharded index; None is its default.
+      recall_target: see `write_part`.
+      about: more fields of the manifest.
+    """
     path = pathlib.Path(path)
     check_target(path, overwrite)
-    chunks = iter(chunks)
-    first = next(chunks, None)
-    if first is None:
-        raise ValueError(f"there are no documents to build the memory at {path} of")
     with integrity.written_aside(path) as directory:
-        columns = _Columns(directory, first)
-        with contextlib.closing(columns):
-            num_rows = store.write_records(
-                directory / format_lib.DOCUMENTS_FILE,
-                columns.consume(itertools.chain([first], chunks), progress),
-            )
-        embeddings = columns.read("embeddings_document")
-        kind = backends.choose_kind(index, num_rows)
-        # A fresh directory that is renamed as a whole needs no swap of its own.
-        backends.build_index(
-            kind, np.asarray(embeddings), directory / format_lib.INDEX_DIRECTORY
+        part = write_part(
+            directory,
+            chunks,
+            index=index,
+            rows_per_shard=rows_per_shard,
+            recall_target=recall_target,
+            progress=progress,
         )
+        if part is None:
+            raise ValueError(f"there are no documents to build the memory at {path} of")
         manifest = {
             "format": format_lib.FORMAT,
             "format_version": format_lib.FORMAT_VERSION,
-            "num_documents": num_rows,
-            "num_with_modality": columns.num_with_modality,
-            "d_embed": embeddings.shape[1],
-            "num_query_variants": first.text_queries.shape[1],
+            **part._asdict(),
             "query_drop": query_drop,
-            "index": kind,
             "vocab": dataclasses.asdict(vocab),
             "vocab_fingerprint": vocab.fingerprint(),
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "encoder_fingerprint": encoder_fingerprint,
+            **(about or {}),
             "files": integrity.describe_files(
                 directory, integrity.list_files(directory)
             ),
         }
-        fingerprint = format_lib.fingerprint(manifest)
-        format_lib.write_denied(directory, fingerprint, np.zeros(0, np.int64))
+        format_lib.write_denied(directory, manifest, np.zeros(0, np.int64))
         integrity.write_file(
             directory / format_lib.MANIFEST_FILE, integrity.encode_sealed(manifest)
         )
+
+
+class Part(NamedTuple):
+    """What `write_part` wrote, in the manifest's words."""
+
+    num_documents: int
+    num_with_modality: dict[str, int]
+    d_embed: int
+    num_query_variants: int
+    index: IndexKind | None
+
+
+def write_part(
+    directory: pathlib.Path,
+    chunks: Iterable[MemoryChunk],
+    *,
+    index: IndexKind | Literal["auto"] | None,
+    rows_per_shard: int | None = None,
+    recall_target: float | None = None,
+    seen: Iterable[int] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Part | None:
+    """Streams chunks into the files of one part of a memory.
+
+    Args:
+      directory: empty.
+      chunks: at least one; without any, nothing is written and None is returned.
+      index: its kind; None makes no index.
+      rows_per_shard: of a sharded index.
+      recall_target: tunes a ScaNN tree to it; None leaves the defaults.
+      seen: hashes of ids that are taken.
+      progress: called with the number of documents done so far.
+    """
+    chunks = iter(chunks)
+    first = next(chunks, None)
+    if first is None:
+        return None
+    columns = Columns(directory, first, seen)
+    with contextlib.closing(columns):
+        num_rows = store.write_records(
+            directory / format_lib.DOCUMENTS_FILE,
+            columns.consume(itertools.chain([first], chunks), progress),
+        )
+    embeddings = columns.read("embeddings_document")
+    kind = None if index is None else backends.choose_kind(index, num_rows)
+    if kind is not None:
+        # A fresh directory that is renamed as a whole needs no swap of its own.
+        place = directory / format_lib.INDEX_DIRECTORY
+        built = backends.build_index(kind, embeddings, place, rows_per_shard)
+        if recall_target is not None and isinstance(built, ScannIndex):
+            parts = {m: columns.read(f"embeddings_{m}") for m in ("text", "image")}
+            queries = scann_tuning.sample_queries(parts)
+            scann_tuning.tune(
+                built, place, embeddings, queries, recall_target=recall_target
+            )
+    variants = first.text_queries.shape[1]
+    return Part(
+        num_rows, columns.num_with_modality, embeddings.shape[1], variants, kind
+    )
 
 
 def check_target(path: pathlib.Path, overwrite: bool) -> None:
@@ -171,96 +236,4 @@ def check_target(path: pathlib.Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"there is a memory at {path} already: load it, give another path, or pass "
             "overwrite=True"
-        )
-
-
-class _Columns:
-    """The arrays of a memory, a row a document, while they are being written."""
-
-    def __init__(self, directory: pathlib.Path, chunk: MemoryChunk):
-        self.num_with_modality = dict.fromkeys(MODALITY_BITS, 0)
-        self._directory = directory
-        self._seen: set[int] = set()
-        self._writers: dict[str, RowsWriter] = {}
-        d_embed = chunk.document.shape[1]
-        for name in ("document", "text", "image"):
-            self._add(f"embeddings_{name}", (d_embed,), "<f4")
-        for name in ("text", "image"):
-            self._add(f"queries_{name}", chunk.text_queries.shape[1:], "<f2")
-        for name, dtype in (("id", "<u8"), ("source", "<u8")):
-            self._add(f"{name}_hashes", (), dtype)
-        self._add("modalities", (), "u1")
-
-    def _add(self, name: str, row_shape: tuple[int, ...], dtype: str) -> None:
-        self._writers[name] = RowsWriter(self._directory, name, row_shape, dtype)
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
-
-    def read(self, name: str) -> Rows:
-        return Rows([self._directory / shard for shard in self._writers[name].shards])
-
-    def consume(
-        self, chunks: Iterable[MemoryChunk], progress: Callable[[int], None] | None
-    ) -> Iterator[bytes]:
-        """Writes the arrays of each chunk and yields its documents as records."""
-        for chunk in chunks:
-            self._append(chunk)
-            yield from (store.encode_tokenized(d) for d in chunk.documents)
-            if progress is not None:
-                progress(self._writers["modalities"].num_rows)
-
-    def _append(self, chunk: MemoryChunk) -> None:
-        num = len(chunk.documents)
-        modalities = np.zeros(num, np.uint8)
-        hashes = self._hash_ids(chunk.documents)
-        _check_rows(chunk.documents, "embedding", chunk.document, np.ones(num, bool))
-        parts: dict[Modality, tuple[np.ndarray, np.ndarray]] = {
-            "text": (chunk.text, chunk.text_queries),
-            "image": (chunk.image, chunk.image_queries),
-        }
-        for name, (embeddings, queries) in parts.items():
-            present = np.asarray(embeddings.any(axis=1))
-            _check_rows(chunk.documents, f"{name} embedding", embeddings, present)
-            for variant in range(queries.shape[1]):
-                rows = queries[:, variant]
-                _check_rows(chunk.documents, f"{name} query", rows, present)
-            modalities[present] |= MODALITY_BITS[name]
-            self.num_with_modality[name] += int(present.sum())
-            self._writers[f"embeddings_{name}"].append(embeddings)
-            self._writers[f"queries_{name}"].append(queries)
-        sources = [hash_name(d.source) for d in chunk.documents]
-        self._writers["embeddings_document"].append(chunk.document)
-        self._writers["id_hashes"].append(hashes)
-        self._writers["source_hashes"].append(np.asarray(sources, np.uint64))
-        self._writers["modalities"].append(modalities)
-
-    def _hash_ids(self, documents: Sequence[TokenizedDocument]) -> np.ndarray:
-        hashes = [hash_name(d.id) for d in documents]
-        for number, document in zip(hashes, documents, strict=True):
-            if number in self._seen:
-                raise ValueError(
-                    f"two documents have the id {document.id!r}: ids must be unique"
-                )
-            self._seen.add(number)
-        return np.asarray(hashes, np.uint64)
-
-
-def _check_rows(
-    documents: Sequence[TokenizedDocument],
-    what: str,
-    rows: Float[np.ndarray, "n d_embed"],
-    present: Bool[np.ndarray, " n"],
-) -> None:
-    """Names the first document whose row is not finite, or not unit where it should."""
-    if len(rows) != len(documents):
-        raise ValueError(f"{len(documents)} documents came with {len(rows)} {what}s")
-    norms = np.linalg.norm(np.asarray(rows, np.float32), axis=1)
-    wrong = ~np.isfinite(norms) | (present & (np.abs(norms - 1) > NORM_TOLERANCE))
-    if wrong.any():
-        first = int(np.flatnonzero(wrong)[0])
-        raise ValueError(
-            f"the {what} of document {documents[first].id!r} has norm "
-            f"{norms[first]:.3g}, not 1: look at the embedder that made it"
         )

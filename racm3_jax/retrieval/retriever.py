@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
 from racm3_jax.retrieval import strategy as strategy_lib
+from racm3_jax.retrieval.filters import NEAR_SIMILARITY
 from racm3_jax.retrieval.memory import Memory, hash_name
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import Retrieved, TokenizedDocument
@@ -95,6 +96,7 @@ class Retriever:
         excluded = ~neighbours.valid
         if config.require_multimodal:
             excluded |= ~memory.is_multimodal[rows]
+        excluded |= self._find_copies(rows, [mains[i] for i in asking])
         chosen = []
         for j, i in enumerate(asking):
             main = mains[i]
@@ -115,6 +117,35 @@ class Retriever:
             )
             chosen.append((rows[j][taken], neighbours.scores[j][taken]))
         return chosen
+
+    def _find_copies(
+        self,
+        rows: Int[np.ndarray, "asking k"],
+        mains: Sequence[TokenizedDocument | None],
+    ) -> Bool[np.ndarray, "asking k"]:
+        """True where a candidate is an exact or a near copy of the main document.
+
+        Known only of memories that keep hashes of their documents' content.
+        """
+        memory = self.memory
+        copies = np.zeros(rows.shape, bool)
+        if memory.content_hashes is None or memory.image_hashes is None:
+            return copies
+        own = memory.find(["" if main is None else main.id for main in mains])
+        asking = np.flatnonzero(own >= 0)
+        own, rows = own[asking, None], rows[asking]
+        images = memory.image_hashes[own]
+        near = (memory.image_hashes[rows] == images) & (images > 0)
+        similarities = np.einsum(
+            "qd,qkd->qk",
+            memory.image_embeddings[own[:, 0]],
+            memory.image_embeddings[rows],
+        )
+        near &= similarities >= NEAR_SIMILARITY
+        copies[asking] = near | (
+            memory.content_hashes[rows] == memory.content_hashes[own]
+        )
+        return copies
 
     def _read(self, chosen: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Retrieved]:
         """One read of the records for the whole batch."""

@@ -1,4 +1,4 @@
-"""Rows of vectors on disk, in .npy shards of equal length.
+"""Rows of vectors on disk, in .npy shards, and records in several files.
 
     embeddings_text-00000.npy   rows 0 .. R-1
     embeddings_text-00001.npy   rows R .. 2R-1
@@ -19,6 +19,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
+
+from racm3_jax.documents import store
 
 ROWS_PER_SHARD = 1 << 18
 
@@ -117,14 +119,14 @@ class Rows:
     """Rows that `RowsWriter` wrote, mapped into memory and read by number.
 
     Args:
-      paths: the shards in order; all but the last have the same number of rows.
+      paths: the shards in order; of any lengths, as a memory that grew has them.
     """
 
     def __init__(self, paths: list[pathlib.Path]):
         self._shards = [np.load(path, mmap_mode="r") for path in paths]
-        self._rows_per_shard = max(1, len(self._shards[0]))
-        num_rows = sum(len(shard) for shard in self._shards)
-        self.shape: tuple[int, ...] = (num_rows, *self._shards[0].shape[1:])
+        lengths = [len(shard) for shard in self._shards]
+        self._starts = np.cumsum([0, *lengths[:-1]])
+        self.shape: tuple[int, ...] = (sum(lengths), *self._shards[0].shape[1:])
         self.dtype = self._shards[0].dtype
 
     def __len__(self) -> int:
@@ -139,10 +141,11 @@ class Rows:
             return np.asarray(self._shards[0][rows])
         rows = np.where(rows < 0, rows + len(self), rows)
         found = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
-        shard_of = rows // self._rows_per_shard
+        # From the right, so that empty shards are passed over.
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         for shard in np.unique(shard_of):
             here = shard_of == shard
-            found[here] = self._shards[shard][rows[here] - shard * self._rows_per_shard]
+            found[here] = self._shards[shard][rows[here] - self._starts[shard]]
         return found
 
     def __array__(
@@ -157,3 +160,29 @@ class Rows:
     def shards(self) -> Iterator[np.ndarray]:
         """The mapped shards, in order."""
         yield from self._shards
+
+
+class Records:
+    """Tokenised documents in one or several ArrayRecord files, read by number."""
+
+    def __init__(self, paths: list[pathlib.Path]):
+        self._files = [store.RecordFile(path) for path in paths]
+        self._starts = np.cumsum([0, *(len(file) for file in self._files[:-1])])
+
+    def read(self, rows: npt.ArrayLike) -> list[bytes]:
+        """The records of these rows, in order."""
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        if len(self._files) == 1:
+            return self._files[0].read(rows.tolist()) if len(rows) else []
+        found: list[bytes] = [b""] * len(rows)
+        file_of = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(file_of):
+            here = np.flatnonzero(file_of == number)
+            records = self._files[number].read(rows[here] - self._starts[number])
+            for place, record in zip(here, records, strict=True):
+                found[place] = record
+        return found
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()

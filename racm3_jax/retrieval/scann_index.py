@@ -198,9 +198,14 @@ class ScannIndex:
         directory = path / _SUBDIRECTORY
         directory.mkdir(parents=True, exist_ok=True)
         self._searcher.serialize(str(directory), relative_path=True)
+        for name in integrity.list_files(directory):
+            integrity.sync_file(directory / name)
+        self.describe(path)
+
+    def describe(self, path: pathlib.Path) -> None:
+        """Writes index.json anew, with the present settings, for files at `path`."""
+        directory = path / _SUBDIRECTORY
         names = [f"{_SUBDIRECTORY}/{n}" for n in integrity.list_files(directory)]
-        for name in names:
-            integrity.sync_file(path / name)
         index_lib.write_description(
             path, "scann", self._num_rows, self._d_embed, self.settings, names
         )
@@ -272,5 +277,6 @@ class ScannIndex:
             queries,
             final_num_neighbors=width,
             pre_reorder_num_neighbors=reordered and max(reordered, width),
+            leaves_to_search=self.settings.get("num_searched"),
         )
         return index_lib.fill_slots(ids.astype(np.int64), scores, k)

@@ -10,9 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from racm3_jax.retrieval import backends, integrity, scann_index
+from racm3_jax.retrieval import backends, integrity, scann_index, scann_tuning
 from racm3_jax.retrieval.exact_index import ExactIndex
+from racm3_jax.retrieval.mesh_index import MeshExactIndex
 from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
+from racm3_jax.retrieval.sharded_index import ShardedIndex, merge_neighbours
+from racm3_jax.retrieval.table_index import TableIndex
 
 NUM_ROWS, D_EMBED = 300, 16
 TREE = ScannConfig(mode="tree", num_leaves=10, searched_share=0.8)
@@ -42,6 +45,13 @@ BUILDERS = {
         rows, ScannConfig(mode="hash"), path
     ),
     "scann-tree": lambda rows, path: ScannIndex.build(rows, TREE, path),
+    "scann-sharded": lambda rows, path: ShardedIndex.build(
+        rows, path, rows_per_shard=90
+    ),
+    "exact-mesh": lambda rows, path: MeshExactIndex(rows),
+    "table": lambda rows, path: TableIndex.compute(
+        ExactIndex(rows), [QUERIES[:7], QUERIES[7:]], len(rows), D_EMBED
+    ),
 }
 
 
@@ -261,3 +271,79 @@ def test_wrong_settings():
         backends.choose_kind("faiss", 10)
     assert backends.choose_kind("auto", 10) == "exact"
     assert backends.choose_kind("auto", 10_000) == "scann"
+
+
+def test_shards_merge_to_what_one_index_returns(tmp_path):
+    """Four shards, two of them in each of two readers that know nothing of another."""
+    whole = ScannIndex.build(ROWS, ScannConfig(), tmp_path / "one").search(QUERIES, 12)
+    ShardedIndex.build(ROWS, tmp_path / "four", rows_per_shard=75)
+    parts = [
+        ShardedIndex.load(tmp_path / "four", only=numbers).search(QUERIES, 12)
+        for numbers in ([0, 2], [1, 3])
+    ]
+    merged = merge_neighbours(parts, 12)
+    for expected, found in zip(whole, merged, strict=True):
+        np.testing.assert_array_equal(expected, found)
+    with pytest.raises(ValueError, match=r"has shards 0\.\.3; got \[4\]"):
+        ShardedIndex.load(tmp_path / "four", only=[4])
+
+
+def test_a_damaged_shard_is_noticed_when_it_is_not_read(tmp_path):
+    ShardedIndex.build(ROWS, tmp_path, rows_per_shard=150)
+    file = tmp_path / "shard-00001" / "index.json"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(integrity.IntegrityError, match="shard-00001"):
+        ShardedIndex.load(tmp_path, only=[0])
+
+
+def test_exact_on_eight_devices_equals_numpy():
+    import jax
+
+    assert jax.device_count() == 8
+    rows = np.concatenate([ROWS, ROWS[:5]])  # 305 rows: padding, and ties
+    found = MeshExactIndex(rows).search(QUERIES, 9)
+    scores = QUERIES @ rows.T
+    order = np.lexsort((np.broadcast_to(np.arange(305), scores.shape), -scores))[:, :9]
+    np.testing.assert_allclose(
+        found.scores, np.take_along_axis(scores, order, 1), atol=1e-6
+    )
+    assert np.mean(found.ids == order) > 0.99
+    tied = MeshExactIndex(np.repeat(ROWS[:2], 12, axis=0)).search(ROWS[:1], 12)
+    assert tied.ids.tolist() == [list(range(12))]
+
+
+def test_table_and_its_fallback(tmp_path):
+    exact = ExactIndex(ROWS)
+    TableIndex.compute(exact, [QUERIES], 6, D_EMBED).save(tmp_path)
+    alone = TableIndex.load(tmp_path)
+    assert (alone.width, alone.num_queries, len(alone)) == (6, 20, NUM_ROWS)
+    wide = alone.search(QUERIES, 9)
+    assert wide.valid.sum(axis=1).tolist() == [6] * 20
+    with pytest.raises(ValueError, match="query 1 is not in the table of 20"):
+        alone.search(np.stack([QUERIES[0], ROWS[0]]), 3)
+    backed = TableIndex.load(tmp_path, fallback=exact)
+    mixed = np.concatenate([QUERIES[:2], ROWS[:2], QUERIES[2:3]])
+    for k in (3, 9):
+        expected, found = exact.search(mixed, k), backed.search(mixed, k)
+        np.testing.assert_array_equal(expected.ids, found.ids)
+        np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
+
+
+def test_a_tree_is_tuned_to_a_recall_target(tmp_path):
+    rows, queries = _clustered(2000, 64)
+    config = ScannConfig(mode="tree", num_leaves=60, searched_share=0.02)
+    index = ScannIndex.build(rows, config, tmp_path)
+    expected = ExactIndex(rows).search(queries, 10).ids
+    before = scann_tuning.compute_recall(index, expected, queries)
+    kinds = {"text": queries, "image": rows[:32]}
+    reached = scann_tuning.tune(index, tmp_path, rows, kinds, recall_target=0.95)
+    # Reordering in bfloat16 bounds what 16 dimensions can reach, at about 0.965.
+    assert before < 0.95 <= min(reached.values()) and set(reached) == set(kinds)
+    assert 1 < index.settings["num_searched"] < 60
+    opened = backends.open_index(tmp_path)
+    np.testing.assert_array_equal(
+        opened.search(queries, 10).ids, index.search(queries, 10).ids
+    )
+    assert scann_tuning.compute_recall(opened, expected, queries) == reached["text"]
+    with pytest.raises(ValueError, match=r"in \(0, 1\]; got 2"):
+        scann_tuning.tune(index, tmp_path, rows, kinds, recall_target=2)

@@ -1,0 +1,221 @@
+"""Recall and speed of the memory's index, against flat search and FAISS.
+
+    python experiments/bench_memory.py --num_rows=1000000 --out=bench_memory
+
+Clustered vectors (random ones say nothing about recall), queries of two kinds as text and
+image queries are: near the rows, and moved away from them by a common offset. One run, one
+machine, `--threads` threads for all. Sweeps the share of leaves searched; FAISS
+IVF-PQfs + refine is measured where faiss is installed. Writes `results.json` and
+`sweep.png`. 1,000,000 x 768 needs about 12 GB. Tiny form: --num_rows=4000 --d_embed=32
+--num_queries=64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from racm3_jax.retrieval import scann_tuning
+from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
+
+K = 10
+SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+BLOCK = 20_000
+
+
+def make_vectors(
+    num_rows: int, d_embed: int, num_queries: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Unit rows in clusters, and queries of both kinds."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(max(16, num_rows // 200), d_embed)).astype(np.float32)
+    rows = np.empty((num_rows, d_embed), np.float32)
+    for start in range(0, num_rows, BLOCK):
+        stop = min(num_rows, start + BLOCK)
+        rows[start:stop] = _near(centres, stop - start, rng)
+    image = _near(centres, num_queries, rng)
+    text = _near(centres, num_queries, rng)
+    text += 0.5 * _unit(rng.normal(size=d_embed).astype(np.float32))
+    return rows, {"image": image, "text": _unit(text)}
+
+
+def _near(centres: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.standard_normal((number, centres.shape[1]), np.float32)
+    return _unit(centres[rng.integers(len(centres), size=number)] + 0.7 * noise)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def search_flat(rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The exact neighbours, by NumPy's matrix product."""
+    found = []
+    for start in range(0, len(queries), 64):
+        scores = queries[start : start + 64] @ rows.T
+        best = np.argpartition(-scores, K, axis=1)[:, :K]
+        order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1)
+        found.append(np.take_along_axis(best, order, 1))
+    return np.concatenate(found)
+
+
+def measure(
+    search: Callable[[np.ndarray], np.ndarray],
+    queries: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+) -> dict[str, float]:
+    """Recall of each kind, queries a second in one batch, p50 of single ones."""
+    search(next(iter(queries.values()))[:1])
+    result: dict[str, float] = {}
+    start = time.perf_counter()
+    for name, rows in queries.items():
+        found = search(rows)
+        hits = [
+            len(set(a) & set(b)) for a, b in zip(expected[name], found, strict=True)
+        ]
+        result[f"recall_{name}"] = sum(hits) / (K * len(rows))
+    taken = time.perf_counter() - start
+    result["qps"] = sum(len(rows) for rows in queries.values()) / taken
+    singles = []
+    for query in next(iter(queries.values()))[:200]:
+        begin = time.perf_counter()
+        search(query[None])
+        singles.append(time.perf_counter() - begin)
+    result["p50_ms"] = 1000 * float(np.median(singles))
+    result["recall"] = min(v for n, v in result.items() if n.startswith("recall_"))
+    return result
+
+
+def sweep_scann(
+    index: ScannIndex, queries: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    points = []
+    tree = index.settings["mode"] == "tree"
+    for share in SHARES if tree else SHARES[:1]:
+        if tree:
+            leaves = index.settings["num_leaves"]
+            index.settings["num_searched"] = max(1, round(share * leaves))
+        point = measure(lambda q: index.search(q, K).ids, queries, expected)
+        points.append({"searched_share": share, **point})
+    return points
+
+
+def sweep_faiss(
+    rows: np.ndarray,
+    queries: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    threads: int,
+) -> list[dict[str, Any]]:
+    """IVF-PQfs with refinement; nothing where faiss is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        return []
+    faiss.omp_set_num_threads(threads)
+    num_lists = max(1, round(2 * len(rows) ** 0.5))
+    d_embed = rows.shape[1]
+    description = f"IVF{num_lists},PQ{d_embed // 4}x4fs,RFlat"
+    index = faiss.index_factory(d_embed, description, faiss.METRIC_INNER_PRODUCT)
+    start = time.perf_counter()
+    index.train(rows[: 64 * num_lists])
+    index.add(rows)
+    built = time.perf_counter() - start
+    points = []
+    for share in SHARES:
+        parameters = faiss.IndexRefineSearchParameters(
+            k_factor=20,
+            base_index_params=faiss.SearchParametersIVF(
+                nprobe=max(1, round(share * num_lists))
+            ),
+        )
+        point = measure(
+            lambda q, p=parameters: index.search(q, K, params=p)[1], queries, expected
+        )
+        points.append({"searched_share": share, "build_seconds": built, **point})
+    return points
+
+
+def fastest(points: list[dict[str, Any]], target: float) -> dict[str, Any] | None:
+    """The fastest setting that reaches the recall."""
+    reached = [p for p in points if p["recall"] >= target]
+    return max(reached, key=lambda p: p["qps"]) if reached else None
+
+
+def plot(path: Path, curves: dict[str, list[dict[str, Any]]], flat: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name, points in curves.items():
+        if points:
+            recalls = [p["recall"] for p in points]
+            axes.plot(recalls, [p["qps"] for p in points], marker="o", label=name)
+    axes.axhline(flat, color="grey", linestyle=":", label="flat (NumPy)")
+    axes.set(xlabel=f"recall@{K} of the worse kind", ylabel="queries/s", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench_memory"))
+    parser.add_argument("--num_rows", type=int, default=1_000_000)
+    parser.add_argument("--d_embed", type=int, default=768)
+    parser.add_argument("--num_queries", type=int, default=1000)
+    parser.add_argument("--recall_target", type=float, default=0.95)
+    parser.add_argument("--threads", type=int, default=2, help="that all may use")
+    arguments = parser.parse_args()
+    out = arguments.out
+    out.mkdir(parents=True)
+    rows, queries = make_vectors(
+        arguments.num_rows, arguments.d_embed, arguments.num_queries
+    )
+    expected = {name: search_flat(rows, q) for name, q in queries.items()}
+    few = {name: q[:100] for name, q in queries.items()}
+    flat = measure(
+        lambda q: search_flat(rows, q), few, {n: e[:100] for n, e in expected.items()}
+    )
+    start = time.perf_counter()
+    index = ScannIndex.build(rows, ScannConfig(), out / "index")
+    built = time.perf_counter() - start
+    tuned = scann_tuning.tune(
+        index, out / "index", rows, queries, recall_target=arguments.recall_target
+    )
+    settings = dict(index.settings)
+    at_target = measure(lambda q: index.search(q, K).ids, queries, expected)
+    scann = sweep_scann(index, queries, expected)
+    faiss = sweep_faiss(rows, queries, expected, arguments.threads)
+    best = fastest([*scann, at_target], arguments.recall_target)
+    rival = fastest(faiss, arguments.recall_target)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    results = {
+        "rows": arguments.num_rows,
+        "d_embed": arguments.d_embed,
+        "build_seconds": built,
+        "peak_gb": peak,
+        "settings": settings,
+        "tuned_recall": tuned,
+        "tuned": at_target,
+        "scann": scann,
+        "faiss": faiss,
+        "flat": flat,
+        "times_flat": best and best["qps"] / flat["qps"],
+        "times_faiss": best and rival and best["qps"] / rival["qps"],
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(out / "sweep.png", {"ScaNN": scann, "FAISS": faiss}, flat["qps"])
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""memory build | search | stats | verify | remove | add | neighbours | plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from racm3_jax.commands import memory_pictures
+from racm3_jax.commands.configs import UsageError
+
+Arguments = argparse.Namespace
+_SHIPPED = "shipped:flagworld"
+
+
+def register(commands: Any) -> None:
+    """Adds `memory` and its own subcommands."""
+    text = "Build, search and change an external memory."
+    family = commands.add_parser("memory", help=text, description=text)
+    family.set_defaults(command=lambda _: family.print_help())
+    actions = family.add_subparsers(metavar="ACTION", dest="action")
+
+    sub = _add(actions, "build", _build, "Index a corpus; the same call resumes.")
+    sub.add_argument("--source", required=True, help="kind:path, see documents.readers")
+    _models(sub)
+    _filters(sub)
+    sub.add_argument("--index", default="auto", help="auto|exact|scann|scann_sharded")
+    sub.add_argument("--num_query_variants", type=int, default=4)
+    sub.add_argument("--query_drop", type=float, default=0.2)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--max_ram", type=float, default=0.0, help="GB for the index build"
+    )
+    sub.add_argument(
+        "--recall_target", type=float, default=0.95, help="recall@10 of a ScaNN tree"
+    )
+    sub.add_argument("--deduplicate", default="exact", help="none|exact|near")
+    sub.add_argument("--overwrite", action="store_true")
+
+    sub = _add(actions, "search", _search, "Show what a query finds.")
+    _models(sub)
+    sub.add_argument("--text", default=None)
+    sub.add_argument("--image", default=None)
+    sub.add_argument("--k", type=int, default=8)
+    sub.add_argument("--out", default="search.png", help="picture of the results")
+    sub.add_argument("--json", action="store_true", help="one line of JSON")
+
+    sub = _add(actions, "stats", _stats, "Counts, sizes, recall, latency, duplicates.")
+    _models(sub)
+    sub.add_argument("--num_queries", type=int, default=200)
+    sub.add_argument("--out", default="memory.png", help="contact sheet")
+    sub.add_argument("--json", action="store_true", help="one line of JSON")
+
+    _add(actions, "verify", _verify, "Check every byte, and that removed is gone.")
+
+    sub = _add(actions, "remove", _remove, "Remove documents for good.")
+    _models(sub)
+    sub.add_argument("--ids", default=None, help="a,b,c or a file of one id a line")
+    sub.add_argument("--url_pattern", default=None, help="as https://example.org/*")
+    sub.add_argument("--like", default=None, help="an image file")
+    sub.add_argument("--min_similarity", type=float, default=0.95, help="of --like")
+    sub.add_argument("--compact", action="store_true", help="also from the disk, now")
+    sub.add_argument("--dry_run", action="store_true", help="only list them")
+
+    sub = _add(actions, "add", _add_documents, "Add the documents of a source.")
+    sub.add_argument("--source", required=True)
+    _models(sub)
+    _filters(sub)
+
+    sub = _add(actions, "neighbours", _neighbours, "Precompute all training searches.")
+    sub.add_argument("--out", default=None, help="the table; default MEMORY/table")
+    sub.add_argument("--k", type=int, default=512)
+    sub.add_argument("--engine", default="exact", help="exact (all devices)|memory")
+
+    text = "Disk, RAM, FLOPs and hours of a memory that does not exist yet."
+    sub = actions.add_parser("plan", help=text, description=text)
+    sub.set_defaults(command=_plan)
+    sub.add_argument("--num_documents", type=float, required=True, help="150e6")
+    sub.add_argument("--d_embed", type=int, default=768)
+    sub.add_argument("--hosts", type=int, default=1)
+    sub.add_argument("--devices_per_host", type=int, default=8)
+    sub.add_argument("--json", action="store_true", help="one line of JSON")
+
+
+def _add(actions: Any, name: str, command: Callable, text: str) -> Any:
+    sub = actions.add_parser(name, help=text, description=text)
+    sub.set_defaults(command=lambda arguments: _run(command, arguments))
+    sub.add_argument("--memory", required=True, help="its directory")
+    return sub
+
+
+def _models(sub: Any) -> None:
+    sub.add_argument("--tokenizer", default=f"{_SHIPPED}/tokenizer")
+    sub.add_argument(
+        "--embedder",
+        default=f"{_SHIPPED}/clip",
+        help="a folder, or name:ENCODER for a source that brings its embeddings",
+    )
+
+
+def _filters(sub: Any) -> None:
+    sub.add_argument("--max_bad", type=float, default=0.1, help="share that may be bad")
+    sub.add_argument("--opt_out", default="", help="file of ids and URL patterns")
+    sub.add_argument(
+        "--held_out", action="append", default=[], help="source of evaluation documents"
+    )
+    sub.add_argument("--max_nsfw", type=float, default=None)
+    sub.add_argument("--max_watermark", type=float, default=None)
+
+
+def _run(command: Callable, arguments: Arguments) -> None:
+    try:
+        command(arguments)
+    except (ImportError, FileExistsError, IndexError) as error:
+        message = str(error).replace("pass overwrite=True", "give --overwrite")
+        raise UsageError(message) from error
+
+
+def _load_models(arguments: Arguments) -> tuple[Any, Any]:
+    from racm3_jax import build
+    from racm3_jax.retrieval.embedder import DocumentEmbedder
+    from racm3_jax.tokenizers.mixed import MixedTokenizer
+
+    tokenizer = MixedTokenizer.load(build.resolve(arguments.tokenizer))
+    if arguments.embedder.startswith("name:"):
+        return tokenizer, arguments.embedder.removeprefix("name:")
+    return tokenizer, DocumentEmbedder.load(build.resolve(arguments.embedder))
+
+
+def _config(arguments: Arguments, **more: Any) -> Any:
+    from racm3_jax.retrieval.corpus_build import CorpusConfig
+
+    return CorpusConfig(
+        max_bad=arguments.max_bad,
+        opt_out=arguments.opt_out,
+        held_out=tuple(arguments.held_out),
+        max_nsfw=arguments.max_nsfw,
+        max_watermark=arguments.max_watermark,
+        **more,
+    )
+
+
+def _build(arguments: Arguments) -> None:
+    from tqdm import tqdm
+
+    from racm3_jax.retrieval import corpus_build
+    from racm3_jax.retrieval.memory_format import read_manifest
+
+    config = _config(
+        arguments,
+        index=arguments.index,
+        num_query_variants=arguments.num_query_variants,
+        query_drop=arguments.query_drop,
+        seed=arguments.seed,
+        recall_target=arguments.recall_target,
+        max_ram_gb=arguments.max_ram,
+        deduplicate=arguments.deduplicate,
+    )
+    tokenizer, embedder = _load_models(arguments)
+    path = Path(arguments.memory)
+    with tqdm(desc="build", unit="", unit_scale=True) as bar:
+
+        def show(num_documents: int, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix(documents=num_documents, refresh=False)
+            bar.update(done - bar.n)
+
+        corpus_build.build_corpus(
+            arguments.source,
+            tokenizer=tokenizer,
+            embedder=embedder,
+            path=path,
+            config=config,
+            overwrite=arguments.overwrite,
+            progress=show,
+        )
+    manifest = read_manifest(path)
+    report = manifest["report"]
+    print(f"{path}: {manifest['num_documents']} documents, {manifest['index']} index")
+    print(f"  read {report['read']}, bad {sum(report['bad'].values())}")
+    for title in ("bad", "filtered", "duplicates"):
+        for reason, count in report[title].items():
+            print(f"  {title}: {count} {reason}")
+    bad = corpus_build.bad_records_file(path)
+    if bad.is_file():
+        print(f"  bad records are listed in {bad}")
+
+
+def _add_documents(arguments: Arguments) -> None:
+    import dataclasses
+
+    from racm3_jax.retrieval import corpus_build, memory_edit
+    from racm3_jax.retrieval.memory_format import read_manifest
+
+    manifest = read_manifest(Path(arguments.memory))
+    config = dataclasses.replace(
+        _config(arguments),
+        num_query_variants=manifest["num_query_variants"],
+        query_drop=manifest["query_drop"],
+    )
+    maker = corpus_build.make_maker(config, *_load_models(arguments))
+    counts = memory_edit.add_documents(
+        arguments.memory, arguments.source, maker, arguments.max_bad
+    )
+    print(f"{arguments.memory}: added {counts['added']} documents")
+    for title in ("bad", "filtered"):
+        for reason, count in counts[title].items():
+            print(f"  {title}: {count} {reason}")
+
+
+def _search(arguments: Arguments) -> None:
+    from PIL import Image
+
+    from racm3_jax.documents.images import read_image
+    from racm3_jax.retrieval.memory import Memory
+
+    if (arguments.text is None) == (arguments.image is None):
+        raise UsageError("give --text or --image, one of them")
+    image = None if arguments.image is None else read_image(arguments.image)
+    tokenizer, embedder = _load_models(arguments)
+    if isinstance(embedder, str):
+        raise UsageError("a query needs an encoder: give --embedder=FOLDER")
+    with Memory.load(arguments.memory, embedder, tokenizer) as memory:
+        if image is None:
+            queries = embedder.embed_texts([arguments.text])
+        else:
+            queries = embedder.embed_images(image[None])
+        found = memory.search(queries, arguments.k)
+        rows, scores = found.ids[found.valid], found.scores[found.valid]
+        documents = [tokenizer.decode(d) for d in memory.documents(rows)]
+    asked = arguments.text if image is None else image
+    picture = memory_pictures.draw_results(asked, documents, scores.tolist())
+    Image.fromarray(picture).save(arguments.out)
+    results = [
+        {"id": d.id, "score": round(float(s), 4), "text": d.text, "source": d.source}
+        for d, s in zip(documents, scores, strict=True)
+    ]
+    if arguments.json:
+        print(json.dumps({"results": results, "out": arguments.out}))
+        return
+    for result in results:
+        print(f"{result['score']:.3f}  {result['id']}  {result['text'][:80]}")
+    print(f"wrote {arguments.out}")
+
+
+def _stats(arguments: Arguments) -> None:
+    from PIL import Image
+
+    from racm3_jax.retrieval.memory import Memory
+    from racm3_jax.retrieval.memory_stats import compute_stats
+
+    tokenizer, _ = _load_models(arguments)
+    with Memory.load(arguments.memory, tokenizer=tokenizer) as memory:
+        stats = compute_stats(memory, num_queries=arguments.num_queries)
+        shown = memory_pictures.choose_rows(memory.allowed_ids())
+        documents = [tokenizer.decode(d) for d in memory.documents(shown)]
+    Image.fromarray(memory_pictures.draw_contacts(documents)).save(arguments.out)
+    if arguments.json:
+        print(json.dumps({**stats, "out": arguments.out}))
+        return
+    for name, value in stats.items():
+        print(f"{name}: {json.dumps(value)}")
+    print(f"wrote {arguments.out}")
+
+
+def _verify(arguments: Arguments) -> None:
+    from racm3_jax.retrieval import memory_edit
+
+    counts = memory_edit.verify(arguments.memory)
+    print(
+        f"{arguments.memory}: {counts['files']} files are whole, "
+        f"{counts['documents']} documents, {counts['removed']} removed ones are not "
+        f"found, {counts['on_disk']} of them on disk until compaction"
+    )
+
+
+def _remove(arguments: Arguments) -> None:
+    from racm3_jax.retrieval import memory_edit
+    from racm3_jax.retrieval.memory import Memory
+
+    chosen = [arguments.ids, arguments.url_pattern, arguments.like]
+    given = sum(value is not None for value in chosen)
+    if given > 1 or not given and not arguments.compact:
+        raise UsageError("give one of --ids, --url_pattern, --like, or --compact alone")
+    if given:
+        with Memory.load(arguments.memory) as memory:
+            rows = _rows_to_remove(arguments, memory)
+            for document in memory.documents(rows[:20]):
+                print(f"  {document.id}  {document.source}")
+            if arguments.dry_run:
+                print(f"{len(rows)} documents would be removed")
+                return
+            print(f"removed {memory.remove(rows)} of {len(rows)} documents found")
+    if arguments.compact and not arguments.dry_run:
+        count = memory_edit.compact(arguments.memory)
+        print(f"{count} documents have left the disk")
+
+
+def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
+    from racm3_jax.documents.images import read_image
+    from racm3_jax.retrieval import memory_edit
+
+    if arguments.ids is not None:
+        file = Path(arguments.ids)
+        lines = file.read_text().splitlines() if file.is_file() else [arguments.ids]
+        parts = lines if file.is_file() else lines[0].split(",")
+        names = [name.strip() for name in parts if name.strip()]
+        rows = memory.find(names)
+        missing = [n for n, row in zip(names, rows, strict=True) if row < 0]
+        if missing:
+            raise UsageError(
+                f"{len(missing)} of {len(names)} ids are not in the memory, the first "
+                f"is {missing[0]!r}; nothing was removed"
+            )
+        return rows
+    if arguments.url_pattern is not None:
+        return memory_edit.find_urls(memory, arguments.url_pattern)
+    image = read_image(arguments.like)
+    _, embedder = _load_models(arguments)
+    memory.check(embedder=embedder)
+    query = embedder.embed_images(image[None])[0]
+    return memory_edit.find_like(memory, query, arguments.min_similarity)[0]
+
+
+def _neighbours(arguments: Arguments) -> None:
+    from tqdm import tqdm
+
+    from racm3_jax.retrieval.memory import Memory
+    from racm3_jax.retrieval.memory_edit import TABLE_DIRECTORY
+    from racm3_jax.retrieval.neighbours import compute_neighbours
+
+    out = Path(arguments.out or Path(arguments.memory) / TABLE_DIRECTORY)
+    with Memory.load(arguments.memory) as memory, tqdm(desc="neighbours") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        table = compute_neighbours(
+            memory, out, arguments.k, engine=arguments.engine, progress=show
+        )
+    print(f"wrote {table.width} neighbours of {table.num_queries} queries to {out}")
+
+
+def _plan(arguments: Arguments) -> None:
+    from racm3_jax.retrieval.memory_plan import PlanConfig, compute_plan, format_plan
+
+    config = PlanConfig(
+        int(arguments.num_documents),
+        arguments.d_embed,
+        arguments.hosts,
+        arguments.devices_per_host,
+    )
+    plan = compute_plan(config)
+    print(json.dumps(plan) if arguments.json else format_plan(config, plan))

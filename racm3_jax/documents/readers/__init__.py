@@ -1,0 +1,178 @@
+"""Documents from outside: `read_documents("kind:path;option=value")`.
+
+folder        images with .txt or .json beside them, or a CSV/JSONL of captions
+coco          COCO's annotations and images
+webdataset    tars, as img2dataset writes them
+parquet       image bytes and captions in columns
+jsonl         interleaved documents, one a line
+tfds          a builder prepared on disk
+array_record  documents that `documents.store` wrote
+embeddings    ready .npy embeddings with parquet metadata
+flagworld     the built-in world
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from racm3_jax.documents.readers.folder import (
+    IMAGE_SUFFIXES,
+    coco_shards,
+    folder_shards,
+)
+from racm3_jax.documents.readers.jsonl import jsonl_shards
+from racm3_jax.documents.readers.parquet import embedding_shards, parquet_shards
+from racm3_jax.documents.readers.records import (
+    BadRecord,
+    RawRecord,
+    ReadReport,
+    Record,
+    Shard,
+    read_shard,
+)
+from racm3_jax.documents.readers.records_on_disk import (
+    array_record_shards,
+    tfds_shards,
+)
+from racm3_jax.documents.readers.tar import tar_shards
+from racm3_jax.documents.readers.world import flagworld_shards
+from racm3_jax.types import Document
+
+__all__ = [
+    "BadRecord",
+    "RawRecord",
+    "ReadReport",
+    "Record",
+    "Shard",
+    "find_shards",
+    "read_documents",
+    "read_shard",
+]
+
+READERS: dict[str, Callable[..., list[Shard]]] = {
+    "folder": folder_shards,
+    "coco": coco_shards,
+    "webdataset": tar_shards,
+    "parquet": parquet_shards,
+    "jsonl": jsonl_shards,
+    "tfds": tfds_shards,
+    "array_record": array_record_shards,
+    "embeddings": embedding_shards,
+    "flagworld": flagworld_shards,
+}
+_KIND_OF_SUFFIX = {
+    ".tar": "webdataset",
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".array_record": "array_record",
+}
+
+
+def read_documents(
+    source: str,
+    *,
+    max_bad: float = 0.1,
+    report: ReadReport | None = None,
+    **options: Any,
+) -> Iterator[Document]:
+    """Streams the documents of a source.
+
+    Args:
+      source: "kind:path", as "webdataset:coco/train-*.tar"; options may follow, as in
+        "coco:data;split=val2017". The kind may be left out where the path shows it.
+      max_bad: share of bad records that are skipped; more stop the reading.
+      report: counts what is read and what is skipped.
+      **options: of the reader, as after `;`.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: an unknown kind or option, or too many bad records.
+    """
+    report = report or ReadReport(max_bad)
+    shards = find_shards(source, **options)
+    return (record.document for record in _read(shards, report))
+
+
+def _read(shards: list[Shard], report: ReadReport) -> Iterator[Record]:
+    for shard in shards:
+        yield from read_shard(shard, report)
+    report.check(final=True)
+
+
+def find_shards(source: str, **options: Any) -> list[Shard]:
+    """The shards of a source, in a fixed order; see `read_documents`."""
+    kind, path, written = parse_source(source)
+    options = {**written, **options}
+    reader = READERS[kind]
+    allowed = {
+        name: parameter
+        for name, parameter in inspect.signature(reader).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    for name, value in options.items():
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, 1, 0.0)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{kind} has no option {name!r}{hint}")
+        if isinstance(value, str) and isinstance(allowed[name].default, int):
+            options[name] = _whole(kind, name, value)
+    shards = reader(path, **options)
+    if not shards:
+        raise FileNotFoundError(f"{source} holds no records")
+    return shards
+
+
+def _whole(kind: str, name: str, value: str) -> int:
+    try:
+        return int(float(value))
+    except ValueError:
+        raise ValueError(f"{kind}'s option {name} is a number; got {value!r}") from None
+
+
+def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
+    """`"coco:data;split=val2017"` -> `("coco", "data", {"split": "val2017"})`.
+
+    Raises:
+      ValueError: an unknown kind, an option without `=`, or a path that shows no kind.
+    """
+    place, *written = source.split(";")
+    options = {}
+    for option in written:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"an option of a source is name=value; got {option!r}")
+        options[name.strip()] = value
+    kind, colon, path = place.partition(":")
+    if colon and kind in READERS:
+        return kind, path, options
+    if colon and "/" not in kind and not pathlib.Path(place).exists():
+        near = difflib.get_close_matches(kind, READERS, 1, 0.0)
+        raise ValueError(
+            f"{kind!r} is no kind of source; did you mean {near[0]!r}? "
+            f"There are {', '.join(READERS)}"
+        )
+    return _guess_kind(place), place, options
+
+
+def _guess_kind(place: str) -> str:
+    path = pathlib.Path(place)
+    if path.suffix in _KIND_OF_SUFFIX:
+        return _KIND_OF_SUFFIX[path.suffix]
+    if path.is_dir():
+        if (path / "annotations").is_dir():
+            return "coco"
+        if (path / "metadata").is_dir() and not _has_images(path):
+            return "embeddings"
+        return "folder"
+    raise ValueError(
+        f"the path {place!r} does not show what kind of source it is; give kind:path "
+        f"with one of {', '.join(READERS)}"
+    )
+
+
+def _has_images(path: pathlib.Path) -> bool:
+    return any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir())

@@ -1,0 +1,161 @@
+"""Several indexes as one: shards of the rows, searched apart, merged exactly.
+
+    shard 0: rows 0 .. R-1        -> (.9, 4) (.7, 1)
+    shard 1: rows R .. 2R-1       -> (.9, R) (.8, R+2)
+    merged by (-score, id), k = 3 -> (.9, 4) (.9, R) (.8, R+2)
+
+One process may hold all shards, or each its own: `search` of each, then
+`merge_neighbours` over the processes, gives what one process would. ScaNN builds of
+several million rows peak at many times the rows' size; shards bound that.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from racm3_jax.retrieval import index as index_lib
+from racm3_jax.retrieval.index import Index
+from racm3_jax.retrieval.rows import Rows
+from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
+from racm3_jax.types import Neighbours
+
+# Above this a ScaNN build of 768-d rows no longer fits 64 GB.
+ROWS_PER_SHARD = 4_000_000
+
+
+def merge_neighbours(parts: Sequence[Neighbours], k: int) -> Neighbours:
+    """The best `k` of all parts for each query, by (-score, id)."""
+    ids, scores, valid = (np.concatenate(c, axis=1) for c in zip(*parts, strict=True))
+    order = np.lexsort((ids, -scores, ~valid), axis=1)[:, :k]
+    merged = Neighbours(
+        *(np.take_along_axis(c, order, axis=1) for c in (ids, scores, valid))
+    )
+    return index_lib.fill_slots(
+        merged.ids, np.where(merged.valid, merged.scores, -np.inf), k
+    )
+
+
+class ShardedIndex:
+    """Indexes of consecutive rows, behind one contract.
+
+    Args:
+      shards: first row and index of each, ascending; may be some of a whole.
+    """
+
+    def __init__(self, shards: Sequence[tuple[int, Index]]):
+        if not shards:
+            raise ValueError("a sharded index needs at least one shard")
+        self._shards = list(shards)
+        self._num_rows = sum(len(index) for _, index in shards)
+
+    @classmethod
+    def build(
+        cls,
+        embeddings: np.ndarray | Rows,
+        path: str | pathlib.Path,
+        *,
+        config: ScannConfig | None = None,
+        rows_per_shard: int | None = None,
+    ) -> ShardedIndex:
+        """Builds a ScaNN index of every `rows_per_shard` rows into `path`.
+
+        Raises:
+          ValueError: on rows that are not finite, none, or a shard size below 1.
+        """
+        path = pathlib.Path(path)
+        size = ROWS_PER_SHARD if rows_per_shard is None else rows_per_shard
+        if size < 1:
+            raise ValueError(f"rows_per_shard must be >= 1; got {size}")
+        if len(embeddings) == 0 or len(embeddings.shape) != 2:
+            index_lib.check_embeddings(np.asarray(embeddings))
+        shards: list[tuple[int, Index]] = []
+        names: list[str] = []
+        for start in range(0, len(embeddings), size):
+            rows = np.asarray(embeddings[start : start + size])
+            bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+            if len(bad):
+                # The whole array names the row as the caller counts.
+                index_lib.check_embeddings(np.asarray(embeddings))
+            name = f"shard-{len(shards):05d}"
+            index = ScannIndex.build(rows, config or ScannConfig(), path / name)
+            shards.append((start, index))
+            names += [f"{name}/{f}" for f in _files_of(path / name)]
+        built = cls(shards)
+        built._describe(path, names, embeddings.shape[1])
+        return built
+
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        *,
+        verify: bool = True,
+        only: Sequence[int] | None = None,
+    ) -> ShardedIndex:
+        """Opens what `build` wrote.
+
+        Args:
+          path: the directory.
+          verify: False where the caller has checked the files already.
+          only: numbers of the shards that this process holds; None is all.
+
+        Raises:
+          FileNotFoundError: if there is no index.
+          IntegrityError: if a file is damaged or missing.
+          ValueError: if a shard does not exist.
+        """
+        path = pathlib.Path(path)
+        description = index_lib.read_description(path)
+        starts = description["settings"]["starts"]
+        numbers = range(len(starts)) if only is None else only
+        if any(not 0 <= n < len(starts) for n in numbers):
+            raise ValueError(
+                f"the index at {path} has shards 0..{len(starts) - 1}; got {list(numbers)}"
+            )
+        if verify:
+            index_lib.verify_description(path, description)
+        return cls(
+            [
+                (starts[n], ScannIndex.load(path / f"shard-{n:05d}", verify=False))
+                for n in sorted(numbers)
+            ]
+        )
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def search(
+        self, queries: Float32[np.ndarray, "queries d_embed"], k: int
+    ) -> Neighbours:
+        """See `Index.search`."""
+        found = []
+        for first, index in self._shards:
+            part = index.search(queries, k)
+            ids = np.where(part.valid, part.ids + first, -1)
+            found.append(part._replace(ids=ids))
+        return merge_neighbours(found, k)
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes every shard into the directory `path`; see `Index.save`."""
+        names, d_embed = [], 0
+        for number, (_, index) in enumerate(self._shards):
+            name = f"shard-{number:05d}"
+            index.save(path / name)
+            d_embed = index_lib.read_description(path / name)["d_embed"]
+            names += [f"{name}/{f}" for f in _files_of(path / name)]
+        self._describe(path, names, d_embed)
+
+    def _describe(self, path: pathlib.Path, names: list[str], d_embed: int) -> None:
+        settings = {"starts": [first for first, _ in self._shards]}
+        index_lib.write_description(
+            path, "scann_sharded", len(self), d_embed, settings, names
+        )
+
+
+def _files_of(path: pathlib.Path) -> list[str]:
+    """The files of one index: those that it lists, and its description."""
+    return [*index_lib.read_description(path)["files"], index_lib.INDEX_FILE]

@@ -1,0 +1,101 @@
+"""Small corpora on disk, good and bad, in the formats that the readers read."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+
+def picture(number: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
+    return Image.new("RGB", size, (number * 9 % 256, 80, 200))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format=kind, **options)
+    return stream.getvalue()
+
+
+def jpeg(number: int) -> bytes:
+    return encoded(picture(number, (16, 16)), "JPEG", quality=95)
+
+
+def animation() -> bytes:
+    frames = [Image.new("P", (5, 5), colour) for colour in (1, 2)]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def write_tar(path: pathlib.Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+def write_coco(root: pathlib.Path, num_images: int = 4) -> None:
+    """COCO's layout: annotations/captions_<split>.json and <split>/*.jpg."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2017").mkdir()
+    images, annotations = [], []
+    for i in range(num_images):
+        name = f"{i + 100:012d}.jpg"
+        (root / "val2017" / name).write_bytes(jpeg(i))
+        images.append(
+            {
+                "id": i + 100,
+                "file_name": name,
+                "license": 4,
+                "height": 16,
+                "width": 16,
+                "coco_url": f"http://images.cocodataset.org/val2017/{name}",
+            }
+        )
+        annotations += [
+            {"id": 10 * i + j, "image_id": i + 100, "caption": f"picture {i}, way {j}"}
+            for j in range(2)
+        ]
+    content = {
+        "info": {},
+        "images": images[::-1],
+        "annotations": annotations[::-1],
+        "licenses": [{"id": 4, "name": "Attribution License"}],
+    }
+    file = root / "annotations" / "captions_val2017.json"
+    file.write_text(json.dumps(content))
+
+
+def bad_images() -> dict[str, tuple[bytes, str]]:
+    """Files that cannot be read, with the reason that is counted."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8)
+    whole = encoded(Image.fromarray(noise), "JPEG")
+    return {
+        "truncated.jpg": (whole[: len(whole) // 2], "damaged image"),
+        "empty.jpg": (b"", "empty image"),
+        "page.jpg": (b"<html>not found</html>", "not an image"),
+        "bomb.png": (encoded(Image.new("L", (2000, 2000))), "too many pixels"),
+    }
+
+
+def odd_images() -> dict[str, bytes]:
+    """Files that are unusual, and that a person would expect to be read."""
+    base = picture(3)
+    exif = base.getexif()
+    exif[0x0112] = 6
+    turned = encoded(base, "JPEG", exif=exif)
+    broken_exif = turned.replace(b"Exif\0\0MM\0*", b"Exif\0\0MM\0!")
+    assert broken_exif != turned
+    return {
+        "cmyk.jpg": encoded(base.convert("CMYK"), "JPEG"),
+        "alpha.png": encoded(base.convert("RGBA")),
+        "palette.png": encoded(base.convert("P")),
+        "grey16.png": encoded(Image.fromarray(np.full((4, 6), 40_000, np.uint16))),
+        "animated.gif": animation(),
+        "turned.jpg": turned,
+        "broken_exif.jpg": broken_exif,
+    }
