@@ -1,105 +1,333 @@
-"""generate, caption: what runs from a work directory."""
+"""generate, caption, infill, edit, classify: what runs from a work directory.
+
+Every command prints what it made and from which documents; with `--json`, one line of
+JSON. Pictures carry the same record: in a file beside them, and inside the PNG.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from racm3_jax.commands.outputs import report, save_parts, save_pictures, write_png
 
 Arguments = argparse.Namespace
 
 
 def register(commands: Any) -> None:
     """Adds them to the parser's subcommands."""
-    for name, command, text, needs in (
-        ("generate", _generate, "Draw what a prompt says.", "prompt"),
-        ("caption", _caption, "Describe an image.", "image"),
-    ):
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command)
-        sub.add_argument("--workdir", required=True, help="of quickstart or train")
-        sub.add_argument(f"--{needs}", required=True)
-        sub.add_argument("--memory", default=None, help="another memory directory")
-        sub.add_argument("--num_samples", type=int, default=1)
-        sub.add_argument("--num_retrieved", type=int, default=2)
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--temperature", type=float, default=1.0)
-        sub.add_argument("--top_p", type=float, default=0.9)
-        sub.add_argument("--json", action="store_true", help="one line of JSON")
-        if name == "generate":
-            sub.add_argument("--out", default="sample.png")
+    sub = _add(commands, "generate", _generate, "Draw what a prompt says.")
+    given = sub.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", help="what to draw")
+    given.add_argument(
+        "--parts",
+        help='a JSON file, [{"text": ...}, {"image": file}, ...]: go on freely after it',
+    )
+    _add_retrieval(sub, "instead of retrieved ones: a demonstration to follow")
+    _add_sampling(sub)
+    sub.add_argument("--rank_by", choices=("clip", "likelihood"), default="clip")
+    sub.add_argument("--preview", help="a PNG that is rewritten while it is drawn")
+    sub.add_argument("--max_segments", type=int, default=2, help="with --parts")
+    sub.add_argument("--out", default="sample.png")
+
+    sub = _add(commands, "caption", _caption, "Describe an image.")
+    sub.add_argument("--image", required=True)
+    sub.add_argument("--prefix", default="", help='how it begins, as in "Photo of"')
+    sub.add_argument("--caption_prompt", choices=("masked", "last"), default="masked")
+    _add_retrieval(sub, "instead of retrieved ones")
+    _add_sampling(sub, guided=False)
+
+    sub = _add(commands, "infill", _infill, "Draw a region anew, or fill in a text.")
+    sub.add_argument("--image")
+    sub.add_argument(
+        "--text", help='with a gap, as in "the flag of <mask> on the moon"'
+    )
+    _add_region(sub)
+    _add_retrieval(sub, "instead of retrieved ones")
+    _add_sampling(sub)
+
+    sub = _add(commands, "edit", _edit, "Draw a region as a chosen document shows it.")
+    sub.add_argument("--image", required=True)
+    _add_region(sub)
+    _add_documents(sub, "the document to follow", required=True)
+    _add_sampling(sub)
+
+    sub = _add(commands, "classify", _classify, "Choose a label from examples.")
+    sub.add_argument("--image", required=True)
+    sub.add_argument(
+        "--support", required=True, help='a JSON file, [{"image": file, "label": ...}]'
+    )
+    sub.add_argument("--labels", help="separated by commas; else those of --support")
+    sub.add_argument("--shots_per_pass", type=int, default=None)
+
+
+def _add(commands: Any, name: str, command: Callable, text: str) -> Any:
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(command=command)
+    sub.add_argument("--workdir", required=True, help="of quickstart or train")
+    sub.add_argument("--json", action="store_true", help="one line of JSON")
+    sub.add_argument(
+        "--compilation_cache", help="a folder that keeps compiled programs between runs"
+    )
+    sub.add_argument("--int8", action="store_true", help="weights in 8 bits")
+    return sub
+
+
+def _add_documents(sub: Any, text: str, required: bool = False) -> None:
+    sub.add_argument(
+        "--document",
+        nargs=2,
+        action="append",
+        metavar=("IMAGE", "CAPTION"),
+        required=required,
+        help=text,
+    )
+
+
+def _add_retrieval(sub: Any, text: str) -> None:
+    sub.add_argument("--memory", default=None, help="another memory directory")
+    sub.add_argument("--num_retrieved", type=int, default=2)
+    _add_documents(sub, text)
+
+
+def _add_sampling(sub: Any, guided: bool = True) -> None:
+    sub.add_argument("--num_samples", type=int, default=1)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--temperature", type=float, default=1.0)
+    sub.add_argument("--top_p", type=float, default=0.9)
+    sub.add_argument("--top_k", type=int, default=0)
+    if not guided:
+        return
+    sub.add_argument("--guidance", type=float, default=1.0, help="1 is none")
+    sub.add_argument("--contrastive_k", type=int, default=0, help="0 is none")
+    sub.add_argument("--contrastive_alpha", type=float, default=0.6)
+    sub.add_argument(
+        "--guide_documents",
+        action="store_true",
+        help="guide away from what is drawn without the documents, too",
+    )
+
+
+def _add_region(sub: Any) -> None:
+    sub.add_argument("--box", help="left,top,right,bottom in pixels")
+    sub.add_argument("--mask", help="an image of the same size, white where to draw")
+    sub.add_argument("--prompt", default="", help="the caption of the image, if any")
+    sub.add_argument("--max_spans", type=int, default=1)
+    sub.add_argument("--out", default="sample.png")
 
 
 def _generate(arguments: Arguments) -> None:
-    from PIL import Image
-
-    from racm3_jax import run
-
-    generator = run.load(arguments.workdir, memory=arguments.memory)
+    documents = _documents(arguments)
+    if arguments.parts is not None:
+        parts = _read_parts(Path(arguments.parts))
+        generator = _open(arguments)
+        output = generator.generate(
+            parts,
+            documents=documents,
+            num_retrieved=arguments.num_retrieved,
+            max_segments=arguments.max_segments,
+            **_sampling(arguments, guided=False),
+        )
+        report(arguments, output, {"written": save_parts(arguments.out, output)})
+        return
+    generator = _open(arguments)
     output = generator.text_to_image(
         arguments.prompt,
-        num_samples=arguments.num_samples,
+        documents=documents,
         num_retrieved=arguments.num_retrieved,
-        seed=arguments.seed,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
+        rank_by=arguments.rank_by,
+        on_progress=_progress(generator, arguments.preview),
+        **_sampling(arguments),
     )
-    from racm3_jax.evaluation.pictures import tile
-
-    picture = tile(output.images)
-    Image.fromarray(picture).save(arguments.out)
-    _report(arguments, output, {"out": arguments.out})
+    save_pictures(arguments, output)
 
 
 def _caption(arguments: Arguments) -> None:
-    from racm3_jax import run
     from racm3_jax.documents.images import read_image
 
     image = read_image(arguments.image)
-    generator = run.load(arguments.workdir, memory=arguments.memory)
-    output = generator.caption(
+    documents = _documents(arguments)
+    output = _open(arguments).caption(
         image,
-        num_samples=arguments.num_samples,
+        documents=documents,
         num_retrieved=arguments.num_retrieved,
-        seed=arguments.seed,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
+        prefix=arguments.prefix,
+        caption_prompt=arguments.caption_prompt,
+        **_sampling(arguments, guided=False),
     )
-    _report(arguments, output, {"captions": output.texts})
+    report(arguments, output, {"captions": output.texts})
 
 
-def _report(arguments: Arguments, output: Any, more: dict[str, Any]) -> None:
-    """Prints what was made and which documents it was made from."""
-    retrieved = [
-        {
-            "id": document.id,
-            "score": _number(score),
-            "source": document.source,
-            "licence": document.metadata.get("licence", ""),
-        }
-        for document, score in zip(
-            output.retrieved.documents, output.retrieved.scores, strict=True
+def _infill(arguments: Arguments) -> None:
+    from racm3_jax.documents.images import read_image
+
+    if arguments.image is None and arguments.text is None:
+        raise ValueError("infill needs --image with --box or --mask, or --text")
+    image = None if arguments.image is None else read_image(arguments.image)
+    documents = _documents(arguments)
+    common: dict[str, Any] = {
+        "documents": documents,
+        "num_retrieved": arguments.num_retrieved,
+    }
+    if arguments.text is not None:
+        if arguments.box or arguments.mask:
+            raise ValueError("--text fills in words: leave --box and --mask out")
+        output = _open(arguments).infill_text(
+            arguments.text, image, **common, **_sampling(arguments, guided=False)
         )
+        report(arguments, output, {"captions": output.texts})
+        return
+    region = _read_region(arguments)
+    output = _open(arguments).infill(
+        image,
+        region,
+        arguments.prompt,
+        max_spans=arguments.max_spans,
+        **common,
+        **_sampling(arguments),
+    )
+    save_pictures(arguments, output)
+
+
+def _edit(arguments: Arguments) -> None:
+    from racm3_jax.documents.images import read_image
+
+    arguments.memory = None
+    image, region = read_image(arguments.image), _read_region(arguments)
+    documents = _documents(arguments)
+    output = _open(arguments).edit(
+        image,
+        region,
+        documents,
+        arguments.prompt,
+        max_spans=arguments.max_spans,
+        **_sampling(arguments),
+    )
+    save_pictures(arguments, output)
+
+
+def _classify(arguments: Arguments) -> None:
+    from racm3_jax.documents.images import read_image
+
+    arguments.memory = None
+    image = read_image(arguments.image)
+    path = Path(arguments.support)
+    support = [
+        (read_image(path.parent / entry["image"]), str(entry["label"]))
+        for entry in _read_list(path, "image", "label")
     ]
-    record = {
-        "prompt": output.prompt,
-        "seed": output.seed,
-        "scores": [_number(score) for score in output.scores],
-        "retrieved": retrieved,
-        **more,
+    labels = arguments.labels.split(",") if arguments.labels else None
+    found = _open(arguments).classify(
+        image, support, labels, shots_per_pass=arguments.shots_per_pass
+    )
+    probabilities = {
+        label: round(float(p), 4)
+        for label, p in zip(found.labels, found.probabilities, strict=True)
     }
     if arguments.json:
-        print(json.dumps(record))
+        record = {"label": found.label, "probabilities": probabilities}
+        print(json.dumps(record | {"passes": found.num_passes}))
         return
-    for caption in more.get("captions", []):
-        print(caption)
-    if "out" in more:
-        print(f"wrote {more['out']}")
-    for entry in retrieved:
-        print(f"  retrieved {entry['id']} (score {entry['score']:.3f})")
+    print(found.label)
+    for label, probability in probabilities.items():
+        print(f"  {label} {probability:.3f}")
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN, which is the score of a document that was picked by hand."""
-    return round(float(value), 4) if math.isfinite(value) else None
+def _open(arguments: Arguments) -> Any:
+    from racm3_jax import run
+
+    if arguments.compilation_cache:
+        import jax
+
+        folder = str(Path(arguments.compilation_cache).resolve())
+        jax.config.update("jax_compilation_cache_dir", folder)
+    generator = run.load(arguments.workdir, memory=arguments.memory)
+    return generator.quantized() if arguments.int8 else generator
+
+
+def _sampling(arguments: Arguments, guided: bool = True) -> dict[str, Any]:
+    names = ["num_samples", "seed", "temperature", "top_p", "top_k"]
+    if guided:
+        names += ["guidance", "contrastive_k", "contrastive_alpha", "guide_documents"]
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _documents(arguments: Arguments) -> list[Any] | None:
+    """Hand-picked documents from image files and captions."""
+    from racm3_jax.documents.images import read_image
+    from racm3_jax.types import Document, Segment
+
+    if arguments.document is None:
+        return None
+    return [
+        Document(path, (Segment(text=caption), Segment(image=read_image(path))))
+        for path, caption in arguments.document
+    ]
+
+
+def _read_region(arguments: Arguments) -> Any:
+    from racm3_jax.documents.images import read_image
+
+    if bool(arguments.box) == bool(arguments.mask):
+        raise ValueError("give the region as --box=left,top,right,bottom or as --mask")
+    if arguments.mask:
+        return read_image(arguments.mask).mean(-1) >= 128
+    try:
+        left, top, right, bottom = map(int, arguments.box.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--box is {arguments.box!r}; write left,top,right,bottom in pixels, as in "
+            "--box=32,0,64,64"
+        ) from None
+    return left, top, right, bottom
+
+
+def _read_list(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """A JSON list of objects, each with at least one of the keys."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and any(key in entry for key in keys)
+        for entry in entries
+    ):
+        raise ValueError(f"{path} must be a JSON list of objects with {keys}")
+    return entries
+
+
+def _read_parts(path: Path) -> list[Any]:
+    from racm3_jax.documents.images import read_image
+
+    return [
+        entry["text"] if "text" in entry else read_image(path.parent / entry["image"])
+        for entry in _read_list(path, "text", "image")
+    ]
+
+
+def _progress(generator: Any, preview: str | None) -> Callable[[Any], None] | None:
+    """Shows the speed on a terminal, and the picture in a file."""
+    if preview is None and not sys.stderr.isatty():
+        return None
+
+    def show(progress: Any) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if progress.num_drawn == progress.max_new_tokens else ""
+            print(
+                f"\r{progress.num_drawn}/{progress.max_new_tokens} ids, "
+                f"{progress.tokens_per_second:.0f} tokens/s",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
+        if preview is not None:
+            from racm3_jax.evaluation.pictures import tile
+
+            images = list(generator.preview(progress)[0])
+            write_png(Path(preview), tile(images), {})
+
+    return show

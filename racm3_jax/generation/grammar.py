@@ -103,6 +103,47 @@ def text_grammar(
     )
 
 
+def interleaved_grammar(
+    vocab: Vocab, max_text_length: int, max_segments: int
+) -> Grammar:
+    """One to `max_segments` segments, each a text or a whole image, then `<eod>`.
+
+    A segment begins with either; after it comes `<break>` and the next one, or `<eod>`:
+
+        start --text id--> text --<break>--> start of the next ...
+              --image id--> image --(n ids)--> close --<break>--> start of the next ...
+                                                     --<eod>--> done
+    """
+    if max_text_length < 1 or max_segments < 1:
+        raise ValueError(
+            "free generation needs max_text_length >= 1 and max_segments >= 1; got "
+            f"{max_text_length} and {max_segments}"
+        )
+    size = vocab.size
+    text, image = _ids(size, vocab.text_range), _ids(size, vocab.image_range)
+    states = []
+    for segment in range(max_segments):
+        first = START + 4 * segment
+        in_text, in_image, close = first + 1, first + 2, first + 3
+        finish = {vocab.eod: DONE}
+        if segment + 1 < max_segments:
+            finish[vocab.break_] = first + 4
+        ends = _ids(size, tuple(finish))
+        leads = dict.fromkeys(
+            vocab.text_range, in_text if max_text_length > 1 else close
+        ) | dict.fromkeys(
+            vocab.image_range, in_image if vocab.image_length > 1 else close
+        )
+        # The first id of a segment is drawn in its start state.
+        states += [
+            (text | image, leads, 0, first),
+            (text | ends, finish, max_text_length - 1, close),
+            (image, {}, vocab.image_length - 1, close),
+            (ends, finish, 0, close),
+        ]
+    return _build(vocab, states)
+
+
 def _ids(size: int, ids: range | Sequence[int]) -> Bool[np.ndarray, " vocab"]:
     mask = np.zeros(size, bool)
     mask[list(ids)] = True
@@ -122,8 +163,7 @@ def _build(
         np.arange(len(allowed), dtype=np.int32)[:, None], vocab.size, axis=1
     )
     for row, (_, leads, _, _) in enumerate(states, START):
-        for token, target in leads.items():
-            next_state[row, token] = target
+        next_state[row, list(leads)] = list(leads.values())
     limits = np.asarray([0] + [s[2] for s in states], np.int32)
     after = np.asarray([DONE] + [s[3] for s in states], np.int32)
     return Grammar(*map(jnp.asarray, (allowed, next_state, limits, after)))

@@ -1,4 +1,4 @@
-"""From logits to one token a row: mask, temperature, top-k, top-p, draw.
+"""From logits to one token a row: guidance, temperature, top-k, top-p, draw.
 
 Pure functions of arrays. Temperature, k and p are traced, so that changing them never
 compiles anew. Nothing is sorted: both filters look for a *threshold*, bit by bit (32
@@ -72,6 +72,45 @@ def keep_top_p(
         )
 
     return jax.lax.cond(jnp.asarray(top_p) < 1, keep, lambda x: x, logits)
+
+
+def guide(
+    logits: Float[Array, "batch vocab"],
+    unconditional: Float[Array, "batch vocab"],
+    weight: Float[Array, ""] | float,
+) -> Float[Array, "batch vocab"]:
+    """Classifier-free guidance: `unconditional + weight * (logits - unconditional)`.
+
+    Written from the conditional side, so that weight 1 gives `logits` bit for bit
+    (CM3Leon, arXiv 2309.02591, section 3.2).
+    """
+    return logits + (weight - 1) * (logits - unconditional)
+
+
+def contrast(
+    logits: Float[Array, "batch vocab"],
+    unconditional: Float[Array, "batch vocab"],
+    k: Int[Array, ""] | int,
+    alpha: Float[Array, ""] | float,
+) -> Float[Array, "batch vocab"]:
+    """Contrastive decoding top-k (CD-K; CM3Leon, arXiv 2309.02591, section 3.2).
+
+    Kept are the ids whose probability is at least `alpha` times the k-th largest; they
+    are scored by `log p - log p_unconditional`.
+
+    Args:
+      logits: with the prompt; -inf where an id may not come.
+      unconditional: without it.
+      k: which of the probabilities the bar is measured from, at least 1.
+      alpha: how far below it an id may lie, above 0 and at most 1.
+    """
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    log_q = jax.nn.log_softmax(unconditional, axis=-1)
+    highest = keep_heaviest(log_p, jnp.ones_like(log_p), jnp.float32(k))
+    bar = jnp.where(highest, log_p, jnp.inf).min(-1, keepdims=True)
+    # With fewer than k possible ids the bar is at -inf, which must not let -inf in.
+    keep = (log_p >= bar + jnp.log(alpha)) & (log_p > -jnp.inf)
+    return jnp.where(keep, log_p - log_q, -jnp.inf)
 
 
 def filter_logits(

@@ -5,14 +5,15 @@
     prefill once -> cache -> repeated for `num_samples` -> draw, decode, draw, ...
 
 Everything that differs from call to call (the lengths, the grammar, temperature, k, p,
-the seeds) is an argument of one compiled program; a program is compiled for each bucket
-of rows, of prompt length and of new ids, not for each prompt.
+guidance, forced ids, the seeds) is an argument of one compiled program; a program is
+compiled for each bucket of rows, of prompt length and of new ids, not for each prompt.
+This module prepares the arrays; `decoding` is the program.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,50 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32, Key
 
-from racm3_jax.generation.grammar import DONE, START, Grammar, advance
-from racm3_jax.generation.logits import sample_tokens
+from racm3_jax.generation.decoding import (
+    Plan,
+    Rows,
+    draw_steps,
+    read_prompts,
+    start_drawing,
+)
+from racm3_jax.generation.grammar import DONE, Grammar
+from racm3_jax.generation.settings import SamplingConfig
 
 PROMPT_BUCKET = 64
+OWN_BUCKET = 32  # of what stands behind a shared prefix
 NEW_TOKENS_BUCKET = 16
+PROGRESS_EVERY = 16  # ids of a row between two reports
 
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How ids are drawn.
-
-    Attributes:
-      temperature: divides the logits; 0 takes the most probable id.
-      top_p: share of the probability mass that stays (nucleus); 1 keeps everything.
-      top_k: how many ids stay; 0 keeps everything.
-      max_new_tokens: the most ids drawn for a row (fewer where the model's max_length
-        leaves less room and `fixed_length` is False).
-      fixed_length: True when the grammar always emits `max_new_tokens` ids (images):
-        the loop then has a constant trip count and never asks whether all are done.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 64
-    fixed_length: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature must be a number >= 0 (0 is greedy); got "
-                f"{self.temperature}"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_p must be above 0 and at most 1 (1 keeps everything); got "
-                f"{self.top_p}"
-            )
-        if self.top_k < 0:
-            raise ValueError(
-                f"top_k must be >= 0 (0 keeps everything); got {self.top_k}"
-            )
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1; got {self.max_new_tokens}")
+_Tokens = Int32[np.ndarray, "batch length"]
+_Lengths = Int[np.ndarray, " batch"]
 
 
 class Samples(NamedTuple):
@@ -71,8 +45,9 @@ class Samples(NamedTuple):
 
     Attributes:
       tokens: the new ids; `<pad>` after the end of a span.
-      log_probs: the model's own log-probability of each id in nats, before grammar,
-        temperature and filters; 0 after the end.
+      log_probs: the model's own log-probability of each id in nats, before guidance,
+        grammar, temperature and filters (with `ids`: among those); 0 after the end and
+        where the id was forced.
       lengths: how many ids each sample has.
     """
 
@@ -81,36 +56,55 @@ class Samples(NamedTuple):
     lengths: Int32[np.ndarray, "batch samples"]
 
 
-class _Drawing(NamedTuple):
-    """What the loop carries, apart from the model's cache."""
+class Unconditional(NamedTuple):
+    """The second prompts of guidance: see `SamplingConfig.guidance`.
 
-    state: Int[Array, " rows"]
-    num_in_state: Int[Array, " rows"]
-    last: Int32[Array, " rows"]
-    tokens: Int32[Array, "rows new"]
-    log_probs: Float32[Array, "rows new"]
-    lengths: Int32[Array, " rows"]
+    Attributes:
+      tokens: right-padded, as the first prompts.
+      lengths: of each.
+      prefix_lengths: how many ids at its start are equal to the first prompt's.
+    """
+
+    tokens: _Tokens
+    lengths: _Lengths
+    prefix_lengths: _Lengths
 
 
-class _Options(NamedTuple):
-    """The traced settings of one call (see `SamplingConfig`)."""
+class Progress(NamedTuple):
+    """Where a running call stands.
 
-    temperature: Float32[Array, ""]
-    top_k: Int32[Array, ""]
-    top_p: Float32[Array, ""]
+    Attributes:
+      tokens: the ids so far.
+      num_drawn: ids of each row so far.
+      max_new_tokens: the most that there will be.
+      seconds: since the first id was drawn.
+      tokens_per_second: of all samples together.
+    """
+
+    tokens: Int32[np.ndarray, "batch samples drawn"]
+    num_drawn: int
+    max_new_tokens: int
+    seconds: float
+    tokens_per_second: float
 
 
 def sample(
     model: Any,
     params: Any,
-    prompt_tokens: Int32[np.ndarray, "batch length"],
-    prompt_lengths: Int32[np.ndarray, " batch"],
+    prompt_tokens: _Tokens,
+    prompt_lengths: _Lengths,
     grammar: Grammar,
     config: SamplingConfig,
     key: Key[Array, ""],
     *,
     num_samples: int = 1,
     row_seeds: Int[np.ndarray, " batch"] | None = None,
+    prefix_lengths: _Lengths | None = None,
+    unconditional: Unconditional | None = None,
+    forced: Int32[np.ndarray, "batch new"] | None = None,
+    row_lengths: _Lengths | None = None,
+    ids: range | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Samples:
     """Continues each prompt `num_samples` times under a grammar.
 
@@ -124,58 +118,120 @@ def sample(
         the length bucket.
       prompt_lengths: ids in each prompt, at least 1.
       grammar: what may be emitted; shared by all rows.
-      config: temperature, filters, and how many ids.
+      config: temperature, filters, guidance, and how many ids.
       key: a JAX key.
       num_samples: continuations of each prompt.
       row_seeds: one number >= 0 a row; 0, 1, ... unless given.
+      prefix_lengths: how many ids at the start of each prompt are its retrieved
+        documents. Where several rows share them (samples, guidance, or prompts with the
+        same documents) they are read once.
+      unconditional: the second prompts, when `config` guides; else not looked at.
+      forced: an id where a row has no choice, -1 where it draws; rows may be shorter
+        than `max_new_tokens`, then they draw.
+      row_lengths: the most ids of each row; `max_new_tokens` unless given. When given,
+        every row must have room for its own.
+      ids: the ids that the grammar may ever allow, where they are neighbours (the codes
+        of an image): the head is then computed for those alone.
+      on_progress: called every `PROGRESS_EVERY` ids.
 
     Returns:
       The new ids only, with log-probabilities, as NumPy arrays.
 
     Raises:
-      ValueError: on an empty prompt, no samples, or no room in the model's max_length.
+      ValueError: on an empty prompt, no samples, no room in the model's max_length, or
+        guidance without unconditional prompts.
     """
-    tokens = np.asarray(prompt_tokens, np.int32)
-    lengths = np.asarray(prompt_lengths, np.int32)
+    prompts = [
+        _Stream(
+            np.asarray(prompt_tokens, np.int32),
+            np.asarray(prompt_lengths, np.int32),
+            _prefixes(prefix_lengths, len(prompt_lengths)),
+        )
+    ]
+    if config.needs_unconditional:
+        if unconditional is None:
+            raise ValueError(
+                "guidance and contrastive_k compare with unconditional prompts, and this "
+                "call has none: use guidance=1 and contrastive_k=0"
+            )
+        prompts.append(_Stream(*(np.asarray(x, np.int32) for x in unconditional)))
+    lengths = prompts[0].lengths
     max_length = model.config.max_length
-    _check(tokens, lengths, config, num_samples, max_length)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be >= 1; got {num_samples}")
+    for stream in prompts:
+        _check(stream, config, row_lengths, max_length)
     num_rows = len(lengths)
     seeds = np.arange(num_rows) if row_seeds is None else np.asarray(row_seeds)
+    most = config.max_new_tokens
+    limits = np.full(num_rows, most) if row_lengths is None else row_lengths
+    longest = np.max([stream.lengths for stream in prompts], axis=0)
+    limits = np.minimum(limits, max_length - longest)
 
     # Padding rows repeat the last one: they end when it ends.
     rows = 1 << (num_rows - 1).bit_length()
     fill = np.minimum(np.arange(rows), num_rows - 1)
-    width = min(round_up(tokens.shape[1], PROMPT_BUCKET), max_length)
-    padded = np.zeros((rows, width), np.int32)
-    kept = tokens[fill, :width]
-    padded[:, : kept.shape[1]] = kept
-    room = config.max_new_tokens
-    if not config.fixed_length:
-        room = round_up(room, NEW_TOKENS_BUCKET)
-    drawn = _generate(
-        model,
-        room,
-        num_samples,
-        config.fixed_length,
-        params,
-        padded,
-        lengths[fill],
-        np.minimum(config.max_new_tokens, max_length - lengths[fill]),
+    prompts = [_Stream(*(x[fill] for x in stream)) for stream in prompts]
+    room = most if config.fixed_length else round_up(most, NEW_TOKENS_BUCKET)
+    if forced is not None:
+        padded = np.full((rows, room), -1, np.int32)
+        padded[:, : forced.shape[1]] = forced[fill]
+        forced = np.repeat(padded, num_samples, axis=0)
+    plan = Plan(
         grammar,
-        _Options(
-            jnp.asarray(config.temperature, jnp.float32),
-            jnp.asarray(config.top_k, jnp.int32),
-            jnp.asarray(config.top_p, jnp.float32),
-        ),
-        key,
-        seeds[fill].astype(np.uint32),
+        jnp.asarray(np.repeat(limits[fill], num_samples), jnp.int32),
+        None if forced is None else jnp.asarray(forced),
+        _make_keys(key, seeds[fill].astype(np.uint32), num_samples),
+        jnp.asarray(config.temperature, jnp.float32),
+        jnp.asarray(config.top_k, jnp.int32),
+        jnp.asarray(config.top_p, jnp.float32),
+        jnp.asarray(config.guidance, jnp.float32),
+        jnp.asarray(config.contrastive_k, jnp.int32),
+        jnp.asarray(config.contrastive_alpha, jnp.float32),
     )
-    new = slice(0, config.max_new_tokens)
-    tokens, log_probs, lengths = (
-        np.asarray(x).reshape(rows, num_samples, *x.shape[1:])[:num_rows]
-        for x in (drawn.tokens[:, new], drawn.log_probs[:, new], drawn.lengths)
+    only = None if ids is None else (ids.start, ids.stop)
+    arranged = _arrange(prompts, num_samples, max_length)
+    cache, logits = read_prompts(model, num_samples, room, only, params, arranged)
+    pad = int(np.argmax(np.asarray(grammar.allowed[DONE])))
+    drawing = start_drawing(rows * num_samples, room, pad)
+    constant = config.fixed_length and on_progress is None and row_lengths is None
+    last = most if config.fixed_length else int(limits.max())
+    stride = last if on_progress is None else PROGRESS_EVERY
+    started = time.monotonic()
+
+    def shaped(x: Any) -> np.ndarray:
+        x = np.asarray(x)
+        return x.reshape(rows, num_samples, *x.shape[1:])[:num_rows]
+
+    for start in range(0, last, stride):
+        stop = min(start + stride, last)
+        cache, logits, drawing = draw_steps(
+            model,
+            num_samples,
+            len(prompts),
+            only,
+            last if constant else None,
+            params,
+            plan,
+            cache,
+            logits,
+            drawing,
+            jnp.asarray(start, jnp.int32),
+            jnp.asarray(stop, jnp.int32),
+        )
+        if on_progress is None:
+            continue
+        tokens = shaped(drawing.tokens)[..., :stop]
+        seconds = time.monotonic() - started
+        speed = int(shaped(drawing.lengths).sum()) / max(seconds, 1e-9)
+        on_progress(Progress(tokens, stop, last, seconds, speed))
+        if not np.asarray(drawing.state != DONE).any():
+            break
+    return Samples(
+        shaped(drawing.tokens)[..., :most],
+        shaped(drawing.log_probs)[..., :most],
+        shaped(drawing.lengths),
     )
-    return Samples(tokens, log_probs, lengths)
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -183,15 +239,27 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+class _Stream(NamedTuple):
+    """One prompt a row, and how much of each is its prefix."""
+
+    tokens: _Tokens
+    lengths: _Lengths
+    prefix_lengths: _Lengths
+
+
+def _prefixes(prefix_lengths: _Lengths | None, num_rows: int) -> _Lengths:
+    if prefix_lengths is None:
+        return np.zeros(num_rows, np.int32)
+    return np.asarray(prefix_lengths, np.int32)
+
+
 def _check(
-    tokens: Int32[np.ndarray, "batch length"],
-    lengths: Int32[np.ndarray, " batch"],
+    stream: _Stream,
     config: SamplingConfig,
-    num_samples: int,
+    row_lengths: _Lengths | None,
     max_length: int,
 ) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be >= 1; got {num_samples}")
+    tokens, lengths, prefix_lengths = stream
     if not len(lengths) or lengths.min() < 1:
         raise ValueError("a prompt needs at least one id; got an empty one")
     longest = int(lengths.max())
@@ -200,100 +268,75 @@ def _check(
             f"prompt_tokens {list(tokens.shape)} do not hold {len(lengths)} prompts of "
             f"up to {longest} ids"
         )
-    needed = config.max_new_tokens if config.fixed_length else 1
-    if longest + needed > max_length:
+    if (prefix_lengths >= lengths).any():
         raise ValueError(
-            f"the prompt is too long: {longest} ids, and at least {needed} to write, "
-            f"exceed the model's max_length {max_length}; retrieve fewer documents "
-            "(num_retrieved) or shorten the prompt"
+            "a prompt needs at least one id behind its prefix; got prefix_lengths "
+            f"{prefix_lengths.tolist()} of prompts of {lengths.tolist()}"
+        )
+    needed = np.full(len(lengths), config.max_new_tokens if config.fixed_length else 1)
+    if row_lengths is not None:
+        needed = np.asarray(row_lengths)
+    worst = int(np.argmax(lengths + needed))
+    if lengths[worst] + needed[worst] > max_length:
+        raise ValueError(
+            f"the prompt is too long: {lengths[worst]} ids, and at least "
+            f"{needed[worst]} to write, exceed the model's max_length {max_length}; "
+            "retrieve fewer documents (num_retrieved) or shorten the prompt"
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(
-    model: Any,
-    room: int,
-    num_samples: int,
-    fixed_length: bool,
-    params: Any,
-    prompt_tokens: Int32[Array, "batch length"],
-    prompt_lengths: Int32[Array, " batch"],
-    limits: Int32[Array, " batch"],
-    grammar: Grammar,
-    options: _Options,
-    key: Key[Array, ""],
-    row_seeds: Int[Array, " batch"],
-) -> _Drawing:
-    """The compiled program: prefill, repeat, and the loop over at most `room` ids."""
-    max_length = min(prompt_tokens.shape[1] + room, model.config.max_length)
-    variables = {"params": params}
-    logits, cache = model.apply(
-        variables, prompt_tokens, prompt_lengths, max_length, method="prefill"
-    )
-    cache = cache.repeat(num_samples)
-    logits = jnp.repeat(logits, num_samples, axis=0)
-    limits = jnp.repeat(limits, num_samples)
-    rows, unknown = len(logits), logits.shape[1] - grammar.allowed.shape[1]
-    # A model may have more rows in its table than the vocabulary has ids.
-    allowed = jnp.pad(grammar.allowed, ((0, 0), (0, unknown)))
+def _make_keys(
+    key: Key[Array, ""], seeds: np.ndarray, num_samples: int
+) -> Key[Array, " drawn"]:
+    """One key a sample, by the seed of its row and its number in it."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, 0))
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_seeds)
-    keys = fold(
-        jnp.repeat(keys, num_samples), jnp.tile(jnp.arange(num_samples), len(keys))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, seeds)
+    numbers = jnp.tile(jnp.arange(num_samples), len(keys))
+    return fold(jnp.repeat(keys, num_samples), numbers)
+
+
+def _arrange(prompts: list[_Stream], num_samples: int, max_length: int) -> Rows:
+    """Prompts -> device rows [prompt, stream], with a common prefix where it pays."""
+    main = prompts[0]
+    num_rows = len(main.lengths)
+    longest = int(main.prefix_lengths.max())
+    start = main.tokens[:, :longest]
+    same = bool((main.prefix_lengths == longest).all() and (start == start[:1]).all())
+    readers = len(prompts) * num_samples * (num_rows if same else 1)
+    share = longest > 1 and main.prefix_lengths.min() > 0 and readers > 1
+    skipped = [s.prefix_lengths if share else 0 * s.prefix_lengths for s in prompts]
+    # [stream][row] -> rows in the order [row, stream]
+    own = [
+        stream.tokens[i, skip[i] : stream.lengths[i]]
+        for i in range(num_rows)
+        for stream, skip in zip(prompts, skipped, strict=True)
+    ]
+    lengths = np.array([len(row) for row in own], np.int32)
+    if share:
+        width = round_up(int(lengths.max()), OWN_BUCKET)
+    else:
+        width = round_up(max(s.tokens.shape[1] for s in prompts), PROMPT_BUCKET)
+    tokens = np.zeros((len(own), min(width, max_length)), np.int32)
+    for row, values in zip(tokens, own, strict=True):
+        row[: len(values)] = values
+    if not share:
+        return Rows(jnp.asarray(tokens), jnp.asarray(lengths))
+    for stream in prompts[1:]:
+        for i, seen in enumerate(stream.prefix_lengths):
+            if (stream.tokens[i, :seen] != main.tokens[i, :seen]).any():
+                raise ValueError(
+                    f"the unconditional prompt {i} does not begin with the "
+                    f"{seen} ids that it is said to share"
+                )
+    chosen = slice(0, 1) if same else slice(None)
+    width = min(round_up(longest, PROMPT_BUCKET), max_length)
+    prefix = np.zeros((len(start[chosen]), width), np.int32)
+    prefix[:, :longest] = start[chosen]
+    visible = np.stack([s.prefix_lengths for s in prompts], axis=1).reshape(-1)
+    return Rows(
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+        jnp.asarray(prefix),
+        jnp.asarray(main.prefix_lengths[chosen]),
+        jnp.asarray(visible, jnp.int32),
     )
-    pad = jnp.argmax(grammar.allowed[DONE]).astype(jnp.int32)
-
-    def draw(step, logits: Float32[Array, "rows vocab"], drawing: _Drawing):
-        logits = logits.astype(jnp.float32)
-        running = drawing.state != DONE
-        masked = jnp.where(allowed[drawing.state], logits, -jnp.inf)
-        tokens = sample_tokens(
-            jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step),
-            masked,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-        )
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-        log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
-        log_probs = jnp.where(running, log_probs, 0.0)
-        state, num_in_state = advance(
-            grammar, drawing.state, drawing.num_in_state, tokens
-        )
-        lengths = drawing.lengths + running
-        return _Drawing(
-            jnp.where(lengths >= limits, DONE, state),
-            num_in_state,
-            tokens,
-            drawing.tokens.at[:, step].set(tokens),
-            drawing.log_probs.at[:, step].set(log_probs),
-            lengths,
-        )
-
-    def draw_and_read(step, carry):
-        cache, logits, drawing = carry
-        drawing = draw(step, logits, drawing)
-        logits, cache = model.apply(variables, drawing.last, cache, method="decode")
-        return cache, logits, drawing
-
-    start = _Drawing(
-        state=jnp.full(rows, START, jnp.int32),
-        num_in_state=jnp.zeros(rows, jnp.int32),
-        last=jnp.full(rows, pad),
-        tokens=jnp.full((rows, room), pad),
-        log_probs=jnp.zeros((rows, room), jnp.float32),
-        lengths=jnp.zeros(rows, jnp.int32),
-    )
-    carry = (cache, logits, start)
-    if fixed_length:
-        return jax.lax.fori_loop(0, room, draw_and_read, carry)[2]
-
-    def unfinished(carry):
-        step, (_, _, drawing) = carry
-        return (step < room) & jnp.any(drawing.state != DONE)
-
-    def advance_once(carry):
-        step, inner = carry
-        return step + 1, draw_and_read(step, inner)
-
-    return jax.lax.while_loop(unfinished, advance_once, (0, carry))[1][2]

@@ -1,4 +1,4 @@
-"""`Generator`: the model, its tokenizer and its memory behind one object.
+"""`Generator`: every task of the paper, one method each.
 
     prompts -> query embeddings -> retrieved documents -> prompts in ids -> sample -> out
 
@@ -8,39 +8,39 @@ The batched forms do each of these once for all prompts (and the decode in chunk
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
-import jax
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import UInt8
 
-from racm3_jax.documents.images import resize_image
-from racm3_jax.generation.grammar import Grammar, image_grammar, text_grammar
-from racm3_jax.generation.sample import Samples, SamplingConfig, sample
-from racm3_jax.model.config import ModelConfig
-from racm3_jax.model.transformer import Transformer, prepare_decoding
-from racm3_jax.sequences.layout import caption_prompt, text_to_image_prompt
-from racm3_jax.types import (
-    Document,
-    GenerationOutput,
-    Retrieved,
-    Segment,
-    TokenizedDocument,
+from racm3_jax.generation import (
+    captioning,
+    classification,
+    drawing,
+    infilling,
+    interleaving,
 )
+from racm3_jax.generation.captioning import CaptionPrompt
+from racm3_jax.generation.classification import Classification, Example
+from racm3_jax.generation.drawing import OnProgress
+from racm3_jax.generation.engine import Engine
+from racm3_jax.generation.regions import Region
+from racm3_jax.generation.requests import (
+    Documents,
+    Image,
+    check_image,
+    prompt_each,
+    row_seeds,
+)
+from racm3_jax.generation.rerank import RankBy
+from racm3_jax.generation.sample import Progress
+from racm3_jax.generation.settings import SamplingSettings, make_config
+from racm3_jax.types import GenerationOutput
 
-if TYPE_CHECKING:
-    from racm3_jax.retrieval.embedder import DocumentEmbedder
-    from racm3_jax.retrieval.retriever import Retriever
-    from racm3_jax.tokenizers.mixed import MixedTokenizer
 
-Image = UInt8[np.ndarray, "height width 3"]
-Documents = Sequence[Document | TokenizedDocument]
-
-
-class Generator:
-    """Draws and captions, with or without retrieved documents.
+class Generator(Engine):
+    """Draws, captions, fills in, edits and classifies, with or without documents.
 
     Common arguments of the tasks:
       num_samples: samples of each prompt or image, returned best first.
@@ -50,51 +50,14 @@ class Generator:
         i-th of a list), and alone with that seed gives the same samples.
       documents: hand-picked documents instead of retrieved ones, shared by the batch;
         an empty list is the same as `num_retrieved=0`.
-      temperature, top_p, top_k: see `SamplingConfig`.
+      rank_by: "clip" (similarity of prompt and image; without an embedder, or without a
+        prompt, the likelihood) or "likelihood" (mean log-likelihood of the drawn ids).
+      **settings: temperature, top_p (0.9 unless given), top_k, guidance, contrastive_k,
+        contrastive_alpha, guide_documents: see `SamplingConfig`.
+      **options: the further arguments of the batched form.
+
+    All raise ValueError, in one sentence, on what cannot be.
     """
-
-    def __init__(
-        self,
-        model_config: ModelConfig,
-        params: Any,
-        tokenizer: MixedTokenizer,
-        retriever: Retriever | None = None,
-        embedder: DocumentEmbedder | None = None,
-        *,
-        max_rows: int = 64,
-    ) -> None:
-        """Puts the parts together; nothing is compiled yet.
-
-        Args:
-          model_config: the shape of the model.
-          params: its parameters.
-          tokenizer: the one that the model was trained with.
-          retriever: finds documents; None leaves `num_retrieved=0` and `documents`.
-          embedder: embeds queries and scores images; needed with a retriever.
-          max_rows: samples decoded at once.
-        """
-        if model_config.vocab_size < tokenizer.vocab.size:
-            raise ValueError(
-                f"the model has {model_config.vocab_size} ids but the tokenizer "
-                f"{tokenizer.vocab.size}: load the tokenizer that it was trained with"
-            )
-        if retriever is not None and embedder is None:
-            raise ValueError(
-                "a generator with a retriever needs the embedder of its memory too"
-            )
-        model_config, params = prepare_decoding(model_config, params)
-        self.model = Transformer(model_config)
-        self.params = jax.device_put(params)
-        self.tokenizer = tokenizer
-        self.retriever = retriever
-        self.embedder = embedder
-        self.max_rows = max_rows
-
-    def with_retriever(self, retriever: Retriever | None) -> Generator:
-        """The same model over another memory; shares parameters and compiled code."""
-        other = copy.copy(self)
-        other.retriever = retriever
-        return other
 
     def text_to_image(
         self,
@@ -103,20 +66,12 @@ class Generator:
         num_retrieved: int = 2,
         seed: int = 0,
         documents: Documents | None = None,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        top_k: int = 0,
+        **options: Any,
     ) -> GenerationOutput:
         """Draws what the prompt says (RA-CM3, section 4: the caption is the query)."""
+        options |= {"num_samples": num_samples, "num_retrieved": num_retrieved}
         return self.text_to_image_batch(
-            [prompt],
-            num_samples=num_samples,
-            num_retrieved=num_retrieved,
-            seed=[seed],
-            documents=documents,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
+            [prompt], seed=[seed], documents=documents, **options
         )[0]
 
     def text_to_image_batch(
@@ -127,61 +82,65 @@ class Generator:
         num_retrieved: int = 2,
         seed: int | Sequence[int] = 0,
         documents: Documents | None = None,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        top_k: int = 0,
+        rank_by: RankBy = "clip",
+        on_progress: OnProgress | None = None,
+        **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
-        """Draws every prompt; scores are CLIP similarities of prompt and image.
-
-        Without an embedder the score is the mean log-likelihood of the image's ids.
-
-        Raises:
-          ValueError: on an empty prompt, a bad setting, more documents than the memory
-            holds, or a row that is longer than the model reads.
-        """
-        for prompt in prompts:
-            if not prompt.strip():
-                raise ValueError(
-                    f"the prompt is empty ({prompt!r}): say what to draw, for example "
-                    "'the flag of Velmoria on the moon'"
-                )
+        """Draws every prompt; `preview` shows what `on_progress` is called with."""
+        drawing.check_prompts(prompts)
         if not prompts:
             return []
-        vocab = self.tokenizer.vocab
-        config = SamplingConfig(
-            temperature, top_p, top_k, vocab.image_length, fixed_length=True
+        config = make_config(settings)
+        seeds = row_seeds(seed, len(prompts))
+        self.check_counts(num_samples, num_retrieved, documents)
+        retrieved = self.retrieve_for(prompts, num_retrieved, documents)
+        return drawing.draw(
+            self, prompts, retrieved, seeds, config, num_samples, rank_by, on_progress
         )
-        seeds = _row_seeds(seed, len(prompts))
-        self._check_counts(num_samples, num_retrieved, documents)
-        queries = None
-        if self.embedder is not None:
-            queries = self.embedder.embed_texts(list(prompts))
-        retrieved = self._retrieve(queries, len(prompts), num_retrieved, documents)
-        rows = [
-            text_to_image_prompt(r.documents, self.tokenizer.encode_text(p), vocab)
-            for r, p in zip(retrieved, prompts, strict=True)
-        ]
-        samples = self._sample(rows, image_grammar(vocab), config, num_samples, seeds)
-        codes = vocab.image_codes(samples.tokens)
-        images = self.tokenizer.image.decode(codes.reshape(-1, vocab.image_length))
-        images = images.reshape(len(prompts), num_samples, *images.shape[1:])
-        scores = _mean_log_probs(samples)
-        if self.embedder is not None and queries is not None:
-            flat = images.reshape(-1, *images.shape[2:])
-            embeddings = self.embedder.embed_images(flat)
-            embeddings = embeddings.reshape(len(prompts), num_samples, -1)
-            scores = np.einsum("nd,nsd->ns", queries, embeddings)
-        return [
-            self._output(
-                "text_to_image",
-                [(Segment(text=prompts[i]), Segment(image=x)) for x in images[i]],
-                scores[i],
-                retrieved[i],
-                prompts[i],
-                seeds[i],
-            )
-            for i in range(len(prompts))
-        ]
+
+    def preview(self, progress: Progress) -> UInt8[np.ndarray, "n s h w 3"]:
+        """The pictures that are being drawn, `[prompt, sample]`; grey is still to come."""
+        return drawing.preview_images(self, progress.tokens)
+
+    def continue_(
+        self,
+        prompt: str,
+        demonstrations: Documents,
+        num_samples: int = 1,
+        seed: int = 0,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Controlled generation: draws as one or two demonstrations do (section 5)."""
+        options |= {"num_samples": num_samples, "seed": [seed]}
+        return self.continue_batch([prompt], [demonstrations], **options)[0]
+
+    def continue_batch(
+        self,
+        prompts: Sequence[str],
+        demonstrations: Sequence[Documents],
+        *,
+        num_samples: int = 1,
+        seed: int | Sequence[int] = 0,
+        rank_by: RankBy = "clip",
+        **settings: Unpack[SamplingSettings],
+    ) -> list[GenerationOutput]:
+        """Draws every prompt after its own demonstrations."""
+        drawing.check_prompts(prompts)
+        if not prompts:
+            return []
+        picked = self.pick_each(demonstrations, len(prompts), "demonstration")
+        self.check_counts(num_samples, 0, None)
+        seeds = row_seeds(seed, len(prompts))
+        return drawing.draw(
+            self,
+            prompts,
+            picked,
+            seeds,
+            make_config(settings),
+            num_samples,
+            rank_by,
+            task="continue",
+        )
 
     def caption(
         self,
@@ -190,25 +149,13 @@ class Generator:
         num_retrieved: int = 2,
         seed: int = 0,
         documents: Documents | None = None,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        top_k: int = 0,
-        max_caption_length: int = 64,
-        prefix: str = "",
+        **options: Any,
     ) -> GenerationOutput:
         """Describes an image (RA-CM3, section 4: the image is the query)."""
-        return self.caption_batch(
-            [image],
-            num_samples=num_samples,
-            num_retrieved=num_retrieved,
-            seed=[seed],
-            documents=documents,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            max_caption_length=max_caption_length,
-            prefix=prefix,
-        )[0]
+        options |= {"num_samples": num_samples, "num_retrieved": num_retrieved}
+        return self.caption_batch([image], seed=[seed], documents=documents, **options)[
+            0
+        ]
 
     def caption_batch(
         self,
@@ -218,191 +165,234 @@ class Generator:
         num_retrieved: int = 2,
         seed: int | Sequence[int] = 0,
         documents: Documents | None = None,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        top_k: int = 0,
         max_caption_length: int = 64,
         prefix: str = "",
+        caption_prompt: CaptionPrompt = "masked",
+        **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
         """Describes every image; scores are mean log-likelihoods in nats.
 
         `prefix` begins every caption (the paper's "Photo of") and is not generated.
         `max_caption_length` counts text ids; the model's max_length may leave fewer.
-
-        Raises:
-          ValueError: as in `text_to_image_batch`.
+        `caption_prompt` is "masked", or "last" for a model of captions after images.
         """
         if not len(images):
             return []
-        vocab, size = self.tokenizer.vocab, self.tokenizer.image.image_size
-        config = SamplingConfig(temperature, top_p, top_k, max_caption_length + 1)
-        grammar = text_grammar(vocab, max_caption_length)
-        seeds = _row_seeds(seed, len(images))
-        self._check_counts(num_samples, num_retrieved, documents)
-        pixels = np.stack([resize_image(_rgb(image), size) for image in images])
-        queries = None
-        if documents is None and num_retrieved and self.embedder is not None:
-            queries = self.embedder.embed_images(pixels)
-        retrieved = self._retrieve(queries, len(images), num_retrieved, documents)
-        tokens = vocab.image_tokens(self.tokenizer.image.encode(pixels))
-        start = self.tokenizer.encode_text(prefix) if prefix else np.zeros(0, np.int32)
-        rows = [
-            caption_prompt(r.documents, t, vocab, start)
-            for r, t in zip(retrieved, tokens, strict=True)
-        ]
-        samples = self._sample(rows, grammar, config, num_samples, seeds)
-        scores = _mean_log_probs(samples)
-        outputs = []
-        for i, image in enumerate(images):
-            texts = (self._text(start, drawn) for drawn in samples.tokens[i])
-            segments = [(Segment(text=t), Segment(image=_rgb(image))) for t in texts]
-            outputs.append(
-                self._output(
-                    "caption", segments, scores[i], retrieved[i], prefix, seeds[i]
-                )
-            )
-        return outputs
-
-    def _check_counts(
-        self, num_samples: int, num_retrieved: int, documents: Documents | None
-    ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be >= 1; got {num_samples}")
-        if num_retrieved < 0:
-            raise ValueError(
-                f"num_retrieved must be >= 0 (0 is without retrieval); got "
-                f"{num_retrieved}"
-            )
-        if documents is not None or not num_retrieved:
-            return
-        if self.retriever is None:
-            raise ValueError(
-                f"num_retrieved is {num_retrieved} but this generator has no memory: "
-                "load it with one, pass documents=[...], or num_retrieved=0"
-            )
-        held = self.retriever.memory.num_allowed
-        if num_retrieved > held:
-            raise ValueError(
-                f"num_retrieved is {num_retrieved} but the memory holds only {held} "
-                "documents: ask for at most that many"
-            )
-
-    def _retrieve(
-        self,
-        queries: Float32[np.ndarray, "n d_embed"] | None,
-        num_rows: int,
-        num_retrieved: int,
-        documents: Documents | None,
-    ) -> list[Retrieved]:
-        """The documents of each row: hand-picked, none, or one batched search."""
-        if documents is not None:
-            picked = self._tokenized(documents)
-            no_id = np.full(len(picked), -1, np.int64)
-            no_score = np.full(len(picked), np.nan, np.float32)
-            return [Retrieved(no_id, no_score, picked)] * num_rows
-        if not num_retrieved or self.retriever is None or queries is None:
-            none = Retrieved(np.zeros(0, np.int64), np.zeros(0, np.float32), ())
-            return [none] * num_rows
-        return self.retriever.retrieve(
-            queries, np.full(num_rows, num_retrieved), [None] * num_rows
+        config = make_config(settings)
+        seeds = row_seeds(seed, len(images))
+        self.check_counts(num_samples, num_retrieved, documents)
+        images = [check_image(image) for image in images]
+        retrieved = self.retrieve_for(images, num_retrieved, documents)
+        return captioning.caption(
+            self,
+            images,
+            retrieved,
+            seeds,
+            config,
+            num_samples,
+            max_caption_length,
+            prefix,
+            caption_prompt,
         )
 
-    def _tokenized(self, documents: Documents) -> tuple[TokenizedDocument, ...]:
-        plain = [d for d in documents if isinstance(d, Document)]
-        found = iter(self.tokenizer.tokenize(plain))
-        return tuple(next(found) if isinstance(d, Document) else d for d in documents)
-
-    def _sample(
+    def infill(
         self,
-        prompts: Sequence[Int32[np.ndarray, " length"]],
-        grammar: Grammar,
-        config: SamplingConfig,
-        num_samples: int,
-        seeds: Sequence[int],
-    ) -> Samples:
-        """All prompts in equal chunks, so that one compiled program serves them."""
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        chunk = max(1, self.max_rows // num_samples)
-        whole = -(-len(prompts) // chunk) * chunk if len(prompts) > chunk else 0
-        # The last chunk is filled up with the last prompt.
-        order = np.minimum(np.arange(max(whole, len(prompts))), len(prompts) - 1)
-        seed_array = np.asarray(seeds, np.uint32)
-        parts = [
-            sample(
-                self.model,
-                self.params,
-                tokens[rows],
-                lengths[rows],
-                grammar,
-                config,
-                jax.random.key(0),
-                num_samples=num_samples,
-                row_seeds=seed_array[rows],
-            )
-            for rows in (order[i : i + chunk] for i in range(0, len(order), chunk))
-        ]
-        return Samples(
-            *(np.concatenate(x)[: len(prompts)] for x in zip(*parts, strict=True))
-        )
-
-    def _text(
-        self, prefix: Int32[np.ndarray, " a"], drawn: Int32[np.ndarray, " new"]
-    ) -> str:
-        kept = drawn[self.tokenizer.vocab.is_text(drawn)]
-        return self.tokenizer.text.decode(np.concatenate([prefix, kept]))
-
-    def _output(
-        self,
-        task: str,
-        segments: Iterable[tuple[Segment, ...]],
-        scores: Float32[np.ndarray, " samples"],
-        retrieved: Retrieved,
-        prompt: str,
-        seed: int,
+        image: Image,
+        region: Region,
+        prompt: str = "",
+        num_samples: int = 1,
+        num_retrieved: int = 2,
+        seed: int = 0,
+        documents: Documents | None = None,
+        **options: Any,
     ) -> GenerationOutput:
-        """Best first; every document names the documents that the model was given."""
-        given = [d.id for d in retrieved.documents]
-        documents = [
-            Document(
-                id=f"{task}-{seed}-{j}",
-                segments=parts,
-                metadata={"task": task, "seed": seed, "sample": j, "retrieved": given},
-            )
-            for j, parts in enumerate(segments)
+        """Draws a region of an image anew; `prompt` is the image's caption, if any."""
+        options |= {"num_samples": num_samples, "num_retrieved": num_retrieved}
+        return self.infill_batch(
+            [image], [region], [prompt], seed=[seed], documents=documents, **options
+        )[0]
+
+    def infill_batch(
+        self,
+        images: Sequence[Image],
+        regions: Sequence[Region],
+        prompts: Sequence[str] | None = None,
+        *,
+        num_samples: int = 1,
+        num_retrieved: int = 2,
+        seed: int | Sequence[int] = 0,
+        documents: Documents | None = None,
+        max_spans: int = 1,
+        rank_by: RankBy = "clip",
+        **settings: Unpack[SamplingSettings],
+    ) -> list[GenerationOutput]:
+        """Draws each image's region anew: a box, or a mask (see `regions.find_cells`).
+
+        The query is the prompt, or the image without the region. `max_spans`: how many
+        masks a region may take (see `regions`); what is known in one is kept.
+        """
+        if not len(images):
+            return []
+        config = make_config(settings)
+        seeds = row_seeds(seed, len(images))
+        self.check_counts(num_samples, num_retrieved, documents)
+        prompts = prompt_each(prompts, len(images))
+        images = [check_image(image) for image in images]
+        holes = infilling.cut_holes(self, images, regions, max_spans)
+        queries: list[str | Image] = [
+            prompt or infilling.hide_region(self, image, hole)
+            for prompt, image, hole in zip(prompts, images, holes, strict=True)
         ]
-        order = np.argsort(-scores, kind="stable")
-        return GenerationOutput(
-            [documents[j] for j in order], scores[order], retrieved, prompt, seed
+        retrieved = self.retrieve_for(queries, num_retrieved, documents)
+        return infilling.infill_regions(
+            self,
+            holes,
+            prompts,
+            retrieved,
+            seeds,
+            config,
+            num_samples,
+            rank_by,
+            "infill",
         )
 
-
-def _row_seeds(seed: int | Sequence[int], num_rows: int) -> list[int]:
-    if isinstance(seed, int | np.integer):
-        seeds = [int(seed) + i for i in range(num_rows)]
-    else:
-        seeds = [int(value) for value in seed]
-    if len(seeds) != num_rows:
-        raise ValueError(f"{num_rows} prompts need as many seeds; got {len(seeds)}")
-    for value in seeds:
-        if not 0 <= value < 2**32:
-            raise ValueError(f"a seed is a whole number from 0 to 2^32-1; got {value}")
-    return seeds
-
-
-def _rgb(image: Image) -> Image:
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            "an image is uint8[height, width, 3]; got "
-            f"{image.dtype}{list(image.shape)}: read files with "
-            "racm3_jax.documents.images.read_image"
+    def infill_text(
+        self,
+        text: str,
+        image: Image | None = None,
+        num_samples: int = 1,
+        num_retrieved: int = 2,
+        seed: int = 0,
+        documents: Documents | None = None,
+        *,
+        max_span_length: int = 32,
+        **settings: Unpack[SamplingSettings],
+    ) -> GenerationOutput:
+        """Writes what stands at `<mask>` in a text, beside an image if there is one."""
+        words = " ".join(part.strip() for part in infilling.split_text(text)).strip()
+        config = make_config(settings)
+        (seed,) = row_seeds([seed], 1)
+        self.check_counts(num_samples, num_retrieved, documents)
+        if image is not None:
+            image = check_image(image)
+        query = image if image is not None else words
+        (retrieved,) = self.retrieve_for([query], num_retrieved, documents)
+        return infilling.infill_text(
+            self, text, image, retrieved, seed, config, num_samples, max_span_length
         )
-    return image
 
+    def edit(
+        self,
+        image: Image,
+        region: Region,
+        documents: Documents,
+        prompt: str = "",
+        num_samples: int = 1,
+        seed: int = 0,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Draws a region anew as the chosen documents show it (section 5)."""
+        options |= {"num_samples": num_samples, "seed": [seed]}
+        return self.edit_batch([image], [region], [documents], [prompt], **options)[0]
 
-def _mean_log_probs(samples: Samples) -> Float32[np.ndarray, "batch samples"]:
-    lengths = np.maximum(samples.lengths, 1).astype(np.float32)
-    return samples.log_probs.sum(-1) / lengths
+    def edit_batch(
+        self,
+        images: Sequence[Image],
+        regions: Sequence[Region],
+        documents: Sequence[Documents],
+        prompts: Sequence[str] | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int | Sequence[int] = 0,
+        max_spans: int = 1,
+        rank_by: RankBy = "clip",
+        **settings: Unpack[SamplingSettings],
+    ) -> list[GenerationOutput]:
+        """Edits every image by its own documents."""
+        if not len(images):
+            return []
+        picked = self.pick_each(documents, len(images), "document")
+        self.check_counts(num_samples, 0, None)
+        images = [check_image(image) for image in images]
+        return infilling.infill_regions(
+            self,
+            infilling.cut_holes(self, images, regions, max_spans),
+            prompt_each(prompts, len(images)),
+            picked,
+            row_seeds(seed, len(images)),
+            make_config(settings),
+            num_samples,
+            rank_by,
+            "edit",
+        )
+
+    def classify(
+        self,
+        image: Image,
+        support: Sequence[Example],
+        labels: Sequence[str] | None = None,
+        *,
+        shots_per_pass: int | None = None,
+    ) -> Classification:
+        """Chooses a label for an image, from labelled images in context."""
+        return self.classify_batch(
+            [image], support, labels, shots_per_pass=shots_per_pass
+        )[0]
+
+    def classify_batch(
+        self,
+        images: Sequence[Image],
+        support: Sequence[Example],
+        labels: Sequence[str] | None = None,
+        *,
+        shots_per_pass: int | None = None,
+    ) -> list[Classification]:
+        """Classifies every image; labels may mean nothing ("dax", "wug").
+
+        Args:
+          images: to classify.
+          support: images with their labels; none asks the model without context.
+          labels: to choose from; those of `support` unless given.
+          shots_per_pass: examples of each label in the context at once; as many as fit
+            unless given. The rest is read in further passes, which are averaged.
+        """
+        if not len(images):
+            return []
+        images = [check_image(image) for image in images]
+        return classification.classify(self, images, support, labels, shots_per_pass)
+
+    def generate(
+        self,
+        parts: Sequence[str | Image] = (),
+        num_samples: int = 1,
+        num_retrieved: int = 2,
+        seed: int = 0,
+        documents: Documents | None = None,
+        *,
+        max_segments: int = 2,
+        max_text_length: int = 64,
+        **settings: Unpack[SamplingSettings],
+    ) -> GenerationOutput:
+        """Goes on after texts and images, with texts and images as the model chooses.
+
+        The query is the first text, or else the first image.
+        """
+        segments = interleaving.read_parts(parts)
+        config = make_config(settings)
+        (seed,) = row_seeds([seed], 1)
+        if not segments:
+            num_retrieved = 0
+        self.check_counts(num_samples, num_retrieved, documents)
+        texts = [part for part in parts if isinstance(part, str)]
+        queries = [*texts, *parts][:1] or [""]
+        (retrieved,) = self.retrieve_for(queries, num_retrieved, documents)
+        return interleaving.generate(
+            self,
+            segments,
+            retrieved,
+            seed,
+            config,
+            num_samples,
+            max_segments,
+            max_text_length,
+        )

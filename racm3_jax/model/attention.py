@@ -117,6 +117,64 @@ def attend_to_cache(
     return out.reshape(q.shape).astype(q.dtype)
 
 
+def attend_behind_prefix(
+    q: Float[Array, "batch length heads head_dim"],
+    prefix_k: Float[Array, "prefixes kv_heads prefix head_dim"],
+    prefix_v: Float[Array, "prefixes kv_heads prefix head_dim"],
+    visible: Int[Array, " batch"],
+    k: Float[Array, "batch kv_heads max_length head_dim"],
+    v: Float[Array, "batch kv_heads max_length head_dim"],
+    positions: Int[Array, "batch length"],
+) -> Float[Array, "batch length heads head_dim"]:
+    """Attention to a prefix that several rows share, and to each row's own cache.
+
+    The two parts are softmaxes of their own, merged by their log-sums, which is exact:
+    one product reads a prefix's keys once for all of its rows.
+
+    Args:
+      q: queries of the new tokens.
+      prefix_k: keys of the prefixes; the rows of a prefix are neighbours.
+      prefix_v: its values.
+      visible: how many tokens of its prefix each row reads.
+      k: cached keys of the rows' own tokens.
+      v: cached values.
+      positions: index of each new token among its row's own tokens.
+    """
+    batch, length, _, head_dim = q.shape
+    prefixes, kv_heads, prefix_length = prefix_k.shape[:3]
+    dtype = str(q.dtype)
+    grouped = (q * head_dim**-0.5).reshape(
+        prefixes, batch // prefixes, length, kv_heads, -1, head_dim
+    )
+    scores = contract("pnqkgd,pksd->pknqgs", grouped, prefix_k, dtype)
+    read = jnp.arange(prefix_length) < visible.reshape(prefixes, 1, -1, 1, 1, 1)
+    shared, shared_log_sum = _weigh(scores, read)
+    shared = contract("pknqgs,pksd->pnqkgd", shared, prefix_v, dtype)
+
+    scores = contract(
+        "bqkgd,bksd->bkqgs", grouped.reshape(batch, *grouped.shape[2:]), k, dtype
+    )
+    read = jnp.arange(k.shape[2]) <= positions[:, None, :, None, None]
+    own, own_log_sum = _weigh(scores, read)
+    own = contract("bkqgs,bksd->bqkgd", own, v, dtype)
+
+    # pkn.. -> rows, then the order of `own`: batch, length, kv_heads, group.
+    shared_log_sum = jnp.moveaxis(shared_log_sum, 1, 3).reshape(own.shape[:-1])
+    own_log_sum = jnp.moveaxis(own_log_sum, 1, 2)
+    share = jax.nn.sigmoid(shared_log_sum - own_log_sum)[..., None]
+    merged = share * shared.reshape(own.shape) + (1 - share) * own
+    return merged.reshape(q.shape).astype(q.dtype)
+
+
+def _weigh(
+    scores: Float[Array, " *shape"], visible: Bool[Array, " *shape"]
+) -> tuple[Float[Array, " *shape"], Float[Array, " *rows"]]:
+    """Softmax weights of the last axis, and the logarithm of their sum."""
+    scores = jnp.where(visible, scores, _MASKED)
+    log_sum = jax.nn.logsumexp(scores, axis=-1)
+    return jnp.exp(scores - log_sum[..., None]), log_sum
+
+
 def _plain(q, k, v, segment_ids):
     """The definition: every pair is scored. Reference of the tests."""
     length = q.shape[1]

@@ -3,9 +3,17 @@
 row 0:  k0 k1 k2 k3 .  .  .     length 4: the next token is written at 4
 row 1:  k0 k1 ?  ?  .  .  .     length 2: ? came from right padding, is never
                                 attended to, and is overwritten next
+
+Behind a shared prefix (the retrieved documents, read once for all samples and for both
+streams of guidance) the rows hold only what is their own:
+
+prefix:  p0 p1 p2          row 0:  k0 k1 .      reads p0 p1 p2, then k0 k1
+                           row 1:  k0 .  .      sees 1 of the prefix: p0, then k0
 """
 
 from __future__ import annotations
+
+import functools
 
 import flax.struct
 import jax
@@ -42,14 +50,30 @@ class LayerCache:
 
 
 @flax.struct.dataclass
+class Prefix:
+    """What several rows have read in common.
+
+    The rows of a prefix are neighbours: of 2 prefixes and 6 rows, 0 1 2 read the first.
+
+    Attributes:
+      layers: keys and values, `[prefixes, kv_heads, prefix_length, head_dim]` a layer.
+      visible: how many of its prefix's tokens each row reads.
+    """
+
+    layers: tuple[LayerCache, ...]
+    visible: Int32[Array, " batch"]
+
+
+@flax.struct.dataclass
 class Cache:
-    """A pytree: one `LayerCache` a layer, and how many tokens each row has.
+    """A pytree: one `LayerCache` a layer, and how many tokens each row has of its own.
 
     A tuple over layers, not one stacked array: slicing a stack copies it each step.
     """
 
     layers: tuple[LayerCache, ...]
     length: Int32[Array, " batch"]
+    prefix: Prefix | None = None
 
     @property
     def max_length(self) -> int:
@@ -58,7 +82,12 @@ class Cache:
 
     def repeat(self, num_samples: int) -> Cache:
         """Each row `num_samples` times, neighbours: rows a b -> a a a b b b."""
-        return jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), self)
+        repeat = functools.partial(jnp.repeat, repeats=num_samples, axis=0)
+        prefix = self.prefix
+        if prefix is not None:  # its keys and values are shared, not repeated
+            prefix = Prefix(prefix.layers, repeat(prefix.visible))
+        layers = jax.tree.map(repeat, self.layers)
+        return Cache(layers=layers, length=repeat(self.length), prefix=prefix)
 
 
 def make_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:

@@ -14,10 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from racm3_jax.model.attention import attend_to_cache, attention
+from racm3_jax.model.attention import (
+    attend_behind_prefix,
+    attend_to_cache,
+    attention,
+)
 from racm3_jax.model.cache import LayerCache
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.contract import contract
+from racm3_jax.model.quantization import SCALE
 
 _Hidden = Float[Array, "batch length d_model"]
 # Cosines and sines of the rotary angles, or None with learned positions.
@@ -93,7 +98,11 @@ class Linear(nn.Module):
             fan_in *= size
         normal = nn.initializers.normal(self.gain * fan_in**-0.5)
         kernel = self.param("kernel", partitioned(normal, *self.axes), self.shape)
-        y = contract(self.spec, x, kernel, self.dtype)
+        if self.has_variable("params", SCALE):  # 8 bits, for decoding only
+            y = contract(self.spec, x, kernel.astype(self.dtype), self.dtype)
+            y = y * self.get_variable("params", SCALE)
+        else:
+            y = contract(self.spec, x, kernel, self.dtype)
         if not self.use_bias:
             return y
         zeros = partitioned(nn.initializers.zeros, *self.axes[self.num_inputs :])
@@ -182,11 +191,23 @@ class Attention(nn.Module):
         cache: LayerCache,
         positions: Int[Array, "batch length"],
         write_at: Int[Array, "batch length"],
+        prefix: tuple[LayerCache, Int[Array, " batch"]] | None = None,
     ) -> tuple[_Hidden, LayerCache]:
-        """Writes the new keys and values, then attends to the cache up to each token."""
+        """Writes the new keys and values, then attends to the cache up to each token.
+
+        `positions` count a row's own tokens; `prefix` is what rows share before them, and
+        how much of it each reads.
+        """
         q, k, v = self._project(x, rotary)
         cache = cache.write(k, v, write_at)
-        return self.out(attend_to_cache(q, cache.k, cache.v, positions)), cache
+        if prefix is None:
+            attended = attend_to_cache(q, cache.k, cache.v, positions)
+        else:
+            shared, visible = prefix
+            attended = attend_behind_prefix(
+                q, shared.k, shared.v, visible, cache.k, cache.v, positions
+            )
+        return self.out(attended), cache
 
 
 class FeedForward(nn.Module):
@@ -266,9 +287,10 @@ class Block(nn.Module):
         cache: LayerCache,
         positions: Int[Array, "batch length"],
         write_at: Int[Array, "batch length"],
+        prefix: tuple[LayerCache, Int[Array, " batch"]] | None = None,
     ) -> tuple[_Hidden, LayerCache]:
         """New tokens of a row whose earlier ones are cached."""
         update, cache = self.attention.extend(
-            self.attention_norm(x), rotary, cache, positions, write_at
+            self.attention_norm(x), rotary, cache, positions, write_at, prefix
         )
         return self._finish(x, update), cache

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from racm3_jax.model.cache import Cache, LayerCache
+from racm3_jax.model.cache import Cache, LayerCache, Prefix, make_cache
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.contract import contract
 from racm3_jax.model.layers import Block, Norm, Rotary, make_rotary, partitioned
@@ -144,8 +144,32 @@ class Transformer(nn.Module):
         cache = Cache(layers=tuple(layers), length=lengths.astype(jnp.int32))
         return self._last_logits(x, lengths), cache
 
+    def prefill_behind(
+        self,
+        tokens: _Tokens,
+        lengths: Int[Array, " batch"],
+        prefix: Prefix,
+        max_length: int,
+    ) -> tuple[_Logits, Cache]:
+        """Reads what rows have of their own behind a prefix that `prefill` has read.
+
+        Args:
+          tokens: the rows after the prefix, padded on the right with any id.
+          lengths: true length of each, at least 1.
+          prefix: what the rows share.
+          max_length: room for each row's own tokens and what will be generated; the
+            caller sees to it that prefix and row together fit the model.
+        """
+        empty = make_cache(self.config, len(tokens), max_length)
+        cache = Cache(layers=empty.layers, length=empty.length, prefix=prefix)
+        return self.extend(tokens, lengths, cache)
+
     def extend(
-        self, tokens: _Tokens, lengths: Int[Array, " batch"], cache: Cache
+        self,
+        tokens: _Tokens,
+        lengths: Int[Array, " batch"],
+        cache: Cache,
+        head: Float[Array, "d_model ids"] | None = None,
     ) -> tuple[_Logits, Cache]:
         """Reads several further tokens a row, after those in the cache.
 
@@ -154,25 +178,36 @@ class Transformer(nn.Module):
           lengths: true length of each continuation, at least 1; the caller sees to it
             that `cache.length + lengths <= cache.max_length`.
           cache: what was read so far; rows may differ in length.
+          head: columns of the head, where only some ids' logits are asked for.
         """
         index = jnp.arange(tokens.shape[1])
         positions = cache.length[:, None] + index
         write_at = jnp.where(
             index < lengths[:, None], positions, cache.max_length + index
         )
-        x, rotary = self._embed(tokens, positions)
+        shared = cache.prefix
+        offset = 0 if shared is None else shared.visible[:, None]
+        x, rotary = self._embed(tokens, positions + offset)
         layers = []
         for i, cached in enumerate(cache.layers):
-            x, cached = self._layer(i, "extend", x, rotary, cached, positions, write_at)
+            prefix = None if shared is None else (shared.layers[i], shared.visible)
+            x, cached = self._layer(
+                i, "extend", x, rotary, cached, positions, write_at, prefix
+            )
             layers.append(cached)
-        cache = Cache(layers=tuple(layers), length=cache.length + lengths)
-        return self._last_logits(x, lengths), cache
+        cache = Cache(
+            layers=tuple(layers), length=cache.length + lengths, prefix=shared
+        )
+        return self._last_logits(x, lengths, head), cache
 
     def decode(
-        self, token: Int[Array, " batch"], cache: Cache
+        self,
+        token: Int[Array, " batch"],
+        cache: Cache,
+        head: Float[Array, "d_model ids"] | None = None,
     ) -> tuple[_Logits, Cache]:
         """Reads one token a row; returns the logits that follow it, and the cache."""
-        return self.extend(token[:, None], jnp.ones_like(token), cache)
+        return self.extend(token[:, None], jnp.ones_like(token), cache, head)
 
     def _embed(self, tokens: _Tokens, positions: _Tokens) -> tuple[_Hidden, Rotary]:
         x = self.embedding[tokens].astype(jnp.float32)
@@ -190,10 +225,17 @@ class Transformer(nn.Module):
         block: Any = Block(self.config, parent=None)
         return block.apply({"params": params}, *args, method=method)
 
-    def _last_logits(self, x: _Hidden, lengths: Int[Array, " batch"]) -> _Logits:
+    def _last_logits(
+        self,
+        x: _Hidden,
+        lengths: Int[Array, " batch"],
+        head: Float[Array, "d_model ids"] | None = None,
+    ) -> _Logits:
         last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         hidden = self.output_norm(last)
-        head = self.embedding.T if self.config.tie_embeddings else self.head
+        if head is None:
+            tied = self.config.tie_embeddings
+            head = jnp.asarray(self.embedding.T if tied else self.head)
         return contract("bd,dv->bv", hidden, head, self.config.compute_dtype)
 
 
@@ -229,6 +271,15 @@ def head_weights(params: Params, config: ModelConfig) -> Float[Array, "d_model v
     if config.tie_embeddings:
         return jax.lax.optimization_barrier(params["embedding"].T)
     return params["head"]
+
+
+def slice_head(
+    params: Params, config: ModelConfig, start: int, stop: int
+) -> Float[Array, "d_model ids"]:
+    """The columns of the head for the ids `start` to `stop`."""
+    if config.tie_embeddings:
+        return params["embedding"][start:stop].T
+    return params["head"][:, start:stop]
 
 
 def compute_logits(

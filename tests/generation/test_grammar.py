@@ -12,6 +12,7 @@ from racm3_jax.generation.grammar import (
     START,
     advance,
     image_grammar,
+    interleaved_grammar,
     text_grammar,
 )
 from racm3_jax.vocab import Vocab
@@ -81,3 +82,29 @@ def test_impossible_lengths_are_refused():
         image_grammar(VOCAB, 0)
     with pytest.raises(ValueError, match="min_length 3, max_length 2"):
         text_grammar(VOCAB, 2, min_length=3)
+
+
+@pytest.mark.parametrize(("max_text", "max_segments"), [(1, 1), (4, 1), (1, 3), (3, 2)])
+def test_free_documents_are_whole_segments_between_breaks(max_text, max_segments):
+    """`t t <break> i i i <break> t <eod>`: every walk parses."""
+    grammar = interleaved_grammar(VOCAB, max_text, max_segments)
+    longest = max_segments * (max(max_text, 3) + 1)
+    walks, state = random_walks(grammar, longest)
+    assert (state == DONE).all()
+    lengths, counts, kinds = set(), set(), set()
+    for walk in walks:
+        body = walk[: int(np.argmax(walk == VOCAB.eod))]
+        assert (walk[len(body) + 1 :] == VOCAB.pad).all()
+        segments = np.split(body, np.flatnonzero(body == VOCAB.break_))
+        segments = [s[s != VOCAB.break_] for s in segments]
+        counts.add(len(segments))
+        for segment in segments:
+            is_text = bool(VOCAB.is_text(segment).all())
+            assert is_text or VOCAB.is_image(segment).all()
+            assert len(segment) <= max_text if is_text else len(segment) == 3
+            kinds.add(is_text)
+            lengths.add(len(segment) if is_text else 0)
+    assert counts == set(range(1, max_segments + 1)) and kinds == {True, False}
+    assert lengths == set(range(max_text + 1))
+    with pytest.raises(ValueError, match="got 0 and 1"):
+        interleaved_grammar(VOCAB, 0, 1)

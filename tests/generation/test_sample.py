@@ -251,3 +251,42 @@ def test_prompts_that_cannot_be_are_refused():
         sample(model, params, tokens, np.array([5, 0]), grammar, IMAGE, KEY)
     with pytest.raises(ValueError, match="do not hold 2 prompts"):
         sample(model, params, tokens, np.array([5, 6]), grammar, IMAGE, KEY)
+
+
+def test_forced_ids_are_read_and_each_row_ends_at_its_length():
+    """`f f * f` and `* *`: a star is drawn, and depends on what was forced before it."""
+    model, params = MODEL, sum_params()
+    tokens, lengths = make_prompts([5, 9])
+    code = VOCAB.image_range.start
+    forced = np.array([[code, code + 1, -1, code + 2], [-1, -1, -1, -1]], np.int32)
+    config = SamplingConfig(max_new_tokens=4, temperature=0.0)
+    grammar = image_grammar(VOCAB, 4)
+    drawn = sample(
+        model, params, tokens, lengths, grammar, config, KEY,
+        forced=forced, row_lengths=np.array([4, 2]),
+    )  # fmt: skip
+    assert drawn.tokens[0, 0, [0, 1, 3]].tolist() == [code, code + 1, code + 2]
+    total = params["embed"][jnp.array([*tokens[0, :5], code, code + 1])].sum(0)
+    logits = np.asarray(total @ params["head"])[code : code + 30]
+    assert drawn.tokens[0, 0, 2] == code + logits.argmax()
+    assert drawn.log_probs[0, 0, [0, 1, 3]].tolist() == [0, 0, 0]
+    assert drawn.lengths[:, 0].tolist() == [4, 2]
+    assert (drawn.tokens[1, 0, 2:] == VOCAB.pad).all()
+
+
+def test_progress_reports_what_the_samples_become():
+    model, params = MODEL, sum_params()
+    tokens, lengths = make_prompts([5, 9])
+    grammar = image_grammar(VOCAB, 40)
+    config = SamplingConfig(max_new_tokens=40, fixed_length=True)
+    reports = []
+    prompts = (tokens, lengths, grammar, config, KEY)
+    drawn = sample(model, params, *prompts, num_samples=2, on_progress=reports.append)
+    silent = sample(model, params, *prompts, num_samples=2)
+    np.testing.assert_array_equal(drawn.tokens, silent.tokens)
+    assert [r.num_drawn for r in reports] == [16, 32, 40]
+    assert all(r.max_new_tokens == 40 and r.tokens_per_second > 0 for r in reports)
+    for report in reports:
+        np.testing.assert_array_equal(
+            report.tokens, drawn.tokens[..., : report.num_drawn]
+        )

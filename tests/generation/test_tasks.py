@@ -1,139 +1,25 @@
-"""`Generator` with a tiny Transformer, and stand-ins for tokenizer and memory."""
+"""`Generator` with a tiny Transformer: drawing and captioning."""
 
 from __future__ import annotations
 
-import types
-
-import jax
 import numpy as np
 import pytest
+from generation_standins import (
+    SIZE,
+    VOCAB,
+    AsciiTokenizer,
+    MeanEmbedder,
+    grey,
+    make_generator,
+    pair,
+)
 
-from racm3_jax.generation import sample as sample_module
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.model.config import tiny
-from racm3_jax.model.transformer import init_params
 from racm3_jax.sequences.layout import caption_prompt, text_to_image_prompt
-from racm3_jax.types import (
-    Document,
-    Retrieved,
-    Segment,
-    TokenizedDocument,
-    TokenizedSegment,
-)
-from racm3_jax.vocab import Vocab
-
-VOCAB = Vocab(num_text_ids=128, num_image_codes=16, image_length=4, num_sentinels=2)
-SIZE = 8
 
 
-class AsciiTokenizer:
-    """Text ids are characters; an image is four grey levels, one a quadrant."""
-
-    vocab = VOCAB
-
-    def __init__(self):
-        self.text = types.SimpleNamespace(decode=lambda ids: bytes(list(ids)).decode())
-        self.image = types.SimpleNamespace(
-            image_size=SIZE, encode=self.encode, decode=self.decode
-        )
-
-    def encode_text(self, text):
-        return np.array(list(text.encode("ascii")), np.int32)
-
-    def encode(self, images):
-        corners = images[:, :: SIZE // 2, :: SIZE // 2, 0]
-        return (corners // 16).reshape(len(images), 4).astype(np.int32)
-
-    def decode(self, codes):
-        grey = (np.asarray(codes) * 16).astype(np.uint8).reshape(-1, 2, 2, 1)
-        half = SIZE // 2
-        return np.repeat(np.repeat(grey.repeat(3, 3), half, 1), half, 2)
-
-    def tokenize(self, documents, batch=64):
-        for document in documents:
-            segments = tuple(
-                TokenizedSegment("text", self.encode_text(s.text))
-                if s.text is not None
-                else TokenizedSegment(
-                    "image", VOCAB.image_tokens(self.encode(s.image[None])[0])
-                )
-                for s in document.segments
-            )
-            yield TokenizedDocument(document.id, segments)
-
-
-class MeanEmbedder:
-    """Unit vectors from letters and grey levels."""
-
-    def embed_texts(self, texts):
-        rows = [np.bincount([ord(c) % 4 for c in t], minlength=4) for t in texts]
-        return self.unit(np.array(rows))
-
-    def embed_images(self, images):
-        return self.unit(AsciiTokenizer().encode(images) + 1)
-
-    @staticmethod
-    def unit(rows):
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
-class FirstDocuments:
-    """A memory of three documents; every query is given the first ones."""
-
-    def __init__(self):
-        self.documents = [pair(f"m{i}", f"memory {i}", i) for i in range(3)]
-        self.memory = types.SimpleNamespace(num_allowed=3)
-        self.num_calls = 0
-
-    def retrieve(self, queries, nums, mains):
-        assert queries.shape == (len(nums), 4) and len(mains) == len(nums)
-        self.num_calls += 1
-        tokenized = list(AsciiTokenizer().tokenize(self.documents))
-        return [
-            Retrieved(np.arange(k), 0.9 - 0.1 * np.arange(k), tuple(tokenized[:k]))
-            for k in nums
-        ]
-
-
-def grey(level):
-    return np.full((SIZE, SIZE, 3), level, np.uint8)
-
-
-def pair(name, text, level):
-    return Document(name, (Segment(text=text), Segment(image=grey(16 * level))))
-
-
-def make_generator(**changes):
-    config = tiny(vocab_size=VOCAB.size, max_length=128, num_layers=1)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    parts = {"retriever": FirstDocuments(), "embedder": MeanEmbedder()} | changes
-    return Generator(config, widen(params), AsciiTokenizer(), **parts)
-
-
-def widen(params):
-    """Large enough that samples differ from prompt to prompt."""
-    return jax.tree.map(lambda x: x * 3, params)
-
-
-@pytest.fixture(scope="module")
-def generator():
-    return make_generator()
-
-
-@pytest.fixture
-def prompts_seen(monkeypatch):
-    """The id rows that reach `sample`, without padding."""
-    seen = []
-
-    def spy(model, params, tokens, lengths, *args, **kwargs):
-        seen.extend(row[:n].tolist() for row, n in zip(tokens, lengths, strict=True))
-        return sample_module.sample(model, params, tokens, lengths, *args, **kwargs)
-
-    monkeypatch.setattr("racm3_jax.generation.tasks.sample", spy)
-    return seen
-
-
-def test_text_to_image_gives_images_best_first_and_names_documents(generator):
+def test_text_to_image_gives_images_best_first_and_names_documents(generator, quick):
     out = generator.text_to_image("a flag", num_samples=2, seed=3)
     assert len(out.images) == 2 and out.images[0].shape == (SIZE, SIZE, 3)
     assert (np.diff(out.scores) <= 0).all()
@@ -166,7 +52,7 @@ def test_a_batch_gives_what_each_item_gives_alone_with_its_seed():
     assert len({out.texts[0] for out in batch}) > 3
 
 
-def test_captions_are_text_and_scored_by_likelihood(generator):
+def test_captions_are_text_and_scored_by_likelihood(generator, quick):
     out = generator.caption(
         grey(48), num_samples=2, seed=1, max_caption_length=12, prefix="Photo of"
     )
@@ -177,14 +63,14 @@ def test_captions_are_text_and_scored_by_likelihood(generator):
     np.testing.assert_array_equal(out.documents[0].images[0], grey(48))
 
 
-def test_an_image_of_another_size_is_resized(generator):
+def test_an_image_of_another_size_is_resized(generator, quick):
     out = generator.caption(
         np.zeros((30, 20, 3), np.uint8), num_samples=2, max_caption_length=3
     )
     assert out.documents[0].images[0].shape == (30, 20, 3)
 
 
-def test_prompts_are_those_of_the_layout(generator, prompts_seen):
+def test_prompts_are_those_of_the_layout(generator, quick):
     documents = list(AsciiTokenizer().tokenize([pair("x", "cd", 3)]))
     text = AsciiTokenizer().encode_text("ab")
     image = VOCAB.image_tokens(np.full(4, 2, np.int32))
@@ -192,7 +78,7 @@ def test_prompts_are_those_of_the_layout(generator, prompts_seen):
     generator.caption(grey(32), 2, documents=documents, max_caption_length=3)
     generator.text_to_image("ab", 2, num_retrieved=0)
     generator.text_to_image("ab", 2, documents=[])
-    assert prompts_seen == [
+    assert quick == [
         text_to_image_prompt(documents, text, VOCAB).tolist(),
         caption_prompt(documents, image, VOCAB).tolist(),
         [VOCAB.eod, *text, VOCAB.break_],
@@ -200,7 +86,7 @@ def test_prompts_are_those_of_the_layout(generator, prompts_seen):
     ]
 
 
-def test_hand_picked_documents_need_no_memory():
+def test_hand_picked_documents_need_no_memory(quick):
     generator = make_generator(retriever=None, embedder=None)
     picked = [pair("mine", "a", 1), *AsciiTokenizer().tokenize([pair("other", "b", 2)])]
     out = generator.text_to_image("flag", documents=picked, num_samples=2)

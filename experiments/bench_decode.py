@@ -1,0 +1,362 @@
+"""Decoding speed, against `transformers` at the same shape with random weights.
+
+    python experiments/bench_decode.py --shape=small --out=racm3_out/bench_decode
+    python experiments/bench_decode.py --shape=2b7 --only_ours --bandwidth=4.8e12
+
+One run, three tables:
+  one      batch 1, no documents: new ids a second
+  guided   10 samples with guidance behind a prefix of 2 documents, which is read once
+  memory   (with --bandwidth) seconds an image and the share of the memory bandwidth
+
+`transformers` runs OPT, which has this model's parts (learned positions, pre-LayerNorm,
+ReLU, tied embeddings), with its dynamic and its static cache, float32 on a CPU. Every
+call is made twice before it is timed; the medians of `--repeats` calls are written to
+`bench_decode.json` and `bench_decode.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from racm3_jax.generation import decoding
+from racm3_jax.generation.grammar import image_grammar
+from racm3_jax.generation.sample import SamplingConfig, Unconditional, sample
+from racm3_jax.model.config import ModelConfig, racm3_2b7
+from racm3_jax.model.quantization import quantize_weights
+from racm3_jax.model.transformer import (
+    Transformer,
+    init_params,
+    prepare_decoding,
+    unstack_layers,
+)
+from racm3_jax.vocab import Vocab
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A shape of the model, and the length of an image and of a text in ids."""
+
+    config: ModelConfig
+    vocab: Vocab
+    text_length: int
+
+
+def make_case(name: str) -> Case:
+    """ "tiny" for tests, "small" for two CPU cores, "2b7" for one GPU."""
+    if name == "2b7":
+        vocab = Vocab(
+            num_text_ids=65_536 - 8_192 - 512 - 4,
+            num_image_codes=8_192,
+            image_length=1024,
+            num_sentinels=512,
+        )
+        return Case(racm3_2b7(), vocab, text_length=32)
+    layers, width, codes = (1, 32, 16) if name == "tiny" else (8, 512, 256)
+    vocab = Vocab(
+        num_text_ids=64 if name == "tiny" else 8_192 - 1024 - 20,
+        num_image_codes=64 if name == "tiny" else 1024,
+        image_length=codes,
+        num_sentinels=16,
+    )
+    config = ModelConfig(
+        vocab_size=vocab.size,
+        d_model=width,
+        num_layers=layers,
+        num_heads=width // 32,
+        head_dim=32,
+        d_ff=4 * width,
+        max_length=256 if name == "tiny" else 1024,
+        activation="relu",
+    )
+    return Case(config, vocab, text_length=16)
+
+
+class Ours:
+    """This package: one call of `sample` an image."""
+
+    def __init__(self, case: Case) -> None:
+        config = case.config
+        # Unrolled and cast layer by layer: no second copy of the weights is made.
+        config = dataclasses.replace(config, scan_layers=False)
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+        @jax.jit
+        def make(key):
+            params = unstack_layers(init_params(config, key))
+            return jax.tree.map(lambda x: x.astype(dtype), params)
+
+        self.config, self.params = prepare_decoding(config, make(jax.random.key(0)))
+        self.model = Transformer(self.config)
+        self.case = case
+        self.grammar = image_grammar(case.vocab)
+
+    def draw(
+        self, num_samples: int, num_documents: int, guidance: float
+    ) -> Callable[[], Any]:
+        """A call that draws images behind documents, and waits for them."""
+        vocab, rng = self.case.vocab, np.random.default_rng(0)
+        prefix = make_documents(self.case, num_documents, rng)
+        text = rng.integers(0, vocab.num_text_ids, self.case.text_length)
+        prompt = np.concatenate([prefix, text, [vocab.break_]]).astype(np.int32)
+        plain = [*prefix, vocab.sentinel(0), vocab.break_]
+        plain = np.asarray(plain, np.int32)
+        shared = np.array([len(prefix)])
+        settings = SamplingConfig(
+            guidance=guidance, max_new_tokens=vocab.image_length, fixed_length=True
+        )
+        return lambda: sample(
+            self.model,
+            self.params,
+            prompt[None],
+            np.array([len(prompt)]),
+            self.grammar,
+            settings,
+            jax.random.key(0),
+            num_samples=num_samples,
+            prefix_lengths=shared,
+            unconditional=Unconditional(plain[None], np.array([len(plain)]), shared),
+            ids=vocab.image_range,
+        )
+
+    def bytes_of_a_step(self, num_samples: int, num_documents: int) -> float:
+        """What one step must read: weights, the prefix, half-filled caches (guided)."""
+        c, vocab = self.config, self.case.vocab
+        read = {name: x for name, x in self.params.items() if name != "embedding"}
+        weights = sum(x.nbytes for x in jax.tree.leaves(read))
+        width = self.params["embedding"].dtype.itemsize
+        head = vocab.num_image_codes * c.d_model * width
+        a_token = 2 * c.num_layers * c.kv_heads * c.head_dim * width
+        prefix = num_documents * (vocab.image_length + self.case.text_length)
+        own = 2 * num_samples * (self.case.text_length + vocab.image_length / 2)
+        return weights + head + a_token * (prefix + own)
+
+
+def make_documents(case: Case, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`<eod> text <break> image <eod> ...` with random ids."""
+    vocab = case.vocab
+    pieces: list[Any] = [[vocab.eod]]
+    for _ in range(count):
+        pieces.append(rng.integers(0, vocab.num_text_ids, case.text_length))
+        codes = rng.integers(0, vocab.num_image_codes, vocab.image_length)
+        pieces += [[vocab.break_], vocab.image_tokens(codes), [vocab.eod]]
+    return np.concatenate(pieces).astype(np.int32)
+
+
+class Theirs:
+    """`transformers` generate on OPT of the same shape, random weights."""
+
+    def __init__(self, case: Case) -> None:
+        import torch  # pyright: ignore[reportMissingImports]
+        from transformers import (  # pyright: ignore[reportMissingImports]
+            OPTConfig,
+            OPTForCausalLM,
+        )
+
+        c = case.config
+        torch.manual_seed(0)
+        self.torch, self.case = torch, case
+        self.model = OPTForCausalLM(
+            OPTConfig(
+                vocab_size=c.vocab_size,
+                hidden_size=c.d_model,
+                num_hidden_layers=c.num_layers,
+                num_attention_heads=c.num_heads,
+                ffn_dim=c.d_ff,
+                max_position_embeddings=c.max_length,
+                word_embed_proj_dim=c.d_model,
+                do_layer_norm_before=True,
+                activation_function="relu",
+                dropout=0.0,
+                bos_token_id=case.vocab.eod,
+                pad_token_id=case.vocab.pad,
+                eos_token_id=case.vocab.eod,
+            )
+        ).eval()
+
+    def draw(
+        self, num_samples: int, num_documents: int, guidance: float, cache: str
+    ) -> Callable[[], Any]:
+        """The same call with `cache_implementation=cache`."""
+        vocab, rng = self.case.vocab, np.random.default_rng(0)
+        prefix = make_documents(self.case, num_documents, rng)
+        text = rng.integers(0, vocab.num_text_ids, self.case.text_length)
+        ids = np.concatenate([prefix, text, [vocab.break_]])
+        plain = np.asarray([*prefix, vocab.sentinel(0), vocab.break_])
+        options: dict[str, Any] = {
+            "do_sample": True,
+            "top_k": 0,
+            "min_new_tokens": vocab.image_length,
+            "max_new_tokens": vocab.image_length,
+        }
+        if cache == "static":
+            options["cache_implementation"] = "static"
+
+        def repeat(x: np.ndarray) -> Any:
+            return self.torch.as_tensor(x)[None].repeat(num_samples, 1)
+
+        if guidance != 1:
+            options |= {
+                "guidance_scale": guidance,
+                "negative_prompt_ids": repeat(plain),
+            }
+
+        def run() -> Any:
+            with self.torch.inference_mode():
+                return self.model.generate(repeat(ids), **options)
+
+        return run
+
+
+def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, taken in turns so that all see the same machine."""
+    for call in calls.values():
+        call()
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def count_programs() -> int:
+    """How many programs of the decode loop were compiled so far."""
+    programs: tuple[Any, ...] = (decoding.read_prompts, decoding.draw_steps)
+    return sum(program._cache_size() for program in programs)
+
+
+def run(
+    shape: str,
+    *,
+    repeats: int = 3,
+    num_samples: int = 10,
+    only_ours: bool = False,
+    bandwidth: float = 0.0,
+) -> dict[str, Any]:
+    """Runs the benchmark; returns what is written as JSON."""
+    case = make_case(shape)
+    ours = Ours(case)
+    eight = copy.copy(ours)
+    eight.params = quantize_weights(ours.params)
+    theirs = None if only_ours else Theirs(case)
+    length = case.vocab.image_length
+    results: dict[str, Any] = {
+        "shape": shape,
+        "image_length": length,
+        "num_samples": num_samples,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    }
+    for name, setting in (
+        ("one", (1, 0, 1.0)),
+        ("guided", (num_samples, 2, 3.0)),
+    ):
+        calls = {"ours": ours.draw(*setting), "ours, int8": eight.draw(*setting)}
+        if theirs is not None:
+            for cache in ("dynamic", "static"):
+                calls[f"transformers, {cache}"] = theirs.draw(*setting, cache)
+        calls["ours"]()
+        calls["ours, int8"]()
+        compiled = count_programs()
+        seconds = time_calls(calls, repeats)
+        results[name] = {
+            "seconds": seconds,
+            "ids_per_second": {k: setting[0] * length / v for k, v in seconds.items()},
+            "times_faster": {
+                k: v / seconds["ours"] for k, v in seconds.items() if k != "ours"
+            },
+            "programs_compiled_after_the_first_call": count_programs() - compiled,
+        }
+    if bandwidth:
+        (seconds,) = time_calls({"image": ours.draw(1, 2, 3.0)}, repeats).values()
+        read = ours.bytes_of_a_step(1, 2) * length
+        results["memory"] = {
+            "seconds_an_image": seconds,
+            "bytes_read": read,
+            "share_of_bandwidth": read / seconds / bandwidth,
+        }
+    return results
+
+
+def format_tables(results: dict[str, Any]) -> str:
+    """The figures as a person reads them."""
+    lines = []
+    for name in ("one", "guided"):
+        part = results[name]
+        lines += [f"| {name} | seconds | ids/s | ours is faster |", "|---|---|---|---|"]
+        for who, seconds in part["seconds"].items():
+            speed = part["ids_per_second"][who]
+            times = part["times_faster"].get(who)
+            cell = "" if times is None else f"{times:.2f}x"
+            lines.append(f"| {who} | {seconds:.3f} | {speed:.0f} | {cell} |")
+        compiled = part["programs_compiled_after_the_first_call"]
+        lines.append(f"programs compiled after the first call: {compiled}\n")
+    if "memory" in results:
+        memory = results["memory"]
+        lines.append(
+            f"{memory['seconds_an_image']:.2f} s an image, "
+            f"{memory['share_of_bandwidth']:.0%} of the memory bandwidth"
+        )
+    return "\n".join(lines)
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Writes the JSON and the plot aside and renames them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    for axis, name in zip(axes, ("one", "guided"), strict=True):
+        speeds = results[name]["ids_per_second"]
+        axis.barh(list(speeds), list(speeds.values()))
+        axis.set_title(name)
+        axis.set_xlabel("new ids a second")
+    figure.tight_layout()
+    figure.savefig(folder / ".bench_decode.tmp.png")
+    plt.close(figure)
+    os.replace(folder / ".bench_decode.tmp.png", folder / "bench_decode.png")
+    aside = folder / ".bench_decode.json.tmp"
+    aside.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(aside, folder / "bench_decode.json")
+
+
+def main() -> None:
+    """Reads the command line, runs, writes and prints."""
+    parser = argparse.ArgumentParser(description="Decoding speed.")
+    parser.add_argument("--shape", choices=("tiny", "small", "2b7"), default="small")
+    parser.add_argument("--out", type=Path, default=Path("racm3_out/bench_decode"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num_samples", type=int, default=10)
+    parser.add_argument("--only_ours", action="store_true", help="without transformers")
+    parser.add_argument(
+        "--bandwidth", type=float, default=0.0, help="of the device, in bytes a second"
+    )
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    results = run(arguments.pop("shape"), **arguments)
+    write(results, out)
+    print(format_tables(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What the generating commands leave: pictures, records beside and inside them, lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from racm3_jax import __version__
+
+Arguments = argparse.Namespace
+# The keyword of the PNG's text chunk that holds the record.
+PNG_KEY = "racm3"
+_SETTINGS = (
+    "num_samples",
+    "num_retrieved",
+    "temperature",
+    "top_p",
+    "top_k",
+    "guidance",
+    "contrastive_k",
+    "contrastive_alpha",
+    "guide_documents",
+    "rank_by",
+    "max_spans",
+    "int8",
+)
+
+
+def save_pictures(arguments: Arguments, output: Any) -> None:
+    """The samples in one PNG, best first, with the record inside and beside it."""
+    from racm3_jax.evaluation.pictures import tile
+
+    record = _record(arguments, output, {"out": arguments.out})
+    path = Path(arguments.out)
+    write_png(path, tile(output.images), record)
+    _write_text(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    _print(arguments, record)
+
+
+def save_parts(out: str, output: Any) -> list[list[dict[str, str]]]:
+    """Free documents: their images as PNG files beside `out`, their texts as they are."""
+    stem = Path(out).with_suffix("")
+    written = []
+    for i, document in enumerate(output.documents):
+        parts = []
+        for j, segment in enumerate(
+            document.segments[document.metadata["given_segments"] :]
+        ):
+            if segment.text is not None:
+                parts.append({"text": segment.text})
+                continue
+            path = stem.with_name(f"{stem.name}_{i}_{j}.png")
+            write_png(path, segment.image, {"sample": i, "segment": j})
+            parts.append({"image": str(path)})
+        written.append(parts)
+    return written
+
+
+def write_png(path: Path, pixels: Any, record: dict[str, Any]) -> None:
+    """Writes a picture aside and renames it; the record goes into a text chunk."""
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    if record:
+        info.add_itxt(PNG_KEY, json.dumps(record))
+    aside = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(pixels).save(aside, format="PNG", pnginfo=info)
+    os.replace(aside, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def report(arguments: Arguments, output: Any, more: dict[str, Any]) -> None:
+    """Prints what was made and which documents it was made from."""
+    _print(arguments, _record(arguments, output, more))
+
+
+def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str, Any]:
+    """What was made, from which documents, with which settings and versions."""
+    import jax
+
+    retrieved = [
+        {
+            "id": document.id,
+            "score": _number(score),
+            "source": document.source,
+            "licence": document.metadata.get("licence", ""),
+        }
+        for document, score in zip(
+            output.retrieved.documents, output.retrieved.scores, strict=True
+        )
+    ]
+    copies = [
+        {"sample": i} | document.metadata["nearest"]
+        for i, document in enumerate(output.documents)
+        if document.metadata.get("near_copy")
+    ]
+    settings = {k: v for k, v in vars(arguments).items() if k in _SETTINGS}
+    return {
+        "prompt": output.prompt,
+        "seed": output.seed,
+        "scores": [_number(score) for score in output.scores],
+        "retrieved": retrieved,
+        "near_copies": copies,
+        "settings": settings,
+        "versions": {
+            "racm3_jax": __version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        **more,
+    }
+
+
+def _print(arguments: Arguments, record: dict[str, Any]) -> None:
+    if arguments.json:
+        print(json.dumps(record))
+        return
+    for caption in record.get("captions", []):
+        print(caption)
+    for parts in record.get("written", []):
+        print(_line(parts))
+    if "out" in record:
+        print(f"wrote {record['out']}")
+    for entry in record["retrieved"]:
+        score = "chosen" if entry["score"] is None else f"score {entry['score']:.3f}"
+        print(f"  retrieved {entry['id']} ({score})")
+    for copy in record["near_copies"]:
+        print(
+            f"  warning: sample {copy['sample']} is nearly a copy of {copy['id']} "
+            f"({copy['equal_codes']:.0%} of the codes are equal)"
+        )
+
+
+def _line(parts: Sequence[dict[str, str]]) -> str:
+    return " | ".join(part.get("text") or f"[{part['image']}]" for part in parts)
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN, which is the score of a document that was picked by hand."""
+    return round(float(value), 4) if math.isfinite(value) else None

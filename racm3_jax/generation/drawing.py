@@ -1,0 +1,119 @@
+"""Text to image, with any documents in front (RA-CM3, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from racm3_jax.generation.engine import Engine
+from racm3_jax.generation.grammar import image_grammar
+from racm3_jax.generation.requests import Request, mean_log_probs
+from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_by_clip
+from racm3_jax.generation.sample import Progress
+from racm3_jax.generation.settings import SamplingConfig
+from racm3_jax.sequences.layout import text_to_image_prompt
+from racm3_jax.types import GenerationOutput, Retrieved, Segment
+
+_UNDRAWN = 127  # grey
+OnProgress = Callable[[Progress], None]
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuses prompts that say nothing."""
+    for prompt in prompts:
+        if not prompt.strip():
+            raise ValueError(
+                f"the prompt is empty ({prompt!r}): say what to draw, for example "
+                "'the flag of Velmoria on the moon'"
+            )
+
+
+def make_drawing_request(
+    engine: Engine, prompt: str, retrieved: Retrieved, seed: int
+) -> Request:
+    """`... <eod> text <break>`, and with the text masked for guidance."""
+    vocab = engine.tokenizer.vocab
+    text = engine.tokenizer.encode_text(prompt)
+    mask = np.array([vocab.sentinel(0)], np.int32)
+    return Request(
+        retrieved,
+        lambda documents: text_to_image_prompt(documents, text, vocab),
+        lambda documents: text_to_image_prompt(documents, mask, vocab),
+        seed,
+    )
+
+
+def draw(
+    engine: Engine,
+    prompts: Sequence[str],
+    retrieved: Sequence[Retrieved],
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    num_samples: int,
+    rank_by: str,
+    on_progress: OnProgress | None = None,
+    task: str = "text_to_image",
+) -> list[GenerationOutput]:
+    """Draws every prompt behind its documents; `config` may leave the length open."""
+    check_rank_by(rank_by)
+    vocab = engine.tokenizer.vocab
+    config = dataclasses.replace(
+        config, max_new_tokens=vocab.image_length, fixed_length=True
+    )
+    requests = [
+        make_drawing_request(engine, *parts)
+        for parts in zip(prompts, retrieved, seeds, strict=True)
+    ]
+    samples = engine.sample_requests(
+        requests,
+        image_grammar(vocab),
+        config,
+        num_samples,
+        ids=vocab.image_range,
+        on_progress=on_progress,
+    )
+    images = decode_images(engine, samples.tokens)
+    scores = mean_log_probs(samples)
+    if engine.embedder is not None and rank_by == "clip":
+        queries = engine.embedder.embed_texts(list(prompts))
+        scores = score_by_clip(engine.embedder, queries, images)
+    return [
+        engine.output(
+            task,
+            [(Segment(text=prompts[i]), Segment(image=x)) for x in images[i]],
+            scores[i],
+            request,
+            prompts[i],
+            find_nearest(samples.tokens[i], request.retrieved, vocab),
+        )
+        for i, request in enumerate(requests)
+    ]
+
+
+def decode_images(
+    engine: Engine, tokens: Int32[np.ndarray, "prompts samples codes"]
+) -> UInt8[np.ndarray, "prompts samples height width 3"]:
+    """Image ids -> pixels."""
+    codes = engine.tokenizer.vocab.image_codes(tokens)
+    images = engine.tokenizer.image.decode(codes.reshape(-1, codes.shape[-1]))
+    return images.reshape(*tokens.shape[:2], *images.shape[1:])
+
+
+def preview_images(
+    engine: Engine, tokens: Int32[np.ndarray, "prompts samples drawn"]
+) -> UInt8[np.ndarray, "prompts samples height width 3"]:
+    """Pictures of the ids so far; missing ones repeat the last, and are greyed."""
+    vocab = engine.tokenizer.vocab
+    num_drawn, length = tokens.shape[-1], vocab.image_length
+    places = np.minimum(np.arange(length), num_drawn - 1)
+    images = decode_images(engine, tokens[..., places])
+    side = round(length**0.5)
+    if side * side != length:
+        return images
+    drawn = (np.arange(length) < num_drawn).reshape(side, side)
+    cell = images.shape[2] // side
+    drawn = drawn.repeat(cell, axis=0).repeat(cell, axis=1)[..., None]
+    return np.where(drawn, images, np.uint8(_UNDRAWN))

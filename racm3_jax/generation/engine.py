@@ -1,0 +1,349 @@
+"""What all tasks share: the model and its memory, and prompts turned into samples.
+
+A task writes `Request`s (documents, prompt, seed); the engine retrieves, checks that
+they fit, samples them in chunks of equal shape, and wraps what came out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from racm3_jax.documents.images import resize_image
+from racm3_jax.generation.grammar import Grammar
+from racm3_jax.generation.requests import Documents, Image, Request, pad_rows
+from racm3_jax.generation.sample import Progress, Samples, Unconditional, sample
+from racm3_jax.generation.settings import SamplingConfig
+from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.quantization import quantize_weights
+from racm3_jax.model.transformer import Transformer, prepare_decoding
+from racm3_jax.sequences.layout import retrieved_prefix
+from racm3_jax.types import (
+    Document,
+    GenerationOutput,
+    Retrieved,
+    Segment,
+    TokenizedDocument,
+)
+
+if TYPE_CHECKING:
+    from racm3_jax.retrieval.embedder import DocumentEmbedder
+    from racm3_jax.retrieval.retriever import Retriever
+    from racm3_jax.tokenizers.mixed import MixedTokenizer
+
+
+class Engine:
+    """A model with its tokenizer, its memory and its embedder.
+
+    Attributes:
+      model: the form that decodes fastest.
+      params: its parameters, on the device.
+      tokenizer: the one that it was trained with.
+      retriever: finds documents, or None.
+      embedder: embeds queries and scores images, or None.
+      max_rows: rows decoded at once.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        params: Any,
+        tokenizer: MixedTokenizer,
+        retriever: Retriever | None = None,
+        embedder: DocumentEmbedder | None = None,
+        *,
+        max_rows: int = 64,
+    ) -> None:
+        """Puts the parts together; nothing is compiled yet.
+
+        Args:
+          model_config: the shape of the model.
+          params: its parameters.
+          tokenizer: the one that the model was trained with.
+          retriever: finds documents; None leaves `num_retrieved=0` and `documents`.
+          embedder: embeds queries and scores images; needed with a retriever.
+          max_rows: rows decoded at once: samples, twice as many with guidance.
+        """
+        if model_config.vocab_size < tokenizer.vocab.size:
+            raise ValueError(
+                f"the model has {model_config.vocab_size} ids but the tokenizer "
+                f"{tokenizer.vocab.size}: load the tokenizer that it was trained with"
+            )
+        if retriever is not None and embedder is None:
+            raise ValueError(
+                "a generator with a retriever needs the embedder of its memory too"
+            )
+        model_config, params = prepare_decoding(model_config, params)
+        self.model = Transformer(model_config)
+        self.params = jax.device_put(params)
+        self.tokenizer = tokenizer
+        self.retriever = retriever
+        self.embedder = embedder
+        self.max_rows = max_rows
+
+    def with_retriever(self, retriever: Retriever | None) -> Self:
+        """The same model over another memory; shares parameters and compiled code."""
+        other = copy.copy(self)
+        other.retriever = retriever
+        return other
+
+    def quantized(self) -> Self:
+        """The same model with weights in 8 bits; needs about half the memory of bf16."""
+        other = copy.copy(self)
+        other.params = quantize_weights(self.params)
+        return other
+
+    def check_counts(
+        self, num_samples: int, num_retrieved: int, documents: Documents | None
+    ) -> None:
+        """Refuses counts that cannot be, before anything is computed."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be >= 1; got {num_samples}")
+        if num_retrieved < 0:
+            raise ValueError(
+                f"num_retrieved must be >= 0 (0 is without retrieval); got "
+                f"{num_retrieved}"
+            )
+        if documents is not None or not num_retrieved:
+            return
+        if self.retriever is None:
+            raise ValueError(
+                f"num_retrieved is {num_retrieved} but this generator has no memory: "
+                "load it with one, pass documents=[...], or num_retrieved=0"
+            )
+        held = self.retriever.memory.num_allowed
+        if num_retrieved > held:
+            raise ValueError(
+                f"num_retrieved is {num_retrieved} but the memory holds only {held} "
+                "documents: ask for at most that many"
+            )
+
+    def retrieve_for(
+        self,
+        queries: Sequence[str | Image],
+        num_retrieved: int,
+        documents: Documents | None,
+    ) -> list[Retrieved]:
+        """The documents of each row: hand-picked, none, or one search for all queries.
+
+        Args:
+          queries: a text or an image a row.
+          num_retrieved: documents a row.
+          documents: hand-picked ones, which all rows share, or None.
+        """
+        if documents is not None:
+            return [self.pick(documents)] * len(queries)
+        if not num_retrieved or self.retriever is None:
+            return [self.pick([])] * len(queries)
+        return self.retriever.retrieve(
+            self._embed(queries),
+            np.full(len(queries), num_retrieved),
+            [None] * len(queries),
+        )
+
+    def _embed(
+        self, queries: Sequence[str | Image]
+    ) -> Float32[np.ndarray, "queries d_embed"]:
+        assert self.embedder is not None  # a retriever comes with one
+        texts = {i: q for i, q in enumerate(queries) if isinstance(q, str)}
+        size = self.tokenizer.image.image_size
+        images = {
+            i: resize_image(q, size)
+            for i, q in enumerate(queries)
+            if not isinstance(q, str)
+        }
+        rows: dict[int, np.ndarray] = {}
+        if texts:
+            found = self.embedder.embed_texts(list(texts.values()))
+            rows |= dict(zip(texts, found, strict=True))
+        if images:
+            found = self.embedder.embed_images(np.stack(list(images.values())))
+            rows |= dict(zip(images, found, strict=True))
+        return np.stack([rows[i] for i in range(len(queries))])
+
+    def pick(self, documents: Documents) -> Retrieved:
+        """Hand-picked documents; they have no row in the memory and no score."""
+        picked = self.tokenized(documents)
+        return Retrieved(
+            np.full(len(picked), -1, np.int64),
+            np.full(len(picked), np.nan, np.float32),
+            picked,
+        )
+
+    def pick_each(
+        self, documents: Sequence[Documents], num_rows: int, noun: str
+    ) -> list[Retrieved]:
+        """Hand-picked documents of each row, at least one.
+
+        Raises:
+          ValueError: a row without, or another number of rows; calls them by `noun`.
+        """
+        if len(documents) != num_rows:
+            raise ValueError(
+                f"{num_rows} items need as many lists of {noun}s; got {len(documents)}"
+            )
+        if not all(len(chosen) for chosen in documents):
+            raise ValueError(
+                f"this task needs at least one {noun}, a caption with an image; got none"
+            )
+        return [self.pick(chosen) for chosen in documents]
+
+    def tokenized(self, documents: Documents) -> tuple[TokenizedDocument, ...]:
+        """Documents as ids; those that are already stay as they are."""
+        plain = [d for d in documents if isinstance(d, Document)]
+        found = iter(self.tokenizer.tokenize(plain))
+        return tuple(next(found) if isinstance(d, Document) else d for d in documents)
+
+    def sample_requests(
+        self,
+        requests: Sequence[Request],
+        grammar: Grammar,
+        config: SamplingConfig,
+        num_samples: int,
+        *,
+        exact: bool = False,
+        ids: range | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Samples:
+        """All requests in equal chunks, so that one compiled program serves them.
+
+        Args:
+          requests: at least one.
+          grammar: what may be drawn.
+          config: how.
+          num_samples: of each request.
+          exact: every row has as many ids as its `forced`, or as `max_new_tokens`.
+          ids: the only ids that are drawn (see `sample`).
+          on_progress: see `sample`; each chunk counts for itself.
+        """
+        vocab = self.tokenizer.vocab
+        new = [
+            config.max_new_tokens if r.forced is None else len(r.forced)
+            for r in requests
+        ]
+        needed = new if exact or config.fixed_length else [1] * len(requests)
+        prompts = [self._write(r, n) for r, n in zip(requests, needed, strict=True)]
+        tokens, lengths = pad_rows(prompts)
+        prefixes = np.array(
+            [len(retrieved_prefix(r.retrieved.documents, vocab)) for r in requests]
+        )
+        # A prompt may be nothing but its documents; its last id is its own.
+        prefixes = np.minimum(prefixes, lengths - 1)
+        second = None
+        if config.needs_unconditional:
+            second = self._unconditional(requests, prefixes, config)
+        forced = None
+        if any(r.forced is not None for r in requests):
+            forced = np.full((len(requests), max(new)), -1, np.int32)
+            for row, request in zip(forced, requests, strict=True):
+                if request.forced is not None:
+                    row[: len(request.forced)] = request.forced
+        seeds = np.asarray([r.seed for r in requests], np.uint32)
+        streams = 2 if second is not None else 1
+        chunk = max(1, self.max_rows // (num_samples * streams))
+        whole = -(-len(requests) // chunk) * chunk if len(requests) > chunk else 0
+        # The last chunk is filled up with the last request.
+        order = np.minimum(np.arange(max(whole, len(requests))), len(requests) - 1)
+        parts = [
+            sample(
+                self.model,
+                self.params,
+                tokens[rows],
+                lengths[rows],
+                grammar,
+                config,
+                jax.random.key(0),
+                num_samples=num_samples,
+                row_seeds=seeds[rows],
+                prefix_lengths=prefixes[rows],
+                unconditional=second and Unconditional(*(x[rows] for x in second)),
+                forced=None if forced is None else forced[rows],
+                row_lengths=np.asarray(new)[rows] if exact else None,
+                ids=ids,
+                on_progress=on_progress,
+            )
+            for rows in (order[i : i + chunk] for i in range(0, len(order), chunk))
+        ]
+        return Samples(
+            *(np.concatenate(x)[: len(requests)] for x in zip(*parts, strict=True))
+        )
+
+    def _write(self, request: Request, needed: int) -> Int32[np.ndarray, " length"]:
+        """The whole prompt, or one sentence on why it does not fit."""
+        documents = request.retrieved.documents
+        prompt = request.write(documents)
+        room = self.model.config.max_length - needed
+        if len(prompt) > room and len(request.write(())) <= room:
+            fitting = len(documents)
+            while len(request.write(documents[:fitting])) > room:
+                fitting -= 1
+            raise ValueError(
+                f"{len(documents)} documents do not fit: with the prompt they are "
+                f"{len(prompt)} ids, and with at least {needed} to write more than the "
+                f"model's max_length {self.model.config.max_length}; the first "
+                f"{fitting} would fit"
+            )
+        return prompt
+
+    def _unconditional(
+        self,
+        requests: Sequence[Request],
+        prefixes: Int32[np.ndarray, " n"],
+        config: SamplingConfig,
+    ) -> Unconditional:
+        rows = []
+        for request in requests:
+            if request.write_plain is None:
+                raise ValueError(
+                    "guidance compares with the same prompt without its text, and this "
+                    "one has none: give a prompt, or use guidance=1 and contrastive_k=0"
+                )
+            documents = request.retrieved.documents
+            rows.append(
+                request.write_plain(() if config.guide_documents else documents)
+            )
+        # Without documents only the first <eod> is left in common.
+        shared = np.ones_like(prefixes) if config.guide_documents else prefixes
+        return Unconditional(*pad_rows(rows), shared)
+
+    def output(
+        self,
+        task: str,
+        segments: Iterable[tuple[Segment, ...]],
+        scores: Float32[np.ndarray, " samples"],
+        request: Request,
+        prompt: str,
+        facts: Sequence[dict[str, Any]] | None = None,
+    ) -> GenerationOutput:
+        """Best first; every document names the documents that the model was given.
+
+        `facts` are added to the metadata of each sample.
+        """
+        given = [d.id for d in request.retrieved.documents]
+        documents = [
+            Document(
+                id=f"{task}-{request.seed}-{j}",
+                segments=parts,
+                metadata={
+                    "task": task,
+                    "seed": request.seed,
+                    "sample": j,
+                    "retrieved": given,
+                    **(facts[j] if facts else {}),
+                },
+            )
+            for j, parts in enumerate(segments)
+        ]
+        order = np.argsort(-scores, kind="stable")
+        return GenerationOutput(
+            [documents[j] for j in order],
+            scores[order],
+            request.retrieved,
+            prompt,
+            request.seed,
+        )

@@ -1,0 +1,239 @@
+"""Regions of images and spans of texts drawn anew, by the CM3 infill prompt.
+
+    <eod> documents <eod> text <break> i1 <mask:0> i4 <eod> <mask:0> ... <eoss>
+
+Editing is the same with one chosen document in front (RA-CM3, section 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from racm3_jax.documents.images import resize_image
+from racm3_jax.generation.captioning import decode_text
+from racm3_jax.generation.drawing import decode_images
+from racm3_jax.generation.engine import Engine
+from racm3_jax.generation.grammar import image_grammar, text_grammar
+from racm3_jax.generation.regions import (
+    Region,
+    Span,
+    fill_spans,
+    find_cells,
+    find_spans,
+    plan_spans,
+)
+from racm3_jax.generation.requests import Image, Request, mean_log_probs
+from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_by_clip
+from racm3_jax.generation.settings import SamplingConfig
+from racm3_jax.sequences.layout import infill_prompt
+from racm3_jax.types import GenerationOutput, Retrieved, Segment
+
+TEXT_MARKER = "<mask>"
+
+
+class Hole(NamedTuple):
+    """An image with a region that is to be drawn.
+
+    Attributes:
+      tokens: ids of the whole image; those in the hole are not read by the model.
+      cells: True in the region.
+      spans: ranges that cover it.
+    """
+
+    tokens: Int32[np.ndarray, " codes"]
+    cells: np.ndarray
+    spans: list[Span]
+
+
+def cut_holes(
+    engine: Engine,
+    images: Sequence[Image],
+    regions: Sequence[Region],
+    max_spans: int,
+) -> list[Hole]:
+    """Tokenizes the images and finds the codes that the regions touch."""
+    if len(images) != len(regions):
+        raise ValueError(
+            f"{len(images)} images need as many regions; got {len(regions)}"
+        )
+    image, vocab = engine.tokenizer.image, engine.tokenizer.vocab
+    pixels = np.stack([resize_image(x, image.image_size) for x in images])
+    tokens = vocab.image_tokens(image.encode(pixels))
+    holes = []
+    for ids, region, picture in zip(tokens, regions, images, strict=True):
+        cells = find_cells(
+            region, picture.shape[:2], image.image_size, vocab.image_length
+        )
+        holes.append(
+            Hole(ids, cells, find_spans(cells, min(max_spans, vocab.num_sentinels)))
+        )
+    return holes
+
+
+def hide_region(engine: Engine, image: Image, hole: Hole) -> Image:
+    """The image as a query: the mean colour of the rest stands in the region."""
+    size = engine.tokenizer.image.image_size
+    pixels = resize_image(image, size)
+    side = round(len(hole.cells) ** 0.5)
+    cell = size // side
+    hidden = hole.cells.reshape(side, side).repeat(cell, 0).repeat(cell, 1)
+    if hidden.all():
+        return np.full_like(pixels, 127)
+    mean = pixels[~hidden].mean(0).astype(np.uint8)
+    return np.where(hidden[..., None], mean, pixels)
+
+
+def make_region_request(
+    engine: Engine, hole: Hole, prompt: str, retrieved: Retrieved, seed: int
+) -> Request:
+    """The image with its hole, after its text if there is one."""
+    vocab = engine.tokenizer.vocab
+
+    def write_behind(text):
+        before = np.append(text, vocab.break_) if len(text) else text
+        tokens = np.concatenate([before, hole.tokens]).astype(np.int32)
+        spans = [(len(before) + a, len(before) + b) for a, b in hole.spans]
+        return lambda documents: infill_prompt(documents, tokens, spans, vocab)
+
+    plan = plan_spans(hole.tokens, hole.cells, hole.spans, vocab)
+    if not prompt:
+        write = write_behind(np.zeros(0, np.int32))
+        return Request(retrieved, write, None, seed, plan)
+
+    # The mask of the text comes after those of the region, which keep their names.
+    def write_plain(documents):
+        mask = np.array([vocab.sentinel(len(hole.spans))], np.int32)
+        return write_behind(mask)(documents)
+
+    text = engine.tokenizer.encode_text(prompt)
+    return Request(retrieved, write_behind(text), write_plain, seed, plan)
+
+
+def infill_regions(
+    engine: Engine,
+    holes: Sequence[Hole],
+    prompts: Sequence[str],
+    retrieved: Sequence[Retrieved],
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    num_samples: int,
+    rank_by: str,
+    task: str,
+) -> list[GenerationOutput]:
+    """Draws the holes; every code outside them stays as it was."""
+    check_rank_by(rank_by)
+    vocab = engine.tokenizer.vocab
+    requests = [
+        make_region_request(engine, *parts)
+        for parts in zip(holes, prompts, retrieved, seeds, strict=True)
+    ]
+    longest = max(len(r.forced) for r in requests if r.forced is not None)
+    samples = engine.sample_requests(
+        requests,
+        image_grammar(vocab, longest),
+        dataclasses.replace(config, max_new_tokens=longest),
+        num_samples,
+        exact=True,
+        ids=vocab.image_range,
+    )
+    filled = np.stack(
+        [
+            [fill_spans(hole.tokens, hole.spans, drawn) for drawn in rows]
+            for hole, rows in zip(holes, samples.tokens, strict=True)
+        ]
+    )
+    images = decode_images(engine, filled)
+    scores = mean_log_probs(samples)
+    if engine.embedder is not None and rank_by == "clip" and all(prompts):
+        queries = engine.embedder.embed_texts(list(prompts))
+        scores = score_by_clip(engine.embedder, queries, images)
+    outputs = []
+    for i, request in enumerate(requests):
+        text = (Segment(text=prompts[i]),) if prompts[i] else ()
+        hole = holes[i]
+        kept = (filled[i] == hole.tokens)[:, ~hole.cells]
+        facts = [
+            fact
+            | {
+                "codes_drawn": int(hole.cells.sum()),
+                "codes_outside": kept.shape[1],
+                "codes_outside_kept": int(same.sum()),
+            }
+            for fact, same in zip(
+                find_nearest(filled[i], request.retrieved, vocab), kept, strict=True
+            )
+        ]
+        outputs.append(
+            engine.output(
+                task,
+                [(*text, Segment(image=x)) for x in images[i]],
+                scores[i],
+                request,
+                prompts[i],
+                facts,
+            )
+        )
+    return outputs
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """What stands before and after the marker.
+
+    Raises:
+      ValueError: the marker does not stand there exactly once.
+    """
+    if text.count(TEXT_MARKER) != 1:
+        raise ValueError(
+            f"a text to fill in holds {TEXT_MARKER} exactly once, as in 'the flag of "
+            f"{TEXT_MARKER} on the moon'; got {text!r}"
+        )
+    before, after = text.split(TEXT_MARKER)
+    return before, after
+
+
+def infill_text(
+    engine: Engine,
+    text: str,
+    image: Image | None,
+    retrieved: Retrieved,
+    seed: int,
+    config: SamplingConfig,
+    num_samples: int,
+    max_span_length: int,
+) -> GenerationOutput:
+    """Writes what stands at the marker, beside an image if there is one."""
+    vocab = engine.tokenizer.vocab
+    before, after = (
+        engine.tokenizer.encode_text(part) if part else np.zeros(0, np.int32)
+        for part in split_text(text)
+    )
+    pieces = [before, after]
+    if image is not None:
+        pieces += [[vocab.break_], engine.tokenizer.encode_image(image)]
+    tokens = np.concatenate(pieces).astype(np.int32)
+    hole = [(len(before), len(before))]
+    request = Request(
+        retrieved,
+        lambda documents: infill_prompt(documents, tokens, hole, vocab),
+        None,
+        seed,
+    )
+    config = dataclasses.replace(config, max_new_tokens=max_span_length + 1)
+    grammar = text_grammar(vocab, max_span_length)
+    samples = engine.sample_requests([request], grammar, config, num_samples)
+    picture = () if image is None else (Segment(image=image),)
+    return engine.output(
+        "infill_text",
+        [
+            (Segment(text=decode_text(engine, before, drawn, after)), *picture)
+            for drawn in samples.tokens[0]
+        ],
+        mean_log_probs(samples)[0],
+        request,
+        text,
+    )

@@ -1,0 +1,98 @@
+"""How ids are drawn: the settings that every task takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypedDict
+
+
+class SamplingSettings(TypedDict, total=False):
+    """The settings of a call as keywords; see `SamplingConfig` for what they mean."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    guidance: float
+    contrastive_k: int
+    contrastive_alpha: float
+    guide_documents: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How ids are drawn.
+
+    Guidance and contrastive decoding read the prompt twice: once as it is, and once
+    "unconditionally", with its text replaced by the mask. Use one of them, not both.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most probable id.
+      top_p: share of the probability mass that stays (nucleus); 1 keeps everything.
+      top_k: how many ids stay; 0 keeps everything.
+      max_new_tokens: the most ids drawn for a row (fewer where the model's max_length
+        leaves less room and `fixed_length` is False).
+      fixed_length: True when the grammar always emits `max_new_tokens` ids (images):
+        the loop then has a constant trip count and never asks whether all are done.
+      guidance: weight of classifier-free guidance; 1 is none, and costs nothing.
+      contrastive_k: the k of CD-K; 0 is none.
+      contrastive_alpha: how far below the k-th largest probability an id may lie.
+      guide_documents: False keeps the retrieved documents in the unconditional prompt,
+        so that only the text is amplified (CM3Leon); True drops them as well.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 64
+    fixed_length: bool = False
+    guidance: float = 1.0
+    contrastive_k: int = 0
+    contrastive_alpha: float = 0.6
+    guide_documents: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be a number >= 0 (0 is greedy); got "
+                f"{self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p must be above 0 and at most 1 (1 keeps everything); got "
+                f"{self.top_p}"
+            )
+        if self.top_k < 0:
+            raise ValueError(
+                f"top_k must be >= 0 (0 keeps everything); got {self.top_k}"
+            )
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1; got {self.max_new_tokens}")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(
+                f"guidance must be a number >= 0 (1 is none); got {self.guidance}"
+            )
+        if self.contrastive_k < 0:
+            raise ValueError(
+                f"contrastive_k must be >= 0 (0 is none); got {self.contrastive_k}"
+            )
+        if not 0 < self.contrastive_alpha <= 1:
+            raise ValueError(
+                "contrastive_alpha must be above 0 and at most 1; got "
+                f"{self.contrastive_alpha}"
+            )
+        if self.contrastive_k and self.guidance != 1:
+            raise ValueError(
+                f"guidance {self.guidance} and contrastive_k {self.contrastive_k} both "
+                "compare with the unconditional prompt: use one of them"
+            )
+
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether a second prompt, without the text, is read beside the first."""
+        return self.guidance != 1 or self.contrastive_k > 0
+
+
+def make_config(settings: SamplingSettings) -> SamplingConfig:
+    """The settings of a call, top_p 0.9 unless given; each task sets the length."""
+    given: dict[str, Any] = {"top_p": 0.9, **settings}
+    return SamplingConfig(**given)

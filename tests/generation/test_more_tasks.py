@@ -1,0 +1,386 @@
+"""Infilling, editing, controlled and free generation, classification, guidance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from generation_standins import (
+    SIZE,
+    VOCAB,
+    AsciiTokenizer,
+    FirstDocuments,
+    MeanEmbedder,
+    grey,
+    make_generator,
+    pair,
+)
+
+from racm3_jax.generation import sample as sample_module
+from racm3_jax.model.config import tiny, tiny_chameleon
+from racm3_jax.sequences.layout import (
+    caption_prompt,
+    infill_prompt,
+    retrieved_prefix,
+    text_to_image_prompt,
+)
+from racm3_jax.types import Segment
+
+RIGHT = (SIZE // 2, 0, SIZE, SIZE)  # codes 1 and 3 of the four
+
+
+def codes_of(image):
+    return AsciiTokenizer().encode(image[None])[0]
+
+
+def quadrants(*codes):
+    return AsciiTokenizer().decode_codes(np.array([codes]))[0]
+
+
+def tokenized(*documents):
+    return list(AsciiTokenizer().tokenize(documents))
+
+
+def text(characters):
+    return AsciiTokenizer().encode_text(characters)
+
+
+@pytest.mark.parametrize("max_spans", [1, 2])
+def test_infill_asks_for_the_region_and_keeps_the_rest(generator, quick, max_spans):
+    image = quadrants(3, 5, 7, 9)
+    documents = tokenized(pair("x", "cd", 3))
+    out = generator.infill(
+        image, RIGHT, "ab", 4, documents=documents, max_spans=max_spans, seed=5
+    )
+    tokens = np.concatenate(
+        [text("ab"), [VOCAB.break_], VOCAB.image_tokens(np.array([3, 5, 7, 9]))]
+    )
+    spans = [(4, 7)] if max_spans == 1 else [(4, 5), (6, 7)]
+    assert quick == [infill_prompt(documents, tokens, spans, VOCAB).tolist()]
+    for drawn in out.images:
+        assert codes_of(drawn)[[0, 2]].tolist() == [3, 7]
+    assert len({codes_of(x)[[1, 3]].tobytes() for x in out.images}) > 1
+    assert out.texts[0] == "ab" and out.documents[0].metadata["codes_drawn"] == 2
+
+
+def test_infill_without_a_prompt_is_asked_by_what_is_left(quick):
+    queries = []
+
+    class Listening(MeanEmbedder):
+        def embed_images(self, images):
+            queries.append(np.array(images))
+            return super().embed_images(images)
+
+    other = make_generator(embedder=Listening())
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[:, SIZE // 2 :] = True
+    out = other.infill(quadrants(2, 15, 4, 15), mask, num_samples=2)
+    assert codes_of(queries[0][0]).tolist() == [2, 3, 4, 3]  # the mean of the rest
+    assert out.documents[0].text == ""
+    assert (out.scores < 0).all()  # no prompt to compare with: likelihood
+    tokens = VOCAB.image_tokens(np.array([2, 15, 4, 15]))
+    first = tokenized(*FirstDocuments().documents[:2])
+    assert quick == [infill_prompt(first, tokens, [(1, 4)], VOCAB).tolist()]
+
+
+def test_edit_reads_the_chosen_document(generator, quick):
+    document = pair("chosen", "red", 6)
+    images = [quadrants(3, 5, 7, 9), quadrants(1, 1, 1, 1)]
+    outs = generator.edit_batch(
+        images, [RIGHT, (0, 0, SIZE, SIZE)], [[document], [pair("b", "b", 2)]]
+    )
+    assert [o.retrieved.documents[0].id for o in outs] == ["chosen", "b"]
+    assert outs[0].documents[0].metadata["task"] == "edit"
+    assert codes_of(outs[0].images[0])[[0, 2]].tolist() == [3, 7]
+    alone = generator.edit(images[1], (0, 0, SIZE, SIZE), [pair("b", "b", 2)], seed=1)
+    np.testing.assert_array_equal(alone.images[0], outs[1].images[0])
+    prefix = retrieved_prefix(tokenized(document), VOCAB)
+    assert quick[0][: len(prefix)] == prefix.tolist()
+
+
+def test_a_text_span_is_written_where_the_marker_stands(generator, quick):
+    out = generator.infill_text(
+        "the <mask> flag", grey(32), 3, documents=[], max_span_length=5
+    )
+    tokens = [*text("the "), *text(" flag"), VOCAB.break_]
+    tokens = np.array([*tokens, *VOCAB.image_tokens(np.full(4, 2))])
+    assert quick == [infill_prompt([], tokens, [(4, 4)], VOCAB).tolist()]
+    for written in out.texts:
+        assert written.startswith("the ") and written.endswith(" flag")
+        assert 1 <= len(written) - len("the  flag") <= 5
+    assert (np.diff(out.scores) <= 0).all()
+    alone = generator.infill_text("<mask> flag", num_retrieved=0, max_span_length=5)
+    assert alone.texts[0].endswith(" flag") and not alone.images
+
+
+def test_controlled_generation_reads_the_demonstrations(generator, quick):
+    shown = [pair("one", "a", 1), pair("two", "b", 2)]
+    out = generator.continue_("c", shown, num_samples=2, seed=4)
+    assert quick == [text_to_image_prompt(tokenized(*shown), text("c"), VOCAB).tolist()]
+    same = generator.text_to_image("c", 2, documents=shown, seed=4)
+    np.testing.assert_array_equal(out.images[0], same.images[0])
+    assert out.documents[0].metadata["task"] == "continue"
+
+
+def test_free_generation_writes_whole_segments(generator, quick):
+    out = generator.generate(
+        ["look", grey(48)], 40, documents=[], max_segments=3, max_text_length=6
+    )
+    kinds = set()
+    for document in out.documents:
+        given, new = document.segments[:2], document.segments[2:]
+        assert given[0].text == "look" and given[1].image is not None
+        assert 1 <= len(new) <= 3
+        assert all(s.text is None or 1 <= len(s.text) <= 6 for s in new)
+        kinds |= {s.modality for s in new}
+    assert kinds == {"text", "image"}
+    empty = generator.generate(num_samples=2, max_segments=3, max_text_length=6)
+    assert all(document.segments for document in empty.documents)
+
+
+def test_the_caption_last_prompt_ends_with_the_image(generator, quick):
+    out = generator.caption(
+        grey(32),
+        2,
+        documents=[],
+        caption_prompt="last",
+        prefix="A",
+        max_caption_length=5,
+    )
+    image = VOCAB.image_tokens(np.full(4, 2)).tolist()
+    assert quick == [[VOCAB.eod, *image, VOCAB.break_, *text("A")]]
+    assert all(t[0] == "A" and 2 <= len(t) <= 6 for t in out.texts)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_guidance_is_by_the_masked_text(generator, quick, drop):
+    shown = tokenized(pair("x", "cd", 3))
+    mask = np.array([VOCAB.sentinel(0)])
+    generator.text_to_image("ab", documents=shown, guidance=2.0, guide_documents=drop)
+    ((_, options, _),) = quick.calls
+    kept = [] if drop else shown
+    plain, first = options["unconditional"], len(retrieved_prefix(shown, VOCAB))
+    expected = text_to_image_prompt(kept, mask, VOCAB)
+    assert plain.tokens[0].tolist() == expected.tolist()
+    assert plain.prefix_lengths == (1 if drop else first)
+    assert options["prefix_lengths"] == first
+    generator.text_to_image("ab", documents=shown)
+    assert quick.calls[-1][1]["unconditional"] is None
+
+
+def test_the_text_of_a_region_is_masked_behind_the_region(generator, quick):
+    """`<mask:0>` stays the region in both prompts; the text is `<mask:1>`."""
+    generator.infill(quadrants(3, 5, 7, 9), RIGHT, "ab", documents=[], guidance=2.0)
+    tokens = [VOCAB.sentinel(1), VOCAB.break_]
+    tokens = np.array([*tokens, *VOCAB.image_tokens(np.array([3, 5, 7, 9]))])
+    plain = quick.calls[0][1]["unconditional"]
+    expected = infill_prompt([], tokens, [(3, 6)], VOCAB)
+    assert plain.tokens[0].tolist() == expected.tolist()
+
+
+def test_ranking_by_likelihood_and_near_copies(generator, quick):
+    out = generator.text_to_image("a", 3, rank_by="likelihood")
+    assert (out.scores < 0).all() and (np.diff(out.scores) <= 0).all()
+    drawn = codes_of(out.images[0])
+    copied = pair("copied", "a", 0)
+    copied = type(copied)(
+        "copied", (copied.segments[0], Segment(image=quadrants(*drawn)))
+    )
+    from racm3_jax.generation.rerank import find_nearest
+
+    retrieved = generator.pick([pair("far", "b", 99 % 16), copied])
+    tokens = VOCAB.image_tokens(np.stack([drawn, (drawn + 1) % 16]))
+    near, far = find_nearest(tokens, retrieved, VOCAB)
+    assert near == {"nearest": {"id": "copied", "equal_codes": 1.0}, "near_copy": True}
+    assert not far["near_copy"]
+    assert find_nearest(tokens, generator.pick([]), VOCAB) == [{}, {}]
+
+
+def test_a_preview_is_grey_where_nothing_is_drawn(generator, monkeypatch):
+    monkeypatch.setattr(sample_module, "PROGRESS_EVERY", 3)
+    seen = []
+    out = generator.text_to_image("a", 2, on_progress=seen.append)
+    assert [progress.num_drawn for progress in seen] == [3, 4]
+    first, last = (generator.preview(progress)[0] for progress in seen)
+    assert {x.tobytes() for x in last} == {x.tobytes() for x in out.images}
+    half = SIZE // 2
+    assert (first[:, half:, half:] == 127).all()
+    np.testing.assert_array_equal(first[:, :half], last[:, :half])
+
+
+def reference_log_probs(call, ids, drawn):
+    """Log-probabilities of the drawn ids, by one forward pass without a cache."""
+    import jax
+
+    from racm3_jax.model.transformer import compute_logits
+
+    model, params, tokens, lengths = call
+    rows = np.zeros((drawn.shape[0], 128), np.int32)
+    for row, new in zip(rows, drawn, strict=True):
+        row[: lengths[0]] = tokens[0, : lengths[0]]
+        row[lengths[0] : lengths[0] + len(new)] = new
+    segments = np.arange(128) < lengths[0] + drawn.shape[1]
+
+    @jax.jit
+    def forward(rows):
+        places = np.broadcast_to(np.arange(128), rows.shape)
+        kinds = np.broadcast_to(segments.astype(np.int32), rows.shape)
+        hidden = model.apply({"params": params}, rows, places, kinds)
+        return compute_logits(params, model.config, hidden)
+
+    logits = np.asarray(forward(rows), np.float64)
+    logits = logits[:, lengths[0] - 1 : lengths[0] - 1 + drawn.shape[1]]
+    chosen = np.take_along_axis(logits, drawn[..., None], -1)[..., 0]
+    if ids is not None:
+        logits = logits[..., ids.start : ids.stop]
+    return chosen - np.logaddexp.reduce(logits, axis=-1)
+
+
+DOCUMENT = [pair("x", "cd", 3)]
+TASKS = {
+    "text_to_image": lambda g: g.text_to_image(
+        "a", 2, documents=DOCUMENT, guidance=2.0
+    ),
+    "infill": lambda g: g.infill(
+        grey(32), RIGHT, "a", 2, documents=DOCUMENT, max_spans=2
+    ),
+    "edit": lambda g: g.edit(grey(32), RIGHT, DOCUMENT, num_samples=2),
+    "caption": lambda g: g.caption(
+        grey(32), 2, documents=DOCUMENT, max_caption_length=9
+    ),
+    "infill_text": lambda g: g.infill_text("a <mask>", None, 2, documents=DOCUMENT),
+    "generate": lambda g: g.generate(["a"], 2, documents=DOCUMENT, max_text_length=9),
+}
+
+
+@pytest.mark.parametrize(
+    ("style", "task"),
+    [(tiny, "infill"), (tiny_chameleon, "text_to_image")]
+    + [
+        pytest.param(style, task, marks=pytest.mark.slow)
+        for style in (tiny, tiny_chameleon)
+        for task in TASKS
+    ],
+)
+def test_what_is_drawn_equals_the_full_forward(style, task, prompts_seen):
+    TASKS[task](make_generator(style))
+    ((call, options, samples),) = prompts_seen.calls
+    ids, forced = options["ids"], options["forced"]
+    got, drawn = samples.log_probs[0], samples.tokens[0]
+    expected = reference_log_probs(call, ids, drawn)
+    free = np.arange(drawn.shape[1]) < samples.lengths[0][:, None]
+    if forced is not None:
+        free &= forced[0] < 0
+    assert free.any()
+    np.testing.assert_allclose(got[free], expected[free], rtol=1e-5, atol=1e-5)
+    assert (got[~free] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda g: g.infill(grey(0), (0, 0, 9, 4)),
+            "does not lie inside the image of 8x8",
+        ),
+        (lambda g: g.infill(grey(0), np.ones((4, 4), bool)), "the mask is .* has 8x8"),
+        (lambda g: g.infill(grey(0), RIGHT, num_samples=0), "num_samples .* got 0"),
+        (
+            lambda g: g.infill(grey(0), RIGHT, temperature=-1.0),
+            "temperature .* got -1.0",
+        ),
+        (lambda g: g.infill(grey(0), RIGHT, guidance=2.0), "this one has none: give a"),
+        (
+            lambda g: g.infill(grey(0), RIGHT, rank_by="luck"),
+            "rank_by is 'luck'; allowed",
+        ),
+        (
+            lambda g: g.infill_batch([grey(0)], []),
+            "1 images need as many regions; got 0",
+        ),
+        (lambda g: g.infill_text("no marker"), "holds <mask> exactly once"),
+        (lambda g: g.edit(grey(0), RIGHT, []), "needs at least one document"),
+        (lambda g: g.continue_("a", []), "needs at least one demonstration"),
+        (lambda g: g.caption(grey(0), caption_prompt="x"), "caption_prompt is 'x'"),
+        (
+            lambda g: g.generate([""]),
+            "part 0 is ''; a part is a text that is not empty",
+        ),
+        (lambda g: g.generate(["a"], max_segments=0), "max_segments >= 1"),
+        (
+            lambda g: g.text_to_image("a", documents=[pair("x", "cd" * 9, 3)] * 6),
+            "6 documents do not fit: .* max_length 128; the first 5 would fit",
+        ),
+    ],
+)
+def test_odd_calls_answer_in_one_sentence(generator, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(generator)
+    assert "\n" not in str(error.value)
+
+
+SUPPORT = [(grey(16), "dax"), (grey(200), "wug"), (grey(32), "dax"), (grey(184), "wug")]
+
+
+def test_classification_is_the_share_of_the_label_likelihoods(generator):
+    from racm3_jax.generation.score import compute_log_likelihoods
+
+    out = generator.classify(grey(48), SUPPORT, shots_per_pass=1)
+    assert out.labels == ("dax", "wug") and out.num_passes == 2
+    documents = [
+        tokenized(pair("1", "dax", 1), pair("2", "wug", 12)),
+        tokenized(pair("4", "wug", 11), pair("3", "dax", 2)),  # the order turns
+    ]
+    image = VOCAB.image_tokens(np.full(4, 3))
+    shares = []
+    for shown in documents:
+        prompt = caption_prompt(shown, image, VOCAB)
+        answers = [np.append(text(x), VOCAB.eoss) for x in out.labels]
+        likelihoods = np.exp(
+            compute_log_likelihoods(
+                generator.model, generator.params, [prompt] * 2, answers
+            )
+        )
+        shares.append(likelihoods / likelihoods.sum())
+    np.testing.assert_allclose(out.probabilities, np.mean(shares, 0), rtol=1e-4)
+    assert out.label == out.labels[int(np.argmax(out.probabilities))]
+
+
+def test_classification_reads_what_fits_and_ensembles_the_rest(generator):
+    many = SUPPORT * 4  # 8 shots of 2 documents of 9 ids; 128 hold 6 of them
+    both = generator.classify_batch([grey(48), grey(160)], many)
+    assert both[0].num_passes == 2
+    alone = generator.classify(grey(160), many)
+    np.testing.assert_allclose(alone.probabilities, both[1].probabilities, rtol=1e-4)
+    none = generator.classify(grey(48), [], ["dax", "wug"])
+    np.testing.assert_allclose(none.probabilities.sum(), 1.0, rtol=1e-5)
+
+
+def test_likelihoods_equal_the_full_forward(generator):
+    from racm3_jax.generation.score import compute_log_likelihoods
+
+    prompt = text_to_image_prompt([], text("a flag"), VOCAB)
+    drawn = VOCAB.image_tokens(np.array([[1, 2, 3, 4], [5, 5, 5, 5]]))
+    call = (generator.model, generator.params, prompt[None], [len(prompt)])
+    expected = reference_log_probs(call, None, drawn).sum(-1)
+    got = compute_log_likelihoods(*call[:2], [prompt] * 2, list(drawn))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="more than the model's max_length 128"):
+        compute_log_likelihoods(*call[:2], [np.zeros(126, np.int32)], [drawn[0]])
+
+
+@pytest.mark.parametrize(
+    ("support", "labels", "message"),
+    [
+        (SUPPORT, ["dax", "cat"], "has the label 'wug', which is not among the labels"),
+        (SUPPORT[:1], None, r"at least two labels .* got \['dax'\]"),
+        ([], None, r"at least two labels .* got \[\]"),
+        (
+            SUPPORT,
+            ["dax", "wug", "x" * 200],
+            "documents do not fit: one example of each",
+        ),
+    ],
+)
+def test_support_sets_that_cannot_be_are_refused(generator, support, labels, message):
+    with pytest.raises(ValueError, match=message):
+        generator.classify(grey(0), support, labels)
