@@ -11,11 +11,19 @@ import sys
 from collections.abc import Sequence
 
 import racm3_jax
-from racm3_jax.commands import doctor, estimate, generate, sweep, train
+from racm3_jax.commands import (
+    convert,
+    doctor,
+    estimate,
+    generate,
+    memory,
+    sweep,
+    train,
+)
 from racm3_jax.commands.configs import UsageError
 
 # Each module registers its own subcommands.
-FAMILIES = (train, sweep, estimate, generate, doctor)
+FAMILIES = (train, sweep, estimate, generate, memory, convert, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,8 +13,14 @@ from absl import logging
 
 from racm3_jax import build
 from racm3_jax.checkpoints import Checkpoints
-from racm3_jax.evaluation.flagworld import evaluate_flagworld, format_table
-from racm3_jax.evaluation.runner import write_results, write_sheet
+from racm3_jax.evaluation import flagworld, flagworld_tasks, protocol_results
+from racm3_jax.evaluation.flagworld import evaluate_flagworld
+from racm3_jax.evaluation.flagworld_tasks import (
+    choose_pictures,
+    evaluate_flagworld_tasks,
+)
+from racm3_jax.evaluation.protocol_results import evaluate_coco
+from racm3_jax.evaluation.runner import write_results, write_sheet, write_task_sheet
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.memory import Memory
@@ -177,20 +183,29 @@ def load(
     return build.load_generator(directory, memory, strategy)
 
 
-def evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
+def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
     """Runs the suite that `config.suite` names.
 
     Prints the table and writes `results.json` and `samples.png` into `workdir`, where
     the memories that it builds stay for the next call.
 
     Returns:
-      The figures by name; shares carry their intervals.
+      The figures by name, with their intervals; None in a process other than the first.
 
     Raises:
       ValueError: for an unknown suite, or models and memories that do not fit.
     """
+    if config.suite not in SUITES:
+        raise ValueError(
+            f"config.suite is {config.suite!r}; allowed: {', '.join(SUITES)}"
+        )
+    join_processes()
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    return SUITES[config.suite](config, workdir)
+
+
+def _evaluate_flagworld(config: Any, workdir: Path) -> dict[str, Any]:
     suite = build.build_flagworld_suite(config, workdir)
     results, outputs = evaluate_flagworld(
         suite.generator,
@@ -210,5 +225,33 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
             outputs["draw"][:rows],
             outputs["twin_draw"][:rows],
         )
-    print(format_table(results))
+    print(flagworld.format_table(results))
     return results
+
+
+def _evaluate_tasks(config: Any, workdir: Path) -> dict[str, Any]:
+    suite = build.build_tasks_suite(config, workdir)
+    results, outputs = evaluate_flagworld_tasks(
+        suite.generator, suite.twin, suite.probes, suite.settings
+    )
+    settings = config.to_dict() | {"memory_documents": len(suite.memory)}
+    write_results(workdir, results, settings)
+    pictures = choose_pictures(suite.probes, outputs, config.num_sheet_rows)
+    write_task_sheet(workdir / "samples.png", suite.generator, pictures)
+    print(flagworld_tasks.format_table(results))
+    return results
+
+
+def _evaluate_coco(config: Any, workdir: Path) -> dict[str, Any] | None:
+    protocol = build.build_coco_protocol(config, workdir)
+    results = evaluate_coco(protocol)
+    if results is not None:
+        print(protocol_results.format_table(protocol, results))
+    return results
+
+
+SUITES = {
+    "flagworld": _evaluate_flagworld,
+    "flagworld_tasks": _evaluate_tasks,
+    "coco": _evaluate_coco,
+}

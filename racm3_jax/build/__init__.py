@@ -25,12 +25,20 @@ from racm3_jax.build.parts import (
     read_memory_documents,
     resolve,
 )
-from racm3_jax.build.suites import FlagworldSuite, build_flagworld_suite
+from racm3_jax.build.suites import (
+    FlagworldSuite,
+    TasksSuite,
+    build_coco_protocol,
+    build_flagworld_suite,
+    build_tasks_suite,
+)
 
 __all__ = [
     "FlagworldSuite",
     "Job",
+    "TasksSuite",
     "build_clip_job",
+    "build_coco_protocol",
     "build_embedder",
     "build_flagworld_suite",
     "build_generator_job",
@@ -40,6 +48,7 @@ __all__ = [
     "build_model_config",
     "build_model_shape",
     "build_retriever",
+    "build_tasks_suite",
     "build_tokenizer",
     "build_vqgan_job",
     "build_world",

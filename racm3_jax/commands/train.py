@@ -12,6 +12,7 @@ from racm3_jax.commands.configs import UsageError, find_config, read_config
 Arguments = argparse.Namespace
 # The exit status of a training that a signal ended, after a save (EX_TEMPFAIL).
 STOPPED_EARLY = 75
+SUITES = ("flagworld", "flagworld_tasks", "coco")
 _CONFIG_HELP = "; takes --config=FILE.py[:arg] and --config.key=value"
 
 
@@ -32,7 +33,7 @@ def register(commands: Any) -> None:
     text = f"Run a suite{_CONFIG_HELP}."
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.set_defaults(command=_evaluate, takes_config=True)
-    sub.add_argument("--suite", default="flagworld", choices=["flagworld"])
+    sub.add_argument("--suite", default="flagworld", choices=SUITES)
     sub.add_argument("--workdir", default="racm3_evaluation")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
-from racm3_jax.evaluation.intervals import Share
+from racm3_jax.evaluation.intervals import Estimate, Share
 from racm3_jax.evaluation.pictures import Panel, Row, draw_sheet
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
@@ -20,11 +21,14 @@ from racm3_jax.types import GenerationOutput
 def write_results(
     workdir: Path, results: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Path:
-    """Writes `results.json` aside and renames it. Shares carry their intervals."""
+    """Writes `results.json` aside and renames it.
+
+    Shares and estimates carry their intervals.
+    """
     record = {
         "settings": dict(settings),
         "results": {
-            name: value.to_json() if isinstance(value, Share) else value
+            name: value.to_json() if isinstance(value, Share | Estimate) else value
             for name, value in results.items()
         },
     }
@@ -69,6 +73,40 @@ def write_sheet(
         for drawn, plain in zip(with_retrieval, without, strict=True)
     ]
     headings = ("prompt", "retrieved documents", "with retrieval", "without")
+    save_sheet(path, headings, rows)
+
+
+def write_task_sheet(
+    path: Path,
+    generator: Generator,
+    tasks: Mapping[
+        str, Sequence[tuple[UInt8[np.ndarray, "h w 3"] | None, GenerationOutput]]
+    ],
+) -> None:
+    """Task and prompt | the documents it was given | the image it was given | drawn.
+
+    Args:
+      path: of the PNG.
+      generator: whose tokenizer shows the documents.
+      tasks: by their names, what stood in the prompt's place (None: nothing), and output.
+    """
+    rows = [
+        Row(
+            f"{name}: {output.prompt}",
+            (
+                retrieved_panels(generator, output),
+                [] if given is None else [Panel(given)],
+                [Panel(output.images[0])],
+            ),
+        )
+        for name, pairs in tasks.items()
+        for given, output in pairs
+    ]
+    save_sheet(path, ("task", "documents", "given", "drawn"), rows)
+
+
+def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Row]) -> None:
+    """Writes a table of pictures aside and renames it."""
     aside = path.with_suffix(".tmp.png")
     Image.fromarray(draw_sheet(headings, rows)).save(aside)
     os.replace(aside, path)

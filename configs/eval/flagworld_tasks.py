@@ -1,0 +1,28 @@
+"""The other tasks on flagworld: infilling, editing, demonstrations, k-shot, guidance.
+
+racm3 evaluate --suite=flagworld_tasks --workdir=out/evaluation_tasks
+"""
+
+from ml_collections import ConfigDict
+
+from configs.eval import flagworld
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" for the shipped models, or the folder of others (its `model`, `twin`)."""
+    config = flagworld.get_config(arg)
+    config.suite = "flagworld_tasks"
+    config.settings = ConfigDict(
+        dict(
+            num_items=0,
+            num_retrieved=2,
+            temperature=1.0,
+            top_p=0.9,
+            max_spans=1,
+            guidance=(2.0, 3.0),
+            num_samples=4,
+            shots=(0, 1, 2, 4, 8),
+            seed=0,
+        )
+    )
+    return config

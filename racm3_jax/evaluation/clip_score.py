@@ -1,0 +1,102 @@
+"""CLIPScore: does the picture show what the text says, by a CLIP that did not choose it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from racm3_jax.documents.images import resize_image
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+
+_SCALE = 2.5
+PROMPT = "A photo depicts "
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CLIPScorer:
+    """CLIPScore (arXiv 2104.08718): 2.5 × max(cos(image, text), 0).
+
+    Attributes:
+      embedder: the judge. The model that retrieved or re-ranked the pictures favours its
+        own choices; the results must say so when it judges them (`settings`).
+      prompt: stands before every text, as in the paper.
+    """
+
+    embedder: DocumentEmbedder
+    prompt: str = PROMPT
+
+    def score(
+        self,
+        images: Sequence[UInt8[np.ndarray, "height width 3"]],
+        texts: Sequence[str],
+    ) -> Float32[np.ndarray, " pairs"]:
+        """The score of each image with its text.
+
+        Raises:
+          ValueError: if there are not as many texts as images.
+        """
+        if len(images) != len(texts):
+            raise ValueError(
+                f"every image needs its text; got {len(images)} images and "
+                f"{len(texts)} texts"
+            )
+        if not len(images):
+            return np.zeros(0, np.float32)
+        return score_embeddings(
+            embed_any_size(self.embedder, images),
+            self.embedder.embed_texts([self.prompt + text for text in texts]),
+        )
+
+    def settings(self, retrieval: DocumentEmbedder | None) -> dict[str, Any]:
+        """What the scores depend on, for results.
+
+        Args:
+          retrieval: the model that retrieves and re-ranks, or None without one.
+        """
+        own = self.embedder.fingerprint()
+        return {
+            "clip": own,
+            "prompt": self.prompt,
+            "is_retrieval_model": retrieval is not None
+            and retrieval.fingerprint() == own,
+        }
+
+
+def score_embeddings(
+    images: Float32[np.ndarray, "pairs d_embed"],
+    texts: Float32[np.ndarray, "pairs d_embed"],
+) -> Float32[np.ndarray, " pairs"]:
+    """CLIPScore of unit rows."""
+    return _SCALE * np.maximum((images * texts).sum(1), 0)
+
+
+def embed_any_size(
+    embedder: DocumentEmbedder, images: Sequence[UInt8[np.ndarray, "height width 3"]]
+) -> Float32[np.ndarray, "images d_embed"]:
+    """Embeds images whose sizes differ: also the features of CLIP-FID."""
+    size = embedder.config.image_size
+    return embedder.embed_images(np.stack([resize_image(x, size) for x in images]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CLIPFeatures:
+    """CLIP's image embeddings as the features of a Fréchet distance (CLIP-FID).
+
+    Source: arXiv 2203.06026. It moves with what CLIP sees, where FID moves with texture.
+    """
+
+    embedder: DocumentEmbedder
+
+    def __call__(
+        self, images: Sequence[UInt8[np.ndarray, "height width 3"]]
+    ) -> Float32[np.ndarray, "images d_embed"]:
+        return embed_any_size(self.embedder, images)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the features depend on."""
+        return {"network": "clip", "weights": self.embedder.fingerprint()}

@@ -1,0 +1,127 @@
+"""Work in numbered chunks that survive a kill: `workdir/parts/<variant>-<chunk>.npz`.
+
+A finished chunk is one file, written aside and renamed; what is there is not computed
+again. Process p of n does the chunks p, p + n, …; chunks do not depend on who made them,
+so any number of processes gives the same numbers. Each file names the settings of its
+run, and files of another run are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from racm3_jax.checkpoints.manifest import write_aside
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The chunks of one run.
+
+    Attributes:
+      workdir: shared by all processes.
+      num_items: of the whole list.
+      chunk_size: items in a chunk; part of the settings.
+      settings: everything that the numbers depend on.
+    """
+
+    workdir: Path
+    num_items: int
+    chunk_size: int
+    settings: Mapping[str, Any]
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_items // self.chunk_size)
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps(dict(self.settings), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def path(self, variant: str, chunk: int) -> Path:
+        return self.workdir / "parts" / f"{variant}-{chunk:05d}.npz"
+
+    def make(
+        self,
+        variant: str,
+        compute: Callable[[range], Arrays],
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> int:
+        """Computes this process's chunks of a variant that are not there yet.
+
+        Args:
+          variant: names the files.
+          compute: positions of items -> arrays, one row an item.
+          process_index: 0 … process_count - 1.
+          process_count: processes that share the work directory.
+
+        Returns:
+          How many chunks were computed.
+        """
+        if not 0 <= process_index < process_count:
+            raise ValueError(
+                f"process_index must be in 0..{process_count - 1}; got {process_index}"
+            )
+        made = 0
+        for chunk in range(process_index, self.num_chunks, process_count):
+            path = self.path(variant, chunk)
+            if path.exists():
+                self._read(path)
+                continue
+            start = chunk * self.chunk_size
+            items = range(start, min(start + self.chunk_size, self.num_items))
+            arrays = compute(items)
+            for name, column in arrays.items():
+                if len(column) != len(items):
+                    raise ValueError(
+                        f"{variant}/{name} has {len(column)} rows for {len(items)} items"
+                    )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = io.BytesIO()
+            named: dict[str, Any] = {**arrays, "fingerprint": self.fingerprint}
+            np.savez(stream, **named)
+            write_aside(path, stream.getvalue())
+            made += 1
+        return made
+
+    def missing(self, variants: Sequence[str]) -> list[Path]:
+        """Chunks that no process has finished yet."""
+        paths = [self.path(v, c) for v in variants for c in range(self.num_chunks)]
+        return [path for path in paths if not path.exists()]
+
+    def load(self, variant: str) -> dict[str, np.ndarray]:
+        """All chunks of a variant, joined in the order of the items."""
+        chunks = [self._read(self.path(variant, c)) for c in range(self.num_chunks)]
+        return {
+            name: np.concatenate([chunk[name] for chunk in chunks])
+            for name in chunks[0]
+        }
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+                arrays = dict(file)
+                found = str(arrays.pop("fingerprint"))
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): remove it and run again"
+            ) from error
+        if found != self.fingerprint:
+            raise ValueError(
+                f"{path} belongs to a run with other settings, models or data: use "
+                "another --workdir, or remove this one"
+            )
+        return arrays

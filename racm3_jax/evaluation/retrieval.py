@@ -1,0 +1,151 @@
+"""The retriever by itself: recall@k; a random one; one that never sees the test set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int, Int64
+
+from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.retrieval.memory import Memory
+from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
+
+_BLOCK = 512
+
+
+def pair_recall(
+    queries: Float32[np.ndarray, "pairs d_embed"],
+    candidates: Float32[np.ndarray, "pairs d_embed"],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[int, Share]:
+    """Is a query's own candidate among the k best of all? (row i belongs to row i)
+
+    Text -> image and image -> text of the literature. Candidates that score the same as
+    the right one stand before it: a constant embedding finds nothing.
+    """
+    ranks = []
+    for start in range(0, len(queries), _BLOCK):
+        scores = queries[start : start + _BLOCK] @ candidates.T
+        own = scores[np.arange(len(scores)), start + np.arange(len(scores))]
+        ranks.append((scores >= own[:, None]).sum(1) - 1)
+    rank = np.concatenate(ranks)
+    return {k: compute_share((rank < k).tolist()) for k in ks}
+
+
+def document_recall(
+    found: Sequence[Sequence[int]], right: Sequence[Sequence[int]], k: int
+) -> Share:
+    """Is one of the right rows of the memory among the first k that were retrieved?"""
+    return compute_share(
+        [
+            bool(set(rows[:k]) & set(wanted))
+            for rows, wanted in zip(found, right, strict=True)
+        ]
+    )
+
+
+class RandomRetriever:
+    """The baseline: documents that have nothing to do with the query.
+
+    Which ones depends on the query's bytes and the seed, not on the batch.
+
+    Args:
+      memory: where they are drawn from, evenly, without those that it denies.
+      seed: of the draw.
+    """
+
+    def __init__(self, memory: Any, seed: int = 0) -> None:
+        self.memory = memory
+        self._seed = seed
+
+    def retrieve(
+        self,
+        queries: Float32[np.ndarray, "queries d_embed"],
+        nums: Int[np.ndarray, " queries"],
+        mains: Sequence[TokenizedDocument | None],
+    ) -> list[Retrieved]:
+        """As `Retriever.retrieve`; scores are those of the query with what was drawn."""
+        allowed = self.memory.allowed_ids()
+        results = []
+        for query, num, main in zip(queries, nums, mains, strict=True):
+            digest = hashlib.sha256(np.ascontiguousarray(query).tobytes()).digest()
+            entropy = int.from_bytes(digest[:8], "little")
+            rng = np.random.default_rng([self._seed, entropy])
+            own = -1 if main is None else int(self.memory.find([main.id])[0])
+            others = allowed[allowed != own]
+            rows = rng.choice(others, int(num), replace=False)
+            scores = (self.memory.embeddings[rows] @ query).astype(np.float32)
+            documents = tuple(self.memory.documents(rows))
+            results.append(Retrieved(rows.astype(np.int64), scores, documents))
+        return results
+
+
+class PurgedMemory:
+    """A memory that never returns some rows; the files stay as they are.
+
+    Everything else is asked of the memory itself. For an evaluation: near-duplicates of
+    the test set in the memory would let a model copy the answer.
+    """
+
+    def __init__(self, memory: Memory, rows: Int64[np.ndarray, " purged"]) -> None:
+        self._memory = memory
+        self.purged = np.unique(np.asarray(rows, np.int64))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._memory, name)
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    @property
+    def num_allowed(self) -> int:
+        return len(self.allowed_ids())
+
+    def allowed_ids(self) -> Int64[np.ndarray, " allowed"]:
+        return np.setdiff1d(self._memory.allowed_ids(), self.purged)
+
+    def search(
+        self, queries: Float32[np.ndarray, "queries d_embed"], k: int, **how: Any
+    ) -> Neighbours:
+        """As `Memory.search`, without the purged rows."""
+        width = min(len(self), k + min(k, len(self.purged)))
+        while True:
+            found = self._memory.search(queries, width, **how)
+            kept = found.valid & ~np.isin(found.ids, self.purged)
+            if width == len(self) or (kept.sum(1) >= k).all():
+                break
+            width = min(len(self), 4 * width)
+        order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
+        valid = np.take_along_axis(kept, order, 1)
+        ids = np.where(valid, np.take_along_axis(found.ids, order, 1), -1)
+        scores = np.where(valid, np.take_along_axis(found.scores, order, 1), -np.inf)
+        short = k - ids.shape[1]
+        if short > 0:
+            wide = ((0, 0), (0, short))
+            ids = np.pad(ids, wide, constant_values=-1)
+            scores = np.pad(scores, wide, constant_values=-np.inf)
+            valid = np.pad(valid, wide)
+        return Neighbours(ids, scores.astype(np.float32), valid)
+
+
+def find_near_duplicates(
+    memory: Memory,
+    images: Float32[np.ndarray, "images d_embed"],
+    max_similarity: float = 0.95,
+) -> Int64[np.ndarray, " rows"]:
+    """Rows of the memory whose image is nearly one of the test set's.
+
+    Args:
+      memory: its image parts are compared, one by one: an index could miss some.
+      images: unit rows, by the memory's own encoder.
+      max_similarity: a larger inner product is a near-duplicate.
+    """
+    found = []
+    for start in range(0, len(memory), _BLOCK):
+        rows = np.arange(start, min(start + _BLOCK, len(memory)))
+        best = (np.asarray(memory.image_embeddings[rows]) @ images.T).max(axis=1)
+        found.append(rows[best > max_similarity])
+    return np.concatenate(found).astype(np.int64)

@@ -1,0 +1,143 @@
+"""The suite's verdicts, on answers that are known to be right and to be wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from racm3_jax.documents.flagworld import FlagworldConfig, make_nations, read_flagworld
+from racm3_jax.evaluation.flagworld_tasks import (
+    LABELS,
+    TaskProbes,
+    TaskSettings,
+    evaluate_flagworld_tasks,
+    format_table,
+)
+from racm3_jax.generation.classification import Classification
+from racm3_jax.types import Document, GenerationOutput, Retrieved, Segment
+
+WORLD = FlagworldConfig(
+    num_nations=0, num_heldout=6, documents_per_heldout=3, wave_amplitudes=(0.0,)
+)
+SETTINGS = TaskSettings(shots=(0, 2), num_samples=2, guidance=(3.0,), num_items=5)
+NOTHING = Retrieved(np.zeros(0, np.int64), np.zeros(0, np.float32), ())
+
+
+@pytest.fixture(scope="module")
+def probes():
+    tests = {d.metadata["nation"]: d for d in read_flagworld(WORLD, "heldout_test")}
+    shown = list(read_flagworld(WORLD, "heldout_memory"))
+    return TaskProbes(
+        make_nations(WORLD, "heldout"), list(tests.values()), shown, SETTINGS
+    )
+
+
+def answer(*images, **facts):
+    documents = [
+        Document(str(i), (Segment(image=image),), metadata=facts)
+        for i, image in enumerate(images)
+    ]
+    return GenerationOutput(documents, np.zeros(len(images)), NOTHING, "", 0)
+
+
+class Oracle:
+    """Answers rightly with a share of the truth: 1 always, 0 never."""
+
+    def __init__(self, probes, right):
+        self.probes, self.right = probes, right
+        wrong = probes.partners[probes.partners]  # neither the item's nor its donor's
+        self.own = [t.images[0] for t in probes.tests]
+        self.donors = [probes.donor(i).images[0] for i in range(len(self.own))]
+        self.others = [self.own[i] for i in wrong]
+        self.regions = []
+
+    def quantized(self):
+        return Oracle(self.probes, False)
+
+    def choose(self, images):
+        return images if self.right else self.others
+
+    def infill_batch(self, images, regions, prompts, **options):
+        self.regions = regions
+        assert prompts == [t.text for t in self.probes.tests]
+        return [answer(x) for x in self.choose(self.own)]
+
+    def edit_batch(self, images, regions, documents, prompts, **options):
+        for prompt, (document,) in zip(prompts, documents, strict=True):
+            assert document.metadata["nation"] in prompt
+        kept = {"codes_outside": 60, "codes_outside_kept": 60 if self.right else 30}
+        return [answer(x, **kept) for x in self.choose(self.donors)]
+
+    def continue_batch(self, prompts, demonstrations, **options):
+        return [answer(x) for x in self.choose(self.donors)]
+
+    def text_to_image_batch(self, prompts, num_samples=1, **options):
+        pairs = zip(self.choose(self.own), self.others, strict=True)
+        return [answer(*pair[:num_samples]) for pair in pairs]
+
+    def classify(self, image, support, labels):
+        same = {
+            label
+            for picture, label in support
+            if self.probes.name_flags([picture]) == self.probes.name_flags([image])
+        }
+        (label,) = same or {labels[0]}
+        if not self.right:
+            label = labels[1 - labels.index(label)]
+        return Classification(label, labels, np.array([0.5, 0.5]), 1)
+
+
+def test_right_answers_are_right_and_wrong_ones_wrong(probes):
+    lines = []
+    good, outputs = evaluate_flagworld_tasks(
+        Oracle(probes, True), Oracle(probes, False), probes, SETTINGS, lines.append
+    )
+    for name in ("infill/flag", "edit/flag", "edit/codes_kept", "controlled_named/flag",
+                 "controlled_other/layout", "kshot/2", "guidance/3", "rerank/clip"):  # fmt: skip
+        assert good[name].value == 1.0, name
+    assert good["twin/infill_flag"].value == 0.0
+    assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
+    assert good["kshot/2"].total == 5 and len(outputs["edit"]) == 5
+    assert len(lines) == 13
+    bad, _ = evaluate_flagworld_tasks(
+        Oracle(probes, False), None, probes, SETTINGS, lines.append
+    )
+    for name in ("infill/flag", "edit/flag", "controlled_named/flag", "kshot/2"):
+        assert bad[name].value == 0.0, name
+    assert bad["edit/codes_kept"].value == 0.5 and "twin/infill_flag" not in bad
+    table = format_table(good)
+    assert "| two-way classification, 2 examples a label | 100.0%" in table
+    assert len(table.splitlines()) == 2 + 13 + 2 + 2
+
+
+def test_without_context_labels_are_a_coin(probes):
+    """Always answering the first label is right about half of the time, not always."""
+    tests = probes.tests * 12
+    many = TaskProbes.__new__(TaskProbes)
+    many.__dict__ |= probes.__dict__ | {"tests": tests}
+    many.partners = np.tile(probes.partners, 12)
+    from racm3_jax.evaluation.flagworld_tasks import evaluate_kshot
+
+    class First:
+        def classify(self, image, support, labels):
+            assert labels == LABELS and support == []
+            return Classification(labels[0], labels, np.array([0.5, 0.5]), 1)
+
+    share = evaluate_kshot(First(), many, SETTINGS, 0)
+    assert 0.3 < share.value < 0.7
+
+
+def test_the_hidden_half_is_inside_the_flag(probes):
+    for (left, top, right, bottom), half in zip(
+        probes.flag_boxes(), probes.fly_halves(), strict=True
+    ):
+        assert half == ((left + right) // 2, top, right, bottom)
+    assert all(probes.partners != np.arange(5))
+
+
+def test_worlds_that_cannot_be_asked_are_refused(probes):
+    nations = make_nations(WORLD, "heldout")
+    with pytest.raises(ValueError, match="needs two; got 1"):
+        TaskProbes(nations, probes.tests[:1], [], SETTINGS)
+    with pytest.raises(ValueError, match="the memory shows no document of"):
+        TaskProbes(nations, probes.tests, [], SETTINGS)

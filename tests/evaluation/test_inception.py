@@ -1,0 +1,81 @@
+import importlib
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from racm3_jax.evaluation.frechet import FeatureStatistics, frechet_distance
+from racm3_jax.evaluation.inception import InceptionFeatures, convert_weights
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "evaluation"
+WIDTH = 16
+
+
+@pytest.fixture
+def golden_import(monkeypatch):
+    monkeypatch.syspath_prepend(str(GOLDEN))
+    yield importlib.import_module
+    for name in ("inception_weights", "torch_inception"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("variant", ["fid", "torchvision"])
+def test_features_equal_the_torch_network(variant, golden_import):
+    weights = golden_import("inception_weights")
+    params = convert_weights(weights.random_weights(WIDTH))
+    extract = InceptionFeatures(
+        params, variant, "legacy", batch_size=2, image_size=weights.SIZE, width=WIDTH
+    )
+    found = extract(weights.random_images(2))
+    with np.load(GOLDEN / "inception.npz") as file:
+        wanted = file[variant]
+        other = file["torchvision" if variant == "fid" else "fid"]
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+    assert np.abs(found - other).max() > 0.01 * np.abs(wanted).max()
+
+
+def test_incomplete_weights_are_refused(golden_import):
+    weights = golden_import("inception_weights").random_weights(WIDTH)
+    with pytest.raises(ValueError, match="94 convolutions"):
+        convert_weights({"fc.weight": np.zeros((2, 2))})
+    del weights["Mixed_7c.branch1x1.bn.running_var"]
+    with pytest.raises(ValueError, match=r"Mixed_7c.branch1x1.bn.running_var"):
+        convert_weights(weights)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_full_network_live(golden_import):
+    reference = golden_import("torch_inception")
+    weights = golden_import("inception_weights")
+    images = weights.random_images(2)
+    wanted = reference.reference_features(images, "fid", 1, 299)
+    params = convert_weights(weights.random_weights(1))
+    found = InceptionFeatures(params, "fid", "legacy", batch_size=2)(images)
+    assert found.shape == (2, 2048)
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_fid_live(golden_import):
+    reference = golden_import("torch_inception")
+    weights = golden_import("inception_weights")
+    linalg = pytest.importorskip("scipy.linalg")
+    params = convert_weights(weights.random_weights(WIDTH))
+    extract = InceptionFeatures(
+        params, "fid", "legacy", batch_size=8, image_size=weights.SIZE, width=WIDTH
+    )
+    sets = [weights.random_images(40, 1), weights.random_images(40, 2, shift=40)]
+    ours = frechet_distance(*(FeatureStatistics.of(extract(s)) for s in sets))
+    real, drawn = (
+        reference.reference_features(s, "fid", WIDTH, weights.SIZE).astype(np.float64)
+        for s in sets
+    )
+    first, second = np.cov(real, rowvar=False), np.cov(drawn, rowvar=False)
+    offset = np.eye(len(first)) * 1e-9
+    root = linalg.sqrtm((first + offset) @ (second + offset)).real
+    gap = real.mean(0) - drawn.mean(0)
+    wanted = gap @ gap + np.trace(first + second - 2 * root)
+    assert ours == pytest.approx(wanted, rel=1e-3)

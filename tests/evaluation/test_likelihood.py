@@ -1,0 +1,147 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+from evaluation_fakes import VOCAB, caption, make_generator, make_memory, picture
+
+from racm3_jax.evaluation.kshot import (
+    classify_episodes,
+    compute_accuracy,
+    sample_episodes,
+)
+from racm3_jax.evaluation.likelihood import Scored, score_tokens
+from racm3_jax.evaluation.perplexity import compute_likelihoods
+from racm3_jax.model.transformer import Transformer, head_weights
+from racm3_jax.types import Document, Segment
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    opened = make_memory(tmp_path_factory.mktemp("memory") / "memory")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return [
+        Document(f"d{i}", (Segment(text=caption(i)), Segment(image=picture(500 + i))))
+        for i in range(5)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_softmax(config, params, row, segments):
+    positions = jax.numpy.arange(row.shape[1])[None]
+    hidden = Transformer(config).apply({"params": params}, row, positions, segments)
+    return jax.nn.log_softmax(hidden[0] @ head_weights(params, config))
+
+
+def plain_nats(generator, context, targets):
+    """Every target alone, from the full logits of the rows before it."""
+    tokens = np.concatenate([context, targets])
+    row, segments = np.zeros((2, 1, 128), np.int32)
+    row[0, : len(tokens) - 1], segments[0, : len(tokens) - 1] = tokens[:-1], 1
+    log_probs = np.asarray(
+        log_softmax(generator.model.config, generator.params, row, segments)
+    )
+    places = np.arange(len(context) - 1, len(tokens) - 1)
+    return -log_probs[places, tokens[1:][places]]
+
+
+def test_scores_are_those_of_each_sequence_alone():
+    generator = make_generator()
+    rng = np.random.default_rng(0)
+    sequences = [
+        Scored(
+            np.r_[VOCAB.eod, rng.integers(0, 128, a)].astype(np.int32),
+            rng.integers(0, 128, b).astype(np.int32),
+        )
+        for a, b in ((3, 5), (0, 9), (70, 2), (1, 1))
+    ]
+    found = score_tokens(generator, sequences, num_rows=3)
+    for sequence, nats in zip(sequences, found, strict=True):
+        wanted = plain_nats(generator, *sequence)
+        np.testing.assert_allclose(nats, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_sequences_that_cannot_be_scored_are_refused():
+    generator = make_generator()
+    ids = np.ones(200, np.int32)
+    with pytest.raises(ValueError, match="no context"):
+        score_tokens(generator, [Scored(ids[:0], ids[:3])])
+    with pytest.raises(ValueError, match="200 positions"):
+        score_tokens(generator, [Scored(ids[:1], ids)])
+
+
+def test_perplexity_counts_each_modality_and_bits_per_image(documents):
+    generator = make_generator()
+    found = compute_likelihoods(generator, documents, num_retrieved=0)
+    sums, figures = found.sums, found.means()
+    assert sums.text_tokens.tolist() == [len(caption(i)) for i in range(5)]
+    assert sums.image_tokens.tolist() == [4] * 5 and sums.images.tolist() == [1] * 5
+    (main,) = generator.tokenizer.tokenize(documents[:1])
+    text, image = (s.tokens for s in main.segments)
+    whole = np.r_[text, VOCAB.break_, image]
+    nats = plain_nats(generator, np.array([VOCAB.eod]), whole)
+    np.testing.assert_allclose(sums.text_nats[0], nats[: len(text)].sum(), rtol=2e-3)
+    np.testing.assert_allclose(sums.image_nats[0], nats[-4:].sum(), rtol=2e-3)
+    bits = sums.image_nats.sum() / np.log(2) / 5
+    assert figures["bits_per_image"] == pytest.approx(bits)
+    assert figures["image_perplexity"] == pytest.approx(2 ** (bits / 4))
+    assert found.num_retrieved == 0
+    texts = [Document("t", (Segment(text="only text"),))]
+    alone = compute_likelihoods(generator, texts, num_retrieved=0).means()
+    assert set(alone) == {"text_perplexity"}
+
+
+def test_retrieved_documents_stand_before_and_change_the_figures(documents, memory):
+    generator = make_generator(memory)
+    with_two = compute_likelihoods(generator, documents, num_retrieved=2)
+    without = compute_likelihoods(generator, documents, num_retrieved=0)
+    assert with_two.num_retrieved == 2
+    assert with_two.means()["text_perplexity"] != without.means()["text_perplexity"]
+    with pytest.raises(ValueError, match="has no memory"):
+        compute_likelihoods(make_generator(), documents, num_retrieved=1)
+
+
+def test_episodes_never_show_what_they_ask():
+    classes = [f"c{i % 3}" for i in range(12)]
+    episodes = sample_episodes(classes, num_episodes=20, num_shots=2, num_ways=2)
+    for episode in episodes:
+        shown = [row for rows in episode.shown for row in rows]
+        assert episode.asked not in shown and len(set(shown)) == 4
+        right = episode.shown[episode.answer]
+        assert {classes[row] for row in (*right, episode.asked)} == {
+            classes[episode.asked]
+        }
+        assert len(set(episode.words)) == 2
+    again = sample_episodes(classes, num_episodes=5, num_shots=2, num_ways=2)
+    assert again == episodes[:5]
+    assert {e.answer for e in episodes} == {0, 1}
+    with pytest.raises(ValueError, match="got 0 classes"):
+        sample_episodes(classes, num_episodes=1, num_shots=4)
+
+
+def test_classification_takes_the_likeliest_label(monkeypatch):
+    generator = make_generator()
+    images = [picture(i) for i in range(8)]
+    episodes = sample_episodes(["a", "b"] * 4, num_episodes=4, num_shots=1)
+    seen = []
+
+    def score(generator, sequences, num_rows):
+        seen.extend(sequences)
+        # the label of every episode's answer is the likeliest
+        answers = [label == e.answer for e in episodes for label in (0, 1)]
+        return [np.full(3, 1.0 if a else 2.0) for a in answers]
+
+    chosen = classify_episodes(generator, images, episodes)
+    assert len(chosen) == 4 and set(chosen) <= {0, 1}
+    monkeypatch.setattr("racm3_jax.evaluation.kshot.score_tokens", score)
+    chosen = classify_episodes(generator, images, episodes)
+    assert compute_accuracy(episodes, chosen).value == 1.0
+    for sequence in seen[:2]:
+        words = bytes(sequence.context[VOCAB.is_text(sequence.context)].tolist())
+        assert all(word.encode() in words for word in episodes[0].words)
+        assert sequence.targets[-1] == VOCAB.eoss

@@ -1,0 +1,209 @@
+import json
+import threading
+
+import numpy as np
+import pytest
+from evaluation_fakes import (
+    ColourFeatures,
+    Embedder,
+    StubGenerator,
+    caption,
+    digest,
+    make_coco,
+    make_generator,
+    make_memory,
+)
+
+from racm3_jax.evaluation.clip_score import CLIPFeatures, CLIPScorer
+from racm3_jax.evaluation.coco import (
+    choose_items,
+    fingerprint_items,
+    read_coco,
+    read_karpathy,
+)
+from racm3_jax.evaluation.protocol import CocoProtocol, ProtocolSettings
+from racm3_jax.evaluation.protocol_results import evaluate_coco
+from racm3_jax.types import Document
+
+COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return make_coco(tmp_path_factory.mktemp("coco") / "coco", COUNT)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    opened = make_memory(tmp_path_factory.mktemp("memory") / "memory")
+    yield opened
+    opened.close()
+
+
+def make_settings(task="text_to_image", **changes):
+    values = {
+        "image_size": 16,
+        "num_samples": 1,
+        "chunk_size": 48,
+        "num_resamples": 20,
+        "num_distance_resamples": 4,
+        "num_sheet_rows": 2,
+    }
+    return ProtocolSettings(task, **(values | changes))
+
+
+def make_protocol(generator, coco, workdir, settings, **process):
+    judge: dict = {}
+    if settings.task == "text_to_image":
+        items = choose_items(read_coco(coco), COUNT)
+        judge = {
+            "extractors": {
+                "colour": ColourFeatures(),
+                "clip": CLIPFeatures(Embedder()),
+            },  # pyright: ignore
+            "scorer": CLIPScorer(Embedder()),  # pyright: ignore
+        }
+    else:
+        items = read_karpathy(coco)
+    return CocoProtocol(generator, items, settings, workdir, **judge, **process)
+
+
+def run(generator, coco, workdir, settings=None, **process):
+    settings = settings or make_settings()
+    protocol = make_protocol(generator, coco, workdir, settings, **process)
+    return evaluate_coco(protocol, log=lambda line: None)
+
+
+def test_lists_are_chosen_by_hash_and_named_by_fingerprint(coco):
+    items = read_coco(coco)
+    assert len(items) == COUNT
+    assert {item.caption in item.captions for item in items} == {True}
+    chosen = choose_items(items, 50)
+    assert choose_items(items[::-1], 50) == chosen
+    assert choose_items(items, 20) == chosen[:20]
+    assert fingerprint_items(chosen) != fingerprint_items(chosen[::-1])
+    assert chosen[0].read(16).shape == (16, 16, 3)
+    karpathy = read_karpathy(coco)
+    assert len(karpathy) == 150 and karpathy[0].captions[0] == caption(1)
+    with pytest.raises(ValueError, match="the split has 200"):
+        choose_items(items, 201)
+    with pytest.raises(ValueError, match="no split 'val'"):
+        read_karpathy(coco, "val")
+    with pytest.raises(ValueError, match="unpack COCO's annotations"):
+        read_coco(coco / "val2014")
+
+
+def test_an_item_is_a_document(coco):
+    document = read_coco(coco)[0].document(8)
+    assert isinstance(document, Document)
+    assert document.images[0].shape == (8, 8, 3) and document.text
+
+
+def test_from_files_to_results_killed_once_and_resumed(coco, memory, tmp_path):
+    whole = run(StubGenerator(memory), coco, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        run(StubGenerator(memory, budget=COUNT + 100), coco, killed)
+    assert not (killed / "results.json").exists()
+    finished = {p.name: p.stat().st_mtime_ns for p in (killed / "parts").iterdir()}
+    assert 5 < len(finished) < 25
+    run(StubGenerator(memory), coco, killed)
+    for name, stamp in finished.items():
+        assert (killed / "parts" / name).stat().st_mtime_ns == stamp
+    for name in ("results.json", "table.md", "samples.png"):
+        assert digest(killed / name) == digest(tmp_path / "whole" / name)
+    assert not list(killed.rglob("*.tmp"))
+
+    record = json.loads((killed / "results.json").read_text())
+    assert whole is not None
+    for variant in ("retrieval", "no_retrieval", "copy", "random"):
+        distance = record["results"][f"{variant}/colour_frechet"]
+        assert distance["value"] > 0 and len(distance["interval95"]) == 2
+        score = record["results"][f"{variant}/clip_score"]
+        low, high = score["interval95"]
+        assert low <= score["value"] <= high and score["total"] == COUNT
+        assert 0 <= record["results"][f"{variant}/clip_precision"] <= 1
+    values = {record["results"][f"{v}/colour_frechet"]["value"] for v in
+              ("retrieval", "no_retrieval", "copy", "random")}  # fmt: skip
+    assert len(values) == 4
+    settings = record["settings"]
+    assert settings["protocol"]["num_samples"] == 1
+    assert settings["clip_score"]["is_retrieval_model"] is True
+    for name in ("model", "pixels", "run", "tokenizer", "retrieval_clip"):
+        assert len(settings[name]) > 4
+    assert settings["memory"]["fingerprint"] == memory.fingerprint()
+    assert "| colour_frechet |" in (killed / "table.md").read_text()
+
+
+def test_near_duplicates_are_counted_and_never_retrieved(coco, memory, tmp_path):
+    settings = make_settings(variants=("retrieval", "copy", "random"))
+    protocol = make_protocol(StubGenerator(memory), coco, tmp_path, settings)
+    results = evaluate_coco(protocol, log=lambda line: None)
+    assert results is not None and results["num_near_duplicates_purged"] == 3
+    for variant in settings.variants:
+        rows = protocol.parts.load(variant)["retrieved"]
+        assert not set(rows.ravel().tolist()) & {0, 1, 2}
+        assert (rows[:, 0] >= 0).all()
+    assert memory.num_allowed == len(memory)
+
+
+def test_captioning_beside_its_baselines(coco, memory, tmp_path):
+    settings = make_settings("captioning", prefix="Photo of ")
+    results = run(StubGenerator(memory), coco, tmp_path, settings)
+    assert results is not None
+    for variant in settings.variants:
+        assert results[f"{variant}/cider"].total == 150
+        assert results[f"{variant}/bleu_1"].interval is not None
+    assert results["no_retrieval/bleu_1"].value > results["copy/bleu_1"].value
+    assert not (tmp_path / "samples.png").exists()
+
+
+def test_two_processes_give_what_one_gives(coco, memory, tmp_path):
+    run(StubGenerator(memory), coco, tmp_path / "one")
+    found = {}
+
+    def work(index):
+        found[index] = run(
+            StubGenerator(memory),
+            coco,
+            tmp_path / "two",
+            process_index=index,
+            process_count=2,
+        )
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[1] is None and found[0] is not None
+    for name in ("results.json", "samples.png"):
+        assert digest(tmp_path / "two" / name) == digest(tmp_path / "one" / name)
+
+
+def test_parts_of_another_run_are_refused(coco, memory, tmp_path):
+    settings = make_settings(variants=("copy",))
+    run(StubGenerator(memory), coco, tmp_path, settings)
+    with pytest.raises(ValueError, match="other settings"):
+        run(StubGenerator(memory), coco, tmp_path, make_settings(seed=1))
+    part = tmp_path / "parts" / "copy-00001.npz"
+    part.write_bytes(part.read_bytes()[:300])
+    with pytest.raises(ValueError, match="damaged"):
+        run(StubGenerator(memory), coco, tmp_path, settings)
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="'captioning'"):
+        make_settings("vqa")
+    with pytest.raises(ValueError, match="no_retrieval"):
+        make_settings(variants=("oracle",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["text_to_image", "captioning"])
+def test_a_random_model_runs_it_all(task, coco, memory, tmp_path):
+    settings = make_settings(task)
+    results = run(make_generator(memory), coco, tmp_path, settings)
+    assert results is not None
+    figure = "clip_score" if task == "text_to_image" else "rouge_l"
+    assert np.isfinite(results[f"retrieval/{figure}"].value)
