@@ -48,8 +48,36 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "pyright>=1.1.390"],
-        "parity": ["torch>=2.6", "transformers>=4.50"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "pyright>=1.1.390",
+            # `jupyter execute`, for the notebooks
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
+            # sources in parquet
+            "pyarrow>=17",
+        ],
+        # Builds a memory on any runner; Beam wants pillow < 13.
+        "beam": ["apache-beam>=2.65"],
+        # Sources in parquet, and ready embeddings.
+        "parquet": ["pyarrow>=17"],
+        "hub": ["huggingface_hub>=0.34"],
+        # What the live comparisons of `pytest -m parity` need: the reference
+        # implementations, and photographs (scikit-image, scikit-learn). No torchvision.
+        "parity": [
+            "diffusers>=0.35",
+            "faiss-cpu>=1.10",
+            "ftfy>=6.3",
+            "huggingface_hub>=0.34",
+            "pycocoevalcap>=1.2",
+            "regex>=2024.11.6",
+            "scikit-image>=0.25",
+            "scikit-learn>=1.6",
+            "torch>=2.6",
+            "transformers>=5.0",
+        ],
     },
     entry_points={"console_scripts": ["racm3=racm3_jax.cli:main"]},
 )

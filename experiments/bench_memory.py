@@ -6,15 +6,18 @@ Clustered vectors (random ones say nothing about recall), queries of two kinds a
 image queries are: near the rows, and moved away from them by a common offset. One run, one
 machine, `--threads` threads for all. Sweeps the share of leaves searched; FAISS
 IVF-PQfs + refine is measured where faiss is installed. Writes `results.json` and
-`sweep.png`. 1,000,000 x 768 needs about 12 GB. Tiny form: --num_rows=4000 --d_embed=32
+`sweep.png`. Run it on an idle machine. Tiny form: --num_rows=4000 --d_embed=32
 --num_queries=64.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import os
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,37 +36,48 @@ BLOCK = 20_000
 def make_vectors(
     num_rows: int, d_embed: int, num_queries: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Unit rows in clusters, and queries of both kinds."""
+    """Unit rows in clusters, and queries of both kinds.
+
+    The variance of a dimension falls with its number, as that of trained embeddings
+    does along their principal axes: clusters overlap, and their rows are not all equally
+    far from one another.
+    """
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(max(16, num_rows // 200), d_embed)).astype(np.float32)
+    scales = (1 + np.arange(d_embed, dtype=np.float32)) ** -0.5
+    shape = (max(16, num_rows // 200), d_embed)
+    centres = scales * rng.standard_normal(shape, np.float32)
+
+    def near(number: int) -> np.ndarray:
+        noise = 1.4 * scales * rng.standard_normal((number, d_embed), np.float32)
+        return _unit(centres[rng.integers(len(centres), size=number)] + noise)
+
     rows = np.empty((num_rows, d_embed), np.float32)
     for start in range(0, num_rows, BLOCK):
         stop = min(num_rows, start + BLOCK)
-        rows[start:stop] = _near(centres, stop - start, rng)
-    image = _near(centres, num_queries, rng)
-    text = _near(centres, num_queries, rng)
-    text += 0.5 * _unit(rng.normal(size=d_embed).astype(np.float32))
+        rows[start:stop] = near(stop - start)
+    image, text = near(num_queries), near(num_queries)
+    text += 0.5 * _unit(rng.standard_normal(d_embed, np.float32))
     return rows, {"image": image, "text": _unit(text)}
-
-
-def _near(centres: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    noise = rng.standard_normal((number, centres.shape[1]), np.float32)
-    return _unit(centres[rng.integers(len(centres), size=number)] + 0.7 * noise)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def search_flat(rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The exact neighbours, by NumPy's matrix product."""
-    found = []
-    for start in range(0, len(queries), 64):
-        scores = queries[start : start + 64] @ rows.T
-        best = np.argpartition(-scores, K, axis=1)[:, :K]
-        order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1)
-        found.append(np.take_along_axis(best, order, 1))
-    return np.concatenate(found)
+def in_threads(
+    search: Callable[[np.ndarray], np.ndarray], threads: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Asks for an equal share of the queries in every thread, as training does."""
+
+    def search_all(queries: np.ndarray) -> np.ndarray:
+        if len(queries) < threads:
+            return search(queries)
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            return np.concatenate(
+                list(pool.map(search, np.array_split(queries, threads)))
+            )
+
+    return search_all
 
 
 def measure(
@@ -74,14 +88,15 @@ def measure(
     """Recall of each kind, queries a second in one batch, p50 of single ones."""
     search(next(iter(queries.values()))[:1])
     result: dict[str, float] = {}
-    start = time.perf_counter()
+    taken = 0.0
     for name, rows in queries.items():
+        start = time.perf_counter()
         found = search(rows)
+        taken += time.perf_counter() - start
         hits = [
             len(set(a) & set(b)) for a, b in zip(expected[name], found, strict=True)
         ]
         result[f"recall_{name}"] = sum(hits) / (K * len(rows))
-    taken = time.perf_counter() - start
     result["qps"] = sum(len(rows) for rows in queries.values()) / taken
     singles = []
     for query in next(iter(queries.values()))[:200]:
@@ -94,7 +109,10 @@ def measure(
 
 
 def sweep_scann(
-    index: ScannIndex, queries: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+    index: ScannIndex,
+    queries: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    search: Callable[[np.ndarray], np.ndarray],
 ) -> list[dict[str, Any]]:
     points = []
     tree = index.settings["mode"] == "tree"
@@ -102,7 +120,7 @@ def sweep_scann(
         if tree:
             leaves = index.settings["num_leaves"]
             index.settings["num_searched"] = max(1, round(share * leaves))
-        point = measure(lambda q: index.search(q, K).ids, queries, expected)
+        point = measure(search, queries, expected)
         points.append({"searched_share": share, **point})
     return points
 
@@ -180,28 +198,40 @@ def main() -> None:
     rows, queries = make_vectors(
         arguments.num_rows, arguments.d_embed, arguments.num_queries
     )
-    expected = {name: search_flat(rows, q) for name, q in queries.items()}
-    few = {name: q[:100] for name, q in queries.items()}
+    expected = {
+        name: scann_tuning.find_exact(rows, q, K) for name, q in queries.items()
+    }
     flat = measure(
-        lambda q: search_flat(rows, q), few, {n: e[:100] for n, e in expected.items()}
+        lambda q: scann_tuning.find_exact(rows, q, K),
+        {name: q[:100] for name, q in queries.items()},
+        {name: e[:100] for name, e in expected.items()},
     )
     start = time.perf_counter()
     index = ScannIndex.build(rows, ScannConfig(), out / "index")
     built = time.perf_counter() - start
+    start = time.perf_counter()
     tuned = scann_tuning.tune(
         index, out / "index", rows, queries, recall_target=arguments.recall_target
     )
+    tuned_in = time.perf_counter() - start
+    # Before FAISS, which holds rows of its own.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     settings = dict(index.settings)
-    at_target = measure(lambda q: index.search(q, K).ids, queries, expected)
-    scann = sweep_scann(index, queries, expected)
+    search = in_threads(lambda q: index.search(q, K).ids, arguments.threads)
+    at_target = measure(search, queries, expected)
+    scann = sweep_scann(index, queries, expected, search)
+    shutil.rmtree(out / "index")
+    del index, search
     faiss = sweep_faiss(rows, queries, expected, arguments.threads)
     best = fastest([*scann, at_target], arguments.recall_target)
     rival = fastest(faiss, arguments.recall_target)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     results = {
         "rows": arguments.num_rows,
         "d_embed": arguments.d_embed,
+        "threads": arguments.threads,
+        "load_average": os.getloadavg(),
         "build_seconds": built,
+        "tune_seconds": tuned_in,
         "peak_gb": peak,
         "settings": settings,
         "tuned_recall": tuned,

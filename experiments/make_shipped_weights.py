@@ -10,6 +10,8 @@ and hours:
     racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
     racm3 train --config=configs/flagworld.py --workdir=out/racm3 ...
     racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3 ...
+    racm3 train --config=configs/flagworld_tasks.py --workdir=out/racm3_tasks ...
+    racm3 train --config=configs/flagworld_tasks.py:twin --workdir=out/cm3_tasks ...
 """
 
 from __future__ import annotations
@@ -44,6 +46,16 @@ def commands(out: Path) -> dict[str, list[str]]:
         "clip": [f"--config={configs}/flagworld_clip.py"],
         "racm3": [f"--config={configs}/flagworld.py", *parts],
         "cm3": [f"--config={configs}/flagworld.py:twin", *parts],
+        "racm3_tasks": [
+            f"--config={configs}/flagworld_tasks.py",
+            *parts,
+            f"--config.init_from={out}/racm3/model",
+        ],
+        "cm3_tasks": [
+            f"--config={configs}/flagworld_tasks.py:twin",
+            *parts,
+            f"--config.init_from={out}/cm3/model",
+        ],
     }
 
 
@@ -63,20 +75,20 @@ def pack(out: Path) -> None:
     """Writes the exported models in half precision."""
     aside = SHIPPED.with_name("flagworld.new")
     shutil.rmtree(aside, ignore_errors=True)
-    tokenizer = MixedTokenizer.load(out / "racm3" / "tokenizer")
+    tokenizer = MixedTokenizer.load(out / "racm3_tasks" / "tokenizer")
     image = ImageTokenizer(
         tokenizer.image.config, checkpoints.round_to_half(tokenizer.image.params)
     )
     MixedTokenizer(tokenizer.text, image, tokenizer.vocab.num_sentinels).save(
         aside / "tokenizer", dtype="float16"
     )
-    embedder = DocumentEmbedder.load(out / "racm3" / "clip")
+    embedder = DocumentEmbedder.load(out / "racm3_tasks" / "clip")
     DocumentEmbedder(
         embedder.config,
         checkpoints.round_to_half(embedder.params),
         embedder.text_tokenizer,
     ).save(aside / "clip", dtype="float16")
-    for stage, name in (("racm3", "model"), ("cm3", "twin")):
+    for stage, name in (("racm3_tasks", "model"), ("cm3_tasks", "twin")):
         params, config, extra = checkpoints.load_weights(
             out / stage / "model", "generator"
         )
@@ -88,14 +100,23 @@ def pack(out: Path) -> None:
             extra=extra,
             dtype="float16",
         )
-    plot_curves(
-        {"RA-CM3": out / "racm3", "twin without retrieval": out / "cm3"},
-        aside / "loss.png",
-        names=("image_loss", "text_loss"),
-    )
+    plot_losses(out, aside)
     shutil.rmtree(SHIPPED, ignore_errors=True)
     aside.rename(SHIPPED)
     write_manifest(out)
+
+
+def plot_losses(out: Path, directory: Path) -> None:
+    """`loss.png` of the first training, `loss_tasks.png` of the second."""
+    for end in ("", "_tasks"):
+        plot_curves(
+            {
+                "RA-CM3": out / f"racm3{end}",
+                "twin without retrieval": out / f"cm3{end}",
+            },
+            directory / f"loss{end}.png",
+            names=("image_loss", "text_loss"),
+        )
 
 
 def write_manifest(out: Path) -> None:
@@ -126,7 +147,9 @@ def write_manifest(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--stages", default="vqgan,clip,racm3,cm3,pack")
+    parser.add_argument(
+        "--stages", default="vqgan,clip,racm3,cm3,racm3_tasks,cm3_tasks,pack"
+    )
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     for stage in arguments.stages.split(","):

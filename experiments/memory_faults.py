@@ -1,18 +1,20 @@
-"""Tries to break a memory: kills, corruption, removal, duplicates, RAM.
+"""Tries to break a memory: kills, corruption, removal, duplicates, shards, RAM.
 
     python experiments/memory_faults.py --out=memory_faults --kills=50 --corruptions=35
 
 Writes `results.json`. What is expected of every figure stands in `expected`; the exit
 status is 1 if one is missed. Needs no trained models: documents are tokenised by bytes
-and embedded by hashing their words, so that a run measures the memory alone. Tiny form:
---num_documents=400 --kills=2 --corruptions=7 --lists=400 --ram_documents=0.
+and embedded by hashing their words, so that a run measures the memory alone. `--only`
+runs some of the trials. Tiny form: --num_documents=400 --kill_documents=400 --kills=2
+--corruptions=7 --lists=400 --ram_documents=0.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import base64
 import json
+import multiprocessing
 import random
 import resource
 import shutil
@@ -25,39 +27,60 @@ from typing import Any
 
 import numpy as np
 
+from racm3_jax.documents.images import resize_image
 from racm3_jax.retrieval import corpus_build, integrity, memory_edit
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
+from racm3_jax.retrieval.sharded_index import ShardedIndex, merge_neighbours
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import Document, TokenizedDocument, TokenizedSegment
 from racm3_jax.vocab import Vocab
 
-D_EMBED = 64
 FILES = 8
+NUM_WORDS = 2000
+TRIALS = ("ram", "kills", "corruptions", "removal", "duplicates", "shards")
 
 
 class ByteTokenizer:
-    """Bytes of the text; no images."""
+    """Bytes of the text; four codes of an image's corner."""
 
-    vocab = Vocab(num_text_ids=256, num_image_codes=8, image_length=4, num_sentinels=8)
+    vocab = Vocab(
+        num_text_ids=256, num_image_codes=256, image_length=4, num_sentinels=8
+    )
 
     def fingerprint(self) -> str:
         return "bytes"
 
     def tokenize(self, documents):
         for document in documents:
-            tokens = np.frombuffer(document.text.encode(), np.uint8).astype(np.int32)
-            segments = (TokenizedSegment("text", tokens),)
+            segments = []
+            for segment in document.segments:
+                if segment.image is None:
+                    tokens = np.frombuffer(segment.text.encode(), np.uint8)
+                else:
+                    codes = segment.image[:2, :2, 0].ravel().astype(np.int32)
+                    tokens = self.vocab.image_tokens(codes)
+                tokens = tokens.astype(np.int32)
+                segments.append(TokenizedSegment(segment.modality, tokens))
             yield TokenizedDocument(
-                document.id, segments, document.source, dict(document.metadata)
+                document.id,
+                tuple(segments),
+                document.source,
+                dict(document.metadata),
             )
 
 
 class WordEmbedder:
-    """The mean of one random direction a word."""
+    """The mean of one random direction a word; a random projection of an image."""
 
-    d_embed = D_EMBED
     config = types.SimpleNamespace(image_size=8)
+
+    def __init__(self, d_embed: int) -> None:
+        self.d_embed = d_embed
+        rng = np.random.default_rng(0)
+        self._words = rng.standard_normal((NUM_WORDS, d_embed), np.float32)
+        self._pixels = rng.standard_normal((3 * 8 * 8, d_embed), np.float32)
 
     def fingerprint(self) -> str:
         return "words"
@@ -65,63 +88,69 @@ class WordEmbedder:
     def embed_texts(self, texts, drop=0.0, rng=None):
         rows = []
         for text in texts:
-            words = text.split()
+            words = [int(word[1:]) for word in text.split()]
             if rng is not None and len(words) > 1:
                 words = [w for w in words if rng.random() >= drop] or words[:1]
-            rows.append(sum(_direction(word) for word in words))
-        rows = np.asarray(rows, np.float32)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            rows.append(self._words[words].sum(axis=0))
+        return _unit(np.stack(rows))
 
     def embed_images(self, images, drop=0.0, rng=None):
-        raise NotImplementedError("these documents have no images")
+        pixels = images.reshape(len(images), -1).astype(np.float32) - 128
+        return _unit(pixels @ self._pixels)
 
     def embed_documents(self, documents: list[Document]):
         text = self.embed_texts([document.text for document in documents])
-        return text, np.zeros_like(text), text
+        image = np.zeros_like(text)
+        with_image = [i for i, d in enumerate(documents) if d.images]
+        if with_image:
+            images = [resize_image(documents[i].images[0], 8) for i in with_image]
+            image[with_image] = self.embed_images(np.stack(images))
+        return text, image, _unit(text + image)
 
 
-def _direction(word: str) -> np.ndarray:
-    seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest(), "big")
-    return np.random.default_rng(seed).normal(size=D_EMBED)
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def write_corpus(folder: Path, num_documents: int, planted: float = 0.0) -> str:
+def write_corpus(
+    folder: Path, num_documents: int, planted: float = 0.0, images: bool = False
+) -> str:
     """JSONL files of documents of eight words each; returns the source.
 
     Args:
       folder: made.
       num_documents: in all.
       planted: share of them that copy another one's words, under another id.
+      images: each also has a picture of 16 x 16 random pixels.
     """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    words = rng.integers(0, 2000, (num_documents, 8))
+    words = rng.integers(0, NUM_WORDS, (num_documents, 8))
     copies = rng.random(num_documents) < planted
     for number in np.flatnonzero(copies):
         words[number] = words[rng.integers(num_documents)]
     for number, rows in enumerate(np.array_split(np.arange(num_documents), FILES)):
-        lines = (
-            json.dumps({"id": f"d{r}", "text": " ".join(f"w{w}" for w in words[r])})
-            for r in rows
-        )
-        (folder / f"{number:03d}.jsonl").write_text("\n".join(lines))
+        with open(folder / f"{number:03d}.jsonl", "w") as file:
+            for row in rows:
+                text = " ".join(f"w{w}" for w in words[row])
+                fields = {"id": f"d{row}", "text": text}
+                if images:
+                    pixels = rng.integers(0, 256, 16 * 16 * 3, np.uint8).tobytes()
+                    data = base64.b64encode(b"P6 16 16 255\n" + pixels)
+                    fields["image_base64"] = data.decode()
+                file.write(json.dumps(fields) + "\n")
     return f"jsonl:{folder}/*.jsonl"
 
 
-def build(source: str, path: Path, **settings: Any) -> None:
+def build(source: str, path: Path, d_embed: int = 64, **settings: Any) -> None:
     config = corpus_build.CorpusConfig(num_query_variants=1, **settings)
     corpus_build.build_corpus(
         source,
         tokenizer=ByteTokenizer(),
-        embedder=WordEmbedder(),
+        embedder=WordEmbedder(d_embed),
         path=path,
         config=config,
     )
-
-
-def start_build(source: str, path: Path, **settings: Any) -> subprocess.Popen[bytes]:
-    arguments = [json.dumps(settings), source, str(path)]
-    return subprocess.Popen([sys.executable, __file__, "--child", *arguments])
 
 
 def digests(path: Path) -> dict[str, str]:
@@ -129,29 +158,51 @@ def digests(path: Path) -> dict[str, str]:
     return {n: d["sha256"] for n, d in integrity.describe_files(path, names).items()}
 
 
-def try_kills(source: str, out: Path, whole: Path, kills: int) -> dict[str, Any]:
+def try_kills(out: Path, num_documents: int, kills: int) -> dict[str, Any]:
     """Builds, each killed at a random moment and then run again to its end."""
-    start = time.perf_counter()
-    build(source, out / "timed")
-    seconds = time.perf_counter() - start + 3  # a process starts in about three
-    shutil.rmtree(out / "timed")
-    rng, equal, struck = random.Random(0), 0, 0
+    source = write_corpus(out / "kill_corpus", num_documents)
+    build(source, out / "kill_whole")
+    expected = digests(out / "kill_whole")
+    # A server that has imported everything: a child starts building at once.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([corpus_build.__name__, Memory.__module__])
+    seconds = 0.0
+    for _ in range(2):  # the first one starts the server
+        path = out / "timed"
+        start = time.perf_counter()
+        child = processes.Process(target=build, args=(source, path))
+        child.start()
+        child.join()
+        seconds = time.perf_counter() - start
+        shutil.rmtree(path)
+    rng, equal = random.Random(0), 0
+    moments = dict.fromkeys(("before", "parts", "merge", "after"), 0)
     for _ in range(kills):
         path = out / "killed"
-        child = start_build(source, path)
-        try:
-            child.wait(rng.uniform(0, 1.2 * seconds))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            struck += 1
+        work = corpus_build.work_directory(path)
+        child = processes.Process(target=build, args=(source, path))
+        child.start()
+        child.join(rng.uniform(0, 1.1 * seconds))
+        child.kill()
+        child.join()
+        moments[_moment(path, work)] += 1
         if not path.exists():
             build(source, path)
         left = [p.name for p in out.iterdir() if p.name.startswith(".killed")]
-        equal += digests(path) == digests(whole) and not left
+        equal += digests(path) == expected and not left
         shutil.rmtree(path)
-        shutil.rmtree(corpus_build.work_directory(path), ignore_errors=True)
-    return {"kills": kills, "struck_while_building": struck, "equal": equal}
+        shutil.rmtree(work, ignore_errors=True)
+    return {"kills": kills, "while": moments, "equal": equal}
+
+
+def _moment(path: Path, work: Path) -> str:
+    """What a build that was killed had been doing."""
+    if path.exists():
+        return "after"
+    parts = len([p for p in work.glob("part-*") if p.is_dir()])
+    if parts == FILES:
+        return "merge"
+    return "parts" if work.is_dir() else "before"
 
 
 def try_corruptions(memory: Path, out: Path, number: int) -> dict[str, Any]:
@@ -194,9 +245,9 @@ def count_lists(memory: Memory, lists: int, forbidden: np.ndarray) -> dict[str, 
         mains = memory.documents(rows)
         nums = np.full(len(rows), 2)
         results = retriever.retrieve(memory.queries(rows, "text", 1), nums, mains)
-        for row, result in zip(rows, results, strict=True):
+        for row, main, result in zip(rows, mains, results, strict=True):
             texts = [d.segments[0].tokens.tobytes() for d in result.documents]
-            own = memory.documents([row])[0].segments[0].tokens.tobytes()
+            own = main.segments[0].tokens.tobytes()
             counts["lists"] += 1
             counts["forbidden"] += int(np.isin(result.ids, forbidden).sum())
             counts["self"] += int(row in result.ids or own in texts)
@@ -226,14 +277,50 @@ def try_removal(memory: Path, out: Path, lists: int) -> dict[str, Any]:
     return {"removed": num, "before": before, "after": after, "left_on_disk": left}
 
 
+def try_shards(out: Path) -> dict[str, Any]:
+    """Four shards, two in each of two processes, merged, and one index of all rows."""
+    rng = np.random.default_rng(4)
+    rows = _unit(rng.standard_normal((8000, 64), np.float32))
+    queries = _unit(rng.standard_normal((500, 64), np.float32))
+    whole = ScannIndex.build(rows, ScannConfig(), out / "one_index")
+    ShardedIndex.build(rows, out / "four_shards", rows_per_shard=2000)
+    processes = multiprocessing.get_context("forkserver")
+    with processes.Pool(2) as pool:
+        held = [(out / "four_shards", n, queries) for n in ((0, 2), (1, 3))]
+        parts = pool.starmap(_search_shards, held, chunksize=1)
+    expected = whole.search(queries, 10)
+    merged = merge_neighbours(parts, 10)
+    return {
+        "queries": len(queries),
+        "equal_ids": int((merged.ids == expected.ids).all(axis=1).sum()),
+        "equal_scores": bool((merged.scores == expected.scores).all()),
+    }
+
+
+def _search_shards(path: Path, numbers: tuple[int, ...], queries: np.ndarray) -> Any:
+    return ShardedIndex.load(path, only=numbers).search(queries, 10)
+
+
 def try_ram(out: Path, num_documents: int, max_ram_gb: float) -> dict[str, Any]:
     """Peak resident memory of one build in a process of its own."""
-    source = write_corpus(out / "ram_corpus", num_documents)
-    child = start_build(source, out / "ram", index="scann", max_ram_gb=max_ram_gb)
-    if child.wait():
-        raise RuntimeError("the build failed")
+    source = write_corpus(out / "ram_corpus", num_documents, images=True)
+    settings = {"d_embed": 256, "index": "scann", "max_ram_gb": max_ram_gb}
+    words = [json.dumps(settings), source, str(out / "ram")]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, __file__, "--child", *words], check=True)
+    seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    return {"documents": num_documents, "max_ram_gb": max_ram_gb, "peak_gb": peak}
+    with Memory.load(out / "ram") as memory:
+        kept, index = len(memory), memory.manifest["index"]
+    shutil.rmtree(out / "ram")
+    return {
+        "documents": num_documents,
+        "kept": kept,
+        "index": index,
+        "seconds": seconds,
+        "max_ram_gb": max_ram_gb,
+        "peak_gb": peak,
+    }
 
 
 def main() -> int:
@@ -243,50 +330,83 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("memory_faults"))
     parser.add_argument("--num_documents", type=int, default=20_000)
+    parser.add_argument("--kill_documents", type=int, default=4_000)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--corruptions", type=int, default=35)
     parser.add_argument("--lists", type=int, default=100_000)
     parser.add_argument("--ram_documents", type=int, default=200_000)
-    parser.add_argument("--max_ram_gb", type=float, default=2.0)
+    parser.add_argument("--max_ram_gb", type=float, default=0.6)
+    parser.add_argument("--only", default=",".join(TRIALS), help="some of these")
     arguments = parser.parse_args()
+    chosen = arguments.only.split(",")
     out = arguments.out
     out.mkdir(parents=True)
-    source = write_corpus(out / "corpus", arguments.num_documents)
-    build(source, out / "whole")
-    planted = write_corpus(out / "planted_corpus", arguments.num_documents, 0.3)
-    build(planted, out / "planted", deduplicate="none")
-    with Memory.load(out / "planted") as memory:
-        nothing = np.zeros(0, np.int64)
-        duplicates = count_lists(memory, arguments.lists, nothing)
-    results: dict[str, Any] = {
-        # First, since the peak of all children is what the system tells.
-        "ram": try_ram(out, arguments.ram_documents, arguments.max_ram_gb)
-        if arguments.ram_documents
-        else None,
-        "kills": try_kills(source, out, out / "whole", arguments.kills),
-        "corruptions": try_corruptions(out / "whole", out, arguments.corruptions),
-        "removal": try_removal(out / "whole", out, arguments.lists),
-        "duplicates": duplicates,
-    }
-    removal, ram = results["removal"], results["ram"]
-    results["expected"] = {
-        "every killed build ends the same": results["kills"]["equal"]
-        == arguments.kills,
-        "no corruption is silent": not results["corruptions"]["silent"],
-        "removed documents never appear": not (
-            removal["before"]["forbidden"]
-            or removal["after"]["forbidden"]
-            or removal["left_on_disk"]
-        ),
-        "no self-hits": duplicates["self"] == 0,
-        "no repeats": duplicates["repeats"] == 0,
-        "99.9% of the lists are full": duplicates["full_share"] >= 0.999,
-        "RAM within the limit + 15%": ram is None
-        or ram["peak_gb"] <= 1.15 * ram["max_ram_gb"],
-    }
+    results = run_trials(out, arguments, [t for t in TRIALS if t in chosen])
+    results["expected"] = judge(results)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
     return 0 if all(results["expected"].values()) else 1
+
+
+def run_trials(
+    out: Path, arguments: argparse.Namespace, chosen: list[str]
+) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    # First, since the peak of all children is what the system tells.
+    if "ram" in chosen and arguments.ram_documents:
+        results["ram"] = try_ram(out, arguments.ram_documents, arguments.max_ram_gb)
+    if "kills" in chosen:
+        results["kills"] = try_kills(out, arguments.kill_documents, arguments.kills)
+    if "corruptions" in chosen or "removal" in chosen:
+        build(write_corpus(out / "corpus", arguments.num_documents), out / "whole")
+    if "corruptions" in chosen:
+        number = arguments.corruptions
+        results["corruptions"] = try_corruptions(out / "whole", out, number)
+    if "removal" in chosen:
+        results["removal"] = try_removal(out / "whole", out, arguments.lists)
+    if "duplicates" in chosen:
+        planted = write_corpus(out / "planted_corpus", arguments.num_documents, 0.3)
+        build(planted, out / "planted", deduplicate="none")
+        with Memory.load(out / "planted") as memory:
+            nothing = np.zeros(0, np.int64)
+            found = count_lists(memory, arguments.lists, nothing)
+            results["duplicates"] = {**found, **memory.manifest["report"]}
+    if "shards" in chosen:
+        results["shards"] = try_shards(out)
+    return results
+
+
+def judge(results: dict[str, Any]) -> dict[str, bool]:
+    """What is expected of every trial that ran, and whether it came out."""
+    judged = {}
+    if "ram" in results:
+        ram = results["ram"]
+        judged["RAM within the limit + 15%"] = (
+            ram["peak_gb"] <= 1.15 * ram["max_ram_gb"]
+        )
+    if "kills" in results:
+        kills = results["kills"]
+        judged["every killed build ends the same"] = kills["equal"] == kills["kills"]
+    if "corruptions" in results:
+        judged["no corruption is silent"] = not results["corruptions"]["silent"]
+    if "removal" in results:
+        removal = results["removal"]
+        judged["removed documents never appear"] = not (
+            removal["before"]["forbidden"]
+            or removal["after"]["forbidden"]
+            or removal["left_on_disk"]
+        )
+    if "duplicates" in results:
+        duplicates = results["duplicates"]
+        judged["no self-hits"] = duplicates["self"] == 0
+        judged["no repeats"] = duplicates["repeats"] == 0
+        judged["99.9% of the lists are full"] = duplicates["full_share"] >= 0.999
+    if "shards" in results:
+        shards = results["shards"]
+        judged["shards return what one index does"] = (
+            shards["equal_scores"] and shards["equal_ids"] == shards["queries"]
+        )
+    return judged
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ _PUBLIC = {
     "Document": "racm3_jax.types",
     "Segment": "racm3_jax.types",
     "GenerationOutput": "racm3_jax.types",
+    "read_documents": "racm3_jax.documents.readers",
     "Memory": "racm3_jax.retrieval.memory",
     "DocumentEmbedder": "racm3_jax.retrieval.embedder",
     "MixedTokenizer": "racm3_jax.tokenizers.mixed",

@@ -77,6 +77,7 @@ class MetricsWriter:
         directory = Path(workdir)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / METRICS_NAME
+        _drop_cut_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = None
         if tensorboard:
@@ -115,6 +116,15 @@ class MetricsWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Removes a last line without its end, which a crash or a full disk left."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

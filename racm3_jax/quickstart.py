@@ -75,7 +75,12 @@ def main(config: Any, workdir: Path) -> None:
     generator = run.load(workdir)
     twin = build.load_generator(build.resolve("shipped:flagworld"), None, model="twin")
     drawn = generator.text_to_image_batch(
-        prompts, num_retrieved=2, seed=config.seed, temperature=0.5
+        prompts,
+        num_retrieved=2,
+        seed=config.seed,
+        temperature=0.5,
+        guidance=2.0,
+        guide_documents=True,
     )
     plain = twin.text_to_image_batch(
         prompts, num_retrieved=0, seed=config.seed, temperature=0.5
@@ -94,6 +99,7 @@ def main(config: Any, workdir: Path) -> None:
             "How the shipped models were trained, from nothing": build.resolve(
                 "shipped:flagworld/loss.png"
             ),
+            "Then for all tasks": build.resolve("shipped:flagworld/loss_tasks.png"),
         },
         facts={
             "memory": f"{num_documents:,} documents",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,39 @@ from absl import logging
 
 from racm3_jax import build
 from racm3_jax.checkpoints import Checkpoints
-from racm3_jax.evaluation import flagworld, flagworld_tasks, protocol_results
+from racm3_jax.evaluation import (
+    flagworld,
+    flagworld_tasks,
+    likelihood_results,
+    protocol_results,
+)
 from racm3_jax.evaluation.flagworld import evaluate_flagworld
 from racm3_jax.evaluation.flagworld_tasks import (
-    choose_pictures,
     evaluate_flagworld_tasks,
 )
+from racm3_jax.evaluation.likelihood_results import evaluate_likelihood
 from racm3_jax.evaluation.protocol_results import evaluate_coco
 from racm3_jax.evaluation.runner import write_results, write_sheet, write_task_sheet
+from racm3_jax.evaluation.task_probes import choose_pictures
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.strategy import StrategyConfig
-from racm3_jax.training.hardware import find_device
+from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.loop import Profile, fit
-from racm3_jax.training.processes import join_processes, leader_first
+from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState
+
+# Settings that a resumed run may change: what is learned from which data stays.
+_MAY_CHANGE = (
+    "config.mesh",
+    "config.model.remat",
+    "config.train.checkpoint_every",
+    "config.train.keep_checkpoints",
+    "config.train.log_every",
+    "config.train.num_microbatches",
+    "config.train.watchdog_seconds",
+)
 
 
 def train(
@@ -64,7 +83,8 @@ def train(
     with leader_first():
         fingerprint = claim_workdir(config, workdir)
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
-    job = build.build_job(config, workdir)
+    with _advice_when_memory_is_full(config):
+        job = build.build_job(config, workdir)
     saver = Checkpoints(
         workdir / "checkpoints",
         keep=config.train.get("keep_checkpoints", 2),
@@ -79,7 +99,10 @@ def train(
     if start_step < job.num_steps:
         batches = job.make_batches(start_step)
         try:
-            with MetricsWriter(workdir) as writer:
+            with (
+                _make_writer(workdir) as writer,
+                _advice_when_memory_is_full(config),
+            ):
                 state = fit(
                     state,
                     job.step_fn,
@@ -97,6 +120,7 @@ def train(
                     flops_per_token=job.flops_per_token,
                     profile=profile,
                     watchdog_seconds=config.train.get("watchdog_seconds", 0.0),
+                    signs=_make_signs(workdir),
                 )
         finally:
             close = getattr(batches, "close", None)
@@ -110,6 +134,31 @@ def train(
     return state
 
 
+@contextlib.contextmanager
+def _advice_when_memory_is_full(config: Any) -> Iterator[None]:
+    """The traceback of such an error ends with the settings that would mend it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if advice := explain_out_of_memory(error, config):
+            error.add_note(advice)
+        raise
+
+
+def _make_writer(workdir: Path) -> contextlib.AbstractContextManager[Any]:
+    """Process 0 writes; the others get None."""
+    if jax.process_index() == 0:
+        return MetricsWriter(workdir)
+    return contextlib.nullcontext()
+
+
+def _make_signs(workdir: Path) -> SignsOfLife | None:
+    count = jax.process_count()
+    if count == 1:
+        return None
+    return SignsOfLife(workdir / "processes", jax.process_index(), count)
+
+
 def _peak_flops() -> float:
     """Of all devices together; 0 for a kind that is not in the table, as CPUs."""
     device = find_device(jax.devices()[0].device_kind)
@@ -118,6 +167,8 @@ def _peak_flops() -> float:
 
 def claim_workdir(config: Any, workdir: Path) -> str:
     """Writes the config into a new work directory, or checks that it is the same.
+
+    How it is computed and logged may differ (`_MAY_CHANGE`).
 
     Returns:
       The config's fingerprint.
@@ -129,7 +180,11 @@ def claim_workdir(config: Any, workdir: Path) -> str:
     path = workdir / "config.json"
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
-        changed = sorted(_differences(old, new, "config"))
+        changed = sorted(
+            name
+            for name in _differences(old, new, "config")
+            if not name.startswith(_MAY_CHANGE)
+        )
         if changed:
             raise ValueError(
                 f"{workdir} holds a run of another config (it differs in "
@@ -250,8 +305,17 @@ def _evaluate_coco(config: Any, workdir: Path) -> dict[str, Any] | None:
     return results
 
 
+def _evaluate_likelihood(config: Any, workdir: Path) -> dict[str, Any] | None:
+    protocol = build.build_likelihood_protocol(config, workdir)
+    results = evaluate_likelihood(protocol)
+    if results is not None:
+        print(likelihood_results.format_table(protocol, results))
+    return results
+
+
 SUITES = {
     "flagworld": _evaluate_flagworld,
     "flagworld_tasks": _evaluate_tasks,
     "coco": _evaluate_coco,
+    "likelihood": _evaluate_likelihood,
 }

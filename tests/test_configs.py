@@ -6,10 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from racm3_jax import build, sharding
-from racm3_jax.commands import configs
+from racm3_jax import build, run, sharding
+from racm3_jax.commands import configs, train
 from racm3_jax.documents.flagworld import FlagworldConfig
 from racm3_jax.evaluation.flagworld import SuiteSettings
+from racm3_jax.evaluation.flagworld_tasks import TaskSettings
+from racm3_jax.evaluation.inception import VARIANTS
+from racm3_jax.evaluation.likelihood_protocol import LikelihoodSettings
+from racm3_jax.evaluation.protocol import ProtocolSettings
+from racm3_jax.evaluation.resizing import RESIZINGS
+from racm3_jax.model.config import chameleon_7b
 from racm3_jax.model.transformer import init_params
 from racm3_jax.retrieval.clip import CLIPConfig
 from racm3_jax.retrieval.clip import init_params as init_clip
@@ -17,6 +23,7 @@ from racm3_jax.retrieval.clip_loss import CLIPLossConfig
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.pipeline import PipelineConfig
+from racm3_jax.sweeps import Hyper, as_flags, name_point
 from racm3_jax.tokenizers.vqgan import VQGANConfig
 from racm3_jax.tokenizers.vqgan_loss import VQGANLossConfig, init_vqgan
 from racm3_jax.training.loss import GeneratorLossConfig
@@ -29,12 +36,24 @@ GENERATORS = [
     ("flagworld_tiny", ""),
     ("flagworld", ""),
     ("flagworld", "twin"),
+    ("flagworld_tasks", ""),
+    ("flagworld_tasks", "twin"),
     ("flagworld_quickstart", ""),
     ("flagworld_quickstart", "short"),
     ("racm3_2b7", ""),
     ("racm3_2b7", "fidelity"),
     ("cm3_2b7", ""),
+    ("chameleon_finetune", ""),
+    ("chameleon_finetune", "image_output"),
 ]
+# Of each evaluation config: its suite's settings, and the arguments that it takes.
+SUITES = {
+    "eval/coco": (ProtocolSettings, ("", "text_to_image", "captioning")),
+    "eval/flagworld": (SuiteSettings, ("", "some/folder")),
+    "eval/flagworld_tasks": (TaskSettings, ("", "some/folder")),
+    "eval/likelihood": (LikelihoodSettings, ("", "some/folder")),
+}
+SWEEPS = {"sweeps/flagworld_alpha": ("", "tiny")}
 
 
 def load(name, arg=""):
@@ -82,10 +101,21 @@ def test_generator_configs(name, arg):
             num_steps=config.train.num_steps,
         )
     )
+    trained = build.build_trained_columns(config, model, vocab)
+    assert (trained is not None) == (arg == "image_output")
+    if trained is not None:
+        optimizer = trained.restrict(optimizer)
     state = abstract_state(
         lambda key: init_params(model, key, boxed=True), optimizer, mesh
     )
-    if name.endswith("2b7"):
+    if name == "chameleon_finetune":
+        rows = vocab.size
+        assert model == chameleon_7b(vocab_size=rows, num_kv_heads=32, remat="full")
+        assert 7.0e9 < count(state.params) < 7.1e9
+        # Moments of all weights, or of one column of the head an image code.
+        moments = 2 * (4096 * 8192 if trained else count(state.params))
+        assert moments <= count(state.opt_state) <= moments + 2
+    elif name.endswith("2b7"):
         assert 2.6e9 < count(state.params) < 2.9e9
         # Every matrix lies in pieces: nothing large is copied to all devices.
         for leaf in jax.tree.leaves(state):
@@ -110,9 +140,60 @@ def test_clip_config():
     assert count(params) < 3e6
 
 
-def test_evaluation_config():
+@pytest.mark.parametrize(
+    ("name", "arg"), [(name, arg) for name, (_, args) in SUITES.items() for arg in args]
+)
+def test_evaluation_configs(name, arg):
+    config = load(name, arg)
+    config.lock()
+    assert name == f"eval/{config.suite}"
+    assert config.suite in run.SUITES and config.suite in train.SUITES
+    settings = build.construct(SUITES[name][0], config.settings, "settings")
+    build.construct(StrategyConfig, config.strategy, "strategy")
+    if name == "eval/coco":
+        assert settings.task == (arg or "text_to_image")
+        assert (config.num_items, settings.image_size) in ((30_000, 256), (5_000, 256))
+        assert config.inception.variant in VARIANTS
+        assert config.inception.resizing in RESIZINGS
+    else:
+        build.build_world(config)
+        assert config.models == (arg or "shipped:flagworld")
+        folder = build.resolve("shipped:flagworld")
+        assert (folder / config.model).is_dir() and (folder / config.twin).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"), [(name, arg) for name, args in SWEEPS.items() for arg in args]
+)
+def test_sweep_configs(name, arg):
+    """Every point is a config that the trainer would take."""
+    module, _ = configs.load_config_module(f"{CONFIGS / name}.py:{arg}")
+    points = module.get_hyper(Hyper())
+    assert len({name_point(point) for point in points}) == len(points) == 4
+    for point in points:
+        flags = [f"--config={CONFIGS / name}.py:{arg}", *as_flags(point)]
+        config = configs.read_config(flags)
+        for key, value in point.items():
+            section, setting = key.split(".")[1:]
+            assert config[section][setting] == value
+        model = build.build_model_config(config, Vocab(1024, 512, 64, 16))
+        pipeline = build.construct(
+            PipelineConfig,
+            config.pipeline,
+            "pipeline",
+            num_query_variants=config.memory.num_query_variants,
+        )
+        assert pipeline.row_length <= model.max_length
+        build.construct(
+            OptimizerConfig,
+            config.optimizer,
+            "optimizer",
+            num_steps=config.train.num_steps,
+        )
+
+
+def test_the_shipped_suite_is_large_enough():
     config = load("eval/flagworld")
-    build.construct(SuiteSettings, config.settings, "settings")
     world = build.build_world(config)
     held_out = world.num_heldout * world.documents_per_heldout
     assert world.num_heldout >= 300

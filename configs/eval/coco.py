@@ -42,4 +42,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.inception = dict(weights="", variant="fid", resizing="clean")
     # A CLIP other than the one that retrieves; "" judges with that one and says so.
     config.judge_clip = ""
+    # Where features of the real images are kept for further runs; "": in the workdir.
+    config.reference = ""
     return config

@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         num_retrieved=2,
         temperature=0.5,
         top_p=0.9,
+        guidance=2.0,
         caption_temperature=0.0,
         seed=0,
     )

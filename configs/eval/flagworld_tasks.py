@@ -19,9 +19,11 @@ def get_config(arg: str = "") -> ConfigDict:
             temperature=1.0,
             top_p=0.9,
             max_spans=1,
-            guidance=(2.0, 3.0),
+            guidance=(2.0,),
+            document_guidance=(1.5, 2.0),
             num_samples=4,
             shots=(0, 1, 2, 4, 8),
+            shots_per_pass=1,
             seed=0,
         )
     )

@@ -9,10 +9,12 @@ from racm3_jax.build.jobs import (
     build_clip_job,
     build_generator_job,
     build_job,
+    build_trained_columns,
     build_vqgan_job,
 )
 from racm3_jax.build.parts import (
     build_embedder,
+    build_episodes,
     build_memory,
     build_mesh,
     build_model_config,
@@ -30,6 +32,7 @@ from racm3_jax.build.suites import (
     TasksSuite,
     build_coco_protocol,
     build_flagworld_suite,
+    build_likelihood_protocol,
     build_tasks_suite,
 )
 
@@ -40,9 +43,11 @@ __all__ = [
     "build_clip_job",
     "build_coco_protocol",
     "build_embedder",
+    "build_episodes",
     "build_flagworld_suite",
     "build_generator_job",
     "build_job",
+    "build_likelihood_protocol",
     "build_memory",
     "build_mesh",
     "build_model_config",
@@ -50,6 +55,7 @@ __all__ = [
     "build_retriever",
     "build_tasks_suite",
     "build_tokenizer",
+    "build_trained_columns",
     "build_vqgan_job",
     "build_world",
     "construct",

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from racm3_jax import checkpoints
-from racm3_jax.build.generators import save_generator
+from racm3_jax.build.generators import carry_origin, save_generator
 from racm3_jax.build.parts import (
     build_embedder,
+    build_episodes,
     build_memory,
     build_mesh,
     build_model_config,
@@ -23,15 +24,19 @@ from racm3_jax.build.parts import (
     construct,
     read_memory_documents,
     resolve,
+    use_table,
 )
 from racm3_jax.documents import batches as image_data
 from racm3_jax.documents.flagworld import read_flagworld
+from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import (
     Transformer,
     abstract_params,
     count_params,
     head_weights,
     init_params,
+    stack_layers,
+    unstack_layers,
 )
 from racm3_jax.retrieval import clip as clip_model
 from racm3_jax.retrieval import clip_loss as clip_objective
@@ -48,11 +53,16 @@ from racm3_jax.training.hardware import flops_per_token
 from racm3_jax.training.loss import GeneratorLossConfig, make_generator_loss
 from racm3_jax.training.optimizer import (
     OptimizerConfig,
+    TrainedColumns,
     build_optimizer,
     build_schedule,
 )
 from racm3_jax.training.processes import fetch_all, leader_first
 from racm3_jax.training.step import LossFn, TrainState, init_state, make_train_step
+from racm3_jax.vocab import Vocab
+
+# The choices of config.train_only; the first is the default.
+TRAIN_ONLY = ("all", "image_output_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +194,8 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             memory = build_memory(
                 config, workdir / "memory", documents, tokenizer, embedder
             )
+    with leader_first():
+        use_table(config, memory)
     rows = memory.allowed_ids()
     is_main = [m.get("split", "train") == "train" for m in memory.metadata(rows)]
     main_ids = rows[np.array(is_main)]
@@ -197,6 +209,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         num_query_variants=config.memory.num_query_variants,
     )
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
+    episodes = build_episodes(config, memory, tokenizer)
     model: Any = Transformer(model_config)
 
     def make(start_step: int) -> Iterator[Any]:
@@ -211,24 +224,27 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             num_steps=config.train.num_steps - start_step,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
+            episodes=episodes,
         )
 
     def export(state: TrainState) -> None:
         params = fetch_all(state.params)
         if jax.process_index() != 0:
             return
+        saved_config = model_config
+        if config.init_from and carry_origin(resolve(config.init_from), workdir):
+            # `racm3 export` writes such weights layer by layer.
+            params = unstack_layers(params)
+            saved_config = dataclasses.replace(model_config, scan_layers=False)
         save_generator(
             workdir,
-            model_config,
+            saved_config,
             params,
             tokenizer,
             embedder,
             construct(StrategyConfig, config.strategy, "strategy"),
         )
 
-    params = None
-    if config.init_from:
-        params, _, _ = checkpoints.load_weights(resolve(config.init_from), "generator")
     return _job(
         config,
         lambda key: init_params(model_config, key, boxed=True),
@@ -240,14 +256,51 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         ),
         make,
         export,
-        params=params,
+        params=_read_first_params(config, model_config),
         with_stats=True,
         flops_per_token=flops_per_token(
             model_config,
             count_params(abstract_params(model_config)),
             pipeline.row_length,
         ),
+        trained=build_trained_columns(config, model_config, tokenizer.vocab),
     )
+
+
+def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
+    """The weights of `config.init_from`, scanned or unrolled as the model wants them."""
+    if not config.init_from:
+        return None
+    params, _, _ = checkpoints.load_weights(resolve(config.init_from), "generator")
+    if not model_config.scan_layers:
+        return unstack_layers(params)
+    return params if "layers" in params else stack_layers(params)
+
+
+def build_trained_columns(
+    config: Any, model_config: ModelConfig, vocab: Vocab
+) -> TrainedColumns | None:
+    """What `config.train_only` leaves to be trained; None is everything.
+
+    "image_output_rows" are the head's columns of the image codes: what gives a model
+    its image output back that reads images already, and changes nothing else in it.
+
+    Raises:
+      ValueError: for an unknown choice, or a head that is the embedding too.
+    """
+    choice = config.get("train_only", TRAIN_ONLY[0])
+    if choice not in TRAIN_ONLY:
+        raise ValueError(
+            f"config.train_only is {choice!r}; allowed: {', '.join(TRAIN_ONLY)}"
+        )
+    if choice == TRAIN_ONLY[0]:
+        return None
+    if model_config.tie_embeddings:
+        raise ValueError(
+            f"config.train_only is {choice!r}, but the output rows are the embedding's "
+            "too: it needs config.model.tie_embeddings=False"
+        )
+    return TrainedColumns("head", vocab.image_range.start, vocab.image_range.stop)
 
 
 def _job(
@@ -259,6 +312,7 @@ def _job(
     params: Any = None,
     with_stats: bool = False,
     flops_per_token: float = 0.0,
+    trained: TrainedColumns | None = None,
 ) -> Job:
     mesh = build_mesh(config)
     optimizer_config = construct(
@@ -268,6 +322,9 @@ def _job(
         num_steps=config.train.num_steps,
     )
     optimizer = build_optimizer(optimizer_config)
+    if trained is not None:
+        optimizer = trained.restrict(optimizer)
+        loss_fn = trained.restrict_loss(loss_fn)
     state = init_state(
         init_fn, optimizer, mesh, jax.random.key(config.seed), params=params
     )

@@ -9,17 +9,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from racm3_jax import sharding
+from racm3_jax import checkpoints, sharding
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
+from racm3_jax.documents.flagworld.names import make_labels
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import abstract_params, count_params
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.memory import Memory
+from racm3_jax.retrieval.memory_edit import TABLE_DIRECTORY
+from racm3_jax.retrieval.neighbours import compute_neighbours
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.sequences.episodes import EpisodeConfig, Episodes
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
@@ -116,7 +121,7 @@ def build_memory(
                 tokenizer=tokenizer,
                 embedder=embedder,
                 path=path,
-                index=section.index,
+                index="auto" if section.index == "table" else section.index,
                 num_query_variants=section.num_query_variants,
                 query_drop=section.query_drop,
                 progress=show,
@@ -124,8 +129,31 @@ def build_memory(
     return Memory.load(path, embedder=embedder, tokenizer=tokenizer)
 
 
+def use_table(config: Any, memory: Memory) -> None:
+    """With `config.memory.index="table"`, searches are look-ups in `memory/table`.
+
+    The table is made when it is not there; `racm3 memory neighbours` makes it ahead.
+    """
+    if config.memory.get("index") != "table":
+        return
+    path = memory.path / TABLE_DIRECTORY
+    if not path.is_dir():
+        strategy = construct(StrategyConfig, config.strategy, "strategy")
+        width = strategy.max_candidates
+        compute_neighbours(memory, path, width, engine="memory")
+    memory.use_table(path)
+
+
 def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
-    model_config = construct(ModelConfig, config.model, "model", vocab_size=vocab.size)
+    """The generator's config; its rows are those of `config.init_from`, where given.
+
+    Converted weights have rows for ids that no tokenizer makes.
+    """
+    rows = vocab.size
+    if config.get("init_from"):
+        start = checkpoints.read_config(resolve(config.init_from))["config"]
+        rows = max(rows, start.get("vocab_size", 0))
+    model_config = construct(ModelConfig, config.model, "model", vocab_size=rows)
     if model_config.dropout:
         raise ValueError(
             f"config.model.dropout is {model_config.dropout}, but the trainer draws no "
@@ -164,6 +192,29 @@ def count_shards(config: Any, num_devices: int) -> tuple[int, int]:
 
 def build_retriever(config: Any, memory: Memory) -> Retriever:
     return Retriever(memory, construct(StrategyConfig, config.strategy, "strategy"))
+
+
+def build_episodes(
+    config: Any, memory: Memory, tokenizer: MixedTokenizer
+) -> Episodes | None:
+    """What turns main documents into k-shot questions; None if the config wants none.
+
+    Classes are values of a metadata key of the memory's documents; labels are invented
+    words.
+    """
+    if "episodes" not in config or not config.episodes.probability:
+        return None
+    settings = construct(EpisodeConfig, config.episodes, "episodes")
+    rows = memory.allowed_ids()
+    numbers: dict[str, int] = {}
+    classes = np.full(len(memory), -1, np.int64)
+    for row, facts in zip(rows.tolist(), memory.metadata(rows), strict=True):
+        if settings.class_key in facts:
+            name = str(facts[settings.class_key])
+            classes[row] = numbers.setdefault(name, len(numbers))
+    words = make_labels(settings.num_labels, np.random.default_rng(config.seed))
+    labels = [tokenizer.encode_text(word) for word in words]
+    return Episodes(settings, classes, labels)
 
 
 def read_memory_documents(config: Any) -> Iterator[Document]:

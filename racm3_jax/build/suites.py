@@ -22,12 +22,18 @@ from racm3_jax.documents.flagworld import (
     make_nations,
     read_flagworld,
 )
+from racm3_jax.documents.readers import read_documents
 from racm3_jax.evaluation.clip_score import CLIPFeatures, CLIPScorer
 from racm3_jax.evaluation.coco import choose_items, read_coco, read_karpathy
+from racm3_jax.evaluation.document_sets import choose_documents, choose_pool
 from racm3_jax.evaluation.flagworld import FlagworldJudge, SuiteSettings
-from racm3_jax.evaluation.flagworld_tasks import TaskProbes, TaskSettings
 from racm3_jax.evaluation.inception import InceptionFeatures, convert_weights
+from racm3_jax.evaluation.likelihood_protocol import (
+    LikelihoodProtocol,
+    LikelihoodSettings,
+)
 from racm3_jax.evaluation.protocol import CocoProtocol, ProtocolSettings
+from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.porting.files import open_tensors
 from racm3_jax.porting.tensors import read_finite
@@ -35,6 +41,7 @@ from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.training.processes import leader_first
 from racm3_jax.types import Document
 
 
@@ -154,9 +161,53 @@ def build_coco_protocol(config: Any, workdir: Path) -> CocoProtocol:
         workdir,
         extractors=extractors,
         scorer=CLIPScorer(judge),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        reference=Path(config.reference).expanduser() if config.reference else None,
+        **_share_of_work(),
     )
+
+
+def build_likelihood_protocol(config: Any, workdir: Path) -> LikelihoodProtocol:
+    """Opens the documents, the models and the memory, which is built if none is named.
+
+    Raises:
+      ValueError: a setting that does not exist, or files that are not there.
+    """
+    settings = construct(LikelihoodSettings, config.settings, "settings")
+    plain, twin = _open_models(config)
+    world = build_world(config)
+    if config.source:
+        documents = list(read_documents(config.source))
+    else:
+        documents = list(read_flagworld(world, "heldout_test"))
+    shown = list(read_documents(config.kshot_source)) if config.kshot_source else []
+    if config.memory_path:
+        memory = Memory.load(config.memory_path)
+        assert plain.embedder is not None  # load_generator always opens one
+        memory.check(embedder=plain.embedder, tokenizer=plain.tokenizer)
+    else:
+        with leader_first():
+            memory = _open_memory(config, workdir / "memory", world, plain)
+        shown = shown or list(read_flagworld(world, "heldout_memory"))
+    strategy = construct(StrategyConfig, config.strategy, "strategy")
+    return LikelihoodProtocol(
+        plain.with_retriever(Retriever(memory, strategy)),
+        choose_documents(documents, config.num_items),
+        settings,
+        workdir,
+        twin=twin,
+        pool=choose_pool(shown or documents, config.class_key),
+        class_key=config.class_key,
+        **_share_of_work(),
+    )
+
+
+def _share_of_work() -> dict[str, Any]:
+    """Of this process, among all of them."""
+    return {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "devices": jax.local_devices(),
+    }
 
 
 def _open_models(config: Any) -> tuple[Generator, Generator | None]:

@@ -9,10 +9,29 @@ from typing import Any
 Arguments = argparse.Namespace
 
 
+_CONVERT_DETAILS = """
+
+The layout of the source is found from the names and shapes of its tensors. Of a folder
+the safetensors are read; .pt, .ckpt and .bin files are read without running what they
+hold. Nothing is written unless every tensor fits and is finite."""
+_CONVERT_EXAMPLES = """examples:
+  racm3 convert clip hub:openai/clip-vit-large-patch14 out/clip
+  racm3 convert clip ViT-L-14.pt out/clip --merges=bpe_simple_vocab_16e6.txt.gz
+  racm3 convert vqgan last.ckpt out/vqgan --image_size=256
+  racm3 convert chameleon chameleon-7b out/chameleon --vqgan=vqgan.ckpt \\
+      --clip=out/clip --accept_licence"""
+
+
 def register(commands: Any) -> None:
     """Adds the three to the parser's subcommands."""
     text = "Convert public weights (CLIP, VQGAN, Chameleon) into a folder of ours."
-    sub = commands.add_parser("convert", help=text, description=text)
+    sub = commands.add_parser(
+        "convert",
+        help=text,
+        description=f"{text} {_CONVERT_DETAILS}",
+        epilog=_CONVERT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     sub.set_defaults(command=_convert)
     sub.add_argument("kind", choices=["clip", "vqgan", "chameleon"])
     sub.add_argument("source", help="a file, a folder, or hub:owner/name[@revision]")

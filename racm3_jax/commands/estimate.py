@@ -50,6 +50,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
     model_config, num_params = build.build_model_shape(config)
     shards, copies = build.count_shards(config, num_devices)
     rows = config.pipeline.rows
+    half = config.optimizer.get("first_moment_dtype", "float32") == "bfloat16"
     plan = hardware.plan_training(
         model_config,
         num_params,
@@ -60,6 +61,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
         num_steps=config.train.num_steps,
         shards=shards,
         num_microbatches=config.train.get("num_microbatches", 1),
+        first_moment_bytes=2 if half else 4,
     )
     details = {
         "devices": f"{num_devices} {name}; weights split over {shards}, {copies} copies",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,12 @@ def register(commands: Any) -> None:
     )
     sub.add_argument("--deduplicate", default="exact", help="none|exact|near")
     sub.add_argument("--overwrite", action="store_true")
+    sub.add_argument(
+        "--beam",
+        default=None,
+        metavar="OPTIONS",
+        help='run as an Apache Beam pipeline, as --beam="--runner=FlinkRunner …"',
+    )
 
     sub = _add(actions, "search", _search, "Show what a query finds.")
     _models(sub)
@@ -120,19 +128,24 @@ def _run(command: Callable, arguments: Arguments) -> None:
         raise UsageError(message) from error
 
 
-def _load_models(arguments: Arguments) -> tuple[Any, Any]:
+def load_models(tokenizer: str, embedder: str) -> tuple[Any, Any]:
+    """The tokenizer, and the embedder or the name of one."""
     from racm3_jax import build
     from racm3_jax.retrieval.embedder import DocumentEmbedder
     from racm3_jax.tokenizers.mixed import MixedTokenizer
 
-    tokenizer = MixedTokenizer.load(build.resolve(arguments.tokenizer))
-    if arguments.embedder.startswith("name:"):
-        return tokenizer, arguments.embedder.removeprefix("name:")
-    return tokenizer, DocumentEmbedder.load(build.resolve(arguments.embedder))
+    opened = MixedTokenizer.load(build.resolve(tokenizer))
+    if embedder.startswith("name:"):
+        return opened, embedder.removeprefix("name:")
+    return opened, DocumentEmbedder.load(build.resolve(embedder))
+
+
+def _load_models(arguments: Arguments) -> tuple[Any, Any]:
+    return load_models(arguments.tokenizer, arguments.embedder)
 
 
 def _config(arguments: Arguments, **more: Any) -> Any:
-    from racm3_jax.retrieval.corpus_build import CorpusConfig
+    from racm3_jax.retrieval.corpus_config import CorpusConfig
 
     return CorpusConfig(
         max_bad=arguments.max_bad,
@@ -145,9 +158,7 @@ def _config(arguments: Arguments, **more: Any) -> Any:
 
 
 def _build(arguments: Arguments) -> None:
-    from tqdm import tqdm
-
-    from racm3_jax.retrieval import corpus_build
+    from racm3_jax.retrieval import beam_build, corpus_merge
     from racm3_jax.retrieval.memory_format import read_manifest
 
     config = _config(
@@ -160,8 +171,40 @@ def _build(arguments: Arguments) -> None:
         max_ram_gb=arguments.max_ram,
         deduplicate=arguments.deduplicate,
     )
-    tokenizer, embedder = _load_models(arguments)
     path = Path(arguments.memory)
+    if arguments.beam is None:
+        _build_here(arguments, path, config)
+    else:
+        beam_build.build_corpus_with_beam(
+            arguments.source,
+            load_models=functools.partial(
+                load_models, arguments.tokenizer, arguments.embedder
+            ),
+            path=path,
+            config=config,
+            overwrite=arguments.overwrite,
+            options=shlex.split(arguments.beam),
+        )
+    manifest = read_manifest(path)
+    report = manifest["report"]
+    print(f"{path}: {manifest['num_documents']} documents, {manifest['index']} index")
+    print(f"  read {report['read']}, bad {sum(report['bad'].values())}")
+    for title in ("bad", "filtered", "duplicates"):
+        for reason, count in report[title].items():
+            print(f"  {title}: {count} {reason}")
+    shared = ", ".join(f"{count} {what}" for what, count in report["leakage"].items())
+    print(f"  retrieval will withhold from documents: {shared}")
+    bad = corpus_merge.bad_records_file(path)
+    if bad.is_file():
+        print(f"  bad records are listed in {bad}")
+
+
+def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
+    from tqdm import tqdm
+
+    from racm3_jax.retrieval import corpus_build
+
+    tokenizer, embedder = _load_models(arguments)
     with tqdm(desc="build", unit="", unit_scale=True) as bar:
 
         def show(num_documents: int, done: int, total: int) -> None:
@@ -178,22 +221,12 @@ def _build(arguments: Arguments) -> None:
             overwrite=arguments.overwrite,
             progress=show,
         )
-    manifest = read_manifest(path)
-    report = manifest["report"]
-    print(f"{path}: {manifest['num_documents']} documents, {manifest['index']} index")
-    print(f"  read {report['read']}, bad {sum(report['bad'].values())}")
-    for title in ("bad", "filtered", "duplicates"):
-        for reason, count in report[title].items():
-            print(f"  {title}: {count} {reason}")
-    bad = corpus_build.bad_records_file(path)
-    if bad.is_file():
-        print(f"  bad records are listed in {bad}")
 
 
 def _add_documents(arguments: Arguments) -> None:
     import dataclasses
 
-    from racm3_jax.retrieval import corpus_build, memory_edit
+    from racm3_jax.retrieval import corpus_config, memory_edit
     from racm3_jax.retrieval.memory_format import read_manifest
 
     manifest = read_manifest(Path(arguments.memory))
@@ -202,7 +235,7 @@ def _add_documents(arguments: Arguments) -> None:
         num_query_variants=manifest["num_query_variants"],
         query_drop=manifest["query_drop"],
     )
-    maker = corpus_build.make_maker(config, *_load_models(arguments))
+    maker = corpus_config.make_maker(config, *_load_models(arguments))
     counts = memory_edit.add_documents(
         arguments.memory, arguments.source, maker, arguments.max_bad
     )

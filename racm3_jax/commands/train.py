@@ -12,7 +12,7 @@ from racm3_jax.commands.configs import UsageError, find_config, read_config
 Arguments = argparse.Namespace
 # The exit status of a training that a signal ended, after a save (EX_TEMPFAIL).
 STOPPED_EARLY = 75
-SUITES = ("flagworld", "flagworld_tasks", "coco")
+SUITES = ("flagworld", "flagworld_tasks", "coco", "likelihood")
 _CONFIG_HELP = "; takes --config=FILE.py[:arg] and --config.key=value"
 
 

@@ -11,8 +11,9 @@ import collections
 import dataclasses
 import importlib.util
 import math
+import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -23,6 +24,7 @@ MAX_ORDER = 4
 _LENGTH_SIGMA = 6.0
 _ROUGE_BETA = 1.2
 _BLEU_SMALL, _BLEU_TINY = 1e-9, 1e-15
+_SPICE_PARSER = ("spice", "lib", "stanford-corenlp-3.6.0-models.jar")
 
 Words = Sequence[str]
 Counts = collections.Counter[tuple[str, ...]]
@@ -209,14 +211,15 @@ def _common_length(a: Words, b: Words) -> int:
 
 def score_with_java(
     candidates: Sequence[str], references: Sequence[Sequence[str]]
-) -> Mapping[str, Float64[np.ndarray, " captions"]]:
-    """METEOR of every caption by the original program, which is a Java archive.
+) -> dict[str, Float64[np.ndarray, " captions"]]:
+    """METEOR and SPICE of every caption by the original programs, Java archives.
 
     Returns:
-      {"meteor": ...}, or nothing where Java or `pycocoevalcap` is missing: both are
-      optional, and a result without METEOR is better than none.
+      {"meteor": ..., "spice": ...}, or less where Java, `pycocoevalcap` or SPICE's parser
+      is missing: all are optional, and a result without them is better than none.
     """
-    if not shutil.which("java") or not importlib.util.find_spec("pycocoevalcap"):
+    package = importlib.util.find_spec("pycocoevalcap")
+    if not shutil.which("java") or package is None:
         return {}
     from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore
 
@@ -225,7 +228,16 @@ def score_with_java(
     wanted = {
         i: [" ".join(next(flat)) for _ in group] for i, group in enumerate(references)
     }
-    _, scores = Meteor().compute_score(
-        wanted, {i: [" ".join(words)] for i, words in enumerate(found)}
-    )
-    return {"meteor": np.asarray(scores, np.float64)}
+    given = {i: [" ".join(words)] for i, words in enumerate(found)}
+    _, meteors = Meteor().compute_score(wanted, given)
+    scores = {"meteor": np.asarray(meteors, np.float64)}
+    (folder,) = package.submodule_search_locations or [""]
+    # Without its parser's files SPICE would download 400 MB by itself.
+    if pathlib.Path(folder, *_SPICE_PARSER).is_file():
+        from pycocoevalcap.spice.spice import Spice  # pyright: ignore
+
+        _, spices = Spice().compute_score(wanted, given)
+        # A caption in which neither side says anything has no score.
+        values = [float(score["All"]["f"]) for score in spices]
+        scores["spice"] = np.nan_to_num(np.array(values, np.float64))
+    return scores

@@ -42,6 +42,8 @@ def kernel_distance(
     """
     _check(real, drawn)
     size = min(subset_size, len(real), len(drawn))
+    if size == len(real) == len(drawn):
+        num_subsets = 1  # all subsets would be the same
     rng = np.random.default_rng(seed)
     values = [
         _squared_mmd(
@@ -60,7 +62,8 @@ def _squared_mmd(
     size, d = x.shape
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / d + 1) ** 3
+        value = a @ b.T / d + 1
+        return value * value * value  # several times as fast as a power
 
     within = [kernel(a, a) for a in (x, y)]
     off_diagonal = sum(k.sum() - np.trace(k) for k in within)

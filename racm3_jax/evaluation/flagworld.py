@@ -28,6 +28,8 @@ class SuiteSettings:
     Attributes:
       num_retrieved: documents before each prompt (2 in the paper).
       temperature, top_p: of the drawing.
+      guidance: of the drawing with retrieval, away from what is drawn without the
+        documents and the text; 1 is none.
       caption_temperature: of the captions; 0 is greedy.
       seed: of all sampling.
     """
@@ -35,6 +37,7 @@ class SuiteSettings:
     num_retrieved: int = 2
     temperature: float = 1.0
     top_p: float = 0.9
+    guidance: float = 1.0
     caption_temperature: float = 0.0
     seed: int = 0
 
@@ -99,13 +102,18 @@ def draw(
     settings: SuiteSettings,
     num_retrieved: int,
 ) -> Drawings:
-    """Draws every test caption once and judges the pictures."""
+    """Draws every test caption once and judges the pictures.
+
+    Without retrieval there are no documents to guide by, and no guidance.
+    """
     outputs = generator.text_to_image_batch(
         [test.text for test in judge.tests],
         num_retrieved=num_retrieved,
         seed=settings.seed,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        guidance=settings.guidance if num_retrieved else 1.0,
+        guide_documents=True,
     )
     images = [output.images[0] for output in outputs]
     return Drawings(outputs, judge.flag_verdicts(images), judge.scene_verdicts(images))
@@ -183,6 +191,11 @@ def evaluate_flagworld(
     outputs["draw"] = drawn.outputs
     results["retrieval/draw_flag"] = compute_share(drawn.flags)
     results["retrieval/draw_scene"] = compute_share(drawn.scenes)
+    if settings.guidance != 1:
+        unguided = dataclasses.replace(settings, guidance=1.0)
+        plain = timed("draw unguided", lambda: draw(generator, judge, unguided, k))
+        results["unguided/draw_flag"] = compute_share(plain.flags)
+        results["unguided/draw_scene"] = compute_share(plain.scenes)
     copied = top_retrieved_images(generator, drawn.outputs)
     results["copy/draw_flag"] = compute_share(judge.flag_verdicts(copied))
     results["copy/draw_scene"] = compute_share(judge.scene_verdicts(copied))
@@ -250,6 +263,11 @@ def format_table(results: dict[str, Any]) -> str:
         f"| swapped memory: drawing follows the memory | {cell('swapped/draw_flag')} "
         "| - | - |"
     )
+    if "unguided/draw_flag" in results:
+        for title, key in rows[:2]:
+            lines.append(
+                f"| {title}, no guidance | {cell(f'unguided/{key}')} | - | - |"
+            )
     for name in (
         "retriever/text_to_nation@2",
         "retriever/image_to_nation@2",

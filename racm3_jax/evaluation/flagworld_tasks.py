@@ -15,137 +15,18 @@ knows the world and no model.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from racm3_jax.documents.flagworld import FlagIdentifier, Nation
 from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
 from racm3_jax.generation.tasks import Generator
-from racm3_jax.types import Document, GenerationOutput
+from racm3_jax.types import GenerationOutput
 
-Box = tuple[int, int, int, int]
 LABELS = ("dax", "wug")
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskSettings:
-    """How the suite samples.
-
-    Attributes:
-      num_items: how many test documents; 0 is all.
-      num_retrieved: documents before each prompt (2 in the paper).
-      temperature, top_p: of all drawing.
-      max_spans: of infilling and editing (see `generation.regions`).
-      guidance: weights to compare, besides 1.
-      num_samples: of re-ranking.
-      shots: numbers of examples a label.
-      seed: of all sampling and of the choice of nations.
-    """
-
-    num_items: int = 0
-    num_retrieved: int = 2
-    temperature: float = 1.0
-    top_p: float = 0.9
-    max_spans: int = 1
-    guidance: tuple[float, ...] = (2.0, 3.0)
-    num_samples: int = 4
-    shots: tuple[int, ...] = (0, 1, 2, 4, 8)
-    seed: int = 0
-
-
-class TaskProbes:
-    """What is asked, and who is right; knows the world, no model.
-
-    Args:
-      nations: the held-out ones, with their flags.
-      tests: their "heldout_test" documents, one a nation.
-      shown: their "heldout_memory" documents.
-      settings: of the suite.
-
-    Raises:
-      ValueError: fewer than two nations, or a nation without memory documents.
-    """
-
-    def __init__(
-        self,
-        nations: Sequence[Nation],
-        tests: Sequence[Document],
-        shown: Sequence[Document],
-        settings: TaskSettings,
-    ) -> None:
-        self.tests = list(tests)[: settings.num_items or None]
-        if len(self.tests) < 2:
-            raise ValueError(
-                f"the suite compares nations and needs two; got {len(self.tests)}"
-            )
-        self._identifier = FlagIdentifier(nations)
-        self._layouts = {n.name: n.design.layout for n in nations}
-        self._shown: dict[str, list[Document]] = {}
-        for document in shown:
-            self._shown.setdefault(document.metadata["nation"], []).append(document)
-        for test in self.tests:
-            if test.metadata["nation"] not in self._shown:
-                raise ValueError(
-                    f"the memory shows no document of {test.metadata['nation']}"
-                )
-        # Item i is paired with another item, never with itself.
-        self._rng = np.random.default_rng([settings.seed, 0])
-        circle = self._rng.permutation(len(self.tests))
-        self.partners = np.empty(len(circle), int)
-        self.partners[circle] = np.roll(circle, 1)
-
-    def nation(self, i: int) -> str:
-        """The nation of test i."""
-        return self.tests[i].metadata["nation"]
-
-    def donor(self, i: int) -> Document:
-        """A memory document of the nation that test i is paired with."""
-        return self._shown[self.nation(self.partners[i])][0]
-
-    def examples(self, i: int, count: int) -> list[Document]:
-        """`count` memory documents of the nation of test i, or as many as there are."""
-        return self._shown[self.nation(i)][:count]
-
-    def captions_of_donors(self) -> list[str]:
-        """Each test's caption with the name of its donor's nation."""
-        return [
-            test.text.replace(self.nation(i), self.donor(i).metadata["nation"])
-            for i, test in enumerate(self.tests)
-        ]
-
-    def flag_boxes(self) -> list[Box]:
-        """(left, top, right, bottom) of each test's flag."""
-        boxes = []
-        for test in self.tests:
-            top, left, height, width = test.metadata["box"]
-            boxes.append((left, top, left + width, top + height))
-        return boxes
-
-    def fly_halves(self) -> list[Box]:
-        """The half of each flag that is away from the pole."""
-        return [
-            ((left + right) // 2, top, right, bottom)
-            for left, top, right, bottom in self.flag_boxes()
-        ]
-
-    def name_flags(self, images: Sequence[np.ndarray]) -> list[str]:
-        """The nation whose flag each image shows."""
-        return [nation.name for nation, _ in self._identifier.identify(list(images))]
-
-    def right_flags(
-        self, images: Sequence[np.ndarray], names: Sequence[str]
-    ) -> tuple[Share, Share]:
-        """How many show the named nation's flag, and how many at least its layout."""
-        found = self.name_flags(images)
-        pairs = list(zip(found, names, strict=True))
-        return (
-            compute_share([a == b for a, b in pairs]),
-            compute_share([self._layouts[a] == self._layouts[b] for a, b in pairs]),
-        )
 
 
 def _first_images(outputs: Sequence[GenerationOutput]) -> list[np.ndarray]:
@@ -157,6 +38,7 @@ def evaluate_infill(
     probes: TaskProbes,
     settings: TaskSettings,
     num_retrieved: int,
+    **options: Any,
 ) -> tuple[Share, list[GenerationOutput]]:
     """Is the flag whole and right after its hidden half was drawn?"""
     outputs = generator.infill_batch(
@@ -168,13 +50,14 @@ def evaluate_infill(
         seed=settings.seed,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        **options,
     )
     names = [probes.nation(i) for i in range(len(probes.tests))]
     return probes.right_flags(_first_images(outputs), names)[0], outputs
 
 
 def evaluate_edit(
-    generator: Generator, probes: TaskProbes, settings: TaskSettings
+    generator: Generator, probes: TaskProbes, settings: TaskSettings, **options: Any
 ) -> tuple[Share, Share, list[GenerationOutput]]:
     """Does the region show the chosen flag, and how much of the rest is as it was?"""
     items = range(len(probes.tests))
@@ -187,6 +70,7 @@ def evaluate_edit(
         seed=settings.seed,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        **options,
     )
     names = [probes.donor(i).metadata["nation"] for i in items]
     facts = [output.documents[0].metadata for output in outputs]
@@ -198,7 +82,12 @@ def evaluate_edit(
 
 
 def evaluate_controlled(
-    generator: Generator, probes: TaskProbes, settings: TaskSettings, *, named: bool
+    generator: Generator,
+    probes: TaskProbes,
+    settings: TaskSettings,
+    *,
+    named: bool,
+    **options: Any,
 ) -> tuple[Share, Share, list[GenerationOutput]]:
     """Does the drawing follow the demonstration: its flag, and its layout?"""
     items = range(len(probes.tests))
@@ -209,6 +98,7 @@ def evaluate_controlled(
         seed=settings.seed,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        **options,
     )
     names = [probes.donor(i).metadata["nation"] for i in items]
     return *probes.right_flags(_first_images(outputs), names), outputs
@@ -227,7 +117,9 @@ def evaluate_kshot(
             for item, label in zip((i, probes.partners[i]), labels, strict=True)
             for document in probes.examples(item, shots)
         ]
-        found = generator.classify(test.images[0], support, LABELS)
+        found = generator.classify(
+            test.images[0], support, LABELS, shots_per_pass=settings.shots_per_pass
+        )
         right.append(found.label == labels[0])
     return compute_share(right)
 
@@ -284,9 +176,6 @@ def evaluate_flagworld_tasks(
         return value
 
     k = settings.num_retrieved
-    results["infill/flag"], outputs["infill"] = timed(
-        "infill", lambda: evaluate_infill(generator, probes, settings, k)
-    )
     results["infill/flag_alone"], _ = timed(
         "infill alone", lambda: evaluate_infill(generator, probes, settings, 0)
     )
@@ -294,30 +183,47 @@ def evaluate_flagworld_tasks(
         results["twin/infill_flag"], outputs["twin_infill"] = timed(
             "twin infill", lambda: evaluate_infill(twin, probes, settings, 0)
         )
-    results["edit/flag"], results["edit/codes_kept"], outputs["edit"] = timed(
-        "edit", lambda: evaluate_edit(generator, probes, settings)
-    )
-    for name, named in (("named", True), ("other", False)):
-        flag, layout, outputs[f"controlled_{name}"] = timed(
-            f"controlled {name}",
-            lambda named=named: evaluate_controlled(
-                generator, probes, settings, named=named
-            ),
+    guided = {"guidance": settings.document_guidance[-1], "guide_documents": True}
+    for end, options in (("", {}), ("_guided", guided)):
+        how: dict[str, Any] = options
+        results[f"infill{end}/flag"], outputs[f"infill{end}"] = timed(
+            f"infill{end}",
+            lambda how=how: evaluate_infill(generator, probes, settings, k, **how),
         )
-        results[f"controlled_{name}/flag"] = flag
-        results[f"controlled_{name}/layout"] = layout
+        flag, kept, outputs[f"edit{end}"] = timed(
+            f"edit{end}",
+            lambda how=how: evaluate_edit(generator, probes, settings, **how),
+        )
+        results |= {f"edit{end}/flag": flag, f"edit{end}/codes_kept": kept}
+        for name, named in (("named", True), ("other", False)):
+            task = f"controlled_{name}{end}"
+            flag, layout, outputs[task] = timed(
+                task,
+                lambda named=named, how=how: evaluate_controlled(
+                    generator, probes, settings, named=named, **how
+                ),
+            )
+            results |= {f"{task}/flag": flag, f"{task}/layout": layout}
     for shots in settings.shots:
         results[f"kshot/{shots}"] = timed(
             f"{shots}-shot",
             lambda shots=shots: evaluate_kshot(generator, probes, settings, shots),
         )
-    for weight in (1.0, *settings.guidance):
-        results[f"guidance/{weight:g}"], _ = timed(
-            f"guidance {weight:g}",
-            lambda weight=weight: evaluate_drawing(
-                generator, probes, settings, guidance=weight
-            ),
-        )
+    for task, weights in (
+        ("guidance", (1.0, *settings.guidance)),
+        ("document_guidance", settings.document_guidance),
+    ):
+        for weight in weights:
+            results[f"{task}/{weight:g}"], _ = timed(
+                f"{task} {weight:g}",
+                lambda weight=weight, task=task: evaluate_drawing(
+                    generator,
+                    probes,
+                    settings,
+                    guidance=weight,
+                    guide_documents=task == "document_guidance",
+                ),
+            )
     results["int8/flag"], _ = timed(
         "int8", lambda: evaluate_drawing(generator.quantized(), probes, settings)
     )
@@ -335,40 +241,25 @@ def evaluate_flagworld_tasks(
     return results, outputs
 
 
-def choose_pictures(
-    probes: TaskProbes, outputs: dict[str, list[GenerationOutput]], count: int
-) -> dict[str, list[tuple[np.ndarray | None, GenerationOutput]]]:
-    """`count` outputs of each task, with the image that it was given: the region grey."""
-    boxes = {
-        "infill": probes.fly_halves(),
-        "twin_infill": probes.fly_halves(),
-        "edit": probes.flag_boxes(),
-    }
-    chosen: dict[str, list[tuple[np.ndarray | None, GenerationOutput]]] = {}
-    for task, found in outputs.items():
-        pairs = chosen.setdefault(task, [])
-        for i, output in enumerate(found[:count]):
-            given = None
-            if task in boxes:
-                left, top, right, bottom = boxes[task][i]
-                given = probes.tests[i].images[0].copy()
-                given[top:bottom, left:right] = 128
-            pairs.append((given, output))
-    return chosen
-
-
 def format_table(results: dict[str, Any]) -> str:
     """The suite's figures, one line each."""
-    titles = {
+    plain = {
         "infill/flag": "hidden half drawn: right flag, with retrieval",
-        "infill/flag_alone": "the same model without documents",
-        "twin/infill_flag": "the twin without retrieval",
         "edit/flag": "region shows the chosen document's flag",
         "edit/codes_kept": "codes outside the region that stay",
         "controlled_named/flag": "demonstration followed: flag (prompt names it)",
         "controlled_named/layout": "demonstration followed: layout (prompt names it)",
         "controlled_other/flag": "demonstration followed: flag (prompt names another)",
         "controlled_other/layout": "demonstration followed: layout (names another)",
+    }
+    titles = {
+        "infill/flag_alone": "hidden half drawn: the same model without documents",
+        "twin/infill_flag": "hidden half drawn: the twin without retrieval",
+    }
+    for name, title in plain.items():
+        task, _, value = name.partition("/")
+        titles |= {name: title, f"{task}_guided/{value}": f"{title}, guided"}
+    titles |= {
         "int8/flag": "drawn flag right, weights in 8 bits",
         "rerank/none": "drawn flag right, any sample",
         "rerank/clip": "drawn flag right, best by CLIP",
@@ -380,6 +271,8 @@ def format_table(results: dict[str, Any]) -> str:
             titles[name] = f"two-way classification, {value} examples a label"
         if task == "guidance":
             titles[name] = f"drawn flag right, guidance {value}"
+        if task == "document_guidance":
+            titles[name] = f"drawn flag right, guidance {value} with documents"
     lines = ["| task | share [95% interval] |", "|---|---|"]
     lines += [f"| {titles[n]} | {results[n]} |" for n in titles if n in results]
     return "\n".join(lines)

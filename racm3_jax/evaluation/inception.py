@@ -26,9 +26,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Float32, UInt8
 
-from racm3_jax.evaluation.resizing import Resizing, resize_batch
+from racm3_jax.evaluation.resizing import RESIZINGS, Resizing, resize_batch
 
 Variant = Literal["fid", "torchvision"]
+VARIANTS: tuple[Variant, ...] = ("fid", "torchvision")
 NUM_FEATURES = 2048
 IMAGE_SIZE = 299
 _NORM_EPSILON = 1e-3
@@ -257,6 +258,14 @@ class InceptionFeatures:
     batch_size: int = 32
     image_size: int = IMAGE_SIZE
     width: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("variant", VARIANTS), ("resizing", RESIZINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; allowed: "
+                    f"{', '.join(map(repr, allowed))}"
+                )
 
     def __call__(
         self, images: Sequence[UInt8[np.ndarray, "height width 3"]]

@@ -11,16 +11,17 @@ say what they stand for. Several episodes of one query set give the interval.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float32
 
 from racm3_jax.documents.images import resize_image
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator, Image
 from racm3_jax.sequences.layout import caption_prompt
-from racm3_jax.types import Document, Segment
+from racm3_jax.types import TokenizedDocument, TokenizedSegment
 
 INVENTED = ("dax", "blick", "wug", "toma", "fep", "zorp", "kiki", "bouba")
 
@@ -96,18 +97,37 @@ def sample_episodes(
 
 def classify_episodes(
     generator: Generator,
-    images: Sequence[Image],
+    images: Sequence[Image] | Mapping[int, Image],
     episodes: Sequence[Episode],
     *,
     seed: int = 0,
     num_rows: int = 8,
+    first: int = 0,
 ) -> list[int]:
     """The label that the model chooses in each episode.
 
     Demonstrations stand in random order; the label's words are scored as the caption of
     the asked image, by the mean over their ids, so that long words are not punished.
+
+    Args:
+      generator: its memory is not used.
+      images: what the episodes' rows mean.
+      episodes: the questions.
+      seed: of the orders.
+      num_rows: see `score_tokens`.
+      first: number of the first episode, where these are some of a longer list.
     """
-    vocab, size = generator.tokenizer.vocab, generator.tokenizer.image.image_size
+    tokenizer, vocab = generator.tokenizer, generator.tokenizer.vocab
+    used = sorted(
+        {row for e in episodes for rows in (*e.shown, (e.asked,)) for row in rows}
+    )
+    pixels = [resize_image(images[row], tokenizer.image.image_size) for row in used]
+    codes = tokenizer.image.encode(np.stack(pixels))
+    image_tokens = dict(zip(used, vocab.image_tokens(codes), strict=True))
+    text_tokens = {
+        word: tokenizer.encode_text(word) for e in episodes for word in e.words
+    }
+    end = np.array([vocab.eoss], np.int32)
     sequences, owners = [], []
     for i, episode in enumerate(episodes):
         pairs = [
@@ -115,30 +135,76 @@ def classify_episodes(
             for rows, word in zip(episode.shown, episode.words, strict=True)
             for row in rows
         ]
-        order = np.random.default_rng([seed, i]).permutation(len(pairs))
-        shown = generator.tokenizer.tokenize(
-            [
-                Document(
-                    id=f"shown-{row}",
-                    segments=(
-                        Segment(text=word),
-                        Segment(image=resize_image(images[row], size)),
-                    ),
-                )
-                for row, word in (pairs[j] for j in order)
-            ]
-        )
-        asked = resize_image(images[episode.asked], size)[None]
-        codes = generator.tokenizer.image.encode(asked)
-        context = caption_prompt(list(shown), vocab.image_tokens(codes)[0], vocab)
-        end = np.array([vocab.eoss], np.int32)
+        order = np.random.default_rng([seed, first + i]).permutation(len(pairs))
+        shown = [
+            TokenizedDocument(
+                f"shown-{row}",
+                (
+                    TokenizedSegment("text", text_tokens[word]),
+                    TokenizedSegment("image", image_tokens[row]),
+                ),
+            )
+            for row, word in (pairs[j] for j in order)
+        ]
+        context = caption_prompt(shown, image_tokens[episode.asked], vocab)
         for word in episode.words:
-            tokens = np.concatenate([generator.tokenizer.encode_text(word), end])
-            sequences.append(Scored(context, tokens))
+            sequences.append(Scored(context, np.concatenate([text_tokens[word], end])))
             owners.append(i)
     nats = score_tokens(generator, sequences, num_rows=num_rows)
     means = np.array([x.mean() for x in nats])
     return [int(means[np.array(owners) == i].argmin()) for i in range(len(episodes))]
+
+
+def mislead(
+    episodes: Sequence[Episode], classes: Sequence[str], seed: int = 0
+) -> list[Episode]:
+    """The baseline of random retrieval: the same questions, other classes shown.
+
+    What is shown under the labels has nothing to do with the image that is asked about,
+    so that a model can only guess.
+
+    Raises:
+      ValueError: if an episode shows every class there is.
+    """
+    named = np.asarray(classes)
+    changed = []
+    for i, episode in enumerate(episodes):
+        rng = np.random.default_rng([seed, i])
+        taken = {classes[row] for rows in episode.shown for row in rows}
+        others = np.flatnonzero(~np.isin(named, [*taken, classes[episode.asked]]))
+        need = sum(len(rows) for rows in episode.shown)
+        if len(others) < need:
+            raise ValueError(
+                f"{need} images of other classes are needed to mislead; there are "
+                f"{len(others)}"
+            )
+        drawn = iter(rng.choice(others, need, replace=False).tolist())
+        shown = tuple(tuple(next(drawn) for _ in rows) for rows in episode.shown)
+        changed.append(dataclasses.replace(episode, shown=shown))
+    return changed
+
+
+def copy_nearest(
+    embeddings: Mapping[int, Float32[np.ndarray, " d_embed"]],
+    episodes: Sequence[Episode],
+) -> list[int]:
+    """The baseline of copying: the label of the demonstration that looks most alike.
+
+    Args:
+      embeddings: unit vectors of the images, by their rows.
+      episodes: with at least one demonstration of each label.
+    """
+    return [
+        int(
+            np.argmax(
+                [
+                    max(embeddings[row] @ embeddings[episode.asked] for row in rows)
+                    for rows in episode.shown
+                ]
+            )
+        )
+        for episode in episodes
+    ]
 
 
 def compute_accuracy(episodes: Sequence[Episode], chosen: Sequence[int]) -> Share:

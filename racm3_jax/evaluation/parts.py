@@ -8,15 +8,19 @@ run, and files of another run are refused.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import io
 import json
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from racm3_jax.checkpoints.manifest import write_aside
@@ -55,18 +59,21 @@ class Parts:
     def make(
         self,
         variant: str,
-        compute: Callable[[range], Arrays],
+        compute: Callable[[range, Any], Arrays],
         *,
         process_index: int = 0,
         process_count: int = 1,
+        devices: Sequence[Any] = (None,),
     ) -> int:
         """Computes this process's chunks of a variant that are not there yet.
 
         Args:
           variant: names the files.
-          compute: positions of items -> arrays, one row an item.
+          compute: (positions of items, device) -> arrays, one row an item. Called from
+            one thread a device, with that device as jax's default.
           process_index: 0 … process_count - 1.
           process_count: processes that share the work directory.
+          devices: of this process; None stands for whichever jax takes.
 
         Returns:
           How many chunks were computed.
@@ -75,27 +82,67 @@ class Parts:
             raise ValueError(
                 f"process_index must be in 0..{process_count - 1}; got {process_index}"
             )
-        made = 0
+        waiting: list[int] = []
         for chunk in range(process_index, self.num_chunks, process_count):
             path = self.path(variant, chunk)
             if path.exists():
                 self._read(path)
-                continue
-            start = chunk * self.chunk_size
-            items = range(start, min(start + self.chunk_size, self.num_items))
-            arrays = compute(items)
-            for name, column in arrays.items():
-                if len(column) != len(items):
-                    raise ValueError(
-                        f"{variant}/{name} has {len(column)} rows for {len(items)} items"
-                    )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = io.BytesIO()
-            named: dict[str, Any] = {**arrays, "fingerprint": self.fingerprint}
-            np.savez(stream, **named)
-            write_aside(path, stream.getvalue())
-            made += 1
+            else:
+                waiting.append(chunk)
+        made, lock = len(waiting), threading.Lock()
+
+        def take() -> int | None:
+            with lock:
+                return waiting.pop(0) if waiting else None
+
+        def work(device: Any) -> None:
+            try:
+                with jax.default_device(device):
+                    while (chunk := take()) is not None:
+                        self._make_one(variant, chunk, compute, device)
+            except BaseException:
+                waiting.clear()  # the other devices stop after their chunk
+                raise
+
+        workers = devices[: max(1, made)]
+        if len(workers) == 1:
+            work(workers[0])  # an interrupt ends it at once
+            return made
+        with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+            for future in [pool.submit(work, device) for device in workers]:
+                future.result()
         return made
+
+    def _make_one(
+        self,
+        variant: str,
+        chunk: int,
+        compute: Callable[[range, Any], Arrays],
+        device: Any,
+    ) -> None:
+        start = chunk * self.chunk_size
+        items = range(start, min(start + self.chunk_size, self.num_items))
+        arrays = compute(items, device)
+        for name, column in arrays.items():
+            if len(column) != len(items):
+                raise ValueError(
+                    f"{variant}/{name} has {len(column)} rows for {len(items)} items"
+                )
+        path = self.path(variant, chunk)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = io.BytesIO()
+        named: dict[str, Any] = {**arrays, "fingerprint": self.fingerprint}
+        np.savez(stream, **named)
+        write_aside(path, stream.getvalue())
+
+    def wait(self, variants: Sequence[str], log: Callable[[str], None] = print) -> None:
+        """Returns when all chunks are there: those of the other processes too."""
+        missing = self.missing(variants)
+        if missing:
+            log(f"waiting for {len(missing)} chunks of the other processes")
+        while missing:
+            time.sleep(0.5)
+            missing = self.missing(variants)
 
     def missing(self, variants: Sequence[str]) -> list[Path]:
         """Chunks that no process has finished yet."""

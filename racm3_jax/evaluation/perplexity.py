@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Float64, Int, Int64
 
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.sequences.layout import document_tokens, retrieved_prefix
-from racm3_jax.types import Document, Modality, TokenizedDocument
+from racm3_jax.types import Document, Modality, Retrieved, TokenizedDocument
 
 
 class ModalitySums(NamedTuple):
@@ -43,11 +43,16 @@ class Likelihoods:
 
     Attributes:
       sums: of every document, for bootstrap and for adding shards.
-      num_retrieved: the mean number of documents that stood before one.
+      retrieved: rows of the memory that stood before each; -1 where fewer were found.
     """
 
     sums: ModalitySums
-    num_retrieved: float
+    retrieved: Int64[np.ndarray, "documents k"]
+
+    @property
+    def num_retrieved(self) -> float:
+        """The mean number of documents that stood before one."""
+        return float((self.retrieved >= 0).sum() / len(self.retrieved))
 
     def means(self, rows: Int[np.ndarray, " rows"] | None = None) -> dict[str, float]:
         """Figures by name, of all documents or of `rows`.
@@ -94,7 +99,7 @@ def compute_likelihoods(
     vocab = generator.tokenizer.vocab
     given = _retrieve(generator, documents, tokenized, num_retrieved, query)
     sequences = [
-        Scored(retrieved_prefix(found, vocab), document_tokens(main, vocab))
+        Scored(retrieved_prefix(found.documents, vocab), document_tokens(main, vocab))
         for found, main in zip(given, tokenized, strict=True)
     ]
     rows: list[tuple[Any, ...]] = []
@@ -112,8 +117,10 @@ def compute_likelihoods(
             )
         )
     columns = (np.array(column) for column in zip(*rows, strict=True))
-    mean = float(np.mean([len(found) for found in given]))
-    return Likelihoods(ModalitySums(*columns), mean)
+    retrieved = np.full((len(given), num_retrieved), -1, np.int64)
+    for row, found in zip(retrieved, given, strict=True):
+        row[: len(found.ids)] = found.ids
+    return Likelihoods(ModalitySums(*columns), retrieved)
 
 
 def _retrieve(
@@ -122,9 +129,9 @@ def _retrieve(
     tokenized: Sequence[TokenizedDocument],
     num_retrieved: int,
     query: Modality,
-) -> list[tuple[TokenizedDocument, ...]]:
+) -> list[Retrieved]:
     if not num_retrieved:
-        return [()] * len(documents)
+        return [generator.pick([])] * len(documents)
     if generator.retriever is None or generator.embedder is None:
         raise ValueError(
             f"num_retrieved is {num_retrieved} but this generator has no memory: load it "
@@ -142,4 +149,4 @@ def _retrieve(
             f"document {missing!r} has no {query} to query with: choose the other query"
         )
     nums = np.full(len(documents), num_retrieved)
-    return [r.documents for r in generator.retriever.retrieve(queries, nums, tokenized)]
+    return generator.retriever.retrieve(queries, nums, tokenized)

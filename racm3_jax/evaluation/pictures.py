@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,8 @@ _BACKGROUND = (255, 255, 255)
 _INK = (30, 30, 30)
 _FAINT = (120, 120, 120)
 _GAP = 8
+_HEADING_HEIGHT = 30
+_PROMPT_SIZE, _WORDS_SIZE = 13, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,38 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
+def _wrap_row(row: Row, panel_size: int, prompt_width: int) -> tuple[str, list[str]]:
+    """The prompt, and the words of every panel, broken into lines that fit."""
+    words = [panel.words for group in row.groups for panel in group]
+    return (
+        _wrap(row.prompt, _PROMPT_SIZE, prompt_width - 2 * _GAP),
+        [_wrap(text, _WORDS_SIZE, panel_size) for text in words] or [""],
+    )
+
+
+def _wrap(text: str, size: int, width: int) -> str:
+    """Breaks a text where its drawn line would be wider than `width` pixels."""
+    font, lines = _font(size), [""]
+    for word in text.split():
+        # A word that is too long for any line is cut.
+        while font.getlength(word) > width and len(word) > 1:
+            fitting = max(1, int(len(word) * width / font.getlength(word)) - 1)
+            lines += [word[:fitting]]
+            word = word[fitting:]
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines).strip("\n")
+
+
+def _text_height(text: str, size: int) -> int:
+    """Pixels that wrapped lines take, with the space below the last one."""
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    return int(np.ceil(pen.multiline_textbbox((0, 0), text, font=_font(size))[3])) + 2
+
+
 def draw_sheet(
     headings: Sequence[str],
     rows: Sequence[Row],
@@ -64,6 +97,8 @@ def draw_sheet(
     prompt_width: int = 190,
 ) -> Pixels:
     """A table of pictures; small ones are enlarged without smoothing.
+
+    A row is as high as its longest text.
 
     Args:
       headings: of the prompt column and of each group of panels.
@@ -84,36 +119,40 @@ def draw_sheet(
         max((len(row.groups[g]) for row in rows), default=1) or 1
         for g in range(len(headings) - 1)
     ]
-    widths = [prompt_width] + [n * (panel_size + _GAP) + _GAP for n in counts]
-    words_height = 46
-    row_height = panel_size + words_height + _GAP
-    sheet = Image.new(
-        "RGB", (sum(widths), 30 + max(1, len(rows)) * row_height), _BACKGROUND
-    )
-    pen = ImageDraw.Draw(sheet)
+    widths = [prompt_width]
+    for heading, count in zip(headings[1:], counts, strict=True):
+        needed = int(_font(_PROMPT_SIZE).getlength(heading)) + 2 * _GAP
+        widths.append(max(needed, count * (panel_size + _GAP) + _GAP))
     lefts = np.cumsum([0, *widths[:-1]])
-    for heading, left in zip(headings, lefts, strict=True):
-        pen.text((int(left) + _GAP, 8), heading, _INK, font=_font(13))
-    for r, row in enumerate(rows):
-        top = 30 + r * row_height
-        pen.line([(0, top - 3), (sheet.width, top - 3)], (225, 225, 225))
-        pen.multiline_text(
-            (_GAP, top + 4),
-            textwrap.fill(row.prompt, prompt_width // 8),
-            _INK,
-            font=_font(13),
+    texts = [_wrap_row(row, panel_size, prompt_width) for row in rows]
+    heights = [
+        max(
+            _text_height(prompt, _PROMPT_SIZE) + 4,
+            panel_size + 4 + max(_text_height(w, _WORDS_SIZE) for w in words),
         )
+        + _GAP
+        for prompt, words in texts
+    ]
+    tops = np.cumsum([_HEADING_HEIGHT, *heights])
+    sheet = Image.new("RGB", (sum(widths), int(tops[-1])), _BACKGROUND)
+    pen = ImageDraw.Draw(sheet)
+    for heading, left in zip(headings, lefts, strict=True):
+        pen.text((int(left) + _GAP, 8), heading, _INK, font=_font(_PROMPT_SIZE))
+    for row, top, (prompt, words) in zip(rows, tops[:-1], texts, strict=True):
+        pen.line([(0, top - 3), (sheet.width, top - 3)], (225, 225, 225))
+        pen.multiline_text((_GAP, top + 4), prompt, _INK, font=_font(_PROMPT_SIZE))
+        captions = iter(words)
         for left, group in zip(lefts[1:], row.groups, strict=True):
             for p, panel in enumerate(group):
-                place = (int(left) + _GAP + p * (panel_size + _GAP), top + 2)
+                place = (int(left) + _GAP + p * (panel_size + _GAP), int(top) + 2)
                 picture = Image.fromarray(panel.image).resize(
                     (panel_size, panel_size), Image.Resampling.NEAREST
                 )
                 sheet.paste(picture, place)
                 pen.multiline_text(
                     (place[0], place[1] + panel_size + 2),
-                    textwrap.fill(panel.words, panel_size // 6),
+                    next(captions),
                     _FAINT,
-                    font=_font(10),
+                    font=_font(_WORDS_SIZE),
                 )
     return np.asarray(sheet)

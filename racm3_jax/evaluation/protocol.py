@@ -15,6 +15,7 @@ Images of the memory that are nearly test images are never retrieved, and counte
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +29,20 @@ from jaxtyping import Float32, Int64, UInt8
 from racm3_jax.checkpoints.manifest import write_aside
 from racm3_jax.documents.images import encode_png, read_image
 from racm3_jax.evaluation.clip_score import CLIPScorer
-from racm3_jax.evaluation.coco import CocoItem, fingerprint_items
+from racm3_jax.evaluation.coco import (
+    CocoItem,
+    fingerprint_files,
+    fingerprint_items,
+)
 from racm3_jax.evaluation.parts import Parts
+from racm3_jax.evaluation.replicas import Replicas
 from racm3_jax.evaluation.retrieval import (
     PurgedMemory,
     RandomRetriever,
     find_near_duplicates,
 )
 from racm3_jax.generation.tasks import Generator
+from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.types import GenerationOutput
 
@@ -116,7 +123,8 @@ class CocoProtocol:
     Attributes:
       settings: as given.
       record: all settings and fingerprints; goes into `results.json`.
-      parts: the chunks.
+      parts: the chunks of the variants.
+      reference: those of the real images.
       num_purged: images of the memory that are nearly test images.
     """
 
@@ -129,8 +137,10 @@ class CocoProtocol:
         *,
         extractors: Mapping[str, FeatureExtractor] | None = None,
         scorer: CLIPScorer | None = None,
+        reference: Path | None = None,
         process_index: int = 0,
         process_count: int = 1,
+        devices: Sequence[Any] = (None,),
     ) -> None:
         """Embeds the test images (in chunks too) and purges their likes.
 
@@ -141,8 +151,11 @@ class CocoProtocol:
           workdir: shared by all processes; what is finished there is kept.
           extractors: networks of the Fréchet distances, by the name they have in results.
           scorer: of CLIPScore.
+          reference: folder of what is computed of the real images, which runs may share;
+            None puts it into the work directory.
           process_index: of this process.
           process_count: processes that share the work.
+          devices: of this process, which share its work.
 
         Raises:
           ValueError: the generator has no memory.
@@ -151,22 +164,20 @@ class CocoProtocol:
             raise ValueError("the COCO protocols need a generator with a memory")
         self.settings, self.items = settings, list(items)
         self.extractors, self.scorer = dict(extractors or {}), scorer
-        self._process = {"process_index": process_index, "process_count": process_count}
-        self._generator, self._embedder = generator, generator.embedder
-        retriever = generator.retriever
-        allowed = np.ascontiguousarray(retriever.memory.allowed_ids())
+        self._process: dict[str, Any] = {
+            "process_index": process_index,
+            "process_count": process_count,
+            "devices": tuple(devices),
+        }
+        self._replicas = Replicas(generator, devices)
+        self._tokenizer, retriever = generator.tokenizer, generator.retriever
         self.record: dict[str, Any] = {
             "protocol": dataclasses.asdict(settings)
             | {"variants": list(settings.variants)},
             "data": {"num_items": len(items), "fingerprint": fingerprint_items(items)},
             "model": fingerprint_params(generator),
             "tokenizer": generator.tokenizer.fingerprint(),
-            "memory": {
-                "fingerprint": retriever.memory.fingerprint(),
-                "num_documents": len(retriever.memory),
-                "allowed": hashlib.sha256(allowed.tobytes()).hexdigest()[:16],
-                "strategy": dataclasses.asdict(retriever.strategy),
-            },
+            "memory": describe_memory(retriever),
             "retrieval_clip": generator.embedder.fingerprint(),
             "features": {n: dict(e.settings) for n, e in self.extractors.items()},
             "clip_score": None
@@ -174,9 +185,10 @@ class CocoProtocol:
             else scorer.settings(generator.embedder),
         }
         self.parts = Parts(workdir, len(items), settings.chunk_size, self.record)
-        self.parts.make(REAL, self._read_real, **self._process)
-        self._wait([REAL])
-        real = self.parts.load(REAL)
+        self.reference = self._open_reference(reference or workdir / "reference")
+        self.reference.make(REAL, self._read_real, **self._process)
+        self.reference.wait([REAL])
+        real = self.reference.load(REAL)
         digest = hashlib.sha256("".join(real["sha256"].tolist()).encode())
         self.pixels_fingerprint = digest.hexdigest()[:16]
         rows = find_near_duplicates(
@@ -187,6 +199,26 @@ class CocoProtocol:
         self._retriever = Retriever(memory, retriever.strategy)
         self._random: Any = RandomRetriever(memory, settings.seed)
 
+    def _open_reference(self, folder: Path) -> Parts:
+        """What is computed of the real images, in a folder named by all it depends on.
+
+        Runs of other models, memories and samplings find it there and do not compute it
+        again.
+        """
+        scorer = self.record["clip_score"] or {}
+        depends_on = {
+            "task": self.settings.task,
+            "image_size": self.settings.image_size,
+            "chunk_size": self.settings.chunk_size,
+            "data": self.record["data"] | {"files": fingerprint_files(self.items)},
+            "features": self.record["features"],
+            "clip_score": {n: scorer.get(n) for n in ("clip", "prompt")},
+            "retrieval_clip": self.record["retrieval_clip"],
+        }
+        num_items, chunk_size = len(self.items), self.settings.chunk_size
+        parts = Parts(folder, num_items, chunk_size, depends_on)
+        return dataclasses.replace(parts, workdir=folder / parts.fingerprint)
+
     def run(self, log: Callable[[str], None] = print) -> None:
         """Computes this process's chunks of every variant; what is there is kept."""
         compute = {
@@ -196,15 +228,13 @@ class CocoProtocol:
         for variant in self.settings.variants:
             started = time.monotonic()
 
-            def one(items: range, variant: str = variant) -> dict[str, np.ndarray]:
-                return compute(variant, items)
-
+            one = functools.partial(compute, variant)
             made = self.parts.make(variant, one, **self._process)
             log(f"{variant}: {made} chunks, {time.monotonic() - started:.0f} s")
 
     def wait(self, log: Callable[[str], None] = print) -> None:
         """Returns when all processes have finished all chunks."""
-        self._wait(self.settings.variants, log)
+        self.parts.wait(self.settings.variants, log)
 
     @property
     def is_first(self) -> bool:
@@ -219,24 +249,23 @@ class CocoProtocol:
     def read_drawn(self, variant: str, position: int) -> np.ndarray:
         return read_image(self.image_path(variant, position))
 
-    def _wait(
-        self, variants: Sequence[str], log: Callable[[str], None] = print
-    ) -> None:
-        missing = self.parts.missing(variants)
-        if missing and self._process["process_count"] > 1:
-            log(f"waiting for {len(missing)} chunks of the other processes")
-        while missing:
-            time.sleep(0.5)
-            missing = self.parts.missing(variants)
+    def read_retrieved(self, rows: Int64[np.ndarray, " k"]) -> np.ndarray:
+        """The image of the best of these rows of the memory; grey where there is none."""
+        if rows[0] >= 0:
+            (document,) = self._retriever.memory.documents(rows[:1])
+            images = self._tokenizer.decode(document).images
+            if images:
+                return images[-1]
+        return np.full((8, 8, 3), 236, np.uint8)
 
-    def _read_real(self, items: range) -> dict[str, np.ndarray]:
+    def _read_real(self, items: range, device: Any) -> dict[str, np.ndarray]:
         chosen = [self.items[i] for i in items]
         images = [item.read(self.settings.image_size) for item in chosen]
         return {
             "sha256": np.array(
                 [hashlib.sha256(x.tobytes()).hexdigest() for x in images]
             ),
-            "embedding": self._embedder.embed_images(np.stack(images)),
+            "embedding": self._embedder(device).embed_images(np.stack(images)),
             **self._judge(images, [item.caption for item in chosen]),
         }
 
@@ -251,12 +280,14 @@ class CocoProtocol:
             found["clip_score"] = self.scorer.score(images, captions)
         return found
 
-    def _draw_chunk(self, variant: str, items: range) -> dict[str, np.ndarray]:
+    def _draw_chunk(
+        self, variant: str, items: range, device: Any
+    ) -> dict[str, np.ndarray]:
         captions = [self.items[i].caption for i in items]
         if variant == "copy":
-            images, rows = self._top_retrieved_images(captions)
+            images, rows = self._top_retrieved_images(captions, device)
         else:
-            outputs = self._variant(variant).text_to_image_batch(
+            outputs = self._variant(variant, device).text_to_image_batch(
                 captions,
                 seed=self._seeds(items),
                 num_retrieved=self._num_retrieved(variant),
@@ -270,16 +301,18 @@ class CocoProtocol:
             write_aside(path, encode_png(image))
         return {"retrieved": rows, **self._judge(images, captions)}
 
-    def _caption_chunk(self, variant: str, items: range) -> dict[str, np.ndarray]:
+    def _caption_chunk(
+        self, variant: str, items: range, device: Any
+    ) -> dict[str, np.ndarray]:
         images = [self.items[i].read(self.settings.image_size) for i in items]
         if variant == "copy":
-            queries = self._embedder.embed_images(np.stack(images))
+            queries = self._embedder(device).embed_images(np.stack(images))
             found = self._retrieve_one(queries)
-            documents = [self._generator.tokenizer.decode(d) for _, d in found]
+            documents = [self._tokenizer.decode(d) for _, d in found]
             texts = [document.text for document in documents]
             rows = self._pad_rows([[row] for row, _ in found])
         else:
-            outputs = self._variant(variant).caption_batch(
+            outputs = self._variant(variant, device).caption_batch(
                 images,
                 seed=self._seeds(items),
                 num_retrieved=self._num_retrieved(variant),
@@ -290,9 +323,14 @@ class CocoProtocol:
             rows = self._rows(outputs)
         return {"retrieved": rows, "text": np.array(texts, np.str_)}
 
-    def _variant(self, variant: str) -> Generator:
+    def _variant(self, variant: str, device: Any) -> Generator:
         retriever = self._random if variant == "random" else self._retriever
-        return self._generator.with_retriever(retriever)
+        return self._replicas.on(device).with_retriever(retriever)
+
+    def _embedder(self, device: Any) -> DocumentEmbedder:
+        embedder = self._replicas.on(device).embedder
+        assert embedder is not None  # checked at the start
+        return embedder
 
     def _num_retrieved(self, variant: str) -> int:
         return 0 if variant == "no_retrieval" else self.settings.num_retrieved
@@ -330,11 +368,22 @@ class CocoProtocol:
         return [(int(result.ids[0]), result.documents[0]) for result in found]
 
     def _top_retrieved_images(
-        self, captions: Sequence[str]
+        self, captions: Sequence[str], device: Any
     ) -> tuple[list[np.ndarray], Int64[np.ndarray, "n k"]]:
-        found = self._retrieve_one(self._embedder.embed_texts(list(captions)))
-        images = [self._generator.tokenizer.decode(d).images[-1] for _, d in found]
+        found = self._retrieve_one(self._embedder(device).embed_texts(list(captions)))
+        images = [self._tokenizer.decode(d).images[-1] for _, d in found]
         return images, self._pad_rows([[row] for row, _ in found])
+
+
+def describe_memory(retriever: Retriever) -> dict[str, Any]:
+    """What results depend on: the content, what was removed from it, the strategy."""
+    allowed = np.ascontiguousarray(retriever.memory.allowed_ids())
+    return {
+        "fingerprint": retriever.memory.fingerprint(),
+        "num_documents": len(retriever.memory),
+        "allowed": hashlib.sha256(allowed.tobytes()).hexdigest()[:16],
+        "strategy": dataclasses.asdict(retriever.strategy),
+    }
 
 
 def fingerprint_params(generator: Generator) -> str:

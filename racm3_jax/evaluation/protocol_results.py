@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from racm3_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from racm3_jax.evaluation.intervals import Estimate, bootstrap
 from racm3_jax.evaluation.pictures import Panel, Row
 from racm3_jax.evaluation.protocol import REAL, CocoProtocol
-from racm3_jax.evaluation.runner import save_sheet, write_results
+from racm3_jax.evaluation.runner import save_sheet, write_results, write_table
 
 
 def evaluate_coco(
@@ -24,8 +23,7 @@ def evaluate_coco(
 ) -> dict[str, Any] | None:
     """Runs a protocol to its end; the same call resumes.
 
-    Writes `results.json`, `table.md`, the statistics of the real images, and
-    `samples.png` (of text_to_image) into the work directory.
+    Writes `results.json`, `table.md` and `samples.png` into the work directory.
 
     Returns:
       The figures by "variant/name", or None in a process other than the first, which has
@@ -45,16 +43,14 @@ def write_protocol_results(protocol: CocoProtocol) -> dict[str, Any]:
         results = _caption_figures(protocol)
     else:
         results = _image_figures(protocol)
-        _write_sheet(protocol, workdir / "samples.png")
     results["num_near_duplicates_purged"] = protocol.num_purged
     settings = protocol.record | {
         "pixels": protocol.pixels_fingerprint,
         "run": protocol.parts.fingerprint,
     }
     write_results(workdir, results, settings)
-    aside = workdir / "table.md.tmp"
-    aside.write_text(format_table(protocol, results) + "\n")
-    os.replace(aside, workdir / "table.md")
+    write_table(workdir, format_table(protocol, results))
+    _write_sheet(protocol, workdir / "samples.png")
     return results
 
 
@@ -79,30 +75,52 @@ def _caption_figures(protocol: CocoProtocol) -> dict[str, Any]:
 
 def _image_figures(protocol: CocoProtocol) -> dict[str, Any]:
     settings = protocol.settings
-    real = protocol.parts.load(REAL)
+    real = protocol.reference.load(REAL)
+    references = {
+        name: reference_statistics(protocol, name, real) for name in protocol.extractors
+    }
     results: dict[str, Any] = {}
     if "clip_score" in real:
         found = _mean(protocol, "clip_score", real["clip_score"])
         results["real/clip_score"] = found["clip_score"]
-    for name, extractor in protocol.extractors.items():
-        statistics = FeatureStatistics.of(real[f"features_{name}"])
-        about = dict(extractor.settings) | {"pixels": protocol.pixels_fingerprint}
-        statistics.save(protocol.parts.workdir / f"real_{name}.npz", about)
     for variant in settings.variants:
         drawn = protocol.parts.load(variant)
         figures: dict[str, Any] = {}
         for name in protocol.extractors:
             key = f"features_{name}"
-            figures |= _distances(protocol, name, real[key], drawn[key])
+            figures |= _distances(
+                protocol, name, references[name], real[key], drawn[key]
+            )
         if "clip_score" in drawn:
             figures |= _mean(protocol, "clip_score", drawn["clip_score"])
         results |= {f"{variant}/{name}": value for name, value in figures.items()}
     return results
 
 
+def reference_statistics(
+    protocol: CocoProtocol, name: str, real: Mapping[str, np.ndarray]
+) -> FeatureStatistics:
+    """Of the real images: the saved ones where they are of these pixels and network.
+
+    They lie beside the chunks that they sum up, in the folder that runs may share.
+
+    Raises:
+      ValueError: a damaged file, or one of other pixels or another network.
+    """
+    path = protocol.reference.workdir / f"statistics_{name}.npz"
+    about = dict(protocol.extractors[name].settings)
+    about["pixels"] = protocol.pixels_fingerprint
+    if path.exists():
+        return FeatureStatistics.load(path, about)
+    statistics = FeatureStatistics.of(real[f"features_{name}"])
+    statistics.save(path, about)
+    return statistics
+
+
 def _distances(
     protocol: CocoProtocol,
     name: str,
+    reference: FeatureStatistics,
     real: Float32[np.ndarray, "real d"],
     drawn: Float32[np.ndarray, "drawn d"],
 ) -> dict[str, Any]:
@@ -113,7 +131,6 @@ def _distances(
     spread of the figure and may lie above it.
     """
     settings = protocol.settings
-    reference = FeatureStatistics.of(real)
 
     def distance(rows: Int[np.ndarray, " rows"]) -> dict[str, float]:
         found = FeatureStatistics.of(drawn[rows])
@@ -169,18 +186,20 @@ def format_table(protocol: CocoProtocol, results: dict[str, Any]) -> str:
 
 
 def _write_sheet(protocol: CocoProtocol, path: Path) -> None:
-    """Prompt | the real image | what each variant drew."""
+    """Caption | the real image | what each variant drew, or how it captions it."""
     settings = protocol.settings
-    rows = [
-        Row(
-            protocol.items[i].caption,
-            (
-                [Panel(protocol.items[i].read(settings.image_size))],
-                *([Panel(protocol.read_drawn(v, i))] for v in settings.variants),
-            ),
-        )
-        for i in range(min(settings.num_sheet_rows, len(protocol.items)))
-    ]
-    if not rows:
-        return
-    save_sheet(path, ("prompt", "real", *settings.variants), rows)
+    is_drawn = settings.task == "text_to_image"
+    made = {v: protocol.parts.load(v) for v in settings.variants}
+    rows = []
+    for i in range(min(settings.num_sheet_rows, len(protocol.items))):
+        item = protocol.items[i]
+        groups = [[Panel(item.read(settings.image_size))]]
+        for variant, columns in made.items():
+            if is_drawn:
+                groups.append([Panel(protocol.read_drawn(variant, i))])
+            else:
+                image = protocol.read_retrieved(columns["retrieved"][i])
+                groups.append([Panel(image, str(columns["text"][i]))])
+        rows.append(Row(item.caption, groups))
+    if rows:
+        save_sheet(path, ("caption", "real", *settings.variants), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,19 @@ def document_recall(
             for rows, wanted in zip(found, right, strict=True)
         ]
     )
+
+
+def chance_recall(num_rows: int, right: Sequence[Sequence[int]], k: int) -> float:
+    """What `document_recall` of k rows drawn evenly without replacement is on average.
+
+    A query with r right rows of n misses with probability C(n - r, k) / C(n, k).
+    """
+    drawn = min(k, num_rows)
+    missed = [
+        math.comb(num_rows - len(wanted), drawn) / math.comb(num_rows, drawn)
+        for wanted in right
+    ]
+    return 1 - sum(missed) / len(missed)
 
 
 class RandomRetriever:

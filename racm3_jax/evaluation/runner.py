@@ -39,6 +39,13 @@ def write_results(
     return path
 
 
+def write_table(workdir: Path, table: str) -> None:
+    """Writes `table.md` aside and renames it."""
+    aside = workdir / "table.md.tmp"
+    aside.write_text(table + "\n")
+    os.replace(aside, workdir / "table.md")
+
+
 def retrieved_panels(generator: Generator, output: GenerationOutput) -> list[Panel]:
     """The documents that a sample was given, as the model sees them."""
     panels = []

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from racm3_jax.model import attention_kernels
 from racm3_jax.model.config import AttentionKind
 from racm3_jax.model.contract import contract
 
@@ -38,18 +39,28 @@ _Q = Float[Array, "batch length heads head_dim"]
 _KV = Float[Array, "batch length kv_heads head_dim"]
 _Segments = Int[Array, "batch length"]
 
-IMPLEMENTATIONS = ("plain", "blocked")
+IMPLEMENTATIONS = ("plain", "blocked", "cudnn", "splash")
 
 
-def choose_implementation() -> str:
+def choose_implementation(dtype: str = "bfloat16") -> str:
     """What "auto" means here.
 
-    "blocked" on one CPU device, where it takes half the time of "plain". It loops over
-    the rows of the batch, which would undo a sharding of that axis: several devices, and
-    accelerators, use "plain".
+    - "blocked" on one CPU device, where it takes half the time of "plain". It loops over
+      the rows of the batch, which would undo a sharding of that axis: several CPU
+      devices use "plain".
+    - "cudnn" on NVIDIA GPUs from Hopper on, in half precision; "plain" on others.
+    - "splash" on TPUs.
+
+    Args:
+      dtype: of the products.
     """
-    alone_on_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return "blocked" if alone_on_cpu else "plain"
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "blocked" if jax.device_count() == 1 else "plain"
+    if backend == "tpu":
+        return "splash"
+    half = dtype in ("bfloat16", "float16")
+    return "cudnn" if half and attention_kernels.has_packed_cudnn() else "plain"
 
 
 def attention(
@@ -58,6 +69,7 @@ def attention(
     v: _KV,
     segment_ids: _Segments,
     implementation: AttentionKind = "auto",
+    max_segments: int = 16,
 ) -> _Q:
     """Softmax attention, causal and within segments, scaled by 1/sqrt(head_dim).
 
@@ -69,7 +81,8 @@ def attention(
       k: keys.
       v: values.
       segment_ids: numbers the examples of each row; a segment is contiguous.
-      implementation: "plain", "blocked", or "auto" for this machine's best.
+      implementation: one of `IMPLEMENTATIONS`, or "auto" for this machine's best.
+      max_segments: of one row, padding counted as one; "cudnn" alone needs the bound.
 
     Returns:
       The attended values, in the dtype of `q`.
@@ -77,7 +90,9 @@ def attention(
     Raises:
       ValueError: if there is no such implementation.
     """
-    chosen = choose_implementation() if implementation == "auto" else implementation
+    chosen = implementation
+    if implementation == "auto":
+        chosen = choose_implementation(str(q.dtype))
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation {implementation!r} does not exist; use 'auto' "
@@ -85,9 +100,12 @@ def attention(
         )
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    grouped = (q * head_dim**-0.5).reshape(
-        batch, length, kv_heads, heads // kv_heads, head_dim
-    )
+    scaled = q * head_dim**-0.5
+    if chosen == "cudnn":
+        return attention_kernels.attend_cudnn(scaled, k, v, segment_ids, max_segments)
+    if chosen == "splash":
+        return attention_kernels.attend_splash(scaled, k, v, segment_ids)
+    grouped = scaled.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     attend = _plain if chosen == "plain" else _blocked
     return attend(grouped, k, v, segment_ids).reshape(q.shape).astype(q.dtype)
 

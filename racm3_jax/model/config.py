@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 Position = Literal["learned", "rope"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["relu", "gelu", "swiglu"]
-AttentionKind = Literal["auto", "plain", "blocked"]
+AttentionKind = Literal["auto", "plain", "blocked", "cudnn", "splash"]
 RematKind = Literal["none", "full", "dots"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -53,6 +53,8 @@ class ModelConfig:
       compute_dtype: of the matrix products; parameters, norms, softmax and sums stay
         float32.
       attention: "auto" chooses by platform, see `attention.choose_implementation`.
+      max_segments: most examples of one row, padding counted as one; where attention is
+        "cudnn" a row of more is NaN.
       scan_layers: one compiled block and stacked parameters, instead of a copy a layer.
       remat: what the backward pass recomputes: nothing, all of each block, or all but
         the matrix products.
@@ -77,6 +79,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     compute_dtype: ComputeDtype = "float32"
     attention: AttentionKind = "auto"
+    max_segments: int = 16
     scan_layers: bool = False
     remat: RematKind = "none"
 
@@ -88,7 +91,8 @@ class ModelConfig:
                     f"model.{name} is {getattr(self, name)!r}; use one of "
                     + ", ".join(map(repr, allowed))
                 )
-        sizes = "vocab_size d_model num_layers num_heads head_dim d_ff max_length"
+        sizes = "vocab_size d_model num_layers num_heads head_dim d_ff max_length "
+        sizes += "max_segments"
         for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; use >= 1")

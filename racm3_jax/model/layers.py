@@ -181,7 +181,9 @@ class Attention(nn.Module):
     ) -> tuple[_Hidden, LayerCache]:
         """Attends within the segments of a row; also returns its keys and values."""
         q, k, v = self._project(x, rotary)
-        y = self.out(attention(q, k, v, segment_ids, self.config.attention))
+        c = self.config
+        y = attention(q, k, v, segment_ids, c.attention, c.max_segments)
+        y = self.out(y)
         return y, LayerCache(k=k.swapaxes(1, 2), v=v.swapaxes(1, 2))
 
     def extend(

@@ -14,7 +14,7 @@ from racm3_jax.retrieval.exact_index import ExactIndex
 from racm3_jax.retrieval.index import Index, IndexKind, read_description
 from racm3_jax.retrieval.rows import Rows
 from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
-from racm3_jax.retrieval.sharded_index import ShardedIndex
+from racm3_jax.retrieval.sharded_index import ShardedIndex, Tune
 from racm3_jax.retrieval.table_index import TableIndex
 
 # Below this, the exact search is as fast as any.
@@ -46,15 +46,29 @@ def build_index(
     embeddings: Float[np.ndarray, "rows d_embed"] | Rows,
     path: pathlib.Path,
     rows_per_shard: int | None = None,
+    tune: Tune | None = None,
 ) -> Index:
-    """Builds an index of the rows and writes it into the directory `path`."""
+    """Builds an index of the rows and writes it into the directory `path`.
+
+    Args:
+      kind: of the index.
+      embeddings: the rows.
+      path: directory; made when it does not exist.
+      rows_per_shard: of a sharded index; None is its default.
+      tune: called with every ScaNN index that was built; see `scann_tuning.tune`.
+    """
     kind = choose_kind(kind, len(embeddings))
     path = pathlib.Path(path)
     if kind == "scann_sharded":
         path.mkdir(parents=True, exist_ok=True)
-        return ShardedIndex.build(embeddings, path, rows_per_shard=rows_per_shard)
+        return ShardedIndex.build(
+            embeddings, path, rows_per_shard=rows_per_shard, tune=tune
+        )
     if kind == "scann":
-        return ScannIndex.build(np.asarray(embeddings), ScannConfig(), path)
+        built = ScannIndex.build(np.asarray(embeddings), ScannConfig(), path)
+        if tune is not None:
+            tune(built, path, embeddings)
+        return built
     index = ExactIndex(np.asarray(embeddings))
     path.mkdir(parents=True, exist_ok=True)
     index.save(path)

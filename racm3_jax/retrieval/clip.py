@@ -180,12 +180,15 @@ class VisionTower(nn.Module):
         first = jnp.broadcast_to(class_embedding + positions[0], (len(x), 1, width))
         x = norm("pre_norm")(jnp.concatenate([first, x], axis=1))
         for i in range(config.vision_layers):
-            x = Layer(
+            layer = Layer(
                 config.vision_heads,
                 config.vision_layers,
                 config.activation,
                 name=f"layers_{i}",
-            )(x)
+            )
+            # Of the last layer only the class token is read.
+            is_last = i == config.vision_layers - 1
+            x = layer(x, num_read=1 if is_last else None)
         x = norm("post_norm")(x[:, 0])
         return dense(
             config.d_embed, ("embed", None), scale, "projection", use_bias=False

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from racm3_jax.documents import store
 from racm3_jax.documents.readers import ReadReport, Record, Shard, read_shard
@@ -256,15 +256,26 @@ def read_chunks(
       folders: each with at least one document.
       kept: over the rows of all of them.
     """
-    columns = [open_rows(folders, name) for name in _COLUMNS]
     has_hashes = all(any(f.glob("content_hashes-*.npy")) for f in folders)
-    hashes = [open_rows(folders, name) for name in _HASHES] if has_hashes else []
-    records = Records([f / format_lib.DOCUMENTS_FILE for f in folders])
+    names = (*_COLUMNS, *_HASHES) if has_hashes else _COLUMNS
+    first = 0
+    for folder in folders:
+        columns = [open_rows([folder], name) for name in names]
+        own = kept[first : first + len(columns[0])]
+        first += len(columns[0])
+        yield from _read_folder(folder, columns, np.flatnonzero(own))
+
+
+def _read_folder(
+    folder: pathlib.Path, columns: Sequence[Rows], rows: Int[np.ndarray, " n"]
+) -> Iterator[MemoryChunk]:
+    records = Records([folder / format_lib.DOCUMENTS_FILE])
     try:
-        rows = np.flatnonzero(kept)
         for start in range(0, len(rows), memory_chunks.CHUNK_SIZE):
             block = rows[start : start + memory_chunks.CHUNK_SIZE]
             documents = [store.decode_tokenized(r) for r in records.read(block)]
-            yield MemoryChunk(documents, *(c[block] for c in (*columns, *hashes)))
+            yield MemoryChunk(documents, *(c[block] for c in columns))
+            for column in columns:
+                column.release()
     finally:
         records.close()

@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, UInt8
 
 from racm3_jax import checkpoints
-from racm3_jax.documents.images import resize_image
 from racm3_jax.retrieval.clip import (
     CLIP,
     CLIPConfig,
@@ -32,6 +31,7 @@ from racm3_jax.retrieval.clip import (
     count_kept_patches,
     normalise_images,
 )
+from racm3_jax.retrieval.clip_images import fit_image
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.types import Document
 
@@ -123,29 +123,23 @@ class DocumentEmbedder:
 
     def embed_images(
         self,
-        images: UInt8[np.ndarray, "images height width 3"],
+        images: UInt8[np.ndarray, "images height width 3"]
+        | Sequence[UInt8[np.ndarray, "height width 3"]],
         drop: float = 0.0,
         rng: np.random.Generator | None = None,
     ) -> Float32[np.ndarray, "images d_embed"]:
         """Embeds images, each without a share `drop` of its patches.
 
         Args:
-          images: pixels 0..255; another size than the tower's is cut to a square and
-            resampled.
+          images: pixels 0..255, in one array or in a list of any sizes; what has not the
+            tower's size goes through `clip_images.fit_image`.
           drop: share of patches to leave out (query dropout), in [0, 1).
           rng: chooses them; needed when `drop` is above 0.
 
         Raises:
-          ValueError: not uint8[images, height, width, 3].
+          ValueError: not uint8[height, width, 3] each.
         """
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(
-                "images must be uint8[images, height, width, 3]; got "
-                f"{images.dtype}{list(images.shape)}"
-            )
-        size = self.config.image_size
-        if len(images) and images.shape[1:3] != (size, size):
-            images = np.stack([resize_image(image, size) for image in images])
+        images = _fit_images(images, self.config.image_size)
         kept = _sample_kept_patches(len(images), self.config.num_patches, drop, rng)
         if kept is None:
             return self._embed(_encode_images, images)
@@ -160,11 +154,9 @@ class DocumentEmbedder:
         text[with_text] = self.embed_texts([texts[i] for i in with_text])
 
         owners = np.array([i for i, d in enumerate(documents) for _ in d.images], int)
-        size = self.config.image_size
-        images = [resize_image(image, size) for d in documents for image in d.images]
         image = np.zeros_like(text)
-        if images:
-            np.add.at(image, owners, self.embed_images(np.stack(images)))
+        images = [image for document in documents for image in document.images]
+        np.add.at(image, owners, self.embed_images(images))
         image = _normalise(image)
         has_image = np.bincount(owners, minlength=len(documents)) > 0
         return DocumentEmbeddings(
@@ -266,6 +258,27 @@ def _normalise(
     """Unit rows; rows of zeros stay."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms > 0, norms, 1)
+
+
+def _fit_images(images: Any, size: int) -> UInt8[np.ndarray, "images size size 3"]:
+    """One array of squares, from one array or a list of images of any sizes.
+
+    Raises:
+      ValueError: not RGB pixels of 8 bits.
+    """
+    one_array = isinstance(images, np.ndarray)
+    for image in images[:1] if one_array else images:
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+            found = images if one_array else image
+            raise ValueError(
+                "images must be uint8[images, height, width, 3], or a list of "
+                f"uint8[height, width, 3]; got {found.dtype}{list(found.shape)}"
+            )
+    if not len(images):
+        return np.zeros((0, size, size, 3), np.uint8)
+    if one_array and images.shape[1:3] == (size, size):
+        return images
+    return np.stack([fit_image(image, size) for image in images])
 
 
 def _sample_kept_patches(

@@ -13,11 +13,11 @@ import dataclasses
 import fnmatch
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8, UInt64
+from jaxtyping import Bool, Float, Int, UInt8, UInt64
 from PIL import Image
 
 from racm3_jax.retrieval.memory_format import hash_name
@@ -60,7 +60,8 @@ def hash_pixels(image: UInt8[np.ndarray, "height width 3"]) -> int:
 def hash_image(image: UInt8[np.ndarray, "height width 3"]) -> int:
     """A perceptual hash: whether each cell of 8 x 8 is darker than the one to its right.
 
-    Survives most rescaling, seldom recompression of flat areas. 0 for flat images, which have none.
+    Survives most rescaling, seldom recompression of flat areas. 0 for flat images, which
+    have none.
     """
     grey = Image.fromarray(image).convert("L").resize((9, 8), Image.Resampling.BOX)
     cells = np.asarray(grey).astype(int)
@@ -218,14 +219,42 @@ def find_near_first(
       gather: image embeddings of some rows.
     """
     kept = np.ones(len(image_hashes), bool)
-    order = np.argsort(image_hashes, kind="stable")
-    edges = np.flatnonzero(np.diff(image_hashes[order])) + 1
-    for group in np.split(order, edges):
-        if len(group) < 2 or image_hashes[group[0]] == 0:
-            continue
+    for group in _groups(image_hashes):
         rows = gather(group)
         for place in range(1, len(group)):
             earlier = kept[group[:place]]
             similar = rows[:place][earlier] @ rows[place] >= NEAR_SIMILARITY
             kept[group[place]] = not similar.any()
     return kept
+
+
+def find_alike(
+    image_hashes: UInt64[np.ndarray, " n"],
+    gather: Callable[[np.ndarray], Float[np.ndarray, "k d_embed"]],
+) -> Bool[np.ndarray, " n"]:
+    """True where another document, earlier or later, has a near-equal image.
+
+    Args:
+      image_hashes: perceptual; 0 is compared with nothing.
+      gather: image embeddings of some rows.
+    """
+    alike = np.zeros(len(image_hashes), bool)
+    for group in _groups(image_hashes):
+        rows = gather(group)
+        for place, number in enumerate(group):
+            similar = rows @ rows[place] >= NEAR_SIMILARITY
+            similar[place] = False
+            alike[number] = similar.any()
+    return alike
+
+
+def _groups(hashes: UInt64[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " group"]]:
+    """Rows of equal hashes, ascending, where there are several; 0 is none.
+
+    7 3 7 0 0 3  ->  [1 5] [0 2]
+    """
+    order = np.argsort(hashes, kind="stable")
+    edges = np.flatnonzero(np.diff(hashes[order])) + 1
+    for group in np.split(order, edges):
+        if len(group) > 1 and hashes[group[0]]:
+            yield group

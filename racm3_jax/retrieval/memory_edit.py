@@ -19,7 +19,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -28,6 +28,7 @@ from racm3_jax.documents.readers import ReadReport, find_shards
 from racm3_jax.retrieval import corpus_parts, filters, integrity, memory_writer
 from racm3_jax.retrieval import memory_format as format_lib
 from racm3_jax.retrieval.corpus_parts import Maker
+from racm3_jax.retrieval.index import IndexKind
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.memory_chunks import CHUNK_SIZE, MemoryChunk
 
@@ -79,7 +80,7 @@ def add_documents(
     counts = {"bad": report.reasons, "filtered": filtered}
     try:
         with integrity.written_aside(aside) as directory:
-            part = memory_writer.write_part(directory, chunks, index="auto")
+            part = _write_part(directory, chunks, manifest, "auto")
         report.check(final=True)
         if part is None:
             return {"added": 0, **counts}
@@ -95,6 +96,22 @@ def add_documents(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {"added": part.num_documents, **counts}
+
+
+def _write_part(
+    directory: pathlib.Path,
+    chunks: Iterable[MemoryChunk],
+    manifest: dict[str, Any],
+    index: IndexKind | Literal["auto"],
+) -> memory_writer.Part | None:
+    """With the recall target and the shard size that the memory was built with."""
+    return memory_writer.write_part(
+        directory,
+        chunks,
+        index=index,
+        rows_per_shard=manifest.get("rows_per_shard"),
+        recall_target=manifest.get("recall_target"),
+    )
 
 
 def _chunks(
@@ -197,7 +214,7 @@ def compact(path: str | os.PathLike[str]) -> int:
     try:
         with integrity.written_aside(aside) as directory:
             chunks = corpus_parts.read_chunks(folders, kept)
-            part = memory_writer.write_part(directory, chunks, index=manifest["index"])
+            part = _write_part(directory, chunks, manifest, manifest["index"])
             assert part is not None
         with format_lib.locked(path):
             if format_lib.read_manifest(path) != manifest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from racm3_jax.retrieval.corpus_build import INDEX_RAM_FACTOR
+from racm3_jax.retrieval.corpus_merge import INDEX_RAM_FACTOR
 from racm3_jax.retrieval.scann_index import MAX_HASH_BLOCKS
 
 # Dense bf16 peak in FLOP/s, from the makers' data sheets, and the share of it that a

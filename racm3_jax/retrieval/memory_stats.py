@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.retrieval.exact_index import ExactIndex
 from racm3_jax.retrieval.memory import Memory
+from racm3_jax.retrieval.scann_tuning import compute_recall, find_exact
 from racm3_jax.types import Modality
 
 NEAR = 0.95
@@ -41,7 +41,6 @@ def compute_stats(
         raise ValueError(f"every document of the memory at {memory.path} is removed")
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(allowed, min(num_queries, len(allowed)), replace=False))
-    exact = ExactIndex(np.asarray(memory.embeddings))
     queries_of = {m: memory.queries(rows, m) for m in _MODALITIES}
     report = memory.manifest.get("report", {})
     return {
@@ -55,7 +54,9 @@ def compute_stats(
         "bytes": count_bytes(memory),
         "build": report,
         "recall": {
-            name: _recall(memory, exact, queries, k)
+            name: compute_recall(
+                memory.index, find_exact(memory.embeddings, queries, k), queries
+            )
             for name, queries in queries_of.items()
         },
         "latency_ms": {
@@ -75,16 +76,6 @@ def count_bytes(memory: Memory) -> dict[str, int]:
         )
         sizes[kind] = sizes.get(kind, 0) + entry["bytes"]
     return dict(sorted(sizes.items()))
-
-
-def _recall(memory: Memory, exact: ExactIndex, queries: np.ndarray, k: int) -> float:
-    expected = exact.search(queries, k)
-    found = memory.index.search(queries, k)
-    shares = [
-        len(set(a[v]) & set(b)) / max(1, int(v.sum()))
-        for a, b, v in zip(expected.ids, found.ids, expected.valid, strict=True)
-    ]
-    return float(np.mean(shares))
 
 
 def _latency(memory: Memory, queries: np.ndarray, k: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -28,7 +29,6 @@ from racm3_jax.retrieval.memory_chunks import (
     make_chunks,
 )
 from racm3_jax.retrieval.memory_columns import Columns
-from racm3_jax.retrieval.scann_index import ScannIndex
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
 
@@ -207,13 +207,15 @@ def write_part(
     if kind is not None:
         # A fresh directory that is renamed as a whole needs no swap of its own.
         place = directory / format_lib.INDEX_DIRECTORY
-        built = backends.build_index(kind, embeddings, place, rows_per_shard)
-        if recall_target is not None and isinstance(built, ScannIndex):
+        tune = None
+        if recall_target is not None:
             parts = {m: columns.read(f"embeddings_{m}") for m in ("text", "image")}
-            queries = scann_tuning.sample_queries(parts)
-            scann_tuning.tune(
-                built, place, embeddings, queries, recall_target=recall_target
+            tune = functools.partial(
+                scann_tuning.tune,
+                queries=scann_tuning.sample_queries(parts),
+                recall_target=recall_target,
             )
+        backends.build_index(kind, embeddings, place, rows_per_shard, tune)
     variants = first.text_queries.shape[1]
     return Part(
         num_rows, columns.num_with_modality, embeddings.shape[1], variants, kind

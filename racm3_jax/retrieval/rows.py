@@ -11,6 +11,7 @@ the shards and gathers rows by number.
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import pathlib
 from collections.abc import Iterator
@@ -160,6 +161,17 @@ class Rows:
     def shards(self) -> Iterator[np.ndarray]:
         """The mapped shards, in order."""
         yield from self._shards
+
+    def release(self) -> None:
+        """Takes what was read out of this process's resident memory.
+
+        Mapped pages stay resident once they are read; a pass over all rows would count
+        all of them.
+        """
+        for shard in self._shards:
+            mapped = getattr(shard, "_mmap", None)
+            if mapped is not None:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Records:

@@ -12,7 +12,7 @@ several million rows peak at many times the rows' size; shards bound that.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float32
@@ -25,6 +25,8 @@ from racm3_jax.types import Neighbours
 
 # Above this a ScaNN build of 768-d rows no longer fits 64 GB.
 ROWS_PER_SHARD = 4_000_000
+# Sets a ScaNN index that was built at a path, of some rows; saves what it changes.
+Tune = Callable[[ScannIndex, pathlib.Path, np.ndarray | Rows], object]
 
 
 def merge_neighbours(parts: Sequence[Neighbours], k: int) -> Neighbours:
@@ -60,8 +62,16 @@ class ShardedIndex:
         *,
         config: ScannConfig | None = None,
         rows_per_shard: int | None = None,
+        tune: Tune | None = None,
     ) -> ShardedIndex:
         """Builds a ScaNN index of every `rows_per_shard` rows into `path`.
+
+        Args:
+          embeddings: the rows.
+          path: directory; must exist.
+          config: of every shard.
+          rows_per_shard: of all shards but the last.
+          tune: called with every shard, which must reach a recall target by itself.
 
         Raises:
           ValueError: on rows that are not finite, none, or a shard size below 1.
@@ -76,12 +86,16 @@ class ShardedIndex:
         names: list[str] = []
         for start in range(0, len(embeddings), size):
             rows = np.asarray(embeddings[start : start + size])
+            if isinstance(embeddings, Rows):
+                embeddings.release()
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if len(bad):
                 # The whole array names the row as the caller counts.
                 index_lib.check_embeddings(np.asarray(embeddings))
             name = f"shard-{len(shards):05d}"
             index = ScannIndex.build(rows, config or ScannConfig(), path / name)
+            if tune is not None:
+                tune(index, path / name, rows)
             shards.append((start, index))
             names += [f"{name}/{f}" for f in _files_of(path / name)]
         built = cls(shards)

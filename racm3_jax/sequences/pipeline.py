@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import Literal, Protocol, Self, get_args
+from typing import Protocol, Self
 
 import grain
 import numpy as np
@@ -32,14 +32,17 @@ from racm3_jax.sequences.causal_masking import (
     ExampleTooLong,
     build_example,
 )
+from racm3_jax.sequences.episodes import Episode, Episodes
 from racm3_jax.sequences.packing import pack
+from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
 from racm3_jax.types import Batch, Modality, Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 # Names of the random streams; a change of either changes every batch.
-MASKING, RETRIEVAL = 0, 1
+MASKING, RETRIEVAL, EPISODES = 0, 1, 2
 
-QueryModality = Literal["text", "image", "both"]
+# Statistics of a step that are means over its groups; the others are sums.
+_SHARES = ("fill", "mean_retrieved", "mean_similarity", "share_starved")
 
 
 class DocumentStore(Protocol):
@@ -67,76 +70,6 @@ class DocumentRetriever(Protocol):
     ) -> Sequence[Retrieved]:
         """At most `nums[i]` documents for query i, none of them `mains[i]`."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineConfig:
-    """What a batch is made of.
-
-    Attributes:
-      rows: rows of a batch.
-      row_length: positions of a row.
-      examples_per_batch: main documents of a step. Too many for the rows are dropped and
-        counted, too few leave padding; `stats["fill"]` shows which.
-      max_documents: K ~ Uniform{0..max_documents} documents are retrieved.
-      alpha: loss weight of retrieved documents.
-      query_modality: the part of the main document that is the query; "both" draws one.
-        A document without that part is queried by the other one.
-      num_query_variants: queries with dropout that the memory holds, numbered from 1, one
-        of which is drawn; with 0 the query without dropout is taken.
-      seed: of order, masks, K and queries; 0..2^32-1.
-      prefetch: batches made ahead; 0 makes each when it is asked for.
-      threads: that make them.
-      retrieval: False for the twin: K is 0, all else is equal.
-      groups: parts of a step that are packed on their own, each into `rows / groups`
-        rows. Hosts share the groups among them, so the batches do not depend on how many
-        hosts there are, as long as their number divides this one.
-      max_skipped_share: a step in which a larger share of the main documents cannot be
-        used is an error.
-    """
-
-    rows: int
-    row_length: int
-    examples_per_batch: int
-    max_documents: int = 2
-    alpha: float = 0.1
-    query_modality: QueryModality = "both"
-    num_query_variants: int = 4
-    seed: int = 0
-    prefetch: int = 4
-    threads: int = 2
-    retrieval: bool = True
-    max_skipped_share: float = 0.5
-    groups: int = 1
-
-    def __post_init__(self) -> None:
-        least = {
-            "rows": 1,
-            "row_length": 1,
-            "examples_per_batch": 1,
-            "max_documents": 0,
-            "num_query_variants": 0,
-            "prefetch": 0,
-            "threads": 1,
-        }
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(
-                    f"pipeline.{name} must be >= {minimum}; got {getattr(self, name)}"
-                )
-        if self.query_modality not in get_args(QueryModality):
-            raise ValueError(
-                f"pipeline.query_modality is {self.query_modality!r}; allowed: "
-                + ", ".join(get_args(QueryModality))
-            )
-        for name in ("rows", "examples_per_batch"):
-            if self.groups < 1 or getattr(self, name) % self.groups:
-                raise ValueError(
-                    f"pipeline.groups must divide pipeline.{name}="
-                    f"{getattr(self, name)}; got {self.groups}"
-                )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"pipeline.seed must be in 0..2^32-1; got {self.seed}")
 
 
 class Batches:
@@ -184,12 +117,15 @@ def make_batches(
     num_steps: int,
     host: int = 0,
     num_hosts: int = 1,
+    episodes: Episodes | None = None,
 ) -> Batches:
     """Batches of steps `start_step`, `start_step + 1`, ..., `num_steps` of them.
 
     Each comes with `stats`: "examples" packed, "dropped" (did not fit), "skipped" (moved
     spans longer than a row), "retrieved" documents given, "fill" (share of positions in
-    use).
+    use); with retrieval also "mean_retrieved" (K), "mean_similarity" of what was
+    retrieved to its query, and "share_starved" of the queries that got fewer documents
+    than were asked for.
 
     Args:
       memory: the documents, their queries.
@@ -202,6 +138,8 @@ def make_batches(
       num_steps: how many steps follow.
       host: which part of every batch to make, from 0.
       num_hosts: into how many parts batches are split; divides `config.groups`.
+      episodes: some main documents become questions about labelled demonstrations, if
+        anything is retrieved at all.
 
     Raises:
       ValueError: no main documents, no retriever though one is needed, or sizes below 0.
@@ -227,7 +165,9 @@ def make_batches(
         )
     share = config.groups // num_hosts
     own = range(host * share, (host + 1) * share)
-    steps = _Steps(memory, retriever, vocab, masking, config, own)
+    if not config.retrieval:
+        episodes = None
+    steps = _Steps(memory, retriever, vocab, masking, config, own, episodes)
     last_step = start_step + num_steps
     # Not `repeat()` without a number: its length overflows in Grain at batches of 1.
     num_epochs = -(-last_step * config.examples_per_batch // len(main_ids))
@@ -256,6 +196,7 @@ class _Steps:
         masking: CausalMaskingConfig,
         config: PipelineConfig,
         groups: range,
+        episodes: Episodes | None,
     ) -> None:
         self.groups = groups
         self.memory = memory
@@ -263,6 +204,11 @@ class _Steps:
         self.vocab = vocab
         self.masking = masking
         self.config = config
+        self.episodes = episodes
+        # The label is what moves to the end: it is asked, not told.
+        self.asking = dataclasses.replace(
+            masking, rotation_probability=1.0, rotation_text_share=1.0
+        )
         self.closed = False
         self._running = 0
         self._idle = threading.Condition()
@@ -303,21 +249,23 @@ class _Steps:
             return parts[0], all_stats[0]
         batch = Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
         sums = {name: sum(s[name] for s in all_stats) for name in all_stats[0]}
-        return batch, sums | {"fill": sums["fill"] / len(parts)}
+        means = {name: sums[name] / len(parts) for name in _SHARES if name in sums}
+        return batch, sums | means
 
     def _make_group(
         self, step: int, ids: Int64[np.ndarray, " n"], first: int
     ) -> tuple[Batch, dict[str, float]]:
         config = self.config
         mains = list(self.memory.documents(ids))
-        retrieved = self._retrieve(ids, mains, first)
+        retrieved, found = self._retrieve(ids, mains, first)
+        asked = self._ask(ids, mains, retrieved, first)
         examples, num_skipped = [], 0
         for i, (main, documents) in enumerate(zip(mains, retrieved, strict=True)):
             try:
                 example = build_example(
                     main,
                     documents,
-                    self.masking,
+                    self.asking if i in asked else self.masking,
                     self.vocab,
                     alpha=config.alpha,
                     max_length=config.row_length + 1,
@@ -337,27 +285,57 @@ class _Steps:
             config.rows // config.groups,
             config.row_length,
             self.vocab.pad,
+            max_trim=config.max_trim,
         )
         stats = {
             "examples": float(len(examples) - num_dropped),
             "dropped": float(num_dropped),
             "skipped": float(num_skipped),
             "retrieved": float(sum(len(documents) for documents in retrieved)),
+            "episodes": float(len(asked)),
             "fill": float((batch.segment_ids > 0).mean()),
+            **found,
         }
         return batch, stats
+
+    def _ask(
+        self,
+        ids: Int64[np.ndarray, " n"],
+        mains: list[TokenizedDocument],
+        retrieved: list[tuple[TokenizedDocument, ...]],
+        first: int,
+    ) -> dict[int, Episode]:
+        """Turns some examples into episodes, in place; says which."""
+        if self.episodes is None:
+            return {}
+        drawn: dict[int, Episode] = {}
+        for i, row in enumerate(ids.tolist()):
+            rng = np.random.default_rng([self.config.seed, EPISODES, first + i])
+            episode = self.episodes.draw(row, rng)
+            if episode is not None and "image" in mains[i].modalities:
+                drawn[i] = episode
+        if not drawn:
+            return drawn
+        rows = np.concatenate([episode.rows for episode in drawn.values()])
+        shown = iter(self.memory.documents(rows))
+        for i, episode in drawn.items():
+            retrieved[i] = tuple(
+                self.episodes.label(next(shown), int(label)) for label in episode.labels
+            )
+            mains[i] = self.episodes.label(mains[i], episode.answer)
+        return drawn
 
     def _retrieve(
         self,
         ids: Int64[np.ndarray, " n"],
         mains: Sequence[TokenizedDocument],
         first: int,
-    ) -> list[tuple[TokenizedDocument, ...]]:
-        """The documents of each example; one search for the whole step."""
+    ) -> tuple[list[tuple[TokenizedDocument, ...]], dict[str, float]]:
+        """The documents of each example, by one search; and how the search went."""
         config = self.config
         found: list[tuple[TokenizedDocument, ...]] = [()] * len(mains)
         if not config.retrieval or self.retriever is None:
-            return found
+            return found, {}
         nums = np.zeros(len(mains), np.int64)
         parts: list[tuple[Modality, int]] = []
         for i, main in enumerate(mains):
@@ -370,14 +348,14 @@ class _Steps:
             parts.append((modality, variant))
         asking = np.flatnonzero(nums).tolist()
         if not asking:
-            return found
+            return found, _describe([], nums)
         queries = self._queries(ids[asking], [parts[i] for i in asking])
         results = self.retriever.retrieve(
             queries, nums[asking], [mains[i] for i in asking]
         )
         for i, result in zip(asking, results, strict=True):
             found[i] = tuple(result.documents)
-        return found
+        return found, _describe(results, nums)
 
     def _queries(
         self, ids: Int64[np.ndarray, " n"], parts: Sequence[tuple[Modality, int]]
@@ -392,6 +370,22 @@ class _Steps:
         queries = np.concatenate(pieces).astype(np.float32)
         order = np.concatenate(list(groups.values()))
         return queries[np.argsort(order)]
+
+
+def _describe(
+    results: Sequence[Retrieved], nums: Int64[np.ndarray, " n"]
+) -> dict[str, float]:
+    """The mean K, the mean similarity, and the share of queries given too few."""
+    scores = [result.scores for result in results if len(result.documents)]
+    asked = nums[nums > 0]
+    short = sum(
+        len(result.documents) < num for result, num in zip(results, asked, strict=False)
+    )
+    return {
+        "mean_retrieved": float(sum(len(s) for s in scores) / max(1, len(nums))),
+        "mean_similarity": float(np.concatenate(scores).mean()) if scores else 0.0,
+        "share_starved": float(short / max(1, len(asked))),
+    }
 
 
 def _query_modality(

@@ -109,7 +109,7 @@ class Plan:
     Attributes:
       num_params: of the model.
       weights: float32 master weights.
-      optimizer: two float32 moments.
+      optimizer: Adam's two moments.
       gradients: float32, alive between the backward pass and the update.
       activations: of the rows that one device holds.
       logits: of one chunk of the loss.
@@ -150,6 +150,7 @@ def plan_training(
     num_microbatches: int = 1,
     chunk_length: int = 64,
     example_length: float | None = None,
+    first_moment_bytes: int = 4,
 ) -> Plan:
     """Memory, speed and hours of a training, before it is begun.
 
@@ -165,7 +166,9 @@ def plan_training(
       num_microbatches: see `make_train_step`.
       chunk_length: see `GeneratorLossConfig`.
       example_length: mean length of an example; a row's by default.
+      first_moment_bytes: of one number of Adam's first moment.
     """
+    moments = 4 + first_moment_bytes
     own = num_params / shards
     rows_at_once = rows / num_devices / num_microbatches
 
@@ -175,14 +178,14 @@ def plan_training(
         return activations, logits
 
     activations, logits = for_rows(rows_at_once)
-    free = 0.92 * device.memory - 16 * own  # a tenth or so is the runtime's
+    free = 0.92 * device.memory - (8 + moments) * own  # a tenth or so is the runtime's
     per_row = sum(for_rows(1.0))
     flops = flops_per_token(config, num_params, example_length or row_length)
     tokens_per_second = num_devices * device.flops * device.utilisation / flops
     return Plan(
         num_params=num_params,
         weights=4 * own,
-        optimizer=8 * own,
+        optimizer=moments * own,
         gradients=4 * own,
         activations=activations,
         logits=logits,
@@ -208,6 +211,44 @@ def suggest_changes(config: ModelConfig, plan: Plan, rows: int) -> list[str]:
     else:
         changes.append("config.mesh.fsdp over more devices (weights do not fit)")
     return changes
+
+
+def explain_out_of_memory(error: BaseException, config: Any) -> str:
+    """What to change in a config after this error; "" if it is another error.
+
+    Args:
+      error: what a step or its compilation raised.
+      config: the training's ConfigDict; only what it has is suggested.
+    """
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
+        return ""
+    sections = config.to_dict()
+    model, train = sections.get("model", {}), sections.get("train", {})
+    changes = []
+    if model.get("remat") == "none":
+        changes.append('config.model.remat="dots"  (a few per cent more compute)')
+    if model.get("remat", "full") != "full":
+        changes.append('config.model.remat="full"  (a third more compute)')
+    if model.get("compute_dtype") == "float32":
+        changes.append('config.model.compute_dtype="bfloat16"')
+    if "num_microbatches" in train:
+        twice = 2 * train["num_microbatches"]
+        changes.append(f"config.train.num_microbatches={twice}  (the same gradients)")
+    if "fsdp" in sections.get("mesh", {}):
+        changes.append("config.mesh.fsdp=-1 --config.mesh.data=1  (splits the weights)")
+    if sections.get("optimizer", {}).get("first_moment_dtype") == "float32":
+        changes.append('config.optimizer.first_moment_dtype="bfloat16"')
+    for name in ("pipeline.rows", "batch_size"):
+        *path, last = name.split(".")
+        section = sections.get(path[0], {}) if path else sections
+        if last in section:
+            changes.append(f"config.{name} below {section[last]}")
+    lines = "\n".join(f"  --{change}" for change in changes)
+    return (
+        "the device's memory is full; what would mend it, the mildest first (and "
+        f"`racm3 estimate` says by how much):\n{lines}"
+    )
 
 
 def format_plan(plan: Plan, details: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 from absl import logging
 
-from racm3_jax.training.processes import Watchdog, any_process
+from racm3_jax.training.processes import SignsOfLife, Watchdog, any_process
 from racm3_jax.training.progress import StepLog, Writer
 from racm3_jax.training.step import Metrics, TrainState
 
@@ -73,6 +73,7 @@ def fit(
     flops_per_token: float = 0.0,
     profile: Profile | None = None,
     watchdog_seconds: float = 0.0,
+    signs: SignsOfLife | None = None,
 ) -> TrainState:
     """Trains from `state.step` up to `num_steps`.
 
@@ -109,6 +110,7 @@ def fit(
       flops_per_token: of a training step, a token of input.
       profile: steps to trace.
       watchdog_seconds: ends the process when no step ends for so long; see `Watchdog`.
+      signs: of several processes, for the watchdog to name the one that is stuck.
 
     Returns:
       The state after the last step.
@@ -126,6 +128,7 @@ def fit(
     def save() -> None:
         nonlocal saved_step
         log.flush()  # never save a state that has diverged
+        dog.doing = f"saves step {step}"
         with log.paused():
             assert checkpoints is not None
             checkpoints.save(step, state, {**(checkpoint_extra or {}), "step": step})
@@ -135,7 +138,7 @@ def fit(
         log,
         _stop_requested() as stop,
         _tracing(profile) as trace,
-        Watchdog(watchdog_seconds) as dog,
+        Watchdog(watchdog_seconds, signs=signs) as dog,
     ):
         # Several processes must stop at one step: they ask each other at log points.
         alone = jax.process_count() == 1
@@ -145,12 +148,14 @@ def fit(
             ):
                 break
             trace(step, state)
+            dog.doing = f"reads the batch of step {step + 1}"
             with log.waiting():
                 batch, stats = _next_batch(batches, step, with_stats)
                 if batch_to_device is not None:
                     batch = batch_to_device(batch)
-            state, metrics = step_fn(state, batch)
             step += 1
+            dog.doing = f"computes step {step}"
+            state, metrics = step_fn(state, batch)
             log.enqueue(step, metrics, stats)
             dog.pat()
             if step == num_steps or (log_every and step % log_every == 0):

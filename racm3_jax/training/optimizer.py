@@ -1,15 +1,18 @@
-"""AdamW, its learning-rate schedule, and what is decayed."""
+"""AdamW, its learning-rate schedule, what is decayed, and what is trained at all."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 SCHEDULES = ("linear", "cosine", "constant")
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,9 @@ class OptimizerConfig:
       eps: added to the root of the second moment.
       weight_decay: decoupled; only parameters of rank >= 2 decay.
       clip_norm: the gradient's global norm is clipped to it; 0 turns clipping off.
+      first_moment_dtype: "bfloat16" halves the memory of the mean of the gradients. The
+        second moment stays float32: what a step adds to it, 2%, is near bfloat16's
+        resolution.
     """
 
     learning_rate: float = 1e-4
@@ -39,11 +45,17 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"optimizer.schedule is {self.schedule!r}; choose one of {SCHEDULES}"
+            )
+        if self.first_moment_dtype not in MOMENT_DTYPES:
+            raise ValueError(
+                f"optimizer.first_moment_dtype is {self.first_moment_dtype!r}; choose "
+                f"one of {MOMENT_DTYPES}"
             )
         for name in ("learning_rate", "num_steps", "eps"):
             if not getattr(self, name) > 0:
@@ -91,7 +103,69 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=decays,
+        mu_dtype=config.first_moment_dtype,
     )
     if config.clip_norm == 0:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedColumns:
+    """Columns of one matrix as all that is trained; every other number keeps its bits.
+
+    ```
+    head      . . . x x x . .    x: trained, with moments and decay
+    the rest  . . . . . . . .    .: no gradient, no moments, no decay
+    ```
+
+    Attributes:
+      name: of a matrix at the top of the parameter tree.
+      start: first column.
+      stop: one behind the last column.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+    def take(self, params: Mapping[str, Any]) -> Float[Array, "rows columns"]:
+        """The columns that are trained."""
+        return params[self.name][:, self.start : self.stop]
+
+    def restrict_loss(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """An equal loss of `(params, ...)` that has a gradient for the columns alone.
+
+        So the backward pass ends at the matrix, and no gradient of the rest exists.
+        """
+
+        def restricted(params: Mapping[str, Any], *inputs: Any) -> Any:
+            frozen = jax.tree.map(jax.lax.stop_gradient, dict(params))
+            columns = self.take(params)
+            whole = frozen[self.name].at[:, self.start : self.stop].set(columns)
+            return loss_fn(frozen | {self.name: whole}, *inputs)
+
+        return restricted
+
+    def restrict(
+        self, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        """The same optimizer for these columns alone; its state has their size.
+
+        The state lies whole on every device: it is a small part of the model.
+        """
+
+        def init(params: Any) -> Any:
+            # optax asks for the state's structure with a placeholder.
+            is_real = isinstance(params, Mapping)
+            return optimizer.init(self.take(params) if is_real else jnp.zeros(()))
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            assert params is not None  # AdamW decays them
+            step, state = optimizer.update(self.take(updates), state, self.take(params))
+            # Adding -0 changes no bit of any number, while +0 would turn -0 into +0.
+            still = jax.tree.map(lambda p: jnp.full_like(p, -0.0), dict(params))
+            moved = still[self.name].at[:, self.start : self.stop].set(step)
+            return still | {self.name: moved}, state
+
+        return optax.GradientTransformation(init, update)

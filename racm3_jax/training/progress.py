@@ -102,10 +102,13 @@ class StepLog:
         if step == self._first_step + 1:
             # Compilation is not part of steps per second.
             jax.block_until_ready(metrics)
-            logging.info(
-                "first step, with its compilation: %.1f s",
-                time.perf_counter() - self._clock,
-            )
+            seconds = time.perf_counter() - self._clock
+            self._stats.add_values({"first_step_seconds": seconds})
+            if not self._bar.disable:
+                tqdm.write(
+                    f"first step, with its compilation: {seconds:.1f} s",
+                    file=sys.stderr,
+                )
             self._restart_clock()
         elif len(self._pending) > MAX_STEPS_AHEAD:
             jax.block_until_ready(self._pending[-1 - MAX_STEPS_AHEAD][1])
@@ -157,7 +160,9 @@ class StepLog:
         """Writes means since the last line, and rates.
 
         `data_wait_fraction` is the share of the time that the host spent on getting
-        batches; as long as it is well below 1 the device does not wait for them.
+        batches; as long as it is well below 1 the device does not wait for them. `mfu`
+        is PaLM's (arXiv 2204.02311, appendix B): the products of forward and backward
+        pass, recomputation not counted, over the peak of all devices; padding is no work.
         """
         self.flush()
         seconds = time.perf_counter() - self._clock
@@ -171,7 +176,10 @@ class StepLog:
                 if self.peak_tokens:
                     values["mfu"] = values["tokens_per_second"] / self.peak_tokens
         self._emit(values)
-        shown = {"loss": values.get("loss", values["objective"])}
+        shown: dict[str, float] = {}
+        # Neither is there when every step since the last line was skipped.
+        if "objective" in values:
+            shown["loss"] = values.get("loss", values["objective"])
         if "tokens_per_second" in values:
             shown["tokens/s"] = round(values["tokens_per_second"])
         self._bar.set_postfix(shown)

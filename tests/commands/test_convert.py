@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from racm3_jax import cli
 from racm3_jax.commands import convert
 from racm3_jax.documents.images import read_image
 
@@ -20,6 +22,7 @@ from porting_fakes import (
     clip_state,
     write_hf_clip,
     write_torch_file,
+    write_torch_zip,
 )
 from vqgan_fakes import VQGAN_CONFIG, vqgan_state
 
@@ -75,3 +78,75 @@ def test_the_licence_of_chameleon_is_shown(tmp_path):
     with pytest.raises(ValueError, match="research only.*--accept_licence"):
         racm3("convert", "chameleon", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("owned",)
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("malicious", "asks for builtins.print"),
+        ("truncated", "is truncated"),
+        ("nan", "holds a NaN"),
+        ("merges", "merges of another model"),
+        ("absent", "does not exist"),
+    ],
+)
+def test_a_bad_source_is_one_sentence_and_leaves_nothing(
+    tmp_path, capsys, fault, words
+):
+    state = clip_state(CLIP_CONFIG)
+    if fault == "nan":
+        state["logit_scale"] = np.array(np.nan, np.float32)
+    source = tmp_path / "hf"
+    write_hf_clip(source, CLIP_CONFIG, state)
+    weights = source / "model.safetensors"
+    if fault == "malicious":
+        weights.unlink()
+        program = pickle.dumps({"state_dict": Malicious()}, 2).replace(
+            b"__builtin__", b"builtins"
+        )
+        write_torch_zip(source / "pytorch_model.bin", program, {})
+    elif fault == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-7])
+    elif fault == "merges":
+        (source / "merges.txt").write_text("#version\nt h\n")
+    elif fault == "absent":
+        source = tmp_path / "none"
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["convert", "clip", str(source), str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("racm3: ") and message.count("\n") == 1
+    assert words in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_source_of_the_hub(tmp_path, monkeypatch, capsys):
+    """From a folder in huggingface_hub's cache layout, by name, without a network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--owner--clip"
+    write_hf_clip(
+        repository / "snapshots" / ("a" * 40), CLIP_CONFIG, clip_state(CLIP_CONFIG)
+    )
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    out = tmp_path / "out"
+    assert cli.main(["convert", "clip", "hub:owner/clip", str(out)]) == 0
+    assert (out / "model.safetensors").is_file()
+    assert cli.main(["convert", "clip", "hub:owner/none", str(tmp_path / "x")]) == 2
+    message = capsys.readouterr().err
+    assert "could not be fetched" in message and message.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_help_says_what_each_argument_is(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    text = capsys.readouterr().out
+    for word in ("hub:owner/name", "--accept_licence", "--merges", "safetensors"):
+        assert word in text

@@ -8,6 +8,7 @@ import hashlib
 import json
 import types
 import zlib
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -46,7 +47,10 @@ class AsciiTokenizer:
             decode=lambda ids: bytes(x for x in ids if 31 < x < 127).decode()
         )
         self.image = types.SimpleNamespace(
-            image_size=SIZE, encode=self.encode, decode=self.decode_images
+            image_size=SIZE,
+            encode=self.encode,
+            decode=self.decode_images,
+            params={},
         )
 
     def fingerprint(self):
@@ -90,6 +94,7 @@ class Embedder:
     """Texts by their letters, images by their colours at 4 × 4 places; no model."""
 
     d_embed = 48
+    params: ClassVar[dict] = {}
     config = types.SimpleNamespace(image_size=SIZE)
 
     def fingerprint(self):
@@ -107,11 +112,13 @@ class Embedder:
 
     def embed_documents(self, documents):
         text = self.embed_texts([d.text for d in documents])
-        image = self.embed_images([d.images[0] for d in documents])
-        there = np.ones(len(documents), bool)
+        seen = np.array([bool(d.images) for d in documents])
+        image = np.zeros_like(text)
+        pictures = [d.images[0] for d in documents if d.images]
+        image[seen] = self.embed_images(pictures)
         whole = text + image
         whole /= np.linalg.norm(whole, axis=1, keepdims=True)
-        return DocumentEmbeddings(text, image, whole, there, there)
+        return DocumentEmbeddings(text, image, whole, np.ones(len(seen), bool), seen)
 
 
 def unit(rows):
@@ -234,9 +241,9 @@ class StubGenerator:
         return other
 
     def _retrieve(self, queries, num):
-        self.owner.budget -= len(queries)
-        if self.owner.budget < 0:
+        if self.owner.budget < len(queries):
             raise KeyboardInterrupt
+        self.owner.budget -= len(queries)
         if not num:
             none = Retrieved(np.zeros(0, np.int64), np.zeros(0, np.float32), ())
             return [none] * len(queries)

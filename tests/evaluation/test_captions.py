@@ -2,6 +2,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from racm3_jax.evaluation.captions import (
     compute_cider,
     rouge_l,
     score_captions,
+    score_with_java,
 )
 from racm3_jax.evaluation.treebank import cut_tokens, tokenize_captions
 
@@ -97,10 +99,56 @@ def test_wrong_lengths_and_missing_references_are_refused():
         score_captions(["a"], [[]])
 
 
+def write_fake_package(folder, spice_parser):
+    """`pycocoevalcap` with programs that score by the number of words."""
+    for name in ("meteor", "spice"):
+        (folder / "pycocoevalcap" / name).mkdir(parents=True)
+        (folder / "pycocoevalcap" / name / "__init__.py").touch()
+    (folder / "pycocoevalcap" / "__init__.py").touch()
+    (folder / "pycocoevalcap" / "meteor" / "meteor.py").write_text(
+        "class Meteor:\n"
+        "    def compute_score(self, wanted, given):\n"
+        "        return 0, [len(given[i][0].split()) for i in sorted(given)]\n"
+    )
+    (folder / "pycocoevalcap" / "spice" / "spice.py").write_text(
+        "class Spice:\n"
+        "    def compute_score(self, wanted, given):\n"
+        "        scores = [float('nan') if i else 0.25 for i in sorted(given)]\n"
+        "        return 0, [{'All': {'f': f}} for f in scores]\n"
+    )
+    if spice_parser:
+        parser = folder / "pycocoevalcap" / "spice" / "lib"
+        parser.mkdir()
+        (parser / "stanford-corenlp-3.6.0-models.jar").touch()
+
+
+@pytest.mark.parametrize("spice_parser", [True, False])
+def test_java_scores_are_there_where_their_programs_are(
+    spice_parser, tmp_path, monkeypatch
+):
+    captions, references = ["a dog.", "two cats run"], [["a dog"], ["cats"]]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert score_with_java(captions, references) == {}
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/java")
+    for name in [n for n in sys.modules if n.startswith("pycocoevalcap")]:
+        monkeypatch.delitem(sys.modules, name)
+    write_fake_package(tmp_path, spice_parser)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scores = score_with_java(captions, references)
+    assert scores["meteor"].tolist() == [2, 3]
+    assert ("spice" in scores) == spice_parser
+    if spice_parser:
+        assert scores["spice"].tolist() == [0.25, 0]
+    for name in [n for n in sys.modules if n.startswith("pycocoevalcap")]:
+        del sys.modules[name]
+
+
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
 def test_tokens_and_scores_live():
     if not shutil.which("java"):
         pytest.skip("needs Java")
+    pytest.importorskip("pycocoevalcap")
     spec = importlib.util.spec_from_file_location(
         "make_captions", GOLDEN / "make_captions.py"
     )
@@ -108,9 +156,18 @@ def test_tokens_and_scores_live():
     golden = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(golden)
     candidates, references = golden.make_captions()
+    assert len(candidates) >= 500
     found = cut_tokens(candidates)
     assert share_of_equal_tokens(golden.run_java(candidates), found) >= 0.999
     wanted = golden.compute_reference_scores(candidates, references)
     scores = score_captions(candidates, references)
     np.testing.assert_allclose(scores.cider, wanted["cider"], atol=1e-6)
     np.testing.assert_allclose(scores.rouge_l, wanted["rouge_l"], atol=1e-6)
+    means = scores.means()
+    bleu = [means[f"bleu_{n}"] for n in (1, 2, 3, 4)]
+    np.testing.assert_allclose(bleu, wanted["bleu"], atol=1e-6)
+    few = len(wanted["meteor"])
+    meteor = score_with_java(candidates[:few], references[:few])["meteor"]
+    np.testing.assert_allclose(meteor, wanted["meteor"], atol=1e-6)
+    for name in ("cider", "rouge_l", "bleu"):  # the golden file is of these captions
+        np.testing.assert_allclose(wanted[name], RECORD[name], atol=1e-6)

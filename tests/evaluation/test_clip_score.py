@@ -34,6 +34,26 @@ def test_scores_and_settings_of_a_real_embedder():
         scorer.score(images, ["x"])
 
 
+def test_scores_equal_the_formula_on_transformers_embeddings(tmp_path, monkeypatch):
+    """Their embeddings are stored; ours come from the same weights, converted."""
+    tests = pathlib.Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(tests / "porting"))
+    fakes = importlib.import_module("porting_fakes")
+    from racm3_jax.porting.clip import convert_clip
+
+    state = fakes.clip_state(fakes.CLIP_CONFIG)
+    fakes.write_hf_clip(tmp_path / "hf", fakes.CLIP_CONFIG, state)
+    convert_clip(tmp_path / "hf", tmp_path / "out")
+    embedder = DocumentEmbedder.load(tmp_path / "out", batch_size=4)
+    with np.load(tests / "golden" / "porting" / "clip.npz") as golden:
+        cosine = (golden["image_embeds"] * golden["text_embeds"]).sum(1)
+        images, tokens = list(golden["images"]), golden["tokens"]
+    monkeypatch.setattr(embedder.tokenizer, "encode_batch", lambda *_: tokens)
+    found = CLIPScorer(embedder).score(images, ["", "", ""])
+    np.testing.assert_allclose(found, 2.5 * np.maximum(cosine, 0), atol=1e-4)
+    assert found.max() > 0.05
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_score_equals_the_formula_on_transformers():

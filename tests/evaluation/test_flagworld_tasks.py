@@ -8,11 +8,10 @@ import pytest
 from racm3_jax.documents.flagworld import FlagworldConfig, make_nations, read_flagworld
 from racm3_jax.evaluation.flagworld_tasks import (
     LABELS,
-    TaskProbes,
-    TaskSettings,
     evaluate_flagworld_tasks,
     format_table,
 )
+from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
 from racm3_jax.generation.classification import Classification
 from racm3_jax.types import Document, GenerationOutput, Retrieved, Segment
 
@@ -75,7 +74,7 @@ class Oracle:
         pairs = zip(self.choose(self.own), self.others, strict=True)
         return [answer(*pair[:num_samples]) for pair in pairs]
 
-    def classify(self, image, support, labels):
+    def classify(self, image, support, labels, shots_per_pass):
         same = {
             label
             for picture, label in support
@@ -93,12 +92,13 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
         Oracle(probes, True), Oracle(probes, False), probes, SETTINGS, lines.append
     )
     for name in ("infill/flag", "edit/flag", "edit/codes_kept", "controlled_named/flag",
-                 "controlled_other/layout", "kshot/2", "guidance/3", "rerank/clip"):  # fmt: skip
+                 "controlled_other_guided/layout", "kshot/2", "guidance/3",
+                 "document_guidance/2", "rerank/clip"):  # fmt: skip
         assert good[name].value == 1.0, name
     assert good["twin/infill_flag"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
     assert good["kshot/2"].total == 5 and len(outputs["edit"]) == 5
-    assert len(lines) == 13
+    assert len(lines) == 18
     bad, _ = evaluate_flagworld_tasks(
         Oracle(probes, False), None, probes, SETTINGS, lines.append
     )
@@ -107,7 +107,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     assert bad["edit/codes_kept"].value == 0.5 and "twin/infill_flag" not in bad
     table = format_table(good)
     assert "| two-way classification, 2 examples a label | 100.0%" in table
-    assert len(table.splitlines()) == 2 + 13 + 2 + 2
+    assert len(table.splitlines()) == 2 + 25
 
 
 def test_without_context_labels_are_a_coin(probes):
@@ -119,7 +119,7 @@ def test_without_context_labels_are_a_coin(probes):
     from racm3_jax.evaluation.flagworld_tasks import evaluate_kshot
 
     class First:
-        def classify(self, image, support, labels):
+        def classify(self, image, support, labels, shots_per_pass):
             assert labels == LABELS and support == []
             return Classification(labels[0], labels, np.array([0.5, 0.5]), 1)
 

@@ -1,3 +1,7 @@
+import importlib.util
+import json
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -8,6 +12,7 @@ from racm3_jax.evaluation.frechet import (
     frechet_distance,
 )
 
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "evaluation"
 SETTINGS = {"network": "n", "resizing": "clean"}
 
 
@@ -110,32 +115,34 @@ def test_precision_and_recall_of_a_collapsed_generator():
         precision_and_recall(real[:3], real)
 
 
+def load_golden():
+    path = GOLDEN / "make_frechet.py"
+    spec = importlib.util.spec_from_file_location("make_frechet", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(wanted):
+    golden = load_golden()
+    for (a, b), distance in zip(golden.SIZES, wanted["distances"], strict=True):
+        x, y = golden.make_features(a, 0), golden.make_features(b, 1)
+        found = frechet_distance(FeatureStatistics.of(x), FeatureStatistics.of(y))
+        tolerance = 1e-9 if min(a, b) > golden.D else 1e-4  # theirs has a constant
+        assert found == pytest.approx(distance, rel=tolerance)
+    x, y = golden.make_features(20, 0), golden.make_features(20, 1)
+    found = kernel_distance(x, y, num_subsets=1).value
+    assert found == pytest.approx(wanted["kernel"], rel=1e-9)
+
+
+def test_distances_equal_scipys():
+    check(json.loads((GOLDEN / "frechet.json").read_text()))
+
+
 @pytest.mark.parity
-def test_distance_and_kernel_live():
-    linalg = pytest.importorskip("scipy.linalg")
-    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
-    x, y = draw(400, d=40), draw(300, d=40, seed=1, shift=0.3, scale=1.2)
-    first, second = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    gap = x.mean(0) - y.mean(0)
-    root = linalg.sqrtm(first @ second).real
-    wanted = gap @ gap + np.trace(first + second - 2 * root)
-    found = frechet_distance(FeatureStatistics.of(x), FeatureStatistics.of(y))
-    assert found == pytest.approx(wanted, rel=1e-9)
-
-    # singular: 20 images in 40 dimensions, the tools add 1e-6 to the diagonal
-    x, y = x[:20], y[:20]
-    first, second = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    offset = np.eye(40) * 1e-9
-    root = linalg.sqrtm((first + offset) @ (second + offset)).real
-    gap = x.mean(0) - y.mean(0)
-    wanted = gap @ gap + np.trace(first + second - 2 * root)
-    found = frechet_distance(FeatureStatistics.of(x), FeatureStatistics.of(y))
-    assert found == pytest.approx(wanted, rel=1e-4)
-
-    def kernel(a, b):
-        return pairwise.polynomial_kernel(a, b, degree=3, gamma=1 / 40, coef0=1)
-
-    within = sum(kernel(a, a).sum() - np.trace(kernel(a, a)) for a in (x, y))
-    wanted = within / (20 * 19) - 2 * kernel(x, y).mean()
-    found = kernel_distance(x, y, num_subsets=1)
-    assert found.value == pytest.approx(wanted, rel=1e-9)
+@pytest.mark.filterwarnings("ignore")
+def test_distances_equal_scipys_live():
+    pytest.importorskip("scipy")
+    pytest.importorskip("sklearn")
+    check(load_golden().compute())

@@ -7,6 +7,7 @@ import pytest
 
 from racm3_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from racm3_jax.evaluation.inception import InceptionFeatures, convert_weights
+from racm3_jax.evaluation.resizing import resize_batch
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "evaluation"
 WIDTH = 16
@@ -44,6 +45,11 @@ def test_incomplete_weights_are_refused(golden_import):
         convert_weights(weights)
 
 
+def test_another_variant_is_refused():
+    with pytest.raises(ValueError, match="'fid', 'torchvision'"):
+        InceptionFeatures({}, "tensorflow")  # pyright: ignore
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_full_network_live(golden_import):
@@ -79,3 +85,55 @@ def test_fid_live(golden_import):
     gap = real.mean(0) - drawn.mean(0)
     wanted = gap @ gap + np.trace(first + second - 2 * root)
     assert ours == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_the_packages_themselves(golden_import, monkeypatch):
+    """pytorch-fid's and torchvision's own networks, where somebody installed them.
+
+    They want a torchvision that does not go with `transformers`; where its compiled half
+    does not load, only what it declares for its operators is skipped.
+    """
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("pytorch_fid")
+    monkeypatch.setattr(
+        torch.library, "register_fake", lambda *_, **__: lambda function: function
+    )
+    torchvision = pytest.importorskip("torchvision")
+    package = importlib.import_module("pytorch_fid.inception")
+    distance = importlib.import_module("pytorch_fid.fid_score")
+    torch.set_num_threads(1)
+    weights = golden_import("inception_weights")
+    arrays = weights.random_weights(1)
+    plain = torchvision.models.inception_v3(
+        num_classes=1008, aux_logits=False, init_weights=False, weights=None
+    )
+    state = plain.state_dict()
+    state |= {name: torch.from_numpy(array) for name, array in arrays.items()}
+    plain.load_state_dict(state)
+    plain.fc = torch.nn.Identity()
+    monkeypatch.setattr(package, "load_state_dict_from_url", lambda *_, **__: state)
+    reference = package.InceptionV3([3]).eval()
+
+    sets = [weights.random_images(5, 1), weights.random_images(5, 2, shift=40)]
+    pixels = [
+        torch.from_numpy(resize_batch(some, 299, "legacy")).permute(0, 3, 1, 2) / 255
+        for some in sets
+    ]
+    params = convert_weights(arrays)
+    extract = InceptionFeatures(params, "fid", "legacy", batch_size=5)
+    found = [extract(some) for some in sets]
+    with torch.no_grad():
+        wanted = [reference(x)[0][..., 0, 0].numpy() for x in pixels]
+        mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        theirs = plain.eval()((pixels[0] - mean) / deviation).numpy()
+    for ours, features in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, features, atol=1e-4 * np.abs(features).max())
+    ours = InceptionFeatures(params, "torchvision", "legacy", batch_size=5)(sets[0])
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    ours = frechet_distance(*(FeatureStatistics.of(x) for x in found))
+    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in wanted]
+    fid = distance.calculate_frechet_distance(*moments[0], *moments[1])
+    assert ours == pytest.approx(fid, rel=1e-3)

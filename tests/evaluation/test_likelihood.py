@@ -6,8 +6,11 @@ import pytest
 from evaluation_fakes import VOCAB, caption, make_generator, make_memory, picture
 
 from racm3_jax.evaluation.kshot import (
+    Episode,
     classify_episodes,
     compute_accuracy,
+    copy_nearest,
+    mislead,
     sample_episodes,
 )
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
@@ -122,6 +125,27 @@ def test_episodes_never_show_what_they_ask():
     assert {e.answer for e in episodes} == {0, 1}
     with pytest.raises(ValueError, match="got 0 classes"):
         sample_episodes(classes, num_episodes=1, num_shots=4)
+
+
+def test_misleading_shows_other_classes_and_asks_the_same():
+    classes = [f"c{i % 5}" for i in range(30)]
+    episodes = sample_episodes(classes, num_episodes=9, num_shots=2)
+    misled = mislead(episodes, classes)
+    for episode, other in zip(episodes, misled, strict=True):
+        assert (other.asked, other.words) == (episode.asked, episode.words)
+        shown = [row for rows in other.shown for row in rows]
+        assert len(set(shown)) == 4
+        named = {classes[row] for rows in episode.shown for row in rows}
+        assert not named & {classes[row] for row in shown}
+    with pytest.raises(ValueError, match="other classes are needed"):
+        mislead(episodes, ["c0", "c1"] * 15)
+
+
+def test_copying_takes_the_label_of_the_most_alike():
+    embeddings = dict(enumerate(np.eye(4)))
+    embeddings[3] = np.array([0.1, 0.9, 0, 0])
+    episodes = [Episode(((0, 2), (1,)), 3, 1, ("dax", "wug"))]
+    assert copy_nearest(embeddings, episodes) == [1]
 
 
 def test_classification_takes_the_likeliest_label(monkeypatch):

@@ -22,6 +22,20 @@ def test_sheet_shows_every_panel():
         draw_sheet(("prompt", "drawn"), [row])
 
 
+def test_a_row_is_as_high_as_its_longest_text():
+    words = "a caption that is much too long for one line of a small panel " * 2
+    rows = [Row("a", ([Panel(RED, words)],)), Row("b", ([Panel(RED, "c")],))]
+    sheet = draw_sheet(("prompt", "drawn"), rows, panel_size=32)
+    plain = draw_sheet(("prompt", "drawn"), rows[1:] * 2, panel_size=32)
+    assert sheet.shape[0] > plain.shape[0] + 60
+    # nothing is written over the second picture, nor beside the panel's column
+    assert (sheet == (255, 0, 0)).all(-1).sum() == 2 * 32 * 32
+    assert (sheet[:, -8:] > 200).all()
+    tall = [Row("word " * 60, ([Panel(RED)],)), rows[1]]
+    sheet = draw_sheet(("prompt", "drawn"), tall, panel_size=32)
+    assert sheet.shape[0] > plain.shape[0] + 60
+
+
 def test_report_is_one_file_that_loads_nothing(tmp_path):
     from PIL import Image
 

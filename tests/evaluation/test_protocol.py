@@ -1,9 +1,11 @@
 import json
 import threading
 
+import jax
 import numpy as np
 import pytest
 from evaluation_fakes import (
+    VOCAB,
     ColourFeatures,
     Embedder,
     StubGenerator,
@@ -21,8 +23,11 @@ from racm3_jax.evaluation.coco import (
     read_coco,
     read_karpathy,
 )
+from racm3_jax.evaluation.frechet import FeatureStatistics
+from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.evaluation.protocol import CocoProtocol, ProtocolSettings
 from racm3_jax.evaluation.protocol_results import evaluate_coco
+from racm3_jax.evaluation.replicas import Replicas
 from racm3_jax.types import Document
 
 COUNT = 200
@@ -105,11 +110,10 @@ def test_from_files_to_results_killed_once_and_resumed(coco, memory, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(StubGenerator(memory, budget=COUNT + 100), coco, killed)
     assert not (killed / "results.json").exists()
-    finished = {p.name: p.stat().st_mtime_ns for p in (killed / "parts").iterdir()}
-    assert 5 < len(finished) < 25
+    finished = {p: p.stat().st_mtime_ns for p in killed.rglob("parts/*")}
+    assert len(finished) == 5 + 5 + 2  # real, retrieval, some of no_retrieval
     run(StubGenerator(memory), coco, killed)
-    for name, stamp in finished.items():
-        assert (killed / "parts" / name).stat().st_mtime_ns == stamp
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in finished.items())
     for name in ("results.json", "table.md", "samples.png"):
         assert digest(killed / name) == digest(tmp_path / "whole" / name)
     assert not list(killed.rglob("*.tmp"))
@@ -155,7 +159,78 @@ def test_captioning_beside_its_baselines(coco, memory, tmp_path):
         assert results[f"{variant}/cider"].total == 150
         assert results[f"{variant}/bleu_1"].interval is not None
     assert results["no_retrieval/bleu_1"].value > results["copy/bleu_1"].value
-    assert not (tmp_path / "samples.png").exists()
+    assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_real_images_are_computed_once_for_all_runs(coco, memory, tmp_path):
+    """Another sampling finds the features and statistics; another network does not."""
+    shared = {"reference": tmp_path / "real"}
+    calls = []
+
+    class Counted(ColourFeatures):
+        def __call__(self, images):
+            calls.append(len(images))
+            return super().__call__(images)
+
+    def compute(name, seed):
+        extractor = Counted()
+        protocol = CocoProtocol(
+            StubGenerator(memory),  # pyright: ignore
+            choose_items(read_coco(coco), COUNT),
+            make_settings(variants=("copy",), seed=seed),
+            tmp_path / name,
+            extractors={"colour": extractor},
+            **shared,
+        )
+        results = evaluate_coco(protocol, log=lambda line: None)
+        assert results is not None
+        return protocol.reference, results["copy/colour_frechet"].value
+
+    first, value = compute("a", 0)
+    assert sum(calls) == 2 * COUNT
+    path = first.workdir / "statistics_colour.npz"
+    stamp = path.stat().st_mtime_ns
+    again, same = compute("b", 1)
+    assert sum(calls) == 3 * COUNT and again.workdir == first.workdir
+    assert path.stat().st_mtime_ns == stamp and same == value
+    other = FeatureStatistics.of(np.random.default_rng(0).normal(size=(9, 6)))
+    other.save(path, {"network": "colours", "pixels": "others"})
+    with pytest.raises(ValueError, match="pixels='others', this run has"):
+        compute("c", 2)
+    name, stat = first.workdir.name, (coco / "val2014").iterdir()
+    picked = sorted(stat)[7]
+    before = picked.read_bytes()
+    try:
+        picked.write_bytes(before + b"\0")
+        changed, _ = compute("d", 3)
+    finally:
+        picked.write_bytes(before)
+    assert changed.workdir.name != name and sum(calls) == 6 * COUNT
+
+
+def test_devices_share_the_work_and_change_nothing(coco, memory, tmp_path):
+    settings = make_settings(variants=("retrieval", "copy"))
+    with_four = {"devices": jax.devices()[:4]}
+    run(StubGenerator(memory), coco, tmp_path / "one", settings)
+    run(StubGenerator(memory), coco, tmp_path / "four", settings, **with_four)
+    for name in ("results.json", "samples.png"):
+        assert digest(tmp_path / "four" / name) == digest(tmp_path / "one" / name)
+    broken = StubGenerator(memory, budget=20)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, coco, tmp_path / "broken", **with_four)
+
+
+@pytest.mark.slow
+def test_a_copy_on_another_device_computes_the_same(memory):
+    generator, device = make_generator(memory), jax.devices()[1]
+    placed = Replicas(generator, [device]).on(device)
+    leaves = jax.tree.leaves(placed.params)
+    assert {d for leaf in leaves for d in leaf.devices()} == {device}
+    assert all(device not in x.devices() for x in jax.tree.leaves(generator.params))
+    rows = [Scored(np.array([VOCAB.eod]), np.arange(5, dtype=np.int32))]
+    with jax.default_device(device):
+        found = score_tokens(placed, rows)[0]
+    np.testing.assert_array_equal(found, score_tokens(generator, rows)[0])
 
 
 def test_two_processes_give_what_one_gives(coco, memory, tmp_path):

@@ -6,6 +6,7 @@ from racm3_jax.evaluation.intervals import bootstrap
 from racm3_jax.evaluation.retrieval import (
     PurgedMemory,
     RandomRetriever,
+    chance_recall,
     document_recall,
     find_near_duplicates,
     pair_recall,
@@ -33,6 +34,13 @@ def test_document_recall_needs_one_right_row():
     found = [[3, 1], [2, 5], []]
     assert document_recall(found, [[1], [7], [2]], 2).successes == 1
     assert document_recall(found, [[1], [7], [2]], 1).successes == 0
+
+
+def test_chance_is_the_average_of_even_draws():
+    # 1 right row of 4: two draws find it half the time; 2 of 4: 1 - 2/4 * 1/3
+    assert chance_recall(4, [[0]], 2) == pytest.approx(0.5)
+    assert chance_recall(4, [[0, 3]], 2) == pytest.approx(5 / 6)
+    assert chance_recall(4, [[0], [0, 3]], 9) == 1.0
 
 
 def test_near_duplicates_are_the_equal_images(memory):

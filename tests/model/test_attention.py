@@ -16,6 +16,8 @@ from racm3_jax.model.attention import (
     choose_implementation,
 )
 
+# Those that run on any machine; the others: test_attention_kernels.py.
+PRESENT = ("plain", "blocked")
 # Longer than one block of queries, and no multiple of it.
 LENGTH = 150
 SEGMENTS = np.repeat([1, 2, 3, 0], [40, 60, 35, 15])[None]
@@ -46,7 +48,7 @@ def test_plain_is_the_picture_of_the_docstring():
     assert picture == ["x.....", "xx....", "xxx...", "...x..", "...xx.", ".....x"]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("implementation", PRESENT[1:])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_equals_plain_with_its_gradient(implementation, heads, kv_heads):
     inputs = (*make_qkv(heads, kv_heads), jnp.cos(jnp.arange(8.0)))
@@ -59,7 +61,7 @@ def test_equals_plain_with_its_gradient(implementation, heads, kv_heads):
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PRESENT)
 def test_bfloat16_stays_near_float32(implementation):
     direction = jnp.cos(jnp.arange(8.0))
     expected = outputs_and_gradients("plain", *make_qkv(), direction)
@@ -73,7 +75,7 @@ def test_bfloat16_stays_near_float32(implementation):
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PRESENT)
 def test_no_segment_touches_another(implementation):
     perturbed = SEGMENTS[0] == 2
     change = jnp.asarray(perturbed)[None, :, None, None] * 3.0

@@ -81,6 +81,49 @@ def test_vqgan_against_diffusers(tmp_path, image_size):
     np.testing.assert_allclose(ours, decoded, rtol=1e-4, atol=1e-4)
 
 
+def test_gumbel_form_against_its_definition(tmp_path):
+    """Scores by a 1x1 convolution of the latents, the best one's embedding decoded.
+
+    The quantizer is written here (taming's, at evaluation: no noise, hard choice); the
+    networks around it are diffusers'.
+    """
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    config = dataclasses.replace(VQGAN_CONFIG, num_codes=512, quantizer="gumbel")
+    state = vqgan_state(config)
+    write_torch_file(tmp_path / "v.ckpt", state)
+    convert_vqgan(tmp_path / "v.ckpt", tmp_path / "out", image_size=16)
+    tokenizer = ImageTokenizer.load(tmp_path / "out", batch_size=8)
+    fields = {k: v for k, v in DIFFUSERS_RECORD.items() if not k.startswith("_")}
+    model = diffusers.VQModel(**fields | {"num_vq_embeddings": 512}).eval()
+    quantizer = {n: x for n, x in state.items() if n.startswith("quantize.")}
+    rest = {n: x for n, x in state.items() if n not in quantizer}
+    tensors = {n: torch.from_numpy(x) for n, x in diffusers_state(rest).items()}
+    keys = model.load_state_dict(tensors, strict=False)
+    assert keys.missing_keys == ["quantize.embedding.weight"]
+    assert not keys.unexpected_keys
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8)
+    pixels = images.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1
+    weights = {n: torch.from_numpy(x) for n, x in quantizer.items()}
+    with torch.no_grad():
+        latents = model.encode(torch.from_numpy(pixels)).latents
+        scores = torch.nn.functional.conv2d(
+            latents, weights["quantize.proj.weight"], weights["quantize.proj.bias"]
+        )
+        codes = scores.argmax(1)
+        quantized = weights["quantize.embed.weight"][codes].permute(0, 3, 1, 2)
+        decoded = model.decode(quantized, force_not_quantize=True).sample
+    theirs = codes.reshape(16, -1).numpy()
+    assert (tokenizer.encode(images) == theirs).mean() >= 0.999
+    assert len(np.unique(theirs)) > 10
+    ours = VQGAN(config).apply(
+        {"params": tokenizer.params}, theirs.astype(np.int32), method="decode_codes"
+    )
+    decoded = decoded.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(ours, decoded, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", CHAMELEONS)
 def test_chameleon_against_transformers(tmp_path, name):
     """Logits, and 64 greedy steps, from each of the four layouts."""

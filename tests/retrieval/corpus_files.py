@@ -37,6 +37,11 @@ def forty(folder: pathlib.Path) -> str:
     )
 
 
+def load_models() -> tuple[FakeTokenizer, FakeEmbedder]:
+    """As a worker of another process calls it."""
+    return FakeTokenizer(), FakeEmbedder()
+
+
 class KillingEmbedder(FakeEmbedder):
     """Ends its process, as `kill -9` does, at its n-th call."""
 

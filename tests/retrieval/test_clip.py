@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from racm3_jax import sharding
 from racm3_jax.retrieval import clip as clip_lib
+from racm3_jax.retrieval import clip_layers
 from racm3_jax.retrieval import clip_loss as loss_lib
 from racm3_jax.retrieval.clip import CLIP, CLIPConfig, CLIPTokenizer
 from racm3_jax.retrieval.clip_loss import CLIPLossConfig
@@ -282,3 +283,27 @@ def test_wrong_loss_settings_say_so():
         CLIPLossConfig(retrieval_temperature=0)
     with pytest.raises(ValueError, match=r"query_drop must be in \[0, 1\); got 1"):
         CLIPLossConfig(query_drop=1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_head_by_head_is_attention(causal):
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((3, 2, 6, 2, 4)).astype(np.float32)
+    may_attend = np.tril(np.ones((6, 6), bool)) if causal else None
+    np.testing.assert_allclose(
+        clip_layers.attend_head_by_head(query, key, value, may_attend),
+        clip_layers.attend(query, key, value, may_attend),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("longest_at_once", [1, 99])
+def test_a_layer_whose_first_position_is_read(monkeypatch, longest_at_once):
+    """The same row, whatever else is left out, in both forms of attention."""
+    monkeypatch.setattr(clip_layers, "_HEAD_BY_HEAD_LENGTH", longest_at_once)
+    layer = clip_layers.Layer(num_heads=2, num_layers=1, activation="gelu")
+    x = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
+    params = layer.init(jax.random.key(0), x)
+    np.testing.assert_allclose(
+        layer.apply(params, x, num_read=1), layer.apply(params, x)[:, :1], atol=1e-6
+    )

@@ -16,7 +16,7 @@ import pytest
 from corpus_files import forty, line, write_corpus
 from retrieval_fakes import FakeEmbedder, FakeTokenizer
 
-from racm3_jax.retrieval import corpus_build, filters, integrity
+from racm3_jax.retrieval import corpus_build, corpus_merge, filters, integrity
 from racm3_jax.retrieval.corpus_build import CorpusConfig, build_corpus
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.types import Document, Segment
@@ -46,12 +46,48 @@ def test_a_source_becomes_a_memory(tmp_path):
         assert memory.documents([7])[0].source == "http://site3/7"
         report = memory.manifest["report"]
         assert report["read"] == 40 and report["bad"] == {}
+        assert report["leakage"] == {
+            "itself": 40,
+            "same source": 0,
+            "exact copy": 0,
+            "near copy": 0,
+        }
         assert memory.content_hashes is not None
         assert len(set(memory.content_hashes.tolist())) == 40
         found = memory.search(memory.queries(np.arange(40), "text"), 1)
         assert found.ids[:, 0].tolist() == list(range(40))
     assert [c[0] for c in seen][-1] == 40 and seen[-1][1] == seen[-1][2]
     assert sorted(os.listdir(tmp_path)) == ["in", "memory"]
+
+
+def test_coco_s_own_folder_becomes_a_memory(tmp_path):
+    from PIL import Image
+
+    root = tmp_path / "coco"
+    for name in ("annotations", "val2017"):
+        (root / name).mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(6):
+        file = f"{i:012d}.jpg"
+        Image.new("RGB", (48, 32), (40 * i, 90, 200 - 30 * i)).save(
+            root / "val2017" / file
+        )
+        images.append({"id": i, "file_name": file, "license": 1, "coco_url": f"u/{i}"})
+        for way in range(2):
+            caption = f"picture{i} seen way{way}"
+            number = 2 * i + way
+            annotations.append({"id": number, "image_id": i, "caption": caption})
+    licenses = [{"id": 1, "name": "CC BY"}]
+    content = {"images": images, "annotations": annotations, "licenses": licenses}
+    file = root / "annotations" / "captions_val2017.json"
+    file.write_text(json.dumps(content))
+    source = f"coco:{root};split=val2017;captions=each"
+    with build(source, tmp_path / "memory") as memory:
+        assert len(memory) == 12 and memory.is_multimodal.all()
+        assert memory.manifest["report"]["leakage"]["same source"] == 12
+        query = FakeEmbedder().embed_texts(["picture4 seen way1"])
+        (document,) = memory.documents(memory.search(query, 1).ids[0])
+        assert document.source == "u/4" and document.metadata["licence"] == "CC BY"
 
 
 def test_killed_and_run_again_gives_the_same_memory(tmp_path):
@@ -221,6 +257,13 @@ def test_duplicates(tmp_path, mode, num):
         }
         assert len(memory) == num
         assert memory.find(["a", "e", "f"]).min() >= 0
+        exact, near = {"none": (2, 4), "exact": (0, 3), "near": (0, 0)}[mode]
+        assert memory.manifest["report"]["leakage"] == {
+            "itself": num,
+            "same source": num,
+            "exact copy": exact,
+            "near copy": near,
+        }
 
 
 def corpus_build_png(image):
@@ -230,8 +273,9 @@ def corpus_build_png(image):
 
 
 def test_max_ram_splits_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_build.backends, "MIN_SCANN_ROWS", 16)
-    config = dataclasses.replace(EXACT, index="scann", max_ram_gb=4 * 128 * 3 * 16e-9)
+    monkeypatch.setattr(corpus_merge.backends, "MIN_SCANN_ROWS", 16)
+    monkeypatch.setattr(corpus_merge, "_resident_bytes", lambda: 0)
+    config = dataclasses.replace(EXACT, index="scann", max_ram_gb=4 * 128 * 5 * 16e-9)
     with build(forty(tmp_path / "in"), tmp_path / "memory", config) as memory:
         assert memory.manifest["index"] == "scann_sharded"
         assert (memory.path / "index" / "shard-00002").is_dir()

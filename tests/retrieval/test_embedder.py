@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
 from racm3_jax.checkpoints import CheckpointError
 from racm3_jax.retrieval.clip import CLIPConfig, init_params
@@ -99,21 +100,23 @@ def test_a_document_is_the_normalised_mean_of_its_parts(embedder, images):
     assert found.has_image.tolist() == [True, False, True]
 
 
-def test_images_of_another_size_are_cut_and_resampled(embedder):
-    image = np.zeros((16, 32, 3), np.uint8)
-    image[:, 8:24] = (200, 10, 10)
-    square = np.full((8, 8, 3), (200, 10, 10), np.uint8)
+def test_images_of_another_size_are_resampled_and_cut(embedder):
+    """In CLIP's order: the resampling reads pixels beyond the cut."""
+    rng = np.random.default_rng(0)
+    wide, small = (rng.integers(0, 256, (16, n, 3)).astype(np.uint8) for n in (32, 16))
+    resampled = Image.fromarray(wide).resize((16, 8), Image.Resampling.BICUBIC)
+    squares = [
+        np.array(resampled)[:, 4:12],
+        np.array(Image.fromarray(small).resize((8, 8), Image.Resampling.BICUBIC)),
+    ]
+    expected = embedder.embed_images(np.stack(squares))
+    np.testing.assert_array_equal(embedder.embed_images([wide, small]), expected)
     np.testing.assert_allclose(
-        embedder.embed_images(image[None]),
-        embedder.embed_images(square[None]),
-        atol=1e-6,
+        embedder.embed_images(wide[None]), expected[:1], atol=1e-6
     )
-    documents = [Document("a", (Segment(image=image),))]
-    np.testing.assert_allclose(
-        embedder.embed_documents(documents).image,
-        embedder.embed_images(square[None]),
-        atol=1e-6,
-    )
+    documents = [Document("a", (Segment(image=wide),))]
+    found = embedder.embed_documents(documents).image
+    np.testing.assert_allclose(found, expected[:1], atol=1e-6)
 
 
 def test_wrong_images_are_refused(embedder, images):
@@ -121,6 +124,8 @@ def test_wrong_images_are_refused(embedder, images):
         embedder.embed_images(images.astype(np.float32))
     with pytest.raises(ValueError, match=r"got uint8\[8, 8, 3\]"):
         embedder.embed_images(images[0])
+    with pytest.raises(ValueError, match=r"got uint8\[8, 8\]"):
+        embedder.embed_images([images[0], images[0, :, :, 0]])
 
 
 def test_another_vocabulary_is_refused(embedder):

@@ -1,7 +1,26 @@
-"""One contract for every index."""
+"""One contract for every index, and ScaNN's traps:
+
+settings (768-d in blocks of 3; modes by size)   test_settings_follow_the_size
+builds that differ from process to process       test_scann_builds_are_equal_in_every_process
+rows, queries that are not finite                test_rows_must_be_finite, test_queries_…
+unfilled slots that say row 0; k > rows          test_slots_that_cannot_be_filled_are_marked
+no queries; fewer rows than leaves               test_no_queries, test_one_row
+k above what is reordered                        test_scann_returns_more_than_it_reorders
+a search while rows are added                    test_memory_edit: …_while_documents_are_added
+absolute paths                                   test_scann_can_be_moved
+pickled ids                                      test_scann_refuses_pickled_ids
+damaged files that load                          test_every_flipped_byte_is_noticed
+a disk that is full                              test_a_full_disk_leaves_no_index
+results that change with the number of queries   test_batch_size_does_not_matter_…
+searchers in other processes                     test_scann_is_opened_anew_in_every_process
+recall, by kind of query                         test_a_tree_is_tuned_to_a_recall_target
+builds that need too much RAM; shards            test_shards_merge_…, test_every_shard_is_tuned
+TensorFlow that is installed                     test_tensorflow_is_hidden_…
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import pathlib
 import subprocess
@@ -238,6 +257,59 @@ def _digests(directory):
         name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
         for name in integrity.list_files(directory)
     }
+
+
+def test_scann_can_be_moved(tmp_path):
+    index = ScannIndex.build(ROWS, TREE, tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    for name in integrity.list_files(tmp_path / "there"):
+        data = (tmp_path / "there" / name).read_bytes()
+        assert str(tmp_path).encode() not in data, name
+    opened = backends.open_index(tmp_path / "there")
+    np.testing.assert_array_equal(
+        opened.search(QUERIES, 5).ids, index.search(QUERIES, 5).ids
+    )
+
+
+def test_scann_is_opened_anew_in_every_process(tmp_path):
+    index = ScannIndex.build(ROWS, ScannConfig(), tmp_path)
+    with pytest.raises(TypeError, match="cannot be sent to another process: open it"):
+        copy.copy(index)  # asks as pickling does
+
+
+def test_a_full_disk_leaves_no_index(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(integrity, "sync_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        ScannIndex.build(ROWS, ScannConfig(), tmp_path)
+    assert integrity.list_files(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no index at"):
+        backends.open_index(tmp_path)
+
+
+def test_every_shard_is_tuned(tmp_path):
+    tuned = []
+
+    def tune(index, path, rows):
+        tuned.append((len(index), path.name, len(rows)))
+        index.settings["recall"] = {"text": 1.0}
+        index.describe(path)
+
+    backends.build_index("scann_sharded", ROWS, tmp_path, 160, tune)
+    assert tuned == [(160, "shard-00000", 160), (140, "shard-00001", 140)]
+    opened = backends.open_index(tmp_path)
+    assert len(opened) == 300
+    assert [i.settings["recall"] for _, i in opened._shards] == [{"text": 1.0}] * 2
+
+
+@pytest.mark.parametrize("block", [7, 1 << 15])
+def test_exact_rows_in_blocks(monkeypatch, block):
+    monkeypatch.setattr(scann_tuning, "_ROWS_PER_BLOCK", block)
+    found = scann_tuning.find_exact(ROWS, QUERIES, 9)
+    np.testing.assert_array_equal(found, ExactIndex(ROWS).search(QUERIES, 9).ids)
+    assert scann_tuning.find_exact(ROWS[:3], QUERIES, 9).shape == (20, 3)
 
 
 def test_tensorflow_is_hidden_only_while_scann_is_imported(monkeypatch):

@@ -13,6 +13,8 @@ from retrieval_fakes import FakeEmbedder, FakeTokenizer, make_document
 
 from racm3_jax.commands import memory as family
 from racm3_jax.commands.configs import UsageError
+from racm3_jax.retrieval import beam_build
+from racm3_jax.retrieval.corpus_build import build_corpus
 
 
 class Tokenizer(FakeTokenizer):
@@ -49,6 +51,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     path = build(tmp_path)
     shown = capsys.readouterr().out
     assert "40 documents, exact index" in shown and "read 40, bad 0" in shown
+    assert "will withhold from documents: 0 exact copy, 40 itself" in shown
     out = f"--out={tmp_path}/a.png"
     words = ("search", f"--memory={path}", out, "--json", "--k=8")
     run(*words, "--text=nation3 on scene1")
@@ -111,6 +114,23 @@ def test_wrong_input(tmp_path):
         run("verify", f"--memory={tmp_path}/none")
     with pytest.raises(ValueError, match="did you mean 'folder'"):
         run("build", "--source=foldr:x", f"--memory={tmp_path}/m")
+
+
+def test_build_with_beam(capsys, tmp_path, monkeypatch):
+    asked = {}
+
+    def stand_in(source, *, load_models, options, **settings):
+        asked.update(options=options, models=(load_models.func, load_models.args))
+        tokenizer, embedder = Tokenizer(), FakeEmbedder()
+        build_corpus(source, tokenizer=tokenizer, embedder=embedder, **settings)
+
+    monkeypatch.setattr(beam_build, "build_corpus_with_beam", stand_in)
+    words = [f"--source={forty(tmp_path / 'in')}", f"--memory={tmp_path}/m"]
+    words += ["--beam=--runner=FnApiRunner --direct_num_workers=2", "--embedder=e"]
+    run("build", *words, "--tokenizer=t", "--index=exact")
+    assert asked["options"] == ["--runner=FnApiRunner", "--direct_num_workers=2"]
+    assert asked["models"] == (family.load_models, ("t", "e"))
+    assert "m: 40 documents, exact index" in capsys.readouterr().out
 
 
 def test_plan(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -61,6 +62,51 @@ def test_added_documents_are_found_at_once(path, config):
     with Memory.load(path) as memory:
         assert own_rows(memory) == list(range(45))
     assert memory_edit.verify(path)["documents"] == 45
+
+
+def test_searching_while_documents_are_added(path, config):
+    """ScaNN crashes when its index changes under a search: ours never does."""
+    with Memory.load(path) as memory:
+        queries = memory.queries(np.arange(40), "text")
+        stop, found = threading.Event(), []
+
+        def search():
+            while not stop.is_set():
+                found.append(memory.search(queries, 1).ids[:, 0].tolist())
+
+        threads = [threading.Thread(target=search) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            add(path, config, [40, 41])
+            memory.remove([39])
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert len(found) >= 2 and all(f[:39] == list(range(39)) for f in found)
+    with Memory.load(path) as memory:
+        assert len(memory) == 42
+
+
+def test_compaction_and_addition_keep_the_build_s_settings(tmp_path, monkeypatch):
+    asked = []
+    real = memory_edit.memory_writer.write_part
+
+    def write_part(*arguments, **settings):
+        asked.append((settings["rows_per_shard"], settings["recall_target"]))
+        return real(*arguments, **settings)
+
+    config = CorpusConfig("exact", num_query_variants=1, recall_target=0.9)
+    source, path = forty(tmp_path / "in"), tmp_path / "memory"
+    tokenizer, embedder = MODELS
+    build_corpus(
+        source, tokenizer=tokenizer, embedder=embedder, path=path, config=config
+    )
+    monkeypatch.setattr(memory_edit.memory_writer, "write_part", write_part)
+    add(path, config, [40])
+    memory_edit.compact(path)
+    assert asked == [(None, 0.9)] * 2
 
 
 def test_equal_to_a_memory_built_at_once(path, config, tmp_path):

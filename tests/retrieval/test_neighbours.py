@@ -55,6 +55,28 @@ def test_training_with_a_table_gives_the_batches_of_a_live_search(
             tabled.search(np.eye(128, dtype=np.float32)[:1], 2)
 
 
+def test_the_config_s_table_is_made_once_and_read(build, documents, monkeypatch):
+    from ml_collections import ConfigDict
+
+    from racm3_jax.build import parts
+
+    memory = build(documents)
+    config = ConfigDict(
+        {"memory": {"index": "exact"}, "strategy": {"max_candidates": 64}}
+    )
+    parts.use_table(config, memory)
+    assert not (memory.path / "table").exists()
+    config.memory.index = "table"
+    queries = memory.queries(np.arange(40), "text", 1)
+    expected = memory.search(queries, 5)
+    parts.use_table(config, memory)
+    assert memory.index.width == 40 and memory.index.num_queries == 240
+    monkeypatch.setattr(parts, "compute_neighbours", None)  # not made again
+    with Memory.load(memory.path) as again:
+        parts.use_table(config, again)
+        np.testing.assert_array_equal(again.search(queries, 5).ids, expected.ids)
+
+
 def test_exact_neighbours_on_the_mesh(build, documents, tmp_path):
     memory = build(documents)
     counts = []

@@ -53,3 +53,14 @@ def test_rows_of_another_shape_are_refused(tmp_path):
     writer = RowsWriter(tmp_path, "x", (3,), np.float32)
     with pytest.raises(ValueError, match=r"x holds rows of shape \(3,\); got \(2,\)"):
         writer.append(np.zeros((1, 2)))
+
+
+def test_released_rows_are_read_again(tmp_path):
+    rows = np.arange(40, dtype=np.float32).reshape(10, 4)
+    writer = RowsWriter(tmp_path, "x", (4,), "<f4", rows_per_shard=4)
+    writer.append(rows)
+    writer.close()
+    opened = Rows([tmp_path / name for name in writer.shards])
+    for _ in range(2):
+        np.testing.assert_array_equal(opened[2:9], rows[2:9])
+        opened.release()

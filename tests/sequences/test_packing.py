@@ -39,6 +39,35 @@ def test_picture():
     assert dtypes == [np.int32, np.int32, np.float32, np.int32, np.int32, bool]
 
 
+def test_picture_of_trimming():
+    m, n, o, p, q, r, s, t, u, v, w = range(11)
+    examples = [example([r, s, t, m, n, o], 3), example([u, v, p, q, w], 2)]
+    batch, num_dropped = pack(examples, 1, 7, PAD, max_trim=2)
+    assert num_dropped == 0
+    assert batch.inputs.tolist() == [[t, m, n, u, v, p, q]]
+    assert batch.targets.tolist() == [[m, n, o, v, p, q, w]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 2]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert batch.is_main.tolist() == [[True] * 3 + [False] + [True] * 3]
+    assert pack(examples, 1, 7, PAD, max_trim=1)[1] == 1
+    assert pack(examples, 1, 7, PAD)[1] == 1
+
+
+def test_trimming_never_touches_a_main_document_and_keeps_to_its_limit():
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        examples = [
+            example(rng.integers(90, size=rng.integers(4, 22)), rng.integers(4))
+            for _ in range(rng.integers(1, 20))
+        ]
+        batch, num_dropped = pack(examples, 6, 20, PAD, max_trim=3)
+        kept = [e for e in examples if len(e.tokens) <= 21]
+        kept = kept[: len(examples) - num_dropped]
+        assert batch.is_main.sum() == sum(e.is_main[1:].sum() for e in kept)
+        lost = sum(len(e.tokens) - 1 for e in kept) - (batch.segment_ids > 0).sum()
+        assert 0 <= lost <= 6 * 3
+
+
 def test_weights_and_main_are_those_of_the_targets():
     batch, _ = pack([example([0, 1, 2, 3, 4], main_from=3)], 1, 5, PAD)
     np.testing.assert_array_equal(

@@ -7,13 +7,15 @@ import pathlib
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
-from racm3_jax import cli
+from racm3_jax import cli, run
 from racm3_jax.model.config import ModelConfig, racm3_2b7
 from racm3_jax.model.transformer import abstract_params, count_params
 from racm3_jax.training.hardware import (
     DEVICES,
     activation_bytes,
+    explain_out_of_memory,
     find_device,
     flops_per_token,
     plan_training,
@@ -103,3 +105,35 @@ def test_the_command(capsys):
     assert "known are a100" in capsys.readouterr().err
     assert cli.main(["estimate", config, "--device=h200:x"]) == 2
     assert "give a number" in capsys.readouterr().err
+
+
+def make_config():
+    sections = {
+        "kind": "generator",
+        "model": {"remat": "none", "compute_dtype": "bfloat16"},
+        "train": {"num_microbatches": 2, "checkpoint_every": 1, "num_steps": 1},
+        "mesh": {"data": -1, "fsdp": 1},
+        "pipeline": {"rows": 16},
+        "optimizer": {},
+    }
+    return ConfigDict(sections)
+
+
+def test_a_full_memory_ends_with_what_would_mend_it(monkeypatch, tmp_path):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while ...")
+
+    def fail(config, workdir):
+        raise error
+
+    monkeypatch.setattr(run.build, "build_job", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        run.train(make_config(), tmp_path, progress=False)
+    advice = raised.value.__notes__[-1].splitlines()[1:]
+    assert [line.split("=")[0].strip() for line in advice] == [
+        "--config.model.remat",
+        "--config.model.remat",
+        "--config.train.num_microbatches",
+        "--config.mesh.fsdp",
+        "--config.pipeline.rows below 16",
+    ]
+    assert explain_out_of_memory(ValueError("another"), make_config()) == ""

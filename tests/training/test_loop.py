@@ -135,6 +135,27 @@ def test_divergence_names_the_step_and_is_not_saved():
     assert not log.saved
 
 
+def test_a_line_of_skipped_steps_alone_goes_on():
+    def step_fn(state, batch):
+        state = state.replace(step=state.step + 1)
+        weight = float(batch)
+        metrics = {"objective": (weight, weight), "skipped_steps": (1 - weight, 1.0)}
+        return state, metrics
+
+    log = Recorder()
+    state = quiet(
+        counting_state(),
+        step_fn,
+        iter([1, 0, 1]),
+        num_steps=3,
+        writer=log,
+        log_every=1,
+        max_skipped_steps=1,
+    )
+    assert int(state.step) == 3
+    assert ["objective" in values for _, values in log.lines] == [True, False, True]
+
+
 def test_batches_that_end_early_are_an_error():
     with pytest.raises(RuntimeError, match="ended after step 2"):
         quiet(counting_state(), count, iter(np.ones(2, np.float32)), num_steps=5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,3 +70,15 @@ def test_gradients_are_clipped_by_global_norm():
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**changes)
+
+
+def test_the_first_moment_may_be_bfloat16():
+    params = {"w": jnp.ones((4, 4))}
+    optimizer = build_optimizer(OptimizerConfig(first_moment_dtype="bfloat16"))
+    state = optimizer.init(params)
+    moments = [x.dtype for x in jax.tree.leaves(state) if x.shape == (4, 4)]
+    assert sorted(map(str, moments)) == ["bfloat16", "float32"]
+    updates, _ = optimizer.update({"w": jnp.ones((4, 4))}, state, params)
+    assert updates["w"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="first_moment_dtype is 'int8'"):
+        OptimizerConfig(first_moment_dtype="int8")  # pyright: ignore

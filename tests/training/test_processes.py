@@ -8,13 +8,14 @@ import pathlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from racm3_jax.training import processes
-from racm3_jax.training.processes import STUCK, Watchdog, join_processes
+from racm3_jax.training.processes import STUCK, SignsOfLife, Watchdog, join_processes
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -33,8 +34,19 @@ def test_three_variables_name_the_others(monkeypatch):
     join_processes(variables)
     join_processes({"SLURM_NTASKS": "4"})
     join_processes({"TPU_WORKER_HOSTNAMES": "a,b"})
+    limits = {
+        "initialization_timeout": 300,
+        "heartbeat_timeout_seconds": 100,
+        "shutdown_timeout_seconds": 100,
+    }
     named = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
-    assert given == [named, {}, {}]
+    assert given == [named | limits, limits, limits]
+    join_processes(
+        variables | {"RACM3_HEARTBEAT_SECONDS": "7", "RACM3_JOIN_SECONDS": "9"}
+    )
+    assert list(given[-1].values())[-3:] == [9, 7, 7]
+    with pytest.raises(ValueError, match="RACM3_JOIN_SECONDS is '0.5': give whole"):
+        join_processes(variables | {"RACM3_JOIN_SECONDS": "0.5"})
     del variables["RACM3_PROCESS_ID"]
     with pytest.raises(ValueError, match="RACM3_PROCESS_ID is not"):
         join_processes(variables)
@@ -52,6 +64,31 @@ def test_the_watchdog_ends_a_silent_process_and_spares_a_busy_one(capfd):
             time.sleep(0.05)
     assert ended == [STUCK]
     assert "has not ended a step" in capfd.readouterr().err
+
+
+def test_the_first_step_may_take_longer():
+    ended = []
+    with Watchdog(0.2, end=ended.append):
+        time.sleep(0.5)
+        assert ended == []
+
+
+def test_a_silent_or_late_peer_is_named(tmp_path):
+    own, late, silent = (SignsOfLife(tmp_path / "p", i, 3) for i in range(3))
+    own.give("computes step 3")
+    late.give("reads the batch of step 3")
+    silent.give("computes step 2")
+    alive = threading.Timer(0.05, late.give, ["reads the batch of step 3"])
+    alive.start()
+    found = own.find_culprits(0.3, "computes step 3")
+    assert found == ("process 2 gives no sign of life (its last sign: computes step 2)")
+    for peer, doing in (
+        (late, "reads the batch of step 3"),
+        (silent, "computes step 3"),
+    ):
+        threading.Timer(0.05, peer.give, [doing]).start()
+    found = own.find_culprits(0.3, "computes step 3")
+    assert found == "process 1 reads the batch of step 3"
 
 
 def test_without_seconds_nobody_watches():
@@ -73,7 +110,7 @@ def start(number: int, total: int, port: int, workdir, *flags):
     command = [
         *(sys.executable, "-m", "racm3_jax.cli", "train", f"--workdir={workdir}"),
         f"--config={ROOT}/configs/flagworld_tiny.py",
-        "--config.pipeline.groups=2",
+        "--config.pipeline.groups=4",
         *flags,
     ]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, cwd=ROOT)
@@ -85,15 +122,31 @@ def losses(workdir) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one(tmp_path):
+@pytest.mark.parametrize("total", [2, 4])
+def test_several_processes_give_the_loss_curve_of_one(tmp_path, total):
+    """To 1 in 1000: bfloat16 products of other shapes, sums in another order."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     alone = [start(0, 1, 0, tmp_path / "one")]
-    pair = [start(i, 2, port, tmp_path / "two") for i in range(2)]
-    for process in alone + pair:
-        _, errors = process.communicate(timeout=300)
+    several = [start(i, total, port, tmp_path / "several") for i in range(total)]
+    for process in alone + several:
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors.decode()[-2000:]
     np.testing.assert_allclose(
-        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3
+        losses(tmp_path / "several"), losses(tmp_path / "one"), rtol=1e-3
     )
+
+
+@pytest.mark.slow
+def test_faults_in_the_short_form(tmp_path):
+    """Five kills, stuck peers, NaN, damage, full disks; and each without its guard."""
+    command = [sys.executable, ROOT / "experiments" / "faults.py", "--kills=5"]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path}/faults"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -18,6 +18,7 @@ _ENDINGS = _words(
     "ador akia amor andu aria athi elia enor erun essa iban idor ilon imar inth iska "
     "okar olin onia orim osta udan ulia umbra ural uvia"
 )
+_CODAS = _words("b d g k l m n p r s t x z")
 # How many names have one syllable more.
 _LONG_SHARE = 0.75
 
@@ -33,6 +34,19 @@ def make_name(rng: np.random.Generator) -> str:
     parts += [_MIDDLES[rng.integers(len(_MIDDLES))]]
     parts += [_ENDINGS[rng.integers(len(_ENDINGS))]]
     return "".join(parts).capitalize()
+
+
+def make_labels(count: int, rng: np.random.Generator) -> list[str]:
+    """Draws short words without meaning, such as "dam" or "kuvos", all different."""
+    labels: dict[str, None] = {}
+    while len(labels) < count:
+        syllables = [
+            _ONSETS[rng.integers(len(_ONSETS))] + _VOWELS[rng.integers(len(_VOWELS))]
+            for _ in range(1 + rng.integers(2))
+        ]
+        coda = _CODAS[rng.integers(len(_CODAS))]
+        labels.setdefault("".join(syllables) + coda)
+    return list(labels)
 
 
 class NameRegister:

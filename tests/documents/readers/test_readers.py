@@ -18,6 +18,7 @@ from reader_files import (
     write_tar,
 )
 
+import racm3_jax
 from racm3_jax.documents import readers, store
 from racm3_jax.documents.readers import ReadReport, read_documents
 from racm3_jax.types import Document, Segment
@@ -124,6 +125,7 @@ def test_webdataset(tmp_path):
     write_tar(tmp_path / "00000.tar", members)
     write_tar(tmp_path / "00001.tar", {"a.b.jpg": jpeg(7), "a.cls": b"3"})
     found, report = read(f"webdataset:{tmp_path}/*.tar")
+    assert racm3_jax.read_documents is read_documents
     assert [d.text for d in found] == [
         *(f"caption {i}" for i in range(3)),
         "words only",

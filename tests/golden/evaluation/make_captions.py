@@ -20,6 +20,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 NUM_IMAGES, NUM_REFERENCES = 520, 2
+NUM_METEOR = 40  # METEOR is slow: it scores the first captions only
 WORDS = [
     "a",
     "man",
@@ -165,6 +166,7 @@ def compute_reference_scores(
     """pycocoevalcap's scores, with its own tokenizer."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
     def tokenize(groups: Sequence[Sequence[str]]) -> dict[int, list[str]]:
@@ -200,10 +202,15 @@ def compute_reference_scores(
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
     _, ciders = Cider().compute_score(wanted, found)
     _, rouges = Rouge().compute_score(wanted, found)
+    few = range(NUM_METEOR)
+    _, meteors = Meteor().compute_score(
+        {i: wanted[i] for i in few}, {i: found[i] for i in few}
+    )
     return {
         "bleu": [float(x) for x in bleu],
         "cider": [float(x) for x in ciders],
         "rouge_l": [float(x) for x in rouges],
+        "meteor": [float(x) for x in meteors],
     }
 
 

@@ -1,0 +1,360 @@
+"""The training step against torch's, and what packing is worth.
+
+    python experiments/bench_train.py --part=cpu --out=bench        # needs torch
+    python experiments/bench_train.py --part=packing --out=bench
+    python experiments/bench_train.py --part=compile --out=bench
+    python experiments/bench_train.py --part=gpu --out=bench        # one GPU, needs torch
+
+cpu      27M parameters, 2 rows of 512, two threads: our step, torch float32 and torch
+         bfloat16 autocast in turns, in one process; medians and ratios, then the parts of
+         our step.
+packing  fill and useful ids a row at K ~ U{0,1,2}, 1024 ids an image, captions of about
+         30, rows of 4096; one example a row, best fit, best fit with trimming.
+compile  seconds to compile the step of configs/flagworld_tiny.py, without any cache.
+gpu      the paper's 2.7B at 4096: our step (packed rows, cuDNN) against torch.compile
+         with flash attention, each in a process of its own, at most 8 minutes in all.
+         Imports jax, flax, optax, numpy and torch only. --tiny tries its code on a CPU.
+
+Each part adds to `bench_train.json` in --out and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Seconds: the whole of `gpu`, and of one side of it.
+GPU_LIMIT = 460
+
+
+def make_rows(
+    vocab_size: int, rows: int, length: int, num_segments: int
+) -> dict[str, np.ndarray]:
+    """Random ids in rows of so many examples, without padding."""
+    rng = np.random.default_rng(0)
+    edges = np.linspace(0, length, num_segments + 1).astype(int)
+    segment = np.searchsorted(edges, np.arange(length), side="right")
+    positions = np.arange(length) - edges[segment - 1]
+    ids = rng.integers(0, vocab_size, (rows, length + 1)).astype(np.int32)
+    return {
+        "inputs": ids[:, :-1].copy(),
+        "targets": ids[:, 1:].copy(),
+        "loss_weights": np.ones((rows, length), np.float32),
+        "segment_ids": np.tile(segment.astype(np.int32), (rows, 1)),
+        "positions": np.tile(positions.astype(np.int32), (rows, 1)),
+        "is_main": np.ones((rows, length), bool),
+    }
+
+
+class Ours:
+    """This package's training step, as `racm3 train` builds it."""
+
+    def __init__(self, config: Any, batch: dict[str, np.ndarray], z_loss: float = 0.0):
+        import jax
+
+        from racm3_jax import sharding
+        from racm3_jax.model.transformer import Transformer, head_weights, init_params
+        from racm3_jax.training.loss import GeneratorLossConfig, make_generator_loss
+        from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer
+        from racm3_jax.training.step import init_state, make_train_step
+        from racm3_jax.types import Batch
+        from racm3_jax.vocab import Vocab
+
+        codes = config.vocab_size // 8
+        vocab = Vocab(config.vocab_size - codes - 20, codes, 16, 16)
+        self.mesh = sharding.make_mesh()
+        self.optimizer = build_optimizer(OptimizerConfig(num_steps=10**6))
+        model: Any = Transformer(config)
+        self.state = init_state(
+            lambda key: init_params(config, key, boxed=True),
+            self.optimizer,
+            self.mesh,
+            jax.random.key(0),
+        )
+        self.loss_fn = make_generator_loss(
+            lambda params, *inputs: model.apply({"params": params}, *inputs),
+            lambda params: head_weights(params, config),
+            vocab,
+            GeneratorLossConfig(z_loss=z_loss),
+        )
+        self.step_fn = make_train_step(
+            self.loss_fn, self.optimizer, self.mesh, self.state
+        )
+        self.batch = self.step_fn.put_batch(Batch(**batch))
+
+    def step(self) -> float:
+        """One training step; its seconds."""
+        import jax
+
+        start = time.perf_counter()
+        self.state, metrics = self.step_fn(self.state, self.batch)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - start
+
+
+def show(results: dict[str, Any]) -> None:
+    """What is known so far, for a run that is cut short."""
+    print(format_results(results), file=sys.stderr, flush=True)
+
+
+def run_cpu(repeats: int, tiny: bool) -> dict[str, Any]:
+    """Three steps in turns, so that a busy machine is busy for all of them."""
+    # Before jax starts its threads: both sides get two.
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    import torch
+    from bench_parts import time_parts
+    from bench_torch import make_torch_step
+
+    from racm3_jax.model.config import ModelConfig
+    from racm3_jax.model.transformer import abstract_params, count_params
+
+    torch.set_num_threads(2)
+    sizes = (32, 2, 2, 16, 64, 64) if tiny else (512, 8, 8, 64, 2048, 4096)
+    width, layers, heads, head_dim, d_ff, vocab_size = sizes
+    rows, length = (2, 64) if tiny else (2, 512)
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        d_model=width,
+        num_layers=layers,
+        num_heads=heads,
+        head_dim=head_dim,
+        d_ff=d_ff,
+        max_length=length,
+        activation="relu",
+        compute_dtype="bfloat16",
+    )
+    batch = make_rows(vocab_size, rows, length, num_segments=1)
+    ours = Ours(config, batch)
+    ids = batch["inputs"], batch["targets"]
+    steps = {
+        "ours, bfloat16": ours.step,
+        "torch, float32": make_torch_step(
+            config, *ids, half=False, compiled=False, device="cpu"
+        ),
+        "torch, bfloat16 autocast": make_torch_step(
+            config, *ids, half=True, compiled=False, device="cpu"
+        ),
+    }
+    first = {name: step() for name, step in steps.items()}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            seconds[name].append(step())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    own = medians["ours, bfloat16"]
+    results = {
+        "parameters": count_params(abstract_params(config)),
+        "rows": rows,
+        "length": length,
+        "repeats": repeats,
+        "first_step_seconds": first["ours, bfloat16"],
+        "median_seconds": medians,
+        "fastest_seconds": {name: min(values) for name, values in seconds.items()},
+        "tokens_per_second": {n: rows * length / s for n, s in medians.items()},
+        "ours_is_faster": {n: s / own for n, s in medians.items() if s != own},
+    }
+    show(results)
+    return results | {"parts_seconds": time_parts(ours, config, max(3, repeats // 3))}
+
+
+def run_compile() -> dict[str, Any]:
+    """Tracing and XLA's work for the smallest config, on the clock and on the cores."""
+    import jax
+
+    from racm3_jax import build
+    from racm3_jax.commands.configs import find_config, read_config
+
+    config = read_config([], find_config("flagworld_tiny.py"))
+    model_config, _ = build.build_model_shape(config)
+    rows, length = config.pipeline.rows, config.pipeline.row_length
+    batch = make_rows(model_config.vocab_size, rows, length, num_segments=2)
+    jax.config.update("jax_enable_compilation_cache", False)
+    ours = Ours(model_config, batch)
+    clock, cores = time.perf_counter(), time.process_time()
+    with jax.set_mesh(ours.mesh):
+        compiled: Any = ours.step_fn.compiled
+        compiled.lower(ours.state, ours.batch).compile()
+    return {
+        "seconds": time.perf_counter() - clock,
+        "core_seconds": time.process_time() - cores,
+    }
+
+
+def run_packing(tiny: bool) -> dict[str, Any]:
+    """See bench_packing.py, which the GPU machine does not import."""
+    import bench_packing
+
+    sizes = {8: 1} if tiny else {32: 12, 256: 4}
+    return {
+        f"{rows} rows": bench_packing.run_packing(rows, num_batches)
+        for rows, num_batches in sizes.items()
+    }
+
+
+def gpu_config(tiny: bool) -> tuple[Any, int]:
+    """(model, length of a row)"""
+    from racm3_jax.model import config as configs
+
+    if tiny:
+        return configs.tiny(compute_dtype="bfloat16", scan_layers=True), 64
+    return configs.racm3_2b7(max_segments=4), 4096
+
+
+def run_side(side: str, rows: int, tiny: bool, repeats: int) -> dict[str, Any]:
+    """One side of `gpu`, in this process."""
+    config, length = gpu_config(tiny)
+    # Two examples a row, as packing gives them on average.
+    batch = make_rows(config.vocab_size, rows, length, num_segments=2)
+    start = time.perf_counter()
+    if side == "ours":
+        import jax
+
+        step = Ours(config, batch).step
+        device = jax.devices()[0].device_kind
+    else:
+        import torch
+        from bench_torch import make_torch_step
+
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.cuda.get_device_name() if where == "cuda" else "cpu"
+        torch.set_float32_matmul_precision("high")
+        step = make_torch_step(
+            config,
+            batch["inputs"],
+            batch["targets"],
+            half=True,
+            compiled=where == "cuda",
+            device=where,
+        )
+    step()
+    compiled = time.perf_counter() - start
+    step()
+    seconds = statistics.median(step() for _ in range(repeats))
+    result = {
+        "device": device,
+        "rows": rows,
+        "seconds_to_first_step": compiled,
+        "median_seconds": seconds,
+        "tokens_per_second": rows * length / seconds,
+    }
+    if side == "ours":
+        import jax
+
+        from racm3_jax.model.transformer import abstract_params, count_params
+        from racm3_jax.training.hardware import find_device, flops_per_token
+
+        result["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get(
+            "peak_bytes_in_use", 0
+        )
+        if kind := find_device(device):
+            count = count_params(abstract_params(config))
+            flops = flops_per_token(config, count, length / 2)
+            result["mfu_palm"] = result["tokens_per_second"] * flops / kind.flops
+    else:
+        from bench_torch import peak_memory
+
+        result["peak_bytes"] = peak_memory("cpu" if device == "cpu" else "cuda")
+    return result
+
+
+def run_gpu(tiny: bool, repeats: int) -> dict[str, Any]:
+    """Both sides, each in a process of its own; more rows as long as they fit."""
+    deadline = time.monotonic() + GPU_LIMIT
+    results: dict[str, Any] = {}
+    for rows in (2,) if tiny else (2, 4, 6):
+        for side in ("ours", "torch"):
+            last = results.get(f"{side}, {rows - 2} rows", {})
+            left = deadline - time.monotonic()
+            if "error" in last or left < 60:
+                continue
+            command = [sys.executable, __file__, "--part=side", f"--side={side}"]
+            command += [f"--rows={rows}", f"--repeats={repeats}"]
+            command += ["--tiny"] if tiny else []
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=left, check=True
+                )
+                found = json.loads(done.stdout.splitlines()[-1])
+            except subprocess.TimeoutExpired:
+                found = {"error": f"not done after {left:.0f} s"}
+            except subprocess.CalledProcessError as error:
+                lines = [
+                    x for x in error.stderr.splitlines() if "Error" in x or "OOM" in x
+                ]
+                found = {
+                    "error": (lines or error.stderr.splitlines() or [""])[-1][:200]
+                }
+            results[f"{side}, {rows} rows"] = found
+            print(f"{side}, {rows} rows: {found}", file=sys.stderr, flush=True)
+    speeds = {
+        side: max(
+            (r.get("tokens_per_second", 0.0) for n, r in results.items() if side in n),
+            default=0.0,
+        )
+        for side in ("ours", "torch")
+    }
+    results["best_tokens_per_second"] = speeds
+    if speeds["torch"]:
+        results["ours_is_faster"] = speeds["ours"] / speeds["torch"]
+    return results
+
+
+def format_results(results: Any, indent: str = "") -> str:
+    """Nested figures as aligned lines."""
+    lines = []
+    for name, value in results.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", format_results(value, indent + "  ")]
+        else:
+            shown = f"{value:,.4g}" if isinstance(value, float) else value
+            lines.append(f"{indent}{name:<36} {shown}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = ["cpu", "packing", "compile", "gpu", "side"]
+    parser.add_argument("--part", required=True, choices=parts)
+    parser.add_argument("--out", default="")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tiny", action="store_true", help="to try the code")
+    parser.add_argument("--side", default="ours", choices=["ours", "torch"])
+    parser.add_argument("--rows", type=int, default=2)
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
+    if arguments.part == "side":
+        print(
+            json.dumps(
+                run_side(arguments.side, arguments.rows, arguments.tiny, repeats)
+            )
+        )
+        return
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        "cpu": lambda: run_cpu(repeats, arguments.tiny),
+        "packing": lambda: run_packing(arguments.tiny),
+        "compile": run_compile,
+        "gpu": lambda: run_gpu(arguments.tiny, repeats),
+    }
+    results = runs[arguments.part]()
+    print(format_results(results))
+    if arguments.out:
+        path = Path(arguments.out) / "bench_train.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | {arguments.part: results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""Tries to lose a training: kills, stuck peers, NaN, damaged checkpoints, full disks.
+
+    python experiments/faults.py --out=faults --kills=30 --corruptions=48 --full_disks=10
+
+Two processes on this machine train together (experiments/fault_worker.py). Writes
+`results.json` and prints a table with what is expected of every figure; the exit status
+is 1 if one is missed. For every guard there is a line "without ...", in which the guard
+is taken away and the fault must show: else the check above it would prove nothing.
+Half an hour or more on 2 cores that are free: on a busy machine the watchdog barks.
+Tiny form: --kills=2 --corruptions=12 --full_disks=2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_faults
+from fault_pair import (
+    GRACE,
+    HEARTBEAT,
+    IMPORTS,
+    JOIN,
+    METRICS,
+    PATIENCE,
+    SAVE_EVERY,
+    STUCK,
+    WATCHDOG,
+    Pair,
+    PairEnded,
+    read_lines,
+    read_losses,
+)
+
+
+def run_whole(workdir: Path, flags: list[str]) -> dict[int, float]:
+    with Pair(workdir, flags) as pair:
+        for number in range(2):
+            status, _ = pair.wait(number, PATIENCE)
+            if status != 0:
+                raise RuntimeError(
+                    f"exit status {status}: {pair.errors(number)[-800:]}"
+                )
+    return dict(read_losses(workdir))
+
+
+def kill_once(
+    workdir: Path, flags: list[str], last: int, rng: random.Random
+) -> dict[str, Any]:
+    """One start of the pair, and a kill -9 of one of them at a random moment."""
+    victim = rng.randrange(2)
+    starting = rng.random() < 0.15
+    starts = len(read_lines(workdir / "starts.jsonl"))
+    lines = len(read_lines(workdir / METRICS))
+    with Pair(workdir, flags) as pair:
+        if starting:
+            time.sleep(rng.uniform(0, 15))
+        else:
+            pair.wait_for_lines("starts.jsonl", starts + 1)
+            start = read_lines(workdir / "starts.jsonl")[-1]["step"]
+            # Past the next two saves at most, and before the end.
+            steps = min(rng.randrange(2 * SAVE_EVERY + 3), last - start)
+            pair.wait_for_lines(METRICS, lines + steps)
+            time.sleep(rng.uniform(0, 0.05))
+        pair.processes[victim].kill()
+        pair.processes[victim].wait()
+        limit = (IMPORTS + JOIN if starting else max(HEARTBEAT, WATCHDOG)) + GRACE
+        status, seconds = pair.wait(1 - victim, limit)
+        time.sleep(0.2)
+        reached = read_losses(workdir)[-1][0] if (workdir / METRICS).exists() else 0
+        return {
+            "victim": victim,
+            "while_starting": starting,
+            "reached": reached,
+            "survivor_status": status,
+            "survivor_seconds": seconds,
+            "orphans": pair.count_orphans(),
+        }
+
+
+def steps_lost(steps: list[int]) -> int:
+    """Most steps that ran again: of the lines 1 2 3 4 3 4 5, two.
+
+    Steps behind the last line that was written are lost as well; there is one at most,
+    as every step waits for its line.
+    """
+    pairs = itertools.pairwise(steps)
+    return max((before + 1 - after for before, after in pairs), default=0) + 1
+
+
+def run_kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Kills until `count`, then an unbroken end; against a run without kills."""
+    rng = random.Random(seed)
+    num_steps = 5 * count + 2 * SAVE_EVERY
+    flags = [
+        f"--num_steps={num_steps}",
+        f"--save_every={SAVE_EVERY}",
+        f"--watchdog_seconds={WATCHDOG}",
+    ]
+    whole = run_whole(folder / "unbroken", flags)
+    workdir = folder / "killed"
+    kills = []
+    ended_by_themselves = 0
+    while len(kills) < count:
+        try:
+            kills.append(kill_once(workdir, flags, num_steps - 2, rng))
+        except PairEnded as error:
+            # A machine so busy that the watchdog barks: as good a fault as a kill.
+            ended_by_themselves += 1
+            if ended_by_themselves > count:
+                raise
+            print(f"before a kill: {error}", file=sys.stderr, flush=True)
+            continue
+        print(f"kill {len(kills)}: {kills[-1]}", file=sys.stderr, flush=True)
+    run_whole(workdir, flags)
+    losses = read_losses(workdir)
+    lost = steps_lost([step for step, _ in losses])
+    seconds = {
+        starting: [
+            kill["survivor_seconds"]
+            for kill in kills
+            if kill["while_starting"] == starting
+        ]
+        for starting in (False, True)
+    }
+    return {
+        "kills": count,
+        "ended_by_themselves": ended_by_themselves,
+        "steps_run": len(losses),
+        "steps_of_the_training": num_steps,
+        "mismatches": sum(loss != whole[step] for step, loss in losses),
+        "steps_missing": len(set(whole) - {step for step, _ in losses}),
+        "most_steps_lost": lost,
+        "most_save_intervals_lost": lost / SAVE_EVERY,
+        "survivors_out": sum(k["survivor_status"] not in (None, 0) for k in kills),
+        "slowest_survivor_seconds": max(seconds[False], default=0.0),
+        "slowest_survivor_of_a_start_seconds": max(seconds[True], default=0.0),
+        "orphans": sum(kill["orphans"] for kill in kills),
+        "each": kills,
+    }
+
+
+def run_without_position(folder: Path) -> dict[str, Any]:
+    """Resumes, but reads the data from the start: the loss curve must show it."""
+    flags = ["--num_steps=12", f"--save_every={SAVE_EVERY}"]
+    whole = run_whole(folder / "unbroken", flags)
+    workdir = folder / "killed"
+    with Pair(workdir, flags) as pair:
+        pair.wait_for_lines(METRICS, SAVE_EVERY + 2)
+        pair.processes[1].kill()
+        pair.wait(0, PATIENCE)
+    run_whole(workdir, [*flags, "--without=position"])
+    losses = read_losses(workdir)
+    return {"mismatches": sum(loss != whole[step] for step, loss in losses)}
+
+
+def run_peer(folder: Path, fault: str, guarded: bool) -> dict[str, Any]:
+    """A peer that is stopped (SIGSTOP) or stuck (sleeps in its data pipeline)."""
+    flags = ["--num_steps=10000", "--save_every=5"]
+    if guarded:
+        flags.append(f"--watchdog_seconds={WATCHDOG}")
+    if fault == "stuck":
+        flags.append("--stuck_step=12")
+    # A stopped peer is for the watchdog to find here: the heartbeat would be faster.
+    slow = fault == "stopped" or not guarded
+    limit = WATCHDOG + GRACE
+    with Pair(folder, flags, heartbeat=600 if slow else HEARTBEAT) as pair:
+        pair.wait_for_lines(METRICS, 8 if fault == "stopped" else 12)
+        if fault == "stopped":
+            os.kill(pair.processes[1].pid, signal.SIGSTOP)
+        status, seconds = pair.wait(0, limit)
+        if fault == "stopped":
+            os.kill(pair.processes[1].pid, signal.SIGCONT)
+        other, _ = pair.wait(1, limit) if guarded else (None, 0.0)
+        return {
+            "survivor_status": status,
+            "survivor_seconds": seconds,
+            "other_status": other,
+            "named": "process 1 " in pair.errors(0).partition("not ended a step")[2],
+            "orphans": pair.count_orphans(),
+        }
+
+
+def run_terminated(folder: Path) -> dict[str, Any]:
+    """SIGTERM to both: they save, end in order, and the same command goes on."""
+    flags = ["--num_steps=24", "--save_every=1000"]
+    with Pair(folder, flags) as pair:
+        pair.wait_for_lines(METRICS, 6)
+        for process in pair.processes:
+            process.terminate()
+        statuses = [pair.wait(number, PATIENCE)[0] for number in range(2)]
+    reached = read_losses(folder)[-1][0]
+    run_whole(folder, flags)
+    resumed = read_lines(folder / "starts.jsonl")[-1]["step"]
+    return {"statuses": statuses, "steps_lost": reached - resumed}
+
+
+def run_nans(folder: Path, count: int, seed: int, guarded: bool) -> dict[str, Any]:
+    """Weights that are not finite, in the rows of one process alone."""
+    num_steps = 3 * count
+    steps = sorted(random.Random(seed).sample(range(num_steps), count))
+    # Never more than three in a row: that ends a training.
+    steps = [step for i, step in enumerate(steps) if i < 3 or steps[i - 3] != step - 3]
+    flags = [
+        f"--num_steps={num_steps}",
+        "--nan_steps=" + ",".join(map(str, steps)),
+        "--step_seconds=0",
+        *([] if guarded else ["--without=skip"]),
+    ]
+    with Pair(folder, flags) as pair:
+        statuses = [pair.wait(number, PATIENCE)[0] for number in range(2)]
+    skips = [line for n in range(2) for line in read_lines(folder / f"skips.{n}.jsonl")]
+    return {
+        "injected": len(steps),
+        "statuses": statuses,
+        "states_compared": len(skips),
+        "states_changed": sum(not line["same"] for line in skips),
+    }
+
+
+Row = tuple[str, Any, str, bool]
+
+
+def judge_all(results: dict[str, Any]) -> list[Row]:
+    """(what, figure, expected, as expected) of each check."""
+    rows: list[Row] = []
+
+    def add(what: str, figure: Any, expected: str, good: bool) -> None:
+        rows.append((what, figure, expected, bool(good)))
+
+    if kills := results.get("kills"):
+        n = kills["kills"]
+        add(
+            f"{n} kills: mismatches of the loss curve",
+            kills["mismatches"],
+            "0",
+            kills["mismatches"] == 0,
+        )
+        lost = kills["most_save_intervals_lost"]
+        add("save intervals lost, at most", lost, "<= 2", lost <= 2)
+        add(
+            "survivors that ended",
+            kills["survivors_out"],
+            f"{n}",
+            kills["survivors_out"] == n,
+        )
+        add(
+            "slowest survivor, seconds",
+            round(kills["slowest_survivor_seconds"], 1),
+            f"<= {max(HEARTBEAT, WATCHDOG) + GRACE}",
+            kills["slowest_survivor_seconds"] <= max(HEARTBEAT, WATCHDOG) + GRACE,
+        )
+        add("orphans", kills["orphans"], "0", kills["orphans"] == 0)
+        wrong = results["without_position"]["mismatches"]
+        add("without the data position: mismatches", wrong, "> 0", wrong > 0)
+    for fault in ("stopped", "stuck"):
+        if fault in results:
+            found, bare = results[fault], results[f"{fault}_without_watchdog"]
+            add(
+                f"{fault} peer: survivor's exit status",
+                found["survivor_status"],
+                f"{STUCK}",
+                found["survivor_status"] == STUCK,
+            )
+            add(
+                f"{fault} peer: seconds",
+                round(found["survivor_seconds"], 1),
+                f"<= {WATCHDOG + GRACE}",
+                found["survivor_status"] is not None,
+            )
+            add(f"{fault} peer is named", found["named"], "True", found["named"])
+            add(
+                f"{fault} peer ends too",
+                found["other_status"],
+                "not 0 or None",
+                found["other_status"] not in (0, None),
+            )
+            add(
+                f"{fault}, without watchdog: status",
+                bare["survivor_status"],
+                "None (hangs)",
+                bare["survivor_status"] is None,
+            )
+    if "terminated" in results:
+        found = results["terminated"]
+        add("SIGTERM: steps lost", found["steps_lost"], "0", found["steps_lost"] == 0)
+    if "nans" in results:
+        found, bare = results["nans"], results["nans_without_skip"]
+        add(
+            f"{found['injected']} NaN steps: states changed",
+            found["states_changed"],
+            "0",
+            found["states_changed"] == 0
+            and found["statuses"] == [0, 0]
+            and found["states_compared"] == 2 * found["injected"],
+        )
+        add(
+            "without skipping: states changed",
+            bare["states_changed"],
+            "> 0",
+            bare["states_changed"] > 0,
+        )
+    if "corruptions" in results:
+        found = results["corruptions"]
+        n, wrong = found["corruptions"], found["without_manifest_silent_wrong"]
+        add(
+            f"{n} corruptions: silent wrong restores",
+            found["silent_wrong_restores"],
+            "0",
+            found["silent_wrong_restores"] == 0,
+        )
+        add(
+            "fell back, bit for bit",
+            found["fell_back_bit_for_bit"],
+            f"{n}",
+            found["fell_back_bit_for_bit"] == n,
+        )
+        add("without manifest: silent wrong restores", wrong, "> 0", wrong > 0)
+    if "full_disks" in results:
+        found = results["full_disks"]
+        n = found["disk_full"]
+        for name in ("failed_and_said_so", "last_good_kept", "goes_on_with_room"):
+            add(
+                f"{n} full disks: {name.replace('_', ' ')}",
+                found[name],
+                f"{n}",
+                found[name] == n,
+            )
+        add(
+            "full disk, Orbax alone: lost the last good",
+            found["orbax_alone_lost_it"],
+            "> 0",
+            found["orbax_alone_lost_it"] > 0,
+        )
+    return rows
+
+
+def format_table(rows: list[Row]) -> str:
+    width = max(len(row[0]) for row in rows)
+    lines = []
+    for what, figure, expected, good in rows:
+        verdict = "ok" if good else "MISSED"
+        lines.append(f"{what.ljust(width)}  {figure!s:>8}  {expected:<14} {verdict}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--peers", type=int, default=1, help="0 leaves them out")
+    parser.add_argument("--nans", type=int, default=20)
+    parser.add_argument("--corruptions", type=int, default=48)
+    parser.add_argument("--full_disks", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    out = Path(arguments.out).absolute()
+    out.mkdir(parents=True)
+    seed = arguments.seed
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {}
+    if count := arguments.corruptions:
+        parts["corruptions"] = lambda p: checkpoint_faults.run_corruptions(
+            p, count, seed
+        )
+    if number := arguments.full_disks:
+        parts["full_disks"] = lambda p: checkpoint_faults.run_full_disks(
+            p, number, seed
+        )
+    if nans := arguments.nans:
+        parts["nans"] = lambda p: run_nans(p, nans, seed, True)
+        parts["nans_without_skip"] = lambda p: run_nans(p, nans, seed, False)
+    if arguments.peers:
+        for fault in ("stopped", "stuck"):
+            parts[fault] = lambda p, f=fault: run_peer(p, f, True)
+            parts[f"{fault}_without_watchdog"] = lambda p, f=fault: run_peer(
+                p, f, False
+            )
+        parts["terminated"] = run_terminated
+    if kills := arguments.kills:
+        parts["kills"] = lambda p: run_kills(p, kills, seed)
+        parts["without_position"] = run_without_position
+    results: dict[str, Any] = {}
+    for name, part in parts.items():
+        start = time.monotonic()
+        results[name] = part(out / name)
+        results[name]["seconds"] = round(time.monotonic() - start, 1)
+        (out / "results.json").write_text(json.dumps(results, indent=1))
+        print(f"{name}: {results[name]['seconds']} s", file=sys.stderr, flush=True)
+    rows = judge_all(results)
+    print(format_table(rows))
+    return 0 if all(row[3] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

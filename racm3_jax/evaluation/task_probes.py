@@ -1,0 +1,160 @@
+"""What the tasks of flagworld are asked: tests, their partners, boxes, who is right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from racm3_jax.documents.flagworld import FlagIdentifier, Nation
+from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.types import Document, GenerationOutput
+
+Box = tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSettings:
+    """How the suite samples.
+
+    Attributes:
+      num_items: how many test documents; 0 is all.
+      num_retrieved: documents before each prompt (2 in the paper).
+      temperature, top_p: of all drawing.
+      max_spans: of infilling and editing (see `generation.regions`).
+      guidance: weights to compare, besides 1; the documents stay in both streams.
+      document_guidance: the same away from what is drawn without documents, too; the
+        tasks that read documents are run plainly and with the last of them.
+      num_samples: of re-ranking.
+      shots: numbers of examples a label.
+      shots_per_pass: of them, how many stand in one context; passes are averaged.
+      seed: of all sampling and of the choice of nations.
+    """
+
+    num_items: int = 0
+    num_retrieved: int = 2
+    temperature: float = 1.0
+    top_p: float = 0.9
+    max_spans: int = 1
+    guidance: tuple[float, ...] = (2.0,)
+    document_guidance: tuple[float, ...] = (2.0,)
+    num_samples: int = 4
+    shots: tuple[int, ...] = (0, 1, 2, 4, 8)
+    shots_per_pass: int = 1
+    seed: int = 0
+
+
+class TaskProbes:
+    """What is asked, and who is right; knows the world, no model.
+
+    Args:
+      nations: the held-out ones, with their flags.
+      tests: their "heldout_test" documents, one a nation.
+      shown: their "heldout_memory" documents.
+      settings: of the suite.
+
+    Raises:
+      ValueError: fewer than two nations, or a nation without memory documents.
+    """
+
+    def __init__(
+        self,
+        nations: Sequence[Nation],
+        tests: Sequence[Document],
+        shown: Sequence[Document],
+        settings: TaskSettings,
+    ) -> None:
+        self.tests = list(tests)[: settings.num_items or None]
+        if len(self.tests) < 2:
+            raise ValueError(
+                f"the suite compares nations and needs two; got {len(self.tests)}"
+            )
+        self._identifier = FlagIdentifier(nations)
+        self._layouts = {n.name: n.design.layout for n in nations}
+        self._shown: dict[str, list[Document]] = {}
+        for document in shown:
+            self._shown.setdefault(document.metadata["nation"], []).append(document)
+        for test in self.tests:
+            if test.metadata["nation"] not in self._shown:
+                raise ValueError(
+                    f"the memory shows no document of {test.metadata['nation']}"
+                )
+        # Item i is paired with another item, never with itself.
+        self._rng = np.random.default_rng([settings.seed, 0])
+        circle = self._rng.permutation(len(self.tests))
+        self.partners = np.empty(len(circle), int)
+        self.partners[circle] = np.roll(circle, 1)
+
+    def nation(self, i: int) -> str:
+        """The nation of test i."""
+        return self.tests[i].metadata["nation"]
+
+    def donor(self, i: int) -> Document:
+        """A memory document of the nation that test i is paired with."""
+        return self._shown[self.nation(self.partners[i])][0]
+
+    def examples(self, i: int, count: int) -> list[Document]:
+        """`count` memory documents of the nation of test i, or as many as there are."""
+        return self._shown[self.nation(i)][:count]
+
+    def captions_of_donors(self) -> list[str]:
+        """Each test's caption with the name of its donor's nation."""
+        return [
+            test.text.replace(self.nation(i), self.donor(i).metadata["nation"])
+            for i, test in enumerate(self.tests)
+        ]
+
+    def flag_boxes(self) -> list[Box]:
+        """(left, top, right, bottom) of each test's flag."""
+        boxes = []
+        for test in self.tests:
+            top, left, height, width = test.metadata["box"]
+            boxes.append((left, top, left + width, top + height))
+        return boxes
+
+    def fly_halves(self) -> list[Box]:
+        """The half of each flag that is away from the pole."""
+        return [
+            ((left + right) // 2, top, right, bottom)
+            for left, top, right, bottom in self.flag_boxes()
+        ]
+
+    def name_flags(self, images: Sequence[np.ndarray]) -> list[str]:
+        """The nation whose flag each image shows."""
+        return [nation.name for nation, _ in self._identifier.identify(list(images))]
+
+    def right_flags(
+        self, images: Sequence[np.ndarray], names: Sequence[str]
+    ) -> tuple[Share, Share]:
+        """How many show the named nation's flag, and how many at least its layout."""
+        found = self.name_flags(images)
+        pairs = list(zip(found, names, strict=True))
+        return (
+            compute_share([a == b for a, b in pairs]),
+            compute_share([self._layouts[a] == self._layouts[b] for a, b in pairs]),
+        )
+
+
+def choose_pictures(
+    probes: TaskProbes, outputs: dict[str, list[GenerationOutput]], count: int
+) -> dict[str, list[tuple[np.ndarray | None, GenerationOutput]]]:
+    """`count` outputs of each task, with the image that it was given: the region grey."""
+    boxes = {
+        "infill": probes.fly_halves(),
+        "twin_infill": probes.fly_halves(),
+        "infill_guided": probes.fly_halves(),
+        "edit": probes.flag_boxes(),
+        "edit_guided": probes.flag_boxes(),
+    }
+    chosen: dict[str, list[tuple[np.ndarray | None, GenerationOutput]]] = {}
+    for task, found in outputs.items():
+        pairs = chosen.setdefault(task, [])
+        for i, output in enumerate(found[:count]):
+            given = None
+            if task in boxes:
+                left, top, right, bottom = boxes[task][i]
+                given = probes.tests[i].images[0].copy()
+                given[top:bottom, left:right] = 128
+            pairs.append((given, output))
+    return chosen

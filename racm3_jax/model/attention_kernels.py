@@ -1,0 +1,176 @@
+"""Attention by the vendors' kernels: cuDNN on NVIDIA GPUs, Splash on TPUs.
+
+Both take queries that are scaled already, `[batch, length, heads, head_dim]`, and keys
+and values that may have fewer heads. Neither ever forms the scores of a whole row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from racm3_jax.sharding import BATCH_AXES
+
+_Q = Float[Array, "batch length heads head_dim"]
+_KV = Float[Array, "batch length kv_heads head_dim"]
+_Segments = Int[Array, "batch length"]
+
+# Splash's tiles: rows are padded to a multiple of the smaller one.
+_SPLASH_LEAST, _SPLASH_MOST = 128, 512
+_LANES = 128
+
+
+def has_packed_cudnn() -> bool:
+    """Whether the GPUs here run cuDNN's packed attention: Hopper or newer."""
+    devices = jax.local_devices()
+    if devices[0].platform != "gpu":
+        return False
+    capability = str(getattr(devices[0], "compute_capability", "0"))
+    return float(capability) >= 9.0
+
+
+def find_segments(
+    segment_ids: _Segments, max_segments: int
+) -> tuple[
+    Int[Array, "batch slots"], Int[Array, "batch max_segments"], Int[Array, " batch"]
+]:
+    """Where each run of equal ids starts and how long it is, padding included.
+
+    ```
+    segment_ids  1 1 1 2 2 0      max_segments 4
+    starts       0 3 5 -1 -1      one slot more than segments, as cuDNN wants it
+    lengths      3 2 1 -1
+    counts       3                may be above max_segments: then some are missing
+    ```
+    """
+    batch, length = segment_ids.shape
+    index = jnp.arange(length, dtype=jnp.int32)
+    is_start = jnp.concatenate(
+        [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    # Starts first, in order; what is no start sorts behind them.
+    ordered = jnp.sort(jnp.where(is_start, index, length), axis=1)
+    slots = max_segments + 1
+    ordered = jnp.pad(
+        ordered[:, :slots],
+        ((0, 0), (0, max(0, slots - length))),
+        constant_values=length,
+    )
+    lengths = ordered[:, 1:] - ordered[:, :-1]
+    starts = jnp.where(ordered < length, ordered, -1)
+    starts = starts.at[:, -1].set(-1)
+    lengths = jnp.where(starts[:, :-1] >= 0, lengths, -1)
+    return starts, lengths, is_start.sum(axis=1)
+
+
+def attend_cudnn(
+    q: _Q, k: _KV, v: _KV, segment_ids: _Segments, max_segments: int
+) -> _Q:
+    """cuDNN's fused attention over packed rows; half precision, Hopper or newer.
+
+    The public entry point of jax takes no segments; this is the one beneath it, in which
+    every segment is a sequence of its own. A row of more than `max_segments` segments
+    cannot be expressed: its output is NaN, so that it ends a training instead of letting
+    one example read another.
+
+    Args:
+      q: queries, scaled.
+      k: keys.
+      v: values.
+      segment_ids: numbers the examples of each row; a segment is contiguous.
+      max_segments: of one row, padding counted as one.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    group = q.shape[2] // k.shape[2]
+    if group > 1:  # the offsets of keys are counted in heads of the queries
+        k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    starts, lengths, counts = find_segments(segment_ids, max_segments)
+    out: Any = cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=starts,
+        kv_offsets=starts,
+        scale=1.0,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        qkv_layout="BTNH",
+    )
+    fits = (counts <= max_segments)[:, None, None, None]
+    return jnp.where(fits, out, jnp.asarray(jnp.nan, out.dtype))
+
+
+@functools.lru_cache(maxsize=16)
+def _make_splash(heads: int, length: int, interpret: bool) -> Callable[..., Any]:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    block = next(b for b in (_SPLASH_MOST, 256, _SPLASH_LEAST) if length % b == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+    # The mask's tables are constants of whatever program the kernel is used in.
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(
+            mask,
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+
+
+def attend_splash(q: _Q, k: _KV, v: _KV, segment_ids: _Segments) -> _Q:
+    """Pallas' Splash attention: skips the tiles above the diagonal; any dtype.
+
+    Where a mesh is current, rows and heads are split over it, as the compiler cannot
+    split a kernel by itself. Off a TPU the kernel is interpreted, which is slow: for
+    tests.
+
+    Args:
+      q: queries, scaled.
+      k: keys.
+      v: values.
+      segment_ids: numbers the examples of each row; a segment is contiguous.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH_AXES) <= set(mesh.axis_names):
+        return _attend_splash(q, k, v, segment_ids)
+    tensor = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
+    rows = PartitionSpec(BATCH_AXES, None, tensor, None)
+    return jax.shard_map(
+        _attend_splash,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, PartitionSpec(BATCH_AXES)),
+        out_specs=rows,
+        check_vma=False,
+    )(q, k, v, segment_ids)
+
+
+def _attend_splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, head_dim = q.shape[1], q.shape[3]
+    rows = ((0, 0), (0, -length % _SPLASH_LEAST))
+    lanes = (0, -head_dim % _LANES)
+    padded = [jnp.pad(x, (*rows, (0, 0), lanes)).swapaxes(1, 2) for x in (q, k, v)]
+    # The rows' own padding is no segment of theirs.
+    ids = jnp.pad(segment_ids, rows, constant_values=-1)
+    kernel = _make_splash(
+        q.shape[2], padded[0].shape[2], jax.default_backend() != "tpu"
+    )
+    out = jax.vmap(kernel)(*padded, splash.SegmentIds(q=ids, kv=ids))
+    return out.swapaxes(1, 2)[:, :length, :, :head_dim]

@@ -1,0 +1,82 @@
+"""What a training batch is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+QueryModality = Literal["text", "image", "both"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """What a batch is made of.
+
+    Attributes:
+      rows: rows of a batch.
+      row_length: positions of a row.
+      examples_per_batch: main documents of a step. Too many for the rows are dropped and
+        counted, too few leave padding; `stats["fill"]` shows which.
+      max_documents: K ~ Uniform{0..max_documents} documents are retrieved.
+      alpha: loss weight of retrieved documents.
+      query_modality: the part of the main document that is the query; "both" draws one.
+        A document without that part is queried by the other one.
+      num_query_variants: queries with dropout that the memory holds, numbered from 1, one
+        of which is drawn; with 0 the query without dropout is taken.
+      seed: of order, masks, K and queries; 0..2^32-1.
+      prefetch: batches made ahead; 0 makes each when it is asked for.
+      threads: that make them.
+      retrieval: False for the twin: K is 0, all else is equal.
+      groups: parts of a step that are packed on their own, each into `rows / groups`
+        rows. Hosts share the groups among them, so the batches do not depend on how many
+        hosts there are, as long as their number divides this one.
+      max_trim: ids that packing may cut from the beginning of retrieved documents, so
+        that long examples fill their rows (see `packing.pack`).
+      max_skipped_share: a step in which a larger share of the main documents cannot be
+        used is an error.
+    """
+
+    rows: int
+    row_length: int
+    examples_per_batch: int
+    max_documents: int = 2
+    alpha: float = 0.1
+    query_modality: QueryModality = "both"
+    num_query_variants: int = 4
+    seed: int = 0
+    prefetch: int = 4
+    threads: int = 2
+    retrieval: bool = True
+    max_skipped_share: float = 0.5
+    groups: int = 1
+    max_trim: int = 0
+
+    def __post_init__(self) -> None:
+        least = {
+            "rows": 1,
+            "row_length": 1,
+            "examples_per_batch": 1,
+            "max_documents": 0,
+            "num_query_variants": 0,
+            "max_trim": 0,
+            "prefetch": 0,
+            "threads": 1,
+        }
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(
+                    f"pipeline.{name} must be >= {minimum}; got {getattr(self, name)}"
+                )
+        if self.query_modality not in get_args(QueryModality):
+            raise ValueError(
+                f"pipeline.query_modality is {self.query_modality!r}; allowed: "
+                + ", ".join(get_args(QueryModality))
+            )
+        for name in ("rows", "examples_per_batch"):
+            if self.groups < 1 or getattr(self, name) % self.groups:
+                raise ValueError(
+                    f"pipeline.groups must divide pipeline.{name}="
+                    f"{getattr(self, name)}; got {self.groups}"
+                )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"pipeline.seed must be in 0..2^32-1; got {self.seed}")

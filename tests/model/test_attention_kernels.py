@@ -1,0 +1,137 @@
+"""The vendors' kernels: Splash interpreted, cuDNN by what it is given and lowered to."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from racm3_jax import sharding
+from racm3_jax.model import attention as attention_module
+from racm3_jax.model import attention_kernels
+from racm3_jax.model.attention import attention, choose_implementation
+from racm3_jax.model.attention_kernels import find_segments
+
+SEGMENTS = np.repeat([[1, 2, 3, 0], [1, 2, 2, 2]], 40, axis=1)
+
+
+def make_qkv(heads=4, kv_heads=2, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = [(*SEGMENTS.shape, h, 8) for h in (heads, kv_heads, kv_heads)]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs_and_gradients(implementation, q, k, v, direction):
+    def loss(q, k, v):
+        out = attention(q, k, v, jnp.asarray(SEGMENTS), implementation)
+        return (out * direction).sum(), out
+
+    gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return out, gradients
+
+
+def test_the_picture_of_find_segments():
+    starts, lengths, counts = find_segments(jnp.asarray([[1, 1, 1, 2, 2, 0]]), 4)
+    assert starts.tolist() == [[0, 3, 5, -1, -1]]
+    assert lengths.tolist() == [[3, 2, 1, -1]]
+    assert counts.tolist() == [3]
+    _, lengths, counts = find_segments(jnp.asarray([[1, 2, 3]]), 2)
+    assert (lengths.tolist(), counts.tolist()) == ([[1, 1]], [3])
+    starts, lengths, _ = find_segments(jnp.asarray([[7, 7]]), 3)  # fewer ids than slots
+    assert starts.tolist() == [[0, -1, -1, -1]] and lengths.tolist() == [[2, -1, -1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 1, 2)])
+def test_splash_equals_plain_and_does_not_leak(mesh_shape):
+    """Interpreted; on a mesh its rows and heads are split."""
+    mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: np.prod(mesh_shape)])
+    q, k, v = make_qkv()
+    everything = jnp.broadcast_to(jnp.cos(jnp.arange(8.0)), q.shape)
+    expected = outputs_and_gradients("plain", q, k, v, everything)
+    with jax.set_mesh(mesh):
+        run = functools.partial(outputs_and_gradients, "splash")
+        actual = run(q, k, v, everything)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6),
+            actual,
+            expected,
+        )
+        perturbed = (SEGMENTS == 2)[..., None, None]
+        others = everything * ~perturbed
+        out, gradients = run(q, k, v, others)
+        changed, _ = run(*(x + perturbed * 3.0 for x in (q, k, v)), others)
+    kept = ~perturbed[..., 0, 0]
+    np.testing.assert_array_equal(np.asarray(out)[kept], np.asarray(changed)[kept])
+    for gradient in gradients:
+        assert not np.any(np.asarray(gradient)[~kept])
+        assert np.any(np.asarray(gradient)[kept])
+
+
+def read_packed(q, k, v, *, q_seqlen, q_offsets, kv_seqlen, kv_offsets, scale, **kind):
+    """What cuDNN is documented to do: every segment is a sequence of its own."""
+    assert kind == {"mask_type": cudnn.MaskType.PADDING_CAUSAL, "qkv_layout": "BTNH"}
+    assert q.shape == k.shape == v.shape and scale == 1.0
+    assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
+    out = np.full(q.shape, 7.0, np.float32)
+    for row in range(len(q)):
+        for start, length in zip(q_offsets[row], q_seqlen[row], strict=False):
+            if length > 0:
+                own = slice(int(start), int(start + length))
+                queries, keys, values = (np.asarray(x)[row, own] for x in (q, k, v))
+                scores = np.einsum("qhd,khd->hqk", queries, keys)
+                weights = np.exp(scores) * np.tri(int(length))
+                weights /= weights.sum(-1, keepdims=True)
+                out[row, own] = np.einsum("hqk,khd->qhd", weights, values)
+    return jnp.asarray(out)
+
+
+def test_cudnn_is_told_the_segments(monkeypatch):
+    monkeypatch.setattr(cudnn, "dot_product_attention", read_packed)
+    q, k, v = make_qkv()
+    segments = jnp.asarray(SEGMENTS)
+    expected = attention(q, k, v, segments, "plain")
+    actual = attention(q, k, v, segments, "cudnn", 4)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+    # A row of more segments than were allowed is loud; the other row is not touched.
+    actual = attention(q, k, v, segments, "cudnn", 3)
+    assert np.isnan(actual[0]).all()
+    np.testing.assert_allclose(actual[1], expected[1], atol=2e-6)
+
+
+def test_cudnn_is_lowered_to_its_own_kernels(monkeypatch):
+    """For a GPU that is not here, forward and backward, without a row's scores."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda c: False)
+    shape = jax.ShapeDtypeStruct((2, 4096, 20, 128), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
+
+    def loss(q, k, v, ids):
+        return attention(q, k, v, ids, "cudnn").astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape, shape, shape, ids)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
+    assert text.count("PADDING_CAUSAL") == 2
+    assert "4096x4096" not in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "hopper", "expected"),
+    [
+        ("gpu", "bfloat16", True, "cudnn"),
+        ("gpu", "float32", True, "plain"),
+        ("gpu", "bfloat16", False, "plain"),
+        ("tpu", "float32", False, "splash"),
+    ],
+)
+def test_the_platform_chooses(monkeypatch, backend, dtype, hopper, expected):
+    monkeypatch.setattr(attention_module.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(attention_kernels, "has_packed_cudnn", lambda: hopper)
+    assert choose_implementation(dtype) == expected

@@ -1,0 +1,99 @@
+"""Episodes: the answer is the label of the demonstration that shows the same class."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_pipeline import CONFIG, PLAIN, FakeMemory, FakeRetriever
+
+from racm3_jax.documents.flagworld.names import make_labels
+from racm3_jax.sequences.episodes import EpisodeConfig, Episodes
+from racm3_jax.sequences.pipeline import make_batches
+
+CLASSES = np.array([0, 0, 1, 1, 1, 2, 2, -1, 3])
+LABELS = [np.array([10 + i], np.int32) for i in range(8)]
+
+
+def make_episodes(probability=1.0, classes=CLASSES):
+    return Episodes(EpisodeConfig(probability), classes, LABELS)
+
+
+def test_the_answer_is_the_label_of_the_same_class():
+    episodes, orders = make_episodes(), set()
+    for i in range(200):
+        row = i % 7
+        episode = episodes.draw(row, np.random.default_rng(i))
+        assert row not in episode.rows and 7 not in episode.rows
+        same = CLASSES[episode.rows] == CLASSES[row]
+        assert same.sum() == 1 and len(set(episode.labels.tolist())) == 2
+        assert episode.labels[same] == [episode.answer]
+        orders.add(int(same.argmax()))
+    assert orders == {0, 1}
+
+
+def test_no_episode_without_a_class_or_another_member():
+    episodes = make_episodes()
+    assert episodes.draw(7, np.random.default_rng(0)) is None  # no class
+    assert episodes.draw(8, np.random.default_rng(0)) is None  # alone in its class
+
+
+def test_their_share_is_the_configured_one():
+    episodes = make_episodes(0.3)
+    drawn = [episodes.draw(0, np.random.default_rng(i)) for i in range(1000)]
+    assert 0.25 < np.mean([d is not None for d in drawn]) < 0.35
+
+
+def test_a_row_of_the_pipeline(vocab):
+    """`<eod> t15 <break> i2 i0 <eod> t10 <break> i0 i0 <eod> <mask:0> <break> i1 i0 ...`"""
+    memory = FakeMemory(vocab, 9)
+    config = dataclasses.replace(CONFIG, examples_per_batch=1, rows=1)
+    arguments = (memory, FakeRetriever(memory), np.array([0]), vocab, PLAIN, config)
+    episodes = make_episodes()
+    for batch, stats in make_batches(*arguments, num_steps=20, episodes=episodes):
+        assert stats["episodes"] == 1
+        ids = batch.inputs[0][batch.segment_ids[0] > 0].tolist()
+        places = [i for i, x in enumerate(ids) if x == vocab.sentinel(0)]
+        assert len(places) == 2
+        shown = [x for x in ids[: places[1]] if vocab.is_text(x)]
+        assert len(shown) == 2 and ids[places[1] + 1] in shown
+
+
+def test_the_twin_has_none(vocab):
+    memory = FakeMemory(vocab, 9)
+    mains = np.arange(9)
+
+    def batches(episodes, **changes):
+        config = dataclasses.replace(CONFIG, **changes)
+        made = make_batches(
+            memory,
+            FakeRetriever(memory),
+            mains,
+            vocab,
+            PLAIN,
+            config,
+            num_steps=1,
+            episodes=episodes,
+        )
+        return next(made)
+
+    plain, _ = batches(None, retrieval=False)
+    twin, stats = batches(make_episodes(), retrieval=False)
+    assert stats["episodes"] == 0
+    np.testing.assert_array_equal(plain.inputs, twin.inputs)
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(ValueError, match=r"in 0\.\.1; got 2"):
+        EpisodeConfig(2)
+    with pytest.raises(ValueError, match="1 of 2000"):
+        EpisodeConfig(num_ways=1)
+    with pytest.raises(ValueError, match="has 1 classes by 'nation'"):
+        make_episodes(classes=np.zeros(4, int))
+
+
+def test_labels_are_words_without_meaning():
+    words = make_labels(300, np.random.default_rng(0))
+    assert len(set(words)) == 300 and all(w.isalpha() and w.islower() for w in words)
+    assert words == make_labels(300, np.random.default_rng(0))

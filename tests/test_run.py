@@ -1,0 +1,20 @@
+"""What a work directory accepts as the same run."""
+
+from __future__ import annotations
+
+import pytest
+from ml_collections import ConfigDict
+
+from racm3_jax.run import claim_workdir
+
+
+def make_config(**train):
+    return ConfigDict({"seed": 0, "train": {"num_steps": 4, "log_every": 1} | train})
+
+
+def test_a_resumed_run_may_change_how_it_is_computed_and_logged(tmp_path):
+    first = claim_workdir(make_config(), tmp_path)
+    assert claim_workdir(make_config(), tmp_path) == first
+    claim_workdir(make_config(log_every=5, watchdog_seconds=9.0), tmp_path)
+    with pytest.raises(ValueError, match=r"differs in config\.train\.num_steps"):
+        claim_workdir(make_config(num_steps=5), tmp_path)
