@@ -2,9 +2,9 @@
 
     python experiments/make_shipped_weights.py --out=out
 
-Runs these commands, in order (each resumes when it was interrupted), then copies what
-they export into racm3_jax/shipped/flagworld, with a manifest of sha256 sums, commands
-and hours:
+Runs these commands, in order (each resumes when it was interrupted), averages the
+generators of the first and of the second training, and copies all into
+racm3_jax/shipped/flagworld, with a manifest of sha256 sums, commands and hours:
 
     racm3 train --config=configs/flagworld_vqgan.py --workdir=out/vqgan
     racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
@@ -22,6 +22,10 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 from racm3_jax import checkpoints, cli
 from racm3_jax.metrics import plot_curves
@@ -88,9 +92,9 @@ def pack(out: Path) -> None:
         checkpoints.round_to_half(embedder.params),
         embedder.text_tokenizer,
     ).save(aside / "clip", dtype="float16")
-    for stage, name in (("racm3_tasks", "model"), ("cm3_tasks", "twin")):
-        params, config, extra = checkpoints.load_weights(
-            out / stage / "model", "generator"
+    for stage, name in (("racm3", "model"), ("cm3", "twin")):
+        params, config, extra = average_models(
+            out / stage / "model", out / f"{stage}_tasks" / "model"
         )
         checkpoints.save_weights(
             aside / name,
@@ -104,6 +108,22 @@ def pack(out: Path) -> None:
     shutil.rmtree(SHIPPED, ignore_errors=True)
     aside.rename(SHIPPED)
     write_manifest(out)
+
+
+def average_models(first: Path, second: Path) -> tuple[Any, Any, Any]:
+    """The mean of the weights after the first and after the second training.
+
+    The second starts where the first ends, so that both lie in one basin; the mean names
+    and draws more held-out nations than either (see README.md, Results).
+    """
+    before, _, _ = checkpoints.load_weights(first, "generator")
+    after, config, extra = checkpoints.load_weights(second, "generator")
+    mean = jax.tree.map(
+        lambda a, b: (np.asarray(a, np.float32) + np.asarray(b, np.float32)) / 2,
+        before,
+        after,
+    )
+    return mean, config, extra
 
 
 def plot_losses(out: Path, directory: Path) -> None:

@@ -39,7 +39,7 @@ def register(commands: Any) -> None:
     sub.add_argument("--prefix", default="", help='how it begins, as in "Photo of"')
     sub.add_argument("--caption_prompt", choices=("masked", "last"), default="masked")
     _add_retrieval(sub, "instead of retrieved ones")
-    _add_sampling(sub, guided=False)
+    _add_sampling(sub)
 
     sub = _add(commands, "infill", _infill, "Draw a region anew, or fill in a text.")
     sub.add_argument("--image")
@@ -157,7 +157,7 @@ def _caption(arguments: Arguments) -> None:
         num_retrieved=arguments.num_retrieved,
         prefix=arguments.prefix,
         caption_prompt=arguments.caption_prompt,
-        **_sampling(arguments, guided=False),
+        **_sampling(arguments),
     )
     report(arguments, output, {"captions": output.texts})
 

@@ -31,6 +31,8 @@ class SuiteSettings:
       guidance: of the drawing with retrieval, away from what is drawn without the
         documents and the text; 1 is none.
       caption_temperature: of the captions; 0 is greedy.
+      caption_guidance: of the captions with retrieval, away from what is written without
+        the documents; 1 is none.
       seed: of all sampling.
     """
 
@@ -39,6 +41,7 @@ class SuiteSettings:
     top_p: float = 0.9
     guidance: float = 1.0
     caption_temperature: float = 0.0
+    caption_guidance: float = 1.0
     seed: int = 0
 
 
@@ -131,6 +134,8 @@ def caption(
         num_retrieved=num_retrieved,
         seed=settings.seed,
         temperature=settings.caption_temperature,
+        guidance=settings.caption_guidance if num_retrieved else 1.0,
+        guide_documents=True,
     )
     return outputs, judge.caption_verdicts([output.texts[0] for output in outputs])
 

@@ -32,8 +32,12 @@ def make_caption_request(
     retrieved: Retrieved,
     seed: int,
     prompt: CaptionPrompt,
+    guide_documents: bool = False,
 ) -> Request:
-    """A caption begins with `prefix` and goes on with what is drawn."""
+    """A caption begins with `prefix` and goes on with what is drawn.
+
+    Its prompt has no text to leave out: guidance can only leave out the documents.
+    """
     vocab = engine.tokenizer.vocab
 
     def masked(documents):
@@ -44,7 +48,8 @@ def make_caption_request(
         break_ = np.array([vocab.break_], np.int32)
         return np.concatenate([before, image_tokens, break_, prefix])
 
-    return Request(retrieved, masked if prompt == "masked" else last, None, seed)
+    write = masked if prompt == "masked" else last
+    return Request(retrieved, write, write if guide_documents else None, seed)
 
 
 def caption(
@@ -72,7 +77,9 @@ def caption(
     tokens = vocab.image_tokens(engine.tokenizer.image.encode(pixels))
     start = engine.tokenizer.encode_text(prefix) if prefix else np.zeros(0, np.int32)
     requests = [
-        make_caption_request(engine, image_tokens, start, found, seed, prompt)
+        make_caption_request(
+            engine, image_tokens, start, found, seed, prompt, config.guide_documents
+        )
         for image_tokens, found, seed in zip(tokens, retrieved, seeds, strict=True)
     ]
     samples = engine.sample_requests(requests, grammar, config, num_samples)

@@ -301,7 +301,8 @@ class Engine:
             if request.write_plain is None:
                 raise ValueError(
                     "guidance compares with the same prompt without its text, and this "
-                    "one has none: give a prompt, or use guidance=1 and contrastive_k=0"
+                    "one has none: give a prompt, or guide_documents=True to compare "
+                    "without the documents, or use guidance=1 and contrastive_k=0"
                 )
             documents = request.retrieved.documents
             rows.append(

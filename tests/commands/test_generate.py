@@ -159,7 +159,7 @@ def test_edit_and_caption(generator, capsys):
     assert capsys.readouterr().out.startswith("words\nwords\n")
     edit, caption = generator.calls
     assert edit[0] == "edit" and (edit[1][2][0].images[0] == 20).all()
-    assert caption[2]["caption_prompt"] == "last" and "guidance" not in caption[2]
+    assert caption[2]["caption_prompt"] == "last"
 
 
 def test_classify_reads_a_support_set(generator, tmp_path, capsys):

@@ -133,3 +133,21 @@ def test_other_wrong_inputs():
         generator.text_to_image_batch(["a", "b", "c"], seed=[1], num_retrieved=0)
     with pytest.raises(ValueError, match="the model has 9 ids but the tokenizer 150"):
         Generator(tiny(vocab_size=9), {}, AsciiTokenizer())
+
+
+def test_captions_are_guided_by_their_documents_alone(generator):
+    """Without documents both streams are one, and the guidance changes nothing."""
+    guided = {"guidance": 3.0, "guide_documents": True}
+    common = {"max_caption_length": 6, "temperature": 0.0, "num_samples": 2}
+    shown = {"documents": [pair("x", "cd", 3)]}
+    plain, led = (
+        generator.caption(grey(32), **shown, **common, **how) for how in ({}, guided)
+    )
+    assert plain.texts != led.texts
+    alone, same = (
+        generator.caption(grey(32), documents=[], **common, **how)
+        for how in ({}, guided)
+    )
+    assert alone.texts == same.texts
+    with pytest.raises(ValueError, match="guide_documents=True to compare"):
+        generator.caption(grey(32), guidance=2.0)
