@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from racm3_jax.documents.images import resize_image
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 
 _SCALE = 2.5
@@ -78,8 +77,7 @@ def embed_any_size(
     embedder: DocumentEmbedder, images: Sequence[UInt8[np.ndarray, "height width 3"]]
 ) -> Float32[np.ndarray, "images d_embed"]:
     """Embeds images whose sizes differ: also the features of CLIP-FID."""
-    size = embedder.config.image_size
-    return embedder.embed_images(np.stack([resize_image(x, size) for x in images]))
+    return embedder.embed_images(list(images))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

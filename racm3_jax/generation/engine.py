@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from racm3_jax.documents.images import resize_image
 from racm3_jax.generation.grammar import Grammar
 from racm3_jax.generation.requests import Documents, Image, Request, pad_rows
 from racm3_jax.generation.sample import Progress, Samples, Unconditional, sample
@@ -151,18 +150,13 @@ class Engine:
     ) -> Float32[np.ndarray, "queries d_embed"]:
         assert self.embedder is not None  # a retriever comes with one
         texts = {i: q for i, q in enumerate(queries) if isinstance(q, str)}
-        size = self.tokenizer.image.image_size
-        images = {
-            i: resize_image(q, size)
-            for i, q in enumerate(queries)
-            if not isinstance(q, str)
-        }
+        images = {i: q for i, q in enumerate(queries) if not isinstance(q, str)}
         rows: dict[int, np.ndarray] = {}
         if texts:
             found = self.embedder.embed_texts(list(texts.values()))
             rows |= dict(zip(texts, found, strict=True))
         if images:
-            found = self.embedder.embed_images(np.stack(list(images.values())))
+            found = self.embedder.embed_images(list(images.values()))
             rows |= dict(zip(images, found, strict=True))
         return np.stack([rows[i] for i in range(len(queries))])
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float, Float32, UInt64
 
-from racm3_jax.documents.images import resize_image
 from racm3_jax.types import Document, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
@@ -48,8 +47,10 @@ class Embedder(Protocol):
         """Unit rows, with a share `drop` of each text's tokens left out."""
         ...
 
-    def embed_images(self, images: np.ndarray, drop: float, rng: Any) -> np.ndarray:
-        """Unit rows, with a share `drop` of each image's patches left out."""
+    def embed_images(
+        self, images: Sequence[np.ndarray], drop: float, rng: Any
+    ) -> np.ndarray:
+        """Unit rows of images of any sizes, with a share `drop` of each image's patches left out."""
         ...
 
     def embed_documents(self, documents: list[Document]) -> Sequence[np.ndarray]:
@@ -158,8 +159,7 @@ def embed_queries(
     texts = [document.text for document in documents]
     with_text = np.asarray([i for i, text in enumerate(texts) if text.strip()], int)
     owners = np.asarray([i for i, d in enumerate(documents) for _ in d.images], int)
-    size = embedder.config.image_size
-    images = [resize_image(image, size) for d in documents for image in d.images]
+    images = [image for d in documents for image in d.images]
     shape = (len(documents), len(rngs), embedder.d_embed)
     text_queries, image_queries = np.zeros((2, *shape), np.float32)
     for variant, rng in enumerate(rngs):
@@ -167,7 +167,7 @@ def embed_queries(
             rows = embedder.embed_texts([texts[i] for i in with_text], drop, rng)
             text_queries[with_text, variant] = rows
         if images:
-            rows = embedder.embed_images(np.stack(images), drop, rng)
+            rows = embedder.embed_images(images, drop, rng)
             sums = np.zeros((len(documents), embedder.d_embed), np.float32)
             np.add.at(sums, owners, rows)
             image_queries[:, variant] = sums

@@ -92,7 +92,8 @@ class MeanEmbedder:
         return self.unit(np.array(rows))
 
     def embed_images(self, images):
-        return self.unit(AsciiTokenizer().encode(images) + 1)
+        fitting = np.stack([resize_image(image, SIZE) for image in images])
+        return self.unit(AsciiTokenizer().encode(fitting) + 1)
 
     @staticmethod
     def unit(rows):
