@@ -38,6 +38,8 @@ GENERATORS = [
     ("flagworld", "twin"),
     ("flagworld_tasks", ""),
     ("flagworld_tasks", "twin"),
+    ("flagworld_shots", ""),
+    ("flagworld_shots", "twin"),
     ("flagworld_quickstart", ""),
     ("flagworld_quickstart", "short"),
     ("racm3_2b7", ""),

@@ -117,6 +117,9 @@ def _add_region(sub: Any) -> None:
     sub.add_argument("--mask", help="an image of the same size, white where to draw")
     sub.add_argument("--prompt", default="", help="the caption of the image, if any")
     sub.add_argument("--max_spans", type=int, default=1)
+    sub.add_argument(
+        "--region_prompt", choices=("masked", "in_place"), default="masked"
+    )
     sub.add_argument("--out", default="sample.png")
 
 
@@ -187,6 +190,7 @@ def _infill(arguments: Arguments) -> None:
         region,
         arguments.prompt,
         max_spans=arguments.max_spans,
+        region_prompt=arguments.region_prompt,
         **common,
         **_sampling(arguments),
     )
@@ -205,6 +209,7 @@ def _edit(arguments: Arguments) -> None:
         documents,
         arguments.prompt,
         max_spans=arguments.max_spans,
+        region_prompt=arguments.region_prompt,
         **_sampling(arguments),
     )
     save_pictures(arguments, output)

@@ -28,6 +28,7 @@ _SETTINGS = (
     "guide_documents",
     "rank_by",
     "max_spans",
+    "region_prompt",
     "int8",
 )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from racm3_jax.documents.flagworld import FlagIdentifier, Nation
 from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.types import Document, GenerationOutput
 
 Box = tuple[int, int, int, int]
@@ -23,6 +24,7 @@ class TaskSettings:
       num_retrieved: documents before each prompt (2 in the paper).
       temperature, top_p: of all drawing.
       max_spans: of infilling and editing (see `generation.regions`).
+      region_prompt: of infilling and editing (see `generation.infilling`).
       guidance: weights to compare, besides 1; the documents stay in both streams.
       document_guidance: the same away from what is drawn without documents, too; the
         tasks that read documents are run plainly and with the last of them.
@@ -37,6 +39,7 @@ class TaskSettings:
     temperature: float = 1.0
     top_p: float = 0.9
     max_spans: int = 1
+    region_prompt: RegionPrompt = "masked"
     guidance: tuple[float, ...] = (2.0,)
     document_guidance: tuple[float, ...] = (2.0,)
     num_samples: int = 4

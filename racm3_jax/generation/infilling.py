@@ -1,15 +1,19 @@
-"""Regions of images and spans of texts drawn anew, by the CM3 infill prompt.
+"""Regions of images and spans of texts drawn anew.
 
-    <eod> documents <eod> text <break> i1 <mask:0> i4 <eod> <mask:0> ... <eoss>
+    masked    <eod> documents <eod> text <break> i1 <mask:0> i4 <eod> <mask:0> ... <eoss>
+    in_place  <eod> documents <eod> text <break> i1 ...
 
-Editing is the same with one chosen document in front (RA-CM3, section 5).
+"masked" is the CM3 infill prompt, which shows what stands behind the region as well;
+"in_place" goes on with the image where the region begins, in the order in which images
+are drawn. Both keep every code outside the region. Editing is the same with one chosen
+document in front (RA-CM3, section 5).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int32
@@ -30,10 +34,12 @@ from racm3_jax.generation.regions import (
 from racm3_jax.generation.requests import Image, Request, mean_log_probs
 from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_by_clip
 from racm3_jax.generation.settings import SamplingConfig
-from racm3_jax.sequences.layout import infill_prompt
+from racm3_jax.sequences.layout import beginning_prompt, infill_prompt
 from racm3_jax.types import GenerationOutput, Retrieved, Segment
 
 TEXT_MARKER = "<mask>"
+RegionPrompt = Literal["masked", "in_place"]
+REGION_PROMPTS: tuple[RegionPrompt, ...] = get_args(RegionPrompt)
 
 
 class Hole(NamedTuple):
@@ -55,8 +61,21 @@ def cut_holes(
     images: Sequence[Image],
     regions: Sequence[Region],
     max_spans: int,
+    region_prompt: RegionPrompt,
 ) -> list[Hole]:
-    """Tokenizes the images and finds the codes that the regions touch."""
+    """Tokenizes the images and finds the codes that the regions touch.
+
+    Raises:
+      ValueError: another number of regions, one that no code lies in, or a prompt that
+        does not exist.
+    """
+    if region_prompt not in REGION_PROMPTS:
+        raise ValueError(
+            f"region_prompt is {region_prompt!r}; allowed: "
+            + ", ".join(map(repr, REGION_PROMPTS))
+        )
+    if region_prompt == "in_place":
+        max_spans = 1
     if len(images) != len(regions):
         raise ValueError(
             f"{len(images)} images need as many regions; got {len(regions)}"
@@ -89,25 +108,39 @@ def hide_region(engine: Engine, image: Image, hole: Hole) -> Image:
 
 
 def make_region_request(
-    engine: Engine, hole: Hole, prompt: str, retrieved: Retrieved, seed: int
+    engine: Engine,
+    hole: Hole,
+    prompt: str,
+    retrieved: Retrieved,
+    seed: int,
+    region_prompt: RegionPrompt,
+    guide_documents: bool,
 ) -> Request:
-    """The image with its hole, after its text if there is one."""
+    """The image with its hole, after its text if there is one.
+
+    Guidance leaves out the text; without one, it can only leave out the documents.
+    """
     vocab = engine.tokenizer.vocab
 
     def write_behind(text):
         before = np.append(text, vocab.break_) if len(text) else text
         tokens = np.concatenate([before, hole.tokens]).astype(np.int32)
         spans = [(len(before) + a, len(before) + b) for a, b in hole.spans]
+        if region_prompt == "in_place":
+            known = tokens[: spans[0][0]]
+            return lambda documents: beginning_prompt(documents, known, vocab)
         return lambda documents: infill_prompt(documents, tokens, spans, vocab)
 
     plan = plan_spans(hole.tokens, hole.cells, hole.spans, vocab)
     if not prompt:
         write = write_behind(np.zeros(0, np.int32))
-        return Request(retrieved, write, None, seed, plan)
+        return Request(retrieved, write, write if guide_documents else None, seed, plan)
 
     # The mask of the text comes after those of the region, which keep their names.
+    name = 0 if region_prompt == "in_place" else len(hole.spans)
+
     def write_plain(documents):
-        mask = np.array([vocab.sentinel(len(hole.spans))], np.int32)
+        mask = np.array([vocab.sentinel(name)], np.int32)
         return write_behind(mask)(documents)
 
     text = engine.tokenizer.encode_text(prompt)
@@ -124,12 +157,13 @@ def infill_regions(
     num_samples: int,
     rank_by: str,
     task: str,
+    region_prompt: RegionPrompt,
 ) -> list[GenerationOutput]:
     """Draws the holes; every code outside them stays as it was."""
     check_rank_by(rank_by)
     vocab = engine.tokenizer.vocab
     requests = [
-        make_region_request(engine, *parts)
+        make_region_request(engine, *parts, region_prompt, config.guide_documents)
         for parts in zip(holes, prompts, retrieved, seeds, strict=True)
     ]
     longest = max(len(r.forced) for r in requests if r.forced is not None)

@@ -25,6 +25,7 @@ from racm3_jax.generation.captioning import CaptionPrompt
 from racm3_jax.generation.classification import Classification, Example
 from racm3_jax.generation.drawing import OnProgress
 from racm3_jax.generation.engine import Engine
+from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.regions import Region
 from racm3_jax.generation.requests import (
     Documents,
@@ -223,6 +224,7 @@ class Generator(Engine):
         seed: int | Sequence[int] = 0,
         documents: Documents | None = None,
         max_spans: int = 1,
+        region_prompt: RegionPrompt = "masked",
         rank_by: RankBy = "clip",
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
@@ -230,6 +232,7 @@ class Generator(Engine):
 
         The query is the prompt, or the image without the region. `max_spans`: how many
         masks a region may take (see `regions`); what is known in one is kept.
+        `region_prompt`: "masked" or "in_place" (see `infilling`).
         """
         if not len(images):
             return []
@@ -238,7 +241,7 @@ class Generator(Engine):
         self.check_counts(num_samples, num_retrieved, documents)
         prompts = prompt_each(prompts, len(images))
         images = [check_image(image) for image in images]
-        holes = infilling.cut_holes(self, images, regions, max_spans)
+        holes = infilling.cut_holes(self, images, regions, max_spans, region_prompt)
         queries: list[str | Image] = [
             prompt or infilling.hide_region(self, image, hole)
             for prompt, image, hole in zip(prompts, images, holes, strict=True)
@@ -254,6 +257,7 @@ class Generator(Engine):
             num_samples,
             rank_by,
             "infill",
+            region_prompt,
         )
 
     def infill_text(
@@ -305,6 +309,7 @@ class Generator(Engine):
         num_samples: int = 1,
         seed: int | Sequence[int] = 0,
         max_spans: int = 1,
+        region_prompt: RegionPrompt = "masked",
         rank_by: RankBy = "clip",
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
@@ -316,7 +321,7 @@ class Generator(Engine):
         images = [check_image(image) for image in images]
         return infilling.infill_regions(
             self,
-            infilling.cut_holes(self, images, regions, max_spans),
+            infilling.cut_holes(self, images, regions, max_spans, region_prompt),
             prompt_each(prompts, len(images)),
             picked,
             row_seeds(seed, len(images)),
@@ -324,6 +329,7 @@ class Generator(Engine):
             num_samples,
             rank_by,
             "edit",
+            region_prompt,
         )
 
     def classify(

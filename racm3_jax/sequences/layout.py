@@ -97,9 +97,21 @@ def text_to_image_prompt(
 
     [a], t1 t2  ->  <eod> a <eod> t1 t2 <break>
     """
-    end = np.array([vocab.break_], np.int32)
-    text_tokens = np.asarray(text_tokens, np.int32)
-    return np.concatenate([retrieved_prefix(retrieved, vocab), text_tokens, end])
+    known = np.append(np.asarray(text_tokens, np.int32), np.int32(vocab.break_))
+    return beginning_prompt(retrieved, known, vocab)
+
+
+def beginning_prompt(
+    retrieved: Sequence[TokenizedDocument],
+    tokens: Int32[np.ndarray, " known"],
+    vocab: Vocab,
+) -> Int32[np.ndarray, " length"]:
+    """The sequence up to where the known tokens of the main document end.
+
+    [a], t1 t2 <break> i1  ->  <eod> a <eod> t1 t2 <break> i1
+    """
+    tokens = np.asarray(tokens, np.int32)
+    return np.concatenate([retrieved_prefix(retrieved, vocab), tokens])
 
 
 def infill_prompt(

@@ -18,6 +18,7 @@ from generation_standins import (
 from racm3_jax.generation import sample as sample_module
 from racm3_jax.model.config import tiny, tiny_chameleon
 from racm3_jax.sequences.layout import (
+    beginning_prompt,
     caption_prompt,
     infill_prompt,
     retrieved_prefix,
@@ -60,6 +61,31 @@ def test_infill_asks_for_the_region_and_keeps_the_rest(generator, quick, max_spa
         assert codes_of(drawn)[[0, 2]].tolist() == [3, 7]
     assert len({codes_of(x)[[1, 3]].tobytes() for x in out.images}) > 1
     assert out.texts[0] == "ab" and out.documents[0].metadata["codes_drawn"] == 2
+
+
+def test_infill_in_place_goes_on_where_the_region_begins(generator, quick):
+    image = quadrants(3, 5, 7, 9)
+    documents = tokenized(pair("x", "cd", 3))
+    out = generator.infill(
+        image, RIGHT, "ab", 4, documents=documents, region_prompt="in_place", seed=5
+    )
+    known = np.concatenate(
+        [text("ab"), [VOCAB.break_], VOCAB.image_tokens(np.array([3]))]
+    )
+    assert quick == [beginning_prompt(documents, known, VOCAB).tolist()]
+    for drawn in out.images:
+        assert codes_of(drawn)[[0, 2]].tolist() == [3, 7]
+    assert len({codes_of(x)[[1, 3]].tobytes() for x in out.images}) > 1
+    with pytest.raises(ValueError, match="region_prompt is 'behind'; allowed: 'masked"):
+        generator.infill(image, RIGHT, "ab", region_prompt="behind")
+
+
+def test_a_region_without_a_prompt_is_guided_by_its_documents_alone(generator):
+    image, documents = grey(32), [pair("x", "cd", 3)]
+    with pytest.raises(ValueError, match="guide_documents=True"):
+        generator.edit(image, RIGHT, documents, guidance=2.0)
+    out = generator.edit(image, RIGHT, documents, guidance=2.0, guide_documents=True)
+    assert len(out.images) == 1
 
 
 def test_infill_without_a_prompt_is_asked_by_what_is_left(quick):
@@ -244,6 +270,9 @@ TASKS = {
         grey(32), RIGHT, "a", 2, documents=DOCUMENT, max_spans=2
     ),
     "edit": lambda g: g.edit(grey(32), RIGHT, DOCUMENT, num_samples=2),
+    "infill_in_place": lambda g: g.infill(
+        grey(32), RIGHT, "a", 2, documents=DOCUMENT, region_prompt="in_place"
+    ),
     "caption": lambda g: g.caption(
         grey(32), 2, documents=DOCUMENT, max_caption_length=9
     ),

@@ -40,6 +40,15 @@ def test_text_to_image_prompt_begins_the_training_row(vocab, parse, pair):
     np.testing.assert_array_equal(prompt, row[: len(prompt)])
 
 
+def test_beginning_prompt_begins_the_training_row(vocab, parse, pair):
+    main = parse("t7 t8 <break> i1 i2 i3 i4")
+    row = layout.join([pair], main, vocab)
+    for known in (0, 2, 5):
+        prompt = layout.beginning_prompt([pair], main[:known], vocab)
+        np.testing.assert_array_equal(prompt, row[: len(prompt)])
+        assert len(prompt) == len(row) - 1 - len(main) + known
+
+
 def test_caption_prompt_begins_the_row_of_a_rotated_caption(vocab, parse, pair):
     prompt = layout.caption_prompt([pair], parse("i5 i6"), vocab)
     assert vocab.picture(prompt) == (
