@@ -16,9 +16,10 @@ def get_config(arg: str = "") -> ConfigDict:
         dict(
             num_items=0,
             num_retrieved=2,
-            temperature=1.0,
+            temperature=0.5,
             top_p=0.9,
             max_spans=1,
+            region_prompts=("masked", "in_place"),
             guidance=(2.0,),
             document_guidance=(1.5, 2.0),
             num_samples=4,

@@ -8,7 +8,6 @@ asked for.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from racm3_jax.documents.flagworld import FlagIdentifier, FlagworldConfig, make_nations
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.evaluation.scenes import SceneClassifier
+from racm3_jax.evaluation.stages import Stages
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import Document, GenerationOutput
 
@@ -174,15 +174,9 @@ def evaluate_flagworld(
     """
     k = settings.num_retrieved
     results: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
     outputs: dict[str, list[GenerationOutput]] = {}
 
-    def timed(name: str, run: Callable[[], Any]) -> Any:
-        started = time.monotonic()
-        value = run()
-        seconds[name] = round(time.monotonic() - started, 1)
-        log(f"{name}: {seconds[name]} s")
-        return value
+    stages = Stages(log)
 
     test_images = [test.images[0] for test in judge.tests]
     results["scene_classifier/accuracy"] = compute_share(
@@ -192,13 +186,13 @@ def evaluate_flagworld(
         judge.flag_verdicts(roundtrip(generator, test_images))
     )
 
-    drawn = timed("draw", lambda: draw(generator, judge, settings, k))
+    drawn = stages.run("draw", lambda: draw(generator, judge, settings, k))
     outputs["draw"] = drawn.outputs
     results["retrieval/draw_flag"] = compute_share(drawn.flags)
     results["retrieval/draw_scene"] = compute_share(drawn.scenes)
     if settings.guidance != 1:
         unguided = dataclasses.replace(settings, guidance=1.0)
-        plain = timed("draw unguided", lambda: draw(generator, judge, unguided, k))
+        plain = stages.run("draw unguided", lambda: draw(generator, judge, unguided, k))
         results["unguided/draw_flag"] = compute_share(plain.flags)
         results["unguided/draw_scene"] = compute_share(plain.scenes)
     copied = top_retrieved_images(generator, drawn.outputs)
@@ -206,23 +200,27 @@ def evaluate_flagworld(
     results["copy/draw_scene"] = compute_share(judge.scene_verdicts(copied))
     results["retriever/text_to_nation@2"] = nation_recall(drawn.outputs, judge)
 
-    captions, named = timed("caption", lambda: caption(generator, judge, settings, k))
+    captions, named = stages.run(
+        "caption", lambda: caption(generator, judge, settings, k)
+    )
     outputs["caption"] = captions
     results["retrieval/caption_name"] = compute_share(named)
     results["retriever/image_to_nation@2"] = nation_recall(captions, judge)
 
-    moved = timed("swapped", lambda: draw(swapped, swapped_judge, settings, k))
+    moved = stages.run("swapped", lambda: draw(swapped, swapped_judge, settings, k))
     outputs["swapped"] = moved.outputs
     results["swapped/draw_flag"] = compute_share(moved.flags)
 
     if twin is not None:
-        alone = timed("twin draw", lambda: draw(twin, judge, settings, 0))
+        alone = stages.run("twin draw", lambda: draw(twin, judge, settings, 0))
         outputs["twin_draw"] = alone.outputs
         results["twin/draw_flag"] = compute_share(alone.flags)
         results["twin/draw_scene"] = compute_share(alone.scenes)
-        _, guessed = timed("twin caption", lambda: caption(twin, judge, settings, 0))
+        _, guessed = stages.run(
+            "twin caption", lambda: caption(twin, judge, settings, 0)
+        )
         results["twin/caption_name"] = compute_share(guessed)
-    results["seconds"] = seconds
+    results["seconds"] = stages.seconds
     return results, outputs
 
 

@@ -5,6 +5,7 @@ knows the world and no model.
 
     infill      the fly half of the flag is hidden; the caption names the nation
     edit        the flag's box is drawn anew, a document of another nation is chosen
+                (both by the CM3 mask, "masked", and in the image's order, "in_place")
     controlled  a document of another nation stands in front instead of retrieved ones;
                 the prompt names that nation ("named") or its own ("other")
     kshot       two nations, labels without meaning, k examples of each in context
@@ -15,14 +16,15 @@ knows the world and no model.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.evaluation.stages import Stages
 from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
+from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
 
@@ -38,6 +40,7 @@ def evaluate_infill(
     probes: TaskProbes,
     settings: TaskSettings,
     num_retrieved: int,
+    region_prompt: RegionPrompt,
     **options: Any,
 ) -> tuple[Share, list[GenerationOutput]]:
     """Is the flag whole and right after its hidden half was drawn?"""
@@ -47,7 +50,7 @@ def evaluate_infill(
         [test.text for test in probes.tests],
         num_retrieved=num_retrieved,
         max_spans=settings.max_spans,
-        region_prompt=settings.region_prompt,
+        region_prompt=region_prompt,
         seed=settings.seed,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -58,7 +61,11 @@ def evaluate_infill(
 
 
 def evaluate_edit(
-    generator: Generator, probes: TaskProbes, settings: TaskSettings, **options: Any
+    generator: Generator,
+    probes: TaskProbes,
+    settings: TaskSettings,
+    region_prompt: RegionPrompt,
+    **options: Any,
 ) -> tuple[Share, Share, list[GenerationOutput]]:
     """Does the region show the chosen flag, and how much of the rest is as it was?"""
     items = range(len(probes.tests))
@@ -68,7 +75,7 @@ def evaluate_edit(
         [[probes.donor(i)] for i in items],
         probes.captions_of_donors(),
         max_spans=settings.max_spans,
-        region_prompt=settings.region_prompt,
+        region_prompt=region_prompt,
         seed=settings.seed,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -146,6 +153,43 @@ def evaluate_drawing(
     return compute_share(list(right[:, 0])), compute_share(list(right.reshape(-1)))
 
 
+def _evaluate_regions(
+    generator: Generator,
+    twin: Generator | None,
+    probes: TaskProbes,
+    settings: TaskSettings,
+    prompt: RegionPrompt,
+    guided: dict[str, Any],
+    stages: Stages,
+    results: dict[str, Any],
+    outputs: dict[str, list[GenerationOutput]],
+) -> None:
+    """Infilling and editing by one kind of prompt; adds to results and outputs."""
+    infill, edit = f"infill_{prompt}", f"edit_{prompt}"
+
+    def fill(model: Generator, num_retrieved: int, **how: Any) -> Any:
+        return evaluate_infill(model, probes, settings, num_retrieved, prompt, **how)
+
+    results[f"alone/{infill}"], _ = stages.run(
+        f"{infill}, no documents", lambda: fill(generator, 0)
+    )
+    if twin is not None:
+        results[f"twin/{infill}"], outputs[f"twin_{infill}"] = stages.run(
+            f"{infill}, twin", lambda: fill(twin, 0)
+        )
+    for end, options in (("", {}), ("_guided", guided)):
+        how: dict[str, Any] = options
+        results[f"{infill}{end}/flag"], outputs[f"{infill}{end}"] = stages.run(
+            f"{infill}{end}",
+            lambda how=how: fill(generator, settings.num_retrieved, **how),
+        )
+        flag, kept, outputs[f"{edit}{end}"] = stages.run(
+            f"{edit}{end}",
+            lambda how=how: evaluate_edit(generator, probes, settings, prompt, **how),
+        )
+        results |= {f"{edit}{end}/flag": flag, f"{edit}{end}/codes_kept": kept}
+
+
 def evaluate_flagworld_tasks(
     generator: Generator,
     twin: Generator | None,
@@ -167,39 +211,18 @@ def evaluate_flagworld_tasks(
       what was generated, for pictures.
     """
     results: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
     outputs: dict[str, list[GenerationOutput]] = {}
-
-    def timed(name: str, run: Callable[[], Any]) -> Any:
-        started = time.monotonic()
-        value = run()
-        seconds[name] = round(time.monotonic() - started, 1)
-        log(f"{name}: {seconds[name]} s")
-        return value
-
-    k = settings.num_retrieved
-    results["infill/flag_alone"], _ = timed(
-        "infill alone", lambda: evaluate_infill(generator, probes, settings, 0)
-    )
-    if twin is not None:
-        results["twin/infill_flag"], outputs["twin_infill"] = timed(
-            "twin infill", lambda: evaluate_infill(twin, probes, settings, 0)
-        )
+    stages = Stages(log)
     guided = {"guidance": settings.document_guidance[-1], "guide_documents": True}
+    for prompt in settings.region_prompts:
+        _evaluate_regions(
+            generator, twin, probes, settings, prompt, guided, stages, results, outputs
+        )
     for end, options in (("", {}), ("_guided", guided)):
         how: dict[str, Any] = options
-        results[f"infill{end}/flag"], outputs[f"infill{end}"] = timed(
-            f"infill{end}",
-            lambda how=how: evaluate_infill(generator, probes, settings, k, **how),
-        )
-        flag, kept, outputs[f"edit{end}"] = timed(
-            f"edit{end}",
-            lambda how=how: evaluate_edit(generator, probes, settings, **how),
-        )
-        results |= {f"edit{end}/flag": flag, f"edit{end}/codes_kept": kept}
         for name, named in (("named", True), ("other", False)):
             task = f"controlled_{name}{end}"
-            flag, layout, outputs[task] = timed(
+            flag, layout, outputs[task] = stages.run(
                 task,
                 lambda named=named, how=how: evaluate_controlled(
                     generator, probes, settings, named=named, **how
@@ -207,7 +230,7 @@ def evaluate_flagworld_tasks(
             )
             results |= {f"{task}/flag": flag, f"{task}/layout": layout}
     for shots in settings.shots:
-        results[f"kshot/{shots}"] = timed(
+        results[f"kshot/{shots}"] = stages.run(
             f"{shots}-shot",
             lambda shots=shots: evaluate_kshot(generator, probes, settings, shots),
         )
@@ -216,7 +239,7 @@ def evaluate_flagworld_tasks(
         ("document_guidance", settings.document_guidance),
     ):
         for weight in weights:
-            results[f"{task}/{weight:g}"], _ = timed(
+            results[f"{task}/{weight:g}"], _ = stages.run(
                 f"{task} {weight:g}",
                 lambda weight=weight, task=task: evaluate_drawing(
                     generator,
@@ -226,12 +249,12 @@ def evaluate_flagworld_tasks(
                     guide_documents=task == "document_guidance",
                 ),
             )
-    results["int8/flag"], _ = timed(
+    results["int8/flag"], _ = stages.run(
         "int8", lambda: evaluate_drawing(generator.quantized(), probes, settings)
     )
     n = settings.num_samples
     for rank_by in ("clip", "likelihood"):
-        best, every = timed(
+        best, every = stages.run(
             f"best of {n} by {rank_by}",
             lambda rank_by=rank_by: evaluate_drawing(
                 generator, probes, settings, num_samples=n, rank_by=rank_by
@@ -239,24 +262,30 @@ def evaluate_flagworld_tasks(
         )
         results[f"rerank/{rank_by}"] = best
         results["rerank/none"] = every  # the samples are the same
-    results["seconds"] = seconds
+    results["seconds"] = stages.seconds
     return results, outputs
 
 
 def format_table(results: dict[str, Any]) -> str:
     """The suite's figures, one line each."""
-    plain = {
-        "infill/flag": "hidden half drawn: right flag, with retrieval",
-        "edit/flag": "region shows the chosen document's flag",
-        "edit/codes_kept": "codes outside the region that stay",
+    titles = {}
+    for prompt in REGION_PROMPTS:
+        titles |= {
+            f"alone/infill_{prompt}": f"hidden half drawn {prompt}: no documents",
+            f"twin/infill_{prompt}": f"hidden half drawn {prompt}: the twin",
+        }
+    plain = {}
+    for prompt in REGION_PROMPTS:
+        plain |= {
+            f"infill_{prompt}/flag": f"hidden half drawn {prompt}: right flag",
+            f"edit_{prompt}/flag": f"region drawn {prompt}: the chosen document's flag",
+            f"edit_{prompt}/codes_kept": f"codes outside that stay, {prompt}",
+        }
+    plain |= {
         "controlled_named/flag": "demonstration followed: flag (prompt names it)",
         "controlled_named/layout": "demonstration followed: layout (prompt names it)",
         "controlled_other/flag": "demonstration followed: flag (prompt names another)",
         "controlled_other/layout": "demonstration followed: layout (names another)",
-    }
-    titles = {
-        "infill/flag_alone": "hidden half drawn: the same model without documents",
-        "twin/infill_flag": "hidden half drawn: the twin without retrieval",
     }
     for name, title in plain.items():
         task, _, value = name.partition("/")

@@ -9,7 +9,7 @@ import numpy as np
 
 from racm3_jax.documents.flagworld import FlagIdentifier, Nation
 from racm3_jax.evaluation.intervals import Share, compute_share
-from racm3_jax.generation.infilling import RegionPrompt
+from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
 from racm3_jax.types import Document, GenerationOutput
 
 Box = tuple[int, int, int, int]
@@ -24,7 +24,7 @@ class TaskSettings:
       num_retrieved: documents before each prompt (2 in the paper).
       temperature, top_p: of all drawing.
       max_spans: of infilling and editing (see `generation.regions`).
-      region_prompt: of infilling and editing (see `generation.infilling`).
+      region_prompts: to compare in infilling and editing (see `generation.infilling`).
       guidance: weights to compare, besides 1; the documents stay in both streams.
       document_guidance: the same away from what is drawn without documents, too; the
         tasks that read documents are run plainly and with the last of them.
@@ -39,7 +39,7 @@ class TaskSettings:
     temperature: float = 1.0
     top_p: float = 0.9
     max_spans: int = 1
-    region_prompt: RegionPrompt = "masked"
+    region_prompts: tuple[RegionPrompt, ...] = REGION_PROMPTS
     guidance: tuple[float, ...] = (2.0,)
     document_guidance: tuple[float, ...] = (2.0,)
     num_samples: int = 4
@@ -143,13 +143,12 @@ def choose_pictures(
     probes: TaskProbes, outputs: dict[str, list[GenerationOutput]], count: int
 ) -> dict[str, list[tuple[np.ndarray | None, GenerationOutput]]]:
     """`count` outputs of each task, with the image that it was given: the region grey."""
-    boxes = {
-        "infill": probes.fly_halves(),
-        "twin_infill": probes.fly_halves(),
-        "infill_guided": probes.fly_halves(),
-        "edit": probes.flag_boxes(),
-        "edit_guided": probes.flag_boxes(),
-    }
+    boxes = {}
+    for prompt in REGION_PROMPTS:
+        for name in ("infill", "twin_infill"):
+            boxes[f"{name}_{prompt}"] = probes.fly_halves()
+        boxes[f"edit_{prompt}"] = probes.flag_boxes()
+    boxes |= {f"{task}_guided": found for task, found in boxes.items()}
     chosen: dict[str, list[tuple[np.ndarray | None, GenerationOutput]]] = {}
     for task, found in outputs.items():
         pairs = chosen.setdefault(task, [])

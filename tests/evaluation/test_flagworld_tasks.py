@@ -91,23 +91,32 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     good, outputs = evaluate_flagworld_tasks(
         Oracle(probes, True), Oracle(probes, False), probes, SETTINGS, lines.append
     )
-    for name in ("infill/flag", "edit/flag", "edit/codes_kept", "controlled_named/flag",
-                 "controlled_other_guided/layout", "kshot/2", "guidance/3",
-                 "document_guidance/2", "rerank/clip"):  # fmt: skip
+    for name in ("infill_masked/flag", "infill_in_place_guided/flag", "kshot/2",
+                 "alone/infill_masked", "edit_masked/flag", "edit_in_place/flag",
+                 "edit_in_place/codes_kept", "controlled_named/flag", "rerank/clip",
+                 "controlled_other_guided/layout", "guidance/3",
+                 "document_guidance/2"):  # fmt: skip
         assert good[name].value == 1.0, name
-    assert good["twin/infill_flag"].value == 0.0
+    assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
-    assert good["kshot/2"].total == 5 and len(outputs["edit"]) == 5
-    assert len(lines) == 18
+    assert good["kshot/2"].total == 5 and len(outputs["edit_masked"]) == 5
+    assert len(lines) == 24
     bad, _ = evaluate_flagworld_tasks(
         Oracle(probes, False), None, probes, SETTINGS, lines.append
     )
-    for name in ("infill/flag", "edit/flag", "controlled_named/flag", "kshot/2"):
+    for name in (
+        "infill_masked/flag",
+        "edit_in_place/flag",
+        "controlled_named/flag",
+        "kshot/2",
+    ):
         assert bad[name].value == 0.0, name
-    assert bad["edit/codes_kept"].value == 0.5 and "twin/infill_flag" not in bad
+    assert (
+        bad["edit_in_place/codes_kept"].value == 0.5 and "twin/infill_masked" not in bad
+    )
     table = format_table(good)
     assert "| two-way classification, 2 examples a label | 100.0%" in table
-    assert len(table.splitlines()) == 2 + 25
+    assert len(table.splitlines()) == 2 + 33
 
 
 def test_without_context_labels_are_a_coin(probes):
