@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from racm3_jax.model.config import chameleon_7b
 from racm3_jax.sequences import layout
-from racm3_jax.sequences.causal_masking import apply_masks
+from racm3_jax.sequences.causal_masking import (
+    CausalMaskingConfig,
+    apply_masks,
+    build_example,
+)
+from racm3_jax.types import TokenizedDocument, TokenizedSegment
+from racm3_jax.vocab import Vocab
 
 
 @pytest.fixture
@@ -91,3 +98,27 @@ def test_documents_of_another_tokenizer_are_refused(vocab, make_document, pictur
 def test_document_without_segments_is_refused(vocab, make_document):
     with pytest.raises(ValueError, match="no segments"):
         layout.document_tokens(make_document(), vocab)
+
+
+def test_three_images_of_the_public_models_fit_into_their_context():
+    """Two retrieved documents of 1,024 codes, and a main one that is drawn or masked."""
+    vocab = Vocab(num_text_ids=57_000, num_image_codes=8192, image_length=1024)
+    text = TokenizedSegment("text", np.arange(300, dtype=np.int32))
+    image = TokenizedSegment("image", vocab.image_tokens(np.arange(1024)).astype("i4"))
+    document = TokenizedDocument("d", (text, image))
+    room = chameleon_7b().max_length
+    prompt = layout.text_to_image_prompt([document] * 2, text.tokens, vocab)
+    assert len(prompt) + vocab.image_length <= room
+    asked = layout.caption_prompt([document] * 2, image.tokens, vocab)
+    assert len(asked) + len(text.tokens) + 1 <= room
+    example = build_example(
+        document,
+        [document] * 2,
+        CausalMaskingConfig(num_masks="fixed", mean=4.0, rotation_probability=0.0),
+        vocab,
+        alpha=0.1,
+        max_length=room + 1,
+        rng=np.random.default_rng(0),
+    )
+    assert vocab.is_image(example.tokens).sum() == 3 * 1024
+    assert example.is_main.sum() > 1024 + 300
