@@ -66,6 +66,8 @@ class ShardedIndex:
     ) -> ShardedIndex:
         """Builds a ScaNN index of every `rows_per_shard` rows into `path`.
 
+        One shard is in memory at a time; all of them are opened at the end.
+
         Args:
           embeddings: the rows.
           path: directory; must exist.
@@ -82,9 +84,9 @@ class ShardedIndex:
             raise ValueError(f"rows_per_shard must be >= 1; got {size}")
         if len(embeddings) == 0 or len(embeddings.shape) != 2:
             index_lib.check_embeddings(np.asarray(embeddings))
-        shards: list[tuple[int, Index]] = []
         names: list[str] = []
-        for start in range(0, len(embeddings), size):
+        starts = list(range(0, len(embeddings), size))
+        for number, start in enumerate(starts):
             rows = np.asarray(embeddings[start : start + size])
             if isinstance(embeddings, Rows):
                 embeddings.release()
@@ -92,15 +94,14 @@ class ShardedIndex:
             if len(bad):
                 # The whole array names the row as the caller counts.
                 index_lib.check_embeddings(np.asarray(embeddings))
-            name = f"shard-{len(shards):05d}"
+            name = f"shard-{number:05d}"
             index = ScannIndex.build(rows, config or ScannConfig(), path / name)
             if tune is not None:
                 tune(index, path / name, rows)
-            shards.append((start, index))
+            del index
             names += [f"{name}/{f}" for f in _files_of(path / name)]
-        built = cls(shards)
-        built._describe(path, names, embeddings.shape[1])
-        return built
+        _describe(path, names, starts, *embeddings.shape)
+        return cls.load(path, verify=False)
 
     @classmethod
     def load(
@@ -161,13 +162,17 @@ class ShardedIndex:
             index.save(path / name)
             d_embed = index_lib.read_description(path / name)["d_embed"]
             names += [f"{name}/{f}" for f in _files_of(path / name)]
-        self._describe(path, names, d_embed)
+        starts = [first for first, _ in self._shards]
+        _describe(path, names, starts, len(self), d_embed)
 
-    def _describe(self, path: pathlib.Path, names: list[str], d_embed: int) -> None:
-        settings = {"starts": [first for first, _ in self._shards]}
-        index_lib.write_description(
-            path, "scann_sharded", len(self), d_embed, settings, names
-        )
+
+def _describe(
+    path: pathlib.Path, names: list[str], starts: list[int], num_rows: int, d_embed: int
+) -> None:
+    settings = {"starts": starts}
+    index_lib.write_description(
+        path, "scann_sharded", num_rows, d_embed, settings, names
+    )
 
 
 def _files_of(path: pathlib.Path) -> list[str]:
