@@ -53,6 +53,8 @@ class CausalMaskingConfig:
         not an image. A document without the drawn modality rotates the other one.
       mask_retrieved: retrieved documents are masked too, each by a draw of its own.
       sentinel_weight: loss weight of `<mask:i>` as a target.
+      text_weight: loss weight of the text ids of the main document, where image ids
+        have 1: a caption has few ids beside its image. The paper's is 1.
     """
 
     num_masks: NumMasks = "poisson_clamp1"
@@ -62,6 +64,7 @@ class CausalMaskingConfig:
     rotation_text_share: float = 1.0
     mask_retrieved: bool = False
     sentinel_weight: float = 0.0
+    text_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_masks not in get_args(NumMasks):
@@ -77,6 +80,10 @@ class CausalMaskingConfig:
         if self.max_masks < 1:
             raise ValueError(
                 f"causal_masking.max_masks must be >= 1; got {self.max_masks}"
+            )
+        if not 0 < self.text_weight < float("inf"):
+            raise ValueError(
+                f"causal_masking.text_weight must be above 0; got {self.text_weight}"
             )
         for name in ("rotation_probability", "rotation_text_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -272,6 +279,7 @@ def build_example(
     is_main = order.source >= start
     weights = np.where(is_main, np.float32(1), np.float32(alpha)).astype(np.float32)
     weights[vocab.is_sentinel(tokens)] *= config.sentinel_weight
+    weights[is_main & vocab.is_text(tokens)] *= config.text_weight
     weights[0] = 0  # nothing comes before it, so it is never a target
     return Example(tokens=tokens, weights=weights, is_main=is_main)
 
