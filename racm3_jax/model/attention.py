@@ -46,8 +46,9 @@ def choose_implementation(dtype: str = "bfloat16") -> str:
     """What "auto" means here.
 
     - "blocked" on one CPU device, where it takes half the time of "plain". It loops over
-      the rows of the batch, which would undo a sharding of that axis: several CPU
-      devices use "plain".
+      the rows of the batch, which would undo a sharding of that axis: under a mesh of
+      several CPU devices (`jax.set_mesh`) it is "plain". Without a mesh every process
+      computes for itself, so that several give what one gives.
     - "cudnn" on NVIDIA GPUs from Hopper on, in half precision; "plain" on others.
     - "splash" on TPUs.
 
@@ -56,7 +57,8 @@ def choose_implementation(dtype: str = "bfloat16") -> str:
     """
     backend = jax.default_backend()
     if backend == "cpu":
-        return "blocked" if jax.device_count() == 1 else "plain"
+        mesh = jax.sharding.get_abstract_mesh()
+        return "blocked" if mesh.empty or mesh.size == 1 else "plain"
     if backend == "tpu":
         return "splash"
     half = dtype in ("bfloat16", "float16")

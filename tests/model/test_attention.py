@@ -106,6 +106,11 @@ def test_cache_of_one_row_equals_plain():
 
 def test_auto_is_an_implementation_and_other_names_are_refused():
     assert choose_implementation() in IMPLEMENTATIONS
+    if jax.default_backend() == "cpu":
+        assert choose_implementation() == "blocked"
+        split = jax.sharding.AbstractMesh((2,), ("data",))
+        with jax.sharding.use_abstract_mesh(split):
+            assert choose_implementation() == "plain"
     q, k, v = make_qkv()
     with pytest.raises(ValueError, match="'flash' does not exist; use 'auto'"):
         attention(q, k, v, jnp.asarray(SEGMENTS), "flash")
