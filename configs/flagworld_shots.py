@@ -5,7 +5,7 @@
 
 Twice the nations, so that most documents are new; half of the documents are captioned,
 three tenths are questions about two demonstrations, of which one is right, and an id of
-text weighs five times an id of an image: names have to be copied letter by letter.
+text weighs three times an id of an image: names have to be copied letter by letter.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 2  # another order, other masks
     config.world.num_nations = 16000
     config.masking.rotation_probability = 0.5
-    config.masking.text_weight = 5.0
+    config.masking.text_weight = 3.0
     config.episodes.probability = 0.3
     config.optimizer.learning_rate = 1e-3
     config.train.num_steps = 1800

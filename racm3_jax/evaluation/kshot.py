@@ -20,7 +20,7 @@ from racm3_jax.documents.images import resize_image
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator, Image
-from racm3_jax.sequences.layout import caption_prompt
+from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import TokenizedDocument, TokenizedSegment
 
 INVENTED = ("dax", "blick", "wug", "toma", "fep", "zorp", "kiki", "bouba")
@@ -106,8 +106,8 @@ def classify_episodes(
 ) -> list[int]:
     """The label that the model chooses in each episode.
 
-    Demonstrations stand in random order; the label's words are scored as the caption of
-    the asked image, by the mean over their ids, so that long words are not punished.
+    Demonstrations stand in random order, each label behind its image (as in
+    `sequences.episodes`); the label's words are scored behind the asked image, by the mean over their ids, so that long words are not punished.
 
     Args:
       generator: its memory is not used.
@@ -127,7 +127,7 @@ def classify_episodes(
     text_tokens = {
         word: tokenizer.encode_text(word) for e in episodes for word in e.words
     }
-    end = np.array([vocab.eoss], np.int32)
+    end = np.array([vocab.eod], np.int32)
     sequences, owners = [], []
     for i, episode in enumerate(episodes):
         pairs = [
@@ -140,13 +140,14 @@ def classify_episodes(
             TokenizedDocument(
                 f"shown-{row}",
                 (
-                    TokenizedSegment("text", text_tokens[word]),
                     TokenizedSegment("image", image_tokens[row]),
+                    TokenizedSegment("text", text_tokens[word]),
                 ),
             )
             for row, word in (pairs[j] for j in order)
         ]
-        context = caption_prompt(shown, image_tokens[episode.asked], vocab)
+        asked = np.append(image_tokens[episode.asked], np.int32(vocab.break_))
+        context = beginning_prompt(shown, asked, vocab)
         for word in episode.words:
             sequences.append(Scored(context, np.concatenate([text_tokens[word], end])))
             owners.append(i)

@@ -1,10 +1,9 @@
 """k-shot classification in context, with labels that may mean nothing (section 5).
 
-    <eod> dax <break> image <eod> wug <break> image <eod> <mask:0> <break> image <eod> <mask:0>
-          `--------- one shot: an example a label ------'                       dax <eoss> ?
-                                                                                wug <eoss> ?
+    <eod> image <break> dax <eod> image <break> wug <eod> image <break> dax <eod> ?
+          `--------- one shot: an example a label ------'              wug <eod> ?
 
-Each label's likelihood is read off one forward pass. Examples that do not fit into the
+Labels stand behind their images, as in `sequences.episodes`. Each label's likelihood is read off one forward pass. Examples that do not fit into the
 context are read in further passes, whose probabilities are averaged.
 """
 
@@ -19,7 +18,7 @@ from jaxtyping import Float32, Int32
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.requests import Image
 from racm3_jax.generation.score import compute_log_likelihoods
-from racm3_jax.sequences.layout import caption_prompt
+from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import Document, Segment, TokenizedDocument
 
 Example = tuple[Image, str]
@@ -100,17 +99,20 @@ def classify(
     if shots_per_pass is not None and shots_per_pass < 1:
         raise ValueError(f"shots_per_pass must be >= 1; got {shots_per_pass}")
     documents = [
-        Document(f"example-{i}", (Segment(text=label), Segment(image=image)))
+        Document(f"example-{i}", (Segment(image=image), Segment(text=label)))
         for i, (image, label) in enumerate(support)
     ]
     shots = group_shots(engine.tokenized(documents), [x for _, x in support], names)
     answers = [_answer(engine, name) for name in names]
-    queries = [engine.tokenizer.encode_image(image) for image in images]
+    end = np.array([vocab.break_], np.int32)
+    queries = [
+        np.concatenate([engine.tokenizer.encode_image(image), end]) for image in images
+    ]
     passes = _split_passes(engine, shots, queries[0], answers, shots_per_pass)
     prompts, continuations = [], []
     for tokens in queries:
         for shown in passes:
-            prompt = caption_prompt(shown, tokens, vocab)
+            prompt = beginning_prompt(shown, tokens, vocab)
             prompts += [prompt] * len(answers)
             continuations += answers
     scores = compute_log_likelihoods(
@@ -126,13 +128,13 @@ def classify(
 
 def _answer(engine: Engine, label: str) -> Int32[np.ndarray, " length"]:
     vocab = engine.tokenizer.vocab
-    return np.append(engine.tokenizer.encode_text(label), vocab.eoss).astype(np.int32)
+    return np.append(engine.tokenizer.encode_text(label), vocab.eod).astype(np.int32)
 
 
 def _split_passes(
     engine: Engine,
     shots: Sequence[Sequence[TokenizedDocument]],
-    query: Int32[np.ndarray, " image_length"],
+    query: Int32[np.ndarray, " asked"],
     answers: Sequence[Int32[np.ndarray, " length"]],
     shots_per_pass: int | None,
 ) -> list[list[TokenizedDocument]]:
@@ -143,7 +145,7 @@ def _split_passes(
     taken = 0
     for shot in shots:
         longer = [*passes[-1], *shot]
-        needed = len(caption_prompt(longer, query, engine.tokenizer.vocab)) + longest
+        needed = len(beginning_prompt(longer, query, engine.tokenizer.vocab)) + longest
         full = taken == shots_per_pass or needed > max_length
         if full and not taken:
             raise ValueError(

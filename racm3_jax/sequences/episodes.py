@@ -1,7 +1,10 @@
 """k-shot episodes: demonstrations with labels that mean nothing, in place of neighbours.
 
-    <eod> dax <break> image of A <eod> wug <break> image of B <eod>
-          <mask:0> <break> another image of A <eod> <mask:0> dax <eoss>
+    <eod> image of A <break> dax <eod> image of B <break> wug <eod>
+          another image of A <break> dax <eod>
+
+Labels stand behind their images: read from left to right, a label in front of an image
+cannot know what it names, and would have to be found by way of the image's codes.
 
 The classes are those of the memory's documents; the labels are drawn anew for every
 episode, so that only the demonstrations can tell them (RA-CM3, section 5.4). Captions
@@ -119,7 +122,7 @@ class Episodes:
         return Episode(np.array(rows)[order], labels[order], int(labels[0]))
 
     def label(self, document: TokenizedDocument, label: int) -> TokenizedDocument:
-        """The first image of a document, behind the label's words."""
+        """The first image of a document, and behind it the label's words."""
         images = [s for s in document.segments if s.modality == "image"]
-        segments = (TokenizedSegment("text", self._labels[label]), *images[:1])
+        segments = (*images[:1], TokenizedSegment("text", self._labels[label]))
         return dataclasses.replace(document, segments=segments)

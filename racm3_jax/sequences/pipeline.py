@@ -205,9 +205,9 @@ class _Steps:
         self.masking = masking
         self.config = config
         self.episodes = episodes
-        # The label is what moves to the end: it is asked, not told.
+        # The label stands at the end already: it is asked as it is.
         self.asking = dataclasses.replace(
-            masking, rotation_probability=1.0, rotation_text_share=1.0
+            masking, num_masks="none", rotation_probability=0.0
         )
         self.closed = False
         self._running = 0

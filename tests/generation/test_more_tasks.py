@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from generation_standins import (
@@ -19,7 +21,6 @@ from racm3_jax.generation import sample as sample_module
 from racm3_jax.model.config import tiny, tiny_chameleon
 from racm3_jax.sequences.layout import (
     beginning_prompt,
-    caption_prompt,
     infill_prompt,
     retrieved_prefix,
     text_to_image_prompt,
@@ -355,15 +356,19 @@ def test_classification_is_the_share_of_the_label_likelihoods(generator):
 
     out = generator.classify(grey(48), SUPPORT, shots_per_pass=1)
     assert out.labels == ("dax", "wug") and out.num_passes == 2
-    documents = [
-        tokenized(pair("1", "dax", 1), pair("2", "wug", 12)),
-        tokenized(pair("4", "wug", 11), pair("3", "dax", 2)),  # the order turns
+    documents = [  # the order turns
+        [pair("1", "dax", 1), pair("2", "wug", 12)],
+        [pair("4", "wug", 11), pair("3", "dax", 2)],
     ]
-    image = VOCAB.image_tokens(np.full(4, 3))
+    documents = [
+        tokenized(*(replace(d, segments=d.segments[::-1]) for d in shown))
+        for shown in documents
+    ]
+    asked = np.append(VOCAB.image_tokens(np.full(4, 3)), VOCAB.break_)
     shares = []
     for shown in documents:
-        prompt = caption_prompt(shown, image, VOCAB)
-        answers = [np.append(text(x), VOCAB.eoss) for x in out.labels]
+        prompt = beginning_prompt(shown, asked, VOCAB)
+        answers = [np.append(text(x), VOCAB.eod) for x in out.labels]
         likelihoods = np.exp(
             compute_log_likelihoods(
                 generator.model, generator.params, [prompt] * 2, answers

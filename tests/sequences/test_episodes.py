@@ -46,7 +46,7 @@ def test_their_share_is_the_configured_one():
 
 
 def test_a_row_of_the_pipeline(vocab):
-    """`<eod> t15 <break> i2 i0 <eod> t10 <break> i0 i0 <eod> <mask:0> <break> i1 i0 ...`"""
+    """`<eod> i2 i0 <break> t15 <eod> i0 i0 <break> t10 <eod> i1 i0 <break> t15 <eod>`"""
     memory = FakeMemory(vocab, 9)
     config = dataclasses.replace(CONFIG, examples_per_batch=1, rows=1)
     arguments = (memory, FakeRetriever(memory), np.array([0]), vocab, PLAIN, config)
@@ -54,10 +54,11 @@ def test_a_row_of_the_pipeline(vocab):
     for batch, stats in make_batches(*arguments, num_steps=20, episodes=episodes):
         assert stats["episodes"] == 1
         ids = batch.inputs[0][batch.segment_ids[0] > 0].tolist()
-        places = [i for i, x in enumerate(ids) if x == vocab.sentinel(0)]
-        assert len(places) == 2
-        shown = [x for x in ids[: places[1]] if vocab.is_text(x)]
-        assert len(shown) == 2 and ids[places[1] + 1] in shown
+        texts = [i for i, x in enumerate(ids) if vocab.is_text(x)]
+        assert len(texts) == 3 and ids[texts[2]] in [ids[texts[0]], ids[texts[1]]]
+        assert all(ids[i - 1] == vocab.break_ for i in texts)
+        asked = batch.targets[0] == ids[texts[2]]
+        assert batch.loss_weights[0][asked].max() == 1
 
 
 def test_the_twin_has_none(vocab):
