@@ -168,4 +168,4 @@ def test_classification_takes_the_likeliest_label(monkeypatch):
     for sequence in seen[:2]:
         words = bytes(sequence.context[VOCAB.is_text(sequence.context)].tolist())
         assert all(word.encode() in words for word in episodes[0].words)
-        assert sequence.targets[-1] == VOCAB.eoss
+        assert sequence.targets[-1] == VOCAB.eod
