@@ -56,6 +56,18 @@ class Session:
         self.side = round(generator.tokenizer.vocab.image_length**0.5)
         self._decoding = threading.Lock()
 
+    def example_prompts(self, num: int = 4) -> list[str]:
+        """Texts of documents all over the memory, to try."""
+        memory = self.memory
+        if memory is None or not memory.num_allowed:
+            return []
+        allowed = memory.allowed_ids()
+        rows = allowed[np.linspace(0, len(allowed) - 1, num).astype(int)]
+        shown = [
+            self.generator.tokenizer.decode(d).text for d in memory.documents(rows)
+        ]
+        return list(dict.fromkeys(text for text in shown if text))
+
     def search(self, desk: Desk, prompt: str, num_documents: int) -> Desk:
         """Own and pinned documents stay; what the prompt finds fills up the rest."""
         prompt = check_text(prompt, "the prompt", "the flag of Velmoria on the moon")
@@ -273,7 +285,9 @@ class Session:
         memory = self._needed_memory()
         allowed = memory.allowed_ids() if pinned else _NO_ROWS
         return [
-            dataclasses.replace(g, score=float(memory.embeddings[[g.row]][0] @ query[0]))
+            dataclasses.replace(
+                g, score=float(memory.embeddings[[g.row]][0] @ query[0])
+            )
             for g in pinned
             if np.isin(g.row, allowed)
         ]
@@ -290,7 +304,9 @@ class Session:
         kept = [i for i, d in enumerate(found.documents) if d.id not in skipped]
         kept = kept[:wanted]
         documents = tuple(found.documents[i] for i in kept)
-        return list(self.show(Retrieved(found.ids[kept], found.scores[kept], documents)))
+        return list(
+            self.show(Retrieved(found.ids[kept], found.scores[kept], documents))
+        )
 
 
 def read_upload(content: bytes) -> Image:

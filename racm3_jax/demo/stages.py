@@ -31,7 +31,7 @@ def run_in_stages(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]
             reports.put((work(on_progress), None))
         except _Abandoned:
             return
-        except BaseException as error:  # for the thread that follows
+        except BaseException as error:  # noqa: BLE001, for the thread that follows
             reports.put((done, error))
         else:
             reports.put((done, None))
