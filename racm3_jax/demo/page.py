@@ -80,7 +80,9 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
         with gr.Column(scale=3):
             gr.Markdown("### Documents that the model reads")
             cards = _panel(panels.draw_desk(Desk()), "documents")
-            with gr.Accordion("Add a document of your own", open=False):
+            with gr.Accordion(
+                "Add a document of your own", open=False, elem_id="own_box"
+            ):
                 image, picked = _picture(parts, "own", with_last=False)
                 caption = gr.Textbox(label="its caption", elem_id="own_caption")
                 add = gr.Button("Add", size="sm", elem_id="own_add")
