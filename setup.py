@@ -66,8 +66,8 @@ setup(
         "hub": ["huggingface_hub>=0.34"],
         # A page in the browser.
         "demo": ["gradio>=6.0"],
-        # What `pytest -m browser` needs beside Chromium and its driver.
-        "browser": ["gradio>=6.0", "selenium>=4.25"],
+        # What `pytest -m browser` needs beside Chromium, its driver and [demo].
+        "browser": ["selenium>=4.25"],
         # What the live comparisons of `pytest -m parity` need: the reference
         # implementations, and photographs (scikit-image, scikit-learn). No torchvision.
         "parity": [
