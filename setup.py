@@ -65,7 +65,7 @@ setup(
         "parquet": ["pyarrow>=17"],
         "hub": ["huggingface_hub>=0.34"],
         # A page in the browser.
-        "demo": ["gradio>=6.0"],
+        "demo": ["gradio>=6.31"],
         # What `pytest -m browser` needs beside Chromium, its driver and [demo].
         "browser": ["selenium>=4.25"],
         # What the live comparisons of `pytest -m parity` need: the reference

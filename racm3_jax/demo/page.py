@@ -36,7 +36,10 @@ class Parts:
 def build_page(session: Session, notice: str = "") -> gr.Blocks:
     """The page over a session; `notice` stands on top, if there is something to say."""
     title = "RA-CM3"
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    # Uploads are read at once; their files go within the hour.
+    with gr.Blocks(
+        title=title, analytics_enabled=False, delete_cache=(600, 1800)
+    ) as page:
         memory = session.memory
         held = "no memory" if memory is None else f"{memory.num_allowed:,} documents"
         gr.Markdown(

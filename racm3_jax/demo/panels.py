@@ -97,7 +97,11 @@ def draw_prompts(prompts: Sequence[str]) -> str:
 def draw_stage(stage: Stage | None) -> str:
     """Pictures on their way, or done, with what is known about them."""
     if stage is None or not stage.images:
-        words = _UNDRAWN if stage is None else "reading the documents …"
+        words = (
+            _UNDRAWN
+            if stage is None
+            else "reading the documents … (the first drawing takes longest)"
+        )
         return f'<div class="pictures"><div class="blank">{words}</div></div>'
     if stage.output is not None:
         return draw_output(stage.output)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -37,7 +39,9 @@ def prepare_environment() -> None:
     """No telemetry, and uploads in a folder of this process; before gradio's import."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="racm3_demo_")
+    folder = tempfile.mkdtemp(prefix="racm3_demo_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = folder
 
 
 def find_port(port: int) -> int:
@@ -78,6 +82,7 @@ def serve(page: Any, port: int, max_upload_bytes: int) -> None:
         prevent_thread_lock=True,
         show_error=True,
         max_file_size=max_upload_bytes,
+        state_session_capacity=64,
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
