@@ -10,6 +10,13 @@ function tell(canvas) {
   trigger("input", { cells: cellsOf(canvas).join("") });
 }
 
+function clear() {
+  const canvas = element.querySelector("canvas");
+  if (!canvas) return;
+  cellsOf(canvas).fill(0);
+  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+}
+
 function paint(canvas, event) {
   const box = canvas.getBoundingClientRect();
   const size = Number(element.querySelector("select").value);
@@ -42,9 +49,9 @@ window.addEventListener("pointerup", () => {
   painting = false;
 });
 element.addEventListener("click", (event) => {
-  const canvas = element.querySelector("canvas");
-  if (!event.target.dataset.clear || !canvas) return;
-  cellsOf(canvas).fill(0);
-  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
-  tell(canvas);
+  if (!event.target.dataset.clear) return;
+  clear();
+  tell(element.querySelector("canvas"));
 });
+// Another picture keeps the canvas, as what is equal in the page is never made anew.
+watch("value", clear);

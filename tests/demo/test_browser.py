@@ -21,7 +21,7 @@ import pytest
 from racm3_jax.documents.images import encode_png
 
 pytestmark = pytest.mark.browser
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 60
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -153,9 +153,9 @@ class Visitor:
         """The finished picture, as the bytes of its PNG."""
         return self.one("#picture .done img").get_attribute("src")
 
-    def upload(self, css, path):
-        (box,) = self.all(f"input{css}, {css} input[type=file]")
-        box.send_keys(str(path))
+    def upload(self, name, path):
+        place = f"//*[@id='{name}']/preceding-sibling::input[@type='file'][1]"
+        self.driver.find_element("xpath", place).send_keys(str(path))
 
     def look(self, name):
         if self.pictures:
@@ -203,7 +203,8 @@ window.shares = new Set();
 new MutationObserver(() => {
   const pictures = document.querySelector('#picture [data-share]');
   if (pictures) window.shares.add(Number(pictures.dataset.share));
-}).observe(document.querySelector('#picture'), {childList: true, subtree: true});
+}).observe(document.querySelector('#picture'), 
+  {attributes: true, childList: true, subtree: true});
 """
 
 
@@ -250,7 +251,7 @@ def test_pin_and_add_a_document(visitor, tmp_path):
     visitor.click("#own_box button")
     picture = tmp_path / "own.png"
     picture.write_bytes(encode_png(np.full((64, 64, 3), (200, 30, 30), np.uint8)))
-    visitor.upload("#own_upload", picture)
+    visitor.upload("own_upload", picture)
     visitor.one("#own_picture img")
     visitor.type("#own_caption", "a red square")
     visitor.click("#own_add")
@@ -266,13 +267,13 @@ def test_mistakes_are_said_in_one_sentence(visitor, tmp_path):
     visitor.look("5_mistake")
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(b"this is no picture")
-    visitor.upload("#own_upload", wrong)
+    visitor.upload("own_upload", wrong)
     visitor.wait(
         lambda: any("is not an image" in t for t in visitor.texts(".toast-body")),
         "a word about the file",
     )
     wrong.write_bytes(bytes(9 << 20))
-    visitor.upload("#own_upload", wrong)
+    visitor.upload("own_upload", wrong)
     visitor.wait(
         lambda: any("maximum" in t for t in visitor.texts(".toast-body")),
         "a word about its size",
@@ -321,7 +322,7 @@ def test_labels_from_examples(visitor, tmp_path):
     for i, (label, colour) in enumerate([("dax", (200, 0, 0)), ("wug", (0, 0, 200))]):
         picture = tmp_path / f"{label}.png"
         picture.write_bytes(encode_png(np.full((64, 64, 3), colour, np.uint8)))
-        visitor.upload("#example_upload", picture)
+        visitor.upload("example_upload", picture)
         visitor.one("#example_picture img")
         visitor.type("#example_label", label)
         visitor.click("#example_add")
