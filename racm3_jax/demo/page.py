@@ -20,9 +20,17 @@ from racm3_jax.demo.session import (
 
 HERE = Path(__file__).parent
 # All decodes share one queue of one.
-_DECODE: dict[str, Any] = {"concurrency_id": "decode", "concurrency_limit": 1}
+_DECODE: dict[str, Any] = {
+    "concurrency_id": "decode",
+    "concurrency_limit": 1,
+    "api_visibility": "private",
+}
 # Small steps: the page is there before they are done.
-_QUICK: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 4}
+_QUICK: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": 4,
+    "api_visibility": "private",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +163,7 @@ def _infill_tab(parts: Parts) -> None:
             gr.Markdown("Paint over what is to be drawn anew.")
             cells = gr.State("")
             image, brush = _picture(parts, "infill", cells=cells)
-            brush.input(do.keep_cells, None, cells, queue=False, show_progress="hidden")
+            brush.input(do.keep_cells, None, cells, queue=False, **_QUICK)
         with gr.Column(scale=3):
             prompt = gr.Textbox(label="caption of the picture", elem_id="infill_prompt")
             follows = gr.Radio(

@@ -144,6 +144,9 @@ class Visitor:
     def texts(self, css):
         return [element.text for element in self.all(css)]
 
+    def toasts(self):
+        return self.texts("[data-testid=toast-body]")
+
     def ids(self, panel="#documents"):
         return [
             card.get_attribute("data-document") for card in self.all(f"{panel} .card")
@@ -262,24 +265,24 @@ def test_pin_and_add_a_document(visitor, tmp_path):
 def test_mistakes_are_said_in_one_sentence(visitor, tmp_path):
     visitor.type("#prompt", " ")
     visitor.click("#draw")
-    toast = visitor.one(".toast-body")
+    toast = visitor.one("[data-testid=toast-body]")
     assert "the prompt is empty: write something" in toast.text
     visitor.look("5_mistake")
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(b"this is no picture")
     visitor.upload("own_upload", wrong)
     visitor.wait(
-        lambda: any("is not an image" in t for t in visitor.texts(".toast-body")),
+        lambda: any("is not an image" in t for t in visitor.toasts()),
         "a word about the file",
     )
     wrong.write_bytes(bytes(9 << 20))
     visitor.upload("own_upload", wrong)
     visitor.wait(
-        lambda: any("maximum" in t for t in visitor.texts(".toast-body")),
+        lambda: any("maximum" in t for t in visitor.toasts()),
         "a word about its size",
     )
     visitor.look("6_wrong_files")
-    for close in visitor.all(".toast-close"):
+    for close in visitor.all("[data-testid=toast-close]"):
         close.click()
 
 
@@ -299,7 +302,7 @@ def test_infill_with_a_brush(visitor, prompt):
     visitor.open_tab("Infill and edit")
     visitor.click("#infill_go")
     visitor.wait(
-        lambda: any("choose a picture" in t for t in visitor.texts(".toast-body")),
+        lambda: any("choose a picture" in t for t in visitor.toasts()),
         "what is missing",
     )
     visitor.click("#infill_last")
