@@ -1,5 +1,6 @@
 // Paints cells on the canvas over a picture; tells them after every stroke.
 let painting = false;
+let last = null;
 
 function cellsOf(canvas) {
   canvas.cells ??= new Uint8Array(canvas.width * canvas.height);
@@ -17,13 +18,19 @@ function clear() {
   canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
 }
 
-function paint(canvas, event) {
+// One place on the canvas, in cells.
+function placeOf(canvas, event) {
   const box = canvas.getBoundingClientRect();
+  return [
+    ((event.clientX - box.left) / box.width) * canvas.width,
+    ((event.clientY - box.top) / box.height) * canvas.height,
+  ];
+}
+
+function paint(canvas, x0, y0) {
   const size = Number(element.querySelector("select").value);
-  const place = (at, start, length, cells) =>
-    Math.round(((at - start) / length) * cells - size / 2);
-  const left = place(event.clientX, box.left, box.width, canvas.width);
-  const top = place(event.clientY, box.top, box.height, canvas.height);
+  const left = Math.round(x0 - size / 2);
+  const top = Math.round(y0 - size / 2);
   const pen = canvas.getContext("2d");
   pen.fillStyle = "#ff3d8b";
   for (let y = Math.max(0, top); y < Math.min(canvas.height, top + size); y++) {
@@ -34,14 +41,26 @@ function paint(canvas, event) {
   }
 }
 
+// A fast pointer jumps: what lies between two places is painted, too.
+function stroke(canvas, event) {
+  const [x, y] = placeOf(canvas, event);
+  const [fromX, fromY] = last ?? [x, y];
+  const steps = 1 + Math.ceil(2 * Math.max(Math.abs(x - fromX), Math.abs(y - fromY)));
+  for (let i = 1; i <= steps; i++) {
+    paint(canvas, fromX + ((x - fromX) * i) / steps, fromY + ((y - fromY) * i) / steps);
+  }
+  last = [x, y];
+}
+
 element.addEventListener("pointerdown", (event) => {
   if (event.target.tagName !== "CANVAS") return;
   painting = true;
-  paint(event.target, event);
+  last = null;
+  stroke(event.target, event);
   event.preventDefault();
 });
 element.addEventListener("pointermove", (event) => {
-  if (painting && event.target.tagName === "CANVAS") paint(event.target, event);
+  if (painting && event.target.tagName === "CANVAS") stroke(event.target, event);
 });
 window.addEventListener("pointerup", () => {
   const canvas = element.querySelector("canvas");

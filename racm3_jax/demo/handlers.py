@@ -13,7 +13,13 @@ import numpy as np
 
 from racm3_jax.demo import panels
 from racm3_jax.demo.desk import Desk, Given
-from racm3_jax.demo.session import MAX_EXAMPLES, Session, check_text, read_upload
+from racm3_jax.demo.session import (
+    MAX_EXAMPLES,
+    Session,
+    check_size,
+    check_text,
+    read_upload,
+)
 
 _EXPECTED = (ValueError, FileNotFoundError)
 
@@ -27,7 +33,7 @@ def explained(method: Callable) -> Callable:
         if not isinstance(error, _EXPECTED):
             logging.getLogger("racm3").exception("the demo failed", exc_info=error)
             return gr.Error(f"this failed, and the terminal says where: {error!r}")
-        return gr.Error(str(error), title="Not possible", duration=12)
+        return gr.Error(str(error), duration=12, print_exception=False)
 
     if inspect.isgeneratorfunction(method):
 
@@ -100,6 +106,11 @@ class Handlers:
         return int(np.random.default_rng().integers(2**31))
 
     # Pictures for the other tabs
+
+    @explained
+    def refuse_upload(self, event: gr.EventData) -> None:
+        check_size(event.name, event.bytes)
+        raise ValueError(f"{event.name} is no picture: upload a PNG, JPEG or WEBP")
 
     @explained
     def upload(self, content: bytes | None) -> tuple:
@@ -208,16 +219,16 @@ class Handlers:
             f"Remove **{event.about.replace('*', '')}** from the memory for good? It is "
             "taken from the work directory, for everyone, and cannot be brought back here."
         )
-        return event.about, words, gr.Group(visible=True)
+        return event.about, words, gr.Column(visible=True)
 
     @explained
     def remove(self, id: str, query: Any, num_results: float) -> tuple:
         said = self.session.remove(id)
         found = self.session.find(query, int(num_results))
-        return draw_results(found), panels.draw_note(said), gr.Group(visible=False)
+        return draw_results(found), panels.draw_note(said), gr.Column(visible=False)
 
-    def keep(self) -> gr.Group:
-        return gr.Group(visible=False)
+    def keep(self) -> gr.Column:
+        return gr.Column(visible=False)
 
 
 def name_settings(

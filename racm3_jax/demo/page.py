@@ -15,6 +15,7 @@ from racm3_jax.demo.session import (
     MAX_DOCUMENTS,
     MAX_RESULTS,
     MAX_SAMPLES,
+    MAX_UPLOAD_BYTES,
     Session,
 )
 
@@ -67,6 +68,9 @@ def build_page(session: Session, notice: str = "") -> gr.Blocks:
             _classify_tab(parts)
         with gr.Tab("Memory"):
             _memory_tab(parts)
+        script = (HERE / "uploads.js").read_text(encoding="utf-8")
+        guard = gr.HTML("", js_on_load=script, max_bytes=MAX_UPLOAD_BYTES)
+        guard.input(parts.handlers.refuse_upload, None, None, **_QUICK)
     page.queue(max_size=32, api_open=False)
     return page
 
@@ -100,13 +104,13 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
             with gr.Accordion("Settings", open=False):
                 num_documents = _documents_slider()
                 settings = _settings()
+            earlier = _panel("", "earlier")
         with gr.Column(scale=2):
             gr.Markdown("### Picture")
             picture = _panel(panels.draw_stage(None), "picture")
-            with gr.Row(equal_height=True):
+            with gr.Row():
                 seed = settings[1].render()
                 new_seed = gr.Button("New seed", size="sm", elem_id="new_seed")
-    earlier = _panel("", "earlier")
 
     asked = [desk, prompt, num_documents]
     search.click(do.search, asked, [desk, cards], **_QUICK)
@@ -237,7 +241,7 @@ def _memory_tab(parts: Parts) -> None:
         1, MAX_RESULTS, value=6, step=1, label="results", elem_id="memory_results"
     )
     said = _panel("", "memory_said")
-    with gr.Group(visible=False, elem_id="remove_question") as question:
+    with gr.Column(visible=False, elem_id="remove_question") as question:
         words = gr.Markdown()
         with gr.Row():
             yes = gr.Button("Remove it", variant="stop", elem_id="remove_yes")

@@ -124,9 +124,7 @@ def draw_output(output: GenerationOutput) -> str:
         words = f"seed {output.seed} · sample {document.metadata['sample']} · "
         words += f"score {score:.3f}"
         if nearest:
-            words += (
-                f" · {nearest['equal_codes']:.0%} of the codes as in {nearest['id']}"
-            )
+            words += f" · {nearest['equal_codes']:.0%} of the codes equal those of {nearest['id']}"
         warning = ""
         if nearest and document.metadata.get("near_copy"):
             warning = f"Nearly a copy of {nearest['id']}."
@@ -204,6 +202,7 @@ def draw_brush(image: Image | None, side: int) -> str:
     if image is None:
         return draw_picked(None)
     sizes = "".join(f"<option>{n}</option>" for n in range(1, 1 + max(1, side // 2)))
+    sizes = sizes.replace("<option>2", "<option selected>2")
     return (
         f'<div class="brush">{draw_image(image, "to paint on")}'
         f'<canvas width="{side}" height="{side}"></canvas></div>'

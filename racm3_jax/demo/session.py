@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float32, UInt8
 
 from racm3_jax.demo.desk import NUM_EARLIER, Desk, Earlier, Given, Stage
 from racm3_jax.demo.stages import run_in_stages
-from racm3_jax.documents.images import read_image, resize_image
+from racm3_jax.documents.images import ImageError, read_image, resize_image
 from racm3_jax.generation.classification import Classification
 from racm3_jax.generation.sample import Progress
 from racm3_jax.generation.tasks import Generator
@@ -315,13 +315,22 @@ def read_upload(content: bytes) -> Image:
     Raises:
       ValueError: too many bytes or pixels, or no picture.
     """
-    if len(content) > MAX_UPLOAD_BYTES:
-        raise ValueError(
-            f"the file has {len(content) / 2**20:.1f} MB; {MAX_UPLOAD_BYTES >> 20} MB "
-            "are allowed"
-        )
-    image = read_image(content, MAX_PIXELS)
+    check_size("the file", len(content))
+    try:
+        image = read_image(content, MAX_PIXELS)
+    except ImageError as error:
+        sentence = str(error).replace(f"{len(content)} bytes", "the file", 1)
+        raise ValueError(sentence) from error
     return resize_image(image, min(*image.shape[:2], _KEPT_SIDE))
+
+
+def check_size(name: str, num_bytes: int) -> None:
+    """Refuses files that are too large."""
+    if num_bytes > MAX_UPLOAD_BYTES:
+        raise ValueError(
+            f"{name} has {num_bytes / 2**20:.1f} MB; {MAX_UPLOAD_BYTES >> 20} MB are "
+            "allowed"
+        )
 
 
 def check_text(text: str, name: str, example: str) -> str:

@@ -272,18 +272,26 @@ def test_mistakes_are_said_in_one_sentence(visitor, tmp_path):
     wrong.write_bytes(b"this is no picture")
     visitor.upload("own_upload", wrong)
     visitor.wait(
-        lambda: any("is not an image" in t for t in visitor.toasts()),
+        lambda: any("the file is not an image" in t for t in visitor.toasts()),
         "a word about the file",
     )
     wrong.write_bytes(bytes(9 << 20))
     visitor.upload("own_upload", wrong)
     visitor.wait(
-        lambda: any("maximum" in t for t in visitor.toasts()),
+        lambda: any(
+            "wrong.png has 9.0 MB; 8 MB are allowed" in t for t in visitor.toasts()
+        ),
         "a word about its size",
     )
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no picture either")
+    visitor.upload("own_upload", notes)
+    visitor.wait(
+        lambda: any("notes.txt is no picture" in t for t in visitor.toasts()),
+        "a word about its kind",
+    )
     visitor.look("6_wrong_files")
-    for close in visitor.all("[data-testid=toast-close]"):
-        close.click()
+    assert not visitor.all("#own_picture img")
 
 
 def test_caption(visitor):
@@ -312,6 +320,10 @@ def test_infill_with_a_brush(visitor, prompt):
     stroke.click_and_hold().move_by_offset(120, 0).move_by_offset(0, 90).release()
     stroke.perform()
     visitor.type("#infill_prompt", prompt)
+    painted = visitor.driver.execute_script(
+        "return arguments[0].cells.reduce((sum, cell) => sum + cell)", canvas
+    )
+    assert painted > 9  # a stroke, and not only where the pointer stopped
     visitor.look("8_painted")
     visitor.click("#infill_go")
     filled = visitor.one("#infilled .done img").get_attribute("src")

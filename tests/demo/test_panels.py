@@ -52,7 +52,7 @@ def test_a_drawing_on_its_way_and_done(session):
     assert 'data-share="50"' in panels.draw_stage(stages[1])
     done = panels.draw_stage(last)
     assert done.count("<figure>") == 2 and "seed 5 · sample 0 · score -0.000" in done
-    assert "95% of the codes as in doc-00" in done
+    assert "95% of the codes equal those of doc-00" in done
     assert done.count("Nearly a copy of doc-00.") == 1
     assert panels.draw_earlier(last.desk.earlier) == ""
     *_, second = session.draw(last.desk, "flag nation1 scene2", 1, seed=6)

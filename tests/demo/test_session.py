@@ -170,7 +170,7 @@ def test_uploads_are_measured_first():
         read_upload(bytes(MAX_UPLOAD_BYTES + 1))
     with pytest.raises(ValueError, match="more than the 16000000 allowed"):
         read_upload(encode_png(np.zeros((4001, 4000, 3), np.uint8)))
-    with pytest.raises(ValueError, match="not an image"):
+    with pytest.raises(ValueError, match="the file is not an image"):
         read_upload(b"not a picture")
 
 
