@@ -67,14 +67,12 @@ class Desk:
       num_documents: how many are wanted; found ones fill up what is not chosen by hand.
       given: own documents first, then pinned and found ones: the order the model reads.
       dropped: ids that are not to be given.
-      earlier: what was drawn, newest first.
     """
 
     prompt: str = ""
     num_documents: int = 2
     given: tuple[Given, ...] = ()
     dropped: tuple[str, ...] = ()
-    earlier: tuple[Earlier, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,3 +90,13 @@ class Stage:
     images: list[UInt8[np.ndarray, "height width 3"]]
     share: float = 0.0
     output: GenerationOutput | None = None
+
+
+def remember(earlier: tuple[Earlier, ...], stage: Stage) -> tuple[Earlier, ...]:
+    """With the best picture of a finished drawing in front; the oldest go."""
+    if stage.output is None:
+        return earlier
+    ids = tuple(g.id for g in stage.desk.given)
+    output = stage.output
+    new = Earlier(output.images[0], output.prompt, output.seed, ids)
+    return (new, *earlier)[:NUM_EARLIER]

@@ -12,7 +12,7 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from racm3_jax.demo import panels
-from racm3_jax.demo.desk import Desk, Given
+from racm3_jax.demo.desk import Desk, Earlier, Given, remember
 from racm3_jax.demo.session import (
     MAX_EXAMPLES,
     Session,
@@ -87,17 +87,19 @@ class Handlers:
 
     @explained
     def draw(
-        self, desk: Desk, prompt: str, num_documents: float, *settings: Any
+        self, desk: Desk, earlier: tuple, prompt: str, num: float, *settings: Any
     ) -> Any:
+        shown = None
         options = name_settings(*settings)
-        stages = self.session.draw(desk, prompt, int(num_documents), **options)
-        for stage in stages:
-            yield (
-                stage.desk,
-                panels.draw_desk(stage.desk),
-                panels.draw_stage(stage),
-                panels.draw_earlier(stage.desk.earlier),
-            )
+        for stage in self.session.draw(desk, prompt, int(num), **options):
+            # Once: what is dropped or pinned meanwhile stays so.
+            changed = (gr.skip(), gr.skip())
+            if shown is None:
+                changed = (stage.desk, panels.draw_desk(stage.desk))
+            shown = stage
+            earlier = remember(earlier, stage)
+            pictures = panels.draw_stage(stage), panels.draw_earlier(earlier)
+            yield (*changed, earlier, *pictures)
 
     def try_prompt(self, event: gr.EventData) -> str:
         return event.about
@@ -118,8 +120,8 @@ class Handlers:
         return image, panels.draw_picked(image)
 
     @explained
-    def take_last(self, desk: Desk) -> tuple:
-        image = last_drawing(desk)
+    def take_last(self, earlier: tuple) -> tuple:
+        image = last_drawing(earlier)
         return image, panels.draw_picked(image)
 
     @explained
@@ -128,8 +130,8 @@ class Handlers:
         return image, panels.draw_brush(image, self.session.side), ""
 
     @explained
-    def take_last_to_paint(self, desk: Desk) -> tuple:
-        image = last_drawing(desk)
+    def take_last_to_paint(self, earlier: tuple) -> tuple:
+        image = last_drawing(earlier)
         return image, panels.draw_brush(image, self.session.side), ""
 
     # Caption
@@ -248,11 +250,11 @@ def name_settings(
     }
 
 
-def last_drawing(desk: Desk) -> np.ndarray:
+def last_drawing(earlier: tuple[Earlier, ...]) -> np.ndarray:
     """What was drawn last on the first tab."""
-    if not desk.earlier:
+    if not earlier:
         raise ValueError("nothing is drawn yet: draw something on the Draw tab first")
-    return desk.earlier[0].image
+    return earlier[0].image
 
 
 def draw_read(given: tuple[Given, ...]) -> str:

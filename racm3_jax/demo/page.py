@@ -40,6 +40,7 @@ class Parts:
 
     handlers: Handlers
     desk: gr.State
+    earlier: gr.State
 
 
 def build_page(session: Session, notice: str = "") -> gr.Blocks:
@@ -57,7 +58,7 @@ def build_page(session: Session, notice: str = "") -> gr.Blocks:
         )
         if notice:
             gr.HTML(panels.draw_note(notice, "warning"), elem_id="notice")
-        parts = Parts(Handlers(session), gr.State(Desk()))
+        parts = Parts(Handlers(session), gr.State(Desk()), gr.State(()))
         with gr.Tab("Draw"):
             _draw_tab(parts, session.example_prompts())
         with gr.Tab("Caption"):
@@ -104,7 +105,7 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
             with gr.Accordion("Settings", open=False):
                 num_documents = _documents_slider()
                 settings = _settings()
-            earlier = _panel("", "earlier")
+            before = _panel("", "earlier")
         with gr.Column(scale=2):
             gr.Markdown("### Picture")
             picture = _panel(panels.draw_stage(None), "picture")
@@ -128,8 +129,8 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
     new_seed.click(do.new_seed, None, seed, **_QUICK)
     draw.click(
         do.draw,
-        [*asked, *settings],
-        [desk, cards, picture, earlier],
+        [desk, parts.earlier, prompt, num_documents, *settings],
+        [desk, cards, parts.earlier, picture, before],
         show_progress="hidden",
         **_DECODE,
     )
@@ -299,7 +300,7 @@ def _picture(
         button.upload(upload, button, outputs, **_QUICK)
         if with_last:
             last = gr.Button("Take the last drawing", size="sm", elem_id=f"{name}_last")
-            last.click(take_last, parts.desk, outputs, **_QUICK)
+            last.click(take_last, parts.earlier, outputs, **_QUICK)
     return image, panel
 
 

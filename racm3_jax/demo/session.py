@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
-from racm3_jax.demo.desk import NUM_EARLIER, Desk, Earlier, Given, Stage
+from racm3_jax.demo.desk import Desk, Given, Stage
 from racm3_jax.demo.stages import run_in_stages
 from racm3_jax.documents.images import ImageError, read_image, resize_image
 from racm3_jax.generation.classification import Classification
@@ -133,8 +133,8 @@ class Session:
     ) -> Iterator[Stage]:
         """Draws what the prompt says from what is on the desk, after a new search.
 
-        `settings` are those of `Generator.text_to_image`. The last stage has the output,
-        and a desk that remembers the best picture.
+        `settings` are those of `Generator.text_to_image`. The first stage shows what it
+        is drawn from, the last has the output.
         """
         settings = check_settings(settings)
         desk = self.search(desk, prompt, num_documents)
@@ -155,10 +155,6 @@ class Session:
                 images = list(self.generator.preview(part)[0])
                 yield Stage(desk, images, part.num_drawn / part.max_new_tokens)
                 continue
-            ids = tuple(g.id for g in desk.given)
-            new = Earlier(part.images[0], desk.prompt, part.seed, ids)
-            earlier = (new, *desk.earlier)[:NUM_EARLIER]
-            desk = dataclasses.replace(desk, earlier=earlier)
             yield Stage(desk, part.images, 1.0, part)
 
     def caption(

@@ -8,7 +8,7 @@ import numpy as np
 from demo_fakes import FakeGenerator, grey
 
 from racm3_jax.demo import panels
-from racm3_jax.demo.desk import Desk, Stage
+from racm3_jax.demo.desk import Desk, remember
 from racm3_jax.types import Document, Segment
 
 
@@ -54,10 +54,10 @@ def test_a_drawing_on_its_way_and_done(session):
     assert done.count("<figure>") == 2 and "seed 5 · sample 0 · score -0.000" in done
     assert "95% of the codes equal those of doc-00" in done
     assert done.count("Nearly a copy of doc-00.") == 1
-    assert panels.draw_earlier(last.desk.earlier) == ""
+    earlier = remember((), last)
+    assert panels.draw_earlier(earlier) == ""
     *_, second = session.draw(last.desk, "flag nation1 scene2", 1, seed=6)
-    assert "seed 5" in panels.draw_earlier(second.desk.earlier)
-    assert isinstance(last, Stage)
+    assert "seed 5" in panels.draw_earlier(remember(earlier, second))
 
 
 def test_captions_labels_and_examples():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from demo_fakes import FakeGenerator, grey
 
-from racm3_jax.demo.desk import Desk
+from racm3_jax.demo.desk import NUM_EARLIER, Desk, remember
 from racm3_jax.demo.session import (
     MAX_UPLOAD_BYTES,
     Session,
@@ -78,7 +78,8 @@ def test_a_drawing_comes_in_stages_and_is_remembered(session):
     assert (stages[1].images[0] == 127).all()
     last = stages[-1]
     assert last.output is not None and last.output.seed == 7
-    (earlier,) = last.desk.earlier
+    (earlier,) = remember((), last)
+    assert remember((earlier,), stages[0]) == (earlier,)
     assert earlier.seed == 7 and list(earlier.ids) == ids(last.desk)
     assert (earlier.image == last.images[0]).all()
 
@@ -91,7 +92,11 @@ def test_dropping_changes_the_drawing_and_repeating_does_not(session):
     fewer = session.drop(first.desk, first.desk.given[0].id)
     other = finish(session.draw(fewer, prompt, 1, seed=1))
     assert (first.images[0] != other.images[0]).all()
-    assert len(other.desk.earlier) == 2
+    drawings = remember(remember((), first), other)
+    assert [len(d.ids) for d in drawings] == [1, 1]
+    for _ in range(9):
+        drawings = remember(drawings, other)
+    assert len(drawings) == NUM_EARLIER
 
 
 def test_without_documents_the_model_draws_alone(session):
