@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import inspect
 import logging
 from collections.abc import Callable
@@ -32,8 +33,12 @@ def explained(method: Callable) -> Callable:
             return error
         if not isinstance(error, _EXPECTED):
             logging.getLogger("racm3").exception("the demo failed", exc_info=error)
-            return gr.Error(f"this failed, and the terminal says where: {error!r}")
-        return gr.Error(str(error), duration=12, print_exception=False)
+            sentence = f"this failed, and the terminal says where: {error!r}"
+        else:
+            sentence = str(error)
+        # Gradio shows it as HTML, and it may quote what was typed.
+        words = html.escape(sentence, quote=False)
+        return gr.Error(words, duration=12, print_exception=False)
 
     if inspect.isgeneratorfunction(method):
 
@@ -218,10 +223,10 @@ class Handlers:
     @explained
     def ask_removal(self, event: gr.EventData) -> tuple:
         words = (
-            f"Remove **{event.about.replace('*', '')}** from the memory for good? It is "
-            "taken from the work directory, for everyone, and cannot be brought back here."
+            f"Remove {event.about} from the memory for good? It is taken from the disk "
+            "for everyone who uses this memory, and cannot be brought back here."
         )
-        return event.about, words, gr.Column(visible=True)
+        return event.about, panels.draw_note(words, "words"), gr.Column(visible=True)
 
     @explained
     def remove(self, id: str, query: Any, num_results: float) -> tuple:

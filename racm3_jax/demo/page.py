@@ -243,7 +243,7 @@ def _memory_tab(parts: Parts) -> None:
     )
     said = _panel("", "memory_said")
     with gr.Column(visible=False, elem_id="remove_question") as question:
-        words = gr.Markdown()
+        words = _panel("", "remove_words")
         with gr.Row():
             yes = gr.Button("Remove it", variant="stop", elem_id="remove_yes")
             no = gr.Button("Keep it", elem_id="remove_no")

@@ -28,7 +28,7 @@ def draw_image(image: Image, words: str) -> str:
 
 
 def draw_note(words: str, kind: str = "faint") -> str:
-    """One line: faint, or a "warning"."""
+    """One line: faint, plain "words", or a "warning"."""
     return f'<div class="{kind}">{_text(words)}</div>' if words else ""
 
 
