@@ -268,34 +268,23 @@ def test_mistakes_are_said_in_one_sentence(visitor, tmp_path):
     toast = visitor.one("[data-testid=toast-body]")
     assert "the prompt is empty: write something" in toast.text
     visitor.look("5_mistake")
-    wrong = tmp_path / "wrong.png"
-    wrong.write_bytes(b"this is no picture")
-    visitor.upload("own_upload", wrong)
-    visitor.wait(
-        lambda: any("the file is not an image" in t for t in visitor.toasts()),
-        "a word about the file",
-    )
-    wrong.write_bytes(bytes(9 << 20))
-    visitor.upload("own_upload", wrong)
-    visitor.wait(
-        lambda: any(
-            "wrong.png has 9.0 MB; 8 MB are allowed" in t for t in visitor.toasts()
-        ),
-        "a word about its size",
-    )
-    notes = tmp_path / "notes.txt"
-    notes.write_text("no picture either")
-    visitor.upload("own_upload", notes)
-    visitor.wait(
-        lambda: any("notes.txt is no picture" in t for t in visitor.toasts()),
-        "a word about its kind",
-    )
+    visitor.open_tab("Caption")
+    for name, content, sentence in (
+        ("wrong.png", b"this is no picture", "the file is not an image"),
+        ("large.png", bytes(9 << 20), "large.png has 9.0 MB; 8 MB are allowed"),
+        ("notes.txt", b"no picture either", "notes.txt is no picture"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        visitor.upload("caption_upload", tmp_path / name)
+        visitor.wait(
+            lambda said=sentence: any(said in toast for toast in visitor.toasts()),
+            sentence,
+        )
     visitor.look("6_wrong_files")
-    assert not visitor.all("#own_picture img")
+    assert not visitor.all("#caption_picture img")
 
 
 def test_caption(visitor):
-    visitor.open_tab("Caption")
     visitor.click("#caption_last")
     visitor.one("#caption_picture img")
     visitor.click("#caption_go")
