@@ -66,7 +66,7 @@ def find_port(port: int) -> int:
 
 def serve(page: Any, port: int, max_upload_bytes: int) -> None:
     """Answers until Ctrl-C; prints the address."""
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    from gradio.themes import Default  # pyright: ignore[reportMissingImports]
     from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
     from starlette.middleware.trustedhost import (  # pyright: ignore[reportMissingImports]
         TrustedHostMiddleware,
@@ -89,7 +89,7 @@ def serve(page: Any, port: int, max_upload_bytes: int) -> None:
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        theme=gr.themes.Default(
+        theme=Default(
             primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"]
         ),
         css_paths=[Path(__file__).parent / "style.css"],
