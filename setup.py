@@ -22,7 +22,7 @@ setup(
         "racm3_jax.configs.sweeps",
     ],
     package_dir={"racm3_jax.configs": "configs"},
-    package_data={"racm3_jax": ["shipped/**/*"]},
+    package_data={"racm3_jax": ["shipped/**/*", "demo/*.css", "demo/*.js"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
@@ -64,6 +64,10 @@ setup(
         # Sources in parquet, and ready embeddings.
         "parquet": ["pyarrow>=17"],
         "hub": ["huggingface_hub>=0.34"],
+        # A page in the browser.
+        "demo": ["gradio>=6.31"],
+        # What `pytest -m browser` needs beside Chromium, its driver and [demo].
+        "browser": ["selenium>=4.25"],
         # What the live comparisons of `pytest -m parity` need: the reference
         # implementations, and photographs (scikit-image, scikit-learn). No torchvision.
         "parity": [

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import racm3_jax
 from racm3_jax.commands import (
     convert,
+    demo,
     doctor,
     estimate,
     generate,
@@ -23,7 +24,7 @@ from racm3_jax.commands import (
 from racm3_jax.commands.configs import UsageError
 
 # Each module registers its own subcommands.
-FAMILIES = (train, sweep, estimate, generate, memory, convert, doctor)
+FAMILIES = (train, sweep, estimate, generate, demo, memory, convert, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

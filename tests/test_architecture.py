@@ -18,7 +18,7 @@ FLOORS = [
     {"evaluation", "porting"},
     {"build"},
     {"run"},
-    {"quickstart", "sweeps", "doctor"},
+    {"quickstart", "sweeps", "doctor", "demo"},
     {"commands"},
     {"cli"},
 ]

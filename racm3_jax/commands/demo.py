@@ -1,0 +1,66 @@
+"""demo: everything a work directory can do, on a page in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+from racm3_jax.commands.configs import UsageError
+
+
+def register(commands: Any) -> None:
+    """Adds `demo` to the parser's subcommands."""
+    text = "A page in the browser, on this machine only (needs the [demo] extra)."
+    sub = commands.add_parser("demo", help=text, description=text)
+    sub.set_defaults(command=_demo)
+    sub.add_argument("--workdir", required=True, help="of quickstart or train")
+    sub.add_argument("--memory", default=None, help="another memory directory")
+    sub.add_argument("--port", type=int, default=7860, help="0 takes any free one")
+    sub.add_argument("--int8", action="store_true", help="weights in 8 bits")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise UsageError(missing_gradio(Path(arguments.workdir)))
+    from racm3_jax import run
+    from racm3_jax.demo import server
+
+    server.find_port(arguments.port)
+    generator = run.load(arguments.workdir, memory=arguments.memory)
+    if arguments.int8:
+        generator = generator.quantized()
+    notice = ""
+    if generator.retriever is None:
+        notice = missing_memory(arguments.workdir)
+        print(notice)
+    server.prepare_environment()
+    from racm3_jax.demo.page import build_page
+    from racm3_jax.demo.session import MAX_UPLOAD_BYTES, Session
+
+    for name in ("httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    page = build_page(Session(generator), notice)
+    server.serve(page, arguments.port, MAX_UPLOAD_BYTES)
+
+
+def missing_gradio(workdir: Path) -> str:
+    """How to install it, and what there is without it."""
+    report = workdir / "report.html"
+    without = f"open {report} without it"
+    if not report.exists():
+        without = "without it, racm3 quickstart writes a report.html"
+    return (
+        "the demo needs gradio, which is not installed: pip install 'racm3_jax[demo]' "
+        f"(in a clone, pip install -e '.[demo]'); {without}"
+    )
+
+
+def missing_memory(workdir: str) -> str:
+    """What is not possible without one."""
+    return (
+        f"There is no memory in {workdir}: nothing can be retrieved, only your own "
+        "documents are read; racm3 memory build makes one, and --memory=FOLDER opens it."
+    )

@@ -1,0 +1,274 @@
+"""What the page's buttons do: values of gradio in, panels out. The work is `Session`'s."""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr  # pyright: ignore[reportMissingImports]
+import numpy as np
+
+from racm3_jax.demo import panels
+from racm3_jax.demo.desk import Desk, Earlier, Given, remember
+from racm3_jax.demo.session import (
+    MAX_EXAMPLES,
+    Session,
+    check_size,
+    check_text,
+    read_upload,
+)
+
+_EXPECTED = (ValueError, FileNotFoundError)
+
+
+def explained(method: Callable) -> Callable:
+    """What goes wrong is shown on the page in one sentence; surprises are logged, too."""
+
+    def explain(error: Exception) -> gr.Error:
+        if isinstance(error, gr.Error):
+            return error
+        if not isinstance(error, _EXPECTED):
+            logging.getLogger("racm3").exception("the demo failed", exc_info=error)
+            sentence = f"this failed, and the terminal says where: {error!r}"
+        else:
+            sentence = str(error)
+        # Gradio shows it as HTML, and it may quote what was typed.
+        words = html.escape(sentence, quote=False)
+        return gr.Error(words, duration=12, print_exception=False)
+
+    if inspect.isgeneratorfunction(method):
+
+        @functools.wraps(method)
+        def follow(*args: Any, **kwargs: Any) -> Any:
+            try:
+                yield from method(*args, **kwargs)
+            except Exception as error:
+                raise explain(error) from error
+
+        return follow
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            raise explain(error) from error
+
+    return call
+
+
+class Handlers:
+    """One method a button; `session` does the work."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    # Draw
+
+    @explained
+    def search(self, desk: Desk, prompt: str, num_documents: float) -> tuple:
+        desk = self.session.search(desk, prompt, int(num_documents))
+        return desk, panels.draw_desk(desk)
+
+    @explained
+    def change_desk(self, desk: Desk, event: gr.EventData) -> tuple:
+        action, id = event.action, event.about
+        if action == "pin":
+            desk = self.session.pin(desk, id)
+        elif action == "drop":
+            desk = self.session.drop(desk, id)
+        elif action == "restore":
+            desk = self.session.restore(desk)
+        return desk, panels.draw_desk(desk)
+
+    @explained
+    def add_own(self, desk: Desk, image: np.ndarray | None, caption: str) -> tuple:
+        desk = self.session.add_own(desk, image, caption)
+        return desk, panels.draw_desk(desk), None, panels.draw_picked(None), ""
+
+    @explained
+    def draw(
+        self, desk: Desk, earlier: tuple, prompt: str, num: float, *settings: Any
+    ) -> Any:
+        shown = None
+        options = name_settings(*settings)
+        for stage in self.session.draw(desk, prompt, int(num), **options):
+            # Once: what is dropped or pinned meanwhile stays so.
+            changed = (gr.skip(), gr.skip())
+            if shown is None:
+                changed = (stage.desk, panels.draw_desk(stage.desk))
+            shown = stage
+            earlier = remember(earlier, stage)
+            pictures = panels.draw_stage(stage), panels.draw_earlier(earlier)
+            yield (*changed, earlier, *pictures)
+
+    def try_prompt(self, event: gr.EventData) -> str:
+        return event.about
+
+    def new_seed(self) -> int:
+        return int(np.random.default_rng().integers(2**31))
+
+    # Pictures for the other tabs
+
+    @explained
+    def refuse_upload(self, event: gr.EventData) -> None:
+        check_size(event.name, event.bytes)
+        raise ValueError(f"{event.name} is no picture: upload a PNG, JPEG or WEBP")
+
+    @explained
+    def upload(self, content: bytes | None) -> tuple:
+        image = None if content is None else read_upload(content)
+        return image, panels.draw_picked(image)
+
+    @explained
+    def take_last(self, earlier: tuple) -> tuple:
+        image = last_drawing(earlier)
+        return image, panels.draw_picked(image)
+
+    @explained
+    def upload_to_paint(self, content: bytes | None) -> tuple:
+        image = None if content is None else read_upload(content)
+        return image, panels.draw_brush(image, self.session.side), ""
+
+    @explained
+    def take_last_to_paint(self, earlier: tuple) -> tuple:
+        image = last_drawing(earlier)
+        return image, panels.draw_brush(image, self.session.side), ""
+
+    # Caption
+
+    @explained
+    def caption(
+        self,
+        image: np.ndarray | None,
+        num_documents: float,
+        num_samples: float,
+        seed: float | None,
+        temperature: float,
+    ) -> tuple:
+        output, given = self.session.caption(
+            image,
+            int(num_documents),
+            num_samples=num_samples,
+            seed=seed,
+            temperature=temperature,
+        )
+        return panels.draw_captions(output), draw_read(given)
+
+    # Infill and edit
+
+    def keep_cells(self, event: gr.EventData) -> str:
+        return event.cells
+
+    @explained
+    def infill(
+        self,
+        desk: Desk,
+        image: np.ndarray | None,
+        cells: str,
+        prompt: str,
+        follows: bool,
+        num_documents: float,
+        *settings: Any,
+    ) -> tuple:
+        painted = np.zeros(self.session.side**2, bool)
+        if len(cells) == len(painted):
+            painted = np.array([cell == "1" for cell in cells])
+        output, given = self.session.infill(
+            image,
+            painted,
+            prompt or "",
+            int(num_documents),
+            desk.given if follows else None,
+            **name_settings(*settings),
+        )
+        return panels.draw_output(output), draw_read(given)
+
+    # k-shot
+
+    @explained
+    def add_example(self, support: list, image: np.ndarray | None, label: str) -> tuple:
+        if image is None:
+            raise ValueError("choose a picture for the example first")
+        if len(support) >= MAX_EXAMPLES:
+            raise ValueError(f"{MAX_EXAMPLES} examples are the most")
+        support = [*support, (image, check_text(label, "the label", "dax"))]
+        examples = panels.draw_examples(support)
+        return support, examples, None, panels.draw_picked(None), ""
+
+    def clear_examples(self) -> tuple:
+        return [], panels.draw_examples([])
+
+    @explained
+    def classify(self, image: np.ndarray | None, support: list) -> str:
+        return panels.draw_labels(self.session.classify(image, support))
+
+    # Memory
+
+    @explained
+    def find_text(self, query: str, num_results: float) -> tuple:
+        found = self.session.find(query, int(num_results))
+        return draw_results(found), query
+
+    @explained
+    def find_image(self, image: np.ndarray | None, num_results: float) -> tuple:
+        if image is None:
+            raise ValueError("upload a picture to search by first")
+        return draw_results(self.session.find(image, int(num_results))), image
+
+    @explained
+    def ask_removal(self, event: gr.EventData) -> tuple:
+        words = (
+            f"Remove {event.about} from the memory for good? It is taken from the disk "
+            "for everyone who uses this memory, and cannot be brought back here."
+        )
+        return event.about, panels.draw_note(words, "words"), gr.Column(visible=True)
+
+    @explained
+    def remove(self, id: str, query: Any, num_results: float) -> tuple:
+        said = self.session.remove(id)
+        found = self.session.find(query, int(num_results))
+        return draw_results(found), panels.draw_note(said), gr.Column(visible=False)
+
+    def keep(self) -> gr.Column:
+        return gr.Column(visible=False)
+
+
+def name_settings(
+    num_samples: float,
+    seed: float | None,
+    temperature: float,
+    guidance: float,
+    guide_documents: bool,
+) -> dict[str, Any]:
+    """The sliders, in the order of the page, as the generator calls them."""
+    return {
+        "num_samples": num_samples,
+        "seed": seed,
+        "temperature": temperature,
+        "guidance": guidance,
+        "guide_documents": guide_documents,
+    }
+
+
+def last_drawing(earlier: tuple[Earlier, ...]) -> np.ndarray:
+    """What was drawn last on the first tab."""
+    if not earlier:
+        raise ValueError("nothing is drawn yet: draw something on the Draw tab first")
+    return earlier[0].image
+
+
+def draw_read(given: tuple[Given, ...]) -> str:
+    """The documents behind an answer."""
+    return panels.draw_cards(given) if given else panels.draw_note("no documents")
+
+
+def draw_results(found: tuple[Given, ...]) -> str:
+    """What a search of the memory found."""
+    if not found:
+        return panels.draw_note("Nothing was found.")
+    return panels.draw_cards(found, ("remove",))
