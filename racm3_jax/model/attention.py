@@ -30,10 +30,12 @@ from racm3_jax.model.contract import contract
 
 # Finite, so that a fully masked row would still be a softmax without NaN.
 _MASKED = -1e30
-# Most queries of one block. On 2 AVX-512 cores, 16x272 tokens, 4 heads of 64, float32:
-# blocks of 68 took 60 ms forward and backward, of 136 98 ms, `plain` 134 ms. The machine
-# was shared, other runs differ by a third; in all of them blocks of 34 to 91 were close.
+# Most queries of one block. On 2 AVX-512 cores, forward and backward of 16x272 tokens with
+# 4 heads of 64: float32 took 60 ms with blocks of 68, 98 with 136, 134 with `plain`;
+# bfloat16 65 ms and 52; of 2x512 with 8 heads, bfloat16 took 48 and 36. The machine was
+# shared; other runs differ by a third. Fewer blocks compile faster, too.
 _BLOCK_QUERIES = 72
+_BLOCK_QUERIES_HALF = 136
 
 _Q = Float[Array, "batch length heads head_dim"]
 _KV = Float[Array, "batch length kv_heads head_dim"]
@@ -208,9 +210,10 @@ def _plain(q, k, v, segment_ids):
     return contract("bkgqs,bskd->bqkgd", weights, v, dtype)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
+def _blocks(length: int, dtype: str) -> list[tuple[int, int]]:
     """Even ranges of queries, `[start, stop)`; block i needs the keys `[0, stop)`."""
-    count = -(-length // _BLOCK_QUERIES)
+    most = _BLOCK_QUERIES if dtype == "float32" else _BLOCK_QUERIES_HALF
+    count = -(-length // most)
     size = -(-length // count)
     return [(i, min(i + size, length)) for i in range(0, length, size)]
 
@@ -250,7 +253,7 @@ def _forward_row(row):
     q, k, v, segments = row
     dot = functools.partial(contract, dtype=str(q.dtype))
     outs, log_sums = [], []
-    for start, stop in _blocks(q.shape[0]):
+    for start, stop in _blocks(q.shape[0], str(q.dtype)):
         scores = dot("qkgd,skd->kgqs", q[start:stop], k[:stop])
         scores = jnp.where(_visible(segments, start, stop), scores, _MASKED)
         log_sum = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
@@ -269,7 +272,7 @@ def _backward_row(row):
     dv = jnp.zeros(v.shape, jnp.float32)
     # Row sums of weights * d_weights, by the identity of FlashAttention, section 3.
     shift = jnp.einsum("qkgd,qkgd->kgq", out, cotangent)
-    for start, stop in _blocks(q.shape[0]):
+    for start, stop in _blocks(q.shape[0], str(q.dtype)):
         q_block, d_out = q[start:stop], cotangent[start:stop]
         scores = dot("qkgd,skd->kgqs", q_block, k[:stop])
         weights = jnp.exp(scores - log_sums[..., start:stop, None])
