@@ -419,3 +419,33 @@ def test_a_tree_is_tuned_to_a_recall_target(tmp_path):
     assert scann_tuning.compute_recall(opened, expected, queries) == reached["text"]
     with pytest.raises(ValueError, match=r"in \(0, 1\]; got 2"):
         scann_tuning.tune(index, tmp_path, rows, kinds, recall_target=2)
+
+
+def test_tuning_rescores_more_where_leaves_do_not_help(tmp_path, monkeypatch):
+    """Coarse hashing, all leaves searched already: only rescoring is left."""
+    monkeypatch.setattr(scann_tuning, "_MOST_REORDERED", 0.5)
+    rows, queries = _clustered(2000, 64)
+    for mode in ("tree", "hash"):
+        config = ScannConfig(mode=mode, num_leaves=10, searched_share=1.0)
+        index = ScannIndex.build(rows, config, tmp_path / mode)
+        index.settings["num_reordered"] = 10
+        reached = scann_tuning.tune(
+            index, tmp_path / mode, rows, {"text": queries}, recall_target=0.95
+        )
+        assert reached["text"] >= 0.95
+        assert 10 < index.settings["num_reordered"] <= 1000
+        assert ScannIndex.load(tmp_path / mode).settings == index.settings
+
+
+def test_cost_counts_leaves_and_rescored_rows():
+    tree = {
+        "mode": "tree",
+        "dimensions_per_block": 2,
+        "num_leaves": 100,
+        "num_searched": 5,
+        "num_reordered": 10,
+    }
+    # A tenth of 1,000 rows of 4 bytes, and 10 rows of 32 bytes from anywhere.
+    assert scann_tuning.compute_cost(tree, 1000, 16) == 400 + 3 * 320
+    hashed = {"mode": "hash", "dimensions_per_block": 2, "num_reordered": 10}
+    assert scann_tuning.compute_cost(hashed, 1000, 16) == 4000 + 3 * 320
