@@ -29,9 +29,13 @@ from science import catalogue
 from science.agreement import write_agreement
 from science.cells import hold, measure_cell, read_cell, read_cells
 from science.experiment import FULL, TINY, Experiment, Place
+from science.page import format_page
 from science.report import write_report
 
 RESULTS = ROOT / "experiments" / "results" / "science"
+PAGE = ROOT / "experiments" / "README.md"
+# Between two cells, so that others who wait for the lock come first.
+PAUSE_SECONDS = 1.0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", action="store_true", help="measure what is missing")
+    parser.add_argument("--page", action="store_true", help="write README.md anew")
     parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--conditions", default="", help="of them, only these")
     parser.add_argument("--tiny", action="store_true", help="a minimal world")
@@ -61,6 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
             run(experiment, place, results, wanted, options.lock)
             if options.against:
                 write_agreement(experiment, results, options.against)
+    if options.page:
+        PAGE.write_text(format_page(catalogue.EXPERIMENTS, RESULTS))
     print(format_state(chosen, place, results))
 
 
@@ -100,7 +107,7 @@ def run(
             if read_cell(experiment, condition, seed, place) is not None:
                 continue
             if lock is not None:
-                time.sleep(1)  # others who wait for it come first
+                time.sleep(PAUSE_SECONDS)
             with hold(lock):
                 cell = measure_cell(experiment, condition, seed, place)
             measured = True

@@ -101,7 +101,7 @@ EXPERIMENT = Experiment(
     title="What does retrieval gain, for drawing and for captions?",
     claim=(
         "RA-CM3 draws and captions better than the same model without retrieval, by 12 "
-        "FID and 17 CIDEr on MS-COCO (abstract, tables 1 and 2); returning the retrieved "
+        "FID and 17 CIDEr on MS-COCO (abstract); returning the retrieved "
         "image gives 17.97 FID, between the plain model (29.5) and RA-CM3 (15.7)."
     ),
     conditions={

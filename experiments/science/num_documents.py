@@ -43,7 +43,7 @@ EXPERIMENT = Experiment(
     title="How many retrieved documents does a prompt need?",
     claim=(
         "Two documents at test are used throughout, after training with K ~ U{0, 1, 2}; "
-        "the successor (arXiv 2309.02591, table 2) prints FID 10.82, 5.78 and 4.88 with "
+        "the successor (arXiv 2309.02591) prints FID 10.82, 5.78 and 4.88 with "
         "0, 1 and 2 documents."
     ),
     conditions={str(k): f"K = {k}" for k in COUNTS},
