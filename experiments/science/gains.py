@@ -70,7 +70,7 @@ def train_twin(place: Place) -> Generator:
     config.seed = 2
     config.memory.index = "exact"
     config.train.num_steps = min(TWIN_STEPS, place.scale.max_steps)
-    config.optimizer.warmup_steps = min(100, config.train.num_steps)
+    config.optimizer.warmup_steps = min(100, config.train.num_steps // 2)
     if config.train.num_steps < TWIN_STEPS:
         config.world.num_nations = place.scale.num_trained
         config.pipeline.rows = config.pipeline.examples_per_batch = 4

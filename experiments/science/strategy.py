@@ -72,8 +72,10 @@ EXPERIMENT = Experiment(
     measure=measure,
     columns={
         "own_flag": "flag right, own strategy at test",
+        "own_scene": "scene right, own strategy",
         "own_name": "caption names the nation, own strategy",
         "flag": "flag right, whole strategy at test",
+        "scene": "scene right, whole strategy",
         "name": "caption names the nation, whole strategy",
         "text_perplexity": "text perplexity ↓",
         "image_bits": "bits an image ↓",
@@ -81,9 +83,12 @@ EXPERIMENT = Experiment(
     panels=(
         Panel(
             "own strategy at test",
-            {"own_flag": "flag drawn", "own_name": "name written"},
+            {"own_flag": "flag", "own_scene": "scene", "own_name": "name written"},
         ),
-        Panel("whole strategy at test", {"flag": "flag drawn", "name": "name written"}),
+        Panel(
+            "whole strategy at test",
+            {"flag": "flag", "scene": "scene", "name": "name written"},
+        ),
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
     hours=2.4,

@@ -96,7 +96,7 @@ def make_config(
     )
     config.optimizer.learning_rate = LEARNING_RATE
     config.train.num_steps = min(num_steps, place.scale.max_steps)
-    config.optimizer.warmup_steps = min(100, config.train.num_steps)
+    config.optimizer.warmup_steps = min(100, config.train.num_steps // 2)
     config.train.checkpoint_every = 250
     for name, value in (changes or {}).items():
         *sections, key = name.split(".")
