@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT)]
 
 from science import catalogue
 from science.agreement import write_agreement
-from science.cells import hold, measure_cell, read_cell, read_cells
+from science.cells import hold, measure_cell, read_cell, read_cells, restore_cells
 from science.experiment import FULL, TINY, Experiment, Place
 from science.page import format_page
 from science.report import write_report
@@ -99,6 +99,7 @@ def run(
     lock: Path | None,
 ) -> None:
     """Measures the missing cells, seed by seed, and writes the report after each seed."""
+    restore_cells(experiment, place, results)
     for seed in experiment.seeds:
         measured = False
         for condition in experiment.conditions:

@@ -51,6 +51,29 @@ def read_cells(experiment: Experiment, place: Place) -> dict[tuple[str, int], Ce
     return found
 
 
+def restore_cells(experiment: Experiment, place: Place, results: Path) -> int:
+    """Takes cells from published results, so that they are not measured again.
+
+    Returns:
+      How many; none of other settings, of another scale, or that are there already.
+    """
+    published = results / f"{experiment.name}.json"
+    if not published.exists():
+        return 0
+    record = json.loads(published.read_text())
+    settings = _settings(experiment)
+    if record["settings"] != settings or record["scale"]["name"] != place.scale.name:
+        return 0
+    restored = 0
+    for cell in record["measured"]:
+        path = cell_path(experiment, cell["condition"], cell["seed"], place)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, cell | {"settings": settings})
+            restored += 1
+    return restored
+
+
 def read_figures(cell: Cell) -> Figures:
     """The figures as they were measured."""
     return {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from science import variants
-from science.cells import Cell
+from science.cells import Cell, write_json
 from science.experiment import Experiment, Figures, Panel, Place
 from science.measures import (
     Sampling,
@@ -34,6 +35,10 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
     k = 2 if retrieval else 0
     generator = bench.over_memory(plain)
     cost = variants.read_cost(folder)
+    curves: dict[str, Any] = {n: variants.read_curve(folder, n) for n in CURVES}
+    path = curve_path(condition, seed, place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, curves | {"num_steps": config.train.num_steps})
     return {
         **measure_drawing(generator, bench, seed, k, Sampling()),
         **measure_captions(generator, bench, seed, k),
@@ -56,34 +61,40 @@ def make_config(size: str, retrieval: bool, seed: int, place: Place) -> Any:
     )
 
 
+def curve_path(condition: str, seed: int, place: Place) -> Path:
+    """Where the losses of one training are kept, for the plot."""
+    return place.work / place.scale.name / "curves" / f"sizes-{condition}-{seed}.json"
+
+
 def draw_curves(
     experiment: Experiment, cells: dict[tuple[str, int], Cell], place: Place
 ) -> Path | None:
-    """Losses against the compute that was spent, one line a training."""
+    """Losses against the compute that was spent, one line a training.
+
+    None where trainings are not on this machine.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    if not all(curve_path(*key, place).exists() for key in cells):
+        return None
     figure, axes = pyplot.subplots(1, len(CURVES), figsize=(11, 4))
     colours = dict(zip(SIZES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     for (condition, seed), cell in cells.items():
         size, _, kind = condition.partition("_")
-        retrieval = kind == "retrieval"
-        config = make_config(size, retrieval, seed, place)
-        folder = variants.train(config, place)
+        curves = json.loads(curve_path(condition, seed, place).read_text())
         total = float(cell["figures"]["teraflops"])
         for axis, name in zip(axes, CURVES, strict=True):
-            steps, values = variants.read_curve(folder, name)
-            spent = [total * step / config.train.num_steps for step in steps]
-            label = f"{size}, {KINDS[kind]}"
+            steps, values = curves[name]
             axis.plot(
-                spent,
+                [total * step / curves["num_steps"] for step in steps],
                 values,
                 color=colours[size],
-                linestyle="-" if retrieval else ":",
+                linestyle="-" if kind == "retrieval" else ":",
                 linewidth=1,
-                label=label if seed == experiment.seeds[0] else None,
+                label=f"{size}, {KINDS[kind]}" if seed == experiment.seeds[0] else None,
             )
     for axis, name in zip(axes, CURVES, strict=True):
         axis.set(xscale="log", yscale="log", xlabel="teraFLOP of training", ylabel=name)

@@ -117,6 +117,20 @@ def test_a_report_holds_figures_cost_and_commit(place, tmp_path):
     assert path.with_suffix(".png").stat().st_size > 1000
 
 
+def test_published_cells_are_not_measured_again(place, tmp_path):
+    for seed in FAKE.seeds:
+        cells.measure_cell(FAKE, "with", seed, place)
+    report.write_report(FAKE, place, tmp_path / "results")
+    elsewhere = Place(tmp_path / "other", TINY)
+    assert cells.restore_cells(FAKE, elsewhere, tmp_path / "results") == 3
+    assert cells.restore_cells(FAKE, elsewhere, tmp_path / "results") == 0
+    assert cells.read_cells(FAKE, elsewhere) == cells.read_cells(FAKE, place)
+    other = dataclasses.replace(FAKE, settings={"steps": 4})
+    assert cells.restore_cells(other, place, tmp_path / "results") == 0
+    full = Place(tmp_path / "full", FULL)
+    assert cells.restore_cells(FAKE, full, tmp_path / "results") == 0
+
+
 def test_nothing_measured_writes_nothing(place, tmp_path):
     assert report.write_report(FAKE, place, tmp_path / "results") is None
     assert not (tmp_path / "results").exists()
