@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def choose(only: str, first_seed: int, tiny: bool) -> list[Experiment]:
-    """The experiments of these names, with their seeds.
+    """The experiments of these names, with their seeds; of a tiny run, their proof.
 
     Raises:
       SystemExit: a name that does not exist.
@@ -82,13 +82,22 @@ def choose(only: str, first_seed: int, tiny: bool) -> list[Experiment]:
     for name in names:
         if name not in known:
             raise SystemExit(f"--only={name}: choose from {', '.join(known)}")
-    count = 2 if tiny else 3
-    seeds = tuple(range(first_seed, first_seed + count))
-    return [
-        dataclasses.replace(e, seeds=seeds)
-        for e in known.values()
-        if not names or e.name in names
-    ]
+    seeds = tuple(range(first_seed, first_seed + (1 if tiny else 3)))
+    chosen = [e for e in known.values() if not names or e.name in names]
+    if tiny:
+        chosen = [prove(e) for e in chosen]
+    return [dataclasses.replace(e, seeds=seeds) for e in chosen]
+
+
+def prove(experiment: Experiment) -> Experiment:
+    """The conditions that prove the code, and no others."""
+    kept = [c for c in experiment.conditions if c in experiment.proof]
+    values = dict(zip(experiment.conditions, experiment.x_values, strict=False))
+    return dataclasses.replace(
+        experiment,
+        conditions={c: experiment.conditions[c] for c in kept},
+        x_values=tuple(values[c] for c in kept if c in values),
+    )
 
 
 def run(

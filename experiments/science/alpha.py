@@ -76,6 +76,7 @@ EXPERIMENT = Experiment(
     ),
     hours=2.8,
     reference="0.1",
+    proof=("0.3",),
     settings=variants.SETTINGS,
     notes=f"K=0 is the same model without documents. {DISTANCE_NOTE}",
 )

@@ -30,6 +30,7 @@ class Scale:
       num_scene_examples: pictures that the scene classifier learns from.
       max_steps: no training is longer.
       d_model: no model is wider.
+      num_layers: no model has more.
       num_episodes: k-shot questions a seed.
     """
 
@@ -40,11 +41,12 @@ class Scale:
     num_scene_examples: int
     max_steps: int
     d_model: int
+    num_layers: int
     num_episodes: int
 
 
-FULL = Scale("full", 100, 1000, 4000, 2000, 10**9, 10**9, 100)
-TINY = Scale("tiny", 3, 8, 12, 60, 2, 32, 3)
+FULL = Scale("full", 100, 1000, 4000, 2000, 10**9, 10**9, 10**9, 100)
+TINY = Scale("tiny", 3, 8, 12, 60, 2, 32, 1, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Experiment:
       notes: what a reader of the table must know.
       x_values: of the conditions, where they are numbers of one kind.
       x_title: what these numbers are.
+      proof: the conditions that prove the code, on the tiny scale; all paths through it.
       draw: draws further panels, from (experiment, cells, place); the table stays.
     """
 
@@ -115,4 +118,5 @@ class Experiment:
     notes: str = ""
     x_values: tuple[float, ...] = ()
     x_title: str = ""
+    proof: tuple[str, ...] = ()
     draw: Callable[[Any, Any, Place], Path] | None = None

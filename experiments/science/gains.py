@@ -132,6 +132,7 @@ EXPERIMENT = Experiment(
     ),
     hours=1.7,
     reference="twin",
+    proof=("retrieval", "random", "twin_equal_compute", "copy"),
     settings={
         "tests_per_nation": TESTS_PER_NATION,
         "num_retrieved": NUM_RETRIEVED,

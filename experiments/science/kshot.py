@@ -100,6 +100,7 @@ EXPERIMENT = Experiment(
     reference="0",
     x_values=tuple(float(k) for k in SHOTS),
     x_title="examples a label",
+    proof=("0", "2"),
     settings={"shots": list(SHOTS)} | shipped_weights(),
     notes=(
         "Two of the held-out nations a question; chance is 50%. One example of each "

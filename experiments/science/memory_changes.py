@@ -153,6 +153,7 @@ EXPERIMENT = Experiment(
     ),
     hours=0.6,
     reference="nations_1000",
+    proof=("nations_0", "documents_1", "removed_half", "added"),
     settings={
         "sizes": SIZES,
         "depths": DEPTHS,

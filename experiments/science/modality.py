@@ -66,6 +66,7 @@ EXPERIMENT = Experiment(
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
     ),
     hours=1.4,
+    proof=("test_text", "trained_image"),
     settings=variants.SETTINGS | shipped_weights(),
     notes=(
         "The retriever finds the same documents in all rows; the model is given parts of "

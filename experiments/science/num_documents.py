@@ -74,6 +74,7 @@ EXPERIMENT = Experiment(
     reference="2",
     x_values=tuple(float(k) for k in COUNTS),
     x_title="documents at test",
+    proof=("0", "4"),
     settings={"max_length": MAX_LENGTH, "counts": list(COUNTS)} | shipped_weights(),
     notes=(
         "Training has shown at most 2 documents: 4 is longer than any row that the model "

@@ -74,6 +74,7 @@ EXPERIMENT = Experiment(
     reference="0.0",
     x_values=PROBABILITIES,
     x_title="probability of rotation",
+    proof=("0.5",),
     settings=variants.SETTINGS,
     notes=(
         "Guidance has weight 2. Spans of images and captions move besides (Poisson with "

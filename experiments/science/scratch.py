@@ -70,6 +70,7 @@ EXPERIMENT = Experiment(
     ),
     hours=1.6,
     reference="scratch",
+    proof=("finetuned",),
     settings=variants.SETTINGS | {"finetune_steps": FINETUNE_STEPS},
     notes="Compute counts positions of training; each part has its own schedule.",
 )

@@ -136,6 +136,7 @@ EXPERIMENT = Experiment(
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
     hours=3.2,
+    proof=("small_retrieval", "small_plain"),
     settings=variants.SETTINGS | {"sizes": {k: list(v) for k, v in SIZES.items()}},
     notes=(
         "At one size both kinds take the same number of positions: the plain model takes "

@@ -93,6 +93,7 @@ EXPERIMENT = Experiment(
     ),
     hours=2.4,
     reference="query_dropout",
+    proof=("random", "query_dropout"),
     settings=variants.SETTINGS | {"duplicate_share": DUPLICATE_SHARE},
     notes=(
         f"{DUPLICATE_SHARE:.0%} of the documents have an exact copy in the memory, in "

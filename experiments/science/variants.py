@@ -89,7 +89,7 @@ def make_config(
     config.pipeline.rows = ROWS if retrieval else PLAIN_ROWS
     config.model.update(
         d_model=d_model,
-        num_layers=num_layers,
+        num_layers=min(num_layers, place.scale.num_layers),
         num_heads=4,
         head_dim=d_model // 4,
         d_ff=4 * d_model,

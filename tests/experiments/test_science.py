@@ -174,6 +174,8 @@ def test_experiments_are_whole(experiment):
     assert len(experiment.seeds) >= 3
     assert experiment.claim and experiment.title
     assert experiment.reference in {"", *experiment.conditions}
+    assert set(experiment.proof) <= set(experiment.conditions)
+    assert experiment.proof
     for panel in experiment.panels:
         assert set(panel.figures) <= set(experiment.columns)
     if experiment.x_values:
@@ -214,4 +216,4 @@ def test_every_experiment_runs_on_a_minimal_world(tmp_path):
         record = json.loads(
             (tmp_path / "results" / f"{experiment.name}.json").read_text()
         )
-        assert record["cells_done"] == 2 * len(experiment.conditions)
+        assert record["cells_done"] == len(experiment.proof)
