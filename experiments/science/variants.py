@@ -31,17 +31,20 @@ from science.worlds import EASY, open_memory
 D_MODEL, NUM_LAYERS = 128, 4
 NUM_STEPS = 1500
 LEARNING_RATE = 2e-3
-ROWS = 16
+# Half a batch of configs/flagworld.py.
+EXAMPLES, ROWS = 11, 8
 # Rows without documents are half as full: a plain model takes half the positions a step.
-PLAIN_ROWS = 8
+PLAIN_ROWS = 4
 ROTATION = 0.25
 SETTINGS = {
     "d_model": D_MODEL,
     "num_layers": NUM_LAYERS,
     "num_steps": NUM_STEPS,
     "learning_rate": LEARNING_RATE,
+    "examples": EXAMPLES,
+    "rows": ROWS,
     "rotation_probability": ROTATION,
-    "world": {name: list(value) for name, value in EASY.items()},
+    "world": EASY,
 }
 
 
@@ -87,6 +90,7 @@ def make_config(
     config.memory.index = "exact"
     config.masking.rotation_probability = ROTATION
     config.pipeline.rows = ROWS if retrieval else PLAIN_ROWS
+    config.pipeline.examples_per_batch = EXAMPLES
     config.model.update(
         d_model=d_model,
         num_layers=min(num_layers, place.scale.num_layers),

@@ -38,8 +38,12 @@ SHIPPED = "shipped:flagworld"
 # Of the shipped CLIP: see configs/flagworld.py.
 STRATEGY = StrategyConfig(max_similarity=0.95, num_candidates=24)
 # The world of the small models, in which fewer steps suffice to learn to copy: flags of
-# one size, hanging still.
-EASY = {"flag_sizes": ((48, 32),), "wave_amplitudes": (0.0,)}
+# one size, hanging still, at one of two heights.
+EASY: dict[str, Any] = {
+    "flag_sizes": ((48, 32),),
+    "wave_amplitudes": (0.0,),
+    "placement_grid": 16,
+}
 
 
 @dataclasses.dataclass(frozen=True)
