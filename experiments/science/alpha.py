@@ -74,7 +74,7 @@ EXPERIMENT = Experiment(
             percent=False,
         ),
     ),
-    hours=2.8,
+    hours=1.9,
     reference="0.1",
     proof=("0.3",),
     settings=variants.SETTINGS,

@@ -96,7 +96,7 @@ EXPERIMENT = Experiment(
             {"label": "bare labels", "sentence": "in a phrase", "nearest": "by CLIP"},
         ),
     ),
-    hours=0.3,
+    hours=0.2,
     reference="0",
     x_values=tuple(float(k) for k in SHOTS),
     x_title="examples a label",

@@ -65,7 +65,7 @@ EXPERIMENT = Experiment(
         Panel("right", {"flag": "flag drawn", "name": "name written"}),
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
     ),
-    hours=1.4,
+    hours=1.0,
     proof=("test_text", "trained_image"),
     settings=variants.SETTINGS | shipped_weights(),
     notes=(

@@ -70,7 +70,7 @@ EXPERIMENT = Experiment(
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
         Panel("FID, own features", {"fid": "FID"}, percent=False),
     ),
-    hours=0.3,
+    hours=0.4,
     reference="2",
     x_values=tuple(float(k) for k in COUNTS),
     x_title="documents at test",

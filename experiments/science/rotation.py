@@ -70,7 +70,7 @@ EXPERIMENT = Experiment(
             },
         ),
     ),
-    hours=2.0,
+    hours=1.2,
     reference="0.0",
     x_values=PROBABILITIES,
     x_title="probability of rotation",

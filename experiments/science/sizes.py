@@ -135,7 +135,7 @@ EXPERIMENT = Experiment(
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
-    hours=3.2,
+    hours=2.3,
     proof=("small_retrieval", "small_plain"),
     settings=variants.SETTINGS | {"sizes": {k: list(v) for k, v in SIZES.items()}},
     notes=(

@@ -91,7 +91,7 @@ EXPERIMENT = Experiment(
         ),
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
-    hours=2.4,
+    hours=1.7,
     reference="query_dropout",
     proof=("random", "query_dropout"),
     settings=variants.SETTINGS | {"duplicate_share": DUPLICATE_SHARE},
