@@ -102,6 +102,7 @@ def make_config(
     config.train.num_steps = min(num_steps, place.scale.max_steps)
     config.optimizer.warmup_steps = min(100, config.train.num_steps // 2)
     config.train.checkpoint_every = 250
+    config.train.log_every = min(20, config.train.num_steps)
     for name, value in (changes or {}).items():
         *sections, key = name.split(".")
         section = config
