@@ -72,6 +72,7 @@ def train_twin(place: Place) -> Generator:
     config.train.num_steps = min(TWIN_STEPS, place.scale.max_steps)
     config.optimizer.warmup_steps = min(100, config.train.num_steps // 2)
     if config.train.num_steps < TWIN_STEPS:
+        config.train.log_every = config.train.num_steps
         config.world.num_nations = place.scale.num_trained
         config.pipeline.rows = config.pipeline.examples_per_batch = 4
     folder = place.work / place.scale.name / "twin_equal_compute"
