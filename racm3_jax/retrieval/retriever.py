@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float32, Int
 
 from racm3_jax.retrieval import strategy as strategy_lib
 from racm3_jax.retrieval.filters import NEAR_SIMILARITY
+from racm3_jax.retrieval.index import empty_neighbours
 from racm3_jax.retrieval.memory import Memory, hash_name
 from racm3_jax.retrieval.strategy import StrategyConfig
-from racm3_jax.types import Retrieved, TokenizedDocument
+from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
 
 _WIDENING = 4
 
@@ -89,7 +90,7 @@ class Retriever:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Rows and scores taken for each asking query, out of `width` candidates."""
         config, memory = self.strategy, self.memory
-        neighbours = memory.search(queries, width)
+        neighbours = self._propose(queries, width)
         # Unfilled slots read row 0; they are excluded.
         rows = np.maximum(neighbours.ids, 0)
         embeddings = memory.embeddings[rows]
@@ -117,6 +118,21 @@ class Retriever:
             )
             chosen.append((rows[j][taken], neighbours.scores[j][taken]))
         return chosen
+
+    def _propose(
+        self, queries: Float32[np.ndarray, "asking d_embed"], width: int
+    ) -> Neighbours:
+        """The candidates of each query: its neighbours, or rows drawn at random."""
+        if self.strategy.ranking == "relevance":
+            return self.memory.search(queries, width)
+        allowed = self.memory.allowed_ids()
+        found = empty_neighbours(len(queries), width)
+        for j, query in enumerate(queries):
+            rows = strategy_lib.draw_candidates(allowed, width, query)
+            found.ids[j, : len(rows)] = rows
+            found.scores[j, : len(rows)] = self.memory.embeddings[rows] @ query
+            found.valid[j, : len(rows)] = True
+        return found
 
     def _find_copies(
         self,
@@ -155,7 +171,14 @@ class Retriever:
             )
         )
         return [
-            Retrieved(rows, scores, tuple(next(documents) for _ in rows))
+            Retrieved(
+                rows,
+                scores,
+                tuple(
+                    strategy_lib.keep_parts(next(documents), self.strategy.given)
+                    for _ in rows
+                ),
+            )
             for rows, scores in chosen
         ]
 

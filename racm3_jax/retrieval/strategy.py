@@ -7,9 +7,16 @@ documents; skip a candidate that is too similar to the query or to one already t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
+
+from racm3_jax.types import TokenizedDocument
+
+Ranking = Literal["relevance", "random"]
+Given = Literal["both", "text", "image"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +31,9 @@ class StrategyConfig:
         up to this number.
       require_multimodal: keep only documents that have both text and an image.
       drop_same_source: skip candidates with the main document's source.
+      ranking: "relevance" takes what is nearest to the query; "random" is the baseline
+        that draws the candidates evenly, whatever the query says.
+      given: which parts of the retrieved documents the model is given.
     """
 
     max_similarity: float = 0.9
@@ -31,8 +41,21 @@ class StrategyConfig:
     max_candidates: int = 512
     require_multimodal: bool = True
     drop_same_source: bool = True
+    ranking: Ranking = "relevance"
+    given: Given = "both"
 
     def __post_init__(self) -> None:
+        for name, allowed in (("ranking", Ranking), ("given", Given)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"strategy.{name} is {getattr(self, name)!r}; allowed: "
+                    + ", ".join(get_args(allowed))
+                )
+        if self.given != "both" and not self.require_multimodal:
+            raise ValueError(
+                f"strategy.given={self.given!r} needs strategy.require_multimodal=True: "
+                "a document without that part would be empty"
+            )
         if self.num_candidates < 1:
             raise ValueError(
                 f"strategy.num_candidates must be >= 1; got {self.num_candidates}"
@@ -101,6 +124,30 @@ def select(
         if (similarities <= max_similarity).all():
             taken.append(int(position))
     return np.asarray(taken, np.int64)
+
+
+def draw_candidates(
+    rows: Int[np.ndarray, " allowed"], num: int, query: Float[np.ndarray, " d_embed"]
+) -> Int[np.ndarray, " num"]:
+    """Random retrieval: `num` different rows, drawn evenly.
+
+    Which ones depends on the query's bytes alone, so that a resumed training draws the
+    same ones again.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(query, np.float32).tobytes()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    return rows[rng.choice(len(rows), min(num, len(rows)), replace=False)]
+
+
+def keep_parts(document: TokenizedDocument, given: Given) -> TokenizedDocument:
+    """The document with its texts or its images alone, or all of it.
+
+    t1 t2 <break> i1 i2,  "image"  ->  i1 i2
+    """
+    if given == "both":
+        return document
+    kept = tuple(s for s in document.segments if s.modality == given)
+    return dataclasses.replace(document, segments=kept)
 
 
 def sample_num_documents(rng: np.random.Generator, maximum: int) -> int:

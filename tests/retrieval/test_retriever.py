@@ -143,3 +143,55 @@ def test_threads_get_the_same(memory, documents):
     for thread in threads:
         thread.join()
     assert found == [expected] * 20
+
+
+def test_random_ranking_draws_evenly_and_the_same_again(memory, documents):
+    config = StrategyConfig(ranking="random", max_similarity=2, num_candidates=4)
+    retriever = Retriever(memory, config)
+    ids = np.arange(40)
+    queries, mains = memory.queries(ids, "text"), _mains(documents)
+    first = retriever.retrieve(queries, np.full(40, 2), mains)
+    again = retriever.retrieve(queries[::-1], np.full(40, 2), mains[::-1])[::-1]
+    for row, result, other in zip(ids, first, again, strict=True):
+        np.testing.assert_array_equal(result.ids, other.ids)
+        assert len(set(result.ids.tolist())) == 2
+        assert row not in result.ids
+        np.testing.assert_allclose(
+            result.scores, memory.embeddings[result.ids] @ queries[row], atol=1e-6
+        )
+    # Of the 4 documents of its own nation, a query would find 80 by relevance.
+    own = sum((r.ids // 4 == row // 4).sum() for row, r in zip(ids, first, strict=True))
+    assert own < 20
+    assert len({int(i) for r in first for i in r.ids}) > 25
+
+
+def test_random_ranking_never_draws_what_was_removed(memory, documents):
+    retriever = Retriever(memory, StrategyConfig(ranking="random", max_similarity=2))
+    memory.remove(np.arange(3, 40))
+    results = retriever.retrieve(
+        memory.queries(np.arange(3), "text"), np.full(3, 3), _mains(documents[:3])
+    )
+    assert [sorted(r.ids.tolist()) for r in results] == [[1, 2], [0, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("given", ["text", "image", "both"])
+def test_the_model_is_given_the_chosen_parts(memory, documents, given):
+    query, main = memory.queries([0], "text"), _mains(documents[:1])
+    (whole,) = Retriever(memory).retrieve(query, [2], main)
+    (result,) = Retriever(memory, StrategyConfig(given=given)).retrieve(
+        query, [2], main
+    )
+    np.testing.assert_array_equal(result.ids, whole.ids)
+    wanted = {"text", "image"} if given == "both" else {given}
+    for document, full in zip(result.documents, whole.documents, strict=True):
+        assert document.modalities == wanted
+        assert document.id == full.id
+
+
+def test_a_strategy_that_cannot_be():
+    with pytest.raises(
+        ValueError, match="ranking is 'best'; allowed: relevance, random"
+    ):
+        StrategyConfig(ranking="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs strategy.require_multimodal=True"):
+        StrategyConfig(given="text", require_multimodal=False)

@@ -1,0 +1,82 @@
+"""3. The loss weight of retrieved documents, and generation without retrieval."""
+
+from __future__ import annotations
+
+from science import variants
+from science.experiment import Experiment, Figures, Panel, Place
+from science.measures import (
+    DISTANCE_NOTE,
+    Sampling,
+    draw,
+    judge_drawings,
+    measure_captions,
+    measure_distances,
+    measure_drawing,
+    measure_likelihood,
+)
+from science.worlds import EASY, open_bench
+
+ALPHAS = (0.0, 0.03, 0.1, 0.3, 1.0)
+
+
+def measure(condition: str, seed: int, place: Place) -> Figures:
+    """A model trained with this α draws and captions, with documents and without."""
+    bench = open_bench(seed, place, **EASY)
+    alpha = float(condition)
+    plain = variants.train_model(seed, place, changes={"pipeline.alpha": alpha})
+    generator = bench.over_memory(plain)
+    alone = draw(generator, bench, seed, 0)
+    images = [output.images[0] for output in alone]
+    return {
+        **measure_drawing(generator, bench, seed, sampling=Sampling()),
+        **measure_captions(generator, bench, seed),
+        **measure_likelihood(generator, bench),
+        "alone_scene": judge_drawings(alone, bench)["scene"],
+        **measure_distances(images, bench, generator, "alone_"),
+        "alone_cider": measure_captions(generator, bench, seed, 0)["cider"],
+        **measure_likelihood(generator, bench, 0, "alone_"),
+    }
+
+
+EXPERIMENT = Experiment(
+    number=3,
+    name="alpha",
+    title="How much should the loss of retrieved documents weigh?",
+    claim=(
+        "The loss of retrieved documents is weighted by α = 0.1 (section 3.2). The "
+        "successor (arXiv 2309.02591) drops the weight, because it hurts generation "
+        "without retrieval."
+    ),
+    conditions={str(alpha): f"α = {alpha:g}" for alpha in ALPHAS},
+    measure=measure,
+    columns={
+        "flag": "flag right",
+        "name": "caption names the nation",
+        "text_perplexity": "text perplexity ↓",
+        "image_bits": "bits an image ↓",
+        "alone_scene": "K=0: scene right",
+        "alone_fid": "K=0: FID ↓ (own features)",
+        "alone_kid": "K=0: 1000 KID ↓",
+        "alone_cider": "K=0: CIDEr-D",
+        "alone_text_perplexity": "K=0: text perplexity ↓",
+        "alone_image_bits": "K=0: bits an image ↓",
+    },
+    panels=(
+        Panel("with 2 documents", {"flag": "flag drawn", "name": "name written"}),
+        Panel(
+            "bits an image",
+            {"image_bits": "2 documents", "alone_image_bits": "without"},
+            percent=False,
+        ),
+        Panel(
+            "text perplexity",
+            {"text_perplexity": "2 documents", "alone_text_perplexity": "without"},
+            percent=False,
+        ),
+    ),
+    hours=1.9,
+    reference="0.1",
+    proof=("0.3",),
+    settings=variants.SETTINGS,
+    notes=f"K=0 is the same model without documents. {DISTANCE_NOTE}",
+)

@@ -1,0 +1,163 @@
+"""Cells on disk: measured once, kept one file each, with what they cost.
+
+work/full/cells/alpha/0.1-seed2.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from racm3_jax.evaluation.intervals import Share
+from science.experiment import Experiment, Figures, Place
+
+Cell = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cell_path(experiment: Experiment, condition: str, seed: int, place: Place) -> Path:
+    """Where the figures of one cell are kept."""
+    name = f"{condition}-seed{seed}.json"
+    return place.work / place.scale.name / "cells" / experiment.name / name
+
+
+def read_cell(
+    experiment: Experiment, condition: str, seed: int, place: Place
+) -> Cell | None:
+    """The cell, if it was measured with the present settings."""
+    path = cell_path(experiment, condition, seed, place)
+    if not path.exists():
+        return None
+    cell = json.loads(path.read_text())
+    return cell if cell["settings"] == _settings(experiment) else None
+
+
+def read_cells(experiment: Experiment, place: Place) -> dict[tuple[str, int], Cell]:
+    """All cells that are there, by (condition, seed)."""
+    found = {}
+    for condition in experiment.conditions:
+        for seed in experiment.seeds:
+            cell = read_cell(experiment, condition, seed, place)
+            if cell is not None:
+                found[condition, seed] = cell
+    return found
+
+
+def restore_cells(experiment: Experiment, place: Place, results: Path) -> int:
+    """Takes cells from published results, so that they are not measured again.
+
+    Returns:
+      How many; none of other settings, of another scale, or that are there already.
+    """
+    published = results / f"{experiment.name}.json"
+    if not published.exists():
+        return 0
+    record = json.loads(published.read_text())
+    settings = _settings(experiment)
+    if record["settings"] != settings or record["scale"]["name"] != place.scale.name:
+        return 0
+    restored = 0
+    for cell in record["measured"]:
+        path = cell_path(experiment, cell["condition"], cell["seed"], place)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, cell | {"settings": settings})
+            restored += 1
+    return restored
+
+
+def read_figures(cell: Cell) -> Figures:
+    """The figures as they were measured."""
+    return {
+        name: Share(value["successes"], value["total"])
+        if isinstance(value, dict)
+        else float(value)
+        for name, value in cell["figures"].items()
+    }
+
+
+def measure_cell(
+    experiment: Experiment, condition: str, seed: int, place: Place
+) -> Cell:
+    """Measures one cell and writes it aside, renamed when complete."""
+    started, before = time.monotonic(), cpu_seconds()
+    figures = experiment.measure(condition, seed, place)
+    cell = {
+        "experiment": experiment.name,
+        "condition": condition,
+        "seed": seed,
+        "figures": {
+            name: {"successes": value.successes, "total": value.total}
+            if isinstance(value, Share)
+            else float(value)
+            for name, value in figures.items()
+        },
+        "settings": _settings(experiment),
+        "wall_seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(cpu_seconds() - before, 1),
+        "num_cores": os.cpu_count(),
+        "commit": find_commit(),
+    }
+    path = cell_path(experiment, condition, seed, place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, cell)
+    return cell
+
+
+def _settings(experiment: Experiment) -> Any:
+    return json.loads(json.dumps(dict(experiment.settings), sort_keys=True))
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Writes aside and renames."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    os.replace(aside, path)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(resource.RUSAGE_SELF)]
+    used.append(resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def find_commit() -> str:
+    """The commit of the code, with a + where files differ from it; "" outside git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "racm3_jax", "configs"
+    )
+    return commit + ("+" if commit and changed else "")
+
+
+@contextlib.contextmanager
+def hold(lock: Path | None) -> Iterator[None]:
+    """Holds a lock file, as flock(1) does, where a machine is shared by such a file."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)

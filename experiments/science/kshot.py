@@ -1,0 +1,110 @@
+"""10. k-shot classification in context, with labels that mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from racm3_jax.documents.flagworld import make_nations, read_flagworld
+from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
+from racm3_jax.generation.tasks import Generator
+from science.experiment import Experiment, Figures, Panel, Place
+from science.worlds import open_bench, open_shipped, shipped_weights
+
+SHOTS = (0, 1, 2, 4, 8)
+LABELS = ("dax", "wug")
+SENTENCES = ("the flag of Dax", "the flag of Wug")
+
+
+def measure(condition: str, seed: int, place: Place) -> Figures:
+    """Two nations, labels drawn anew for each question, `condition` examples of each."""
+    shots = int(condition)
+    bench = open_bench(seed, place)
+    probes = TaskProbes(
+        make_nations(bench.world, "heldout"),
+        bench.tests[: place.scale.num_episodes],
+        list(read_flagworld(bench.world, "heldout_memory")),
+        TaskSettings(seed=seed),
+    )
+    generator = open_shipped("model")
+    figures: Figures = {
+        "label": classify(generator, probes, shots, LABELS, seed),
+        "sentence": classify(generator, probes, shots, SENTENCES, seed),
+    }
+    if shots:
+        figures["nearest"] = classify_by_clip(generator, probes, shots)
+    return figures
+
+
+def classify(
+    generator: Generator,
+    probes: TaskProbes,
+    shots: int,
+    labels: Sequence[str],
+    seed: int,
+) -> Share:
+    """One example of each label a pass; the passes are averaged, as in the paper."""
+    rng = np.random.default_rng([seed, shots])
+    right = []
+    for i, test in enumerate(probes.tests):
+        words = tuple(labels) if rng.random() < 0.5 else tuple(labels[::-1])
+        support = [
+            (document.images[0], word)
+            for item, word in zip((i, probes.partners[i]), words, strict=True)
+            for document in probes.examples(item, shots)
+        ]
+        found = generator.classify(test.images[0], support, labels, shots_per_pass=1)
+        right.append(found.label == words[0])
+    return compute_share(right)
+
+
+def classify_by_clip(generator: Generator, probes: TaskProbes, shots: int) -> Share:
+    """The label of the example whose CLIP embedding is nearest: needs no model."""
+    assert generator.embedder is not None  # load_generator always opens one
+    embed = generator.embedder.embed_images
+    right = []
+    for i, test in enumerate(probes.tests):
+        asked = embed([test.images[0]])[0]
+        own, other = (
+            (embed([d.images[0] for d in probes.examples(item, shots)]) @ asked).max()
+            for item in (i, probes.partners[i])
+        )
+        right.append(bool(own > other))
+    return compute_share(right)
+
+
+EXPERIMENT = Experiment(
+    number=10,
+    name="kshot",
+    title="Can the model classify from examples whose labels mean nothing?",
+    claim=(
+        "k-shot classification with non-semantic labels is right in 0.53 without "
+        "context, 0.78 at 1 shot and 0.90 at 8 (section 5.4)."
+    ),
+    conditions={str(k): f"{k} shots" for k in SHOTS},
+    measure=measure,
+    columns={
+        "label": 'labels "dax", "wug"',
+        "sentence": 'labels "the flag of Dax", …',
+        "nearest": "nearest example by CLIP",
+    },
+    panels=(
+        Panel(
+            "right answers of two",
+            {"label": "bare labels", "sentence": "in a phrase", "nearest": "by CLIP"},
+        ),
+    ),
+    hours=0.2,
+    reference="0",
+    x_values=tuple(float(k) for k in SHOTS),
+    x_title="examples a label",
+    proof=("0", "2"),
+    settings={"shots": list(SHOTS)} | shipped_weights(),
+    notes=(
+        "Two of the held-out nations a question; chance is 50%. One example of each "
+        "label stands in the context at a time; further shots are further passes, whose "
+        "probabilities are averaged."
+    ),
+)

@@ -1,0 +1,194 @@
+"""How models are measured: drawings, captions, likelihoods, distances of image sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from racm3_jax.evaluation.captions import score_captions
+from racm3_jax.evaluation.clip_score import CLIPFeatures
+from racm3_jax.evaluation.features import kernel_distance
+from racm3_jax.evaluation.flagworld import nation_recall
+from racm3_jax.evaluation.frechet import FeatureStatistics, frechet_distance
+from racm3_jax.evaluation.intervals import compute_share
+from racm3_jax.evaluation.perplexity import compute_likelihoods
+from racm3_jax.generation.tasks import Generator
+from racm3_jax.types import GenerationOutput, Modality
+from science.experiment import Figures
+from science.worlds import Bench
+
+NUM_RETRIEVED = 2
+# As the suite of configs/eval/flagworld.py draws and captions.
+TEMPERATURE, TOP_P, GUIDANCE = 0.5, 0.9, 2.0
+FEATURES = "image tower of the shipped flagworld CLIP, 128 features"
+DISTANCE_NOTE = (
+    f"FID and KID are computed on own features ({FEATURES}), against the pictures of the "
+    "same test documents: they compare rows of this table, never with other papers."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Attributes:
+      guidance: weight; 1 is none.
+      guide_documents: away from what is drawn without the documents and the text, or
+        (False) without the text alone.
+      temperature: of the ids.
+    """
+
+    guidance: float = GUIDANCE
+    guide_documents: bool = True
+    temperature: float = TEMPERATURE
+
+
+UNGUIDED = Sampling(guidance=1.0)
+TEXT_GUIDED = Sampling(guide_documents=False)
+
+
+def first_seed(seed: int) -> int:
+    """Of the sampling of a seed: item i draws from `first_seed + i`."""
+    return 100_000 * seed
+
+
+def draw(
+    generator: Generator,
+    bench: Bench,
+    seed: int,
+    num_retrieved: int = NUM_RETRIEVED,
+    sampling: Sampling = UNGUIDED,
+) -> list[GenerationOutput]:
+    """Draws every test once. Without documents there is no guidance by them."""
+    guided = num_retrieved or not sampling.guide_documents
+    return generator.text_to_image_batch(
+        [test.text for test in bench.tests],
+        num_retrieved=num_retrieved,
+        seed=first_seed(seed),
+        temperature=sampling.temperature,
+        top_p=TOP_P,
+        guidance=sampling.guidance if guided else 1.0,
+        guide_documents=sampling.guide_documents,
+    )
+
+
+def judge_drawings(
+    outputs: Sequence[GenerationOutput], bench: Bench, prefix: str = ""
+) -> Figures:
+    """Is the flag the asked nation's, and the scene the asked one?"""
+    return judge_pictures([output.images[0] for output in outputs], bench, prefix)
+
+
+def judge_pictures(
+    images: Sequence[np.ndarray], bench: Bench, prefix: str = ""
+) -> Figures:
+    """The same of any pictures, one a test."""
+    return {
+        f"{prefix}flag": compute_share(bench.judge.flag_verdicts(images)),
+        f"{prefix}scene": compute_share(bench.judge.scene_verdicts(images)),
+    }
+
+
+def measure_drawing(
+    generator: Generator,
+    bench: Bench,
+    seed: int,
+    num_retrieved: int = NUM_RETRIEVED,
+    sampling: Sampling = UNGUIDED,
+    prefix: str = "",
+) -> Figures:
+    """Draws and judges."""
+    outputs = draw(generator, bench, seed, num_retrieved, sampling)
+    return judge_drawings(outputs, bench, prefix)
+
+
+def write_captions(
+    generator: Generator,
+    bench: Bench,
+    seed: int,
+    num_retrieved: int = NUM_RETRIEVED,
+    **settings: Any,
+) -> list[GenerationOutput]:
+    """Captions every test picture, greedily."""
+    return generator.caption_batch(
+        [test.images[0] for test in bench.tests],
+        num_retrieved=num_retrieved,
+        seed=first_seed(seed),
+        temperature=0.0,
+        **settings,
+    )
+
+
+def judge_captions(captions: Sequence[str], bench: Bench, prefix: str = "") -> Figures:
+    """Is the right nation named, and how near is the text (CIDEr-D, one reference)?"""
+    scores = score_captions(
+        [caption or "-" for caption in captions], [[t.text] for t in bench.tests]
+    )
+    return {
+        f"{prefix}name": compute_share(bench.judge.caption_verdicts(captions)),
+        f"{prefix}cider": scores.means()["cider"],
+    }
+
+
+def measure_captions(
+    generator: Generator,
+    bench: Bench,
+    seed: int,
+    num_retrieved: int = NUM_RETRIEVED,
+    prefix: str = "",
+) -> Figures:
+    """Captions and judges."""
+    outputs = write_captions(generator, bench, seed, num_retrieved)
+    return judge_captions([output.texts[0] for output in outputs], bench, prefix)
+
+
+def measure_recall(outputs: Sequence[GenerationOutput], bench: Bench) -> Figures:
+    """Is a document of the right nation among the retrieved ones?"""
+    return {"recall": nation_recall(outputs, bench.judge)}
+
+
+def measure_likelihood(
+    generator: Generator,
+    bench: Bench,
+    num_retrieved: int = NUM_RETRIEVED,
+    prefix: str = "",
+    query: Modality = "text",
+) -> Figures:
+    """Perplexity of the captions and bits of the images of the tests.
+
+    A test asks with its own caption, so that its text perplexity with documents is that
+    of a text whose neighbours are known.
+    """
+    means = compute_likelihoods(
+        generator, bench.tests, num_retrieved=num_retrieved, query=query
+    ).means()
+    return {
+        f"{prefix}text_perplexity": means["text_perplexity"],
+        f"{prefix}image_bits": means["bits_per_image"],
+    }
+
+
+def measure_distances(
+    images: Sequence[np.ndarray],
+    bench: Bench,
+    generator: Generator,
+    prefix: str = "",
+) -> Figures:
+    """FID and 1000 KID on own features; of a generator with the shipped embedder."""
+    assert generator.embedder is not None  # load_generator always opens one
+    features = CLIPFeatures(generator.embedder)
+
+    def read(pictures: Sequence[np.ndarray]) -> np.ndarray:
+        unit = features(pictures)
+        return unit * np.sqrt(unit.shape[1])  # mean square 1, as KID's kernel expects
+
+    drawn, real = read(images), read([test.images[0] for test in bench.tests])
+    return {
+        f"{prefix}fid": frechet_distance(
+            FeatureStatistics.of(real), FeatureStatistics.of(drawn)
+        ),
+        f"{prefix}kid": 1000 * kernel_distance(real, drawn).value,
+    }

@@ -1,0 +1,76 @@
+"""5. What of a retrieved document the model is given: its image, its text, or both."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from science import variants
+from science.experiment import Experiment, Figures, Panel, Place
+from science.measures import (
+    Sampling,
+    measure_captions,
+    measure_drawing,
+    measure_likelihood,
+)
+from science.worlds import EASY, STRATEGY, open_bench, open_shipped, shipped_weights
+
+GIVEN = ("both", "image", "text")
+
+
+def measure(condition: str, seed: int, place: Place) -> Figures:
+    """The shipped model, or one that was trained on such documents, reads them."""
+    how, _, given = condition.partition("_")
+    strategy = dataclasses.replace(STRATEGY, given=given)
+    if how == "test":
+        bench = open_bench(seed, place)
+        plain = open_shipped("model")
+    else:
+        bench = open_bench(seed, place, **EASY)
+        # The key is set only where it changes something, so that "both" is shared.
+        changes = {} if given == "both" else {"strategy.given": given}
+        plain = variants.train_model(seed, place, changes=changes)
+    generator = bench.over_memory(plain, strategy)
+    return {
+        **measure_drawing(generator, bench, seed, sampling=Sampling()),
+        **measure_captions(generator, bench, seed),
+        **measure_likelihood(generator, bench),
+    }
+
+
+def _titles() -> dict[str, str]:
+    words = {"both": "image and text", "image": "image alone", "text": "text alone"}
+    titles = {f"test_{g}": f"shipped model, given {words[g]}" for g in GIVEN}
+    return titles | {f"trained_{g}": f"trained and given {words[g]}" for g in GIVEN}
+
+
+EXPERIMENT = Experiment(
+    number=5,
+    name="modality",
+    title="Must retrieved documents have both an image and a text?",
+    claim=(
+        "Whole image-and-text documents beat retrieved images alone and texts alone "
+        "(section 3.1, modality)."
+    ),
+    conditions=_titles(),
+    measure=measure,
+    columns={
+        "flag": "flag right",
+        "scene": "scene right",
+        "name": "caption names the nation",
+        "cider": "CIDEr-D",
+        "text_perplexity": "text perplexity ↓",
+        "image_bits": "bits an image ↓",
+    },
+    panels=(
+        Panel("right", {"flag": "flag drawn", "name": "name written"}),
+        Panel("bits an image", {"image_bits": "bits"}, percent=False),
+    ),
+    hours=1.0,
+    proof=("test_text", "trained_image"),
+    settings=variants.SETTINGS | shipped_weights(),
+    notes=(
+        "The retriever finds the same documents in all rows; the model is given parts of "
+        "them. The shipped model has been trained on whole documents only; the models of "
+        "the last three rows are small, and were trained on what they are given."
+    ),
+)

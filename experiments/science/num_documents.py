@@ -1,0 +1,83 @@
+"""2. How many documents at test."""
+
+from __future__ import annotations
+
+from science.experiment import Experiment, Figures, Panel, Place
+from science.measures import (
+    DISTANCE_NOTE,
+    UNGUIDED,
+    Sampling,
+    draw,
+    judge_drawings,
+    measure_captions,
+    measure_distances,
+    measure_drawing,
+    measure_likelihood,
+)
+from science.worlds import lengthen, open_bench, open_shipped, shipped_weights
+
+COUNTS = (0, 1, 2, 4)
+# Four documents, a caption and an image; the shipped model was made for 384.
+MAX_LENGTH = 512
+
+
+def measure(condition: str, seed: int, place: Place) -> Figures:
+    """Drawing, with and without guidance, captions and likelihood behind K documents."""
+    k = int(condition)
+    bench = open_bench(seed, place)
+    generator = bench.over_memory(lengthen(open_shipped("model"), MAX_LENGTH))
+    outputs = draw(generator, bench, seed, k, Sampling())
+    images = [output.images[0] for output in outputs]
+    return {
+        **judge_drawings(outputs, bench),
+        **measure_distances(images, bench, generator),
+        **measure_drawing(generator, bench, seed, k, UNGUIDED, "unguided_"),
+        **measure_captions(generator, bench, seed, k),
+        **measure_likelihood(generator, bench, k),
+    }
+
+
+EXPERIMENT = Experiment(
+    number=2,
+    name="num_documents",
+    title="How many retrieved documents does a prompt need?",
+    claim=(
+        "Two documents at test are used throughout, after training with K ~ U{0, 1, 2}; "
+        "the successor (arXiv 2309.02591) prints FID 10.82, 5.78 and 4.88 with "
+        "0, 1 and 2 documents."
+    ),
+    conditions={str(k): f"K = {k}" for k in COUNTS},
+    measure=measure,
+    columns={
+        "flag": "flag right, guided",
+        "unguided_flag": "flag right, no guidance",
+        "scene": "scene right",
+        "fid": "FID ↓ (own features)",
+        "name": "caption names the nation",
+        "cider": "CIDEr-D",
+        "text_perplexity": "text perplexity ↓",
+        "image_bits": "bits an image ↓",
+    },
+    panels=(
+        Panel(
+            "right",
+            {
+                "flag": "flag, guided",
+                "unguided_flag": "flag, no guidance",
+                "name": "name in the caption",
+            },
+        ),
+        Panel("bits an image", {"image_bits": "bits"}, percent=False),
+        Panel("FID, own features", {"fid": "FID"}, percent=False),
+    ),
+    hours=0.4,
+    reference="2",
+    x_values=tuple(float(k) for k in COUNTS),
+    x_title="documents at test",
+    proof=("0", "4"),
+    settings={"max_length": MAX_LENGTH, "counts": list(COUNTS)} | shipped_weights(),
+    notes=(
+        "Training has shown at most 2 documents: 4 is longer than any row that the model "
+        f"has seen (its rotary positions are extended to {MAX_LENGTH}). {DISTANCE_NOTE}"
+    ),
+)

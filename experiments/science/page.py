@@ -1,0 +1,135 @@
+"""experiments/README.md: the page that a reviewer of the paper reads.
+
+Tables come from the committed results, conclusions from `CONCLUSIONS`, which are written
+by hand after an experiment is done and shown only beside its results.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from science.conclusions import CONCLUSIONS
+from science.experiment import FULL, Experiment
+
+HEAD = """\
+# Does retrieval do what the paper says?
+
+Ten questions to RA-CM3 ([arXiv 2211.12561](https://arxiv.org/abs/2211.12561)), asked on
+flagworld: a generated world of nations, each with an invented name that says nothing about
+its flag. Nations that are asked for were in no model's training; the memory shows them. So
+whether a flag is right, or a name, is decided exactly, by a program that knows the world
+and no model.
+
+```bash
+python experiments/run_all.py                             # state and time of each
+python experiments/run_all.py --run                       # what is missing, in order
+python experiments/run_all.py --run --only=num_documents  # one of them
+python experiments/run_all.py --run --tiny --out=out/tiny # proves the code on a small world
+python experiments/run_all.py --page                      # writes this page anew
+```
+
+A run that was stopped goes on. Every experiment is at least three seeds; a seed is a world
+of its own, with {num_heldout} held-out nations, {num_documents:,} documents in the memory
+unless a row says otherwise, and its own sampling; where a model is trained, also its own
+initialisation and order. Brackets are 95% intervals: Student's t over the seeds; for shares
+the wider, at each end, of that and Wilson's over all outcomes. Drawing samples at
+temperature 0.5, top-p 0.9; "guided" is weight 2 away from what is drawn without the
+documents; captions are greedy. Experiments 1, 2, 9, 10 and half of 5 ask the shipped models
+(3.6 million parameters); the others train small ones from nothing, in an easier world (flags
+of one size, hanging still, at two heights), so that all of them together take hours on two cores, not
+days. FID is computed on own features, and is comparable within a table only.
+"""
+
+TAIL = """\
+## The other files here
+
+`bench_*.py` measure speed, `faults.py`, `memory_faults.py` and `checkpoint_faults.py` what
+survives faults; each says in its first lines what it does and how it is run.
+`make_shipped_weights.py` makes the shipped weights again, from nothing.
+"""
+
+
+def format_page(experiments: Sequence[Experiment], results: Path) -> str:
+    """The whole page."""
+    num_documents = 8 * FULL.num_heldout + 4 * FULL.num_others
+    head = HEAD.format(num_heldout=FULL.num_heldout, num_documents=num_documents)
+    parts = [head, _overview(experiments, results)]
+    parts += [_section(experiment, results) for experiment in experiments]
+    return "\n".join([*parts, TAIL])
+
+
+def _overview(experiments: Sequence[Experiment], results: Path) -> str:
+    lines = ["| | question | state | hours |", "|---|---|---|---|"]
+    total = 0.0
+    for experiment in experiments:
+        record = _read(experiment, results)
+        if record is None:
+            state, hours = "not run yet", f"{experiment.hours:.1f} estimated"
+            total += experiment.hours
+        else:
+            done, cells = record["cells_done"], record["cells"]
+            state = "done" if done == cells else f"{done} of {cells} cells"
+            taken = record["wall_seconds"] / 3600
+            hours = f"{taken:.2f}"
+            total += taken
+            if done < cells:
+                hours += f" of {experiment.hours:.1f} estimated"
+                total += max(0.0, experiment.hours - taken)
+        place = f"#{experiment.number}-{_anchor(experiment.title)}"
+        lines.append(
+            f"| {experiment.number} | [{experiment.title}]({place}) | {state} | {hours} |"
+        )
+    lines.append(f"| | all | | {total:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _anchor(title: str) -> str:
+    """As GitHub makes the anchor of a heading."""
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
+    return kept.replace(" ", "-")
+
+
+def _section(experiment: Experiment, results: Path) -> str:
+    record = _read(experiment, results)
+    parts = [
+        f"## {experiment.number}. {experiment.title}",
+        f"**The paper:** {experiment.claim}",
+        f"`python experiments/run_all.py --run --only={experiment.name}`",
+    ]
+    if record is None:
+        parts.append(
+            f"**Not run yet** (estimated {experiment.hours:.1f} hours). Compared are: "
+            + "; ".join(experiment.conditions.values())
+            + ". Measured are: "
+            + ", ".join(experiment.columns.values())
+            + "."
+        )
+        if experiment.notes:
+            parts.append(experiment.notes)
+        return "\n\n".join(parts) + "\n"
+    text = (results / f"{experiment.name}.md").read_text()
+    parts.append(text.split("\n", 2)[2].strip())
+    folder = results.name
+    for picture in sorted(results.glob(f"{experiment.name}*.png")):
+        parts.append(f"![{experiment.title}](results/{folder}/{picture.name})")
+    if record["cells_done"] < record["cells"]:
+        parts.append("Rows that are missing, or have fewer seeds, are not run yet.")
+    conclusion = CONCLUSIONS.get(experiment.name)
+    if conclusion:
+        parts.append(f"**What follows:** {conclusion}")
+    rerun = results / f"rerun_{experiment.name}.json"
+    if rerun.exists():
+        found = json.loads(rerun.read_text())
+        parts.append(
+            f"**Rerun** with seeds {found['rerun_seeds']} (other worlds, other samples): "
+            f"{found['agreeing']} of {found['compared']} figures agree within their "
+            f"intervals ([table](results/{folder}/{rerun.stem}.md))."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _read(experiment: Experiment, results: Path) -> dict | None:
+    path = results / f"{experiment.name}.json"
+    return json.loads(path.read_text()) if path.exists() else None

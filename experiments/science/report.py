@@ -1,0 +1,234 @@
+"""What a reviewer reads of an experiment: JSON with every figure, a table, a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from science.cells import Cell, read_cells, read_figures, write_json
+from science.combining import Combined, combine, compare
+from science.experiment import Experiment, Figures, Panel, Place
+
+Results = dict[str, dict[str, Combined]]
+
+
+def combine_cells(
+    experiment: Experiment, cells: Mapping[tuple[str, int], Cell]
+) -> tuple[Results, Results]:
+    """(figures over the seeds, differences from the reference), by condition and name.
+
+    Differences take the seeds that both have.
+    """
+    figures = {key: read_figures(cell) for key, cell in cells.items()}
+    means: Results = {}
+    differences: Results = {}
+    for condition in experiment.conditions:
+        own = _of(condition, figures)
+        if not own:
+            continue
+        names = list(dict.fromkeys(name for f in own.values() for name in f))
+        means[condition] = {
+            name: combine([f[name] for f in own.values() if name in f])
+            for name in names
+        }
+        other = _of(experiment.reference, figures)
+        shared = [seed for seed in own if seed in other]
+        if condition == experiment.reference or len(shared) < 2:
+            continue
+        differences[condition] = {
+            name: compare(
+                [own[s][name] for s in shared], [other[s][name] for s in shared]
+            )
+            for name in names
+            if all(name in own[s] and name in other[s] for s in shared)
+        }
+    return means, differences
+
+
+def _of(
+    condition: str, figures: Mapping[tuple[str, int], Figures]
+) -> dict[int, Figures]:
+    return {seed: f for (name, seed), f in figures.items() if name == condition}
+
+
+def format_table(experiment: Experiment, means: Results) -> str:
+    """One row a condition; figures with their 95% intervals."""
+    names = {
+        name: title
+        for name, title in experiment.columns.items()
+        if any(name in row for row in means.values())
+    }
+    lines = [
+        "| | " + " | ".join(names.values()) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for condition, row in means.items():
+        cells = [str(row[name]) if name in row else "-" for name in names]
+        title = experiment.conditions[condition]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def format_differences(experiment: Experiment, differences: Results) -> str:
+    """The differences from the reference whose interval leaves 0 out, in one list."""
+    lines = []
+    for condition, row in differences.items():
+        shown = []
+        for name, title in experiment.columns.items():
+            found = row.get(name)
+            if found is None or found.interval is None:
+                continue
+            low, high = found.interval
+            if low > 0 or high < 0:
+                shown.append(f"{title} {found.value:+.3g} [{low:+.3g}, {high:+.3g}]")
+        if shown:
+            lines.append(f"- {experiment.conditions[condition]}: " + "; ".join(shown))
+    return "\n".join(lines) or "- none"
+
+
+def write_report(experiment: Experiment, place: Place, folder: Path) -> Path | None:
+    """Writes `NAME.json`, `NAME.md` and `NAME.png`; None where nothing is measured."""
+    cells = read_cells(experiment, place)
+    if not cells:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    means, differences = combine_cells(experiment, cells)
+    total = len(experiment.conditions) * len(experiment.seeds)
+    record = {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "claim": experiment.claim,
+        "scale": dataclasses.asdict(place.scale),
+        "settings": dict(experiment.settings),
+        "seeds": list(experiment.seeds),
+        "cells_done": len(cells),
+        "cells": total,
+        "commits": sorted({cell["commit"] for cell in cells.values()}),
+        "wall_seconds": round(sum(c["wall_seconds"] for c in cells.values()), 1),
+        "cpu_seconds": round(sum(c["cpu_seconds"] for c in cells.values()), 1),
+        "num_cores": os.cpu_count(),
+        "figures": _to_json(means),
+        "differences": {"from": experiment.reference, "of": _to_json(differences)},
+        "measured": [cells[key] | {"settings": None} for key in sorted(cells)],
+    }
+    write_json(folder / f"{experiment.name}.json", record)
+    text = _describe(experiment, place, record, means, differences)
+    (folder / f"{experiment.name}.md").write_text(text)
+    plot(experiment, means, folder / f"{experiment.name}.png")
+    if experiment.draw is not None:
+        drawn = experiment.draw(experiment, cells, place)
+        if drawn is not None:
+            shutil.copyfile(drawn, folder / drawn.name)
+    return folder / f"{experiment.name}.json"
+
+
+def _describe(
+    experiment: Experiment,
+    place: Place,
+    record: Mapping[str, Any],
+    means: Results,
+    differences: Results,
+) -> str:
+    hours = record["wall_seconds"] / 3600
+    state = (
+        f"{record['cells_done']} of {record['cells']} cells, "
+        f"{len(experiment.seeds)} seeds, {place.scale.num_heldout} held-out nations a "
+        f"seed; {hours:.2f} hours ({record['cpu_seconds'] / 3600:.2f} CPU hours) on "
+        f"{record['num_cores']} cores; commit {', '.join(record['commits'])}."
+    )
+    parts = [
+        f"# {experiment.number}. {experiment.title}",
+        state,
+        format_table(experiment, means),
+    ]
+    if differences:
+        reference = experiment.conditions[experiment.reference]
+        parts.append(
+            f'Differences from "{reference}", seed by seed, whose 95% interval leaves 0 '
+            "out:"
+        )
+        parts.append(format_differences(experiment, differences))
+    if experiment.notes:
+        parts.append(experiment.notes)
+    return "\n\n".join(parts) + "\n"
+
+
+def _to_json(results: Results) -> dict[str, Any]:
+    return {
+        condition: {
+            name: {
+                "value": found.value,
+                "interval95": found.interval,
+                "seeds": found.seeds,
+                "is_share": found.is_share,
+            }
+            for name, found in row.items()
+        }
+        for condition, row in results.items()
+    }
+
+
+def plot(experiment: Experiment, means: Results, path: Path) -> None:
+    """One panel beside the other; bars are the 95% intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count = len(experiment.panels)
+    figure, axes = pyplot.subplots(1, count, figsize=(4.6 * count, 4.4), squeeze=False)
+    for axis, panel in zip(axes[0], experiment.panels, strict=True):
+        _plot_panel(axis, experiment, panel, means)
+    figure.suptitle(experiment.title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _plot_panel(
+    axis: Any, experiment: Experiment, panel: Panel, means: Results
+) -> None:
+    conditions = list(experiment.conditions)
+    numeric = bool(experiment.x_values)
+    places = experiment.x_values if numeric else range(len(conditions))
+    for i, (name, label) in enumerate(panel.figures.items()):
+        found = [
+            (x, means[c][name])
+            for x, c in zip(places, conditions, strict=True)
+            if name in means.get(c, {})
+        ]
+        if not found:
+            continue
+        shift = 0.0 if numeric else 0.12 * (i - (len(panel.figures) - 1) / 2)
+        scale = 100 if panel.percent else 1
+        values = scale * np.array([f.value for _, f in found])
+        ends = scale * np.array([f.interval or (f.value, f.value) for _, f in found])
+        errors = np.maximum([values - ends[:, 0], ends[:, 1] - values], 0)
+        axis.errorbar(
+            [x + shift for x, _ in found],
+            values,
+            yerr=errors,
+            fmt="o-" if numeric else "o",
+            capsize=3,
+            label=label,
+        )
+    axis.set_title(panel.title + (" (%)" if panel.percent else ""), fontsize=9)
+    if panel.percent:
+        axis.set_ylim(-3, 103)
+    if panel.log_scale:
+        axis.set_yscale("log")
+    if numeric:
+        axis.set_xlabel(experiment.x_title)
+        axis.set_xticks(list(places))
+    else:
+        axis.set_xticks(range(len(conditions)))
+        axis.set_xticklabels(conditions, rotation=55, ha="right", fontsize=7)
+    axis.grid(alpha=0.3)
+    if len(panel.figures) > 1:
+        axis.legend(fontsize=7)

@@ -1,0 +1,226 @@
+"""Worlds, their memories and judges, and the models that the package ships.
+
+A seed's world holds nations that no model was trained on: `num_heldout` that are asked
+for and shown by 8 documents each, among the documents of `num_others` further nations.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from racm3_jax import build
+from racm3_jax.commands.configs import find_config, load_config_file
+from racm3_jax.documents.flagworld import (
+    FlagworldConfig,
+    make_nations,
+    read_flagworld,
+)
+from racm3_jax.evaluation.flagworld import FlagworldJudge
+from racm3_jax.generation.tasks import Generator
+from racm3_jax.model.transformer import Transformer
+from racm3_jax.retrieval.memory import Memory
+from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.types import Document
+from science.experiment import TINY, Place
+
+# Seeds of worlds of their own: the shipped models know world 0.
+FIRST_WORLD = 1000
+SHIPPED = "shipped:flagworld"
+# Of the shipped CLIP: see configs/flagworld.py.
+STRATEGY = StrategyConfig(max_similarity=0.95, num_candidates=24)
+# The world of the small models, in which fewer steps suffice to learn to copy: flags of
+# one size, hanging still, at one of two heights.
+EASY: dict[str, Any] = {
+    "flag_sizes": ((48, 32),),
+    "wave_amplitudes": (0.0,),
+    "placement_grid": 16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What a seed's models are asked.
+
+    Attributes:
+      world: of the seed.
+      tests: documents in scenes in which the memory never shows their nation.
+      judge: knows the world and says who is right.
+      memory: shows every nation that is asked for.
+    """
+
+    world: FlagworldConfig
+    tests: list[Document]
+    judge: FlagworldJudge
+    memory: Memory
+
+    def over_memory(
+        self,
+        generator: Generator,
+        strategy: StrategyConfig = STRATEGY,
+        memory: Any = None,
+    ) -> Generator:
+        """The model with this bench's memory, or another one."""
+        chosen = self.memory if memory is None else memory
+        return generator.with_retriever(Retriever(chosen, strategy))
+
+
+def seed_world(seed: int, place: Place, **changes: Any) -> FlagworldConfig:
+    """The world of a seed."""
+    scale = place.scale
+    return FlagworldConfig(
+        **(
+            {
+                "seed": FIRST_WORLD + seed,
+                "num_nations": scale.num_others,
+                "num_heldout": scale.num_heldout,
+                "documents_per_nation": 4,
+                "documents_per_heldout": 8,
+            }
+            | changes
+        )
+    )
+
+
+def open_bench(
+    seed: int,
+    place: Place,
+    *,
+    tests_per_nation: int = 1,
+    documents: Sequence[Document] | None = None,
+    **changes: Any,
+) -> Bench:
+    """The world of a seed, with its memory, which is built once.
+
+    Args:
+      seed: of the world.
+      place: keeps the memory.
+      tests_per_nation: 1 or 2 of the scenes in which the memory never shows it.
+      documents: of the memory, instead of the world's own.
+      **changes: settings of the world.
+    """
+    world = seed_world(seed, place, **changes)
+    if documents is None:
+        documents = [
+            *read_flagworld(world, "heldout_memory"),
+            *read_flagworld(world, "train"),
+        ]
+    # A tiny run proves the code, whatever its models know.
+    known = frozenset() if place.scale.name == TINY.name else _trained_names()
+    tests = choose_tests(world, tests_per_nation, known)
+    return Bench(
+        world, tests, open_judge(world, tests, place), open_memory(documents, place)
+    )
+
+
+def choose_tests(
+    world: FlagworldConfig, tests_per_nation: int, known: frozenset[str]
+) -> list[Document]:
+    """Test documents of the nations whose names are not among the known ones."""
+    counts: dict[str, int] = {}
+    tests = []
+    for document in read_flagworld(world, "heldout_test"):
+        nation = document.metadata["nation"]
+        if nation in known or counts.get(nation, 0) == tests_per_nation:
+            continue
+        if document.id.endswith("-copy"):
+            continue
+        counts[nation] = counts.get(nation, 0) + 1
+        tests.append(document)
+    return tests
+
+
+@functools.cache
+def _trained_names() -> frozenset[str]:
+    """All of world 0: the shipped models, and the small ones, were trained on them."""
+    config = load_config_file(find_config("flagworld.py"))
+    world = dataclasses.replace(build.build_world(config), num_heldout=0)
+    count = world.num_nations + config.world.num_heldout
+    world = dataclasses.replace(world, num_nations=count)
+    return frozenset(nation.name for nation in make_nations(world, "train"))
+
+
+def open_judge(
+    world: FlagworldConfig, tests: Sequence[Document], place: Place
+) -> FlagworldJudge:
+    """Judges drawings of the tests; scenes look the same in all worlds."""
+    return FlagworldJudge(
+        world, tests, *_scene_examples(place.scale.num_scene_examples)
+    )
+
+
+@functools.cache
+def _scene_examples(count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Pictures as the image tokenizer gives them back, and their scenes."""
+    world = FlagworldConfig(seed=0, num_nations=max(1, count // 5), num_heldout=0)
+    documents = list(read_flagworld(world, "train"))[:count]
+    tokenizer = open_shipped("model").tokenizer.image
+    pictures = np.stack([d.images[0] for d in documents])
+    coded = tokenizer.decode(tokenizer.encode(pictures))
+    return coded, tuple(d.metadata["scene"] for d in documents)
+
+
+@functools.cache
+def open_shipped(model: str) -> Generator:
+    """A model of the package, "model" or "twin", without a memory."""
+    return build.load_generator(build.resolve(SHIPPED), None, model=model)
+
+
+def open_memory(
+    documents: Sequence[Document],
+    place: Place,
+    *,
+    num_query_variants: int = 0,
+    query_drop: float = 0.2,
+) -> Memory:
+    """The memory of these documents, built with the shipped models, or found again."""
+    shipped = open_shipped("model")
+    digest = hashlib.sha256(
+        json.dumps(
+            [num_query_variants, query_drop, shipped.tokenizer.fingerprint()]
+        ).encode()
+    )
+    for document in documents:
+        digest.update(f"{document.id}\0{document.text}\0{document.source}\0".encode())
+        for image in document.images:
+            digest.update(image.tobytes())
+    path = place.work / "memories" / digest.hexdigest()[:16]
+    if not (path / "manifest.json").exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Memory.build(
+            documents,
+            tokenizer=shipped.tokenizer,
+            embedder=shipped.embedder,
+            path=path,
+            index="exact",
+            num_query_variants=num_query_variants,
+            query_drop=query_drop,
+        ).close()
+    return Memory.load(path, embedder=shipped.embedder, tokenizer=shipped.tokenizer)
+
+
+def lengthen(generator: Generator, max_length: int) -> Generator:
+    """The same weights for longer sequences: rotary positions have no table."""
+    config = dataclasses.replace(generator.model.config, max_length=max_length)
+    longer = copy.copy(generator)
+    longer.model = Transformer(config)
+    return longer
+
+
+def shipped_weights() -> dict[str, str]:
+    """The fingerprints of the shipped weights, for settings: new ones, new cells."""
+    folder = build.resolve(SHIPPED)
+    return {
+        name: json.loads((folder / name / "config.json").read_text())["fingerprint"][
+            :16
+        ]
+        for name in ("model", "twin", "clip", "tokenizer/image")
+    }

@@ -1,0 +1,219 @@
+"""Cells, intervals, reports and the state of the experiments; the tiny run is slow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_all
+from science import agreement, catalogue, cells, combining, report
+from science.experiment import FULL, TINY, Experiment, Panel, Place
+from science.page import format_page
+
+from racm3_jax.evaluation.intervals import Share
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _measure(condition, seed, place):
+    """A share that depends on the condition, a number that depends on the seed."""
+    if condition == "broken":
+        raise ValueError("this cell cannot be measured")
+    return {"flag": Share(9 if condition == "with" else 1, 10), "bits": 5.0 + seed}
+
+
+FAKE = Experiment(
+    number=1,
+    name="fake",
+    title="Does it work?",
+    claim="It works.",
+    conditions={"with": "with documents", "without": "without"},
+    measure=_measure,
+    columns={"flag": "flag right", "bits": "bits", "never": "never measured"},
+    panels=(Panel("right", {"flag": "flag"}), Panel("bits", {"bits": "b"}, False)),
+    hours=0.1,
+    reference="without",
+    settings={"steps": 3},
+)
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path, TINY)
+
+
+def test_shares_of_seeds_have_the_wider_of_both_intervals():
+    sure = combining.combine([Share(0, 100)] * 3)
+    assert sure.value == 0
+    assert sure.interval == pytest.approx((0.0, Share(0, 300).interval[1]))
+    far = combining.combine([Share(10, 100), Share(50, 100), Share(90, 100)])
+    assert far.interval == (0.0, 1.0)
+    assert str(combining.combine([Share(1, 2)])).startswith("50.0% [")
+
+
+def test_numbers_of_seeds_have_the_t_interval():
+    found = combining.combine([1.0, 2.0, 3.0])
+    # t(0.975, 2) = 4.3027; the standard error of the mean is 1 / sqrt(3).
+    assert found.interval == pytest.approx(
+        (2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), 1e-4
+    )
+    assert combining.combine([1.0]).interval is None
+    with pytest.raises(ValueError, match="one kind"):
+        combining.combine([1.0, Share(1, 2)])
+
+
+def test_differences_are_taken_seed_by_seed():
+    # The seeds differ much, the conditions always by the same.
+    found = combining.compare([1.0, 11.0, 31.0], [0.5, 10.5, 30.5])
+    assert found.value == pytest.approx(0.5)
+    assert found.interval == pytest.approx((0.5, 0.5))
+
+
+def test_a_cell_is_measured_once_and_again_with_other_settings(place):
+    assert cells.read_cell(FAKE, "with", 1, place) is None
+    cell = cells.measure_cell(FAKE, "with", 1, place)
+    assert cells.read_cell(FAKE, "with", 1, place) == cell
+    assert cells.read_figures(cell) == {"flag": Share(9, 10), "bits": 6.0}
+    assert cell["wall_seconds"] >= 0 and cell["num_cores"] >= 1
+    other = dataclasses.replace(FAKE, settings={"steps": 4})
+    assert cells.read_cell(other, "with", 1, place) is None
+    assert cells.read_cell(FAKE, "with", 1, Place(place.work, FULL)) is None
+
+
+def test_a_run_goes_on_where_it_failed(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_all, "PAUSE_SECONDS", 0.0)
+    broken = dataclasses.replace(
+        FAKE, conditions={"with": "with documents", "broken": "broken"}
+    )
+    with pytest.raises(ValueError, match="cannot be measured"):
+        run_all.run(broken, place, tmp_path / "results", set(), None)
+    assert list(cells.read_cells(broken, place)) == [("with", 1)]
+    run_all.run(FAKE, place, tmp_path / "results", set(), tmp_path / "lock")
+    assert len(cells.read_cells(FAKE, place)) == 6
+    lines = [x for x in capsys.readouterr().out.splitlines() if "with seed 1" in x]
+    assert len(lines) == 1
+
+
+def test_a_report_holds_figures_cost_and_commit(place, tmp_path):
+    for condition in FAKE.conditions:
+        for seed in FAKE.seeds:
+            cells.measure_cell(FAKE, condition, seed, place)
+    path = report.write_report(FAKE, place, tmp_path / "results")
+    assert path is not None
+    record = json.loads(path.read_text())
+    assert record["cells_done"] == record["cells"] == 6
+    assert record["figures"]["with"]["flag"]["value"] == pytest.approx(0.9)
+    assert record["differences"]["from"] == "without"
+    assert record["differences"]["of"]["with"]["flag"]["value"] == pytest.approx(0.8)
+    assert len(record["commits"]) == 1
+    text = path.with_suffix(".md").read_text()
+    assert "| with documents | 90.0% [" in text and "never measured" not in text
+    assert "- with documents: flag right +0.8" in text
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_published_cells_are_not_measured_again(place, tmp_path):
+    for seed in FAKE.seeds:
+        cells.measure_cell(FAKE, "with", seed, place)
+    report.write_report(FAKE, place, tmp_path / "results")
+    elsewhere = Place(tmp_path / "other", TINY)
+    assert cells.restore_cells(FAKE, elsewhere, tmp_path / "results") == 3
+    assert cells.restore_cells(FAKE, elsewhere, tmp_path / "results") == 0
+    assert cells.read_cells(FAKE, elsewhere) == cells.read_cells(FAKE, place)
+    other = dataclasses.replace(FAKE, settings={"steps": 4})
+    assert cells.restore_cells(other, place, tmp_path / "results") == 0
+    full = Place(tmp_path / "full", FULL)
+    assert cells.restore_cells(FAKE, full, tmp_path / "results") == 0
+
+
+def test_nothing_measured_writes_nothing(place, tmp_path):
+    assert report.write_report(FAKE, place, tmp_path / "results") is None
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_rerun_is_compared_with_what_was_published(place, tmp_path):
+    for first_seed, name in ((1, "published"), (2, "rerun")):
+        seeds = tuple(range(first_seed, first_seed + 3))
+        experiment = dataclasses.replace(FAKE, seeds=seeds)
+        run_all.run(experiment, place, tmp_path / name, set(), None)
+    path = agreement.write_agreement(FAKE, tmp_path / "rerun", tmp_path / "published")
+    assert "4 of 4 figures of `fake` agree" in path.read_text()
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert [row["agrees"] for row in record["rows"]] == [True] * 4
+    far = json.loads((tmp_path / "rerun" / "fake.json").read_text())
+    far["figures"]["with"]["bits"] |= {"value": 99.0, "interval95": [98.0, 100.0]}
+    (tmp_path / "rerun" / "fake.json").write_text(json.dumps(far))
+    agreement.write_agreement(FAKE, tmp_path / "rerun", tmp_path / "published")
+    assert "3 of 4 figures" in path.read_text()
+
+
+def test_the_state_says_what_is_done(place, tmp_path):
+    run_all.run(FAKE, place, tmp_path / "results", {"with"}, None)
+    state = run_all.format_state([FAKE], place, tmp_path / "results")
+    assert "3 of 6 cells" in state and "--only=fake" in state
+    elsewhere = Place(tmp_path / "other", TINY)
+    state = run_all.format_state([FAKE], elsewhere, tmp_path / "results")
+    assert "published, 3 of 6 cells" in state
+    assert "not begun" in run_all.format_state([FAKE], elsewhere, tmp_path / "none")
+
+
+def test_a_name_that_does_not_exist_is_refused():
+    with pytest.raises(SystemExit, match="choose from gains, num_documents"):
+        run_all.choose("nothing", 1, False)
+    (chosen,) = run_all.choose("kshot", 11, False)
+    assert chosen.seeds == (11, 12, 13)
+
+
+@pytest.mark.parametrize("experiment", catalogue.EXPERIMENTS, ids=lambda e: e.name)
+def test_experiments_are_whole(experiment):
+    assert len(experiment.seeds) >= 3
+    assert experiment.claim and experiment.title
+    assert experiment.reference in {"", *experiment.conditions}
+    assert set(experiment.proof) <= set(experiment.conditions)
+    assert experiment.proof
+    for panel in experiment.panels:
+        assert set(panel.figures) <= set(experiment.columns)
+    if experiment.x_values:
+        assert len(experiment.x_values) == len(experiment.conditions)
+    json.dumps(dict(experiment.settings))
+
+
+def test_the_list_is_complete_and_fits_into_the_budget():
+    numbers = [e.number for e in catalogue.EXPERIMENTS]
+    assert numbers == list(range(1, 11))
+    assert len({e.name for e in catalogue.EXPERIMENTS}) == 10
+    assert sum(e.hours for e in catalogue.EXPERIMENTS) <= 12
+
+
+def test_the_page_is_that_of_the_committed_results():
+    page = format_page(catalogue.EXPERIMENTS, run_all.RESULTS)
+    assert run_all.PAGE.read_text() == page, "run experiments/run_all.py --page"
+
+
+def test_the_page_says_plainly_what_was_not_run(tmp_path):
+    page = format_page(catalogue.EXPERIMENTS, tmp_path)
+    assert page.count("**Not run yet**") == 10 and "What follows" not in page
+
+
+@pytest.mark.slow
+def test_every_experiment_runs_on_a_minimal_world(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "run_all.py")]
+    command += ["--run", "--tiny", f"--out={tmp_path}"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for experiment in catalogue.EXPERIMENTS:
+        record = json.loads(
+            (tmp_path / "results" / f"{experiment.name}.json").read_text()
+        )
+        assert record["cells_done"] == len(experiment.proof)
