@@ -6,6 +6,10 @@
 Twice the nations, so that most documents are new; half of the documents are captioned,
 three tenths are questions about two demonstrations, of which one is right, and an id of
 text weighs three times an id of an image: names have to be copied letter by letter.
+
+Two CPU cores, 38 minutes beside other work. Reached, on 96 nations of another world
+(before -> after -> mean of both): captions 82 -> 81 -> 83%, guided drawings 88 -> 85 ->
+94%, infilling 94 -> 96 -> 96%, k-shot 50 -> 50%. The shipped weights are those before.
 """
 
 from ml_collections import ConfigDict
