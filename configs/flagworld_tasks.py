@@ -8,6 +8,10 @@
 More spans are moved than in configs/flagworld.py, so that gaps in images are filled; a
 tenth of the main documents are questions about demonstrations with labels that mean
 nothing. Model and twin see the same main documents, masked alike, in the same order.
+
+When the shipped weights were made, the labels of these questions stood in front of their
+images and were asked by `<mask:0>`; they stand behind them now (`sequences.episodes`). All
+else is as it was.
 """
 
 from ml_collections import ConfigDict

@@ -5,9 +5,9 @@
 Clustered vectors (random ones say nothing about recall), queries of two kinds as text and
 image queries are: near the rows, and moved away from them by a common offset. One run, one
 machine, `--threads` threads for all. Sweeps the share of leaves searched and the rows that
-are rescored, of both; FAISS IVF-PQfs + refine is measured where faiss is installed. Writes `results.json` and
-`sweep.png`. Run it on an idle machine. Tiny form: --num_rows=4000 --d_embed=32
---num_queries=64.
+are rescored, of both; FAISS IVF-PQfs + refine is measured where faiss is installed. Writes
+`results.json` and `sweep.png`. Run it on an idle machine. Tiny form: --num_rows=4000
+--d_embed=32 --num_queries=64.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Writes `results.json`. What is expected of every figure stands in `expected`; th
 status is 1 if one is missed. Needs no trained models: documents are tokenised by bytes
 and embedded by hashing their words, so that a run measures the memory alone. `--only`
 runs some of the trials. Tiny form: --num_documents=400 --kill_documents=400 --kills=2
---corruptions=7 --lists=400 --ram_documents=0.
+--corruptions=7 --lists=400 --ram_documents=400.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class WordEmbedder:
         return _unit(np.stack(rows))
 
     def embed_images(self, images, drop=0.0, rng=None):
-        pixels = images.reshape(len(images), -1).astype(np.float32) - 128
+        pixels = np.stack([resize_image(image, 8) for image in images])
+        pixels = pixels.reshape(len(images), -1).astype(np.float32) - 128
         return _unit(pixels @ self._pixels)
 
     def embed_documents(self, documents: list[Document]):
@@ -103,8 +104,8 @@ class WordEmbedder:
         image = np.zeros_like(text)
         with_image = [i for i, d in enumerate(documents) if d.images]
         if with_image:
-            images = [resize_image(documents[i].images[0], 8) for i in with_image]
-            image[with_image] = self.embed_images(np.stack(images))
+            images = [documents[i].images[0] for i in with_image]
+            image[with_image] = self.embed_images(images)
         return text, image, _unit(text + image)
 
 

@@ -1,11 +1,11 @@
 """The experiments that reproduce the paper's claims on flagworld: their state, their run.
 
     python experiments/run_all.py                              # what is done, what it takes
-    python experiments/run_all.py --run                        # runs what is missing, in order
+    python experiments/run_all.py --run                        # what is missing, in order
     python experiments/run_all.py --run --only=num_documents,kshot
-    python experiments/run_all.py --run --tiny --out=out/tiny  # proves the code, in minutes
-    python experiments/run_all.py --run --only=kshot --first_seed=11 --against=experiments/results/science
-                                                               # other seeds: do results hold?
+    python experiments/run_all.py --run --tiny --out=out/tiny  # proves the code: minutes
+    python experiments/run_all.py --run --only=kshot --first_seed=11 \\
+        --against=experiments/results/science                  # do other seeds agree?
 
 Each experiment is conditions x seeds of cells; a cell that is there is not measured again,
 and a training that was interrupted goes on. `--out` keeps cells, memories and models;

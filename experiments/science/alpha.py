@@ -6,13 +6,12 @@ from science import variants
 from science.experiment import Experiment, Figures, Panel, Place
 from science.measures import (
     DISTANCE_NOTE,
-    Sampling,
     draw,
     judge_drawings,
     measure_captions,
     measure_distances,
-    measure_drawing,
     measure_likelihood,
+    measure_reading,
 )
 from science.worlds import EASY, open_bench
 
@@ -28,9 +27,7 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
     alone = draw(generator, bench, seed, 0)
     images = [output.images[0] for output in alone]
     return {
-        **measure_drawing(generator, bench, seed, sampling=Sampling()),
-        **measure_captions(generator, bench, seed),
-        **measure_likelihood(generator, bench),
+        **measure_reading(generator, bench, seed),
         "alone_scene": judge_drawings(alone, bench)["scene"],
         **measure_distances(images, bench, generator, "alone_"),
         "alone_cider": measure_captions(generator, bench, seed, 0)["cider"],
@@ -56,7 +53,6 @@ EXPERIMENT = Experiment(
         "image_bits": "bits an image ↓",
         "alone_scene": "K=0: scene right",
         "alone_fid": "K=0: FID ↓ (own features)",
-        "alone_kid": "K=0: 1000 KID ↓",
         "alone_cider": "K=0: CIDEr-D",
         "alone_text_perplexity": "K=0: text perplexity ↓",
         "alone_image_bits": "K=0: bits an image ↓",

@@ -119,7 +119,6 @@ EXPERIMENT = Experiment(
         "flag": "flag right",
         "scene": "scene right",
         "fid": "FID ↓ (own features)",
-        "kid": "1000 KID ↓",
         "name": "caption names the nation",
         "cider": "CIDEr-D",
     },

@@ -6,12 +6,7 @@ import dataclasses
 
 from science import variants
 from science.experiment import Experiment, Figures, Panel, Place
-from science.measures import (
-    Sampling,
-    measure_captions,
-    measure_drawing,
-    measure_likelihood,
-)
+from science.measures import measure_reading
 from science.worlds import EASY, STRATEGY, open_bench, open_shipped, shipped_weights
 
 GIVEN = ("both", "image", "text")
@@ -30,11 +25,7 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
         changes = {} if given == "both" else {"strategy.given": given}
         plain = variants.train_model(seed, place, changes=changes)
     generator = bench.over_memory(plain, strategy)
-    return {
-        **measure_drawing(generator, bench, seed, sampling=Sampling()),
-        **measure_captions(generator, bench, seed),
-        **measure_likelihood(generator, bench),
-    }
+    return measure_reading(generator, bench, seed)
 
 
 def _titles() -> dict[str, str]:

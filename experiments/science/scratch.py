@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from science import variants
 from science.experiment import Experiment, Figures, Panel, Place
-from science.measures import (
-    Sampling,
-    measure_captions,
-    measure_drawing,
-    measure_likelihood,
-)
+from science.measures import measure_reading
 from science.worlds import EASY, open_bench
 
 # A plain model takes half the positions a step; so do the steps with documents after it.
@@ -32,11 +27,7 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
             seed, place, num_steps=steps, init_from=str(start / "model")
         )
     generator = bench.over_memory(plain)
-    return {
-        **measure_drawing(generator, bench, seed, sampling=Sampling()),
-        **measure_captions(generator, bench, seed),
-        **measure_likelihood(generator, bench),
-    }
+    return measure_reading(generator, bench, seed)
 
 
 EXPERIMENT = Experiment(

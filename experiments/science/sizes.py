@@ -9,12 +9,7 @@ from typing import Any
 from science import variants
 from science.cells import Cell, write_json
 from science.experiment import Experiment, Figures, Panel, Place
-from science.measures import (
-    Sampling,
-    measure_captions,
-    measure_drawing,
-    measure_likelihood,
-)
+from science.measures import measure_reading
 from science.worlds import EASY, open_bench
 
 # Width, layers.
@@ -40,9 +35,7 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, curves | {"num_steps": config.train.num_steps})
     return {
-        **measure_drawing(generator, bench, seed, k, Sampling()),
-        **measure_captions(generator, bench, seed, k),
-        **measure_likelihood(generator, bench, k),
+        **measure_reading(generator, bench, seed, k),
         "teraflops": variants.count_flops(config, plain) / 1e12,
         "train_minutes": cost["wall_seconds"] / 60,
     }

@@ -11,7 +11,7 @@ from science.measures import (
     Sampling,
     measure_captions,
     measure_drawing,
-    measure_likelihood,
+    measure_reading,
 )
 from science.worlds import EASY, STRATEGY, open_bench
 
@@ -48,9 +48,7 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
     return {
         **measure_drawing(own, bench, seed, sampling=Sampling(), prefix="own_"),
         **measure_captions(own, bench, seed, prefix="own_"),
-        **measure_drawing(best, bench, seed, sampling=Sampling()),
-        **measure_captions(best, bench, seed),
-        **measure_likelihood(best, bench),
+        **measure_reading(best, bench, seed),
     }
 
 

@@ -124,7 +124,8 @@ def draw_output(output: GenerationOutput) -> str:
         words = f"seed {output.seed} · sample {document.metadata['sample']} · "
         words += f"score {score:.3f}"
         if nearest:
-            words += f" · {nearest['equal_codes']:.0%} of the codes equal those of {nearest['id']}"
+            equal = f"{nearest['equal_codes']:.0%} of the codes equal those of"
+            words += f" · {equal} {nearest['id']}"
         warning = ""
         if nearest and document.metadata.get("near_copy"):
             warning = f"Nearly a copy of {nearest['id']}."

@@ -107,7 +107,8 @@ def classify_episodes(
     """The label that the model chooses in each episode.
 
     Demonstrations stand in random order, each label behind its image (as in
-    `sequences.episodes`); the label's words are scored behind the asked image, by the mean over their ids, so that long words are not punished.
+    `sequences.episodes`); the label's words are scored behind the asked image, by the
+    mean over their ids, so that long words are not punished.
 
     Args:
       generator: its memory is not used.

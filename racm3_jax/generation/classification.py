@@ -3,8 +3,9 @@
     <eod> image <break> dax <eod> image <break> wug <eod> image <break> dax <eod> ?
           `--------- one shot: an example a label ------'              wug <eod> ?
 
-Labels stand behind their images, as in `sequences.episodes`. Each label's likelihood is read off one forward pass. Examples that do not fit into the
-context are read in further passes, whose probabilities are averaged.
+Labels stand behind their images, as in `sequences.episodes`. Each label's likelihood is
+read off one forward pass. Examples that do not fit into the context are read in further
+passes, whose probabilities are averaged.
 """
 
 from __future__ import annotations

@@ -67,15 +67,18 @@ def cut_holes(
 
     Raises:
       ValueError: another number of regions, one that no code lies in, or a prompt that
-        does not exist.
+        does not exist or takes no spans.
     """
     if region_prompt not in REGION_PROMPTS:
         raise ValueError(
             f"region_prompt is {region_prompt!r}; allowed: "
             + ", ".join(map(repr, REGION_PROMPTS))
         )
-    if region_prompt == "in_place":
-        max_spans = 1
+    if region_prompt == "in_place" and max_spans != 1:
+        raise ValueError(
+            f"max_spans is {max_spans}, but region_prompt='in_place' draws one span: use "
+            "1, or region_prompt='masked'"
+        )
     if len(images) != len(regions):
         raise ValueError(
             f"{len(images)} images need as many regions; got {len(regions)}"

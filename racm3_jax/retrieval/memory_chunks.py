@@ -50,7 +50,7 @@ class Embedder(Protocol):
     def embed_images(
         self, images: Sequence[np.ndarray], drop: float, rng: Any
     ) -> np.ndarray:
-        """Unit rows of images of any sizes, with a share `drop` of each image's patches left out."""
+        """Unit rows of images of any sizes, a share `drop` of their patches left out."""
         ...
 
     def embed_documents(self, documents: list[Document]) -> Sequence[np.ndarray]:

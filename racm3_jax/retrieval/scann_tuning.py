@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float32, Int64
 
 from racm3_jax.retrieval.index import Index
@@ -110,9 +111,10 @@ def tune(
 ) -> dict[str, float]:
     """Raises the settings until every kind of query reaches the target; saves them.
 
-    A tree begins with a hundredth of its leaves, whatever it was built for. Each step raises either `num_searched` (of a tree) or `num_reordered`: the one whose
-    recall grows most for its cost (`compute_cost`). The same rows and queries give the
-    same settings. "brute_force" has none, and is left as it is.
+    A tree begins with a hundredth of its leaves, whatever it was built for. Each step
+    raises either `num_searched` (of a tree) or `num_reordered`: the one whose recall
+    grows most for its cost (`compute_cost`). The same rows and queries give the same
+    settings. "brute_force" has none, and is left as it is.
 
     Args:
       index: built at `path`.
@@ -123,8 +125,8 @@ def tune(
       k: neighbours.
 
     Returns:
-      The recall reached, by kind; below the target where every leaf is searched and a
-      fiftieth of the rows rescored.
+      The recall reached, by kind; below the target, which is logged, where every leaf is
+      searched and a fiftieth of the rows rescored.
 
     Raises:
       ValueError: if the target is no share.
@@ -166,6 +168,12 @@ def tune(
         index.settings.update(now | steps[best])
     index.settings["recall"] = {name: round(v, 4) for name, v in found.items()}
     index.describe(path)
+    if worst(found) < recall_target:
+        logging.warning(
+            "the index at %s reaches a recall@%d of %s, not %g: lower the recall target, "
+            'or use index="exact"',
+            *(path, k, index.settings["recall"], recall_target),
+        )
     return found
 
 

@@ -53,8 +53,7 @@ class CausalMaskingConfig:
         not an image. A document without the drawn modality rotates the other one.
       mask_retrieved: retrieved documents are masked too, each by a draw of its own.
       sentinel_weight: loss weight of `<mask:i>` as a target.
-      text_weight: loss weight of the text ids of the main document, where image ids
-        have 1: a caption has few ids beside its image. The paper's is 1.
+      text_weight: loss weight of the main document's text ids; its image ids have 1.
     """
 
     num_masks: NumMasks = "poisson_clamp1"

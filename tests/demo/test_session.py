@@ -120,8 +120,11 @@ def test_infilling_covers_whole_codes(session, desk):
     assert len(given) == 1
     _, given = session.infill(grey(10), cells, "", 1, desk.given, **settings)
     task, _, prompt, asked = session.generator.calls[-1]
-    assert (task, prompt, asked["guidance"]) == ("edit", "", 1.0)
-    assert given == desk.given
+    # Without a text, guidance leaves out the documents alone, or nothing.
+    assert (task, prompt, asked["guidance"]) == ("edit", "", 2.0)
+    assert asked["region_prompt"] == "in_place" and given == desk.given
+    session.infill(grey(10), cells, "", 1, guidance=2.0, guide_documents=False)
+    assert session.generator.calls[-1][-1]["guidance"] == 1.0
 
 
 def test_classification_needs_a_picture(session):

@@ -79,6 +79,10 @@ def test_infill_in_place_goes_on_where_the_region_begins(generator, quick):
     assert len({codes_of(x)[[1, 3]].tobytes() for x in out.images}) > 1
     with pytest.raises(ValueError, match="region_prompt is 'behind'; allowed: 'masked"):
         generator.infill(image, RIGHT, "ab", region_prompt="behind")
+    with pytest.raises(
+        ValueError, match="max_spans is 3, but region_prompt='in_place'"
+    ):
+        generator.infill(image, RIGHT, "ab", max_spans=3, region_prompt="in_place")
 
 
 def test_a_region_without_a_prompt_is_guided_by_its_documents_alone(generator):

@@ -437,6 +437,17 @@ def test_tuning_rescores_more_where_leaves_do_not_help(tmp_path, monkeypatch):
         assert ScannIndex.load(tmp_path / mode).settings == index.settings
 
 
+def test_a_target_out_of_reach_is_said(tmp_path, caplog):
+    rows, queries = _clustered(2000, 64)
+    config = ScannConfig(mode="tree", num_leaves=10, num_reordered=10)
+    index = ScannIndex.build(rows, config, tmp_path)
+    kinds = {"text": queries}
+    with caplog.at_level("WARNING", "absl"):
+        reached = scann_tuning.tune(index, tmp_path, rows, kinds, recall_target=1.0)
+    assert reached["text"] < 1.0 and index.settings["num_searched"] == 10
+    assert 'lower the recall target, or use index="exact"' in caplog.text
+
+
 def test_cost_counts_leaves_and_rescored_rows():
     tree = {
         "mode": "tree",
