@@ -26,6 +26,8 @@ def get_config(arg: str = "") -> ConfigDict:
         top_p=0.9,
         guidance=2.0,
         caption_temperature=0.0,
+        caption_guidance=2.0,
+        caption_candidates=16,
         seed=0,
     )
     config.num_scene_examples = 4000

@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
             document_guidance=(1.5, 2.0),
             num_samples=4,
             shots=(0, 1, 2, 4, 8),
+            classify_by=("image", "label"),
             shots_per_pass=1,
             seed=0,
         )

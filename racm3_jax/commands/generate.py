@@ -39,6 +39,12 @@ def register(commands: Any) -> None:
     sub.add_argument("--prefix", default="", help='how it begins, as in "Photo of"')
     sub.add_argument("--caption_prompt", choices=("masked", "last"), default="masked")
     _add_retrieval(sub, "instead of retrieved ones")
+    sub.add_argument(
+        "--num_candidates",
+        type=int,
+        default=0,
+        help="retrieve so many, keep the --num_retrieved that explain the image best",
+    )
     _add_sampling(sub)
 
     sub = _add(commands, "infill", _infill, "Draw a region anew, or fill in a text.")
@@ -63,6 +69,12 @@ def register(commands: Any) -> None:
     )
     sub.add_argument("--labels", help="separated by commas; else those of --support")
     sub.add_argument("--shots_per_pass", type=int, default=None)
+    sub.add_argument(
+        "--by",
+        choices=("image", "label"),
+        default="image",
+        help="compare how likely the image is behind each label, or the label behind it",
+    )
 
 
 def _add(commands: Any, name: str, command: Callable, text: str) -> Any:
@@ -160,6 +172,7 @@ def _caption(arguments: Arguments) -> None:
         num_retrieved=arguments.num_retrieved,
         prefix=arguments.prefix,
         caption_prompt=arguments.caption_prompt,
+        num_candidates=arguments.num_candidates,
         **_sampling(arguments),
     )
     report(arguments, output, {"captions": output.texts})
@@ -227,7 +240,11 @@ def _classify(arguments: Arguments) -> None:
     ]
     labels = arguments.labels.split(",") if arguments.labels else None
     found = _open(arguments).classify(
-        image, support, labels, shots_per_pass=arguments.shots_per_pass
+        image,
+        support,
+        labels,
+        shots_per_pass=arguments.shots_per_pass,
+        by=arguments.by,
     )
     probabilities = {
         label: round(float(p), 4)

@@ -33,6 +33,8 @@ class SuiteSettings:
       caption_temperature: of the captions; 0 is greedy.
       caption_guidance: of the captions with retrieval, away from what is written without
         the documents; 1 is none.
+      caption_candidates: documents retrieved for a caption, of which the `num_retrieved`
+        behind which the image is likeliest are kept; 0 keeps the retriever's.
       seed: of all sampling.
     """
 
@@ -42,6 +44,7 @@ class SuiteSettings:
     guidance: float = 1.0
     caption_temperature: float = 0.0
     caption_guidance: float = 1.0
+    caption_candidates: int = 0
     seed: int = 0
 
 
@@ -134,6 +137,7 @@ def caption(
         num_retrieved=num_retrieved,
         seed=settings.seed,
         temperature=settings.caption_temperature,
+        num_candidates=settings.caption_candidates if num_retrieved else 0,
         guidance=settings.caption_guidance if num_retrieved else 1.0,
         guide_documents=True,
     )
@@ -206,6 +210,14 @@ def evaluate_flagworld(
     outputs["caption"] = captions
     results["retrieval/caption_name"] = compute_share(named)
     results["retriever/image_to_nation@2"] = nation_recall(captions, judge)
+    if settings.caption_candidates:
+        as_retrieved = dataclasses.replace(settings, caption_candidates=0)
+        plain, named = stages.run(
+            "caption as retrieved", lambda: caption(generator, judge, as_retrieved, k)
+        )
+        results["as_retrieved/caption_name"] = compute_share(named)
+        results["reranked/image_to_nation@2"] = nation_recall(captions, judge)
+        results["retriever/image_to_nation@2"] = nation_recall(plain, judge)
 
     moved = stages.run("swapped", lambda: draw(swapped, swapped_judge, settings, k))
     outputs["swapped"] = moved.outputs
@@ -271,11 +283,18 @@ def format_table(results: dict[str, Any]) -> str:
             lines.append(
                 f"| {title}, no guidance | {cell(f'unguided/{key}')} | - | - |"
             )
+    if "as_retrieved/caption_name" in results:
+        lines.append(
+            f"| {rows[2][0]}, documents as retrieved | "
+            f"{cell('as_retrieved/caption_name')} | - | - |"
+        )
     for name in (
         "retriever/text_to_nation@2",
         "retriever/image_to_nation@2",
+        "reranked/image_to_nation@2",
         "scene_classifier/accuracy",
         "identify_flag/accuracy_roundtrip",
     ):
-        lines.append(f"| {name} | {cell(name)} | - | - |")
+        if name in results:
+            lines.append(f"| {name} | {cell(name)} | - | - |")
     return "\n".join(lines)

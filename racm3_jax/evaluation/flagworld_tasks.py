@@ -4,11 +4,13 @@ Every figure is over held-out nations. Verdicts are made by the flag identifier,
 knows the world and no model.
 
     infill      the fly half of the flag is hidden; the caption names the nation
-    edit        the flag's box is drawn anew, a document of another nation is chosen
+    edit        the flag's box is drawn anew, a document of another nation is chosen: any,
+                or one that shows its flag about as large as the box ("sized")
                 (both by the CM3 mask, "masked", and in the image's order, "in_place")
     controlled  a document of another nation stands in front instead of retrieved ones;
                 the prompt names that nation ("named") or its own ("other")
-    kshot       two nations, labels without meaning, k examples of each in context
+    kshot       two nations, labels without meaning, k examples of each in context (by the
+                likelihood of the "image" behind a label and its examples, or of the "label")
     guidance    the plain drawing task at several weights
     int8        the plain drawing task with weights in 8 bits
     rerank      the plain drawing task, best of n by CLIP, by likelihood, and all n
@@ -16,6 +18,7 @@ knows the world and no model.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ import numpy as np
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.evaluation.stages import Stages
 from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
+from racm3_jax.generation.classification import ClassifyBy
 from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
@@ -65,14 +69,16 @@ def evaluate_edit(
     probes: TaskProbes,
     settings: TaskSettings,
     region_prompt: RegionPrompt,
+    sized: bool = False,
     **options: Any,
 ) -> tuple[Share, Share, list[GenerationOutput]]:
     """Does the region show the chosen flag, and how much of the rest is as it was?"""
     items = range(len(probes.tests))
+    choose = probes.donor_of_size if sized else probes.donor
     outputs = generator.edit_batch(
         [test.images[0] for test in probes.tests],
         probes.flag_boxes(),
-        [[probes.donor(i)] for i in items],
+        [[choose(i)] for i in items],
         probes.captions_of_donors(),
         max_spans=settings.max_spans,
         region_prompt=region_prompt,
@@ -114,7 +120,11 @@ def evaluate_controlled(
 
 
 def evaluate_kshot(
-    generator: Generator, probes: TaskProbes, settings: TaskSettings, shots: int
+    generator: Generator,
+    probes: TaskProbes,
+    settings: TaskSettings,
+    shots: int,
+    by: ClassifyBy,
 ) -> Share:
     """Two-way classification; which nation has which label changes from item to item."""
     rng = np.random.default_rng([settings.seed, 1])
@@ -127,7 +137,11 @@ def evaluate_kshot(
             for document in probes.examples(item, shots)
         ]
         found = generator.classify(
-            test.images[0], support, LABELS, shots_per_pass=settings.shots_per_pass
+            test.images[0],
+            support,
+            LABELS,
+            shots_per_pass=settings.shots_per_pass,
+            by=by,
         )
         right.append(found.label == labels[0])
     return compute_share(right)
@@ -183,11 +197,15 @@ def _evaluate_regions(
             f"{infill}{end}",
             lambda how=how: fill(generator, settings.num_retrieved, **how),
         )
-        flag, kept, outputs[f"{edit}{end}"] = stages.run(
-            f"{edit}{end}",
-            lambda how=how: evaluate_edit(generator, probes, settings, prompt, **how),
-        )
-        results |= {f"{edit}{end}/flag": flag, f"{edit}{end}/codes_kept": kept}
+        for sized in (False, True):
+            name = f"{edit}_sized{end}" if sized else f"{edit}{end}"
+            flag, kept, outputs[name] = stages.run(
+                name,
+                lambda how=how, sized=sized: evaluate_edit(
+                    generator, probes, settings, prompt, sized, **how
+                ),
+            )
+            results |= {f"{name}/flag": flag, f"{name}/codes_kept": kept}
 
 
 def evaluate_flagworld_tasks(
@@ -229,10 +247,12 @@ def evaluate_flagworld_tasks(
                 ),
             )
             results |= {f"{task}/flag": flag, f"{task}/layout": layout}
-    for shots in settings.shots:
-        results[f"kshot/{shots}"] = stages.run(
-            f"{shots}-shot",
-            lambda shots=shots: evaluate_kshot(generator, probes, settings, shots),
+    for by, shots in itertools.product(settings.classify_by, settings.shots):
+        results[f"kshot_{by}/{shots}"] = stages.run(
+            f"{shots}-shot by {by}",
+            lambda shots=shots, by=by: evaluate_kshot(
+                generator, probes, settings, shots, by
+            ),
         )
     for task, weights in (
         ("guidance", (1.0, *settings.guidance)),
@@ -280,6 +300,8 @@ def format_table(results: dict[str, Any]) -> str:
             f"infill_{prompt}/flag": f"hidden half drawn {prompt}: right flag",
             f"edit_{prompt}/flag": f"region drawn {prompt}: the chosen document's flag",
             f"edit_{prompt}/codes_kept": f"codes outside that stay, {prompt}",
+            f"edit_{prompt}_sized/flag": f"the same, a document of that size, {prompt}",
+            f"edit_{prompt}_sized/codes_kept": f"codes outside that stay, sized, {prompt}",
         }
     plain |= {
         "controlled_named/flag": "demonstration followed: flag (prompt names it)",
@@ -298,8 +320,9 @@ def format_table(results: dict[str, Any]) -> str:
     }
     for name in results:
         task, _, value = name.partition("/")
-        if task == "kshot":
-            titles[name] = f"two-way classification, {value} examples a label"
+        if task.startswith("kshot_"):
+            by = task.removeprefix("kshot_")
+            titles[name] = f"two-way classification by {by}, {value} examples a label"
         if task == "guidance":
             titles[name] = f"drawn flag right, guidance {value}"
         if task == "document_guidance":

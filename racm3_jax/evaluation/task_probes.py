@@ -9,6 +9,7 @@ import numpy as np
 
 from racm3_jax.documents.flagworld import FlagIdentifier, Nation
 from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.generation.classification import CLASSIFY_BY, ClassifyBy
 from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
 from racm3_jax.types import Document, GenerationOutput
 
@@ -30,6 +31,7 @@ class TaskSettings:
         tasks that read documents are run plainly and with the last of them.
       num_samples: of re-ranking.
       shots: numbers of examples a label.
+      classify_by: whose likelihood is compared (see `generation.classification`).
       shots_per_pass: of them, how many stand in one context; passes are averaged.
       seed: of all sampling and of the choice of nations.
     """
@@ -44,6 +46,7 @@ class TaskSettings:
     document_guidance: tuple[float, ...] = (2.0,)
     num_samples: int = 4
     shots: tuple[int, ...] = (0, 1, 2, 4, 8)
+    classify_by: tuple[ClassifyBy, ...] = CLASSIFY_BY
     shots_per_pass: int = 1
     seed: int = 0
 
@@ -97,6 +100,16 @@ class TaskProbes:
         """A memory document of the nation that test i is paired with."""
         return self._shown[self.nation(self.partners[i])][0]
 
+    def donor_of_size(self, i: int) -> Document:
+        """One of the same nation that shows its flag about as large as test i does."""
+        shown = self._shown[self.nation(self.partners[i])]
+        size = np.array(self.tests[i].metadata["box"][2:])
+        differences = [
+            np.abs(np.array(document.metadata["box"][2:]) - size).sum()
+            for document in shown
+        ]
+        return shown[int(np.argmin(differences))]
+
     def examples(self, i: int, count: int) -> list[Document]:
         """`count` memory documents of the nation of test i, or as many as there are."""
         return self._shown[self.nation(i)][:count]
@@ -147,7 +160,8 @@ def choose_pictures(
     for prompt in REGION_PROMPTS:
         for name in ("infill", "twin_infill"):
             boxes[f"{name}_{prompt}"] = probes.fly_halves()
-        boxes[f"edit_{prompt}"] = probes.flag_boxes()
+        for name in (f"edit_{prompt}", f"edit_{prompt}_sized"):
+            boxes[name] = probes.flag_boxes()
     boxes |= {f"{task}_guided": found for task, found in boxes.items()}
     chosen: dict[str, list[tuple[np.ndarray | None, GenerationOutput]]] = {}
     for task, found in outputs.items():

@@ -17,6 +17,7 @@ from racm3_jax.documents.images import resize_image
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import text_grammar
 from racm3_jax.generation.requests import Image, Request, mean_log_probs
+from racm3_jax.generation.rerank import rank_documents
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.sequences.layout import caption_prompt, retrieved_prefix
 from racm3_jax.types import GenerationOutput, Retrieved, Segment
@@ -62,8 +63,12 @@ def caption(
     max_caption_length: int,
     prefix: str,
     prompt: CaptionPrompt,
+    num_kept: int | None = None,
 ) -> list[GenerationOutput]:
-    """Describes every image behind its documents, the likeliest caption first."""
+    """Describes every image behind its documents, the likeliest caption first.
+
+    `num_kept` re-ranks the documents and keeps so many (see `rerank.rank_documents`).
+    """
     if prompt not in CAPTION_PROMPTS:
         raise ValueError(
             f"caption_prompt is {prompt!r}; allowed: "
@@ -75,6 +80,8 @@ def caption(
     grammar = text_grammar(vocab, max_caption_length, ends=ends)
     pixels = np.stack([resize_image(image, size) for image in images])
     tokens = vocab.image_tokens(engine.tokenizer.image.encode(pixels))
+    if num_kept is not None:
+        retrieved = rank_documents(engine, tokens, retrieved, num_kept)
     start = engine.tokenizer.encode_text(prefix) if prefix else np.zeros(0, np.int32)
     requests = [
         make_caption_request(

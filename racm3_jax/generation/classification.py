@@ -1,17 +1,21 @@
 """k-shot classification in context, with labels that may mean nothing (section 5).
 
-    <eod> image <break> dax <eod> image <break> wug <eod> image <break> dax <eod> ?
-          `--------- one shot: an example a label ------'              wug <eod> ?
+    "label"   <eod> image <break> dax <eod> image <break> wug <eod> image <break> ? <eod>
+                    `--------- one shot: an example a label ------'
+    "image"   <eod> dax <break> image <eod> dax <break> ? <eod>
+              <eod> wug <break> image <eod> wug <break> ? <eod>
 
-Labels stand behind their images, as in `sequences.episodes`. Each label's likelihood is
-read off one forward pass. Examples that do not fit into the context are read in further
-passes, whose probabilities are averaged.
+"label" compares how likely each label is behind the image, after examples of all labels:
+the paper's way. "image" compares how likely the image is behind each label, after that
+label's own examples: a noisy channel (arXiv 2108.04106), with labels equally likely before
+the image is seen. Every likelihood is read off one forward pass. Examples that do not fit
+into the context are read in further passes, whose probabilities are averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -19,10 +23,16 @@ from jaxtyping import Float32, Int32
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.requests import Image
 from racm3_jax.generation.score import compute_log_likelihoods
-from racm3_jax.sequences.layout import beginning_prompt
+from racm3_jax.sequences.layout import beginning_prompt, retrieved_prefix
 from racm3_jax.types import Document, Segment, TokenizedDocument
 
 Example = tuple[Image, str]
+ClassifyBy = Literal["label", "image"]
+CLASSIFY_BY: tuple[ClassifyBy, ...] = get_args(ClassifyBy)
+# By label: an example of each, and the known and the asked ids.
+Shot = dict[str, TokenizedDocument]
+Question = dict[str, tuple[Int32[np.ndarray, " known"], Int32[np.ndarray, " asked"]]]
+_Part = TypeVar("_Part")
 
 
 class Classification(NamedTuple):
@@ -67,7 +77,7 @@ def find_labels(
 
 def group_shots(
     examples: Sequence[TokenizedDocument], given: Sequence[str], labels: Sequence[str]
-) -> list[list[TokenizedDocument]]:
+) -> list[Shot]:
     """Shots of one example a label; a label with fewer examples repeats them.
 
     The order of the labels turns from shot to shot, so that none is always the last,
@@ -79,10 +89,10 @@ def group_shots(
     shown = [label for label in labels if by_label[label]]
     count = max((len(found) for found in by_label.values()), default=0)
     return [
-        [
-            by_label[label][s % len(by_label[label])]
+        {
+            label: by_label[label][s % len(by_label[label])]
             for label in (shown[(i + s) % len(shown)] for i in range(len(shown)))
-        ]
+        }
         for s in range(count)
     ]
 
@@ -93,29 +103,35 @@ def classify(
     support: Sequence[Example],
     labels: Sequence[str] | None,
     shots_per_pass: int | None,
+    by: ClassifyBy,
 ) -> list[Classification]:
     """Classifies every image from the same support set."""
-    vocab = engine.tokenizer.vocab
     names = find_labels(support, labels)
     if shots_per_pass is not None and shots_per_pass < 1:
         raise ValueError(f"shots_per_pass must be >= 1; got {shots_per_pass}")
+    if by not in CLASSIFY_BY:
+        raise ValueError(
+            f"by is {by!r}; allowed: {', '.join(map(repr, CLASSIFY_BY))}: whose "
+            "likelihood is compared"
+        )
     documents = [
-        Document(f"example-{i}", (Segment(image=image), Segment(text=label)))
+        Document(f"example-{i}", _order(by, Segment(text=label), Segment(image=image)))
         for i, (image, label) in enumerate(support)
     ]
     shots = group_shots(engine.tokenized(documents), [x for _, x in support], names)
-    answers = [_answer(engine, name) for name in names]
-    end = np.array([vocab.break_], np.int32)
-    queries = [
-        np.concatenate([engine.tokenizer.encode_image(image), end]) for image in images
+    words = {name: engine.tokenizer.encode_text(name) for name in names}
+    questions = [
+        _question(engine, engine.tokenizer.encode_image(image), words, by)
+        for image in images
     ]
-    passes = _split_passes(engine, shots, queries[0], answers, shots_per_pass)
+    passes = _split_passes(engine, shots, questions, shots_per_pass, by)
     prompts, continuations = [], []
-    for tokens in queries:
+    for question in questions:
         for shown in passes:
-            prompt = beginning_prompt(shown, tokens, vocab)
-            prompts += [prompt] * len(answers)
-            continuations += answers
+            for label, (known, asked) in question.items():
+                context = _context(shown, label, by)
+                prompts.append(beginning_prompt(context, known, engine.tokenizer.vocab))
+                continuations.append(asked)
     scores = compute_log_likelihoods(
         engine.model, engine.params, prompts, continuations, max_rows=engine.max_rows
     ).reshape(len(images), len(passes), len(names))
@@ -127,37 +143,69 @@ def classify(
     ]
 
 
-def _answer(engine: Engine, label: str) -> Int32[np.ndarray, " length"]:
+def _order(by: ClassifyBy, label: _Part, image: _Part) -> tuple[_Part, _Part]:
+    """What is compared stands last."""
+    return (image, label) if by == "label" else (label, image)
+
+
+def _question(
+    engine: Engine,
+    image: Int32[np.ndarray, " image_length"],
+    labels: Mapping[str, Int32[np.ndarray, " length"]],
+    by: ClassifyBy,
+) -> Question:
+    """For each label the known ids, and those whose likelihood is asked for."""
     vocab = engine.tokenizer.vocab
-    return np.append(engine.tokenizer.encode_text(label), vocab.eod).astype(np.int32)
+    break_, eod = np.array([vocab.break_], np.int32), np.array([vocab.eod], np.int32)
+    question = {}
+    for name, words in labels.items():
+        known, asked = _order(by, words, image)
+        question[name] = (np.concatenate([known, break_]), np.concatenate([asked, eod]))
+    return question
+
+
+def _context(
+    shots: Sequence[Shot], label: str, by: ClassifyBy
+) -> list[TokenizedDocument]:
+    """What a label's likelihood is read behind: all examples, or the label's own."""
+    if by == "label":
+        return [example for shot in shots for example in shot.values()]
+    return [shot[label] for shot in shots if label in shot]
 
 
 def _split_passes(
     engine: Engine,
-    shots: Sequence[Sequence[TokenizedDocument]],
-    query: Int32[np.ndarray, " asked"],
-    answers: Sequence[Int32[np.ndarray, " length"]],
+    shots: Sequence[Shot],
+    questions: Sequence[Question],
     shots_per_pass: int | None,
-) -> list[list[TokenizedDocument]]:
+    by: ClassifyBy,
+) -> list[list[Shot]]:
     """As many whole shots a pass as fit, or as were asked for; none without support."""
-    longest = max(len(answer) for answer in answers)
     max_length = engine.model.config.max_length
-    passes: list[list[TokenizedDocument]] = [[]]
-    taken = 0
+    longest = {
+        label: max(sum(map(len, question[label])) for question in questions)
+        for label in questions[0]
+    }
+
+    def count_ids(shown: Sequence[Shot]) -> int:
+        return max(
+            len(retrieved_prefix(_context(shown, label, by), engine.tokenizer.vocab))
+            + length
+            for label, length in longest.items()
+        )
+
+    passes: list[list[Shot]] = [[]]
     for shot in shots:
-        longer = [*passes[-1], *shot]
-        needed = len(beginning_prompt(longer, query, engine.tokenizer.vocab)) + longest
-        full = taken == shots_per_pass or needed > max_length
-        if full and not taken:
+        longer = [*passes[-1], shot]
+        needed = count_ids(longer)
+        full = len(passes[-1]) == shots_per_pass or needed > max_length
+        if full and not passes[-1]:
             raise ValueError(
-                f"{len(shot)} documents do not fit: one example of each label and the "
-                f"image are {needed} ids, more than the model's max_length {max_length}; "
-                "use fewer or shorter labels"
+                f"one shot does not fit: its examples and the image are {needed} ids, more "
+                f"than the model's max_length {max_length}; use fewer or shorter labels"
             )
         if full:
-            passes.append(list(shot))
-            taken = 1
+            passes.append([shot])
         else:
             passes[-1] = longer
-            taken += 1
     return passes

@@ -98,15 +98,21 @@ class Engine:
         return other
 
     def check_counts(
-        self, num_samples: int, num_retrieved: int, documents: Documents | None
+        self,
+        num_samples: int,
+        num_retrieved: int,
+        documents: Documents | None,
+        asked_as: str = "num_retrieved",
     ) -> None:
-        """Refuses counts that cannot be, before anything is computed."""
+        """Refuses counts that cannot be, before anything is computed.
+
+        `asked_as` is the name of the setting that says how many are retrieved.
+        """
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1; got {num_samples}")
         if num_retrieved < 0:
             raise ValueError(
-                f"num_retrieved must be >= 0 (0 is without retrieval); got "
-                f"{num_retrieved}"
+                f"{asked_as} must be >= 0 (0 is without retrieval); got {num_retrieved}"
             )
         if documents is not None or not num_retrieved:
             return
@@ -118,7 +124,7 @@ class Engine:
         held = self.retriever.memory.num_allowed
         if num_retrieved > held:
             raise ValueError(
-                f"num_retrieved is {num_retrieved} but the memory holds only {held} "
+                f"{asked_as} is {num_retrieved} but the memory holds only {held} "
                 "documents: ask for at most that many"
             )
 

@@ -1,16 +1,20 @@
-"""Which sample is best, and which is too close to what was retrieved."""
+"""Which sample is best, which document explains an image, what is too close to one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Float32, Int, Int32, UInt8
 
+from racm3_jax.generation.score import compute_log_likelihoods
+from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import Retrieved
 from racm3_jax.vocab import Vocab
 
 if TYPE_CHECKING:
+    from racm3_jax.generation.engine import Engine
     from racm3_jax.retrieval.embedder import DocumentEmbedder
 
 RankBy = Literal["clip", "likelihood"]
@@ -37,6 +41,69 @@ def score_by_clip(
     prompts, samples = images.shape[:2]
     embeddings = embedder.embed_images(images.reshape(-1, *images.shape[2:]))
     return np.einsum("nd,nsd->ns", queries, embeddings.reshape(prompts, samples, -1))
+
+
+def check_candidates(
+    num_candidates: int, num_retrieved: int, documents: Sequence[Any] | None
+) -> None:
+    """Refuses numbers of candidates that cannot be, or would do nothing."""
+    if not num_candidates:
+        return
+    if num_candidates < max(1, num_retrieved):
+        raise ValueError(
+            f"num_candidates is {num_candidates}, of which num_retrieved="
+            f"{num_retrieved} are kept: ask for at least as many, or 0 for no re-ranking"
+        )
+    if documents is not None or not num_retrieved:
+        raise ValueError(
+            "num_candidates re-ranks what is retrieved; nothing is, with documents=[...] "
+            "or num_retrieved=0"
+        )
+
+
+def rank_documents(
+    engine: Engine,
+    images: Int32[np.ndarray, "images image_length"],
+    candidates: Sequence[Retrieved],
+    num: int,
+) -> list[Retrieved]:
+    """Of each image's candidates the `num` behind which the image is likeliest.
+
+    The generator itself judges what helps it, as in-context RALM re-ranks
+    (arXiv 2302.00083, section 5): one forward pass a candidate.
+
+    Args:
+      engine: whose model reads.
+      images: their ids in the vocabulary.
+      candidates: of each image, as retrieved.
+      num: how many to keep, the likeliest first.
+    """
+    vocab = engine.tokenizer.vocab
+    # An image whose caption is left out: as captioning asks (`layout.caption_prompt`).
+    known = np.array([vocab.sentinel(0), vocab.break_], np.int32)
+    prompts = [
+        beginning_prompt([document], known, vocab)
+        for found in candidates
+        for document in found.documents
+    ]
+    if not prompts:
+        return list(candidates)
+    counts = [len(found.documents) for found in candidates]
+    scores = compute_log_likelihoods(
+        engine.model,
+        engine.params,
+        prompts,
+        list(np.repeat(images, counts, axis=0)),
+        max_rows=engine.max_rows,
+    )
+    kept = []
+    for found, likelihoods in zip(
+        candidates, np.split(scores, np.cumsum(counts)[:-1]), strict=True
+    ):
+        order = np.argsort(-likelihoods, kind="stable")[:num]
+        documents = tuple(found.documents[i] for i in order)
+        kept.append(Retrieved(found.ids[order], found.scores[order], documents))
+    return kept
 
 
 def find_nearest(

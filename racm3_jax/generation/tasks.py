@@ -20,9 +20,10 @@ from racm3_jax.generation import (
     drawing,
     infilling,
     interleaving,
+    rerank,
 )
 from racm3_jax.generation.captioning import CaptionPrompt
-from racm3_jax.generation.classification import Classification, Example
+from racm3_jax.generation.classification import Classification, ClassifyBy, Example
 from racm3_jax.generation.drawing import OnProgress
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.infilling import RegionPrompt
@@ -169,6 +170,7 @@ class Generator(Engine):
         max_caption_length: int = 64,
         prefix: str = "",
         caption_prompt: CaptionPrompt = "masked",
+        num_candidates: int = 0,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
         """Describes every image; scores are mean log-likelihoods in nats.
@@ -176,14 +178,19 @@ class Generator(Engine):
         `prefix` begins every caption (the paper's "Photo of") and is not generated.
         `max_caption_length` counts text ids; the model's max_length may leave fewer.
         `caption_prompt` is "masked", or "last" for a model of captions after images.
+        `num_candidates` documents are retrieved, and the `num_retrieved` behind which the
+        image is likeliest are kept, the likeliest first; 0 keeps the retriever's.
         """
         if not len(images):
             return []
         config = make_config(settings)
         seeds = row_seeds(seed, len(images))
         self.check_counts(num_samples, num_retrieved, documents)
+        rerank.check_candidates(num_candidates, num_retrieved, documents)
         images = [check_image(image) for image in images]
-        retrieved = self.retrieve_for(images, num_retrieved, documents)
+        asked = num_candidates or num_retrieved
+        self.check_counts(num_samples, asked, documents, "num_candidates")
+        retrieved = self.retrieve_for(images, asked, documents)
         return captioning.caption(
             self,
             images,
@@ -194,6 +201,7 @@ class Generator(Engine):
             max_caption_length,
             prefix,
             caption_prompt,
+            num_retrieved if num_candidates else None,
         )
 
     def infill(
@@ -339,10 +347,11 @@ class Generator(Engine):
         labels: Sequence[str] | None = None,
         *,
         shots_per_pass: int | None = None,
+        by: ClassifyBy = "image",
     ) -> Classification:
         """Chooses a label for an image, from labelled images in context."""
         return self.classify_batch(
-            [image], support, labels, shots_per_pass=shots_per_pass
+            [image], support, labels, shots_per_pass=shots_per_pass, by=by
         )[0]
 
     def classify_batch(
@@ -352,6 +361,7 @@ class Generator(Engine):
         labels: Sequence[str] | None = None,
         *,
         shots_per_pass: int | None = None,
+        by: ClassifyBy = "image",
     ) -> list[Classification]:
         """Classifies every image; labels may mean nothing ("dax", "wug").
 
@@ -361,11 +371,15 @@ class Generator(Engine):
           labels: to choose from; those of `support` unless given.
           shots_per_pass: examples of each label in the context at once; as many as fit
             unless given. The rest is read in further passes, which are averaged.
+          by: what is compared: the likelihood of the "image" behind each label and its own
+            examples, or of each "label" behind all examples and the image.
         """
         if not len(images):
             return []
         images = [check_image(image) for image in images]
-        return classification.classify(self, images, support, labels, shots_per_pass)
+        return classification.classify(
+            self, images, support, labels, shots_per_pass, by
+        )
 
     def generate(
         self,

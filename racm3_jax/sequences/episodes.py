@@ -3,8 +3,11 @@
     <eod> image of A <break> dax <eod> image of B <break> wug <eod>
           another image of A <break> dax <eod>
 
-Labels stand behind their images: read from left to right, a label in front of an image
-cannot know what it names, and would have to be found by way of the image's codes.
+    <eod> dax <break> image of A <eod> wug <break> image of B <eod>
+          dax <break> another image of A <eod>
+
+The labels of an episode stand either behind their images, so that the label has to be
+told from the image, or in front, so that the image has to be drawn by the label.
 
 The classes are those of the memory's documents; the labels are drawn anew for every
 episode, so that only the demonstrations can tell them (RA-CM3, section 5.4). Captions
@@ -33,18 +36,21 @@ class EpisodeConfig:
       num_ways: labels of an episode, one demonstration each.
       class_key: the metadata that says what a document shows.
       num_labels: invented words that labels are drawn from.
+      label_first: share of the episodes whose labels stand in front of their images.
     """
 
     probability: float = 0.0
     num_ways: int = 2
     class_key: str = "nation"
     num_labels: int = 2000
+    label_first: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(
-                f"episodes.probability must be in 0..1; got {self.probability}"
-            )
+        for name in ("probability", "label_first"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"episodes.{name} must be in 0..1; got {getattr(self, name)}"
+                )
         if not 2 <= self.num_ways <= self.num_labels:
             raise ValueError(
                 "episodes.num_ways must be in 2..num_labels; got "
@@ -59,11 +65,13 @@ class Episode(NamedTuple):
       rows: of the demonstrations, in the order in which they stand.
       labels: positions in the list of labels, one a demonstration.
       answer: position in the list of labels of the right one.
+      label_first: whether labels stand in front of their images.
     """
 
     rows: Int64[np.ndarray, " ways"]
     labels: Int64[np.ndarray, " ways"]
     answer: int
+    label_first: bool
 
 
 class Episodes:
@@ -119,10 +127,14 @@ class Episodes:
         rows += [int(rng.choice(self._members[int(c)])) for c in strangers]
         labels = rng.choice(len(self._labels), ways, replace=False)
         order = rng.permutation(ways)
-        return Episode(np.array(rows)[order], labels[order], int(labels[0]))
+        first = bool(rng.random() < self.config.label_first)
+        return Episode(np.array(rows)[order], labels[order], int(labels[0]), first)
 
-    def label(self, document: TokenizedDocument, label: int) -> TokenizedDocument:
-        """The first image of a document, and behind it the label's words."""
-        images = [s for s in document.segments if s.modality == "image"]
-        segments = (*images[:1], TokenizedSegment("text", self._labels[label]))
+    def label(
+        self, document: TokenizedDocument, label: int, first: bool
+    ) -> TokenizedDocument:
+        """The first image of a document, and the label's words in front or behind."""
+        image = next(s for s in document.segments if s.modality == "image")
+        words = TokenizedSegment("text", self._labels[label])
+        segments = (words, image) if first else (image, words)
         return dataclasses.replace(document, segments=segments)

@@ -32,6 +32,7 @@ from racm3_jax.sequences.causal_masking import (
     ExampleTooLong,
     build_example,
 )
+from racm3_jax.sequences.distractors import mix_documents
 from racm3_jax.sequences.episodes import Episode, Episodes
 from racm3_jax.sequences.packing import pack
 from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
@@ -39,7 +40,7 @@ from racm3_jax.types import Batch, Modality, Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 # Names of the random streams; a change of either changes every batch.
-MASKING, RETRIEVAL, EPISODES = 0, 1, 2
+MASKING, RETRIEVAL, EPISODES, DISTRACTORS = 0, 1, 2, 3
 
 # Statistics of a step that are means over its groups; the others are sums.
 _SHARES = ("fill", "mean_retrieved", "mean_similarity", "share_starved")
@@ -205,7 +206,7 @@ class _Steps:
         self.masking = masking
         self.config = config
         self.episodes = episodes
-        # The label stands at the end already: it is asked as it is.
+        # What is asked stands at the end already.
         self.asking = dataclasses.replace(
             masking, num_masks="none", rotation_probability=0.0
         )
@@ -320,9 +321,12 @@ class _Steps:
         shown = iter(self.memory.documents(rows))
         for i, episode in drawn.items():
             retrieved[i] = tuple(
-                self.episodes.label(next(shown), int(label)) for label in episode.labels
+                self.episodes.label(next(shown), int(label), episode.label_first)
+                for label in episode.labels
             )
-            mains[i] = self.episodes.label(mains[i], episode.answer)
+            mains[i] = self.episodes.label(
+                mains[i], episode.answer, episode.label_first
+            )
         return drawn
 
     def _retrieve(
@@ -340,7 +344,7 @@ class _Steps:
         parts: list[tuple[Modality, int]] = []
         for i, main in enumerate(mains):
             rng = np.random.default_rng([config.seed, RETRIEVAL, first + i])
-            nums[i] = rng.integers(config.max_documents + 1)
+            nums[i] = rng.integers(config.min_documents, config.max_documents + 1)
             modality = _query_modality(main, config.query_modality, rng)
             variant = 0
             if config.num_query_variants:
@@ -355,6 +359,11 @@ class _Steps:
         )
         for i, result in zip(asking, results, strict=True):
             found[i] = tuple(result.documents)
+        rngs = [
+            np.random.default_rng([config.seed, DISTRACTORS, first + i])
+            for i in range(len(mains))
+        ]
+        found = mix_documents(found, mains, config, rngs)
         return found, _describe(results, nums)
 
     def _queries(

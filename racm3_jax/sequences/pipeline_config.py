@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal, get_args
 
 QueryModality = Literal["text", "image", "both"]
+DocumentOrder = Literal["relevance", "shuffled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +18,16 @@ class PipelineConfig:
       row_length: positions of a row.
       examples_per_batch: main documents of a step. Too many for the rows are dropped and
         counted, too few leave padding; `stats["fill"]` shows which.
-      max_documents: K ~ Uniform{0..max_documents} documents are retrieved.
+      max_documents: K ~ Uniform{min_documents..max_documents} documents are retrieved.
+      min_documents: 0 as in the paper, so that the model learns to do without, too.
       alpha: loss weight of retrieved documents.
       query_modality: the part of the main document that is the query; "both" draws one.
         A document without that part is queried by the other one.
       num_query_variants: queries with dropout that the memory holds, numbered from 1, one
         of which is drawn; with 0 the query without dropout is taken.
+      document_order: "relevance", the best one first, or "shuffled".
+      distractor_probability: share of the examples with two or more documents whose last
+        one is exchanged for a document of another example (see `distractors`).
       seed: of order, masks, K and queries; 0..2^32-1.
       prefetch: batches made ahead; 0 makes each when it is asked for.
       threads: that make them.
@@ -40,9 +45,12 @@ class PipelineConfig:
     row_length: int
     examples_per_batch: int
     max_documents: int = 2
+    min_documents: int = 0
     alpha: float = 0.1
     query_modality: QueryModality = "both"
     num_query_variants: int = 4
+    document_order: DocumentOrder = "relevance"
+    distractor_probability: float = 0.0
     seed: int = 0
     prefetch: int = 4
     threads: int = 2
@@ -57,6 +65,7 @@ class PipelineConfig:
             "row_length": 1,
             "examples_per_batch": 1,
             "max_documents": 0,
+            "min_documents": 0,
             "num_query_variants": 0,
             "max_trim": 0,
             "prefetch": 0,
@@ -67,10 +76,24 @@ class PipelineConfig:
                 raise ValueError(
                     f"pipeline.{name} must be >= {minimum}; got {getattr(self, name)}"
                 )
-        if self.query_modality not in get_args(QueryModality):
+        if self.min_documents > self.max_documents:
             raise ValueError(
-                f"pipeline.query_modality is {self.query_modality!r}; allowed: "
-                + ", ".join(get_args(QueryModality))
+                f"pipeline.min_documents={self.min_documents} is more than "
+                f"pipeline.max_documents={self.max_documents}"
+            )
+        for name, allowed in (
+            ("query_modality", QueryModality),
+            ("document_order", DocumentOrder),
+        ):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"pipeline.{name} is {getattr(self, name)!r}; allowed: "
+                    + ", ".join(get_args(allowed))
+                )
+        if not 0 <= self.distractor_probability <= 1:
+            raise ValueError(
+                "pipeline.distractor_probability must be in 0..1; got "
+                f"{self.distractor_probability}"
             )
         for name in ("rows", "examples_per_batch"):
             if self.groups < 1 or getattr(self, name) % self.groups:

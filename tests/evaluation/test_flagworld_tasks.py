@@ -74,7 +74,7 @@ class Oracle:
         pairs = zip(self.choose(self.own), self.others, strict=True)
         return [answer(*pair[:num_samples]) for pair in pairs]
 
-    def classify(self, image, support, labels, shots_per_pass):
+    def classify(self, image, support, labels, shots_per_pass, by):
         same = {
             label
             for picture, label in support
@@ -91,7 +91,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     good, outputs = evaluate_flagworld_tasks(
         Oracle(probes, True), Oracle(probes, False), probes, SETTINGS, lines.append
     )
-    for name in ("infill_masked/flag", "infill_in_place_guided/flag", "kshot/2",
+    for name in ("infill_masked/flag", "infill_in_place_guided/flag", "kshot_image/2",
                  "alone/infill_masked", "edit_masked/flag", "edit_in_place/flag",
                  "edit_in_place/codes_kept", "controlled_named/flag", "rerank/clip",
                  "controlled_other_guided/layout", "guidance/3",
@@ -99,8 +99,8 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
         assert good[name].value == 1.0, name
     assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
-    assert good["kshot/2"].total == 5 and len(outputs["edit_masked"]) == 5
-    assert len(lines) == 24
+    assert good["kshot_image/2"].total == 5 and len(outputs["edit_masked"]) == 5
+    assert len(lines) == 30
     bad, _ = evaluate_flagworld_tasks(
         Oracle(probes, False), None, probes, SETTINGS, lines.append
     )
@@ -108,15 +108,15 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
         "infill_masked/flag",
         "edit_in_place/flag",
         "controlled_named/flag",
-        "kshot/2",
+        "kshot_image/2",
     ):
         assert bad[name].value == 0.0, name
     assert (
         bad["edit_in_place/codes_kept"].value == 0.5 and "twin/infill_masked" not in bad
     )
     table = format_table(good)
-    assert "| two-way classification, 2 examples a label | 100.0%" in table
-    assert len(table.splitlines()) == 2 + 33
+    assert "| two-way classification by label, 2 examples a label | 100.0%" in table
+    assert len(table.splitlines()) == 2 + 43
 
 
 def test_without_context_labels_are_a_coin(probes):
@@ -128,11 +128,11 @@ def test_without_context_labels_are_a_coin(probes):
     from racm3_jax.evaluation.flagworld_tasks import evaluate_kshot
 
     class First:
-        def classify(self, image, support, labels, shots_per_pass):
+        def classify(self, image, support, labels, shots_per_pass, by):
             assert labels == LABELS and support == []
             return Classification(labels[0], labels, np.array([0.5, 0.5]), 1)
 
-    share = evaluate_kshot(First(), many, SETTINGS, 0)
+    share = evaluate_kshot(First(), many, SETTINGS, 0, "label")
     assert 0.3 < share.value < 0.7
 
 
@@ -142,6 +142,23 @@ def test_the_hidden_half_is_inside_the_flag(probes):
     ):
         assert half == ((left + right) // 2, top, right, bottom)
     assert all(probes.partners != np.arange(5))
+
+
+def test_a_document_of_that_size_is_the_nearest_of_the_same_nation(probes):
+    for i, test in enumerate(probes.tests):
+        chosen = probes.donor_of_size(i)
+        nation = probes.donor(i).metadata["nation"]
+        assert chosen.metadata["nation"] == nation != probes.nation(i)
+        difference = [
+            sum(
+                abs(a - b)
+                for a, b in zip(
+                    document.metadata["box"][2:], test.metadata["box"][2:], strict=True
+                )
+            )
+            for document in [chosen, *probes.examples(int(probes.partners[i]), 99)]
+        ]
+        assert difference[0] == min(difference)
 
 
 def test_worlds_that_cannot_be_asked_are_refused(probes):

@@ -1,8 +1,6 @@
-"""Infilling, editing, controlled and free generation, classification, guidance."""
+"""Infilling, editing, controlled and free generation, guidance."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -352,47 +350,6 @@ def test_odd_calls_answer_in_one_sentence(generator, call, message):
     assert "\n" not in str(error.value)
 
 
-SUPPORT = [(grey(16), "dax"), (grey(200), "wug"), (grey(32), "dax"), (grey(184), "wug")]
-
-
-def test_classification_is_the_share_of_the_label_likelihoods(generator):
-    from racm3_jax.generation.score import compute_log_likelihoods
-
-    out = generator.classify(grey(48), SUPPORT, shots_per_pass=1)
-    assert out.labels == ("dax", "wug") and out.num_passes == 2
-    documents = [  # the order turns
-        [pair("1", "dax", 1), pair("2", "wug", 12)],
-        [pair("4", "wug", 11), pair("3", "dax", 2)],
-    ]
-    documents = [
-        tokenized(*(replace(d, segments=d.segments[::-1]) for d in shown))
-        for shown in documents
-    ]
-    asked = np.append(VOCAB.image_tokens(np.full(4, 3)), VOCAB.break_)
-    shares = []
-    for shown in documents:
-        prompt = beginning_prompt(shown, asked, VOCAB)
-        answers = [np.append(text(x), VOCAB.eod) for x in out.labels]
-        likelihoods = np.exp(
-            compute_log_likelihoods(
-                generator.model, generator.params, [prompt] * 2, answers
-            )
-        )
-        shares.append(likelihoods / likelihoods.sum())
-    np.testing.assert_allclose(out.probabilities, np.mean(shares, 0), rtol=1e-4)
-    assert out.label == out.labels[int(np.argmax(out.probabilities))]
-
-
-def test_classification_reads_what_fits_and_ensembles_the_rest(generator):
-    many = SUPPORT * 4  # 8 shots of 2 documents of 9 ids; 128 hold 6 of them
-    both = generator.classify_batch([grey(48), grey(160)], many)
-    assert both[0].num_passes == 2
-    alone = generator.classify(grey(160), many)
-    np.testing.assert_allclose(alone.probabilities, both[1].probabilities, rtol=1e-4)
-    none = generator.classify(grey(48), [], ["dax", "wug"])
-    np.testing.assert_allclose(none.probabilities.sum(), 1.0, rtol=1e-5)
-
-
 def test_likelihoods_equal_the_full_forward(generator):
     from racm3_jax.generation.score import compute_log_likelihoods
 
@@ -404,21 +361,3 @@ def test_likelihoods_equal_the_full_forward(generator):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     with pytest.raises(ValueError, match="more than the model's max_length 128"):
         compute_log_likelihoods(*call[:2], [np.zeros(126, np.int32)], [drawn[0]])
-
-
-@pytest.mark.parametrize(
-    ("support", "labels", "message"),
-    [
-        (SUPPORT, ["dax", "cat"], "has the label 'wug', which is not among the labels"),
-        (SUPPORT[:1], None, r"at least two labels .* got \['dax'\]"),
-        ([], None, r"at least two labels .* got \[\]"),
-        (
-            SUPPORT,
-            ["dax", "wug", "x" * 200],
-            "documents do not fit: one example of each",
-        ),
-    ],
-)
-def test_support_sets_that_cannot_be_are_refused(generator, support, labels, message):
-    with pytest.raises(ValueError, match=message):
-        generator.classify(grey(0), support, labels)

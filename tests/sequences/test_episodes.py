@@ -16,8 +16,9 @@ CLASSES = np.array([0, 0, 1, 1, 1, 2, 2, -1, 3])
 LABELS = [np.array([10 + i], np.int32) for i in range(8)]
 
 
-def make_episodes(probability=1.0, classes=CLASSES):
-    return Episodes(EpisodeConfig(probability), classes, LABELS)
+def make_episodes(probability=1.0, classes=CLASSES, label_first=0.0):
+    config = EpisodeConfig(probability, label_first=label_first)
+    return Episodes(config, classes, LABELS)
 
 
 def test_the_answer_is_the_label_of_the_same_class():
@@ -59,6 +60,24 @@ def test_a_row_of_the_pipeline(vocab):
         assert all(ids[i - 1] == vocab.break_ for i in texts)
         asked = batch.targets[0] == ids[texts[2]]
         assert batch.loss_weights[0][asked].max() == 1
+
+
+def test_labels_in_front_of_their_images(vocab):
+    """`<eod> t15 <break> i2 i0 <eod> t10 <break> i0 i0 <eod> t15 <break> i1 i0 <eod>`"""
+    memory = FakeMemory(vocab, 9)
+    config = dataclasses.replace(CONFIG, examples_per_batch=1, rows=1)
+    arguments = (memory, FakeRetriever(memory), np.array([0]), vocab, PLAIN, config)
+    episodes = make_episodes(label_first=1.0)
+    for batch, _ in make_batches(*arguments, num_steps=5, episodes=episodes):
+        ids = batch.inputs[0][batch.segment_ids[0] > 0].tolist()
+        texts = [i for i, x in enumerate(ids) if vocab.is_text(x)]
+        assert len(texts) == 3 and ids[texts[2]] in [ids[texts[0]], ids[texts[1]]]
+        assert all(ids[i + 1] == vocab.break_ for i in texts)
+    drawn = [
+        make_episodes(label_first=0.25).draw(0, np.random.default_rng(i)).label_first
+        for i in range(400)
+    ]
+    assert 0.18 < np.mean(drawn) < 0.32
 
 
 def test_the_twin_has_none(vocab):

@@ -377,3 +377,14 @@ def test_hosts_must_divide_the_groups(vocab, memory):
         )
     with pytest.raises(ValueError, match="groups must divide pipeline.rows=6; got 4"):
         dataclasses.replace(CONFIG, groups=4)
+
+
+def test_distractors_and_orders_are_functions_of_the_step(collect):
+    config = with_(CONFIG, document_order="shuffled", distractor_probability=0.5)
+    whole = collect(config, num_steps=6)
+    assert_same(collect(config, start_step=2, num_steps=4), whole[2:])
+    plain = collect(num_steps=6)
+    assert main_parts(whole[0][0]) != [] and any(
+        (a.inputs != b.inputs).any()
+        for (a, _), (b, _) in zip(whole, plain, strict=True)
+    )

@@ -1,0 +1,73 @@
+"""Retrieved documents re-ranked by how likely the image is behind each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from generation_standins import VOCAB, AsciiTokenizer, grey
+
+from racm3_jax.generation.rerank import rank_documents
+from racm3_jax.generation.score import compute_log_likelihoods
+from racm3_jax.sequences.layout import retrieved_prefix
+from racm3_jax.types import Retrieved
+
+ASK = np.array([VOCAB.sentinel(0), VOCAB.break_], np.int32)
+EMPTY = Retrieved(np.arange(0), np.zeros(0, np.float32), ())
+
+
+@pytest.fixture(scope="module")
+def found(generator):
+    documents = generator.tokenized(generator.retriever.documents)
+    return Retrieved(np.arange(3), np.array([0.9, 0.8, 0.7], np.float32), documents)
+
+
+def best_first(generator, level, documents):
+    prompts = [np.append(retrieved_prefix([d], VOCAB), ASK) for d in documents]
+    image = AsciiTokenizer().encode_image(grey(level))
+    scores = compute_log_likelihoods(
+        generator.model, generator.params, prompts, [image] * len(documents)
+    )
+    return np.argsort(-scores)
+
+
+def test_the_documents_that_explain_the_image_best_come_first(generator, found):
+    levels = [16, 176, 80]
+    images = np.stack([AsciiTokenizer().encode_image(grey(x)) for x in levels])
+    ranked = rank_documents(generator, images, [found, EMPTY, found], 2)
+    assert ranked[1].documents == () and len(ranked) == 3
+    for level, kept in ((16, ranked[0]), (80, ranked[2])):
+        order = best_first(generator, level, found.documents)[:2]
+        assert kept.ids.tolist() == order.tolist()
+        assert kept.scores.tolist() == found.scores[order].tolist()
+        assert [d.id for d in kept.documents] == [f"m{i}" for i in order]
+    assert rank_documents(generator, images[:1], [EMPTY], 2) == [EMPTY]
+
+
+def test_captions_are_asked_behind_the_best_of_the_candidates(generator, found, quick):
+    settings = {"num_retrieved": 1, "max_caption_length": 4}
+    plain = generator.caption(grey(176), **settings)
+    assert plain.retrieved.ids.tolist() == [0]
+    chosen = generator.caption(grey(176), num_candidates=3, **settings)
+    best = best_first(generator, 176, found.documents)[0]
+    assert chosen.retrieved.ids.tolist() == [best]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"num_candidates": 1},
+            "num_candidates is 1, of which num_retrieved=2 are kept",
+        ),
+        ({"num_candidates": -1}, "num_candidates is -1"),
+        ({"num_candidates": 4}, "num_candidates is 4 but the memory holds only 3"),
+        (
+            {"num_candidates": 2, "documents": []},
+            "re-ranks what is retrieved; nothing is",
+        ),
+        ({"num_candidates": 2, "num_retrieved": 0}, "nothing is, with documents"),
+    ],
+)
+def test_candidates_that_cannot_be_are_refused(generator, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generator.caption(grey(0), **arguments)
