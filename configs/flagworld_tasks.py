@@ -10,7 +10,7 @@ tenth of the main documents are questions about demonstrations with labels that 
 nothing. Model and twin see the same main documents, masked alike, in the same order.
 
 When the shipped weights were made, the labels of these questions stood in front of their
-images and were asked by `<mask:0>`; they stand behind them now (`sequences.episodes`). All
+images and were asked by `<mask:0>`; half stand behind them now (`sequences.episodes`). All
 else is as it was.
 """
 

@@ -7,10 +7,10 @@ knows the world and no model.
     edit        the flag's box is drawn anew, a document of another nation is chosen: any,
                 or one that shows its flag about as large as the box ("sized")
                 (both by the CM3 mask, "masked", and in the image's order, "in_place")
-    controlled  a document of another nation stands in front instead of retrieved ones;
-                the prompt names that nation ("named") or its own ("other")
-    kshot       two nations, labels without meaning, k examples of each in context (by the
-                likelihood of the "image" behind a label and its examples, or of the "label")
+    controlled  one document of another nation, or two ("two"), stand in front instead of
+                retrieved ones; the prompt names that nation ("named") or its own ("other")
+    kshot       two nations, labels without meaning, k examples of each in context (by how
+                likely the "image" is behind a label and its examples, or by the "label")
     guidance    the plain drawing task at several weights
     int8        the plain drawing task with weights in 8 bits
     rerank      the plain drawing task, best of n by CLIP, by likelihood, and all n
@@ -102,14 +102,15 @@ def evaluate_controlled(
     settings: TaskSettings,
     *,
     named: bool,
+    count: int = 1,
     **options: Any,
 ) -> tuple[Share, Share, list[GenerationOutput]]:
-    """Does the drawing follow the demonstration: its flag, and its layout?"""
+    """Does the drawing follow `count` demonstrations: their flag, and its layout?"""
     items = range(len(probes.tests))
     prompts = [test.text for test in probes.tests]
     outputs = generator.continue_batch(
         probes.captions_of_donors() if named else prompts,
-        [[probes.donor(i)] for i in items],
+        [probes.examples(int(probes.partners[i]), count) for i in items],
         seed=settings.seed,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -238,12 +239,17 @@ def evaluate_flagworld_tasks(
         )
     for end, options in (("", {}), ("_guided", guided)):
         how: dict[str, Any] = options
-        for name, named in (("named", True), ("other", False)):
-            task = f"controlled_{name}{end}"
+        for name, count in itertools.product(("named", "other"), (1, 2)):
+            task = f"controlled_{name}{'_two' if count == 2 else ''}{end}"
             flag, layout, outputs[task] = stages.run(
                 task,
-                lambda named=named, how=how: evaluate_controlled(
-                    generator, probes, settings, named=named, **how
+                lambda name=name, count=count, how=how: evaluate_controlled(
+                    generator,
+                    probes,
+                    settings,
+                    named=name == "named",
+                    count=count,
+                    **how,
                 ),
             )
             results |= {f"{task}/flag": flag, f"{task}/layout": layout}
@@ -303,12 +309,11 @@ def format_table(results: dict[str, Any]) -> str:
             f"edit_{prompt}_sized/flag": f"the same, a document of that size, {prompt}",
             f"edit_{prompt}_sized/codes_kept": f"codes outside that stay, sized, {prompt}",
         }
-    plain |= {
-        "controlled_named/flag": "demonstration followed: flag (prompt names it)",
-        "controlled_named/layout": "demonstration followed: layout (prompt names it)",
-        "controlled_other/flag": "demonstration followed: flag (prompt names another)",
-        "controlled_other/layout": "demonstration followed: layout (names another)",
-    }
+    for name, who in (("named", "prompt names it"), ("other", "prompt names another")):
+        for end, what in (("", "demonstration"), ("_two", "two demonstrations")):
+            for value in ("flag", "layout"):
+                title = f"{what} followed: {value} ({who})"
+                plain[f"controlled_{name}{end}/{value}"] = title
     for name, title in plain.items():
         task, _, value = name.partition("/")
         titles |= {name: title, f"{task}_guided/{value}": f"{title}, guided"}

@@ -94,13 +94,13 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     for name in ("infill_masked/flag", "infill_in_place_guided/flag", "kshot_image/2",
                  "alone/infill_masked", "edit_masked/flag", "edit_in_place/flag",
                  "edit_in_place/codes_kept", "controlled_named/flag", "rerank/clip",
-                 "controlled_other_guided/layout", "guidance/3",
+                 "controlled_other_two_guided/layout", "guidance/3",
                  "document_guidance/2"):  # fmt: skip
         assert good[name].value == 1.0, name
     assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
     assert good["kshot_image/2"].total == 5 and len(outputs["edit_masked"]) == 5
-    assert len(lines) == 30
+    assert len(lines) == 34
     bad, _ = evaluate_flagworld_tasks(
         Oracle(probes, False), None, probes, SETTINGS, lines.append
     )
@@ -116,7 +116,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     )
     table = format_table(good)
     assert "| two-way classification by label, 2 examples a label | 100.0%" in table
-    assert len(table.splitlines()) == 2 + 43
+    assert len(table.splitlines()) == 2 + 51
 
 
 def test_without_context_labels_are_a_coin(probes):
