@@ -7,8 +7,7 @@ Two processes on this machine train together (experiments/fault_worker.py). Writ
 is 1 if one is missed. For every guard there is a line "without ...", in which the guard
 is taken away and the fault must show: else the check above it would prove nothing.
 Fifteen minutes on 2 cores that are free; on a busy machine the watchdog barks, and a
-larger --patience is in order. Tiny form: --kills=5 --peers=0 --nans=4 --corruptions=12
---full_disks=2 --patience=5.
+larger --patience is in order. Shorter: --kills=5 --peers=0 --nans=4 --patience=5.
 """
 
 from __future__ import annotations
