@@ -209,7 +209,7 @@ def evaluate_flagworld(
     )
     outputs["caption"] = captions
     results["retrieval/caption_name"] = compute_share(named)
-    results["retriever/image_to_nation@2"] = nation_recall(captions, judge)
+    plain = captions
     if settings.caption_candidates:
         as_retrieved = dataclasses.replace(settings, caption_candidates=0)
         plain, named = stages.run(
@@ -217,7 +217,7 @@ def evaluate_flagworld(
         )
         results["as_retrieved/caption_name"] = compute_share(named)
         results["reranked/image_to_nation@2"] = nation_recall(captions, judge)
-        results["retriever/image_to_nation@2"] = nation_recall(plain, judge)
+    results["retriever/image_to_nation@2"] = nation_recall(plain, judge)
 
     moved = stages.run("swapped", lambda: draw(swapped, swapped_judge, settings, k))
     outputs["swapped"] = moved.outputs

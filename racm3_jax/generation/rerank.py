@@ -54,7 +54,7 @@ def check_candidates(
             f"num_candidates is {num_candidates}, of which num_retrieved="
             f"{num_retrieved} are kept: ask for at least as many, or 0 for no re-ranking"
         )
-    if documents is not None or not num_retrieved:
+    if documents is not None or num_retrieved < 1:
         raise ValueError(
             "num_candidates re-ranks what is retrieved; nothing is, with documents=[...] "
             "or num_retrieved=0"

@@ -185,11 +185,11 @@ class Generator(Engine):
             return []
         config = make_config(settings)
         seeds = row_seeds(seed, len(images))
-        self.check_counts(num_samples, num_retrieved, documents)
         rerank.check_candidates(num_candidates, num_retrieved, documents)
-        images = [check_image(image) for image in images]
         asked = num_candidates or num_retrieved
-        self.check_counts(num_samples, asked, documents, "num_candidates")
+        name = "num_candidates" if num_candidates else "num_retrieved"
+        self.check_counts(num_samples, asked, documents, name)
+        images = [check_image(image) for image in images]
         retrieved = self.retrieve_for(images, asked, documents)
         return captioning.caption(
             self,

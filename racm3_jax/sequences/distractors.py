@@ -11,7 +11,7 @@ RA-CM3, which ranks 150 million documents and so has wrong ones among them anywa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def mix_documents(
     retrieved: Sequence[Documents],
     mains: Sequence[TokenizedDocument],
     config: PipelineConfig,
-    rngs: Sequence[np.random.Generator],
+    rngs: Iterable[np.random.Generator],
 ) -> list[Documents]:
     """The documents of each example, with distractors, in the configured order.
 
@@ -36,8 +36,10 @@ def mix_documents(
       retrieved: of each example of a batch, best first; distractors come from the others.
       mains: the examples' main documents, which are no distractors of their own.
       config: `distractor_probability` and `document_order`.
-      rngs: one an example.
+      rngs: one an example; not drawn from where nothing is to be mixed.
     """
+    if not config.distractor_probability and config.document_order == "relevance":
+        return list(retrieved)
     mixed = []
     for i, (documents, main, rng) in enumerate(
         zip(retrieved, mains, rngs, strict=True)

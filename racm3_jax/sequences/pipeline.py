@@ -39,7 +39,7 @@ from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
 from racm3_jax.types import Batch, Modality, Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
-# Names of the random streams; a change of either changes every batch.
+# Names of the random streams; a change of any changes every batch.
 MASKING, RETRIEVAL, EPISODES, DISTRACTORS = 0, 1, 2, 3
 
 # Statistics of a step that are means over its groups; the others are sums.
@@ -359,10 +359,10 @@ class _Steps:
         )
         for i, result in zip(asking, results, strict=True):
             found[i] = tuple(result.documents)
-        rngs = [
+        rngs = (
             np.random.default_rng([config.seed, DISTRACTORS, first + i])
             for i in range(len(mains))
-        ]
+        )
         found = mix_documents(found, mains, config, rngs)
         return found, _describe(results, nums)
 

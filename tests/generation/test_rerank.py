@@ -66,6 +66,8 @@ def test_captions_are_asked_behind_the_best_of_the_candidates(generator, found, 
             "re-ranks what is retrieved; nothing is",
         ),
         ({"num_candidates": 2, "num_retrieved": 0}, "nothing is, with documents"),
+        ({"num_candidates": 2, "num_retrieved": -1}, "nothing is, with documents"),
+        ({"num_retrieved": 4}, "num_retrieved is 4 but the memory holds only 3"),
     ],
 )
 def test_candidates_that_cannot_be_are_refused(generator, arguments, message):

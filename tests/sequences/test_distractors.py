@@ -69,6 +69,8 @@ def test_shuffled_is_every_order():
     [
         ({"document_order": "random"}, "pipeline.document_order is 'random'; allowed"),
         ({"distractor_probability": 1.5}, "must be in 0..1; got 1.5"),
+        ({"min_documents": -1}, "pipeline.min_documents must be >= 0; got -1"),
+        ({"min_documents": 3}, "min_documents=3 is more than pipeline.max_documents=2"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

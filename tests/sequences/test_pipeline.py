@@ -388,3 +388,11 @@ def test_distractors_and_orders_are_functions_of_the_step(collect):
         (a.inputs != b.inputs).any()
         for (a, _), (b, _) in zip(whole, plain, strict=True)
     )
+
+
+def test_the_number_of_documents_is_drawn_between_its_bounds(collect):
+    shown = collect(with_(CONFIG, min_documents=2, rows=12), num_steps=3)
+    assert all(stats["mean_retrieved"] == 2.0 for _, stats in shown)
+    shown = collect(with_(CONFIG, min_documents=1, rows=12), num_steps=6)
+    assert all(1.0 <= stats["mean_retrieved"] <= 2.0 for _, stats in shown)
+    assert len({stats["mean_retrieved"] for _, stats in shown}) > 1
