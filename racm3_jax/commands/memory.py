@@ -55,12 +55,14 @@ def register(commands: Any) -> None:
     sub.add_argument("--image", default=None)
     sub.add_argument("--k", type=int, default=8)
     sub.add_argument("--out", default="search.png", help="picture of the results")
+    _originals(sub)
     sub.add_argument("--json", action="store_true", help="one line of JSON")
 
     sub = _add(actions, "stats", _stats, "Counts, sizes, recall, latency, duplicates.")
     _models(sub)
     sub.add_argument("--num_queries", type=int, default=200)
     sub.add_argument("--out", default="memory.png", help="contact sheet")
+    _originals(sub)
     sub.add_argument("--json", action="store_true", help="one line of JSON")
 
     _add(actions, "verify", _verify, "Check every byte, and that removed is gone.")
@@ -107,6 +109,16 @@ def _models(sub: Any) -> None:
         "--embedder",
         default=f"{_SHIPPED}/clip",
         help="a folder, or name:ENCODER for a source that brings its embeddings",
+    )
+
+
+def _originals(sub: Any) -> None:
+    sub.add_argument(
+        "--originals",
+        default=None,
+        metavar="FOLDER",
+        help="the image files, which are shown instead of what the memory keeps of them; "
+        "default: the folder that it was built from",
     )
 
 
@@ -248,6 +260,7 @@ def _add_documents(arguments: Arguments) -> None:
 def _search(arguments: Arguments) -> None:
     from PIL import Image
 
+    from racm3_jax.commands.originals import read_for_picture
     from racm3_jax.documents.images import read_image
     from racm3_jax.retrieval.memory import Memory
 
@@ -264,7 +277,7 @@ def _search(arguments: Arguments) -> None:
             queries = embedder.embed_images(image[None])
         found = memory.search(queries, arguments.k)
         rows, scores = found.ids[found.valid], found.scores[found.valid]
-        documents = [tokenizer.decode(d) for d in memory.documents(rows)]
+        documents, note = read_for_picture(memory, tokenizer, rows, arguments.originals)
     asked = arguments.text if image is None else image
     picture = memory_pictures.draw_results(asked, documents, scores.tolist())
     Image.fromarray(picture).save(arguments.out)
@@ -277,12 +290,13 @@ def _search(arguments: Arguments) -> None:
         return
     for result in results:
         print(f"{result['score']:.3f}  {result['id']}  {result['text'][:80]}")
-    print(f"wrote {arguments.out}")
+    print(f"wrote {arguments.out}{note}")
 
 
 def _stats(arguments: Arguments) -> None:
     from PIL import Image
 
+    from racm3_jax.commands.originals import read_for_picture
     from racm3_jax.retrieval.memory import Memory
     from racm3_jax.retrieval.memory_stats import compute_stats
 
@@ -290,14 +304,16 @@ def _stats(arguments: Arguments) -> None:
     with Memory.load(arguments.memory, tokenizer=tokenizer) as memory:
         stats = compute_stats(memory, num_queries=arguments.num_queries)
         shown = memory_pictures.choose_rows(memory.allowed_ids())
-        documents = [tokenizer.decode(d) for d in memory.documents(shown)]
+        documents, note = read_for_picture(
+            memory, tokenizer, shown, arguments.originals
+        )
     Image.fromarray(memory_pictures.draw_contacts(documents)).save(arguments.out)
     if arguments.json:
         print(json.dumps({**stats, "out": arguments.out}))
         return
     for name, value in stats.items():
         print(f"{name}: {json.dumps(value)}")
-    print(f"wrote {arguments.out}")
+    print(f"wrote {arguments.out}{note}")
 
 
 def _verify(arguments: Arguments) -> None:
