@@ -80,6 +80,9 @@ def register(commands: Any) -> None:
     sub.add_argument("--source", required=True)
     _models(sub)
     _filters(sub)
+    sub.add_argument(
+        "--readmit", action="store_true", help="take back what was removed"
+    )
 
     sub = _add(actions, "neighbours", _neighbours, "Precompute all training searches.")
     sub.add_argument("--out", default=None, help="the table; default MEMORY/table")
@@ -249,12 +252,18 @@ def _add_documents(arguments: Arguments) -> None:
     )
     maker = corpus_config.make_maker(config, *_load_models(arguments))
     counts = memory_edit.add_documents(
-        arguments.memory, arguments.source, maker, arguments.max_bad
+        arguments.memory,
+        arguments.source,
+        maker,
+        arguments.max_bad,
+        arguments.readmit,
     )
     print(f"{arguments.memory}: added {counts['added']} documents")
     for title in ("bad", "filtered"):
         for reason, count in counts[title].items():
             print(f"  {title}: {count} {reason}")
+    if counts["filtered"].get("removed before"):
+        print("  --readmit takes back what was removed")
 
 
 def _search(arguments: Arguments) -> None:

@@ -9,7 +9,8 @@
 The manifest names every file, and is replaced in one step after all of them are on disk:
 a search sees the memory before or after a change, never between. Added documents get the
 next rows; compaction leaves denied ones out of every file, and numbers rows anew, so a
-memory that was opened before it must be opened again.
+memory that was opened before it must be opened again. Of what has left the disk two hashes
+stay (`removed.npy`), so that it does not come back with its source.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt64
 
 from racm3_jax.documents.readers import ReadReport, find_shards
 from racm3_jax.retrieval import corpus_parts, filters, integrity, memory_writer
@@ -38,18 +39,23 @@ _ROWS_PER_BLOCK = 1 << 14
 
 
 def add_documents(
-    path: str | os.PathLike[str], source: str, maker: Maker, max_bad: float = 0.1
+    path: str | os.PathLike[str],
+    source: str,
+    maker: Maker,
+    max_bad: float = 0.1,
+    readmit: bool = False,
 ) -> dict[str, Any]:
     """Adds the documents of a source; whoever opens the memory next finds them.
 
-    Documents whose id, or whose text and pixels, the memory holds already are left out
-    and counted.
+    Documents whose id, or whose text and pixels, the memory holds already, or has held
+    and lost by removal and compaction, are left out and counted.
 
     Args:
       path: of the memory.
       source: as `readers.read_documents` takes it.
       maker: the memory's own models, with any filters.
       max_bad: share of bad records above which nothing is added.
+      readmit: takes back what was removed and has left the disk.
 
     Returns:
       "added", "bad" and "filtered" counts.
@@ -70,12 +76,14 @@ def add_documents(
         ids = set(memory.id_hashes.tolist())
         known = memory.content_hashes
         contents: set[int] = set() if known is None else set(known.tolist())
+        removed = format_lib.read_removed(path, manifest)
+        gone = set() if readmit else set(removed[removed > 0].tolist())
     report, filtered = ReadReport(max_bad), {}
     number = _next_number(manifest)
     prefix = f"added-{number:05d}"
     aside = path.with_name(f".{path.name}.{prefix}.{os.getpid()}")
     chunks = _new_ones(
-        _chunks(source, maker, number, report, filtered), ids, contents, filtered
+        _chunks(source, maker, number, report, filtered), ids, contents, gone, filtered
     )
     counts = {"bad": report.reasons, "filtered": filtered}
     try:
@@ -129,9 +137,10 @@ def _new_ones(
     chunks: Iterable[MemoryChunk],
     ids: set[int],
     contents: set[int],
+    gone: set[int],
     filtered: dict[str, int],
 ) -> Iterator[MemoryChunk]:
-    """Without the documents that are there already, or came before."""
+    """Without the documents that are there already, came before, or were removed."""
     for chunk in chunks:
         kept = np.ones(len(chunk.documents), bool)
         assert chunk.content_hashes is not None
@@ -141,6 +150,8 @@ def _new_ones(
             reason = "repeated id" if name in ids else None
             if reason is None and content in contents:
                 reason = "exact duplicate"
+            if reason is None and (name in gone or content in gone):
+                reason = "removed before"
             ids.add(name)
             contents.add(content)
             if reason is not None:
@@ -202,6 +213,9 @@ def compact(path: str | os.PathLike[str]) -> int:
         kept = np.ones(len(memory), bool)
         denied = format_lib.read_denied(path, manifest)
         kept[denied] = False
+        removed = np.concatenate(
+            [format_lib.read_removed(path, manifest), _hashes(memory, denied)]
+        )
     if not kept.any():
         raise ValueError(
             f"every document of {path} is removed, so nothing would be left: delete the "
@@ -216,6 +230,7 @@ def compact(path: str | os.PathLike[str]) -> int:
             chunks = corpus_parts.read_chunks(folders, kept)
             part = _write_part(directory, chunks, manifest, manifest["index"])
             assert part is not None
+            np.save(directory / format_lib.REMOVED_NAME, np.unique(removed, axis=0))
         with format_lib.locked(path):
             if format_lib.read_manifest(path) != manifest:
                 raise ValueError(
@@ -235,6 +250,13 @@ def compact(path: str | os.PathLike[str]) -> int:
     return int((~kept).sum())
 
 
+def _hashes(memory: Memory, rows: Int64[np.ndarray, " n"]) -> UInt64[np.ndarray, "n 2"]:
+    """Of id and content; 0 where contents are unknown."""
+    contents = memory.content_hashes
+    own = np.zeros(len(rows), np.uint64) if contents is None else contents[rows]
+    return np.stack([memory.id_hashes[rows], own], axis=1).astype(np.uint64)
+
+
 def _compacted(
     path: pathlib.Path,
     manifest: dict[str, Any],
@@ -247,6 +269,7 @@ def _compacted(
         **part._asdict(),
         "parts": [{"prefix": prefix, "num_documents": part.num_documents}],
         "files": integrity.describe_files(path, names),
+        "removed_file": f"{prefix}{format_lib.REMOVED_NAME}",
     }
     new.pop("lineage", None)
     # Fixed now, since the name of the deny list becomes part of the manifest.

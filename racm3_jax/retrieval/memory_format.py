@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt64
 
 from racm3_jax.retrieval import integrity
 from racm3_jax.types import Modality
@@ -24,6 +24,7 @@ MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.array_record"
 INDEX_DIRECTORY = "index"
 DENY_FILE = "deny.json"
+REMOVED_NAME = "removed.npy"
 MODALITY_BITS: Mapping[Modality, int] = {"text": 1, "image": 2}
 
 
@@ -196,6 +197,20 @@ def write_denied(
     }
     file = deny_path(path, manifest)
     integrity.write_file(file, integrity.encode_sealed(content))
+
+
+def read_removed(
+    path: pathlib.Path, manifest: Mapping[str, Any]
+) -> UInt64[np.ndarray, "removed 2"]:
+    """Hashes of id and content of what compactions have deleted: all that is left of it.
+
+    By them a removed document is known when its source is added again; a content of 0 is
+    unknown.
+    """
+    name = manifest.get("removed_file")
+    if name is None:
+        return np.zeros((0, 2), np.uint64)
+    return np.load(path / name, allow_pickle=False)
 
 
 @contextlib.contextmanager

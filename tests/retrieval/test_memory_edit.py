@@ -154,7 +154,8 @@ def test_removal_holds_across_adding_and_compaction(path, config):
         assert memory.find(["doc-43"]).tolist() == [39]
     gone = hash_name("doc-4").to_bytes(8, "little")
     for name in integrity.list_files(path):
-        assert gone not in (path / name).read_bytes()
+        kept_out = name == "compacted-00002/removed.npy"  # so that it stays away
+        assert (gone in (path / name).read_bytes()) == kept_out
     top = sorted(os.listdir(path))
     assert top == ["compacted-00002", "deny-00002.json", "manifest.json"]
     assert add(path, config, [60])["added"] == 1
@@ -163,6 +164,28 @@ def test_removal_holds_across_adding_and_compaction(path, config):
         assert memory.num_allowed == 40
     assert memory_edit.compact(path) == 1
     assert len(Memory.load(path)) == 40
+
+
+def test_what_was_removed_stays_away_when_its_source_is_added_again(path, config):
+    with Memory.load(path) as memory:
+        memory.remove([4, 5])
+    memory_edit.compact(path)
+    counts = add(path, config, [3, 4, 40])
+    assert counts["added"] == 1
+    assert counts["filtered"] == {"repeated id": 1, "removed before": 1}
+    # The same document by another name, and after a further compaction.
+    with Memory.load(path) as memory:
+        memory.remove(memory.find(["doc-7"]))
+    memory_edit.compact(path)
+    renamed = write_corpus(
+        path.parent / "renamed", [[line(n, id=f"new-{n}") for n in (5, 7)]]
+    )
+    maker = make_maker(config, *MODELS)
+    counts = memory_edit.add_documents(path, renamed, maker)
+    assert (counts["added"], counts["filtered"]) == (0, {"removed before": 2})
+    counts = memory_edit.add_documents(path, renamed, maker, readmit=True)
+    assert (counts["added"], counts["filtered"]) == (2, {})
+    assert memory_edit.verify(path)["documents"] == 40
 
 
 def test_a_reader_from_before_a_compaction_is_told(path, config):
