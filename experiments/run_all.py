@@ -7,6 +7,8 @@
     python experiments/run_all.py --run --only=kshot --first_seed=11 \\
         --against=experiments/results/science                  # do other seeds agree?
 
+    taskset -c 0 python experiments/run_all.py --run --seeds=1   # and 2 on the other core
+
 Each experiment is conditions x seeds of cells; a cell that is there is not measured again,
 and a training that was interrupted goes on. `--out` keeps cells, memories and models;
 `--results` gets `NAME.json`, `NAME.md` and `NAME.png`. experiments/README.md is the page
@@ -20,6 +22,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +30,14 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT)]
 
 from science import catalogue
 from science.agreement import write_agreement
-from science.cells import hold, measure_cell, read_cell, read_cells, restore_cells
+from science.cells import (
+    hold,
+    measure_cell,
+    read_cell,
+    read_cells,
+    restore_cells,
+    two_core_hours,
+)
 from science.experiment import FULL, TINY, Experiment, Place
 from science.page import format_page
 from science.report import write_report
@@ -47,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", action="store_true", help="write README.md anew")
     parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--conditions", default="", help="of them, only these")
+    parser.add_argument("--seeds", default="", help="of them, only these: 1,3")
     parser.add_argument("--tiny", action="store_true", help="a minimal world")
     parser.add_argument("--out", type=Path, default=Path("out/science"))
     parser.add_argument("--results", type=Path, help=f"default: {RESULTS}")
@@ -62,8 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
     results = options.results or (place.work / "results" if own else RESULTS)
     if options.run:
         wanted = set(filter(None, options.conditions.split(",")))
+        seeds = {int(seed) for seed in options.seeds.split(",") if seed}
         for experiment in chosen:
-            run(experiment, place, results, wanted, options.lock)
+            run(experiment, place, results, wanted, options.lock, seeds)
             if options.against:
                 write_agreement(experiment, results, options.against)
     if options.page:
@@ -106,10 +118,16 @@ def run(
     results: Path,
     wanted: set[str],
     lock: Path | None,
+    seeds: Collection[int] = (),
 ) -> None:
-    """Measures the missing cells, seed by seed, and writes the report after each seed."""
+    """Measures the missing cells, seed by seed, and writes the report after each seed.
+
+    Processes that measure different seeds may run side by side.
+    """
     restore_cells(experiment, place, results)
     for seed in experiment.seeds:
+        if seeds and seed not in seeds:
+            continue
         measured = False
         for condition in experiment.conditions:
             if wanted and condition not in wanted:
@@ -126,7 +144,7 @@ def run(
                 f"{cell['wall_seconds']:.0f} s",
                 flush=True,
             )
-        if measured or seed == experiment.seeds[-1]:
+        if measured or seed == experiment.seeds[-1] or seeds:
             write_report(experiment, place, results)
 
 
@@ -136,21 +154,21 @@ def format_state(chosen: list[Experiment], place: Place, results: Path) -> str:
     for experiment in chosen:
         total = len(experiment.conditions) * len(experiment.seeds)
         cells = read_cells(experiment, place)
-        seconds = [cell["wall_seconds"] for cell in cells.values()]
+        taken = two_core_hours(cells.values())
         published = results / f"{experiment.name}.json"
         state, hours = "not begun", f"{experiment.hours:.1f} estimated"
         if len(cells) == total:
-            state, hours = "done", f"{sum(seconds) / 3600:.2f} taken"
+            state, hours = "done", f"{taken:.2f} taken"
         elif cells:
             state = f"{len(cells)} of {total} cells"
-            hours = f"{sum(seconds) / 3600:.2f} of {hours}"
+            hours = f"{taken:.2f} of {hours}"
         elif published.exists():
             record = json.loads(published.read_text())
             full = record["cells_done"] == record["cells"]
             state = "published" + (
                 "" if full else f", {record['cells_done']} of {record['cells']} cells"
             )
-            hours = f"{record['wall_seconds'] / 3600:.2f} taken"
+            hours = f"{record['two_core_hours']:.2f} taken"
         command = f"python experiments/run_all.py --run --only={experiment.name}"
         rows.append((str(experiment.number), experiment.name, state, hours, command))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

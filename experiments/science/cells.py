@@ -12,7 +12,7 @@ import os
 import resource
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def measure_cell(
         "settings": _settings(experiment),
         "wall_seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(cpu_seconds() - before, 1),
-        "num_cores": os.cpu_count(),
+        "num_cores": len(os.sched_getaffinity(0)),
         "commit": find_commit(),
     }
     path = cell_path(experiment, condition, seed, place)
@@ -128,6 +128,11 @@ def cpu_seconds() -> float:
     used = [resource.getrusage(resource.RUSAGE_SELF)]
     used.append(resource.getrusage(resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def two_core_hours(cells: Iterable[Cell]) -> float:
+    """Hours on two cores; a cell that was kept to one of them counts half."""
+    return sum(c["wall_seconds"] * c["num_cores"] for c in cells) / 2 / 3600
 
 
 def find_commit() -> str:

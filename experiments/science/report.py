@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from science.cells import Cell, read_cells, read_figures, write_json
+from science.cells import (
+    Cell,
+    read_cells,
+    read_figures,
+    two_core_hours,
+    write_json,
+)
 from science.combining import Combined, combine, compare
 from science.experiment import Experiment, Figures, Panel, Place
 
@@ -112,7 +117,7 @@ def write_report(experiment: Experiment, place: Place, folder: Path) -> Path | N
         "commits": sorted({cell["commit"] for cell in cells.values()}),
         "wall_seconds": round(sum(c["wall_seconds"] for c in cells.values()), 1),
         "cpu_seconds": round(sum(c["cpu_seconds"] for c in cells.values()), 1),
-        "num_cores": os.cpu_count(),
+        "two_core_hours": round(two_core_hours(cells.values()), 3),
         "figures": _to_json(means),
         "differences": {"from": experiment.reference, "of": _to_json(differences)},
         "measured": [cells[key] | {"settings": None} for key in sorted(cells)],
@@ -135,12 +140,11 @@ def _describe(
     means: Results,
     differences: Results,
 ) -> str:
-    hours = record["wall_seconds"] / 3600
     state = (
         f"{record['cells_done']} of {record['cells']} cells, "
         f"{len(experiment.seeds)} seeds, {place.scale.num_heldout} held-out nations a "
-        f"seed; {hours:.2f} hours ({record['cpu_seconds'] / 3600:.2f} CPU hours) on "
-        f"{record['num_cores']} cores; commit {', '.join(record['commits'])}."
+        f"seed; {record['two_core_hours']:.2f} hours on two cores "
+        f"({record['cpu_seconds'] / 3600:.2f} CPU hours); commit {', '.join(record['commits'])}."
     )
     parts = [
         f"# {experiment.number}. {experiment.title}",

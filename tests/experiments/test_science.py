@@ -99,6 +99,15 @@ def test_a_run_goes_on_where_it_failed(place, tmp_path, capsys, monkeypatch):
     assert len(lines) == 1
 
 
+def test_seeds_are_measured_side_by_side_and_cores_counted(place, tmp_path):
+    run_all.run(FAKE, place, tmp_path / "results", set(), None, {2})
+    found = cells.read_cells(FAKE, place)
+    assert set(found) == {("with", 2), ("without", 2)}
+    assert (tmp_path / "results" / "fake.json").exists()
+    two = [{"wall_seconds": 3600.0, "num_cores": n} for n in (1, 2)]
+    assert cells.two_core_hours(two) == pytest.approx(1.5)
+
+
 def test_a_report_holds_figures_cost_and_commit(place, tmp_path):
     for condition in FAKE.conditions:
         for seed in FAKE.seeds:
