@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = options.results or (place.work / "results" if own else RESULTS)
     if options.run:
         wanted = set(filter(None, options.conditions.split(",")))
-        seeds = {int(seed) for seed in options.seeds.split(",") if seed}
+        seeds = choose_seeds(options.seeds, chosen[0].seeds)
         for experiment in chosen:
             run(experiment, place, results, wanted, options.lock, seeds)
             if options.against:
@@ -101,6 +101,21 @@ def choose(only: str, first_seed: int, tiny: bool) -> list[Experiment]:
     return [dataclasses.replace(e, seeds=seeds) for e in chosen]
 
 
+def choose_seeds(only: str, seeds: Collection[int]) -> set[int]:
+    """The seeds of these numbers; none for all of them.
+
+    Raises:
+      SystemExit: one that is not run.
+    """
+    names = [name for name in only.split(",") if name]
+    for name in names:
+        if name not in map(str, seeds):
+            raise SystemExit(
+                f"--seeds={name}: choose from {', '.join(map(str, seeds))}"
+            )
+    return {int(name) for name in names}
+
+
 def prove(experiment: Experiment) -> Experiment:
     """The conditions that prove the code, and no others."""
     kept = [c for c in experiment.conditions if c in experiment.proof]
@@ -125,9 +140,8 @@ def run(
     Processes that measure different seeds may run side by side.
     """
     restore_cells(experiment, place, results)
-    for seed in experiment.seeds:
-        if seeds and seed not in seeds:
-            continue
+    chosen = [seed for seed in experiment.seeds if not seeds or seed in seeds]
+    for seed in chosen:
         measured = False
         for condition in experiment.conditions:
             if wanted and condition not in wanted:
@@ -144,7 +158,7 @@ def run(
                 f"{cell['wall_seconds']:.0f} s",
                 flush=True,
             )
-        if measured or seed == experiment.seeds[-1] or seeds:
+        if measured or seed == chosen[-1]:
             write_report(experiment, place, results)
 
 

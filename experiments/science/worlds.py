@@ -30,6 +30,7 @@ from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import Document
+from science.cells import hold
 from science.experiment import TINY, Place
 
 # Seeds of worlds of their own: the shipped models know world 0.
@@ -193,17 +194,19 @@ def open_memory(
         for image in document.images:
             digest.update(image.tobytes())
     path = place.work / "memories" / digest.hexdigest()[:16]
-    if not (path / "manifest.json").exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Memory.build(
-            documents,
-            tokenizer=shipped.tokenizer,
-            embedder=shipped.embedder,
-            path=path,
-            index="exact",
-            num_query_variants=num_query_variants,
-            query_drop=query_drop,
-        ).close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Seeds that are measured side by side share the memory that they train on.
+    with hold(path.with_suffix(".lock")):
+        if not (path / "manifest.json").exists():
+            Memory.build(
+                documents,
+                tokenizer=shipped.tokenizer,
+                embedder=shipped.embedder,
+                path=path,
+                index="exact",
+                num_query_variants=num_query_variants,
+                query_drop=query_drop,
+            ).close()
     return Memory.load(path, embedder=shipped.embedder, tokenizer=shipped.tokenizer)
 
 

@@ -104,6 +104,10 @@ def test_seeds_are_measured_side_by_side_and_cores_counted(place, tmp_path):
     found = cells.read_cells(FAKE, place)
     assert set(found) == {("with", 2), ("without", 2)}
     assert (tmp_path / "results" / "fake.json").exists()
+    with pytest.raises(SystemExit, match="--seeds=7: choose from 1, 2, 3"):
+        run_all.choose_seeds("2,7", FAKE.seeds)
+    assert run_all.choose_seeds("3,1", FAKE.seeds) == {1, 3}
+    assert run_all.choose_seeds("", FAKE.seeds) == set()
     two = [{"wall_seconds": 3600.0, "num_cores": n} for n in (1, 2)]
     assert cells.two_core_hours(two) == pytest.approx(1.5)
 
