@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     short = arg == "short"
     config = flagworld.get_config()
+    config.world = flagworld.world()
     config.init_from = "shipped:flagworld/model"
     # Documents of training nations in the memory, beside all of the held-out ones.
     config.num_train_documents = 1500 if short else 8500

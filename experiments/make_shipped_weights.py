@@ -1,17 +1,18 @@
 """Trains the weights that the package ships, from nothing, and packs them.
 
     python experiments/make_shipped_weights.py --out=out
+    python experiments/make_shipped_weights.py --out=out --stages=racm3,cm3,generators
 
-Runs these commands, in order (each resumes when it was interrupted), averages the
-generators of the first and of the second training, and copies all into
-racm3_jax/shipped/flagworld, with a manifest of sha256 sums, commands and hours:
+Runs these commands, in order; each resumes when it was interrupted:
 
     racm3 train --config=configs/flagworld_vqgan.py --workdir=out/vqgan
     racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
-    racm3 train --config=configs/flagworld.py --workdir=out/racm3 ...
-    racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3 ...
-    racm3 train --config=configs/flagworld_tasks.py --workdir=out/racm3_tasks ...
-    racm3 train --config=configs/flagworld_tasks.py:twin --workdir=out/cm3_tasks ...
+    racm3 train --config=configs/flagworld.py --workdir=out/racm3
+    racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3
+
+After the second, the stage `parts` puts tokenizers and CLIP into
+racm3_jax/shipped/flagworld, where the other two find them; the stage `generators` puts RA-CM3
+and its twin beside them. Both write `manifest.json`: sha256 sums, commands, hours.
 """
 
 from __future__ import annotations
@@ -24,49 +25,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from racm3_jax import checkpoints, cli
+from racm3_jax import build, checkpoints, cli
+from racm3_jax.commands.configs import load_config_file
 from racm3_jax.metrics import plot_curves
 from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "racm3_jax" / "shipped" / "flagworld"
+CONFIGS = {
+    "vqgan": "flagworld_vqgan.py",
+    "clip": "flagworld_clip.py",
+    "racm3": "flagworld.py",
+    "cm3": "flagworld.py:twin",
+}
+STAGES = ("vqgan", "clip", "parts", "racm3", "cm3", "generators")
 
 
-def commands(out: Path) -> dict[str, list[str]]:
-    """The arguments of `racm3`, by the name of the stage."""
-    configs = ROOT / "configs"
-    parts = [
-        f"--config.tokenizer.text={out}/clip/text",
-        f"--config.tokenizer.image={out}/vqgan/vqgan",
-        f"--config.embedder={out}/clip/clip",
-    ]
-    return {
-        "vqgan": [f"--config={configs}/flagworld_vqgan.py"],
-        "clip": [f"--config={configs}/flagworld_clip.py"],
-        "racm3": [f"--config={configs}/flagworld.py", *parts],
-        "cm3": [f"--config={configs}/flagworld.py:twin", *parts],
-        "racm3_tasks": [
-            f"--config={configs}/flagworld_tasks.py",
-            *parts,
-            f"--config.init_from={out}/racm3/model",
-        ],
-        "cm3_tasks": [
-            f"--config={configs}/flagworld_tasks.py:twin",
-            *parts,
-            f"--config.init_from={out}/cm3/model",
-        ],
-    }
-
-
-def run_stage(name: str, arguments: list[str], out: Path) -> None:
+def run_stage(name: str, out: Path) -> None:
     """Trains one model; the hours it took are kept beside it."""
     started = time.time()
-    status = cli.main(["train", f"--workdir={out / name}", *arguments])
+    config = f"--config={ROOT / 'configs' / CONFIGS[name]}"
+    status = cli.main(["train", config, f"--workdir={out / name}"])
     if status:
         raise SystemExit(status)
     record = out / name / "hours.json"
@@ -75,108 +57,92 @@ def run_stage(name: str, arguments: list[str], out: Path) -> None:
     record.write_text(json.dumps({"hours": round(hours, 3)}))
 
 
-def pack(out: Path) -> None:
-    """Writes the exported models in half precision."""
-    aside = SHIPPED.with_name("flagworld.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    tokenizer = MixedTokenizer.load(out / "racm3_tasks" / "tokenizer")
-    image = ImageTokenizer(
-        tokenizer.image.config, checkpoints.round_to_half(tokenizer.image.params)
-    )
-    MixedTokenizer(tokenizer.text, image, tokenizer.vocab.num_sentinels).save(
-        aside / "tokenizer", dtype="float16"
-    )
-    embedder = DocumentEmbedder.load(out / "racm3_tasks" / "clip")
+def pack_parts(out: Path) -> None:
+    """Writes both tokenizers and CLIP in half precision."""
+    image = ImageTokenizer.load(out / "vqgan" / "vqgan")
+    text = TextTokenizer.load(out / "clip" / "text" / "tokenizer.json")
+    config = load_config_file(str(ROOT / "configs" / CONFIGS["racm3"]))
+    MixedTokenizer(
+        text,
+        ImageTokenizer(image.config, checkpoints.round_to_half(image.params)),
+        config.tokenizer.num_sentinels,
+    ).save(make_room("tokenizer"), dtype="float16")
+    embedder = DocumentEmbedder.load(out / "clip" / "clip")
     DocumentEmbedder(
         embedder.config,
         checkpoints.round_to_half(embedder.params),
         embedder.text_tokenizer,
-    ).save(aside / "clip", dtype="float16")
+    ).save(make_room("clip"), dtype="float16")
+    write_manifest(out, ("vqgan", "clip"))
+
+
+def pack_generators(out: Path) -> None:
+    """Writes RA-CM3 and its twin in half precision, and how their losses fell."""
     for stage, name in (("racm3", "model"), ("cm3", "twin")):
-        params, config, extra = average_models(
-            out / stage / "model", out / f"{stage}_tasks" / "model"
+        params, config, extra = checkpoints.load_weights(
+            out / stage / "model", "generator"
         )
         checkpoints.save_weights(
-            aside / name,
+            make_room(name),
             params,
             kind="generator",
             config=config,
             extra=extra,
             dtype="float16",
         )
-    plot_losses(out, aside)
-    shutil.rmtree(SHIPPED, ignore_errors=True)
-    aside.rename(SHIPPED)
-    write_manifest(out)
-
-
-def average_models(first: Path, second: Path) -> tuple[Any, Any, Any]:
-    """The mean of the weights after the first and after the second training.
-
-    The second starts where the first ends, so that both lie in one basin; the mean names
-    and draws more held-out nations than either (see README.md, Results).
-    """
-    before, _, _ = checkpoints.load_weights(first, "generator")
-    after, config, extra = checkpoints.load_weights(second, "generator")
-    mean = jax.tree.map(
-        lambda a, b: (np.asarray(a, np.float32) + np.asarray(b, np.float32)) / 2,
-        before,
-        after,
+    plot_curves(
+        {"RA-CM3": out / "racm3", "twin without retrieval": out / "cm3"},
+        SHIPPED / "loss.png",
+        names=("image_loss", "text_loss"),
     )
-    return mean, config, extra
+    build.load_generator(SHIPPED, None)  # what is shipped opens
+    write_manifest(out, ("racm3", "cm3"))
 
 
-def plot_losses(out: Path, directory: Path) -> None:
-    """`loss.png` of the first training, `loss_tasks.png` of the second."""
-    for end in ("", "_tasks"):
-        plot_curves(
-            {
-                "RA-CM3": out / f"racm3{end}",
-                "twin without retrieval": out / f"cm3{end}",
-            },
-            directory / f"loss{end}.png",
-            names=("image_loss", "text_loss"),
-        )
+def make_room(name: str) -> Path:
+    """The folder of a part, emptied."""
+    shutil.rmtree(SHIPPED / name, ignore_errors=True)
+    return SHIPPED / name
 
 
-def write_manifest(out: Path) -> None:
-    """`manifest.json`: what each file is, and the commands that made them all."""
-    files = sorted(p for p in SHIPPED.rglob("*") if p.is_file())
+def write_manifest(out: Path, stages: tuple[str, ...]) -> None:
+    """What each file is, and how long the stages took; other stages' hours stay."""
+    path = SHIPPED / "manifest.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    hours = {k: v for k, v in before.get("hours", {}).items() if k in CONFIGS}
+    for name in stages:
+        hours[name] = json.loads((out / name / "hours.json").read_text())["hours"]
+    files = sorted(p for p in SHIPPED.rglob("*") if p.is_file() and p != path)
     manifest = {
         "commands": {
-            name: " ".join(["racm3", "train", f"--workdir=out/{name}", *arguments])
-            for name, arguments in commands(Path("out")).items()
+            name: f"racm3 train --config=configs/{config} --workdir=out/{name}"
+            for name, config in CONFIGS.items()
         },
-        "hours": {
-            name: json.loads((out / name / "hours.json").read_text())["hours"]
-            for name in commands(out)
-        },
+        "hours": hours,
         "files": {
             str(p.relative_to(SHIPPED)): {
                 "bytes": p.stat().st_size,
                 "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
             }
             for p in files
-            if p.name != "manifest.json"
         },
     }
-    text = json.dumps(manifest, indent=2, sort_keys=True).replace(f"{ROOT}/", "")
-    (SHIPPED / "manifest.json").write_text(text + "\n")
+    path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument(
-        "--stages", default="vqgan,clip,racm3,cm3,racm3_tasks,cm3_tasks,pack"
-    )
+    parser.add_argument("--stages", default=",".join(STAGES))
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     for stage in arguments.stages.split(","):
-        if stage == "pack":
-            pack(out)
+        if stage == "parts":
+            pack_parts(out)
+        elif stage == "generators":
+            pack_generators(out)
         else:
-            run_stage(stage, commands(out)[stage], out)
+            run_stage(stage, out)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,6 @@ def main(config: Any, workdir: Path) -> None:
             "How the shipped models were trained, from nothing": build.resolve(
                 "shipped:flagworld/loss.png"
             ),
-            "Then for all tasks": build.resolve("shipped:flagworld/loss_tasks.png"),
         },
         facts={
             "memory": f"{num_documents:,} documents",

@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "tiny":
         return flagworld_tiny.get_config()
     config = flagworld.get_config()
-    config.train.num_steps = 1500
+    config.train.num_steps = 6000
     return config
 
 

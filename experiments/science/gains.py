@@ -31,8 +31,8 @@ from science.worlds import (
 )
 
 TESTS_PER_NATION = 2
-# RA-CM3 took 8000 steps of 16 rows, its twin 8000 of 8: so many more make them equal.
-TWIN_STEPS = 8000
+# RA-CM3 took 24,000 steps of two rows, its twin of one: so many more make them equal.
+TWIN_STEPS = 24_000
 RANDOM = dataclasses.replace(STRATEGY, ranking="random", max_similarity=2.0)
 
 
@@ -65,11 +65,12 @@ def _open(condition: str, bench: Bench, place: Place) -> tuple[Generator, int]:
 
 def train_twin(place: Place) -> Generator:
     """The twin, trained on until it has read as many positions as RA-CM3."""
-    config = load_config_file(find_config("flagworld_tasks.py") + ":twin")
+    config = load_config_file(find_config("flagworld.py") + ":twin")
     config.init_from = f"{SHIPPED}/twin"
     config.seed = 2
     config.memory.index = "exact"
     config.train.num_steps = min(TWIN_STEPS, place.scale.max_steps)
+    config.optimizer.learning_rate = 1e-3  # half of that of its first training
     config.optimizer.warmup_steps = min(100, config.train.num_steps // 2)
     if config.train.num_steps < TWIN_STEPS:
         config.train.log_every = config.train.num_steps

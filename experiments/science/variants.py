@@ -39,8 +39,8 @@ EXAMPLES, ROWS, ROW_LENGTH = 6, 4, 272
 # Rows without documents are half as full: a plain model takes half the positions a step.
 PLAIN_ROWS = 2
 ROTATION = 0.25
-# An id of a caption weighs as much as two of an image, or captions begin too late.
-TEXT_WEIGHT = 2.0
+# Twice for an id of a caption costs half of the flags, and wins no names (LOG.md).
+TEXT_WEIGHT = 1.0
 SETTINGS = {
     "d_model": D_MODEL,
     "num_layers": NUM_LAYERS,
