@@ -151,7 +151,7 @@ EXPERIMENT = Experiment(
         Panel("flag drawn", {"flag": "old flag", "new_flag": "new flag"}),
         Panel("retrieved", {"recall": "a document of the nation"}),
     ),
-    hours=0.5,
+    hours=0.2,
     reference="nations_1000",
     proof=("nations_0", "documents_1", "removed_half", "added"),
     settings={

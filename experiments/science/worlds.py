@@ -211,7 +211,7 @@ def open_memory(
 
 
 def lengthen(generator: Generator, max_length: int) -> Generator:
-    """The same weights for longer sequences: rotary positions have no table."""
+    """The same weights for sequences of that length: rotary positions have no table."""
     config = dataclasses.replace(generator.model.config, max_length=max_length)
     longer = copy.copy(generator)
     longer.model = Transformer(config)
