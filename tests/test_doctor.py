@@ -15,7 +15,6 @@ def find(name: str, *args, **kwargs) -> doctor.Finding:
     return next(f for f in findings if f.name == name)
 
 
-@pytest.mark.slow
 def test_a_sound_installation(capsys, tmp_path):
     """Also that the self-test of the shipped models passes."""
     assert cli.main(["doctor", "--json", f"--workdir={tmp_path}/new"]) == 0

@@ -52,7 +52,6 @@ def test_clip_in_and_out_is_bit_equal(tmp_path, capsys):
         np.testing.assert_array_equal(before.read(name), after.read(name), name)
 
 
-@pytest.mark.slow
 def test_roundtrip_of_a_photo(tmp_path, capsys):
     write_torch_file(tmp_path / "v.ckpt", vqgan_state(VQGAN_CONFIG))
     racm3("convert", "vqgan", tmp_path / "v.ckpt", tmp_path / "v", "--image_size=16")

@@ -104,7 +104,6 @@ def test_an_item_is_a_document(coco):
     assert document.images[0].shape == (8, 8, 3) and document.text
 
 
-@pytest.mark.slow
 def test_from_files_to_results_killed_once_and_resumed(coco, memory, tmp_path):
     whole = run(StubGenerator(memory), coco, tmp_path / "whole")
     killed = tmp_path / "killed"
@@ -209,7 +208,6 @@ def test_real_images_are_computed_once_for_all_runs(coco, memory, tmp_path):
     assert changed.workdir.name != name and sum(calls) == 6 * COUNT
 
 
-@pytest.mark.slow
 def test_devices_share_the_work_and_change_nothing(coco, memory, tmp_path):
     settings = make_settings(variants=("retrieval", "copy"))
     with_four = {"devices": jax.devices()[:4]}
@@ -235,7 +233,6 @@ def test_a_copy_on_another_device_computes_the_same(memory):
     np.testing.assert_array_equal(found, score_tokens(generator, rows)[0])
 
 
-@pytest.mark.slow
 def test_two_processes_give_what_one_gives(coco, memory, tmp_path):
     run(StubGenerator(memory), coco, tmp_path / "one")
     found = {}

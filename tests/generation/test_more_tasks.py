@@ -83,7 +83,6 @@ def test_infill_in_place_goes_on_where_the_region_begins(generator, quick):
         generator.infill(image, RIGHT, "ab", max_spans=3, region_prompt="in_place")
 
 
-@pytest.mark.slow
 def test_a_region_without_a_prompt_is_guided_by_its_documents_alone(generator):
     image, documents = grey(32), [pair("x", "cd", 3)]
     with pytest.raises(ValueError, match="guide_documents=True"):
@@ -225,7 +224,6 @@ def test_ranking_by_likelihood_and_near_copies(generator, quick):
     assert find_nearest(tokens, generator.pick([]), VOCAB) == [{}, {}]
 
 
-@pytest.mark.slow
 def test_a_preview_is_grey_where_nothing_is_drawn(generator, monkeypatch):
     monkeypatch.setattr(sample_module, "PROGRESS_EVERY", 3)
     seen = []

@@ -32,7 +32,6 @@ def test_text_to_image_gives_images_best_first_and_names_documents(generator, qu
         np.testing.assert_allclose(score, image @ text, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_batch_gives_what_each_item_gives_alone_with_its_seed():
     generator = make_generator(max_rows=4)
     prompts = ["one", "two words", "a third and longer prompt", "4", "five", "six"]
@@ -136,7 +135,6 @@ def test_other_wrong_inputs():
         Generator(tiny(vocab_size=9), {}, AsciiTokenizer())
 
 
-@pytest.mark.slow
 def test_captions_are_guided_by_their_documents_alone(generator):
     """Without documents both streams are one, and the guidance changes nothing."""
     guided = {"guidance": 3.0, "guide_documents": True}

@@ -91,7 +91,6 @@ def read_packed(q, k, v, *, q_seqlen, q_offsets, kv_seqlen, kv_offsets, scale, *
     return jnp.asarray(out)
 
 
-@pytest.mark.slow
 def test_cudnn_is_told_the_segments(monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", read_packed)
     q, k, v = make_qkv()

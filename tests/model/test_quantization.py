@@ -25,7 +25,6 @@ def test_a_kernel_is_within_half_a_step():
         assert set(full.reshape(-1).tolist()) == {0, 127}
 
 
-@pytest.mark.slow
 def test_the_model_computes_with_what_the_bits_mean():
     """8-bit weights give the logits of the same weights written out in float32."""
     config = tiny_chameleon(num_layers=1)

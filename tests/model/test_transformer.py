@@ -112,7 +112,6 @@ def test_a_prefix_is_read_once_and_repeated():
         assert_close(logits, full[:, i])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_scanned_equals_unrolled(style):
     scanned, unrolled = style(scan_layers=True), style()
@@ -124,7 +123,6 @@ def test_scanned_equals_unrolled(style):
     jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "scan"), [("full", True), ("dots", False)])
 def test_remat_changes_nothing(remat, scan):
     config = tiny(scan_layers=scan)
@@ -194,7 +192,6 @@ def test_an_example_alone_equals_itself_packed():
     assert_close(packed[:, 10:], alone)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_bfloat16_trains_near_float32(style):
     params = make_params(style())

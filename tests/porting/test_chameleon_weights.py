@@ -194,7 +194,6 @@ def test_code_names():
     ]
 
 
-@pytest.mark.slow
 def test_peak_memory_stays_under_twice_the_largest_shard(tmp_path, vqgan):
     """Shards as a 7B checkpoint has them: three, none of whose tensors is large in it.
 

@@ -41,7 +41,6 @@ def test_layouts_of_the_same_weights_are_equal(tmp_path):
         np.testing.assert_array_equal(array, params[1][name], name)
 
 
-@pytest.mark.slow
 def test_gumbel_codes_are_the_best_scores(tmp_path):
     """Against the scores, computed here from the latents with NumPy."""
     config = dataclasses.replace(VQGAN_CONFIG, quantizer="gumbel")

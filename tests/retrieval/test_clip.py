@@ -130,7 +130,6 @@ def test_too_long_rows_are_refused(params):
         encode_text(params, np.zeros((1, 10), np.int32))
 
 
-@pytest.mark.slow
 def test_all_patches_kept_is_the_same_and_a_dropped_one_is_not_seen(params):
     def encode(images, kept=None):
         return CLIP(SMALL).apply(
@@ -176,7 +175,6 @@ def test_info_nce_is_the_textbook_formula():
     np.testing.assert_allclose(accuracy, (logits.argmax(1) == np.arange(5)).mean())
 
 
-@pytest.mark.slow
 def test_pairs_that_are_alike_enough_are_not_pulled_closer():
     unit = jnp.eye(2, 3)
     tilted = unit.at[:, 2].set(1.0) / jnp.sqrt(2.0)
@@ -252,7 +250,6 @@ def test_a_lone_document_is_paired_with_itself_and_too_many_pairs_are_refused():
         next(loss_lib.make_pair_batches(images, tokens, groups, num_pairs=9, seed=0))
 
 
-@pytest.mark.slow
 def test_training_finds_the_group(params):
     images, tokens, groups = make_data()
     loss_fn = loss_lib.clip_loss(SMALL, CLIPLossConfig(query_drop=0.0))
@@ -300,7 +297,6 @@ def test_attention_head_by_head_is_attention(causal):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("longest_at_once", [1, 99])
 def test_a_layer_whose_first_position_is_read(monkeypatch, longest_at_once):
     """The same row, whatever else is left out, in both forms of attention."""

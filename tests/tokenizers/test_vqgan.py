@@ -262,7 +262,6 @@ def test_equal_patches_have_equal_codes_wherever_they_stand():
     np.testing.assert_allclose(latents[0, 0, 1], latents[0, 2, 3], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_first_codebook_is_the_k_means_of_patches():
     """Latents keep the distances of pixels, and the codes lie among them."""
     rng = np.random.default_rng(0)

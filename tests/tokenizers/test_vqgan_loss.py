@@ -61,7 +61,6 @@ def norm(tree) -> float:
     return float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)))
 
 
-@pytest.mark.slow
 def test_a_short_training_learns_and_uses_the_codes():
     """With the adversary from step 40 on, under one optimizer."""
     init = jax.jit(functools.partial(init_vqgan, CONFIG, LOSS))
@@ -94,7 +93,6 @@ def test_a_short_training_learns_and_uses_the_codes():
     assert not np.array_equal(fresh["conv_0"]["kernel"], kernel)
 
 
-@pytest.mark.slow
 def test_each_player_has_its_own_gradient():
     images = jnp.asarray(make_shapes(2, 0) / np.float32(127.5) - 1.0)
     discriminator = Discriminator(LOSS.discriminator_channels, 2)

@@ -91,7 +91,6 @@ def test_training_ends_after_too_many_skipped_steps_in_a_row():
         fit_with("..xxx..", 2)
 
 
-@pytest.mark.slow
 def test_a_trace_is_written_of_the_steps_asked_for(toy, tmp_path):
     state, step_fn, _, _ = toy.make_trainer()
     fit(

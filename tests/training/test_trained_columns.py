@@ -90,7 +90,6 @@ def test_all_else_keeps_its_bits(mesh_shape):
     assert float(metrics["gradient_norm"][0]) > 0
 
 
-@pytest.mark.slow
 def test_columns_move_as_in_a_full_training():
     """One step without clipping: the same gradients, moments, decay and rate."""
     optimizer = build_optimizer(dataclasses.replace(CONFIG, clip_norm=0))
