@@ -14,18 +14,16 @@ from science.measures import (
     measure_drawing,
     measure_likelihood,
 )
-from science.worlds import lengthen, open_bench, open_shipped, shipped_weights
+from science.worlds import open_bench, open_shipped, shipped_weights
 
 COUNTS = (0, 1, 2, 4)
-# Room for four documents, a caption and an image.
-MAX_LENGTH = 512
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
     """Drawing, with and without guidance, captions and likelihood behind K documents."""
     k = int(condition)
     bench = open_bench(seed, place)
-    generator = bench.over_memory(lengthen(open_shipped("model"), MAX_LENGTH))
+    generator = bench.over_memory(open_shipped("model"))
     outputs = draw(generator, bench, seed, k, Sampling())
     images = [output.images[0] for output in outputs]
     return {
@@ -75,7 +73,7 @@ EXPERIMENT = Experiment(
     x_values=tuple(float(k) for k in COUNTS),
     x_title="documents at test",
     proof=("0", "4"),
-    settings={"max_length": MAX_LENGTH, "counts": list(COUNTS)} | shipped_weights(),
+    settings={"counts": list(COUNTS)} | shipped_weights(),
     notes=(
         "Training has shown at most 2 documents: behind 4, positions follow that no example "
         f"of the training had. {DISTANCE_NOTE}"

@@ -6,7 +6,6 @@ for and shown by 8 documents each, among the documents of `num_others` further n
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +24,6 @@ from racm3_jax.documents.flagworld import (
 )
 from racm3_jax.evaluation.flagworld import FlagworldJudge
 from racm3_jax.generation.tasks import Generator
-from racm3_jax.model.transformer import Transformer
 from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
@@ -208,14 +206,6 @@ def open_memory(
                 query_drop=query_drop,
             ).close()
     return Memory.load(path, embedder=shipped.embedder, tokenizer=shipped.tokenizer)
-
-
-def lengthen(generator: Generator, max_length: int) -> Generator:
-    """The same weights for sequences of that length: rotary positions have no table."""
-    config = dataclasses.replace(generator.model.config, max_length=max_length)
-    longer = copy.copy(generator)
-    longer.model = Transformer(config)
-    return longer
 
 
 def shipped_weights() -> dict[str, str]:
