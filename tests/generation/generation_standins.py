@@ -126,16 +126,16 @@ def pair(name, text, level):
     return Document(name, (Segment(text=text), Segment(image=grey(16 * level))))
 
 
-def make_generator(style=tiny, **changes):
+def make_generator(style=tiny, times=3, **changes):
     config = style(vocab_size=VOCAB.size, max_length=128, num_layers=1)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     parts = {"retriever": FirstDocuments(), "embedder": MeanEmbedder()} | changes
-    return Generator(config, widen(params), AsciiTokenizer(), **parts)
+    return Generator(config, widen(params, times), AsciiTokenizer(), **parts)
 
 
-def widen(params):
+def widen(params, times=3):
     """Large enough that samples differ from prompt to prompt."""
-    return jax.tree.map(lambda x: x * 3, params)
+    return jax.tree.map(lambda x: x * times, params)
 
 
 def draw_by_grammar(

@@ -294,7 +294,8 @@ TASKS = {
     ],
 )
 def test_what_is_drawn_equals_the_full_forward(style, task, prompts_seen):
-    TASKS[task](make_generator(style))
+    # Twice, not three times: float32 rounds logits of 20 by more than the tolerance.
+    TASKS[task](make_generator(style, times=2))
     ((call, options, samples),) = prompts_seen.calls
     ids, forced = options["ids"], options["forced"]
     got, drawn = samples.log_probs[0], samples.tokens[0]
