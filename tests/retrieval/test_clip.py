@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +57,11 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def params():
-    return nn.unbox(clip_lib.init_params(SMALL, jax.random.key(0)))
+    init = jax.jit(clip_lib.init_params, static_argnums=0)
+    return nn.unbox(init(SMALL, jax.random.key(0)))
 
 
+@jax.jit
 def encode_text(params, rows):
     return CLIP(SMALL).apply({"params": params}, rows, method=CLIP.encode_text)
 
@@ -131,6 +134,7 @@ def test_too_long_rows_are_refused(params):
 
 
 def test_all_patches_kept_is_the_same_and_a_dropped_one_is_not_seen(params):
+    @jax.jit
     def encode(images, kept=None):
         return CLIP(SMALL).apply(
             {"params": params}, images, kept, method=CLIP.encode_image
@@ -170,7 +174,7 @@ def test_info_nce_is_the_textbook_formula():
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     log_p_back = logits - np.log(np.exp(logits).sum(0, keepdims=True))
     expected = -(np.diag(log_p) + np.diag(log_p_back)).mean() / 2
-    loss, accuracy = loss_lib.info_nce(jnp.asarray(q), jnp.asarray(k), 3.0)
+    loss, accuracy = jax.jit(loss_lib.info_nce)(q, k, 3.0)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(accuracy, (logits.argmax(1) == np.arange(5)).mean())
 
@@ -179,6 +183,7 @@ def test_pairs_that_are_alike_enough_are_not_pulled_closer():
     unit = jnp.eye(2, 3)
     tilted = unit.at[:, 2].set(1.0) / jnp.sqrt(2.0)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def pull(max_similarity):
         return jax.grad(lambda q: loss_lib.info_nce(q, tilted, 5.0, max_similarity)[0])(
             unit
@@ -303,7 +308,8 @@ def test_a_layer_whose_first_position_is_read(monkeypatch, longest_at_once):
     monkeypatch.setattr(clip_layers, "_HEAD_BY_HEAD_LENGTH", longest_at_once)
     layer = clip_layers.Layer(num_heads=2, num_layers=1, activation="gelu")
     x = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
-    params = layer.init(jax.random.key(0), x)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+    apply = jax.jit(layer.apply, static_argnames="num_read")
     np.testing.assert_allclose(
-        layer.apply(params, x, num_read=1), layer.apply(params, x)[:, :1], atol=1e-6
+        apply(params, x, num_read=1), apply(params, x)[:, :1], atol=1e-6
     )

@@ -36,7 +36,8 @@ def embedder():
         context_length=20,
         d_embed=8,
     )
-    params = nn.unbox(init_params(config, jax.random.key(0)))
+    init = jax.jit(init_params, static_argnums=0)
+    params = nn.unbox(init(config, jax.random.key(0)))
     return DocumentEmbedder(config, params, tokenizer, batch_size=2)
 
 
