@@ -70,7 +70,7 @@ EXPERIMENT = Experiment(
             percent=False,
         ),
     ),
-    hours=1.9,
+    hours=1.6,
     reference="0.1",
     proof=("0.3",),
     settings=variants.SETTINGS,

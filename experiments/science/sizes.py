@@ -128,7 +128,7 @@ EXPERIMENT = Experiment(
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
-    hours=2.3,
+    hours=1.8,
     proof=("small_retrieval", "small_plain"),
     settings=variants.SETTINGS | {"sizes": {k: list(v) for k, v in SIZES.items()}},
     notes=(
