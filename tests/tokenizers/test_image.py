@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from vqgan_standins import make_params
 
 from racm3_jax.checkpoints import CheckpointError, save_weights
 from racm3_jax.tokenizers.image import (
@@ -16,7 +17,6 @@ from racm3_jax.tokenizers.image import (
     compute_psnr,
 )
 from racm3_jax.tokenizers.vqgan import VQGANConfig
-from racm3_jax.tokenizers.vqgan_loss import VQGANLossConfig, init_vqgan
 
 CONFIG = VQGANConfig(
     image_size=16,
@@ -33,21 +33,9 @@ CONFIG = VQGANConfig(
 )
 
 
-def make_params():
-    """Random weights, without running `init`, which dispatches every operation."""
-    shapes = jax.eval_shape(
-        lambda key: init_vqgan(CONFIG, VQGANLossConfig(), key), jax.random.key(0)
-    )
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.normal(0.0, 0.2, leaf.shape).astype(np.float32),
-        nn.meta.unbox(shapes["vqgan"]),
-    )
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> ImageTokenizer:
-    return ImageTokenizer(CONFIG, make_params(), batch_size=4)
+    return ImageTokenizer(CONFIG, make_params(CONFIG), batch_size=4)
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import random
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
+from vqgan_standins import make_params
 
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.tokenizers.vqgan import VQGANConfig
-from racm3_jax.tokenizers.vqgan_loss import VQGANLossConfig, init_vqgan
 from racm3_jax.types import Document, Segment, TokenizedDocument, TokenizedSegment
 
 CONFIG = VQGANConfig(
@@ -33,23 +31,11 @@ CONFIG = VQGANConfig(
 )
 
 
-def make_params():
-    """Random weights, without running `init`, which dispatches every operation."""
-    shapes = jax.eval_shape(
-        lambda key: init_vqgan(CONFIG, VQGANLossConfig(), key), jax.random.key(0)
-    )
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.normal(0.0, 0.2, leaf.shape).astype(np.float32),
-        nn.meta.unbox(shapes["vqgan"]),
-    )
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> MixedTokenizer:
     text = TextTokenizer.train(["the flag of Velmoria <eod> <mask:0>"] * 3, 270)
     return MixedTokenizer(
-        text, ImageTokenizer(CONFIG, make_params(), 4), num_sentinels=4
+        text, ImageTokenizer(CONFIG, make_params(CONFIG), 4), num_sentinels=4
     )
 
 
