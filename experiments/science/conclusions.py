@@ -16,8 +16,8 @@ CONCLUSIONS: dict[str, str] = {
         "45 at 1, and falls with α in each of the three seeds. What α does to reading "
         "documents, models of this size do not settle: whether 3,000 steps suffice to "
         "learn to copy hangs more on the seed (48, 20 and 26 flags of 100 at 0.1) than on "
-        "α. At 1 the text of documents is not read yet in any seed (perplexity 7.1 with "
-        "them, 7.4 without); below it is in most."
+        "α. At 1 the text of documents is hardly read in any seed (perplexity 7.1 with "
+        "them, 7.4 without); below 1 it is in most."
     ),
     "memory_changes": (
         "What is drawn follows the memory at once, both ways: with all of a nation's "
