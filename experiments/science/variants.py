@@ -29,9 +29,10 @@ from science.cells import cpu_seconds, write_json
 from science.experiment import Place
 from science.worlds import EASY, open_memory
 
-# The model of experiments 3 to 8, but where one says otherwise: (width, layers), steps.
+# The model of experiments 3 to 8, but where one says otherwise: width, layers, steps. At
+# half as many steps it hangs on the seed whether a model has begun to copy (LOG.md).
 D_MODEL, NUM_LAYERS = 128, 4
-NUM_STEPS = 3000
+NUM_STEPS = 6000
 # Many small steps: at half as many of twice as much, and a learning rate of 2e-3, as many
 # examples teach half as much copying (flags 26 of 100 instead of 48).
 LEARNING_RATE = 4e-3
