@@ -131,7 +131,7 @@ EXPERIMENT = Experiment(
         Panel("FID, own features", {"fid": "FID"}, percent=False),
         Panel("CIDEr-D", {"cider": "CIDEr-D"}, percent=False),
     ),
-    hours=1.0,
+    hours=0.9,
     reference="twin",
     proof=("retrieval", "random", "twin_equal_compute", "copy"),
     settings={

@@ -56,7 +56,7 @@ EXPERIMENT = Experiment(
         Panel("right", {"flag": "flag drawn", "name": "name written"}),
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
     ),
-    hours=0.7,
+    hours=1.5,
     proof=("test_text", "trained_image"),
     settings=variants.SETTINGS | shipped_weights(),
     notes=(

@@ -70,7 +70,7 @@ EXPERIMENT = Experiment(
             },
         ),
     ),
-    hours=1.0,
+    hours=1.6,
     reference="0.0",
     x_values=PROBABILITIES,
     x_title="probability of rotation",

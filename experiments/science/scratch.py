@@ -59,7 +59,7 @@ EXPERIMENT = Experiment(
         Panel("right", {"flag": "flag drawn", "name": "name written"}),
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
     ),
-    hours=0.6,
+    hours=1.1,
     reference="scratch",
     proof=("finetuned",),
     settings=variants.SETTINGS | {"finetune_steps": FINETUNE_STEPS},

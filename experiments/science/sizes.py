@@ -14,7 +14,7 @@ from science.worlds import EASY, open_bench
 
 # Width, layers.
 SIZES = {"small": (64, 2), "middle": (variants.D_MODEL, variants.NUM_LAYERS)}
-SIZES["large"] = (256, 4)
+SIZES["large"] = (192, 4)
 KINDS = {"retrieval": "with documents", "plain": "without"}
 CURVES = ("image_loss", "text_loss")
 
@@ -128,7 +128,7 @@ EXPERIMENT = Experiment(
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
-    hours=1.8,
+    hours=2.4,
     proof=("small_retrieval", "small_plain"),
     settings=variants.SETTINGS | {"sizes": {k: list(v) for k, v in SIZES.items()}},
     notes=(

@@ -89,7 +89,7 @@ EXPERIMENT = Experiment(
         ),
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
-    hours=1.3,
+    hours=2.1,
     reference="query_dropout",
     proof=("random", "query_dropout"),
     settings=variants.SETTINGS | {"duplicate_share": DUPLICATE_SHARE},

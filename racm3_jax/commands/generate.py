@@ -28,6 +28,7 @@ def register(commands: Any) -> None:
         help='a JSON file, [{"text": ...}, {"image": file}, ...]: go on freely after it',
     )
     _add_retrieval(sub, "instead of retrieved ones: a demonstration to follow")
+    _add_neighbours(sub)
     _add_sampling(sub)
     sub.add_argument("--rank_by", choices=("clip", "likelihood"), default="clip")
     sub.add_argument("--preview", help="a PNG that is rewritten while it is drawn")
@@ -59,7 +60,9 @@ def register(commands: Any) -> None:
     sub = _add(commands, "edit", _edit, "Draw a region as a chosen document shows it.")
     sub.add_argument("--image", required=True)
     _add_region(sub)
+    sub.add_argument("--memory", default=None, help="another memory directory")
     _add_documents(sub, "the document to follow", required=True)
+    _add_neighbours(sub)
     _add_sampling(sub)
 
     sub = _add(commands, "classify", _classify, "Choose a label from examples.")
@@ -106,6 +109,15 @@ def _add_retrieval(sub: Any, text: str) -> None:
     _add_documents(sub, text)
 
 
+def _add_neighbours(sub: Any) -> None:
+    sub.add_argument(
+        "--num_neighbours",
+        type=int,
+        default=0,
+        help="documents of the memory most like --document, to stand behind it",
+    )
+
+
 def _add_sampling(sub: Any, guided: bool = True) -> None:
     sub.add_argument("--num_samples", type=int, default=1)
     sub.add_argument("--seed", type=int, default=0)
@@ -137,6 +149,11 @@ def _add_region(sub: Any) -> None:
 
 def _generate(arguments: Arguments) -> None:
     documents = _documents(arguments)
+    if arguments.num_neighbours and (documents is None or arguments.parts is not None):
+        raise ValueError(
+            "--num_neighbours asks for documents like those of --document: give --prompt "
+            "and --document, or leave it out"
+        )
     if arguments.parts is not None:
         parts = _read_parts(Path(arguments.parts))
         generator = _open(arguments)
@@ -150,14 +167,21 @@ def _generate(arguments: Arguments) -> None:
         report(arguments, output, {"written": save_parts(arguments.out, output)})
         return
     generator = _open(arguments)
-    output = generator.text_to_image(
-        arguments.prompt,
-        documents=documents,
-        num_retrieved=arguments.num_retrieved,
-        rank_by=arguments.rank_by,
-        on_progress=_progress(generator, arguments.preview),
-        **_sampling(arguments),
-    )
+    common = _sampling(arguments) | {
+        "rank_by": arguments.rank_by,
+        "on_progress": _progress(generator, arguments.preview),
+    }
+    if documents is None:
+        output = generator.text_to_image(
+            arguments.prompt, num_retrieved=arguments.num_retrieved, **common
+        )
+    else:
+        output = generator.continue_(
+            arguments.prompt,
+            documents,
+            num_neighbours=arguments.num_neighbours,
+            **common,
+        )
     save_pictures(arguments, output)
 
 
@@ -213,7 +237,6 @@ def _infill(arguments: Arguments) -> None:
 def _edit(arguments: Arguments) -> None:
     from racm3_jax.documents.images import read_image
 
-    arguments.memory = None
     image, region = read_image(arguments.image), _read_region(arguments)
     documents = _documents(arguments)
     output = _open(arguments).edit(
@@ -223,6 +246,7 @@ def _edit(arguments: Arguments) -> None:
         arguments.prompt,
         max_spans=arguments.max_spans,
         region_prompt=arguments.region_prompt,
+        num_neighbours=arguments.num_neighbours,
         **_sampling(arguments),
     )
     save_pictures(arguments, output)

@@ -5,10 +5,12 @@ knows the world and no model.
 
     infill      the fly half of the flag is hidden; the caption names the nation
     edit        the flag's box is drawn anew, a document of another nation is chosen: any,
-                or one that shows its flag about as large as the box ("sized")
+                or one that shows its flag about as large as the box ("sized"), or any
+                and behind it what the memory holds like it ("beside")
                 (both by the CM3 mask, "masked", and in the image's order, "in_place")
-    controlled  one document of another nation, or two ("two"), stand in front instead of
-                retrieved ones; the prompt names that nation ("named") or its own ("other")
+    controlled  one document of another nation, or two ("two"), or one and what the memory
+                holds like it ("beside"), stand in front instead of retrieved ones; the
+                prompt names that nation ("named") or its own ("other")
     kshot       two nations, labels without meaning, k examples of each in context (by how
                 likely the "image" is behind a label and its examples, or by the "label")
     guidance    the plain drawing task at several weights
@@ -33,6 +35,17 @@ from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
 
 LABELS = ("dax", "wug")
+# Ends of the names of tasks, and how they differ.
+EDITS: dict[str, dict[str, Any]] = {
+    "": {},
+    "_sized": {"sized": True},
+    "_beside": {"num_neighbours": 1},
+}
+DEMONSTRATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "_two": {"count": 2},
+    "_beside": {"num_neighbours": 1},
+}
 
 
 def _first_images(outputs: Sequence[GenerationOutput]) -> list[np.ndarray]:
@@ -198,12 +211,12 @@ def _evaluate_regions(
             f"{infill}{end}",
             lambda how=how: fill(generator, settings.num_retrieved, **how),
         )
-        for sized in (False, True):
-            name = f"{edit}_sized{end}" if sized else f"{edit}{end}"
+        for kind, documents in EDITS.items():
+            name = f"{edit}{kind}{end}"
             flag, kept, outputs[name] = stages.run(
                 name,
-                lambda how=how, sized=sized: evaluate_edit(
-                    generator, probes, settings, prompt, sized, **how
+                lambda how=how | documents: evaluate_edit(
+                    generator, probes, settings, prompt, **how
                 ),
             )
             results |= {f"{name}/flag": flag, f"{name}/codes_kept": kept}
@@ -239,17 +252,12 @@ def evaluate_flagworld_tasks(
         )
     for end, options in (("", {}), ("_guided", guided)):
         how: dict[str, Any] = options
-        for name, count in itertools.product(("named", "other"), (1, 2)):
-            task = f"controlled_{name}{'_two' if count == 2 else ''}{end}"
+        for name, kind in itertools.product(("named", "other"), DEMONSTRATIONS):
+            task = f"controlled_{name}{kind}{end}"
             flag, layout, outputs[task] = stages.run(
                 task,
-                lambda name=name, count=count, how=how: evaluate_controlled(
-                    generator,
-                    probes,
-                    settings,
-                    named=name == "named",
-                    count=count,
-                    **how,
+                lambda name=name, how=how | DEMONSTRATIONS[kind]: evaluate_controlled(
+                    generator, probes, settings, named=name == "named", **how
                 ),
             )
             results |= {f"{task}/flag": flag, f"{task}/layout": layout}
@@ -308,9 +316,15 @@ def format_table(results: dict[str, Any]) -> str:
             f"edit_{prompt}/codes_kept": f"codes outside that stay, {prompt}",
             f"edit_{prompt}_sized/flag": f"the same, a document of that size, {prompt}",
             f"edit_{prompt}_sized/codes_kept": f"codes outside that stay, sized, {prompt}",
+            f"edit_{prompt}_beside/flag": f"any, with one like it beside, {prompt}",
+            f"edit_{prompt}_beside/codes_kept": f"codes outside that stay, beside, {prompt}",
         }
     for name, who in (("named", "prompt names it"), ("other", "prompt names another")):
-        for end, what in (("", "demonstration"), ("_two", "two demonstrations")):
+        for end, what in (
+            ("", "demonstration"),
+            ("_two", "two demonstrations"),
+            ("_beside", "demonstration with one like it beside"),
+        ):
             for value in ("flag", "layout"):
                 title = f"{what} followed: {value} ({who})"
                 plain[f"controlled_{name}{end}/{value}"] = title

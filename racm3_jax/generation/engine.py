@@ -176,12 +176,23 @@ class Engine:
         )
 
     def pick_each(
-        self, documents: Sequence[Documents], num_rows: int, noun: str
+        self,
+        documents: Sequence[Documents],
+        num_rows: int,
+        noun: str,
+        num_neighbours: int = 0,
     ) -> list[Retrieved]:
         """Hand-picked documents of each row, at least one.
 
+        Args:
+          documents: of each row.
+          num_rows: how many there must be.
+          noun: what errors call a document.
+          num_neighbours: documents of the memory that stand behind those of each row:
+            what the strategy retrieves for the mean of their embeddings.
+
         Raises:
-          ValueError: a row without, or another number of rows; calls them by `noun`.
+          ValueError: a row without, or another number of rows.
         """
         if len(documents) != num_rows:
             raise ValueError(
@@ -191,7 +202,45 @@ class Engine:
             raise ValueError(
                 f"this task needs at least one {noun}, a caption with an image; got none"
             )
-        return [self.pick(chosen) for chosen in documents]
+        picked = [self.pick(chosen) for chosen in documents]
+        if not num_neighbours:
+            return picked
+        return self._add_neighbours(documents, picked, num_neighbours)
+
+    def _add_neighbours(
+        self,
+        documents: Sequence[Documents],
+        picked: Sequence[Retrieved],
+        num_neighbours: int,
+    ) -> list[Retrieved]:
+        assert self.retriever is not None and self.embedder is not None  # was checked
+        owners = np.repeat(np.arange(len(picked)), [len(p.ids) for p in picked])
+        whole = [
+            d if isinstance(d, Document) else self.tokenizer.decode(d)
+            for chosen in documents
+            for d in chosen
+        ]
+        embedded = self.embedder.embed_documents(whole).document
+        queries = np.zeros((len(picked), embedded.shape[1]), np.float32)
+        np.add.at(queries, owners, embedded)
+        queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-9)
+        # Of several chosen ones, the search leaves only the first out.
+        nums = num_neighbours + np.array([len(p.ids) - 1 for p in picked])
+        nums = np.minimum(nums, self.retriever.memory.num_allowed)
+        found = self.retriever.retrieve(queries, nums, [p.documents[0] for p in picked])
+        rows = []
+        for own, near in zip(picked, found, strict=True):
+            names = {d.id for d in own.documents}
+            new = [i for i, d in enumerate(near.documents) if d.id not in names]
+            new = new[:num_neighbours]
+            rows.append(
+                Retrieved(
+                    np.concatenate([own.ids, near.ids[new]]),
+                    np.concatenate([own.scores, near.scores[new]]),
+                    (*own.documents, *(near.documents[i] for i in new)),
+                )
+            )
+        return rows
 
     def tokenized(self, documents: Documents) -> tuple[TokenizedDocument, ...]:
         """Documents as ids; those that are already stay as they are."""

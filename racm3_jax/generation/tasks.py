@@ -123,15 +123,23 @@ class Generator(Engine):
         *,
         num_samples: int = 1,
         seed: int | Sequence[int] = 0,
+        num_neighbours: int = 0,
         rank_by: RankBy = "clip",
+        on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
-        """Draws every prompt after its own demonstrations."""
+        """Draws every prompt after its own demonstrations.
+
+        Behind them stand the `num_neighbours` documents of the memory that are most like
+        them, as far as the retriever's strategy takes such.
+        """
         drawing.check_prompts(prompts)
         if not prompts:
             return []
-        picked = self.pick_each(demonstrations, len(prompts), "demonstration")
-        self.check_counts(num_samples, 0, None)
+        self.check_counts(num_samples, num_neighbours, None, "num_neighbours")
+        picked = self.pick_each(
+            demonstrations, len(prompts), "demonstration", num_neighbours
+        )
         seeds = row_seeds(seed, len(prompts))
         return drawing.draw(
             self,
@@ -141,6 +149,7 @@ class Generator(Engine):
             make_config(settings),
             num_samples,
             rank_by,
+            on_progress,
             task="continue",
         )
 
@@ -318,14 +327,15 @@ class Generator(Engine):
         seed: int | Sequence[int] = 0,
         max_spans: int = 1,
         region_prompt: RegionPrompt = "masked",
+        num_neighbours: int = 0,
         rank_by: RankBy = "clip",
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
-        """Edits every image by its own documents."""
+        """Edits every image by its own documents, and `num_neighbours` like them."""
         if not len(images):
             return []
-        picked = self.pick_each(documents, len(images), "document")
-        self.check_counts(num_samples, 0, None)
+        self.check_counts(num_samples, num_neighbours, None, "num_neighbours")
+        picked = self.pick_each(documents, len(images), "document", num_neighbours)
         images = [check_image(image) for image in images]
         return infilling.infill_regions(
             self,

@@ -111,7 +111,7 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
     assert set(printed["versions"]) == {"racm3_jax", "jax", "python"}
     ((task, args, kwargs),) = generator.calls
     assert (task, args) == ("text_to_image", ("a flag",))
-    assert kwargs["documents"] is None and kwargs["num_retrieved"] == 2
+    assert "documents" not in kwargs and kwargs["num_retrieved"] == 2
 
 
 def test_near_copies_are_named_and_previews_written(generator, capsys):
@@ -124,7 +124,8 @@ def test_near_copies_are_named_and_previews_written(generator, capsys):
     )
     assert (np.asarray(Image.open("p.png")) == 77).all()
     assert generator.is_quantized
-    (shown,) = generator.calls[0][2]["documents"]
+    task, (prompt, (shown,)), options = generator.calls[0]
+    assert task == "continue_" and prompt == "a" and options["num_neighbours"] == 0
     assert shown.text == "red" and (shown.images[0] == 10).all()
 
 
@@ -152,13 +153,15 @@ def test_infill_takes_a_box_a_mask_or_a_text(generator, capsys):
 
 def test_edit_and_caption(generator, capsys):
     run(
-        "edit", "--image=a.png", "--box=0,0,8,8", "--document", "b.png", "red", "--json"
+        *("edit", "--image=a.png", "--box=0,0,8,8", "--document", "b.png", "red"),
+        *("--num_neighbours=1", "--json"),
     )
     assert json.loads(capsys.readouterr().out)["out"] == "sample.png"
     run("caption", "--image=a.png", "--caption_prompt=last", "--prefix=Photo of")
     assert capsys.readouterr().out.startswith("words\nwords\n")
     edit, caption = generator.calls
     assert edit[0] == "edit" and (edit[1][2][0].images[0] == 20).all()
+    assert edit[2]["num_neighbours"] == 1
     assert caption[2]["caption_prompt"] == "last"
 
 

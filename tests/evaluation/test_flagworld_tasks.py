@@ -49,6 +49,7 @@ class Oracle:
         self.donors = [probes.donor(i).images[0] for i in range(len(self.own))]
         self.others = [self.own[i] for i in wrong]
         self.regions = []
+        self.neighbours = []
 
     def quantized(self):
         return Oracle(self.probes, False)
@@ -62,6 +63,7 @@ class Oracle:
         return [answer(x) for x in self.choose(self.own)]
 
     def edit_batch(self, images, regions, documents, prompts, **options):
+        self.neighbours.append(options.get("num_neighbours", 0))
         for prompt, (document,) in zip(prompts, documents, strict=True):
             assert document.metadata["nation"] in prompt
         kept = {"codes_outside": 60, "codes_outside_kept": 60 if self.right else 30}
@@ -95,12 +97,13 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
                  "alone/infill_masked", "edit_masked/flag", "edit_in_place/flag",
                  "edit_in_place/codes_kept", "controlled_named/flag", "rerank/clip",
                  "controlled_other_two_guided/layout", "guidance/3",
+                 "edit_in_place_beside_guided/flag", "controlled_other_beside/layout",
                  "document_guidance/2"):  # fmt: skip
         assert good[name].value == 1.0, name
     assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
     assert good["kshot_image/2"].total == 5 and len(outputs["edit_masked"]) == 5
-    assert len(lines) == 34
+    assert len(lines) == 42
     bad, _ = evaluate_flagworld_tasks(
         Oracle(probes, False), None, probes, SETTINGS, lines.append
     )
@@ -116,7 +119,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     )
     table = format_table(good)
     assert "| two-way classification by label, 2 examples a label | 100.0%" in table
-    assert len(table.splitlines()) == 2 + 51
+    assert len(table.splitlines()) == 2 + 67
 
 
 def test_without_context_labels_are_a_coin(probes):

@@ -95,6 +95,11 @@ class MeanEmbedder:
         fitting = np.stack([resize_image(image, SIZE) for image in images])
         return self.unit(AsciiTokenizer().encode(fitting) + 1)
 
+    def embed_documents(self, documents):
+        texts = self.embed_texts([d.text for d in documents])
+        images = self.embed_images([d.images[0] for d in documents])
+        return types.SimpleNamespace(document=self.unit(texts + images))
+
     @staticmethod
     def unit(rows):
         return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
@@ -107,8 +112,10 @@ class FirstDocuments:
         self.documents = [pair(f"m{i}", f"memory {i}", i) for i in range(3)]
         self.memory = types.SimpleNamespace(num_allowed=3)
         self.num_calls = 0
+        self.asked = []
 
     def retrieve(self, queries, nums, mains):
+        self.asked.append((queries, mains))
         assert queries.shape == (len(nums), 4) and len(mains) == len(nums)
         self.num_calls += 1
         tokenized = list(AsciiTokenizer().tokenize(self.documents))

@@ -126,6 +126,32 @@ def test_edit_reads_the_chosen_document(generator, quick):
     assert quick[0][: len(prefix)] == prefix.tolist()
 
 
+def test_what_the_memory_holds_like_the_chosen_ones_stands_behind_them(
+    generator, quick
+):
+    chosen = [pair("chosen", "red", 6), pair("m1", "memory 1", 1)]
+    out = generator.edit(grey(32), RIGHT, chosen, num_neighbours=2)
+    given = out.retrieved
+    assert [d.id for d in given.documents] == ["chosen", "m1", "m0", "m2"]
+    assert given.ids.tolist() == [-1, -1, 0, 2]
+    assert np.isnan(given.scores).tolist() == [True, True, False, False]
+    prefix = retrieved_prefix(given.documents, VOCAB)
+    assert quick[0][: len(prefix)] == prefix.tolist()
+    ((queries, mains),) = generator.retriever.asked[-1:]
+    embedder = MeanEmbedder()
+    embedded = embedder.embed_documents(chosen).document
+    middle = embedder.unit(embedded.sum(0, keepdims=True))
+    np.testing.assert_allclose(queries, middle, rtol=1e-5)
+    assert [d.id for d in mains] == ["chosen"]
+    # Documents that are ids already are embedded as what they show.
+    tokens = tokenized(*chosen[:1])
+    out = generator.continue_("c", tokens, num_neighbours=1)
+    assert [d.id for d in out.retrieved.documents] == ["chosen", "m0"]
+    np.testing.assert_allclose(
+        generator.retriever.asked[-1][0][0], embedded[0], rtol=1e-5
+    )
+
+
 def test_a_text_span_is_written_where_the_marker_stands(generator, quick):
     out = generator.infill_text(
         "the <mask> flag", grey(32), 3, documents=[], max_span_length=5
@@ -334,6 +360,14 @@ def test_what_is_drawn_equals_the_full_forward(style, task, prompts_seen):
         (lambda g: g.infill_text("no marker"), "holds <mask> exactly once"),
         (lambda g: g.edit(grey(0), RIGHT, []), "needs at least one document"),
         (lambda g: g.continue_("a", []), "needs at least one demonstration"),
+        (
+            lambda g: g.edit(grey(0), RIGHT, DOCUMENT, num_neighbours=4),
+            "num_neighbours is 4 but the memory holds only 3",
+        ),
+        (
+            lambda g: g.continue_("a", DOCUMENT, num_neighbours=-1),
+            "num_neighbours must be >= 0",
+        ),
         (lambda g: g.caption(grey(0), caption_prompt="x"), "caption_prompt is 'x'"),
         (
             lambda g: g.generate([""]),
