@@ -30,7 +30,7 @@ def register(commands: Any) -> None:
     _add_retrieval(sub, "instead of retrieved ones: a demonstration to follow")
     _add_neighbours(sub)
     _add_sampling(sub)
-    sub.add_argument("--rank_by", choices=("clip", "likelihood"), default="clip")
+    _add_ranking(sub)
     sub.add_argument("--preview", help="a PNG that is rewritten while it is drawn")
     sub.add_argument("--max_segments", type=int, default=2, help="with --parts")
     sub.add_argument("--out", default="sample.png")
@@ -56,6 +56,7 @@ def register(commands: Any) -> None:
     _add_region(sub)
     _add_retrieval(sub, "instead of retrieved ones")
     _add_sampling(sub)
+    _add_ranking(sub)
 
     sub = _add(commands, "edit", _edit, "Draw a region as a chosen document shows it.")
     sub.add_argument("--image", required=True)
@@ -64,6 +65,7 @@ def register(commands: Any) -> None:
     _add_documents(sub, "the document to follow", required=True)
     _add_neighbours(sub)
     _add_sampling(sub)
+    _add_ranking(sub)
 
     sub = _add(commands, "classify", _classify, "Choose a label from examples.")
     sub.add_argument("--image", required=True)
@@ -133,6 +135,15 @@ def _add_sampling(sub: Any, guided: bool = True) -> None:
         "--guide_documents",
         action="store_true",
         help="guide away from what is drawn without the documents, too",
+    )
+
+
+def _add_ranking(sub: Any) -> None:
+    sub.add_argument(
+        "--rank_by",
+        choices=("clip", "document", "likelihood"),
+        default="clip",
+        help="which of the samples is best: like the prompt, like the first document",
     )
 
 
@@ -228,6 +239,7 @@ def _infill(arguments: Arguments) -> None:
         arguments.prompt,
         max_spans=arguments.max_spans,
         region_prompt=arguments.region_prompt,
+        rank_by=arguments.rank_by,
         **common,
         **_sampling(arguments),
     )
@@ -247,6 +259,7 @@ def _edit(arguments: Arguments) -> None:
         max_spans=arguments.max_spans,
         region_prompt=arguments.region_prompt,
         num_neighbours=arguments.num_neighbours,
+        rank_by=arguments.rank_by,
         **_sampling(arguments),
     )
     save_pictures(arguments, output)

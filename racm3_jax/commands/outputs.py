@@ -19,6 +19,7 @@ PNG_KEY = "racm3"
 _SETTINGS = (
     "num_samples",
     "num_retrieved",
+    "num_neighbours",
     "temperature",
     "top_p",
     "top_k",

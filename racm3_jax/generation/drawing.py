@@ -11,7 +11,7 @@ from jaxtyping import Int32, UInt8
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.requests import Request, mean_log_probs
-from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_by_clip
+from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_pictures
 from racm3_jax.generation.sample import Progress
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.sequences.layout import text_to_image_prompt
@@ -58,7 +58,7 @@ def draw(
     task: str = "text_to_image",
 ) -> list[GenerationOutput]:
     """Draws every prompt behind its documents; `config` may leave the length open."""
-    check_rank_by(rank_by)
+    check_rank_by(rank_by, engine, retrieved)
     vocab = engine.tokenizer.vocab
     config = dataclasses.replace(
         config, max_new_tokens=vocab.image_length, fixed_length=True
@@ -76,10 +76,9 @@ def draw(
         on_progress=on_progress,
     )
     images = decode_images(engine, samples.tokens)
-    scores = mean_log_probs(samples)
-    if engine.embedder is not None and rank_by == "clip":
-        queries = engine.embedder.embed_texts(list(prompts))
-        scores = score_by_clip(engine.embedder, queries, images)
+    scores = score_pictures(
+        engine, rank_by, prompts, retrieved, images, mean_log_probs(samples)
+    )
     return [
         engine.output(
             task,

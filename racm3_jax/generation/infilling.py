@@ -32,7 +32,7 @@ from racm3_jax.generation.regions import (
     plan_spans,
 )
 from racm3_jax.generation.requests import Image, Request, mean_log_probs
-from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_by_clip
+from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_pictures
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.sequences.layout import beginning_prompt, infill_prompt
 from racm3_jax.types import GenerationOutput, Retrieved, Segment
@@ -163,7 +163,7 @@ def infill_regions(
     region_prompt: RegionPrompt,
 ) -> list[GenerationOutput]:
     """Draws the holes; every code outside them stays as it was."""
-    check_rank_by(rank_by)
+    check_rank_by(rank_by, engine, retrieved)
     vocab = engine.tokenizer.vocab
     requests = [
         make_region_request(engine, *parts, region_prompt, config.guide_documents)
@@ -185,10 +185,9 @@ def infill_regions(
         ]
     )
     images = decode_images(engine, filled)
-    scores = mean_log_probs(samples)
-    if engine.embedder is not None and rank_by == "clip" and all(prompts):
-        queries = engine.embedder.embed_texts(list(prompts))
-        scores = score_by_clip(engine.embedder, queries, images)
+    scores = score_pictures(
+        engine, rank_by, prompts, retrieved, images, mean_log_probs(samples)
+    )
     outputs = []
     for i, request in enumerate(requests):
         text = (Segment(text=prompts[i]),) if prompts[i] else ()

@@ -3,44 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt8
 
 from racm3_jax.generation.score import compute_log_likelihoods
 from racm3_jax.sequences.layout import beginning_prompt
-from racm3_jax.types import Retrieved
+from racm3_jax.types import Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 if TYPE_CHECKING:
     from racm3_jax.generation.engine import Engine
-    from racm3_jax.retrieval.embedder import DocumentEmbedder
 
-RankBy = Literal["clip", "likelihood"]
-RANKINGS: tuple[RankBy, ...] = ("clip", "likelihood")
+RankBy = Literal["clip", "document", "likelihood"]
+RANKINGS: tuple[RankBy, ...] = get_args(RankBy)
 # Share of codes equal to those of a retrieved image, place by place, from which a drawing
 # is called a near copy. Two drawings of the same scene share far fewer.
 NEAR_COPY = 0.9
 
 
-def check_rank_by(rank_by: str) -> None:
-    """Refuses other rankings."""
+def check_rank_by(rank_by: str, engine: Engine, retrieved: Sequence[Retrieved]) -> None:
+    """Refuses other rankings, and likeness to documents that are not there."""
     if rank_by not in RANKINGS:
         raise ValueError(
             f"rank_by is {rank_by!r}; allowed: {', '.join(map(repr, RANKINGS))}"
         )
+    if rank_by == "document" and (
+        engine.embedder is None or any(_first_picture(r) is None for r in retrieved)
+    ):
+        raise ValueError(
+            "rank_by='document' compares with the picture of the first document, with "
+            "CLIP: retrieve or give one that has a picture, or use another rank_by"
+        )
 
 
-def score_by_clip(
-    embedder: DocumentEmbedder,
-    queries: Float32[np.ndarray, "prompts d_embed"],
+def score_pictures(
+    engine: Engine,
+    rank_by: str,
+    prompts: Sequence[str],
+    retrieved: Sequence[Retrieved],
     images: UInt8[np.ndarray, "prompts samples height width 3"],
+    log_probs: Float32[np.ndarray, "prompts samples"],
 ) -> Float32[np.ndarray, "prompts samples"]:
-    """Similarity of each prompt with its images, as the paper ranks (section 4)."""
-    prompts, samples = images.shape[:2]
+    """What samples are ranked by.
+
+    Args:
+      engine: whose embedder compares.
+      rank_by: "clip" is the paper's (section 4), "document" the likeness to the picture
+        of the first document, "likelihood" is `log_probs`.
+      prompts: of the rows; "clip" needs all of them.
+      retrieved: the documents of the rows.
+      images: what was drawn.
+      log_probs: mean log-likelihoods of the drawn ids.
+    """
+    embedder = engine.embedder
+    if embedder is None or rank_by == "likelihood":
+        return log_probs
+    if rank_by == "clip":
+        if not all(prompts):
+            return log_probs
+        queries = embedder.embed_texts(list(prompts))
+    else:
+        firsts = [_first_picture(r) for r in retrieved]
+        whole = [engine.tokenizer.decode(d) for d in firsts if d is not None]
+        queries = embedder.embed_images([d.images[0] for d in whole])
+    rows, samples = images.shape[:2]
     embeddings = embedder.embed_images(images.reshape(-1, *images.shape[2:]))
-    return np.einsum("nd,nsd->ns", queries, embeddings.reshape(prompts, samples, -1))
+    return np.einsum("nd,nsd->ns", queries, embeddings.reshape(rows, samples, -1))
+
+
+def _first_picture(retrieved: Retrieved) -> TokenizedDocument | None:
+    """The first document, if it has a picture."""
+    for document in retrieved.documents[:1]:
+        if any(segment.modality == "image" for segment in document.segments):
+            return document
+    return None
 
 
 def check_candidates(

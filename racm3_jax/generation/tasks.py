@@ -53,7 +53,8 @@ class Generator(Engine):
       documents: hand-picked documents instead of retrieved ones, shared by the batch;
         an empty list is the same as `num_retrieved=0`.
       rank_by: "clip" (similarity of prompt and image; without an embedder, or without a
-        prompt, the likelihood) or "likelihood" (mean log-likelihood of the drawn ids).
+        prompt, the likelihood), "document" (similarity to the picture of the first
+        document) or "likelihood" (mean log-likelihood of the drawn ids).
       **settings: temperature, top_p (0.9 unless given), top_k, guidance, contrastive_k,
         contrastive_alpha, guide_documents: see `SamplingConfig`.
       **options: the further arguments of the batched form.

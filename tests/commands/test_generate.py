@@ -154,14 +154,14 @@ def test_infill_takes_a_box_a_mask_or_a_text(generator, capsys):
 def test_edit_and_caption(generator, capsys):
     run(
         *("edit", "--image=a.png", "--box=0,0,8,8", "--document", "b.png", "red"),
-        *("--num_neighbours=1", "--json"),
+        *("--num_neighbours=1", "--rank_by=document", "--json"),
     )
     assert json.loads(capsys.readouterr().out)["out"] == "sample.png"
     run("caption", "--image=a.png", "--caption_prompt=last", "--prefix=Photo of")
     assert capsys.readouterr().out.startswith("words\nwords\n")
     edit, caption = generator.calls
     assert edit[0] == "edit" and (edit[1][2][0].images[0] == 20).all()
-    assert edit[2]["num_neighbours"] == 1
+    assert edit[2]["num_neighbours"] == 1 and edit[2]["rank_by"] == "document"
     assert caption[2]["caption_prompt"] == "last"
 
 
@@ -185,6 +185,10 @@ def test_classify_reads_a_support_set(generator, tmp_path, capsys):
         (["infill", "--text=a <mask>", "--box=1,2,3,4"], "--text fills in words"),
         (["classify", "--image=a.png", "--support=a.json"], "a.json is no JSON"),
         (["generate", "--parts=b.json"], "must be a JSON list of objects"),
+        (
+            ["generate", "--prompt=a", "--num_neighbours=1"],
+            "--num_neighbours asks for documents like those of --document",
+        ),
     ],
 )
 def test_wrong_input_answers_in_one_sentence(

@@ -232,6 +232,26 @@ def test_the_text_of_a_region_is_masked_behind_the_region(generator, quick):
     assert plain.tokens[0].tolist() == expected.tolist()
 
 
+def test_ranking_by_likeness_to_the_first_document(generator, quick):
+    embedder = MeanEmbedder()
+    shown = pair("x", "a", 0)
+    shown = type(shown)("x", (shown.segments[0], Segment(image=quadrants(9, 2, 9, 2))))
+    both = [shown, pair("y", "b", 5)]
+    how = {"num_samples": 4, "rank_by": "document"}
+    whole = (0, 0, SIZE, SIZE)
+    for out in (
+        generator.continue_("c", both, **how),
+        generator.edit(grey(32), whole, both, "c", **how),
+        generator.infill(grey(32), whole, documents=both, **how),
+        generator.text_to_image("c", documents=both, **how),
+    ):
+        similarities = (
+            embedder.embed_images(out.images) @ embedder.embed_images(shown.images)[0]
+        )
+        np.testing.assert_allclose(out.scores, similarities, rtol=1e-5)
+        assert (np.diff(out.scores) <= 0).all() and len(set(out.scores.tolist())) > 1
+
+
 def test_ranking_by_likelihood_and_near_copies(generator, quick):
     out = generator.text_to_image("a", 3, rank_by="likelihood")
     assert (out.scores < 0).all() and (np.diff(out.scores) <= 0).all()
@@ -352,6 +372,10 @@ def test_what_is_drawn_equals_the_full_forward(style, task, prompts_seen):
         (
             lambda g: g.infill(grey(0), RIGHT, rank_by="luck"),
             "rank_by is 'luck'; allowed",
+        ),
+        (
+            lambda g: g.text_to_image("a", num_retrieved=0, rank_by="document"),
+            "retrieve or give one that has a picture",
         ),
         (
             lambda g: g.infill_batch([grey(0)], []),
