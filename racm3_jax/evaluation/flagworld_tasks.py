@@ -6,7 +6,8 @@ knows the world and no model.
     infill      the fly half of the flag is hidden; the caption names the nation
     edit        the flag's box is drawn anew, a document of another nation is chosen: any,
                 or one that shows its flag about as large as the box ("sized"), or any
-                and behind it what the memory holds like it ("beside")
+                and behind it what the memory holds like it ("beside"), and then the
+                sample of n that looks most like it ("best")
                 (both by the CM3 mask, "masked", and in the image's order, "in_place")
     controlled  one document of another nation, or two ("two"), or one and what the memory
                 holds like it ("beside"), stand in front instead of retrieved ones; the
@@ -40,6 +41,7 @@ EDITS: dict[str, dict[str, Any]] = {
     "": {},
     "_sized": {"sized": True},
     "_beside": {"num_neighbours": 1},
+    "_best": {"num_neighbours": 1, "rank_by": "document"},
 }
 DEMONSTRATIONS: dict[str, dict[str, Any]] = {
     "": {},
@@ -213,6 +215,8 @@ def _evaluate_regions(
         )
         for kind, documents in EDITS.items():
             name = f"{edit}{kind}{end}"
+            if kind == "_best":
+                documents = documents | {"num_samples": settings.num_samples}
             flag, kept, outputs[name] = stages.run(
                 name,
                 lambda how=how | documents: evaluate_edit(
@@ -318,6 +322,8 @@ def format_table(results: dict[str, Any]) -> str:
             f"edit_{prompt}_sized/codes_kept": f"codes outside that stay, sized, {prompt}",
             f"edit_{prompt}_beside/flag": f"any, with one like it beside, {prompt}",
             f"edit_{prompt}_beside/codes_kept": f"codes outside that stay, beside, {prompt}",
+            f"edit_{prompt}_best/flag": f"the same, the sample most like it, {prompt}",
+            f"edit_{prompt}_best/codes_kept": f"codes outside that stay, best, {prompt}",
         }
     for name, who in (("named", "prompt names it"), ("other", "prompt names another")):
         for end, what in (

@@ -49,7 +49,7 @@ class Oracle:
         self.donors = [probes.donor(i).images[0] for i in range(len(self.own))]
         self.others = [self.own[i] for i in wrong]
         self.regions = []
-        self.neighbours = []
+        self.edits = set()
 
     def quantized(self):
         return Oracle(self.probes, False)
@@ -63,7 +63,8 @@ class Oracle:
         return [answer(x) for x in self.choose(self.own)]
 
     def edit_batch(self, images, regions, documents, prompts, **options):
-        self.neighbours.append(options.get("num_neighbours", 0))
+        names = ("num_neighbours", "num_samples", "rank_by")
+        self.edits.add(tuple(options[n] for n in names if n in options))
         for prompt, (document,) in zip(prompts, documents, strict=True):
             assert document.metadata["nation"] in prompt
         kept = {"codes_outside": 60, "codes_outside_kept": 60 if self.right else 30}
@@ -90,9 +91,11 @@ class Oracle:
 
 def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     lines = []
+    oracle = Oracle(probes, True)
     good, outputs = evaluate_flagworld_tasks(
-        Oracle(probes, True), Oracle(probes, False), probes, SETTINGS, lines.append
+        oracle, Oracle(probes, False), probes, SETTINGS, lines.append
     )
+    assert oracle.edits == {(), (1,), (1, SETTINGS.num_samples, "document")}
     for name in ("infill_masked/flag", "infill_in_place_guided/flag", "kshot_image/2",
                  "alone/infill_masked", "edit_masked/flag", "edit_in_place/flag",
                  "edit_in_place/codes_kept", "controlled_named/flag", "rerank/clip",
@@ -103,7 +106,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
     assert good["kshot_image/2"].total == 5 and len(outputs["edit_masked"]) == 5
-    assert len(lines) == 42
+    assert len(lines) == 46
     bad, _ = evaluate_flagworld_tasks(
         Oracle(probes, False), None, probes, SETTINGS, lines.append
     )
@@ -119,7 +122,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     )
     table = format_table(good)
     assert "| two-way classification by label, 2 examples a label | 100.0%" in table
-    assert len(table.splitlines()) == 2 + 67
+    assert len(table.splitlines()) == 2 + 75
 
 
 def test_without_context_labels_are_a_coin(probes):
