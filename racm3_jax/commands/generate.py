@@ -227,6 +227,8 @@ def _infill(arguments: Arguments) -> None:
     if arguments.text is not None:
         if arguments.box or arguments.mask:
             raise ValueError("--text fills in words: leave --box and --mask out")
+        if arguments.rank_by == "document":
+            raise ValueError("--text writes no picture: leave --rank_by=document out")
         output = _open(arguments).infill_text(
             arguments.text, image, **common, **_sampling(arguments, guided=False)
         )

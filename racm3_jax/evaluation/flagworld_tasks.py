@@ -6,8 +6,7 @@ knows the world and no model.
     infill      the fly half of the flag is hidden; the caption names the nation
     edit        the flag's box is drawn anew, a document of another nation is chosen: any,
                 or one that shows its flag about as large as the box ("sized"), or any
-                and behind it what the memory holds like it ("beside"), and then the
-                sample of n that looks most like it ("best")
+                and behind it what the memory holds like it ("beside")
                 (both by the CM3 mask, "masked", and in the image's order, "in_place")
     controlled  one document of another nation, or two ("two"), or one and what the memory
                 holds like it ("beside"), stand in front instead of retrieved ones; the
@@ -16,7 +15,8 @@ knows the world and no model.
                 likely the "image" is behind a label and its examples, or by the "label")
     guidance    the plain drawing task at several weights
     int8        the plain drawing task with weights in 8 bits
-    rerank      the plain drawing task, best of n by CLIP, by likelihood, and all n
+    rerank      the plain drawing task, best of n by CLIP, by likelihood, and all n; and
+                of n guided edits ("beside", in place) the one most like the document
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ EDITS: dict[str, dict[str, Any]] = {
     "": {},
     "_sized": {"sized": True},
     "_beside": {"num_neighbours": 1},
-    "_best": {"num_neighbours": 1, "rank_by": "document"},
 }
 DEMONSTRATIONS: dict[str, dict[str, Any]] = {
     "": {},
@@ -215,8 +214,6 @@ def _evaluate_regions(
         )
         for kind, documents in EDITS.items():
             name = f"{edit}{kind}{end}"
-            if kind == "_best":
-                documents = documents | {"num_samples": settings.num_samples}
             flag, kept, outputs[name] = stages.run(
                 name,
                 lambda how=how | documents: evaluate_edit(
@@ -300,6 +297,19 @@ def evaluate_flagworld_tasks(
         )
         results[f"rerank/{rank_by}"] = best
         results["rerank/none"] = every  # the samples are the same
+    results["rerank/document"], _, _ = stages.run(
+        f"edit, best of {n} by document",
+        lambda: evaluate_edit(
+            generator,
+            probes,
+            settings,
+            "in_place",
+            num_samples=n,
+            rank_by="document",
+            **EDITS["_beside"],
+            **guided,
+        ),
+    )
     results["seconds"] = stages.seconds
     return results, outputs
 
@@ -322,8 +332,6 @@ def format_table(results: dict[str, Any]) -> str:
             f"edit_{prompt}_sized/codes_kept": f"codes outside that stay, sized, {prompt}",
             f"edit_{prompt}_beside/flag": f"any, with one like it beside, {prompt}",
             f"edit_{prompt}_beside/codes_kept": f"codes outside that stay, beside, {prompt}",
-            f"edit_{prompt}_best/flag": f"the same, the sample most like it, {prompt}",
-            f"edit_{prompt}_best/codes_kept": f"codes outside that stay, best, {prompt}",
         }
     for name, who in (("named", "prompt names it"), ("other", "prompt names another")):
         for end, what in (
@@ -342,6 +350,9 @@ def format_table(results: dict[str, Any]) -> str:
         "rerank/none": "drawn flag right, any sample",
         "rerank/clip": "drawn flag right, best by CLIP",
         "rerank/likelihood": "drawn flag right, best by likelihood",
+        "rerank/document": (
+            "any, with one like it beside, in_place, guided: best by likeness to the document"
+        ),
     }
     for name in results:
         task, _, value = name.partition("/")

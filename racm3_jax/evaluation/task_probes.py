@@ -160,7 +160,7 @@ def choose_pictures(
     for prompt in REGION_PROMPTS:
         for name in ("infill", "twin_infill"):
             boxes[f"{name}_{prompt}"] = probes.fly_halves()
-        for kind in ("", "_sized", "_beside", "_best"):
+        for kind in ("", "_sized", "_beside"):
             boxes[f"edit_{prompt}{kind}"] = probes.flag_boxes()
     boxes |= {f"{task}_guided": found for task, found in boxes.items()}
     chosen: dict[str, list[tuple[np.ndarray | None, GenerationOutput]]] = {}

@@ -183,6 +183,10 @@ def test_classify_reads_a_support_set(generator, tmp_path, capsys):
         (["infill", "--image=a.png", "--box=1,2"], "--box is '1,2'; write left,top"),
         (["infill"], "infill needs --image with --box or --mask, or --text"),
         (["infill", "--text=a <mask>", "--box=1,2,3,4"], "--text fills in words"),
+        (
+            ["infill", "--text=a <mask>", "--rank_by=document"],
+            "--text writes no picture",
+        ),
         (["classify", "--image=a.png", "--support=a.json"], "a.json is no JSON"),
         (["generate", "--parts=b.json"], "must be a JSON list of objects"),
         (

@@ -101,12 +101,13 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
                  "edit_in_place/codes_kept", "controlled_named/flag", "rerank/clip",
                  "controlled_other_two_guided/layout", "guidance/3",
                  "edit_in_place_beside_guided/flag", "controlled_other_beside/layout",
+                 "rerank/document",
                  "document_guidance/2"):  # fmt: skip
         assert good[name].value == 1.0, name
     assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
     assert good["kshot_image/2"].total == 5 and len(outputs["edit_masked"]) == 5
-    assert len(lines) == 46
+    assert len(lines) == 43
     bad, _ = evaluate_flagworld_tasks(
         Oracle(probes, False), None, probes, SETTINGS, lines.append
     )
@@ -122,7 +123,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     )
     table = format_table(good)
     assert "| two-way classification by label, 2 examples a label | 100.0%" in table
-    assert len(table.splitlines()) == 2 + 75
+    assert len(table.splitlines()) == 2 + 68
 
 
 def test_without_context_labels_are_a_coin(probes):
