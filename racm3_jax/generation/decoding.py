@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
 from racm3_jax.generation.grammar import DONE, START, Grammar, advance
 from racm3_jax.generation.logits import contrast, guide, sample_tokens
@@ -136,6 +136,66 @@ def read_prompts(
     return cache.repeat(num_samples), jnp.repeat(logits, num_samples, axis=0)
 
 
+def _draw(
+    plan: Plan,
+    allowed: Bool[Array, "states ids"],
+    first: int,
+    pad: Int32[Array, ""],
+    num_samples: int,
+    num_streams: int,
+    step: Int32[Array, ""],
+    logits: Float32[Array, "rows ids"],
+    drawing: Drawing,
+) -> Drawing:
+    """One id of every sample; `first` is the id that column 0 is of."""
+    # [prompt, stream, sample, id] -> one row a sample, in each stream.
+    streams = logits.astype(jnp.float32).reshape(
+        -1, num_streams, num_samples, logits.shape[1]
+    )
+    given = streams[:, 0].reshape(-1, logits.shape[1])
+    may_follow = allowed[drawing.state]
+    masked = jnp.where(may_follow, given, -jnp.inf)
+    if num_streams == 2:
+        other = streams[:, 1].reshape(given.shape)
+        masked = jax.lax.cond(
+            plan.contrastive_k > 0,
+            lambda: contrast(
+                masked,
+                jnp.where(may_follow, other, -jnp.inf),
+                plan.contrastive_k,
+                plan.contrastive_alpha,
+            ),
+            lambda: jnp.where(may_follow, guide(given, other, plan.guidance), -jnp.inf),
+        )
+    tokens = first + sample_tokens(
+        jax.vmap(jax.random.fold_in, in_axes=(0, None))(plan.keys, step),
+        masked,
+        plan.temperature,
+        plan.top_k,
+        plan.top_p,
+    )
+    chosen = jnp.take_along_axis(given, tokens[:, None] - first, axis=1)[:, 0]
+    log_probs = chosen - jax.nn.logsumexp(given, axis=-1)
+    drew = drawing.state != DONE
+    if plan.forced is not None:
+        forced = plan.forced[:, step]
+        tokens = jnp.where(forced >= 0, forced, tokens)
+        log_probs = jnp.where(forced >= 0, 0.0, log_probs)
+    tokens = jnp.where(drew, tokens, pad)
+    state, num_in_state = advance(
+        plan.grammar, drawing.state, drawing.num_in_state, tokens
+    )
+    lengths = drawing.lengths + drew
+    return Drawing(
+        jnp.where(lengths >= plan.limits, DONE, state),
+        num_in_state,
+        tokens,
+        drawing.tokens.at[:, step].set(tokens),
+        drawing.log_probs.at[:, step].set(jnp.where(drew, log_probs, 0.0)),
+        lengths,
+    )
+
+
 @functools.partial(
     jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnames=("cache", "drawing")
 )
@@ -180,59 +240,11 @@ def draw_steps(
         allowed = allowed[:, ids[0] : ids[1]]
         head = (slice_head(params, model.config, *ids),)
 
-    def draw(step, logits, drawing: Drawing) -> Drawing:
-        # [prompt, stream, sample, id] -> one row a sample, in each stream.
-        streams = logits.astype(jnp.float32).reshape(
-            -1, num_streams, num_samples, logits.shape[1]
-        )
-        given = streams[:, 0].reshape(-1, logits.shape[1])
-        may_follow = allowed[drawing.state]
-        masked = jnp.where(may_follow, given, -jnp.inf)
-        if num_streams == 2:
-            other = streams[:, 1].reshape(given.shape)
-            masked = jax.lax.cond(
-                plan.contrastive_k > 0,
-                lambda: contrast(
-                    masked,
-                    jnp.where(may_follow, other, -jnp.inf),
-                    plan.contrastive_k,
-                    plan.contrastive_alpha,
-                ),
-                lambda: jnp.where(
-                    may_follow, guide(given, other, plan.guidance), -jnp.inf
-                ),
-            )
-        tokens = first + sample_tokens(
-            jax.vmap(jax.random.fold_in, in_axes=(0, None))(plan.keys, step),
-            masked,
-            plan.temperature,
-            plan.top_k,
-            plan.top_p,
-        )
-        chosen = jnp.take_along_axis(given, tokens[:, None] - first, axis=1)[:, 0]
-        log_probs = chosen - jax.nn.logsumexp(given, axis=-1)
-        drew = drawing.state != DONE
-        if plan.forced is not None:
-            forced = plan.forced[:, step]
-            tokens = jnp.where(forced >= 0, forced, tokens)
-            log_probs = jnp.where(forced >= 0, 0.0, log_probs)
-        tokens = jnp.where(drew, tokens, pad)
-        state, num_in_state = advance(
-            plan.grammar, drawing.state, drawing.num_in_state, tokens
-        )
-        lengths = drawing.lengths + drew
-        return Drawing(
-            jnp.where(lengths >= plan.limits, DONE, state),
-            num_in_state,
-            tokens,
-            drawing.tokens.at[:, step].set(tokens),
-            drawing.log_probs.at[:, step].set(jnp.where(drew, log_probs, 0.0)),
-            lengths,
-        )
-
     def draw_and_read(step, carry):
         cache, logits, drawing = carry
-        drawing = draw(step, logits, drawing)
+        drawing = _draw(
+            plan, allowed, first, pad, num_samples, num_streams, step, logits, drawing
+        )
         last = drawing.last.reshape(-1, 1, num_samples)
         last = jnp.broadcast_to(last, (len(last), num_streams, num_samples))
         logits, cache = model.apply(

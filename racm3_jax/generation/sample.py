@@ -141,20 +141,9 @@ def sample(
       ValueError: on an empty prompt, no samples, no room in the model's max_length, or
         guidance without unconditional prompts.
     """
-    prompts = [
-        _Stream(
-            np.asarray(prompt_tokens, np.int32),
-            np.asarray(prompt_lengths, np.int32),
-            _prefixes(prefix_lengths, len(prompt_lengths)),
-        )
-    ]
+    prompts = [_make_stream(prompt_tokens, prompt_lengths, prefix_lengths)]
     if config.needs_unconditional:
-        if unconditional is None:
-            raise ValueError(
-                "guidance and contrastive_k compare with unconditional prompts, and this "
-                "call has none: use guidance=1 and contrastive_k=0"
-            )
-        prompts.append(_Stream(*(np.asarray(x, np.int32) for x in unconditional)))
+        prompts.append(_second_stream(unconditional))
     lengths = prompts[0].lengths
     max_length = model.config.max_length
     if num_samples < 1:
@@ -173,21 +162,13 @@ def sample(
     fill = np.minimum(np.arange(rows), num_rows - 1)
     prompts = [_Stream(*(x[fill] for x in stream)) for stream in prompts]
     room = most if config.fixed_length else round_up(most, NEW_TOKENS_BUCKET)
-    if forced is not None:
-        padded = np.full((rows, room), -1, np.int32)
-        padded[:, : forced.shape[1]] = forced[fill]
-        forced = np.repeat(padded, num_samples, axis=0)
-    plan = Plan(
+    plan = _make_plan(
         grammar,
-        jnp.asarray(np.repeat(limits[fill], num_samples), jnp.int32),
-        None if forced is None else jnp.asarray(forced),
+        config,
+        limits[fill],
+        None if forced is None else _pad_forced(forced[fill], room),
         _make_keys(key, seeds[fill].astype(np.uint32), num_samples),
-        jnp.asarray(config.temperature, jnp.float32),
-        jnp.asarray(config.top_k, jnp.int32),
-        jnp.asarray(config.top_p, jnp.float32),
-        jnp.asarray(config.guidance, jnp.float32),
-        jnp.asarray(config.contrastive_k, jnp.int32),
-        jnp.asarray(config.contrastive_alpha, jnp.float32),
+        num_samples,
     )
     only = None if ids is None else (ids.start, ids.stop)
     arranged = _arrange(prompts, num_samples, max_length)
@@ -247,10 +228,24 @@ class _Stream(NamedTuple):
     prefix_lengths: _Lengths
 
 
-def _prefixes(prefix_lengths: _Lengths | None, num_rows: int) -> _Lengths:
+def _make_stream(
+    tokens: _Tokens, lengths: _Lengths, prefix_lengths: _Lengths | None
+) -> _Stream:
+    lengths = np.asarray(lengths, np.int32)
     if prefix_lengths is None:
-        return np.zeros(num_rows, np.int32)
-    return np.asarray(prefix_lengths, np.int32)
+        prefix_lengths = np.zeros_like(lengths)
+    return _Stream(
+        np.asarray(tokens, np.int32), lengths, np.asarray(prefix_lengths, np.int32)
+    )
+
+
+def _second_stream(unconditional: Unconditional | None) -> _Stream:
+    if unconditional is None:
+        raise ValueError(
+            "guidance and contrastive_k compare with unconditional prompts, and this "
+            "call has none: use guidance=1 and contrastive_k=0"
+        )
+    return _make_stream(*unconditional)
 
 
 def _check(
@@ -283,6 +278,37 @@ def _check(
             f"{needed[worst]} to write, exceed the model's max_length {max_length}; "
             "retrieve fewer documents (num_retrieved) or shorten the prompt"
         )
+
+
+def _pad_forced(
+    forced: Int32[np.ndarray, "batch new"], room: int
+) -> Int32[np.ndarray, "batch room"]:
+    padded = np.full((len(forced), room), -1, np.int32)
+    padded[:, : forced.shape[1]] = forced
+    return padded
+
+
+def _make_plan(
+    grammar: Grammar,
+    config: SamplingConfig,
+    limits: _Lengths,
+    forced: Int32[np.ndarray, "batch room"] | None,
+    keys: Key[Array, " drawn"],
+    num_samples: int,
+) -> Plan:
+    """What may be drawn: limits and forced ids of rows become those of samples."""
+    return Plan(
+        grammar,
+        jnp.asarray(np.repeat(limits, num_samples), jnp.int32),
+        None if forced is None else jnp.asarray(np.repeat(forced, num_samples, axis=0)),
+        keys,
+        jnp.asarray(config.temperature, jnp.float32),
+        jnp.asarray(config.top_k, jnp.int32),
+        jnp.asarray(config.top_p, jnp.float32),
+        jnp.asarray(config.guidance, jnp.float32),
+        jnp.asarray(config.contrastive_k, jnp.int32),
+        jnp.asarray(config.contrastive_alpha, jnp.float32),
+    )
 
 
 def _make_keys(
