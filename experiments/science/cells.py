@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from racm3_jax.evaluation.intervals import Share
-from science.experiment import Experiment, Figures, Place
+from science.experiment import Curve, Experiment, Figures, Place
 
 Cell = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,12 +84,24 @@ def read_figures(cell: Cell) -> Figures:
     }
 
 
+def read_curves(cell: Cell) -> dict[str, Curve]:
+    """The curves that were kept with it, if any."""
+    return {name: Curve(**found) for name, found in cell.get("curves", {}).items()}
+
+
 def measure_cell(
     experiment: Experiment, condition: str, seed: int, place: Place
 ) -> Cell:
     """Measures one cell and writes it aside, renamed when complete."""
     started, before = time.monotonic(), cpu_seconds()
-    figures = experiment.measure(condition, seed, place)
+    measured = experiment.measure(condition, seed, place)
+    figures: Figures = {}
+    curves: dict[str, Curve] = {}
+    for name, value in measured.items():
+        if isinstance(value, Curve):
+            curves[name] = value
+        else:
+            figures[name] = value
     cell = {
         "experiment": experiment.name,
         "condition": condition,
@@ -100,6 +112,7 @@ def measure_cell(
             else float(value)
             for name, value in figures.items()
         },
+        **({"curves": {n: c._asdict() for n, c in curves.items()}} if curves else {}),
         "settings": _settings(experiment),
         "wall_seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(cpu_seconds() - before, 1),

@@ -11,11 +11,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from racm3_jax.evaluation.intervals import Share
 
 Figures = dict[str, Share | float]
+
+
+class Curve(NamedTuple):
+    """Values over a course; kept with a cell, drawn, and in no table."""
+
+    x: list[float]
+    y: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Experiment:
       title: the question.
       claim: what the paper says, with where it says so.
       conditions: what is compared, in the order of the table, with their titles.
-      measure: (condition, seed, place) -> figures.
+      measure: (condition, seed, place) -> figures, and curves if there are some.
       columns: the figures of the table, with their titles.
       panels: of the plot.
       hours: estimated, all cells, on two quiet cores.
@@ -100,7 +107,7 @@ class Experiment:
       x_values: of the conditions, where they are numbers of one kind.
       x_title: what these numbers are.
       proof: the conditions that prove the code, on the tiny scale; all paths through it.
-      draw: draws further panels, from (experiment, cells, place); the table stays.
+      draw: draws another picture, from (experiment, cells, its file).
     """
 
     number: int
@@ -108,7 +115,7 @@ class Experiment:
     title: str
     claim: str
     conditions: Mapping[str, str]
-    measure: Callable[[str, int, Place], Figures]
+    measure: Callable[[str, int, Place], Mapping[str, Share | float | Curve]]
     columns: Mapping[str, str]
     panels: tuple[Panel, ...]
     hours: float
@@ -119,4 +126,4 @@ class Experiment:
     x_values: tuple[float, ...] = ()
     x_title: str = ""
     proof: tuple[str, ...] = ()
-    draw: Callable[[Any, Any, Place], Path] | None = None
+    draw: Callable[[Any, Any, Path], None] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,9 +126,7 @@ def write_report(experiment: Experiment, place: Place, folder: Path) -> Path | N
     (folder / f"{experiment.name}.md").write_text(text)
     plot(experiment, means, folder / f"{experiment.name}.png")
     if experiment.draw is not None:
-        drawn = experiment.draw(experiment, cells, place)
-        if drawn is not None:
-            shutil.copyfile(drawn, folder / drawn.name)
+        experiment.draw(experiment, cells, folder / f"{experiment.name}_curves.png")
     return folder / f"{experiment.name}.json"
 
 

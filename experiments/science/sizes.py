@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from racm3_jax.evaluation.intervals import Share
 from science import variants
-from science.cells import Cell, write_json
-from science.experiment import Experiment, Figures, Panel, Place
+from science.cells import Cell, read_curves
+from science.experiment import Curve, Experiment, Panel, Place
 from science.measures import measure_reading
 from science.worlds import EASY, open_bench
 
@@ -17,9 +20,12 @@ SIZES = {"small": (64, 2), "middle": (variants.D_MODEL, variants.NUM_LAYERS)}
 SIZES["large"] = (192, 4)
 KINDS = {"retrieval": "with documents", "plain": "without"}
 CURVES = ("image_loss", "text_loss")
+CURVE_POINTS = 60
 
 
-def measure(condition: str, seed: int, place: Place) -> Figures:
+def measure(
+    condition: str, seed: int, place: Place
+) -> dict[str, Share | float | Curve]:
     """A model of one size draws, captions and is scored; and what its training took."""
     size, _, kind = condition.partition("_")
     retrieval = kind == "retrieval"
@@ -27,18 +33,24 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
     folder = variants.train(config, place)
     bench = open_bench(seed, place, **EASY)
     plain = variants.open_variant(folder)
-    k = 2 if retrieval else 0
-    generator = bench.over_memory(plain)
-    cost = variants.read_cost(folder)
-    curves: dict[str, Any] = {n: variants.read_curve(folder, n) for n in CURVES}
-    path = curve_path(condition, seed, place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, curves | {"num_steps": config.train.num_steps})
+    teraflops = variants.count_flops(config, plain) / 1e12
+    a_step = teraflops / config.train.num_steps
     return {
-        **measure_reading(generator, bench, seed, k),
-        "teraflops": variants.count_flops(config, plain) / 1e12,
-        "train_minutes": cost["wall_seconds"] / 60,
+        **measure_reading(bench.over_memory(plain), bench, seed, 2 if retrieval else 0),
+        "teraflops": teraflops,
+        "train_minutes": variants.read_cost(folder)["wall_seconds"] / 60,
+        **{n: smooth(*variants.read_curve(folder, n), a_step) for n in CURVES},
     }
+
+
+def smooth(steps: Sequence[int], values: Sequence[float], a_step: float) -> Curve:
+    """Means of neighbouring values, over the compute that was spent; a few points."""
+    parts = min(len(steps), CURVE_POINTS)
+    means = [
+        [float(f"{np.mean(part):.4g}") for part in np.array_split(whole, parts)]
+        for whole in (np.array(steps) * a_step, np.array(values))
+    ]
+    return Curve(*means)
 
 
 def make_config(size: str, retrieval: bool, seed: int, place: Place) -> Any:
@@ -54,50 +66,36 @@ def make_config(size: str, retrieval: bool, seed: int, place: Place) -> Any:
     )
 
 
-def curve_path(condition: str, seed: int, place: Place) -> Path:
-    """Where the losses of one training are kept, for the plot."""
-    return place.work / place.scale.name / "curves" / f"sizes-{condition}-{seed}.json"
-
-
 def draw_curves(
-    experiment: Experiment, cells: dict[tuple[str, int], Cell], place: Place
-) -> Path | None:
-    """Losses against the compute that was spent, one line a training.
-
-    None where trainings are not on this machine.
-    """
+    experiment: Experiment, cells: dict[tuple[str, int], Cell], path: Path
+) -> None:
+    """Losses against the compute that was spent, one line a training."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if not all(curve_path(*key, place).exists() for key in cells):
-        return None
     figure, axes = pyplot.subplots(1, len(CURVES), figsize=(11, 4))
     colours = dict(zip(SIZES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
-    for (condition, seed), cell in cells.items():
+    for condition in experiment.conditions:
         size, _, kind = condition.partition("_")
-        curves = json.loads(curve_path(condition, seed, place).read_text())
-        total = float(cell["figures"]["teraflops"])
+        found = [read_curves(cells[k]) for k in sorted(cells) if k[0] == condition]
         for axis, name in zip(axes, CURVES, strict=True):
-            steps, values = curves[name]
-            axis.plot(
-                [total * step / curves["num_steps"] for step in steps],
-                values,
-                color=colours[size],
-                linestyle="-" if kind == "retrieval" else ":",
-                linewidth=1,
-                label=f"{size}, {KINDS[kind]}" if seed == experiment.seeds[0] else None,
-            )
+            for i, curves in enumerate(found):
+                axis.plot(
+                    *curves[name],
+                    color=colours[size],
+                    linestyle="-" if kind == "retrieval" else ":",
+                    linewidth=1,
+                    label=None if i else f"{size}, {KINDS[kind]}",
+                )
     for axis, name in zip(axes, CURVES, strict=True):
         axis.set(xscale="log", yscale="log", xlabel="teraFLOP of training", ylabel=name)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()
-    path = place.work / place.scale.name / "sizes_curves.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-    return path
 
 
 EXPERIMENT = Experiment(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import run_all
-from science import agreement, catalogue, cells, combining, report
-from science.experiment import FULL, TINY, Experiment, Panel, Place
+from science import agreement, catalogue, cells, combining, report, sizes
+from science.experiment import FULL, TINY, Curve, Experiment, Panel, Place
 from science.page import format_page
 
 from racm3_jax.evaluation.intervals import Share
@@ -83,6 +83,31 @@ def test_a_cell_is_measured_once_and_again_with_other_settings(place):
     other = dataclasses.replace(FAKE, settings={"steps": 4})
     assert cells.read_cell(other, "with", 1, place) is None
     assert cells.read_cell(FAKE, "with", 1, Place(place.work, FULL)) is None
+
+
+def test_curves_are_kept_with_a_cell_and_published(place, tmp_path):
+    curve = sizes.smooth(range(20, 2420, 20), [0.5] * 120, a_step=0.1)
+    assert len(curve.x) == len(curve.y) == sizes.CURVE_POINTS
+    assert curve.x[0] == pytest.approx(3.0) and set(curve.y) == {0.5}
+    assert sizes.smooth([20], [1.5], 0.1) == Curve([2.0], [1.5])
+
+    def measure(condition, seed, place):
+        return {"bits": 5.0, "image_loss": curve, "text_loss": curve}
+
+    conditions = {"small_retrieval": "small, with", "large_plain": "large, without"}
+    drawn = dataclasses.replace(
+        FAKE, measure=measure, conditions=conditions, draw=sizes.draw_curves
+    )
+    cell = cells.measure_cell(drawn, "small_retrieval", 1, place)
+    assert cells.read_figures(cell) == {"bits": 5.0}
+    assert cells.read_curves(json.loads(json.dumps(cell)))["text_loss"] == curve
+    assert cells.read_curves({}) == {}
+    cells.measure_cell(drawn, "large_plain", 2, place)
+    report.write_report(drawn, place, tmp_path / "results")
+    assert (tmp_path / "results" / "fake_curves.png").stat().st_size > 1000
+    elsewhere = Place(tmp_path / "other", TINY)
+    assert cells.restore_cells(drawn, elsewhere, tmp_path / "results") == 2
+    assert cells.read_cells(drawn, elsewhere) == cells.read_cells(drawn, place)
 
 
 def test_a_run_goes_on_where_it_failed(place, tmp_path, capsys, monkeypatch):
