@@ -27,8 +27,8 @@ from racm3_jax.evaluation.flagworld_tasks import (
 )
 from racm3_jax.evaluation.likelihood_results import evaluate_likelihood
 from racm3_jax.evaluation.protocol_results import evaluate_coco
-from racm3_jax.evaluation.runner import write_results, write_sheet, write_task_sheet
-from racm3_jax.evaluation.task_probes import choose_pictures
+from racm3_jax.evaluation.runner import write_results, write_sheet, write_table
+from racm3_jax.evaluation.task_sheets import write_task_sheets
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.memory import Memory
@@ -241,8 +241,9 @@ def load(
 def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
     """Runs the suite that `config.suite` names.
 
-    Prints the table and writes `results.json` and `samples.png` into `workdir`, where
-    the memories that it builds stay for the next call.
+    Prints the table and writes it (`table.md`), all figures (`results.json`) and
+    pictures (`samples.png`, or a folder `samples`) into `workdir`, where the memories
+    that it builds stay for the next call.
 
     Returns:
       The figures by name, with their intervals; None in a process other than the first.
@@ -280,7 +281,9 @@ def _evaluate_flagworld(config: Any, workdir: Path) -> dict[str, Any]:
             outputs["draw"][:rows],
             outputs["twin_draw"][:rows],
         )
-    print(flagworld.format_table(results))
+    table = flagworld.format_table(results)
+    write_table(workdir, table)
+    print(table)
     return results
 
 
@@ -291,9 +294,16 @@ def _evaluate_tasks(config: Any, workdir: Path) -> dict[str, Any]:
     )
     settings = config.to_dict() | {"memory_documents": len(suite.memory)}
     write_results(workdir, results, settings)
-    pictures = choose_pictures(suite.probes, outputs, config.num_sheet_rows)
-    write_task_sheet(workdir / "samples.png", suite.generator, pictures)
-    print(flagworld_tasks.format_table(results))
+    write_task_sheets(
+        workdir / "samples",
+        suite.generator,
+        suite.probes,
+        outputs,
+        config.num_sheet_rows,
+    )
+    table = flagworld_tasks.format_table(results)
+    write_table(workdir, table)
+    print(table)
     return results
 
 

@@ -191,7 +191,7 @@ def _evaluate_regions(
     guided: dict[str, Any],
     stages: Stages,
     results: dict[str, Any],
-    outputs: dict[str, list[GenerationOutput]],
+    outputs: dict[str, dict[str, list[GenerationOutput]]],
 ) -> None:
     """Infilling and editing by one kind of prompt; adds to results and outputs."""
     infill, edit = f"infill_{prompt}", f"edit_{prompt}"
@@ -203,24 +203,28 @@ def _evaluate_regions(
         f"{infill}, no documents", lambda: fill(generator, 0)
     )
     if twin is not None:
-        results[f"twin/{infill}"], outputs[f"twin_{infill}"] = stages.run(
+        results[f"twin/{infill}"], drawn = stages.run(
             f"{infill}, twin", lambda: fill(twin, 0)
         )
+        outputs.setdefault("infill", {})[f"{prompt}, twin"] = drawn
     for end, options in (("", {}), ("_guided", guided)):
         how: dict[str, Any] = options
-        results[f"{infill}{end}/flag"], outputs[f"{infill}{end}"] = stages.run(
+        way = prompt + end.replace("_", ", ")
+        results[f"{infill}{end}/flag"], drawn = stages.run(
             f"{infill}{end}",
             lambda how=how: fill(generator, settings.num_retrieved, **how),
         )
+        outputs.setdefault("infill", {})[way] = drawn
         for kind, documents in EDITS.items():
             name = f"{edit}{kind}{end}"
-            flag, kept, outputs[name] = stages.run(
+            flag, kept, drawn = stages.run(
                 name,
                 lambda how=how | documents: evaluate_edit(
                     generator, probes, settings, prompt, **how
                 ),
             )
             results |= {f"{name}/flag": flag, f"{name}/codes_kept": kept}
+            outputs.setdefault(f"edit{kind}", {})[way] = drawn
 
 
 def evaluate_flagworld_tasks(
@@ -229,7 +233,7 @@ def evaluate_flagworld_tasks(
     probes: TaskProbes,
     settings: TaskSettings,
     log: Callable[[str], None] = print,
-) -> tuple[dict[str, Any], dict[str, list[GenerationOutput]]]:
+) -> tuple[dict[str, Any], dict[str, dict[str, list[GenerationOutput]]]]:
     """Runs the whole suite.
 
     Args:
@@ -241,10 +245,10 @@ def evaluate_flagworld_tasks(
 
     Returns:
       (results, outputs): results are `Share`s by name and seconds by stage; outputs hold
-      what was generated, for pictures.
+      what was generated, by task and way of asking, for pictures.
     """
     results: dict[str, Any] = {}
-    outputs: dict[str, list[GenerationOutput]] = {}
+    outputs: dict[str, dict[str, list[GenerationOutput]]] = {}
     stages = Stages(log)
     guided = {"guidance": settings.document_guidance[-1], "guide_documents": True}
     for prompt in settings.region_prompts:
@@ -255,13 +259,15 @@ def evaluate_flagworld_tasks(
         how: dict[str, Any] = options
         for name, kind in itertools.product(("named", "other"), DEMONSTRATIONS):
             task = f"controlled_{name}{kind}{end}"
-            flag, layout, outputs[task] = stages.run(
+            flag, layout, drawn = stages.run(
                 task,
                 lambda name=name, how=how | DEMONSTRATIONS[kind]: evaluate_controlled(
                     generator, probes, settings, named=name == "named", **how
                 ),
             )
             results |= {f"{task}/flag": flag, f"{task}/layout": layout}
+            way = "guided" if how else "plain"
+            outputs.setdefault(f"controlled_{name}{kind}", {})[way] = drawn
     for by, shots in itertools.product(settings.classify_by, settings.shots):
         results[f"kshot_{by}/{shots}"] = stages.run(
             f"{shots}-shot by {by}",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from racm3_jax.evaluation.intervals import Estimate, Share
@@ -81,35 +80,6 @@ def write_sheet(
     ]
     headings = ("prompt", "retrieved documents", "with retrieval", "without")
     save_sheet(path, headings, rows)
-
-
-def write_task_sheet(
-    path: Path,
-    generator: Generator,
-    tasks: Mapping[
-        str, Sequence[tuple[UInt8[np.ndarray, "h w 3"] | None, GenerationOutput]]
-    ],
-) -> None:
-    """Task and prompt | the documents it was given | the image it was given | drawn.
-
-    Args:
-      path: of the PNG.
-      generator: whose tokenizer shows the documents.
-      tasks: by their names, what stood in the prompt's place (None: nothing), and output.
-    """
-    rows = [
-        Row(
-            f"{name}: {output.prompt}",
-            (
-                retrieved_panels(generator, output),
-                [] if given is None else [Panel(given)],
-                [Panel(output.images[0])],
-            ),
-        )
-        for name, pairs in tasks.items()
-        for given, output in pairs
-    ]
-    save_sheet(path, ("task", "documents", "given", "drawn"), rows)
 
 
 def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Row]) -> None:

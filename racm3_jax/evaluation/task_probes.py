@@ -11,7 +11,7 @@ from racm3_jax.documents.flagworld import FlagIdentifier, Nation
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.generation.classification import CLASSIFY_BY, ClassifyBy
 from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
-from racm3_jax.types import Document, GenerationOutput
+from racm3_jax.types import Document
 
 Box = tuple[int, int, int, int]
 
@@ -150,27 +150,3 @@ class TaskProbes:
             compute_share([a == b for a, b in pairs]),
             compute_share([self._layouts[a] == self._layouts[b] for a, b in pairs]),
         )
-
-
-def choose_pictures(
-    probes: TaskProbes, outputs: dict[str, list[GenerationOutput]], count: int
-) -> dict[str, list[tuple[np.ndarray | None, GenerationOutput]]]:
-    """`count` outputs of each task, with the image that it was given: the region grey."""
-    boxes = {}
-    for prompt in REGION_PROMPTS:
-        for name in ("infill", "twin_infill"):
-            boxes[f"{name}_{prompt}"] = probes.fly_halves()
-        for kind in ("", "_sized", "_beside"):
-            boxes[f"edit_{prompt}{kind}"] = probes.flag_boxes()
-    boxes |= {f"{task}_guided": found for task, found in boxes.items()}
-    chosen: dict[str, list[tuple[np.ndarray | None, GenerationOutput]]] = {}
-    for task, found in outputs.items():
-        pairs = chosen.setdefault(task, [])
-        for i, output in enumerate(found[:count]):
-            given = None
-            if task in boxes:
-                left, top, right, bottom = boxes[task][i]
-                given = probes.tests[i].images[0].copy()
-                given[top:bottom, left:right] = 128
-            pairs.append((given, output))
-    return chosen

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from racm3_jax.documents.flagworld import FlagworldConfig, make_nations, read_flagworld
+from racm3_jax.evaluation import task_sheets
 from racm3_jax.evaluation.flagworld_tasks import (
     LABELS,
     evaluate_flagworld_tasks,
@@ -106,7 +108,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
         assert good[name].value == 1.0, name
     assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
-    assert good["kshot_image/2"].total == 5 and len(outputs["edit_masked"]) == 5
+    assert good["kshot_image/2"].total == 5 and len(outputs["edit"]["masked"]) == 5
     assert len(lines) == 43
     bad, _ = evaluate_flagworld_tasks(
         Oracle(probes, False), None, probes, SETTINGS, lines.append
@@ -124,6 +126,32 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     table = format_table(good)
     assert "| two-way classification by label, 2 examples a label | 100.0%" in table
     assert len(table.splitlines()) == 2 + 68
+
+
+def test_a_sheet_shows_all_ways_of_a_task_beside_what_was_given(probes, tmp_path):
+    _, outputs = evaluate_flagworld_tasks(
+        Oracle(probes, True), Oracle(probes, False), probes, SETTINGS, lambda _: None
+    )
+    assert list(outputs["infill"]) == [
+        f"{prompt}{end}"
+        for prompt in ("masked", "in_place")
+        for end in (", twin", "", ", guided")
+    ]
+    assert set(outputs) >= {"edit", "edit_sized", "edit_beside", "controlled_other_two"}
+    task_sheets.write_task_sheets(tmp_path / "a", None, probes, outputs, 2)
+    assert {path.stem for path in (tmp_path / "a").iterdir()} == set(outputs)
+    few = np.asarray(Image.open(tmp_path / "a" / "infill.png"))
+    edits = np.asarray(Image.open(tmp_path / "a" / "edit.png"))
+    assert few.shape[1] > edits.shape[1]  # the twin's drawings, too
+    task_sheets.write_task_sheets(tmp_path / "b", None, probes, outputs, 4)
+    more = np.asarray(Image.open(tmp_path / "b" / "infill.png"))
+    assert more.shape[0] > 1.5 * few.shape[0]
+    grey = (few == 128).all(-1)
+    assert (
+        grey.any() and not (np.asarray(probes.tests[0].images[0]) == 128).all(-1).any()
+    )
+    task_sheets.write_task_sheets(tmp_path / "none", None, probes, outputs, 0)
+    assert not (tmp_path / "none").exists()
 
 
 def test_without_context_labels_are_a_coin(probes):
