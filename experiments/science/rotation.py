@@ -70,7 +70,7 @@ EXPERIMENT = Experiment(
             },
         ),
     ),
-    hours=1.6,
+    hours=1.4,
     reference="0.0",
     x_values=PROBABILITIES,
     x_title="probability of rotation",

@@ -63,5 +63,10 @@ EXPERIMENT = Experiment(
     reference="scratch",
     proof=("finetuned",),
     settings=variants.SETTINGS | {"finetune_steps": FINETUNE_STEPS},
-    notes="Compute counts positions of training; each part has its own schedule.",
+    notes=(
+        "Compute counts positions of training; each part has its own schedule. The models "
+        "from scratch are the ones that experiment 5 trains on whole documents: trained "
+        "anew for this run, they count in the hours of both; in one place they are trained "
+        "once."
+    ),
 )
