@@ -169,7 +169,12 @@ class Visitor:
 
     def upload(self, name, path):
         place = f"//*[@id='{name}']/preceding-sibling::input[@type='file'][1]"
-        self.driver.find_element("xpath", place).send_keys(str(path))
+
+        def sent():  # what an accordion holds is made when it opens
+            self.driver.find_element("xpath", place).send_keys(str(path))
+            return True
+
+        self.wait(sent, f"the input of {name}")
 
     def look(self, name):
         if self.pictures:
