@@ -229,7 +229,11 @@ def score_with_java(
         i: [" ".join(next(flat)) for _ in group] for i, group in enumerate(references)
     }
     given = {i: [" ".join(words)] for i, words in enumerate(found)}
-    _, meteors = Meteor().compute_score(wanted, given)
+    meteor = Meteor()
+    # It is never told to end, and leaves its pipes open.
+    with meteor.meteor_p as process:
+        _, meteors = meteor.compute_score(wanted, given)
+        process.kill()
     scores = {"meteor": np.asarray(meteors, np.float64)}
     (folder,) = package.submodule_search_locations or [""]
     # Without its parser's files SPICE would download 400 MB by itself.

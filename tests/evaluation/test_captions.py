@@ -106,7 +106,12 @@ def write_fake_package(folder, spice_parser):
         (folder / "pycocoevalcap" / name / "__init__.py").touch()
     (folder / "pycocoevalcap" / "__init__.py").touch()
     (folder / "pycocoevalcap" / "meteor" / "meteor.py").write_text(
+        "import subprocess, sys\n"
         "class Meteor:\n"
+        "    def __init__(self):\n"
+        "        wait = [sys.executable, '-c', 'import sys; sys.stdin.read()']\n"
+        "        pipes = {x: subprocess.PIPE for x in ('stdin', 'stdout', 'stderr')}\n"
+        "        Meteor.last = self.meteor_p = subprocess.Popen(wait, **pipes)\n"
         "    def compute_score(self, wanted, given):\n"
         "        return 0, [len(given[i][0].split()) for i in sorted(given)]\n"
     )
@@ -136,6 +141,9 @@ def test_java_scores_are_there_where_their_programs_are(
     monkeypatch.syspath_prepend(str(tmp_path))
     scores = score_with_java(captions, references)
     assert scores["meteor"].tolist() == [2, 3]
+    program = sys.modules["pycocoevalcap.meteor.meteor"].Meteor.last
+    assert program.returncode is not None
+    assert program.stdin.closed and program.stdout.closed and program.stderr.closed
     assert ("spice" in scores) == spice_parser
     if spice_parser:
         assert scores["spice"].tolist() == [0.25, 0]
