@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from racm3_jax.commands.outputs import report, save_parts, save_pictures, write_png
+from racm3_jax.commands.outputs import (
+    report,
+    save_parts,
+    save_pictures,
+    show_progress,
+)
 
 Arguments = argparse.Namespace
 
@@ -31,7 +35,7 @@ def register(commands: Any) -> None:
     _add_neighbours(sub)
     _add_sampling(sub)
     _add_ranking(sub)
-    sub.add_argument("--preview", help="a PNG that is rewritten while it is drawn")
+    _add_preview(sub)
     sub.add_argument("--max_segments", type=int, default=2, help="with --parts")
     sub.add_argument("--out", default="sample.png")
 
@@ -147,7 +151,12 @@ def _add_ranking(sub: Any) -> None:
     )
 
 
+def _add_preview(sub: Any) -> None:
+    sub.add_argument("--preview", help="a PNG that is rewritten while it is drawn")
+
+
 def _add_region(sub: Any) -> None:
+    _add_preview(sub)
     sub.add_argument("--box", help="left,top,right,bottom in pixels")
     sub.add_argument("--mask", help="an image of the same size, white where to draw")
     sub.add_argument("--prompt", default="", help="the caption of the image, if any")
@@ -166,6 +175,8 @@ def _generate(arguments: Arguments) -> None:
             "and --document, or leave it out"
         )
     if arguments.parts is not None:
+        if arguments.preview:
+            raise ValueError("--parts writes texts, too: leave --preview out")
         parts = _read_parts(Path(arguments.parts))
         generator = _open(arguments)
         output = generator.generate(
@@ -180,7 +191,7 @@ def _generate(arguments: Arguments) -> None:
     generator = _open(arguments)
     common = _sampling(arguments) | {
         "rank_by": arguments.rank_by,
-        "on_progress": _progress(generator, arguments.preview),
+        "on_progress": show_progress(generator, arguments.preview),
     }
     if documents is None:
         output = generator.text_to_image(
@@ -229,19 +240,23 @@ def _infill(arguments: Arguments) -> None:
             raise ValueError("--text fills in words: leave --box and --mask out")
         if arguments.rank_by == "document":
             raise ValueError("--text writes no picture: leave --rank_by=document out")
+        if arguments.preview:
+            raise ValueError("--text writes no picture: leave --preview out")
         output = _open(arguments).infill_text(
             arguments.text, image, **common, **_sampling(arguments, guided=False)
         )
         report(arguments, output, {"captions": output.texts})
         return
     region = _read_region(arguments)
-    output = _open(arguments).infill(
+    generator = _open(arguments)
+    output = generator.infill(
         image,
         region,
         arguments.prompt,
         max_spans=arguments.max_spans,
         region_prompt=arguments.region_prompt,
         rank_by=arguments.rank_by,
+        on_progress=show_progress(generator, arguments.preview),
         **common,
         **_sampling(arguments),
     )
@@ -253,7 +268,8 @@ def _edit(arguments: Arguments) -> None:
 
     image, region = read_image(arguments.image), _read_region(arguments)
     documents = _documents(arguments)
-    output = _open(arguments).edit(
+    generator = _open(arguments)
+    output = generator.edit(
         image,
         region,
         documents,
@@ -262,6 +278,7 @@ def _edit(arguments: Arguments) -> None:
         region_prompt=arguments.region_prompt,
         num_neighbours=arguments.num_neighbours,
         rank_by=arguments.rank_by,
+        on_progress=show_progress(generator, arguments.preview),
         **_sampling(arguments),
     )
     save_pictures(arguments, output)
@@ -368,27 +385,3 @@ def _read_parts(path: Path) -> list[Any]:
         entry["text"] if "text" in entry else read_image(path.parent / entry["image"])
         for entry in _read_list(path, "text", "image")
     ]
-
-
-def _progress(generator: Any, preview: str | None) -> Callable[[Any], None] | None:
-    """Shows the speed on a terminal, and the picture in a file."""
-    if preview is None and not sys.stderr.isatty():
-        return None
-
-    def show(progress: Any) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if progress.num_drawn == progress.max_new_tokens else ""
-            print(
-                f"\r{progress.num_drawn}/{progress.max_new_tokens} ids, "
-                f"{progress.tokens_per_second:.0f} tokens/s",
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )
-        if preview is not None:
-            from racm3_jax.evaluation.pictures import tile
-
-            images = list(generator.preview(progress)[0])
-            write_png(Path(preview), tile(images), {})
-
-    return show

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,27 @@ def _line(parts: Sequence[dict[str, str]]) -> str:
 def _number(value: float) -> float | None:
     """JSON has no NaN, which is the score of a document that was picked by hand."""
     return round(float(value), 4) if math.isfinite(value) else None
+
+
+def show_progress(generator: Any, preview: str | None) -> Callable[[Any], None] | None:
+    """Shows the speed on a terminal, and the picture in a file."""
+    if preview is None and not sys.stderr.isatty():
+        return None
+
+    def show(progress: Any) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if progress.num_drawn == progress.max_new_tokens else ""
+            print(
+                f"\r{progress.num_drawn}/{progress.max_new_tokens} ids, "
+                f"{progress.tokens_per_second:.0f} tokens/s",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
+        if preview is not None:
+            from racm3_jax.evaluation.pictures import tile
+
+            images = list(generator.preview(progress)[0])
+            write_png(Path(preview), tile(images), {})
+
+    return show

@@ -80,7 +80,7 @@ class Stage:
     """A drawing on its way.
 
     Attributes:
-      desk: the documents that it is drawn from.
+      desk: the documents that it is drawn from; none before they are known.
       images: as far as they are drawn, grey where they are not.
       share: how much is drawn, 0 to 1.
       output: the result, when it is done.

@@ -174,19 +174,15 @@ class Handlers:
         follows: bool,
         num_documents: float,
         *settings: Any,
-    ) -> tuple:
+    ) -> Any:
         painted = np.zeros(self.session.side**2, bool)
         if len(cells) == len(painted):
             painted = np.array([cell == "1" for cell in cells])
-        output, given = self.session.infill(
-            image,
-            painted,
-            prompt or "",
-            int(num_documents),
-            desk.given if follows else None,
-            **name_settings(*settings),
-        )
-        return panels.draw_output(output), draw_read(given)
+        given = desk.given if follows else None
+        asked = (image, painted, prompt or "", int(num_documents), given)
+        for stage in self.session.infill(*asked, **name_settings(*settings)):
+            read = gr.skip() if stage.output is None else draw_read(stage.desk.given)
+            yield panels.draw_stage(stage), read
 
     # k-shot
 

@@ -191,7 +191,7 @@ def _infill_tab(parts: Parts) -> None:
         do.infill,
         [parts.desk, image, cells, prompt, follows, num_documents, *settings],
         [picture, cards],
-        show_progress_on=picture,
+        show_progress="hidden",
         **_DECODE,
     )
 

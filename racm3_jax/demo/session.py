@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,23 +138,27 @@ class Session:
         """
         settings = check_settings(settings)
         desk = self.search(desk, prompt, num_documents)
+        settings["documents"] = [g.tokens for g in desk.given]
+        asked = (self.generator.text_to_image, desk.prompt)
+        yield from self._follow(desk, *asked, **settings)
+
+    def _follow(
+        self, desk: Desk, task: Callable, *asked: Any, **settings: Any
+    ) -> Iterator[Stage]:
+        """The stages of a task that draws, one decode at a time."""
         yield Stage(desk, [])
-        documents = [g.tokens for g in desk.given]
 
         def work(on_progress):
             with self._decoding:
-                return self.generator.text_to_image(
-                    desk.prompt,
-                    documents=documents,
-                    on_progress=on_progress,
-                    **settings,
-                )
+                return task(*asked, on_progress=on_progress, **settings)
 
         for part in run_in_stages(work):
             if isinstance(part, Progress):
                 images = list(self.generator.preview(part)[0])
                 yield Stage(desk, images, part.num_drawn / part.max_new_tokens)
                 continue
+            if not desk.given:
+                desk = dataclasses.replace(desk, given=self.show(part.retrieved))
             yield Stage(desk, part.images, 1.0, part)
 
     def caption(
@@ -179,8 +183,8 @@ class Session:
         num_documents: int,
         follow: Sequence[Given] | None = None,
         **settings: Any,
-    ) -> tuple[GenerationOutput, tuple[Given, ...]]:
-        """Draws cells of a picture anew.
+    ) -> Iterator[Stage]:
+        """Draws cells of a picture anew, stage by stage.
 
         Args:
           image: the picture.
@@ -208,18 +212,13 @@ class Session:
         grid = cells.reshape(self.side, self.side)
         pixels = self.image_size // self.side
         region = grid.repeat(pixels, axis=0).repeat(pixels, axis=1)
-        with self._decoding:
-            if follow is not None:
-                documents = [g.tokens for g in follow]
-                output = self.generator.edit(
-                    image, region, documents, prompt, **settings
-                )
-                return output, tuple(follow)
-            num_documents = int(num_documents) if self.memory is not None else 0
-            output = self.generator.infill(
-                image, region, prompt, num_retrieved=num_documents, **settings
-            )
-        return output, self.show(output.retrieved)
+        if follow is not None:
+            desk, documents = Desk(given=tuple(follow)), [g.tokens for g in follow]
+            asked = (self.generator.edit, image, region, documents, prompt)
+            return self._follow(desk, *asked, **settings)
+        settings["num_retrieved"] = 0 if self.memory is None else int(num_documents)
+        asked = (self.generator.infill, image, region, prompt)
+        return self._follow(Desk(), *asked, **settings)
 
     def classify(
         self, image: Image | None, support: Sequence[tuple[Image, str]]

@@ -104,15 +104,22 @@ def decode_images(
 def preview_images(
     engine: Engine, tokens: Int32[np.ndarray, "prompts samples drawn"]
 ) -> UInt8[np.ndarray, "prompts samples height width 3"]:
-    """Pictures of the ids so far; missing ones repeat the last, and are greyed."""
+    """Pictures of the ids so far; missing ones repeat the last, and are greyed.
+
+    Missing are those behind the last one, and those that are -1.
+    """
     vocab = engine.tokenizer.vocab
-    num_drawn, length = tokens.shape[-1], vocab.image_length
-    places = np.minimum(np.arange(length), num_drawn - 1)
-    images = decode_images(engine, tokens[..., places])
+    length = vocab.image_length
+    missing = np.full((*tokens.shape[:-1], length - tokens.shape[-1]), -1)
+    tokens = np.concatenate([tokens, missing], axis=-1)
+    drawn = tokens >= 0
+    last = np.maximum.accumulate(np.where(drawn, np.arange(length), 0), axis=-1)
+    repeated = np.take_along_axis(tokens, last, axis=-1)
+    images = decode_images(engine, np.maximum(repeated, vocab.image_range.start))
     side = round(length**0.5)
     if side * side != length:
         return images
-    drawn = (np.arange(length) < num_drawn).reshape(side, side)
-    cell = images.shape[2] // side
-    drawn = drawn.repeat(cell, axis=0).repeat(cell, axis=1)[..., None]
-    return np.where(drawn, images, np.uint8(_UNDRAWN))
+    cell = images.shape[3] // side
+    shown = drawn.reshape(*drawn.shape[:-1], side, side)
+    shown = shown.repeat(cell, axis=-2).repeat(cell, axis=-1)[..., None]
+    return np.where(shown, images, np.uint8(_UNDRAWN))

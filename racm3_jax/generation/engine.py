@@ -15,7 +15,13 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from racm3_jax.generation.grammar import Grammar
-from racm3_jax.generation.requests import Documents, Image, Request, pad_rows
+from racm3_jax.generation.requests import (
+    Documents,
+    Image,
+    Request,
+    in_place,
+    pad_rows,
+)
 from racm3_jax.generation.sample import Progress, Samples, Unconditional, sample
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.model.config import ModelConfig
@@ -268,7 +274,8 @@ class Engine:
           num_samples: of each request.
           exact: every row has as many ids as its `forced`, or as `max_new_tokens`.
           ids: the only ids that are drawn (see `sample`).
-          on_progress: see `sample`; each chunk counts for itself.
+          on_progress: see `sample`; each chunk counts for itself. Parts of images come as
+            whole images (see `Request.place`).
         """
         vocab = self.tokenizer.vocab
         new = [
@@ -314,7 +321,7 @@ class Engine:
                 forced=None if forced is None else forced[rows],
                 row_lengths=np.asarray(new)[rows] if exact else None,
                 ids=ids,
-                on_progress=on_progress,
+                on_progress=in_place(on_progress, [requests[row] for row in rows]),
             )
             for rows in (order[i : i + chunk] for i in range(0, len(order), chunk))
         ]

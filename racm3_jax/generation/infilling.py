@@ -20,7 +20,7 @@ from jaxtyping import Int32
 
 from racm3_jax.documents.images import resize_image
 from racm3_jax.generation.captioning import decode_text
-from racm3_jax.generation.drawing import decode_images
+from racm3_jax.generation.drawing import OnProgress, decode_images
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import image_grammar, text_grammar
 from racm3_jax.generation.regions import (
@@ -135,9 +135,17 @@ def make_region_request(
         return lambda documents: infill_prompt(documents, tokens, spans, vocab)
 
     plan = plan_spans(hole.tokens, hole.cells, hole.spans, vocab)
+
+    def place(drawn):
+        """The image so far; what is not drawn yet is as planned."""
+        planned = np.tile(plan, (len(drawn), 1))
+        planned[:, : drawn.shape[1]] = drawn[:, : len(plan)]
+        return fill_spans(hole.tokens, hole.spans, planned)
+
     if not prompt:
         write = write_behind(np.zeros(0, np.int32))
-        return Request(retrieved, write, write if guide_documents else None, seed, plan)
+        plain = write if guide_documents else None
+        return Request(retrieved, write, plain, seed, plan, place)
 
     # The mask of the text comes after those of the region, which keep their names.
     name = 0 if region_prompt == "in_place" else len(hole.spans)
@@ -147,7 +155,7 @@ def make_region_request(
         return write_behind(mask)(documents)
 
     text = engine.tokenizer.encode_text(prompt)
-    return Request(retrieved, write_behind(text), write_plain, seed, plan)
+    return Request(retrieved, write_behind(text), write_plain, seed, plan, place)
 
 
 def infill_regions(
@@ -161,6 +169,7 @@ def infill_regions(
     rank_by: str,
     task: str,
     region_prompt: RegionPrompt,
+    on_progress: OnProgress | None = None,
 ) -> list[GenerationOutput]:
     """Draws the holes; every code outside them stays as it was."""
     check_rank_by(rank_by, engine, retrieved)
@@ -177,11 +186,12 @@ def infill_regions(
         num_samples,
         exact=True,
         ids=vocab.image_range,
+        on_progress=on_progress,
     )
     filled = np.stack(
         [
-            [fill_spans(hole.tokens, hole.spans, drawn) for drawn in rows]
-            for hole, rows in zip(holes, samples.tokens, strict=True)
+            fill_spans(hole.tokens, hole.spans, drawn)
+            for hole, drawn in zip(holes, samples.tokens, strict=True)
         ]
     )
     images = decode_images(engine, filled)

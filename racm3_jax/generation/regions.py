@@ -113,12 +113,12 @@ def plan_spans(
 def fill_spans(
     tokens: Int[np.ndarray, " codes"],
     spans: Sequence[Span],
-    drawn: Int[np.ndarray, " new"],
-) -> Int32[np.ndarray, " codes"]:
+    drawn: Int[np.ndarray, "samples new"],
+) -> Int32[np.ndarray, "samples codes"]:
     """The image's ids with the drawn ones in place: the inverse of `plan_spans`."""
-    filled = np.array(tokens, np.int32)
+    filled = np.tile(tokens, (len(drawn), 1)).astype(np.int32)
     position = 0
     for start, end in spans:
-        filled[start:end] = drawn[position : position + end - start]
+        filled[:, start:end] = drawn[:, position : position + end - start]
         position += end - start + 2
     return filled

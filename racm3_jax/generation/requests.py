@@ -8,13 +8,17 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from racm3_jax.generation.sample import Samples
+from racm3_jax.generation.sample import Progress, Samples
 from racm3_jax.types import Document, Retrieved, TokenizedDocument
 
 Image = UInt8[np.ndarray, "height width 3"]
 Documents = Sequence[Document | TokenizedDocument]
 # Writes a prompt behind any documents: `layout` with the rest filled in.
 WritePrompt = Callable[[Sequence[TokenizedDocument]], Int32[np.ndarray, " length"]]
+# Ids as they are drawn -> those of the whole image.
+PlaceDrawn = Callable[
+    [Int32[np.ndarray, "samples drawn"]], Int32[np.ndarray, "samples codes"]
+]
 
 
 class Request(NamedTuple):
@@ -26,6 +30,8 @@ class Request(NamedTuple):
       write_plain: writes the unconditional prompt of guidance, or None.
       seed: of its samples.
       forced: an id where there is no choice, -1 where one is drawn; or None.
+      place: for previews, where the ids so far belong to parts of an image: all its ids,
+        -1 where one is still to come; or None.
     """
 
     retrieved: Retrieved
@@ -33,6 +39,24 @@ class Request(NamedTuple):
     write_plain: WritePrompt | None
     seed: int
     forced: Int32[np.ndarray, " new"] | None = None
+    place: PlaceDrawn | None = None
+
+
+def in_place(
+    on_progress: Callable[[Progress], None] | None, requests: Sequence[Request]
+) -> Callable[[Progress], None] | None:
+    """Reports the ids of each request where they belong in its image, if it says where."""
+    if on_progress is None:
+        return None
+
+    def report(progress: Progress) -> None:
+        tokens = [
+            drawn if request.place is None else request.place(drawn)
+            for request, drawn in zip(requests, progress.tokens, strict=True)
+        ]
+        on_progress(progress._replace(tokens=np.stack(tokens)))
+
+    return report
 
 
 def row_seeds(seed: int | Sequence[int], num_rows: int) -> list[int]:

@@ -74,7 +74,8 @@ class Progress(NamedTuple):
     """Where a running call stands.
 
     Attributes:
-      tokens: the ids so far.
+      tokens: the ids so far; of `Generator.infill` and `edit` all of the image, -1 where
+        one is still to come.
       num_drawn: ids of each row so far.
       max_new_tokens: the most that there will be.
       seconds: since the first id was drawn.

@@ -244,6 +244,7 @@ class Generator(Engine):
         max_spans: int = 1,
         region_prompt: RegionPrompt = "masked",
         rank_by: RankBy = "clip",
+        on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
         """Draws each image's region anew: a box, or a mask (see `regions.find_cells`).
@@ -276,6 +277,7 @@ class Generator(Engine):
             rank_by,
             "infill",
             region_prompt,
+            on_progress,
         )
 
     def infill_text(
@@ -330,6 +332,7 @@ class Generator(Engine):
         region_prompt: RegionPrompt = "masked",
         num_neighbours: int = 0,
         rank_by: RankBy = "clip",
+        on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
         """Edits every image by its own documents, and `num_neighbours` like them."""
@@ -349,6 +352,7 @@ class Generator(Engine):
             rank_by,
             "edit",
             region_prompt,
+            on_progress,
         )
 
     def classify(

@@ -142,7 +142,8 @@ def test_free_generation_reads_and_writes_lists(generator, tmp_path, capsys):
 
 def test_infill_takes_a_box_a_mask_or_a_text(generator, capsys):
     run("infill", "--image=a.png", "--box=4,0,8,8", "--prompt=a flag")
-    run("infill", "--image=a.png", "--mask=mask.png")
+    run("infill", "--image=a.png", "--mask=mask.png", "--preview=p.png")
+    assert (np.asarray(Image.open("p.png")) == 77).all()
     run("infill", "--text=the <mask> flag")
     (box, mask, text) = generator.calls
     assert box[1][1:] == ((4, 0, 8, 8), "a flag")
@@ -154,8 +155,9 @@ def test_infill_takes_a_box_a_mask_or_a_text(generator, capsys):
 def test_edit_and_caption(generator, capsys):
     run(
         *("edit", "--image=a.png", "--box=0,0,8,8", "--document", "b.png", "red"),
-        *("--num_neighbours=1", "--rank_by=document", "--json"),
+        *("--num_neighbours=1", "--rank_by=document", "--json", "--preview=p.png"),
     )
+    assert (np.asarray(Image.open("p.png")) == 77).all()
     assert json.loads(capsys.readouterr().out)["out"] == "sample.png"
     run("caption", "--image=a.png", "--caption_prompt=last", "--prefix=Photo of")
     assert capsys.readouterr().out.startswith("words\nwords\n")
@@ -187,6 +189,8 @@ def test_classify_reads_a_support_set(generator, tmp_path, capsys):
             ["infill", "--text=a <mask>", "--rank_by=document"],
             "--text writes no picture",
         ),
+        (["infill", "--text=a <mask>", "--preview=p.png"], "leave --preview out"),
+        (["generate", "--parts=b.json", "--preview=p.png"], "leave --preview out"),
         (["classify", "--image=a.png", "--support=a.json"], "a.json is no JSON"),
         (["generate", "--parts=b.json"], "must be a JSON list of objects"),
         (

@@ -130,9 +130,7 @@ class FakeGenerator:
 
     def text_to_image(self, prompt, documents, on_progress, **settings):
         self.calls.append(("text_to_image", prompt, settings))
-        for drawn in (2, 4):
-            tokens = np.zeros((1, settings["num_samples"], drawn), np.int32)
-            on_progress(Progress(tokens, drawn, 4, 0.1, 9.0))
+        self._report(on_progress, settings["num_samples"])
         return self._output("text_to_image", prompt, documents, **settings)
 
     def caption(self, image, num_retrieved, **settings):
@@ -140,13 +138,21 @@ class FakeGenerator:
         found = self._retrieve(image, num_retrieved)
         return self._output("caption", "", found.documents, found=found, **settings)
 
-    def infill(self, image, region, prompt, num_retrieved, **settings):
+    @staticmethod
+    def _report(on_progress, num_samples):
+        for drawn in (2, 4):
+            tokens = np.zeros((1, num_samples, drawn), np.int32)
+            on_progress(Progress(tokens, drawn, 4, 0.1, 9.0))
+
+    def infill(self, image, region, prompt, num_retrieved, on_progress, **settings):
         self.calls.append(("infill", region, prompt, settings))
+        self._report(on_progress, settings["num_samples"])
         found = self._retrieve(image, num_retrieved)
         return self._output("infill", prompt, found.documents, found=found, **settings)
 
-    def edit(self, image, region, documents, prompt, **settings):
+    def edit(self, image, region, documents, prompt, on_progress, **settings):
         self.calls.append(("edit", region, prompt, settings))
+        self._report(on_progress, settings["num_samples"])
         return self._output("edit", prompt, documents, **settings)
 
     def classify(self, image, support):

@@ -167,6 +167,11 @@ class Visitor:
         """The finished picture, as the bytes of its PNG."""
         return self.one("#picture .done img").get_attribute("src")
 
+    def saw_it_drawn(self):
+        """Whether what `WATCH` watches has shown a picture on its way."""
+        shares = self.driver.execute_script("return [...window.shares]")
+        return any(0 < share < 100 for share in shares)
+
     def upload(self, name, path):
         place = f"//*[@id='{name}']/preceding-sibling::input[@type='file'][1]"
 
@@ -218,12 +223,12 @@ def prompt(workdir):
 
 
 WATCH = """
+const panel = document.querySelector(arguments[0]);
 window.shares = new Set();
 new MutationObserver(() => {
-  const pictures = document.querySelector('#picture [data-share]');
+  const pictures = panel.querySelector('[data-share]');
   if (pictures) window.shares.add(Number(pictures.dataset.share));
-}).observe(document.querySelector('#picture'), 
-  {attributes: true, childList: true, subtree: true});
+}).observe(panel, {attributes: true, childList: true, subtree: true});
 """
 
 
@@ -237,11 +242,10 @@ def test_draw_drop_and_draw_again(visitor, prompt):
     assert "score 0." in words and all(id in words for id in first_ids)
     visitor.look("1_found")
 
-    visitor.driver.execute_script(WATCH)
+    visitor.driver.execute_script(WATCH, "#picture")
     visitor.click("#draw")
     first = visitor.drawn()
-    shares = visitor.driver.execute_script("return [...window.shares]")
-    assert any(0 < share < 100 for share in shares), shares
+    assert visitor.saw_it_drawn()
     assert "seed 0" in visitor.one("#picture figcaption").text
     assert visitor.ids() == first_ids
     visitor.look("2_drawn")
@@ -332,9 +336,10 @@ def test_infill_with_a_brush(visitor, prompt):
     )
     assert painted > 9  # a stroke, and not only where the pointer stopped
     visitor.look("8_painted")
+    visitor.driver.execute_script(WATCH, "#infilled")
     visitor.click("#infill_go")
     filled = visitor.one("#infilled .done img").get_attribute("src")
-    assert filled != given
+    assert filled != given and visitor.saw_it_drawn()
     assert visitor.ids("#infill_documents")
     visitor.look("9_infilled")
 

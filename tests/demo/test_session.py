@@ -113,17 +113,20 @@ def test_captions_name_what_was_read(session):
 def test_infilling_covers_whole_codes(session, desk):
     cells = np.array([True, False, False, False])
     settings = {"guidance": 2.0, "guide_documents": True}
-    _, given = session.infill(grey(10), cells, "flag nation1", 1, **settings)
+    stages = list(session.infill(grey(10), cells, "flag nation1", 1, **settings))
+    assert [stage.share for stage in stages] == [0.0, 0.5, 1.0, 1.0]
+    assert (stages[1].images[0] == 127).all() and not stages[1].desk.given
     task, region, prompt, asked = session.generator.calls[-1]
     assert (task, prompt, asked["guidance"]) == ("infill", "flag nation1", 2.0)
     assert region.shape == (8, 8) and region[:4, :4].all() and region.sum() == 16
-    assert len(given) == 1
-    _, given = session.infill(grey(10), cells, "", 1, desk.given, **settings)
+    assert len(stages[-1].desk.given) == 1 and stages[-1].output is not None
+    last = finish(session.infill(grey(10), cells, "", 1, desk.given, **settings))
     task, _, prompt, asked = session.generator.calls[-1]
     # Without a text, guidance leaves out the documents alone, or nothing.
     assert (task, prompt, asked["guidance"]) == ("edit", "", 2.0)
-    assert asked["region_prompt"] == "in_place" and given == desk.given
-    session.infill(grey(10), cells, "", 1, guidance=2.0, guide_documents=False)
+    assert asked["region_prompt"] == "in_place"
+    assert last.desk.given == desk.given and (last.images[0] == 11).all()
+    finish(session.infill(grey(10), cells, "", 1, guidance=2.0, guide_documents=False))
     assert session.generator.calls[-1][-1]["guidance"] == 1.0
 
 

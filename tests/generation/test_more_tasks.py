@@ -282,6 +282,26 @@ def test_a_preview_is_grey_where_nothing_is_drawn(generator, monkeypatch):
     np.testing.assert_array_equal(first[:, :half], last[:, :half])
 
 
+@pytest.mark.parametrize("region_prompt", ["masked", "in_place"])
+def test_a_preview_of_a_region_shows_the_rest_of_the_image(
+    generator, monkeypatch, region_prompt
+):
+    monkeypatch.setattr(sample_module, "PROGRESS_EVERY", 1)
+    seen = []
+    images, how = [quadrants(3, 5, 7, 9), grey(32)], {"region_prompt": region_prompt}
+    regions, both = [RIGHT, (0, 0, SIZE, SIZE)], [[pair("x", "cd", 3)]] * 2
+    outs = generator.edit_batch(images, regions, both, on_progress=seen.append, **how)
+    previews = [generator.preview(progress)[:, 0] for progress in seen]
+    # RIGHT is codes 1 and 3; the span over both holds code 2, which is known.
+    half = SIZE // 2
+    for picture, num_drawn in zip((x[0] for x in previews), (1, 1, 2, 2), strict=True):
+        np.testing.assert_array_equal(picture[:, :half], outs[0].images[0][:, :half])
+        assert (picture[half:, half:] == 127).all() == (num_drawn < 2)
+    last = previews[-1]
+    assert (last[0] == outs[0].images[0]).all() and (last[1] == outs[1].images[0]).all()
+    assert (previews[0][1][:, half:] == 127).all()
+
+
 def reference_log_probs(call, ids, drawn):
     """Log-probabilities of the drawn ids, by one forward pass without a cache."""
     import jax

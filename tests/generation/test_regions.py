@@ -63,7 +63,7 @@ def test_filling_puts_drawn_ids_back(max_spans):
     spans = find_spans(SQUARE, max_spans)
     plan = plan_spans(tokens, SQUARE, spans, VOCAB)
     new = VOCAB.image_tokens(19)
-    filled = fill_spans(tokens, spans, np.where(plan < 0, new, plan))
+    filled = fill_spans(tokens, spans, np.where(plan < 0, new, plan)[None])[0]
     np.testing.assert_array_equal(filled, np.where(SQUARE, new, tokens))
 
 
