@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -12,13 +12,12 @@ from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.requests import Request, mean_log_probs
 from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_pictures
-from racm3_jax.generation.sample import Progress
+from racm3_jax.generation.sample import OnProgress
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.sequences.layout import text_to_image_prompt
 from racm3_jax.types import GenerationOutput, Retrieved, Segment
 
 _UNDRAWN = 127  # grey
-OnProgress = Callable[[Progress], None]
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

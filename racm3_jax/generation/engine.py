@@ -7,7 +7,7 @@ they fit, samples them in chunks of equal shape, and wraps what came out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -19,10 +19,10 @@ from racm3_jax.generation.requests import (
     Documents,
     Image,
     Request,
-    in_place,
     pad_rows,
+    place_progress,
 )
-from racm3_jax.generation.sample import Progress, Samples, Unconditional, sample
+from racm3_jax.generation.sample import OnProgress, Samples, Unconditional, sample
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.quantization import quantize_weights
@@ -263,7 +263,7 @@ class Engine:
         *,
         exact: bool = False,
         ids: range | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Samples:
         """All requests in equal chunks, so that one compiled program serves them.
 
@@ -321,7 +321,7 @@ class Engine:
                 forced=None if forced is None else forced[rows],
                 row_lengths=np.asarray(new)[rows] if exact else None,
                 ids=ids,
-                on_progress=in_place(on_progress, [requests[row] for row in rows]),
+                on_progress=place_progress(on_progress, [requests[i] for i in rows]),
             )
             for rows in (order[i : i + chunk] for i in range(0, len(order), chunk))
         ]

@@ -20,7 +20,7 @@ from jaxtyping import Int32
 
 from racm3_jax.documents.images import resize_image
 from racm3_jax.generation.captioning import decode_text
-from racm3_jax.generation.drawing import OnProgress, decode_images
+from racm3_jax.generation.drawing import decode_images
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import image_grammar, text_grammar
 from racm3_jax.generation.regions import (
@@ -33,6 +33,7 @@ from racm3_jax.generation.regions import (
 )
 from racm3_jax.generation.requests import Image, Request, mean_log_probs
 from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_pictures
+from racm3_jax.generation.sample import OnProgress
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.sequences.layout import beginning_prompt, infill_prompt
 from racm3_jax.types import GenerationOutput, Retrieved, Segment

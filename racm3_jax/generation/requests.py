@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from racm3_jax.generation.sample import Progress, Samples
+from racm3_jax.generation.sample import OnProgress, Progress, Samples
 from racm3_jax.types import Document, Retrieved, TokenizedDocument
 
 Image = UInt8[np.ndarray, "height width 3"]
@@ -42,9 +42,9 @@ class Request(NamedTuple):
     place: PlaceDrawn | None = None
 
 
-def in_place(
-    on_progress: Callable[[Progress], None] | None, requests: Sequence[Request]
-) -> Callable[[Progress], None] | None:
+def place_progress(
+    on_progress: OnProgress | None, requests: Sequence[Request]
+) -> OnProgress | None:
     """Reports the ids of each request where they belong in its image, if it says where."""
     if on_progress is None:
         return None

@@ -89,6 +89,9 @@ class Progress(NamedTuple):
     tokens_per_second: float
 
 
+OnProgress = Callable[[Progress], None]
+
+
 def sample(
     model: Any,
     params: Any,
@@ -105,7 +108,7 @@ def sample(
     forced: Int32[np.ndarray, "batch new"] | None = None,
     row_lengths: _Lengths | None = None,
     ids: range | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Samples:
     """Continues each prompt `num_samples` times under a grammar.
 

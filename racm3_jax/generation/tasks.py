@@ -24,7 +24,6 @@ from racm3_jax.generation import (
 )
 from racm3_jax.generation.captioning import CaptionPrompt
 from racm3_jax.generation.classification import Classification, ClassifyBy, Example
-from racm3_jax.generation.drawing import OnProgress
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.regions import Region
@@ -36,7 +35,7 @@ from racm3_jax.generation.requests import (
     row_seeds,
 )
 from racm3_jax.generation.rerank import RankBy
-from racm3_jax.generation.sample import Progress
+from racm3_jax.generation.sample import OnProgress, Progress
 from racm3_jax.generation.settings import SamplingSettings, make_config
 from racm3_jax.types import GenerationOutput
 
