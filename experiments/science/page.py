@@ -35,12 +35,12 @@ A run that was stopped goes on. Every experiment is at least three seeds; a seed
 of its own, with {num_heldout} held-out nations, {num_documents:,} documents in the memory
 unless a row says otherwise, and its own sampling; where a model is trained, also its own
 initialisation and order. Brackets are 95% intervals: Student's t over the seeds; for shares
-the wider, at each end, of that and Wilson's over all outcomes. Drawing samples at
-temperature 0.5, top-p 0.9; "guided" is weight 2 away from what is drawn without the
-documents; captions are greedy. Experiments 1, 2, 9, 10 and half of 5 ask the shipped models
-(3.6 million parameters); the others train small ones from nothing, in an easier world
-(flags of one size, hanging still, at two heights), so that all of them together take hours
-on two cores, not days. FID is computed on own features, and is comparable within a table only.
+the wider, at each end, of that and Wilson's over all outcomes. The plots show them as bars,
+and each seed as a small circle. Drawing samples at temperature 0.5, top-p 0.9; "guided" is
+weight 2 away from what is drawn without the documents; captions are greedy. Experiments 1,
+2, 9, 10 and half of 5 ask the shipped models (3.6 million parameters); the others train
+small ones from nothing, in an easier world (flags of one size, hanging still, at two
+heights), so that all of them together take hours on two cores, not days. FID is computed on own features, and is comparable within a table only.
 """
 
 TAIL = """\

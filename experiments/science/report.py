@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def _to_json(results: Results) -> dict[str, Any]:
 
 
 def plot(experiment: Experiment, means: Results, path: Path) -> None:
-    """One panel beside the other; bars are the 95% intervals."""
+    """One panel beside the other; bars are the 95% intervals, small circles the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,7 +187,7 @@ def plot(experiment: Experiment, means: Results, path: Path) -> None:
     figure, axes = pyplot.subplots(1, count, figsize=(4.6 * count, 4.4), squeeze=False)
     for axis, panel in zip(axes[0], experiment.panels, strict=True):
         _plot_panel(axis, experiment, panel, means)
-    figure.suptitle(experiment.title, fontsize=10)
+    figure.suptitle(textwrap.fill(experiment.title, 50 * count), fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -211,7 +212,7 @@ def _plot_panel(
         values = scale * np.array([f.value for _, f in found])
         ends = scale * np.array([f.interval or (f.value, f.value) for _, f in found])
         errors = np.maximum([values - ends[:, 0], ends[:, 1] - values], 0)
-        axis.errorbar(
+        bars = axis.errorbar(
             [x + shift for x, _ in found],
             values,
             yerr=errors,
@@ -219,7 +220,21 @@ def _plot_panel(
             capsize=3,
             label=label,
         )
-    axis.set_title(panel.title + (" (%)" if panel.percent else ""), fontsize=9)
+        axis.scatter(
+            [x + shift for x, f in found for _ in f.seeds],
+            [scale * value for _, f in found for value in f.seeds],
+            s=14,
+            facecolors="white",
+            edgecolors=bars.lines[0].get_color(),
+            linewidths=0.9,
+            zorder=3,
+        )
+    several = len(panel.figures) > 1
+    axis.set_title(
+        panel.title + (" (%)" if panel.percent else ""),
+        fontsize=9,
+        pad=20 if several else None,
+    )
     if panel.percent:
         axis.set_ylim(-3, 103)
     if panel.log_scale:
@@ -231,5 +246,13 @@ def _plot_panel(
         axis.set_xticks(range(len(conditions)))
         axis.set_xticklabels(conditions, rotation=55, ha="right", fontsize=7)
     axis.grid(alpha=0.3)
-    if len(panel.figures) > 1:
-        axis.legend(fontsize=7)
+    if several:  # above the panel, where no interval is hidden
+        axis.legend(
+            fontsize=7,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=len(panel.figures),
+            frameon=False,
+            columnspacing=1.0,
+            handletextpad=0.3,
+        )
