@@ -40,7 +40,8 @@ and each seed as a small circle. Drawing samples at temperature 0.5, top-p 0.9; 
 weight 2 away from what is drawn without the documents; captions are greedy. Experiments 1,
 2, 9, 10 and half of 5 ask the shipped models (3.6 million parameters); the others train
 small ones from nothing, in an easier world (flags of one size, hanging still, at two
-heights), so that all of them together take hours on two cores, not days. FID is computed on own features, and is comparable within a table only.
+heights), so that all of them together take hours on two cores, not days.
+FID is computed on own features, and is comparable within a table only.
 """
 
 TAIL = """\
