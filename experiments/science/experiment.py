@@ -102,6 +102,7 @@ class Experiment:
       hours: estimated, all cells, on two quiet cores.
       settings: whatever changes the figures; cells measured with others are run anew.
       reference: the condition that the others are compared with, seed by seed.
+      also_compared: further references, with the conditions that are compared with each.
       seeds: at least three.
       notes: what a reader of the table must know.
       x_values: of the conditions, where they are numbers of one kind.
@@ -121,9 +122,19 @@ class Experiment:
     hours: float
     settings: Mapping[str, Any]
     reference: str = ""
+    also_compared: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )
     seeds: tuple[int, ...] = (1, 2, 3)
     notes: str = ""
     x_values: tuple[float, ...] = ()
     x_title: str = ""
     proof: tuple[str, ...] = ()
     draw: Callable[[Any, Any, Path], None] | None = None
+
+    @property
+    def comparisons(self) -> dict[str, tuple[str, ...]]:
+        """What is compared with each reference."""
+        others = tuple(c for c in self.conditions if c != self.reference)
+        own = {self.reference: others} if self.reference else {}
+        return own | dict(self.also_compared)

@@ -25,35 +25,42 @@ Results = dict[str, dict[str, Combined]]
 
 def combine_cells(
     experiment: Experiment, cells: Mapping[tuple[str, int], Cell]
-) -> tuple[Results, Results]:
-    """(figures over the seeds, differences from the reference), by condition and name.
+) -> tuple[Results, dict[str, Results]]:
+    """(figures over the seeds, differences from each reference), by condition and name.
 
     Differences take the seeds that both have.
     """
     figures = {key: read_figures(cell) for key, cell in cells.items()}
     means: Results = {}
-    differences: Results = {}
     for condition in experiment.conditions:
-        own = _of(condition, figures)
-        if not own:
-            continue
-        names = list(dict.fromkeys(name for f in own.values() for name in f))
-        means[condition] = {
-            name: combine([f[name] for f in own.values() if name in f])
-            for name in names
-        }
-        other = _of(experiment.reference, figures)
-        shared = [seed for seed in own if seed in other]
-        if condition == experiment.reference or len(shared) < 2:
-            continue
-        differences[condition] = {
-            name: compare(
-                [own[s][name] for s in shared], [other[s][name] for s in shared]
-            )
-            for name in names
-            if all(name in own[s] and name in other[s] for s in shared)
-        }
+        own = list(_of(condition, figures).values())
+        if own:
+            names = dict.fromkeys(name for f in own for name in f)
+            means[condition] = {
+                name: combine([f[name] for f in own if name in f]) for name in names
+            }
+    differences: dict[str, Results] = {}
+    for reference, conditions in experiment.comparisons.items():
+        other = _of(reference, figures)
+        found = {c: _compare(_of(c, figures), other) for c in conditions}
+        found = {c: row for c, row in found.items() if row}
+        if found:
+            differences[reference] = found
     return means, differences
+
+
+def _compare(
+    own: Mapping[int, Figures], other: Mapping[int, Figures]
+) -> dict[str, Combined]:
+    """The differences of what all shared seeds have; none of fewer than two seeds."""
+    shared = [seed for seed in own if seed in other]
+    if len(shared) < 2:
+        return {}
+    return {
+        name: compare([own[s][name] for s in shared], [other[s][name] for s in shared])
+        for name in own[shared[0]]
+        if all(name in own[s] and name in other[s] for s in shared)
+    }
 
 
 def _of(
@@ -119,7 +126,7 @@ def write_report(experiment: Experiment, place: Place, folder: Path) -> Path | N
         "cpu_seconds": round(sum(c["cpu_seconds"] for c in cells.values()), 1),
         "two_core_hours": round(two_core_hours(cells.values()), 3),
         "figures": _to_json(means),
-        "differences": {"from": experiment.reference, "of": _to_json(differences)},
+        "differences": {r: _to_json(rows) for r, rows in differences.items()},
         "measured": [cells[key] | {"settings": None} for key in sorted(cells)],
     }
     write_json(folder / f"{experiment.name}.json", record)
@@ -136,7 +143,7 @@ def _describe(
     place: Place,
     record: Mapping[str, Any],
     means: Results,
-    differences: Results,
+    differences: Mapping[str, Results],
 ) -> str:
     state = (
         f"{record['cells_done']} of {record['cells']} cells, "
@@ -149,13 +156,12 @@ def _describe(
         state,
         format_table(experiment, means),
     ]
-    if differences:
-        reference = experiment.conditions[experiment.reference]
+    for reference, rows in differences.items():
         parts.append(
-            f'Differences from "{reference}", seed by seed, whose 95% interval leaves 0 '
-            "out:"
+            f'Differences from "{experiment.conditions[reference]}", seed by seed, whose '
+            "95% interval leaves 0 out:"
         )
-        parts.append(format_differences(experiment, differences))
+        parts.append(format_differences(experiment, rows))
     if experiment.notes:
         parts.append(experiment.notes)
     return "\n\n".join(parts) + "\n"

@@ -127,6 +127,13 @@ EXPERIMENT = Experiment(
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
     hours=2.4,
+    also_compared={
+        "small_plain": ("small_retrieval", "middle_plain", "large_plain"),
+        "middle_plain": ("middle_retrieval",),
+        "large_plain": ("large_retrieval", "small_retrieval"),
+        "small_retrieval": ("middle_retrieval",),
+        "middle_retrieval": ("large_retrieval",),
+    },
     proof=("small_retrieval", "small_plain"),
     settings=variants.SETTINGS | {"sizes": {k: list(v) for k, v in SIZES.items()}},
     notes=(

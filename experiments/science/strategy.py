@@ -91,6 +91,7 @@ EXPERIMENT = Experiment(
     ),
     hours=2.1,
     reference="query_dropout",
+    also_compared={"diversity": ("random", "relevance", "query_dropout")},
     proof=("random", "query_dropout"),
     settings=variants.SETTINGS | {"duplicate_share": DUPLICATE_SHARE},
     notes=(

@@ -146,13 +146,27 @@ def test_a_report_holds_figures_cost_and_commit(place, tmp_path):
     record = json.loads(path.read_text())
     assert record["cells_done"] == record["cells"] == 6
     assert record["figures"]["with"]["flag"]["value"] == pytest.approx(0.9)
-    assert record["differences"]["from"] == "without"
-    assert record["differences"]["of"]["with"]["flag"]["value"] == pytest.approx(0.8)
+    assert list(record["differences"]) == ["without"]
+    found = record["differences"]["without"]["with"]
+    assert found["flag"]["value"] == pytest.approx(0.8)
     assert len(record["commits"]) == 1
     text = path.with_suffix(".md").read_text()
     assert "| with documents | 90.0% [" in text and "never measured" not in text
     assert "- with documents: flag right +0.8" in text
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_condition_is_compared_with_every_reference_that_names_it(place, tmp_path):
+    both = dataclasses.replace(FAKE, also_compared={"with": ("without",)})
+    for condition in both.conditions:
+        for seed in (1, 2) if condition == "with" else (2, 3, 1):
+            cells.measure_cell(both, condition, seed, place)
+    report.write_report(both, place, tmp_path)
+    text = (tmp_path / "fake.md").read_text()
+    assert '"without"' in text and "- with documents: flag right +0.8" in text
+    assert '"with documents"' in text and "- without: flag right -0.8" in text
+    alone = dataclasses.replace(FAKE, reference="")
+    assert report.combine_cells(alone, cells.read_cells(FAKE, place))[1] == {}
 
 
 def test_published_cells_are_not_measured_again(place, tmp_path):
@@ -211,7 +225,9 @@ def test_a_name_that_does_not_exist_is_refused():
 def test_experiments_are_whole(experiment):
     assert len(experiment.seeds) >= 3
     assert experiment.claim and experiment.title
-    assert experiment.reference in {"", *experiment.conditions}
+    for reference, conditions in experiment.comparisons.items():
+        assert {reference, *conditions} <= set(experiment.conditions)
+        assert reference not in conditions
     assert set(experiment.proof) <= set(experiment.conditions)
     assert experiment.proof
     for panel in experiment.panels:
