@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.retrieval import memory_writer, neighbours
-from racm3_jax.retrieval.memory import Memory
-from racm3_jax.retrieval.memory_chunks import MemoryChunk
+from racm3_jax.memory import neighbours, writer
+from racm3_jax.memory.chunks import MemoryChunk
+from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
@@ -205,7 +205,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out
     out.mkdir(parents=True)
-    memory_writer.write_memory(
+    writer.write_memory(
         make_chunks(arguments.num_rows, arguments.d_embed),
         path=out / "memory",
         vocab=VOCAB,

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.retrieval import scann_tuning
-from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
+from racm3_jax.index import tuning
+from racm3_jax.index.scann import ScannConfig, ScannIndex
 
 K = 10
 SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
@@ -216,11 +216,9 @@ def main() -> None:
     rows, queries = make_vectors(
         arguments.num_rows, arguments.d_embed, arguments.num_queries
     )
-    expected = {
-        name: scann_tuning.find_exact(rows, q, K) for name, q in queries.items()
-    }
+    expected = {name: tuning.find_exact(rows, q, K) for name, q in queries.items()}
     flat = measure(
-        lambda q: scann_tuning.find_exact(rows, q, K),
+        lambda q: tuning.find_exact(rows, q, K),
         {name: q[:100] for name, q in queries.items()},
         {name: e[:100] for name, e in expected.items()},
     )
@@ -228,7 +226,7 @@ def main() -> None:
     index = ScannIndex.build(rows, ScannConfig(), out / "index")
     built = time.perf_counter() - start
     start = time.perf_counter()
-    tuned = scann_tuning.tune(
+    tuned = tuning.tune(
         index, out / "index", rows, queries, recall_target=arguments.recall_target
     )
     tuned_in = time.perf_counter() - start

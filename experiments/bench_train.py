@@ -173,11 +173,11 @@ def run_compile() -> dict[str, Any]:
     """Tracing and XLA's work for the smallest config, on the clock and on the cores."""
     import jax
 
-    from racm3_jax import build
+    from racm3_jax import wiring
     from racm3_jax.commands.configs import find_config, read_config
 
     config = read_config([], find_config("flagworld_tiny.py"))
-    model_config, _ = build.build_model_shape(config)
+    model_config, _ = wiring.build_model_shape(config)
     rows, length = config.pipeline.rows, config.pipeline.row_length
     batch = make_rows(model_config.vocab_size, rows, length, num_segments=2)
     jax.config.update("jax_enable_compilation_cache", False)

@@ -20,8 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from racm3_jax import build, run, sharding
-from racm3_jax.build.jobs import Job
+from racm3_jax import run, sharding, wiring
 from racm3_jax.model.config import tiny
 from racm3_jax.model.transformer import Transformer, head_weights, init_params
 from racm3_jax.training.loss import make_generator_loss
@@ -29,6 +28,7 @@ from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer
 from racm3_jax.training.step import TrainState, init_state, make_train_step
 from racm3_jax.types import Batch
 from racm3_jax.vocab import Vocab
+from racm3_jax.wiring.jobs import Job
 
 ROWS, LENGTH = 8, 32
 VOCAB = Vocab(num_text_ids=20, num_image_codes=10, image_length=2, num_sentinels=14)
@@ -67,7 +67,7 @@ def digest(state: TrainState) -> str:
 
 
 def make_job(arguments: argparse.Namespace, config: ConfigDict, workdir: Path) -> Job:
-    """What `build.build_job` would have made from a config of flagworld."""
+    """What `wiring.build_job` would have made from a config of flagworld."""
     poisoned = {int(step) for step in arguments.nan_steps.split(",") if step}
     mesh = sharding.make_mesh()
     optimizer = build_optimizer(OptimizerConfig(1e-2, 5, config.train.num_steps))
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
         "max_skipped_steps": 3 if arguments.nan_steps else 0,
         "watchdog_seconds": arguments.watchdog_seconds,
     }
-    build.build_job = lambda config, workdir: make_job(arguments, config, workdir)
+    wiring.build_job = lambda config, workdir: make_job(arguments, config, workdir)
     run.train(config, arguments.workdir, progress=False)
 
 

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from racm3_jax import build, checkpoints, cli
+from racm3_jax import checkpoints, cli, wiring
 from racm3_jax.commands.configs import load_config_file
 from racm3_jax.metrics import plot_curves
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -95,7 +95,7 @@ def pack_generators(out: Path) -> None:
         SHIPPED / "loss.png",
         names=("image_loss", "text_loss"),
     )
-    build.load_generator(SHIPPED, None)  # what is shipped opens
+    wiring.load_generator(SHIPPED, None)  # what is shipped opens
     write_manifest(out, ("racm3", "cm3"))
 
 

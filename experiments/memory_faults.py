@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from racm3_jax import storage
 from racm3_jax.documents.images import resize_image
-from racm3_jax.retrieval import corpus_build, integrity, memory_edit
-from racm3_jax.retrieval.memory import Memory
+from racm3_jax.index.scann import ScannConfig, ScannIndex
+from racm3_jax.index.sharded import ShardedIndex, merge_neighbours
+from racm3_jax.memory import builder, edit
+from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
-from racm3_jax.retrieval.scann_index import ScannConfig, ScannIndex
-from racm3_jax.retrieval.sharded_index import ShardedIndex, merge_neighbours
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import Document, TokenizedDocument, TokenizedSegment
 from racm3_jax.vocab import Vocab
@@ -144,8 +145,8 @@ def write_corpus(
 
 
 def build(source: str, path: Path, d_embed: int = 64, **settings: Any) -> None:
-    config = corpus_build.CorpusConfig(num_query_variants=1, **settings)
-    corpus_build.build_corpus(
+    config = builder.CorpusConfig(num_query_variants=1, **settings)
+    builder.build_corpus(
         source,
         tokenizer=ByteTokenizer(),
         embedder=WordEmbedder(d_embed),
@@ -155,8 +156,8 @@ def build(source: str, path: Path, d_embed: int = 64, **settings: Any) -> None:
 
 
 def digests(path: Path) -> dict[str, str]:
-    names = integrity.list_files(path)
-    return {n: d["sha256"] for n, d in integrity.describe_files(path, names).items()}
+    names = storage.list_files(path)
+    return {n: d["sha256"] for n, d in storage.describe_files(path, names).items()}
 
 
 def try_kills(out: Path, num_documents: int, kills: int) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def try_kills(out: Path, num_documents: int, kills: int) -> dict[str, Any]:
     expected = digests(out / "kill_whole")
     # A server that has imported everything: a child starts building at once.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([corpus_build.__name__, Memory.__module__])
+    processes.set_forkserver_preload([builder.__name__, Memory.__module__])
     seconds = 0.0
     for _ in range(2):  # the first one starts the server
         path = out / "timed"
@@ -180,7 +181,7 @@ def try_kills(out: Path, num_documents: int, kills: int) -> dict[str, Any]:
     moments = dict.fromkeys(("before", "parts", "merge", "after"), 0)
     for _ in range(kills):
         path = out / "killed"
-        work = corpus_build.work_directory(path)
+        work = builder.work_directory(path)
         child = processes.Process(target=build, args=(source, path))
         child.start()
         child.join(rng.uniform(0, 1.1 * seconds))
@@ -212,7 +213,7 @@ def try_corruptions(memory: Path, out: Path, number: int) -> dict[str, Any]:
     for i in range(number):
         path = out / "damaged"
         shutil.copytree(memory, path)
-        names = integrity.list_files(path)
+        names = storage.list_files(path)
         name = rng.choice(names)
         data = bytearray((path / name).read_bytes())
         kind = ("flip", "truncate", "swap")[i % 3]
@@ -270,8 +271,8 @@ def try_removal(memory: Path, out: Path, lists: int) -> dict[str, Any]:
         before = count_lists(opened, lists // 2, rows)
     with Memory.load(path) as opened:
         after = count_lists(opened, lists - lists // 2, rows)
-    memory_edit.compact(path)
-    memory_edit.verify(path)
+    edit.compact(path)
+    edit.verify(path)
     with Memory.load(path) as opened:
         left = int((opened.find(names) >= 0).sum())
     shutil.rmtree(path)

@@ -15,7 +15,7 @@ _PUBLIC = {
     "Segment": "racm3_jax.types",
     "GenerationOutput": "racm3_jax.types",
     "read_documents": "racm3_jax.documents.readers",
-    "Memory": "racm3_jax.retrieval.memory",
+    "Memory": "racm3_jax.memory.memory",
     "DocumentEmbedder": "racm3_jax.retrieval.embedder",
     "MixedTokenizer": "racm3_jax.tokenizers.mixed",
     "Generator": "racm3_jax.generation.tasks",

@@ -91,7 +91,7 @@ def _check_library(name: str) -> Finding:
 
 
 def _check_scann() -> Finding:
-    from racm3_jax.retrieval.scann_index import import_scann
+    from racm3_jax.index.scann import import_scann
 
     try:
         import_scann()
@@ -166,9 +166,9 @@ def _check_shipped() -> Finding:
     import hashlib
     import json
 
-    from racm3_jax import build
+    from racm3_jax import wiring
 
-    folder = build.resolve("shipped:flagworld")
+    folder = wiring.resolve("shipped:flagworld")
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != entry["sha256"]:
@@ -183,13 +183,13 @@ def _run_self_test() -> Finding:
     """Embeds, retrieves, reads and draws with the shipped models."""
     import tempfile
 
-    from racm3_jax import build
+    from racm3_jax import wiring
     from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
-    from racm3_jax.retrieval.memory import Memory
+    from racm3_jax.memory.memory import Memory
 
     started = time.monotonic()
-    directory = build.resolve("shipped:flagworld")
-    plain = build.load_generator(directory, None)
+    directory = wiring.resolve("shipped:flagworld")
+    plain = wiring.load_generator(directory, None)
     world = FlagworldConfig(num_nations=0, num_heldout=16, documents_per_heldout=4)
     documents = list(read_flagworld(world, "heldout_memory"))
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +200,7 @@ def _run_self_test() -> Finding:
             path=Path(folder) / "memory",
             index="exact",
         )
-        generator = build.load_generator(directory, memory)
+        generator = wiring.load_generator(directory, memory)
         nation = documents[0].metadata["nation"]
         output = generator.text_to_image(f"the flag of {nation} on the moon")
         found = [d.metadata["nation"] for d in output.retrieved.documents]

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from racm3_jax import build, run
+from racm3_jax import run, wiring
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.evaluation.report import CaptionRow, write_report
 from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
@@ -46,18 +46,18 @@ def main(config: Any, workdir: Path) -> None:
     stages = Stages()
     workdir.mkdir(parents=True, exist_ok=True)
     run.claim_workdir(config, workdir)
-    world = build.build_world(config)
+    world = wiring.build_world(config)
     tests = choose_tests(world, config.num_prompts)
     prompts = [test.text for test in tests]
 
     stages.say("opening the shipped tokenizer, CLIP and generator")
-    tokenizer, embedder = build.build_tokenizer(config), build.build_embedder(config)
+    tokenizer, embedder = wiring.build_tokenizer(config), wiring.build_embedder(config)
     if not (workdir / "samples.png").exists():
         draw_first_picture(workdir / "samples.png", world, tests[:2], config.seed)
         stages.say(f"first picture, from hand-picked documents: {workdir}/samples.png")
 
     documents = memory_documents(config, world)
-    memory = build.build_memory(
+    memory = wiring.build_memory(
         config,
         workdir / "memory",
         documents,
@@ -73,7 +73,9 @@ def main(config: Any, workdir: Path) -> None:
     stages.say(f"trained to step {config.train.num_steps}; {workdir / 'metrics.jsonl'}")
 
     generator = run.load(workdir)
-    twin = build.load_generator(build.resolve("shipped:flagworld"), None, model="twin")
+    twin = wiring.load_generator(
+        wiring.resolve("shipped:flagworld"), None, model="twin"
+    )
     drawn = generator.text_to_image_batch(
         prompts,
         num_retrieved=2,
@@ -96,7 +98,7 @@ def main(config: Any, workdir: Path) -> None:
         captions=captions,
         loss_curves={
             "This training": workdir / "loss.png",
-            "How the shipped models were trained, from nothing": build.resolve(
+            "How the shipped models were trained, from nothing": wiring.resolve(
                 "shipped:flagworld/loss.png"
             ),
         },
@@ -140,7 +142,7 @@ def draw_first_picture(
     path: Path, world: FlagworldConfig, tests: list[Document], seed: int
 ) -> None:
     """Each test's nation, drawn from two of its documents: something to see at once."""
-    shipped = build.load_generator(build.resolve("shipped:flagworld"), None)
+    shipped = wiring.load_generator(wiring.resolve("shipped:flagworld"), None)
     own: dict[str, list[Document]] = {t.metadata["nation"]: [] for t in tests}
     for document in read_flagworld(world, "heldout_memory"):
         documents = own.get(document.metadata["nation"])

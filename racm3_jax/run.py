@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from racm3_jax import build
+from racm3_jax import wiring
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.evaluation import (
     flagworld,
@@ -30,8 +30,8 @@ from racm3_jax.evaluation.protocol_results import evaluate_coco
 from racm3_jax.evaluation.runner import write_results, write_sheet, write_table
 from racm3_jax.evaluation.task_sheets import write_task_sheets
 from racm3_jax.generation.tasks import Generator
+from racm3_jax.memory.memory import Memory
 from racm3_jax.metrics import MetricsWriter, plot_curves
-from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.loop import Profile, fit
@@ -84,7 +84,7 @@ def train(
         fingerprint = claim_workdir(config, workdir)
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     with _advice_when_memory_is_full(config):
-        job = build.build_job(config, workdir)
+        job = wiring.build_job(config, workdir)
     saver = Checkpoints(
         workdir / "checkpoints",
         keep=config.train.get("keep_checkpoints", 2),
@@ -225,7 +225,7 @@ def load(
       ValueError: if there is no model at `path`, or the memory was built with another
         encoder or tokenizer.
     """
-    directory = build.resolve(path)
+    directory = wiring.resolve(path)
     if not (directory / "model").is_dir():
         raise ValueError(
             f"no trained model in {directory}: give the --workdir of a finished "
@@ -235,7 +235,7 @@ def load(
         memory = directory / "memory"
     if memory is not None and not isinstance(memory, Memory):
         memory = Memory.load(memory)
-    return build.load_generator(directory, memory, strategy)
+    return wiring.load_generator(directory, memory, strategy)
 
 
 def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
@@ -262,7 +262,7 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
 
 
 def _evaluate_flagworld(config: Any, workdir: Path) -> dict[str, Any]:
-    suite = build.build_flagworld_suite(config, workdir)
+    suite = wiring.build_flagworld_suite(config, workdir)
     results, outputs = evaluate_flagworld(
         suite.generator,
         suite.twin,
@@ -288,7 +288,7 @@ def _evaluate_flagworld(config: Any, workdir: Path) -> dict[str, Any]:
 
 
 def _evaluate_tasks(config: Any, workdir: Path) -> dict[str, Any]:
-    suite = build.build_tasks_suite(config, workdir)
+    suite = wiring.build_tasks_suite(config, workdir)
     results, outputs = evaluate_flagworld_tasks(
         suite.generator, suite.twin, suite.probes, suite.settings
     )
@@ -308,7 +308,7 @@ def _evaluate_tasks(config: Any, workdir: Path) -> dict[str, Any]:
 
 
 def _evaluate_coco(config: Any, workdir: Path) -> dict[str, Any] | None:
-    protocol = build.build_coco_protocol(config, workdir)
+    protocol = wiring.build_coco_protocol(config, workdir)
     results = evaluate_coco(protocol)
     if results is not None:
         print(protocol_results.format_table(protocol, results))
@@ -316,7 +316,7 @@ def _evaluate_coco(config: Any, workdir: Path) -> dict[str, Any] | None:
 
 
 def _evaluate_likelihood(config: Any, workdir: Path) -> dict[str, Any] | None:
-    protocol = build.build_likelihood_protocol(config, workdir)
+    protocol = wiring.build_likelihood_protocol(config, workdir)
     results = evaluate_likelihood(protocol)
     if results is not None:
         print(likelihood_results.format_table(protocol, results))

@@ -9,14 +9,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "racm3_jax"
 
 FLOORS = [
-    {"types", "vocab"},
+    {"types", "vocab", "storage"},
     {"documents", "sharding", "checkpoints", "metrics"},
-    {"tokenizers", "model"},
+    {"tokenizers", "model", "index"},
+    {"memory"},
     {"retrieval"},
     {"sequences"},
     {"training", "generation"},
     {"evaluation", "porting"},
-    {"build"},
+    {"wiring"},
     {"run"},
     {"quickstart", "sweeps", "doctor", "demo"},
     {"commands"},
@@ -93,9 +94,9 @@ def test_configs_are_data_only():
         assert roots <= {"ml_collections", "configs"}, path
 
 
-def test_only_build_reads_config_dicts():
+def test_only_wiring_reads_config_dicts():
     for path in MODULES:
-        if package_of(path) in {"build", "commands"}:
+        if package_of(path) in {"wiring", "commands"}:
             continue
         roots = {name.split(".")[0] for name in imports_of(path)}
         assert "ml_collections" not in roots, path
@@ -108,7 +109,7 @@ def test_top_level_is_fixed():
     }  # fmt: skip
     assert {n for n in visible if not n.endswith(".egg-info")} <= allowed | {
         "racm3_out",
-        "build",
+        "build",  # pip's
     }
 
 

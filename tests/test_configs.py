@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from racm3_jax import build, run, sharding
+from racm3_jax import run, sharding, wiring
 from racm3_jax.commands import configs, train
 from racm3_jax.documents.flagworld import FlagworldConfig
 from racm3_jax.evaluation.flagworld import SuiteSettings
@@ -73,16 +73,16 @@ def test_generator_configs(name, arg):
     config = load(name, arg)
     config.lock()
     if "vocab" in config:
-        vocab = build.construct(Vocab, config.vocab, "vocab")
+        vocab = wiring.construct(Vocab, config.vocab, "vocab")
         assert vocab.size <= 65_536 + 16
     else:
-        build.construct(FlagworldConfig, config.world, "world")
+        wiring.construct(FlagworldConfig, config.world, "world")
         vocab = Vocab(1024, 512, 64, config.tokenizer.num_sentinels)
-    model = build.build_model_config(config, vocab)
-    build.construct(CausalMaskingConfig, config.masking, "masking")
-    build.construct(StrategyConfig, config.strategy, "strategy")
-    build.construct(GeneratorLossConfig, config.loss, "loss")
-    pipeline = build.construct(
+    model = wiring.build_model_config(config, vocab)
+    wiring.construct(CausalMaskingConfig, config.masking, "masking")
+    wiring.construct(StrategyConfig, config.strategy, "strategy")
+    wiring.construct(GeneratorLossConfig, config.loss, "loss")
+    pipeline = wiring.construct(
         PipelineConfig,
         config.pipeline,
         "pipeline",
@@ -92,14 +92,14 @@ def test_generator_configs(name, arg):
     assert pipeline.row_length <= model.max_length
     mesh = sharding.make_mesh(fsdp=4, tensor=2, data=1)
     optimizer = build_optimizer(
-        build.construct(
+        wiring.construct(
             OptimizerConfig,
             config.optimizer,
             "optimizer",
             num_steps=config.train.num_steps,
         )
     )
-    trained = build.build_trained_columns(config, model, vocab)
+    trained = wiring.build_trained_columns(config, model, vocab)
     assert (trained is not None) == (arg == "image_output")
     if trained is not None:
         optimizer = trained.restrict(optimizer)
@@ -123,8 +123,8 @@ def test_generator_configs(name, arg):
 
 def test_vqgan_config():
     config = load("flagworld_vqgan")
-    model = build.construct(VQGANConfig, config.vqgan, "vqgan")
-    loss = build.construct(VQGANLossConfig, config.vqgan_loss, "vqgan_loss")
+    model = wiring.construct(VQGANConfig, config.vqgan, "vqgan")
+    loss = wiring.construct(VQGANLossConfig, config.vqgan_loss, "vqgan_loss")
     assert (model.image_length, model.num_codes) == (64, 512)
     params = jax.eval_shape(lambda key: init_vqgan(model, loss, key), jax.random.key(0))
     assert count(params) < 3e6
@@ -132,8 +132,8 @@ def test_vqgan_config():
 
 def test_clip_config():
     config = load("flagworld_clip")
-    model = build.construct(CLIPConfig, config.clip, "clip", vocab_size=1026)
-    build.construct(CLIPLossConfig, config.clip_loss, "clip_loss")
+    model = wiring.construct(CLIPConfig, config.clip, "clip", vocab_size=1026)
+    wiring.construct(CLIPLossConfig, config.clip_loss, "clip_loss")
     params = jax.eval_shape(lambda key: init_clip(model, key), jax.random.key(0))
     assert count(params) < 3e6
 
@@ -146,17 +146,17 @@ def test_evaluation_configs(name, arg):
     config.lock()
     assert name == f"eval/{config.suite}"
     assert config.suite in run.SUITES and config.suite in train.SUITES
-    settings = build.construct(SUITES[name][0], config.settings, "settings")
-    build.construct(StrategyConfig, config.strategy, "strategy")
+    settings = wiring.construct(SUITES[name][0], config.settings, "settings")
+    wiring.construct(StrategyConfig, config.strategy, "strategy")
     if name == "eval/coco":
         assert settings.task == (arg or "text_to_image")
         assert (config.num_items, settings.image_size) in ((30_000, 256), (5_000, 256))
         assert config.inception.variant in VARIANTS
         assert config.inception.resizing in RESIZINGS
     else:
-        build.build_world(config)
+        wiring.build_world(config)
         assert config.models == (arg or "shipped:flagworld")
-        folder = build.resolve("shipped:flagworld")
+        folder = wiring.resolve("shipped:flagworld")
         assert (folder / config.model).is_dir() and (folder / config.twin).is_dir()
 
 
@@ -174,15 +174,15 @@ def test_sweep_configs(name, arg):
         for key, value in point.items():
             section, setting = key.split(".")[1:]
             assert config[section][setting] == value
-        model = build.build_model_config(config, Vocab(1024, 512, 64, 16))
-        pipeline = build.construct(
+        model = wiring.build_model_config(config, Vocab(1024, 512, 64, 16))
+        pipeline = wiring.construct(
             PipelineConfig,
             config.pipeline,
             "pipeline",
             num_query_variants=config.memory.num_query_variants,
         )
         assert pipeline.row_length <= model.max_length
-        build.construct(
+        wiring.construct(
             OptimizerConfig,
             config.optimizer,
             "optimizer",
@@ -192,7 +192,7 @@ def test_sweep_configs(name, arg):
 
 def test_the_shipped_suite_is_large_enough():
     config = load("eval/flagworld")
-    world = build.build_world(config)
+    world = wiring.build_world(config)
     held_out = world.num_heldout * world.documents_per_heldout
     assert world.num_heldout >= 300
     assert held_out + world.num_nations * world.documents_per_nation >= 20_000
@@ -200,7 +200,7 @@ def test_the_shipped_suite_is_large_enough():
 
 def test_unknown_key_names_the_nearest():
     with pytest.raises(ValueError, match=r"did you mean config.pipeline.row_length\?"):
-        build.construct(
+        wiring.construct(
             PipelineConfig,
             {"rows": 1, "row_lenght": 5, "examples_per_batch": 1},
             "pipeline",
@@ -212,4 +212,4 @@ def test_dropout_is_refused_because_the_trainer_would_ignore_it():
     with config.unlocked():
         config.model.dropout = 0.1
     with pytest.raises(ValueError, match=r"config.model.dropout is 0.1"):
-        build.build_model_config(config, Vocab(1024, 512, 64, 16))
+        wiring.build_model_config(config, Vocab(1024, 512, 64, 16))

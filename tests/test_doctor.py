@@ -7,7 +7,7 @@ import json
 import pytest
 
 from racm3_jax import cli, doctor
-from racm3_jax.retrieval import scann_index
+from racm3_jax.index import scann as scann_index
 
 
 def find(name: str, *args, **kwargs) -> doctor.Finding:
@@ -44,9 +44,9 @@ def test_a_damaged_weight_is_a_problem(monkeypatch, tmp_path):
     (tmp_path / "x").write_bytes(b"damaged")
     manifest = {"files": {"x": {"bytes": 7, "sha256": "0" * 64}}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    from racm3_jax import build
+    from racm3_jax import wiring
 
-    monkeypatch.setattr(build, "resolve", lambda path: tmp_path)
+    monkeypatch.setattr(wiring, "resolve", lambda path: tmp_path)
     found = find("shipped weights")
     assert found.verdict == "problem" and "x differs" in found.words
 

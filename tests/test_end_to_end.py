@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from racm3_jax import build, cli, run
+from racm3_jax import cli, run, wiring
 from racm3_jax.commands import configs
 from racm3_jax.documents.flagworld import read_flagworld
-from racm3_jax.retrieval.memory import Memory
+from racm3_jax.memory.memory import Memory
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -34,14 +34,14 @@ def unbroken(tmp_path_factory):
 def test_four_steps_equal_two_and_two(unbroken, tmp_path):
     """With live retrieval, bit for bit; the stop is a real one, at a checkpoint."""
     _, state = unbroken
-    job = build.build_job(tiny(), tmp_path)
+    job = wiring.build_job(tiny(), tmp_path)
     half = dataclasses.replace(job, num_steps=2, export=lambda state: None)
-    original = build.build_job
-    build.build_job = lambda config, workdir: half
+    original = wiring.build_job
+    wiring.build_job = lambda config, workdir: half
     try:
         stopped = run.train(tiny(), tmp_path, progress=False)
     finally:
-        build.build_job = original
+        wiring.build_job = original
     assert int(stopped.step) == 2
     resumed = run.train(tiny(), tmp_path, progress=False)
     assert int(resumed.step) == int(state.step) == 4
@@ -100,7 +100,7 @@ def test_removed_documents_are_never_given(unbroken, tmp_path):
     config, workdir = tiny(), unbroken[0]
     plain = run.load(workdir)
     path = tmp_path / "memory"
-    documents = list(read_flagworld(build.build_world(config), "heldout_memory"))
+    documents = list(read_flagworld(wiring.build_world(config), "heldout_memory"))
     Memory.build(
         documents, tokenizer=plain.tokenizer, embedder=plain.embedder, path=path
     )
@@ -121,7 +121,7 @@ def test_removed_documents_are_never_given(unbroken, tmp_path):
 def test_memory_of_another_encoder_is_refused(unbroken, tmp_path):
     workdir, _ = unbroken
     plain = run.load(workdir)
-    documents = read_flagworld(build.build_world(tiny()), "heldout_memory")
+    documents = read_flagworld(wiring.build_world(tiny()), "heldout_memory")
 
     class Other:
         def __getattr__(self, name):

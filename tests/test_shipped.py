@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from racm3_jax import build
+from racm3_jax import wiring
 from racm3_jax.documents.flagworld import (
     FlagIdentifier,
     FlagworldConfig,
@@ -15,7 +15,7 @@ from racm3_jax.documents.flagworld import (
 )
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 
-SHIPPED = build.resolve("shipped:flagworld")
+SHIPPED = wiring.resolve("shipped:flagworld")
 
 
 def test_files_match_the_manifest():
@@ -39,8 +39,8 @@ def test_all_together_are_below_25_megabytes():
 
 
 def test_every_model_opens_with_its_tokenizer():
-    model = build.load_generator(SHIPPED, None)
-    twin = build.load_generator(SHIPPED, None, model="twin")
+    model = wiring.load_generator(SHIPPED, None)
+    twin = wiring.load_generator(SHIPPED, None, model="twin")
     assert model.model.config == twin.model.config
     assert model.tokenizer.fingerprint() == twin.tokenizer.fingerprint()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import racm3_jax
-from racm3_jax import build
+from racm3_jax import wiring
 from racm3_jax.commands.configs import find_config, load_config_file
 from racm3_jax.generation.tasks import Generator
 from science.experiment import Experiment, Figures, Panel, Place
@@ -79,7 +79,7 @@ def train_twin(place: Place) -> Generator:
     folder = place.work / place.scale.name / "twin_equal_compute"
     if not (folder / "model").is_dir():
         racm3_jax.train(config, folder, progress=False)
-    return build.load_generator(folder, None)
+    return wiring.load_generator(folder, None)
 
 
 def _copy(bench: Bench) -> Figures:

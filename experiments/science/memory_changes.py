@@ -7,7 +7,7 @@ import shutil
 
 from racm3_jax.documents.flagworld import read_flagworld
 from racm3_jax.evaluation.intervals import compute_share
-from racm3_jax.retrieval.memory import Memory
+from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Document
 from science.experiment import Experiment, Figures, Panel, Place
 from science.measures import Sampling, draw, judge_drawings, measure_recall

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import racm3_jax
-from racm3_jax import build
+from racm3_jax import wiring
 from racm3_jax.commands.configs import find_config, load_config_file
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.generation.tasks import Generator
@@ -172,7 +172,7 @@ def read_cost(folder: Path) -> dict[str, float]:
 
 def open_variant(folder: Path) -> Generator:
     """The trained model, without a memory."""
-    return build.load_generator(folder, None)
+    return wiring.load_generator(folder, None)
 
 
 def train_model(seed: int, place: Place, **how: Any) -> Generator:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax import build
+from racm3_jax import wiring
 from racm3_jax.commands.configs import find_config, load_config_file
 from racm3_jax.documents.flagworld import (
     FlagworldConfig,
@@ -24,7 +24,7 @@ from racm3_jax.documents.flagworld import (
 )
 from racm3_jax.evaluation.flagworld import FlagworldJudge
 from racm3_jax.generation.tasks import Generator
-from racm3_jax.retrieval.memory import Memory
+from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import Document
@@ -141,7 +141,7 @@ def choose_tests(
 def _trained_names() -> frozenset[str]:
     """All of world 0: the shipped models, and the small ones, were trained on them."""
     config = load_config_file(find_config("flagworld.py"))
-    world = dataclasses.replace(build.build_world(config), num_heldout=0)
+    world = dataclasses.replace(wiring.build_world(config), num_heldout=0)
     count = world.num_nations + config.world.num_heldout
     world = dataclasses.replace(world, num_nations=count)
     return frozenset(nation.name for nation in make_nations(world, "train"))
@@ -170,7 +170,7 @@ def _scene_examples(count: int) -> tuple[np.ndarray, tuple[str, ...]]:
 @functools.cache
 def open_shipped(model: str) -> Generator:
     """A model of the package, "model" or "twin", without a memory."""
-    return build.load_generator(build.resolve(SHIPPED), None, model=model)
+    return wiring.load_generator(wiring.resolve(SHIPPED), None, model=model)
 
 
 def open_memory(
@@ -210,7 +210,7 @@ def open_memory(
 
 def shipped_weights() -> dict[str, str]:
     """The fingerprints of the shipped weights, for settings: new ones, new cells."""
-    folder = build.resolve(SHIPPED)
+    folder = wiring.resolve(SHIPPED)
     return {
         name: json.loads((folder / name / "config.json").read_text())["fingerprint"][
             :16

@@ -38,7 +38,7 @@ def parse_device(text: str) -> tuple[str, int]:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    from racm3_jax import build
+    from racm3_jax import wiring
     from racm3_jax.training import hardware
 
     config = read_config(arguments.config_flags)
@@ -47,8 +47,8 @@ def _estimate(arguments: argparse.Namespace) -> None:
             f"estimate plans generators; this config's kind is {config.kind!r}"
         )
     name, num_devices = parse_device(arguments.device)
-    model_config, num_params = build.build_model_shape(config)
-    shards, copies = build.count_shards(config, num_devices)
+    model_config, num_params = wiring.build_model_shape(config)
+    shards, copies = wiring.count_shards(config, num_devices)
     rows = config.pipeline.rows
     half = config.optimizer.get("first_moment_dtype", "float32") == "bfloat16"
     plan = hardware.plan_training(

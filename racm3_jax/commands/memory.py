@@ -145,14 +145,14 @@ def _run(command: Callable, arguments: Arguments) -> None:
 
 def load_models(tokenizer: str, embedder: str) -> tuple[Any, Any]:
     """The tokenizer, and the embedder or the name of one."""
-    from racm3_jax import build
+    from racm3_jax import wiring
     from racm3_jax.retrieval.embedder import DocumentEmbedder
     from racm3_jax.tokenizers.mixed import MixedTokenizer
 
-    opened = MixedTokenizer.load(build.resolve(tokenizer))
+    opened = MixedTokenizer.load(wiring.resolve(tokenizer))
     if embedder.startswith("name:"):
         return opened, embedder.removeprefix("name:")
-    return opened, DocumentEmbedder.load(build.resolve(embedder))
+    return opened, DocumentEmbedder.load(wiring.resolve(embedder))
 
 
 def _load_models(arguments: Arguments) -> tuple[Any, Any]:
@@ -160,7 +160,7 @@ def _load_models(arguments: Arguments) -> tuple[Any, Any]:
 
 
 def _config(arguments: Arguments, **more: Any) -> Any:
-    from racm3_jax.retrieval.corpus_config import CorpusConfig
+    from racm3_jax.memory.config import CorpusConfig
 
     return CorpusConfig(
         max_bad=arguments.max_bad,
@@ -173,8 +173,9 @@ def _config(arguments: Arguments, **more: Any) -> Any:
 
 
 def _build(arguments: Arguments) -> None:
-    from racm3_jax.retrieval import beam_build, corpus_merge
-    from racm3_jax.retrieval.memory_format import read_manifest
+    from racm3_jax.memory import beam as beam_build
+    from racm3_jax.memory import merge
+    from racm3_jax.memory.format import read_manifest
 
     config = _config(
         arguments,
@@ -209,7 +210,7 @@ def _build(arguments: Arguments) -> None:
             print(f"  {title}: {count} {reason}")
     shared = ", ".join(f"{count} {what}" for what, count in report["leakage"].items())
     print(f"  retrieval will withhold from documents: {shared}")
-    bad = corpus_merge.bad_records_file(path)
+    bad = merge.bad_records_file(path)
     if bad.is_file():
         print(f"  bad records are listed in {bad}")
 
@@ -217,7 +218,7 @@ def _build(arguments: Arguments) -> None:
 def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
     from tqdm import tqdm
 
-    from racm3_jax.retrieval import corpus_build
+    from racm3_jax.memory import builder
 
     tokenizer, embedder = _load_models(arguments)
     with tqdm(desc="build", unit="", unit_scale=True) as bar:
@@ -227,7 +228,7 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
             bar.set_postfix(documents=num_documents, refresh=False)
             bar.update(done - bar.n)
 
-        corpus_build.build_corpus(
+        builder.build_corpus(
             arguments.source,
             tokenizer=tokenizer,
             embedder=embedder,
@@ -241,8 +242,9 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
 def _add_documents(arguments: Arguments) -> None:
     import dataclasses
 
-    from racm3_jax.retrieval import corpus_config, memory_edit
-    from racm3_jax.retrieval.memory_format import read_manifest
+    from racm3_jax.memory import config as config_lib
+    from racm3_jax.memory import edit
+    from racm3_jax.memory.format import read_manifest
 
     manifest = read_manifest(Path(arguments.memory))
     config = dataclasses.replace(
@@ -250,8 +252,8 @@ def _add_documents(arguments: Arguments) -> None:
         num_query_variants=manifest["num_query_variants"],
         query_drop=manifest["query_drop"],
     )
-    maker = corpus_config.make_maker(config, *_load_models(arguments))
-    counts = memory_edit.add_documents(
+    maker = config_lib.make_maker(config, *_load_models(arguments))
+    counts = edit.add_documents(
         arguments.memory,
         arguments.source,
         maker,
@@ -271,7 +273,7 @@ def _search(arguments: Arguments) -> None:
 
     from racm3_jax.commands.originals import read_for_picture
     from racm3_jax.documents.images import read_image
-    from racm3_jax.retrieval.memory import Memory
+    from racm3_jax.memory.memory import Memory
 
     if (arguments.text is None) == (arguments.image is None):
         raise UsageError("give --text or --image, one of them")
@@ -306,8 +308,8 @@ def _stats(arguments: Arguments) -> None:
     from PIL import Image
 
     from racm3_jax.commands.originals import read_for_picture
-    from racm3_jax.retrieval.memory import Memory
-    from racm3_jax.retrieval.memory_stats import compute_stats
+    from racm3_jax.memory.memory import Memory
+    from racm3_jax.memory.stats import compute_stats
 
     tokenizer, _ = _load_models(arguments)
     with Memory.load(arguments.memory, tokenizer=tokenizer) as memory:
@@ -326,9 +328,9 @@ def _stats(arguments: Arguments) -> None:
 
 
 def _verify(arguments: Arguments) -> None:
-    from racm3_jax.retrieval import memory_edit
+    from racm3_jax.memory import edit
 
-    counts = memory_edit.verify(arguments.memory)
+    counts = edit.verify(arguments.memory)
     print(
         f"{arguments.memory}: {counts['files']} files are whole, "
         f"{counts['documents']} documents, {counts['removed']} removed ones are not "
@@ -337,8 +339,8 @@ def _verify(arguments: Arguments) -> None:
 
 
 def _remove(arguments: Arguments) -> None:
-    from racm3_jax.retrieval import memory_edit
-    from racm3_jax.retrieval.memory import Memory
+    from racm3_jax.memory import edit
+    from racm3_jax.memory.memory import Memory
 
     chosen = [arguments.ids, arguments.url_pattern, arguments.like]
     given = sum(value is not None for value in chosen)
@@ -354,13 +356,13 @@ def _remove(arguments: Arguments) -> None:
                 return
             print(f"removed {memory.remove(rows)} of {len(rows)} documents found")
     if arguments.compact and not arguments.dry_run:
-        count = memory_edit.compact(arguments.memory)
+        count = edit.compact(arguments.memory)
         print(f"{count} documents have left the disk")
 
 
 def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
     from racm3_jax.documents.images import read_image
-    from racm3_jax.retrieval import memory_edit
+    from racm3_jax.memory import edit
 
     if arguments.ids is not None:
         file = Path(arguments.ids)
@@ -376,20 +378,20 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
             )
         return rows
     if arguments.url_pattern is not None:
-        return memory_edit.find_urls(memory, arguments.url_pattern)
+        return edit.find_urls(memory, arguments.url_pattern)
     image = read_image(arguments.like)
     _, embedder = _load_models(arguments)
     memory.check(embedder=embedder)
     query = embedder.embed_images(image[None])[0]
-    return memory_edit.find_like(memory, query, arguments.min_similarity)[0]
+    return edit.find_like(memory, query, arguments.min_similarity)[0]
 
 
 def _neighbours(arguments: Arguments) -> None:
     from tqdm import tqdm
 
-    from racm3_jax.retrieval.memory import Memory
-    from racm3_jax.retrieval.memory_edit import TABLE_DIRECTORY
-    from racm3_jax.retrieval.neighbours import compute_neighbours
+    from racm3_jax.memory.edit import TABLE_DIRECTORY
+    from racm3_jax.memory.memory import Memory
+    from racm3_jax.memory.neighbours import compute_neighbours
 
     out = Path(arguments.out or Path(arguments.memory) / TABLE_DIRECTORY)
     with Memory.load(arguments.memory) as memory, tqdm(desc="neighbours") as bar:
@@ -405,7 +407,7 @@ def _neighbours(arguments: Arguments) -> None:
 
 
 def _plan(arguments: Arguments) -> None:
-    from racm3_jax.retrieval.memory_plan import PlanConfig, compute_plan, format_plan
+    from racm3_jax.memory.plan import PlanConfig, compute_plan, format_plan
 
     config = PlanConfig(
         int(arguments.num_documents),

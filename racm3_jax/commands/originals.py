@@ -17,9 +17,9 @@ from racm3_jax.documents.images import ImageError, read_image
 from racm3_jax.documents.readers import parse_source
 from racm3_jax.documents.readers.folder import inside
 from racm3_jax.documents.readers.records import BadRecord
-from racm3_jax.retrieval.filters import hash_image
-from racm3_jax.retrieval.memory import Memory
-from racm3_jax.retrieval.memory_format import read_manifest
+from racm3_jax.memory.filters import hash_image
+from racm3_jax.memory.format import read_manifest
+from racm3_jax.memory.memory import Memory
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.types import Document, Segment
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from racm3_jax.evaluation.intervals import Share, compute_share
-from racm3_jax.retrieval.memory import Memory
+from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
 
 _BLOCK = 512

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
+from racm3_jax.index.contract import empty_neighbours
+from racm3_jax.memory.filters import NEAR_SIMILARITY
+from racm3_jax.memory.memory import Memory, hash_name
 from racm3_jax.retrieval import strategy as strategy_lib
-from racm3_jax.retrieval.filters import NEAR_SIMILARITY
-from racm3_jax.retrieval.index import empty_neighbours
-from racm3_jax.retrieval.memory import Memory, hash_name
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
 

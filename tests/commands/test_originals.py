@@ -8,7 +8,7 @@ from PIL import Image
 
 from racm3_jax.commands.configs import UsageError
 from racm3_jax.commands.originals import find_folder, show_originals
-from racm3_jax.retrieval.filters import hash_image
+from racm3_jax.memory.filters import hash_image
 from racm3_jax.types import Document, Segment
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import pytest
 from demo_fakes import FakeEmbedder, FakeGenerator, FakeTokenizer, make_documents
 
 from racm3_jax.demo.session import Session
-from racm3_jax.retrieval.memory import Memory
+from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
 

@@ -215,7 +215,7 @@ def visitor(address, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompt(workdir):
     """Of a nation that the memory shows several times."""
-    from racm3_jax.retrieval.memory import Memory
+    from racm3_jax.memory.memory import Memory
 
     with Memory.load(workdir / "memory") as memory:
         (document,) = memory.documents(np.array([0]))

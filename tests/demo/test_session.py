@@ -14,7 +14,7 @@ from racm3_jax.demo.session import (
     read_upload,
 )
 from racm3_jax.documents.images import encode_png
-from racm3_jax.retrieval.memory import Memory
+from racm3_jax.memory.memory import Memory
 
 
 def ids(desk):

@@ -16,10 +16,10 @@ from PIL import Image
 
 from racm3_jax.documents.images import resize_image
 from racm3_jax.generation.tasks import Generator
+from racm3_jax.memory.memory import Memory
 from racm3_jax.model.config import tiny
 from racm3_jax.model.transformer import init_params
 from racm3_jax.retrieval.embedder import DocumentEmbeddings
-from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import (

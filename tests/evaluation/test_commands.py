@@ -13,12 +13,12 @@ import jax
 import pytest
 from evaluation_fakes import digest, make_coco
 
-from racm3_jax import build
+from racm3_jax import wiring
 from racm3_jax.documents.readers import read_documents
+from racm3_jax.memory.memory import Memory
 from racm3_jax.model.config import tiny
 from racm3_jax.model.transformer import init_params
 from racm3_jax.retrieval.embedder import DocumentEmbedder
-from racm3_jax.retrieval.memory import Memory
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 
@@ -34,13 +34,15 @@ def place(tmp_path_factory):
     """A COCO-shaped folder, a small random model, and its memory."""
     place = tmp_path_factory.mktemp("place")
     make_coco(place / "coco", 220)
-    shipped = build.resolve("shipped:flagworld")
+    shipped = wiring.resolve("shipped:flagworld")
     tokenizer = MixedTokenizer.load(shipped / "tokenizer")
     embedder = DocumentEmbedder.load(shipped / "clip")
     config = tiny(vocab_size=tokenizer.vocab.size, max_length=320, num_layers=1)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     strategy = StrategyConfig(max_similarity=2.0)
-    build.save_generator(place / "model", config, params, tokenizer, embedder, strategy)
+    wiring.save_generator(
+        place / "model", config, params, tokenizer, embedder, strategy
+    )
     Memory.build(
         list(read_documents(TRAIN)),
         tokenizer=tokenizer,

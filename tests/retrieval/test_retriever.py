@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from retrieval_fakes import FakeEmbedder, FakeTokenizer, make_document
+from memory_fakes import FakeEmbedder, FakeTokenizer, make_document
 
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig

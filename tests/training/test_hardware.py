@@ -125,7 +125,7 @@ def test_a_full_memory_ends_with_what_would_mend_it(monkeypatch, tmp_path):
     def fail(config, workdir):
         raise error
 
-    monkeypatch.setattr(run.build, "build_job", fail)
+    monkeypatch.setattr(run.wiring, "build_job", fail)
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         run.train(make_config(), tmp_path, progress=False)
     advice = raised.value.__notes__[-1].splitlines()[1:]

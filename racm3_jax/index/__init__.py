@@ -1,0 +1,1 @@
+"""Nearest neighbours by inner product: one contract, several back ends, one registry."""

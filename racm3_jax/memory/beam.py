@@ -1,0 +1,222 @@
+"""The build of a corpus as an Apache Beam pipeline, on any of its runners.
+
+    numbers of shards -> parts: read, filter, tokenise, embed    on workers
+                      -> hashes of their rows, grouped           on workers
+                      -> rows that repeat an earlier one         repeats-00000-of-00003 …
+    parts and repeats -> the memory                              in the calling process
+
+Workers and caller run this package and share the file system that the memory is on. The
+parts are those of `builder`, made by the same function and under the same locks: a
+build that was begun by one may be finished by the other, and both end in the same bytes.
+Bad records are judged when all parts are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from racm3_jax.documents.readers import Shard, find_shards
+from racm3_jax.memory import builder, filters, merge, writer
+from racm3_jax.memory import parts as parts_lib
+from racm3_jax.memory.chunks import DocumentTokenizer, Embedder
+from racm3_jax.memory.config import CorpusConfig, make_maker
+from racm3_jax.memory.merge import Firsts, part_path
+from racm3_jax.memory.parts import Maker
+
+REPEATS = "repeats"
+# What a row may repeat, in the order of `Firsts`; and the column that tells.
+_KINDS = {"ids": "id_hashes", "contents": "content_hashes", "images": "image_hashes"}
+
+LoadModels = Callable[[], tuple[DocumentTokenizer, Embedder | str]]
+Place = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What every worker is told; pickled by Beam.
+
+    Attributes:
+      source: of the documents.
+      load_models: makes tokenizer and embedder on a worker.
+      path: of the memory.
+      config: of the build.
+    """
+
+    source: str
+    load_models: LoadModels
+    path: str
+    config: CorpusConfig
+
+    @property
+    def work(self) -> pathlib.Path:
+        return builder.work_directory(pathlib.Path(self.path))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Worker:
+    """What a worker process makes parts with; loaded once."""
+
+    shards: Sequence[Shard]
+    maker: Maker
+
+
+def import_beam() -> Any:
+    """apache_beam.
+
+    Raises:
+      ImportError: names the extra to install.
+    """
+    try:
+        for name in ("io", "options.pipeline_options", "utils.shared"):
+            importlib.import_module(f"apache_beam.{name}")
+    except ImportError as error:
+        raise ImportError(
+            f"Apache Beam cannot be imported ({error}); install it with "
+            'pip install "racm3_jax[beam]"'
+        ) from error
+    return importlib.import_module("apache_beam")
+
+
+def build_corpus_with_beam(
+    source: str,
+    *,
+    load_models: LoadModels,
+    path: str | os.PathLike[str],
+    config: CorpusConfig | None = None,
+    overwrite: bool = False,
+    options: Sequence[str] = (),
+) -> None:
+    """Builds the memory that `builder.build_corpus` builds, with Beam.
+
+    Args:
+      source: as `readers.read_documents` takes it; read by every worker.
+      load_models: returns tokenizer and embedder; must be picklable, as a function of a
+        module is.
+      path: the directory to make, on a file system that all workers share.
+      config: see `CorpusConfig`.
+      overwrite: replace a memory that is at `path`.
+      options: of the pipeline, as `["--runner=FlinkRunner", …]`; without any, Beam's
+        local runner.
+
+    Raises:
+      FileExistsError: if something is at `path` and may not be replaced.
+      ImportError: without Apache Beam.
+      ValueError: another build is half done at `path`, or too many records are bad.
+    """
+    beam = import_beam()
+    config = config or CorpusConfig()
+    path = pathlib.Path(path).absolute()
+    writer.check_target(path, overwrite)
+    shards = find_shards(source)
+    tokenizer, embedder = load_models()
+    job = _Job(source, load_models, str(path), config)
+    plan = builder.make_plan(source, shards, config, tokenizer, embedder)
+    builder.claim_plan(job.work, plan)
+    for stale in job.work.glob(f"{REPEATS}-*"):
+        stale.unlink()
+    _run_pipeline(beam, job, len(shards), options)
+    merge.merge_parts(
+        job.work,
+        path,
+        source,
+        len(shards),
+        make_maker(config, tokenizer, embedder),
+        config,
+        overwrite,
+        functools.partial(_read_firsts, job.work),
+    )
+    shutil.rmtree(job.work)
+
+
+def _run_pipeline(
+    beam: Any, job: _Job, num_shards: int, options: Sequence[str]
+) -> None:
+    pipeline_options = beam.options.pipeline_options.PipelineOptions(list(options))
+    shared = beam.utils.shared.Shared()
+    with beam.Pipeline(options=pipeline_options) as pipeline:
+        _ = (
+            pipeline
+            | "number the shards" >> beam.Create(range(num_shards))
+            | "spread them" >> beam.Reshuffle()
+            | "make parts" >> beam.Map(functools.partial(_make_part, job, shared))
+            | "hash rows" >> beam.FlatMap(functools.partial(_hash_rows, job))
+            | "group rows" >> beam.GroupByKey()
+            | "find repeats" >> beam.FlatMap(functools.partial(_find_repeats, job))
+            | "write repeats" >> beam.io.WriteToText(str(job.work / REPEATS))
+        )
+
+
+def _make_part(job: _Job, shared: Any, number: int) -> int:
+    """Makes a part that is not there yet; Beam may ask for it more than once."""
+    path = part_path(job.work, number)
+    with builder.locked(path.with_name(f"{path.name}.lock"), wait=True):
+        if not path.is_dir():
+            worker = shared.acquire(functools.partial(_load_worker, job))
+            shard = worker.shards[number]
+            parts_lib.write_corpus_part(path, shard, number, worker.maker)
+    return number
+
+
+def _load_worker(job: _Job) -> _Worker:
+    maker = make_maker(job.config, *job.load_models())
+    return _Worker(find_shards(job.source), maker)
+
+
+def _hash_rows(job: _Job, number: int) -> Iterator[tuple[tuple[str, int], Place]]:
+    """Kind and hash of every row, with its place; 0 repeats nothing."""
+    path = part_path(job.work, number)
+    if not parts_lib.read_report(path)["num_documents"]:
+        return
+    for kind, column in _KINDS.items():
+        for row, value in enumerate(np.asarray(parts_lib.open_rows([path], column))):
+            if value:
+                yield (kind, int(value)), (number, row)
+
+
+def _find_repeats(
+    job: _Job, group: tuple[tuple[str, int], Iterable[Place]]
+) -> Iterator[str]:
+    """`kind part row` of the rows of one hash that repeat an earlier one."""
+    (kind, value), found = group
+    places = sorted(found)
+    if len(places) == 1:
+        return
+    first = np.zeros(len(places), bool)
+    first[0] = True
+    if kind == "images":
+        hashes = np.full(len(places), value, np.uint64)
+        rows = functools.partial(_gather_images, job, places)
+        first = filters.find_near_first(hashes, rows)
+    for place in np.flatnonzero(~first):
+        yield f"{kind} {places[place][0]} {places[place][1]}"
+
+
+def _gather_images(job: _Job, places: Sequence[Place], wanted: np.ndarray) -> Any:
+    rows = []
+    for number, row in (places[i] for i in wanted):
+        part = part_path(job.work, number)
+        rows.append(parts_lib.open_rows([part], "embeddings_image")[[row]])
+    return np.concatenate(rows)
+
+
+def _read_firsts(work: pathlib.Path, folders: Sequence[pathlib.Path]) -> Firsts:
+    """What the pipeline found, over the rows of the parts in order."""
+    starts, total = {}, 0
+    for folder in folders:
+        starts[int(folder.name.removeprefix("part-"))] = total
+        total += parts_lib.read_report(folder)["num_documents"]
+    firsts = Firsts(*np.ones((len(_KINDS), total), bool))
+    for file in sorted(work.glob(f"{REPEATS}-*")):
+        for line in file.read_text().splitlines():
+            kind, number, row = line.split()
+            getattr(firsts, kind)[starts[int(number)] + int(row)] = False
+    return firsts

@@ -1,0 +1,129 @@
+"""The columns of a memory while it is written: checked rows, a shard file at a time."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from racm3_jax.documents import store
+from racm3_jax.index.rows import Rows, RowsWriter
+from racm3_jax.memory.chunks import MemoryChunk
+from racm3_jax.memory.format import MODALITY_BITS, hash_name
+from racm3_jax.types import Modality, TokenizedDocument
+
+# How far from 1 the norm of an embedding may be.
+NORM_TOLERANCE = 1e-2
+
+
+class Columns:
+    """The arrays of a memory, a row a document, while they are being written.
+
+    Args:
+      directory: where they go; must exist.
+      chunk: the first one, for shapes; it is not written.
+      seen: hashes of the document ids that are taken already.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        chunk: MemoryChunk,
+        seen: Iterable[int] = (),
+    ):
+        self.num_with_modality: dict[str, int] = dict.fromkeys(MODALITY_BITS, 0)
+        self._directory = directory
+        self._seen = set(seen)
+        self._writers: dict[str, RowsWriter] = {}
+        d_embed = chunk.document.shape[1]
+        for name in ("document", "text", "image"):
+            self._add(f"embeddings_{name}", (d_embed,), "<f4")
+        for name in ("text", "image"):
+            self._add(f"queries_{name}", chunk.text_queries.shape[1:], "<f2")
+        for name, dtype in (("id", "<u8"), ("source", "<u8")):
+            self._add(f"{name}_hashes", (), dtype)
+        self._add("modalities", (), "u1")
+        if chunk.content_hashes is not None:
+            self._add("content_hashes", (), "<u8")
+            self._add("image_hashes", (), "<u8")
+
+    def _add(self, name: str, row_shape: tuple[int, ...], dtype: str) -> None:
+        self._writers[name] = RowsWriter(self._directory, name, row_shape, dtype)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def read(self, name: str) -> Rows:
+        return Rows([self._directory / shard for shard in self._writers[name].shards])
+
+    def consume(
+        self, chunks: Iterable[MemoryChunk], progress: Callable[[int], None] | None
+    ) -> Iterator[bytes]:
+        """Writes the arrays of each chunk and yields its documents as records."""
+        for chunk in chunks:
+            self._append(chunk)
+            yield from (store.encode_tokenized(d) for d in chunk.documents)
+            if progress is not None:
+                progress(self._writers["modalities"].num_rows)
+
+    def _append(self, chunk: MemoryChunk) -> None:
+        num = len(chunk.documents)
+        modalities = np.zeros(num, np.uint8)
+        hashes = self._hash_ids(chunk.documents)
+        _check_rows(chunk.documents, "embedding", chunk.document, np.ones(num, bool))
+        parts: dict[Modality, tuple[np.ndarray, np.ndarray]] = {
+            "text": (chunk.text, chunk.text_queries),
+            "image": (chunk.image, chunk.image_queries),
+        }
+        for name, (embeddings, queries) in parts.items():
+            present = np.asarray(embeddings.any(axis=1))
+            _check_rows(chunk.documents, f"{name} embedding", embeddings, present)
+            for variant in range(queries.shape[1]):
+                rows = queries[:, variant]
+                _check_rows(chunk.documents, f"{name} query", rows, present)
+            # A ready embedding may stand for an image that is not there to be shown.
+            shown = present & [name in d.modalities for d in chunk.documents]
+            modalities[shown] |= MODALITY_BITS[name]
+            self.num_with_modality[name] += int(shown.sum())
+            self._writers[f"embeddings_{name}"].append(embeddings)
+            self._writers[f"queries_{name}"].append(queries)
+        sources = [hash_name(d.source) for d in chunk.documents]
+        self._writers["embeddings_document"].append(chunk.document)
+        self._writers["id_hashes"].append(hashes)
+        self._writers["source_hashes"].append(np.asarray(sources, np.uint64))
+        self._writers["modalities"].append(modalities)
+        for name in ("content_hashes", "image_hashes"):
+            if name in self._writers:
+                self._writers[name].append(np.asarray(getattr(chunk, name), np.uint64))
+
+    def _hash_ids(self, documents: Sequence[TokenizedDocument]) -> np.ndarray:
+        hashes = [hash_name(d.id) for d in documents]
+        for number, document in zip(hashes, documents, strict=True):
+            if number in self._seen:
+                raise ValueError(
+                    f"two documents have the id {document.id!r}: ids must be unique"
+                )
+            self._seen.add(number)
+        return np.asarray(hashes, np.uint64)
+
+
+def _check_rows(
+    documents: Sequence[TokenizedDocument],
+    what: str,
+    rows: Float[np.ndarray, "n d_embed"],
+    present: Bool[np.ndarray, " n"],
+) -> None:
+    """Names the first document whose row is not finite, or not unit where it should."""
+    if len(rows) != len(documents):
+        raise ValueError(f"{len(documents)} documents came with {len(rows)} {what}s")
+    norms = np.linalg.norm(np.asarray(rows, np.float32), axis=1)
+    wrong = ~np.isfinite(norms) | (present & (np.abs(norms - 1) > NORM_TOLERANCE))
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"the {what} of document {documents[first].id!r} has norm "
+            f"{norms[first]:.3g}, not 1: look at the embedder that made it"
+        )

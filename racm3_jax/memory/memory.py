@@ -1,0 +1,398 @@
+"""The external memory: one portable directory of documents, embeddings and an index.
+
+    memory/
+      manifest.json                    counts, fingerprints, sha256 of every file below
+      documents.array_record           tokenised documents with their metadata
+      embeddings_document-00000.npy    f32[n, d]     normalised mean of the parts
+      embeddings_text-00000.npy        f32[n, d]     zero where there is no text
+      embeddings_image-00000.npy       f32[n, d]     zero where there is no image
+      queries_text-00000.npy           f16[n, v, d]  parts under query dropout
+      queries_image-00000.npy          f16[n, v, d]
+      id_hashes-… source_hashes-… modalities-…  one number a document
+      index/                           see `index`
+      deny.json                        rows that are never returned
+
+A document's row is its id here. `writer` makes the directory; `remove` changes
+deny.json, `edit` adds documents (a folder added-00001/ of the same layout) and
+compacts. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Int64, UInt64
+
+from racm3_jax import storage
+from racm3_jax.documents import store
+from racm3_jax.index import contract, registry
+from racm3_jax.index.contract import IndexKind
+from racm3_jax.index.rows import Records, Rows
+from racm3_jax.index.table import TableIndex
+from racm3_jax.memory import format as format_lib
+from racm3_jax.memory.format import MODALITY_BITS, Fingerprinted, hash_name
+from racm3_jax.types import Document, Modality, Neighbours, TokenizedDocument
+from racm3_jax.vocab import Vocab
+
+_WIDENING = 4
+
+
+class _Denied(NamedTuple):
+    stamp: tuple[int, int, int]
+    mask: Bool[np.ndarray, " rows"]
+    num: int
+
+
+class Memory:
+    """An opened memory. Reading and searching are safe from threads.
+
+    Made by `Memory.build` and `Memory.load`.
+
+    Attributes:
+      path: its directory.
+      manifest: what manifest.json says.
+      vocab: the ids that its documents are written in.
+      embeddings: f32[n, d], unit rows, mapped from disk: what is searched.
+      text_embeddings: the text parts; zero rows where there is none.
+      image_embeddings: the image parts; zero rows where there is none.
+      id_hashes: `hash_name` of every document's id.
+      source_hashes: of its source, 0 where it has none.
+      content_hashes: equal for equal text and pixels; None if unknown.
+      image_hashes: perceptual, of the first image, 0 without; None if unknown.
+      is_multimodal: True where a document has both text and an image.
+      index: proposes neighbours; `search` scores them anew.
+    """
+
+    def __init__(self, path: pathlib.Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self._fingerprint = format_lib.fingerprint(manifest)
+        self.vocab = Vocab(**manifest["vocab"])
+        self.embeddings = self._rows("embeddings_document")
+        self.text_embeddings = self._rows("embeddings_text")
+        self.image_embeddings = self._rows("embeddings_image")
+        self._queries = {m: self._rows(f"queries_{m}") for m in MODALITY_BITS}
+        self.id_hashes: UInt64[np.ndarray, " n"] = np.asarray(self._rows("id_hashes"))
+        self.source_hashes: UInt64[np.ndarray, " n"] = np.asarray(
+            self._rows("source_hashes")
+        )
+        # Only memories built from sources (`builder`) have these two.
+        self.content_hashes = self._hashes("content_hashes")
+        self.image_hashes = self._hashes("image_hashes")
+        self._modalities = np.asarray(self._rows("modalities"))
+        self.is_multimodal: Bool[np.ndarray, " n"] = self._modalities == sum(
+            MODALITY_BITS.values()
+        )
+        folders = [path / p for p in format_lib.prefixes(manifest)]
+        parts = manifest.get("parts", [{"num_documents": len(self.embeddings)}])
+        counts = [part["num_documents"] for part in parts]
+        places = [folder / format_lib.INDEX_DIRECTORY for folder in folders]
+        self.index = registry.open_parts(places, counts, self.embeddings)
+        self._records = Records([f / format_lib.DOCUMENTS_FILE for f in folders])
+        self._lock = threading.Lock()
+        self._denied: _Denied | None = None
+        self._check_denied()
+
+    @classmethod
+    def build(
+        cls,
+        documents: Iterable[Document],
+        *,
+        tokenizer: Any,
+        embedder: Any,
+        path: str | os.PathLike[str],
+        index: IndexKind | Literal["auto"] = "auto",
+        num_query_variants: int = 4,
+        query_drop: float = 0.2,
+        overwrite: bool = False,
+        progress: Callable[[int], None] | None = None,
+        **more: Any,
+    ) -> Memory:
+        """Tokenises, embeds and indexes documents into a directory, and opens it.
+
+        See `writer.build_memory`, which says what every argument means.
+        """
+        from racm3_jax.memory import writer
+
+        writer.build_memory(
+            documents,
+            tokenizer=tokenizer,
+            embedder=embedder,
+            path=path,
+            index=index,
+            num_query_variants=num_query_variants,
+            query_drop=query_drop,
+            overwrite=overwrite,
+            progress=progress,
+            **more,
+        )
+        return cls.load(path, embedder=embedder, tokenizer=tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        embedder: Fingerprinted | str | None = None,
+        tokenizer: Fingerprinted | str | None = None,
+    ) -> Memory:
+        """Opens a memory after verifying the sha256 of all its files.
+
+        Args:
+          path: its directory.
+          embedder: what queries will be embedded with, or its fingerprint; compared
+            with the memory's. None compares nothing.
+          tokenizer: what its documents will be read with, or its fingerprint.
+
+        Raises:
+          FileNotFoundError: if there is no memory at `path`.
+          ValueError: if its format version, encoder or tokenizer is another.
+          IntegrityError: if a file is missing or damaged; names it.
+        """
+        path = pathlib.Path(path)
+        manifest = format_lib.read_manifest(path)
+        format_lib.check_fingerprints(path, manifest, embedder, tokenizer)
+        storage.verify_files(path, manifest["files"], format_lib.rebuild_remedy(path))
+        return cls(path, manifest)
+
+    def check(
+        self,
+        embedder: Fingerprinted | str | None = None,
+        tokenizer: Fingerprinted | str | None = None,
+    ) -> None:
+        """Refuses models that the memory was not built with.
+
+        Raises:
+          ValueError: names both fingerprints.
+        """
+        format_lib.check_fingerprints(self.path, self.manifest, embedder, tokenizer)
+
+    def close(self) -> None:
+        """Closes the record file; the memory cannot be read afterwards."""
+        self._records.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __repr__(self) -> str:
+        return (
+            f"Memory({str(self.path)!r}: {len(self)} documents, "
+            f"{self.num_allowed} allowed, {self.manifest['index']} index)"
+        )
+
+    @property
+    def d_embed(self) -> int:
+        return self.embeddings.shape[1]
+
+    @property
+    def num_query_variants(self) -> int:
+        """Queries with dropout of every document; variant 0 is without."""
+        return self.manifest["num_query_variants"]
+
+    @property
+    def num_allowed(self) -> int:
+        """Documents that are not denied."""
+        return len(self) - self._check_denied().num
+
+    def fingerprint(self) -> str:
+        """Equal for equal content; the deny list does not count."""
+        return self._fingerprint
+
+    def documents(self, ids: Int[np.ndarray, " n"]) -> list[TokenizedDocument]:
+        """The documents of these rows, in order, denied or not.
+
+        Raises:
+          IndexError: if a row does not exist.
+        """
+        rows = self._check_ids(ids)
+        return [store.decode_tokenized(r) for r in self._records.read(rows)]
+
+    def metadata(self, ids: Int[np.ndarray, " n"]) -> list[Mapping[str, Any]]:
+        """The metadata of the documents of these rows."""
+        return [document.metadata for document in self.documents(ids)]
+
+    def find(self, document_ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
+        """The rows of documents named by their ids; -1 where there is none."""
+        hashes = np.asarray([hash_name(name) for name in document_ids], np.uint64)
+        places = np.searchsorted(self.id_hashes, hashes, sorter=self._id_order)
+        rows = self._id_order[np.minimum(places, len(self) - 1)]
+        return np.where(self.id_hashes[rows] == hashes, rows, -1).astype(np.int64)
+
+    @functools.cached_property
+    def _id_order(self) -> Int64[np.ndarray, " n"]:
+        return np.argsort(self.id_hashes)
+
+    def use_table(self, path: str | os.PathLike[str], *, fallback: bool = True) -> None:
+        """Answers known queries from precomputed neighbours.
+
+        Args:
+          path: of the table that `racm3 memory neighbours` made.
+          fallback: ask the index about other queries; False makes them an error.
+
+        Raises:
+          FileNotFoundError: no table there.
+          ValueError: it was made of another memory.
+        """
+        live = self.index if fallback else None
+        table = TableIndex.load(path, fallback=live)
+        if table.settings.get("memory") != self.fingerprint():
+            raise ValueError(
+                f"the table at {path} was made of another memory, or of this one before "
+                "it changed: make it anew (racm3 memory neighbours)"
+            )
+        self.index = table
+
+    def queries(
+        self, ids: Int[np.ndarray, " n"], modality: Modality, variant: int = 0
+    ) -> Float32[np.ndarray, "n d_embed"]:
+        """Parts of documents as unit query rows.
+
+        Args:
+          ids: rows.
+          modality: which part; a document without it is queried by the other one.
+          variant: 0 is without query dropout, 1..num_query_variants are with it.
+
+        Raises:
+          IndexError: if a row does not exist.
+          ValueError: if the modality or the variant does not exist.
+        """
+        if modality not in MODALITY_BITS:
+            raise ValueError(f'modality must be "text" or "image"; got {modality!r}')
+        if not 0 <= variant <= self.num_query_variants:
+            raise ValueError(
+                f"query variant {variant} does not exist: the memory at {self.path} "
+                f"holds 0..{self.num_query_variants}"
+            )
+        rows = self._check_ids(ids)
+        queries = np.empty((len(rows), self.d_embed), np.float32)
+        has_part = (self._modalities[rows] & MODALITY_BITS[modality]) != 0
+        other: Modality = "image" if modality == "text" else "text"
+        queries[has_part] = self._part(rows[has_part], modality, variant)
+        queries[~has_part] = self._part(rows[~has_part], other, variant)
+        return queries / np.linalg.norm(queries, axis=1, keepdims=True)
+
+    def search(
+        self, queries: Float[np.ndarray, "queries d_embed"], k: int
+    ) -> Neighbours:
+        """The `k` allowed documents nearest to each query, best first.
+
+        The index proposes; scores are then the exact inner products with the stored
+        embeddings, ordered by (-score, id). Denied rows are never returned: while they
+        take slots away, the index is asked for more.
+
+        Raises:
+          ValueError: on queries that are not finite, another width, or k < 1.
+        """
+        queries = contract.check_queries(queries, self.d_embed, k)
+        denied = self._check_denied()
+        result = contract.empty_neighbours(len(queries), k)
+        asking = np.arange(len(queries))
+        width = min(len(self), k + min(k, denied.num))
+        while len(asking):
+            found = self.index.search(queries[asking], width)
+            kept = contract.score_rows(
+                queries[asking], found, self.embeddings, denied.mask
+            )
+            for column, part in zip(result, kept, strict=True):
+                column[asking, : min(k, width)] = part[:, :k]
+            short = result.valid[asking].sum(axis=1) < k
+            if width == len(self):
+                break
+            asking = asking[short & found.valid.all(axis=1)]
+            width = min(len(self), _WIDENING * width)
+        return result
+
+    def remove(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> int:
+        """Denies rows for good: no search returns them from the next one on.
+
+        The list is replaced in one step on disk, so it survives a crash and reaches
+        other processes that have this memory open.
+
+        Returns:
+          How many of them were not denied before.
+
+        Raises:
+          IndexError: if a row does not exist; then nothing is removed.
+        """
+        rows = self._check_ids(np.asarray(ids, np.int64))
+        with format_lib.locked(self.path):
+            # Of the memory as it is on disk: others may have added to it.
+            manifest = format_lib.read_manifest(self.path)
+            if format_lib.lineage(manifest) != format_lib.lineage(self.manifest):
+                raise ValueError(
+                    f"the memory at {self.path} was compacted or replaced since it was "
+                    "opened, which numbers its rows anew: open it again"
+                )
+            before = format_lib.read_denied(self.path, manifest)
+            after = np.union1d(before, rows)
+            format_lib.write_denied(self.path, manifest, after)
+        self._check_denied()
+        return len(after) - len(before)
+
+    def allowed_ids(self) -> Int64[np.ndarray, " allowed"]:
+        """The rows that are not denied, ascending."""
+        return np.flatnonzero(~self._check_denied().mask).astype(np.int64)
+
+    def _rows(self, name: str) -> Rows:
+        return Rows(
+            [
+                self.path / file
+                for prefix in format_lib.prefixes(self.manifest)
+                for file in sorted(self.manifest["files"])
+                if file.startswith(f"{prefix}{name}-")
+            ]
+        )
+
+    def _hashes(self, name: str) -> UInt64[np.ndarray, " n"] | None:
+        found = [
+            any(f.startswith(f"{prefix}{name}-") for f in self.manifest["files"])
+            for prefix in format_lib.prefixes(self.manifest)
+        ]
+        return np.asarray(self._rows(name)) if all(found) else None
+
+    def _part(
+        self, rows: Int64[np.ndarray, " n"], modality: Modality, variant: int
+    ) -> Float[np.ndarray, "n d_embed"]:
+        if variant:
+            return self._queries[modality][rows][:, variant - 1]
+        parts = {"text": self.text_embeddings, "image": self.image_embeddings}
+        return parts[modality][rows]
+
+    def _check_ids(self, ids: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        rows = np.asarray(ids, np.int64).reshape(-1)
+        wrong = rows[(rows < 0) | (rows >= len(self))]
+        if len(wrong):
+            raise IndexError(
+                f"row {wrong[0]} does not exist: the memory at {self.path} has rows "
+                f"0..{len(self) - 1}"
+            )
+        return rows
+
+    def _check_denied(self) -> _Denied:
+        """The deny list; read again when another process has replaced the file."""
+        file = format_lib.deny_path(self.path, self.manifest)
+        try:
+            status = os.stat(file)
+        except FileNotFoundError:
+            format_lib.read_denied(self.path, self.manifest)
+            raise
+        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+        denied = self._denied
+        if denied is None or denied.stamp != stamp:
+            with self._lock:
+                rows = format_lib.read_denied(self.path, self.manifest)
+                mask = np.zeros(len(self), bool)
+                mask[rows] = True
+                denied = self._denied = _Denied(stamp, mask, len(rows))
+        return denied

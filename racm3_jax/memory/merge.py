@@ -1,0 +1,222 @@
+"""The parts of a corpus -> one memory: repeats left out, leakage counted, indexed."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import resource
+import shutil
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from racm3_jax import storage
+from racm3_jax.documents.readers import ReadReport
+from racm3_jax.index import registry
+from racm3_jax.index.contract import IndexKind
+from racm3_jax.memory import filters, writer
+from racm3_jax.memory import parts as parts_lib
+from racm3_jax.memory.config import CorpusConfig, Deduplicate, encoder_name
+from racm3_jax.memory.parts import Maker
+
+# Of the rows' own bytes: a copy, ScaNN's own, its sample for training, half precision for
+# reordering, tables. A tree took more than 4 (ScaNN 1.4.2, measured).
+INDEX_RAM_FACTOR = 5.0
+
+
+class Firsts(NamedTuple):
+    """Which rows of all parts repeat no earlier one, by what they could repeat.
+
+    Attributes:
+      ids: False where an earlier row has the same id.
+      contents: where an earlier one has the same text and pixels.
+      images: where an earlier one has a near-equal image.
+    """
+
+    ids: Bool[np.ndarray, " n"]
+    contents: Bool[np.ndarray, " n"]
+    images: Bool[np.ndarray, " n"]
+
+
+FindFirsts = Callable[[Sequence[pathlib.Path]], Firsts]
+
+
+def part_path(work: pathlib.Path, number: int) -> pathlib.Path:
+    """Where the part of a shard is made."""
+    return work / f"part-{number:05d}"
+
+
+def bad_records_file(path: pathlib.Path) -> pathlib.Path:
+    """Where the bad records of the build of `path` are listed."""
+    return path.with_name(f"{path.name}.bad_records.jsonl")
+
+
+def find_firsts(folders: Sequence[pathlib.Path]) -> Firsts:
+    """Compares all rows of the parts in this process."""
+    ids, contents, images = (
+        np.asarray(parts_lib.open_rows(folders, name))
+        for name in ("id_hashes", "content_hashes", "image_hashes")
+    )
+    embeddings = parts_lib.open_rows(folders, "embeddings_image")
+    return Firsts(
+        filters.find_first(ids),
+        filters.find_first(contents),
+        filters.find_near_first(images, embeddings.__getitem__),
+    )
+
+
+def merge_parts(
+    work: pathlib.Path,
+    path: pathlib.Path,
+    source: str,
+    num_parts: int,
+    maker: Maker,
+    config: CorpusConfig,
+    overwrite: bool,
+    find: FindFirsts = find_firsts,
+) -> None:
+    """All parts in order -> the memory.
+
+    Args:
+      work: where the parts are.
+      path: of the memory.
+      source: that the parts were made of.
+      num_parts: one a shard.
+      maker: that made them.
+      config: of the build.
+      overwrite: replace a memory that is at `path`.
+      find: which rows repeat none.
+
+    Raises:
+      ValueError: too many records were bad, or no document is left.
+    """
+    for stale in path.parent.glob(f".{path.name}.*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    parts = [part_path(work, number) for number in range(num_parts)]
+    reports = [parts_lib.read_report(part) for part in parts]
+    report, filtered = ReadReport(config.max_bad), {}
+    for part in reports:
+        report.merge(part["read"])
+        for reason, count in part["filtered"].items():
+            filtered[reason] = filtered.get(reason, 0) + count
+    report.check(final=True)
+    _list_bad_records(path, report)
+    folders = [p for p, r in zip(parts, reports, strict=True) if r["num_documents"]]
+    if not folders:
+        raise ValueError(
+            f"no documents are left of {source} (read {report.num_documents}, left "
+            f"out: {filtered or 'none'})"
+        )
+    kept, duplicates = choose_kept(find(folders), config.deduplicate)
+    index, rows_per_shard = _choose_index(config, folders, int(kept.sum()))
+    writer.write_memory(
+        parts_lib.read_chunks(folders, kept),
+        path=path,
+        vocab=maker.tokenizer.vocab,
+        tokenizer_fingerprint=maker.tokenizer.fingerprint(),
+        encoder_fingerprint=encoder_name(maker.embedder),
+        index=index,
+        query_drop=config.query_drop,
+        overwrite=overwrite,
+        rows_per_shard=rows_per_shard,
+        recall_target=config.recall_target,
+        about={
+            "source": source,
+            # For the parts that are added later, and for compaction.
+            "recall_target": config.recall_target,
+            "rows_per_shard": rows_per_shard,
+            "report": {
+                "read": report.num_documents,
+                "bad": dict(sorted(report.reasons.items())),
+                "filtered": dict(sorted(filtered.items())),
+                "duplicates": duplicates,
+                "leakage": count_leakage(folders, kept),
+            },
+        },
+    )
+
+
+def _list_bad_records(path: pathlib.Path, report: ReadReport) -> None:
+    lines = "".join(json.dumps(entry) + "\n" for entry in report.listed)
+    file = bad_records_file(path)
+    if lines:
+        storage.write_file(file, lines.encode())
+    else:
+        file.unlink(missing_ok=True)
+
+
+def choose_kept(
+    firsts: Firsts, deduplicate: Deduplicate
+) -> tuple[Bool[np.ndarray, " n"], dict[str, int]]:
+    """Which rows enter the memory, and how many repeat others.
+
+    Of equal documents the first stays. All are counted; equal ids are always dropped.
+    """
+    ids, contents, images = firsts
+    counts = {
+        "equal id": int((~ids).sum()),
+        "exact": int((ids & ~contents).sum()),
+        "near": int((ids & contents & ~images).sum()),
+    }
+    dropped = {"none": (), "exact": (contents,), "near": (contents, images)}
+    return np.logical_and.reduce([ids, *dropped[deduplicate]]), counts
+
+
+def count_leakage(
+    folders: Sequence[pathlib.Path], kept: Bool[np.ndarray, " n"]
+) -> dict[str, int]:
+    """How many documents of the memory would be given what retrieval must withhold.
+
+    Every document finds itself; "same source", "exact copy" and "near copy" count those
+    that have another one of that kind in the memory. The retriever leaves all of these
+    out; evaluation documents are not in the memory, and are counted as filtered.
+    """
+    rows = np.flatnonzero(kept)
+    columns = {
+        name: np.asarray(parts_lib.open_rows(folders, f"{name}_hashes"))[rows]
+        for name in ("source", "content", "image")
+    }
+    embeddings = parts_lib.open_rows(folders, "embeddings_image")
+    images = columns["image"]
+    near = filters.find_alike(images, lambda places: embeddings[rows[places]])
+    return {
+        "itself": len(rows),
+        "same source": int(_find_shared(columns["source"]).sum()),
+        "exact copy": int(_find_shared(columns["content"]).sum()),
+        "near copy": int(near.sum()),
+    }
+
+
+def _find_shared(hashes: np.ndarray) -> Bool[np.ndarray, " n"]:
+    """True where another row has the same hash; 0 is none."""
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    return (counts[inverse] > 1) & (hashes != 0)
+
+
+def _choose_index(
+    config: CorpusConfig, folders: Sequence[pathlib.Path], num_rows: int
+) -> tuple[IndexKind, int | None]:
+    """A kind, and rows a shard, whose build stays within `max_ram_gb`.
+
+    What the process holds already, the models above all, is part of it.
+    """
+    kind = registry.choose_kind(config.index, num_rows)
+    if not config.max_ram_gb:
+        return kind, None
+    d_embed = parts_lib.open_rows(folders, "embeddings_document").shape[1]
+    row_bytes = 4 * d_embed * INDEX_RAM_FACTOR
+    free = config.max_ram_gb * 1e9 - _resident_bytes()
+    fitting = max(0, int(free / row_bytes))
+    if kind == "exact" or (fitting >= num_rows and kind == "scann"):
+        return kind, None
+    return "scann_sharded", max(registry.MIN_SCANN_ROWS, min(fitting, num_rows))
+
+
+def _resident_bytes() -> int:
+    """Of this process; 0 where the system does not tell."""
+    status = pathlib.Path("/proc/self/statm")
+    if not status.is_file():
+        return 0
+    return int(status.read_text().split()[1]) * resource.getpagesize()

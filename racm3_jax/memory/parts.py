@@ -1,0 +1,283 @@
+"""One shard of a source -> one part of a memory on disk, and back to chunks.
+
+A part is a function of (shard, settings, models) alone. It appears whole or not at all,
+so that a build which is killed makes again only the parts that are missing.
+
+    part-00007/   documents.array_record, embeddings_*.npy, …, report.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from racm3_jax import storage
+from racm3_jax.documents import store
+from racm3_jax.documents.readers import ReadReport, Record, Shard, read_shard
+from racm3_jax.index.rows import Records, Rows
+from racm3_jax.memory import chunks as chunks_lib
+from racm3_jax.memory import filters, writer
+from racm3_jax.memory import format as format_lib
+from racm3_jax.memory.chunks import DocumentTokenizer, Embedder, MemoryChunk
+from racm3_jax.types import Document
+
+REPORT_FILE = "report.json"
+# Pixels of a chunk's images that are held at once.
+MAX_CHUNK_BYTES = 1 << 28
+_COLUMNS = (
+    *("embeddings_text", "embeddings_image", "embeddings_document"),
+    *("queries_text", "queries_image"),
+)
+_HASHES = ("content_hashes", "image_hashes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What turns records into chunks.
+
+    Attributes:
+      tokenizer: of the documents.
+      embedder: of texts and images; a name where the source brings its embeddings.
+      num_query_variants: queries with dropout for every document.
+      query_drop: share of a query that is left out.
+      seed: of the dropout.
+      opt_out: documents that must not be used.
+      held_out: evaluation documents.
+      limits: of NSFW and watermark scores.
+      chunk_size: documents at a time.
+    """
+
+    tokenizer: DocumentTokenizer
+    embedder: Embedder | str
+    num_query_variants: int = 4
+    query_drop: float = 0.2
+    seed: int = 0
+    opt_out: filters.OptOut | None = None
+    held_out: filters.HeldOut | None = None
+    limits: filters.ScoreLimits = dataclasses.field(default_factory=filters.ScoreLimits)
+    chunk_size: int = chunks_lib.CHUNK_SIZE
+
+    def chunks(
+        self,
+        shard: Shard,
+        number: int,
+        report: ReadReport,
+        filtered: dict[str, int],
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[MemoryChunk]:
+        """The chunks of a shard.
+
+        Args:
+          shard: of a source.
+          number: of the shard; seeds the dropout.
+          report: counts what was read.
+          filtered: counts what was read and left out, by reason.
+          progress: called with the number of documents of each chunk.
+        """
+        first = 0
+        records = self._kept(read_shard(shard, report), filtered)
+        for batch in _batches(records, self.chunk_size):
+            rngs = [
+                np.random.default_rng([self.seed, number, first, v])
+                for v in range(self.num_query_variants)
+            ]
+            first += len(batch)
+            chunk = self._chunk(batch, rngs)
+            passed = self._passed(batch, chunk, filtered)
+            if progress is not None:
+                progress(len(batch))
+            if passed.any():
+                yield select_rows(chunk, passed)
+
+    def _kept(
+        self, records: Iterator[Record], filtered: dict[str, int]
+    ) -> Iterator[Record]:
+        for record in records:
+            document = record.document
+            reason = None
+            if self.opt_out is not None and self.opt_out.matches(
+                document.id, document.source, document.metadata
+            ):
+                reason = "opted out"
+            elif self.held_out is not None and self.held_out.matches(document):
+                reason = "evaluation document"
+            if reason is None:
+                yield record
+            else:
+                filtered[reason] = filtered.get(reason, 0) + 1
+
+    def _chunk(
+        self, batch: list[Record], rngs: Sequence[np.random.Generator]
+    ) -> MemoryChunk:
+        documents = [record.document for record in batch]
+        if isinstance(self.embedder, str):
+            chunk = _ready_chunk(batch, self.tokenizer, len(rngs))
+        else:
+            chunk = chunks_lib.make_chunk(
+                documents, self.tokenizer, self.embedder, self.query_drop, rngs
+            )
+        hashes = [_first_image_hash(document) for document in documents]
+        return chunk._replace(
+            content_hashes=np.asarray(
+                [filters.hash_content(d) for d in documents], np.uint64
+            ),
+            image_hashes=np.asarray(hashes, np.uint64),
+        )
+
+    def _passed(
+        self, batch: list[Record], chunk: MemoryChunk, filtered: dict[str, int]
+    ) -> Bool[np.ndarray, " n"]:
+        embed = None
+        if not isinstance(self.embedder, str):
+            embed = functools.partial(self.embedder.embed_texts, drop=0.0, rng=None)
+        names = self.limits.rejected([r.document for r in batch], chunk.image, embed)
+        for name in names:
+            if name is not None:
+                filtered[name] = filtered.get(name, 0) + 1
+        return np.asarray([name is None for name in names], bool)
+
+
+def _first_image_hash(document: Document) -> int:
+    images = document.images
+    return filters.hash_image(images[0]) if images else 0
+
+
+def _batches(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
+    """At most `size` records, and not many more than `MAX_CHUNK_BYTES` of pixels."""
+    batch: list[Record] = []
+    num_bytes = 0
+    for record in records:
+        batch.append(record)
+        num_bytes += sum(image.nbytes for image in record.document.images)
+        if len(batch) == size or num_bytes >= MAX_CHUNK_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _ready_chunk(
+    batch: list[Record], tokenizer: DocumentTokenizer, num_variants: int
+) -> MemoryChunk:
+    """Of embeddings that the source brought: their queries are without dropout."""
+    rows = [
+        r for record in batch for r in (record.text_embedding, record.image_embedding)
+    ]
+    given = [row for row in rows if row is not None]
+    if not given:
+        raise ValueError(
+            "the source brings no embeddings, and there is no embedder: give one"
+        )
+    zero = np.zeros_like(given[0])
+    parts = [zero if row is None else row for row in rows]
+    text, image = np.stack(parts[::2]), np.stack(parts[1::2])
+    document = text + image
+    document /= np.linalg.norm(document, axis=1, keepdims=True)
+    return MemoryChunk(
+        chunks_lib.tokenize([r.document for r in batch], tokenizer),
+        *(text, image, document),
+        *(np.repeat(p[:, None], num_variants, axis=1) for p in (text, image)),
+    )
+
+
+def select_rows(chunk: MemoryChunk, kept: Bool[np.ndarray, " n"]) -> MemoryChunk:
+    """The documents of a chunk where `kept` is True."""
+    documents = [d for d, k in zip(chunk.documents, kept, strict=True) if k]
+    arrays = [None if a is None else a[kept] for a in chunk[1:]]
+    return MemoryChunk(documents, *arrays)  # type: ignore[arg-type]
+
+
+def write_corpus_part(
+    path: pathlib.Path,
+    shard: Shard,
+    number: int,
+    maker: Maker,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Makes the part of one shard at `path`, whole or not at all."""
+    report, filtered = ReadReport(max_bad=1.0), {}
+    with storage.written_aside(path) as directory:
+        chunks = _unique(
+            maker.chunks(shard, number, report, filtered, progress), filtered
+        )
+        part = writer.write_part(directory, chunks, index=None)
+        content = {
+            "shard": shard.name,
+            "num_documents": 0 if part is None else part.num_documents,
+            "read": report.as_dict(),
+            "filtered": dict(sorted(filtered.items())),
+        }
+        storage.write_file(directory / REPORT_FILE, storage.encode_sealed(content))
+
+
+def _unique(
+    chunks: Iterator[MemoryChunk], filtered: dict[str, int]
+) -> Iterator[MemoryChunk]:
+    """Without the documents whose id came before."""
+    seen: set[int] = set()
+    for chunk in chunks:
+        kept = np.ones(len(chunk.documents), bool)
+        for i, document in enumerate(chunk.documents):
+            number = format_lib.hash_name(document.id)
+            kept[i] = number not in seen
+            seen.add(number)
+        if not kept.all():
+            count = int((~kept).sum())
+            filtered["repeated id"] = filtered.get("repeated id", 0) + count
+        if kept.any():
+            yield select_rows(chunk, kept)
+
+
+def read_report(path: pathlib.Path) -> dict[str, Any]:
+    """What `write_corpus_part` counted.
+
+    Raises:
+      IntegrityError: if the report is damaged.
+    """
+    file = path / REPORT_FILE
+    return storage.decode_sealed(file.read_bytes(), str(file), f"remove {path}")
+
+
+def open_rows(folders: Sequence[pathlib.Path], name: str) -> Rows:
+    """One column of several parts."""
+    return Rows([f for folder in folders for f in sorted(folder.glob(f"{name}-*.npy"))])
+
+
+def read_chunks(
+    folders: Sequence[pathlib.Path], kept: Bool[np.ndarray, " n"]
+) -> Iterator[MemoryChunk]:
+    """The documents of parts where `kept` is True, in order, as chunks.
+
+    Args:
+      folders: each with at least one document.
+      kept: over the rows of all of them.
+    """
+    has_hashes = all(any(f.glob("content_hashes-*.npy")) for f in folders)
+    names = (*_COLUMNS, *_HASHES) if has_hashes else _COLUMNS
+    first = 0
+    for folder in folders:
+        columns = [open_rows([folder], name) for name in names]
+        own = kept[first : first + len(columns[0])]
+        first += len(columns[0])
+        yield from _read_folder(folder, columns, np.flatnonzero(own))
+
+
+def _read_folder(
+    folder: pathlib.Path, columns: Sequence[Rows], rows: Int[np.ndarray, " n"]
+) -> Iterator[MemoryChunk]:
+    records = Records([folder / format_lib.DOCUMENTS_FILE])
+    try:
+        for start in range(0, len(rows), chunks_lib.CHUNK_SIZE):
+            block = rows[start : start + chunks_lib.CHUNK_SIZE]
+            documents = [store.decode_tokenized(r) for r in records.read(block)]
+            yield MemoryChunk(documents, *(c[block] for c in columns))
+            for column in columns:
+                column.release()
+    finally:
+        records.close()

@@ -1,0 +1,148 @@
+"""Arithmetic for memories that do not exist yet: disk, RAM, FLOPs, hours.
+
+Every figure follows from the formats of this package and the numbers in `MACHINES`;
+speeds are shares of a machine's peak that were reached, not promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from racm3_jax.index.scann import MAX_HASH_BLOCKS
+from racm3_jax.memory.merge import INDEX_RAM_FACTOR
+
+# Dense bf16 peak in FLOP/s, from the makers' data sheets, and the share of it that a
+# large matrix product, or a ViT, commonly reaches.
+MACHINES: dict[str, float] = {
+    "NVIDIA H100 SXM": 989e12,
+    "NVIDIA A100": 312e12,
+    "TPU v5p": 459e12,
+    "TPU v5e": 197e12,
+}
+UTILISATION = 0.4
+# Forward FLOPs of CLIP ViT-L/14 at 224 pixels: 2 * 304e6 weights * 257 tokens, and of
+# its text tower: 2 * 85e6 weights * 77 tokens.
+CLIP_IMAGE_FLOPS = 2 * 304e6 * 257
+CLIP_TEXT_FLOPS = 2 * 85e6 * 77
+_METADATA_BYTES = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """The memory to plan.
+
+    Attributes:
+      num_documents: of one caption and one image.
+      d_embed: width of the embeddings.
+      hosts: that hold a shard each.
+      devices_per_host: accelerators of a host.
+      num_query_variants: queries with dropout a document.
+      tokens_per_document: ids of text and image.
+      max_candidates: neighbours kept in a table.
+    """
+
+    num_documents: int
+    d_embed: int = 768
+    hosts: int = 1
+    devices_per_host: int = 8
+    num_query_variants: int = 4
+    tokens_per_document: int = 1024 + 32
+    max_candidates: int = 32
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            least = 0 if field.name == "num_query_variants" else 1
+            if getattr(self, field.name) < least:
+                raise ValueError(
+                    f"{field.name} must be >= {least}; got {getattr(self, field.name)}"
+                )
+
+
+def compute_plan(config: PlanConfig) -> dict[str, Any]:
+    """Bytes, FLOPs and hours.
+
+    Returns:
+      "disk_bytes" by kind of file and "disk_bytes_total", "ram_bytes_per_host" by use,
+      "flops" of embedding and of the exact neighbours of all queries, and
+      "hours" of both by machine (`hosts * devices_per_host` of them).
+    """
+    n, d = config.num_documents, config.d_embed
+    variants = config.num_query_variants
+    num_queries = 2 * (1 + variants) * n
+    per_block = max(2, -(-d // MAX_HASH_BLOCKS))
+    # 4 bits a block of dimensions, twice because SOAR puts a row into two leaves; the
+    # rows that are reordered in bfloat16; an id.
+    index_row = -(-d // per_block) + 2 * d + 8
+    disk = {
+        "documents": n * (4 * config.tokens_per_document + _METADATA_BYTES),
+        "embeddings": 3 * 4 * n * d,
+        "queries": 2 * 2 * variants * n * d,
+        "index": n * index_row,
+        "table": num_queries * (8 + 12 * config.max_candidates),
+    }
+    rows_per_host = -(-n // config.hosts)
+    ram = {
+        "search": rows_per_host * index_row,
+        "build": int(rows_per_host * 4 * d * INDEX_RAM_FACTOR),
+        "exact": rows_per_host * 4 * d,
+        "table": 0,
+    }
+    embed = n * (
+        (1 + variants) * CLIP_TEXT_FLOPS + (1 + 0.8 * variants) * CLIP_IMAGE_FLOPS
+    )
+    flops = {"embed": embed, "exact_neighbours": 2.0 * num_queries * n * d}
+    devices = config.hosts * config.devices_per_host
+    hours = {
+        name: {
+            use: count / (peak * UTILISATION * devices) / 3600
+            for use, count in flops.items()
+        }
+        for name, peak in MACHINES.items()
+    }
+    return {
+        "disk_bytes": disk,
+        "disk_bytes_total": sum(disk.values()),
+        "ram_bytes_per_host": ram,
+        "flops": flops,
+        "devices": devices,
+        "hours": hours,
+    }
+
+
+def format_plan(config: PlanConfig, plan: dict[str, Any]) -> str:
+    """The plan as a text for people."""
+    head = (
+        f"{config.num_documents:,} documents x {config.d_embed}, {config.hosts} hosts "
+        f"with {config.devices_per_host} devices each"
+    )
+    flops = (
+        f"FLOPs: embedding (CLIP ViT-L/14) {plan['flops']['embed']:.2g}, exact "
+        f"neighbours of all queries {plan['flops']['exact_neighbours']:.2g}"
+    )
+    lines = [
+        head,
+        f"disk: {_size(plan['disk_bytes_total'])}",
+        *(f"  {name:<12} {_size(b)}" for name, b in plan["disk_bytes"].items()),
+        "RAM of a host:",
+        f"  search with scann_sharded    {_size(plan['ram_bytes_per_host']['search'])}",
+        f"  while its shard is built     {_size(plan['ram_bytes_per_host']['build'])}",
+        f"  exact search (device memory) {_size(plan['ram_bytes_per_host']['exact'])}",
+        "  table (mapped from disk)     0",
+        flops,
+        f"hours on {plan['devices']} devices at {UTILISATION:.0%} of their peak:",
+    ]
+    for name, hours in plan["hours"].items():
+        lines.append(
+            f"  {name:<16} embedding {hours['embed']:8.2f}   exact neighbours "
+            f"{hours['exact_neighbours']:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} PB"

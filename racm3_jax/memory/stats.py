@@ -1,0 +1,95 @@
+"""What a memory holds and how well it is searched: sizes, recall, latency, duplicates."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from racm3_jax.index.tuning import compute_recall, find_exact
+from racm3_jax.memory.memory import Memory
+from racm3_jax.types import Modality
+
+NEAR = 0.95
+_MODALITIES: tuple[Modality, ...] = ("text", "image")
+
+
+def compute_stats(
+    memory: Memory, *, num_queries: int = 200, k: int = 10, seed: int = 0
+) -> dict[str, Any]:
+    """Measures a memory on sampled queries, text and image queries apart.
+
+    Args:
+      memory: opened.
+      num_queries: of each kind, drawn among the allowed documents.
+      k: neighbours asked for.
+      seed: of the sample.
+
+    Returns:
+      "documents", "removed", "with_text", "with_image", "multimodal", "bytes" by what
+      they are of, "index", and for each kind of query "recall" (share of the exact k
+      nearest that the index finds), "latency_ms" (p50, p90, p99 of one query a call)
+      and "near_duplicates" (share of the sampled documents whose nearest other one has
+      a similarity of at least 0.95). JSON-serialisable.
+
+    Raises:
+      ValueError: if every document is removed.
+    """
+    allowed = memory.allowed_ids()
+    if not len(allowed):
+        raise ValueError(f"every document of the memory at {memory.path} is removed")
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(allowed, min(num_queries, len(allowed)), replace=False))
+    queries_of = {m: memory.queries(rows, m) for m in _MODALITIES}
+    report = memory.manifest.get("report", {})
+    return {
+        "documents": len(allowed),
+        "removed": len(memory) - len(allowed),
+        "with_text": memory.manifest["num_with_modality"]["text"],
+        "with_image": memory.manifest["num_with_modality"]["image"],
+        "multimodal": int(memory.is_multimodal.sum()),
+        "d_embed": memory.d_embed,
+        "index": memory.manifest["index"],
+        "bytes": count_bytes(memory),
+        "build": report,
+        "recall": {
+            name: compute_recall(
+                memory.index, find_exact(memory.embeddings, queries, k), queries
+            )
+            for name, queries in queries_of.items()
+        },
+        "latency_ms": {
+            name: _latency(memory, queries, k) for name, queries in queries_of.items()
+        },
+        "near_duplicates": _near_duplicates(memory, rows),
+    }
+
+
+def count_bytes(memory: Memory) -> dict[str, int]:
+    """Bytes on disk by kind of file."""
+    sizes: dict[str, int] = {}
+    for name, entry in memory.manifest["files"].items():
+        parts = name.split("/")
+        kind = (
+            "index" if "index" in parts[:-1] else parts[-1].split("-")[0].split(".")[0]
+        )
+        sizes[kind] = sizes.get(kind, 0) + entry["bytes"]
+    return dict(sorted(sizes.items()))
+
+
+def _latency(memory: Memory, queries: np.ndarray, k: int) -> dict[str, float]:
+    memory.search(queries[:1], k)  # compiles
+    taken = []
+    for query in queries:
+        start = time.perf_counter()
+        memory.search(query[None], k)
+        taken.append(1000 * (time.perf_counter() - start))
+    p50, p90, p99 = np.percentile(taken, [50, 90, 99])
+    return {"p50": float(p50), "p90": float(p90), "p99": float(p99)}
+
+
+def _near_duplicates(memory: Memory, rows: np.ndarray) -> float:
+    found = memory.search(memory.embeddings[rows], 2)
+    others = np.where(found.ids == rows[:, None], -np.inf, found.scores)
+    return float((others.max(axis=1) >= NEAR).mean())

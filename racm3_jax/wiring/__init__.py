@@ -1,0 +1,67 @@
+"""The composition root: turns a ConfigDict into objects. Nothing else reads configs.
+
+config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
+"""
+
+from racm3_jax.wiring.generators import load_generator, save_generator
+from racm3_jax.wiring.jobs import (
+    Job,
+    build_clip_job,
+    build_generator_job,
+    build_job,
+    build_trained_columns,
+    build_vqgan_job,
+)
+from racm3_jax.wiring.parts import (
+    build_embedder,
+    build_episodes,
+    build_memory,
+    build_mesh,
+    build_model_config,
+    build_model_shape,
+    build_retriever,
+    build_tokenizer,
+    build_world,
+    construct,
+    count_shards,
+    read_memory_documents,
+    resolve,
+)
+from racm3_jax.wiring.suites import (
+    FlagworldSuite,
+    TasksSuite,
+    build_coco_protocol,
+    build_flagworld_suite,
+    build_likelihood_protocol,
+    build_tasks_suite,
+)
+
+__all__ = [
+    "FlagworldSuite",
+    "Job",
+    "TasksSuite",
+    "build_clip_job",
+    "build_coco_protocol",
+    "build_embedder",
+    "build_episodes",
+    "build_flagworld_suite",
+    "build_generator_job",
+    "build_job",
+    "build_likelihood_protocol",
+    "build_memory",
+    "build_mesh",
+    "build_model_config",
+    "build_model_shape",
+    "build_retriever",
+    "build_tasks_suite",
+    "build_tokenizer",
+    "build_trained_columns",
+    "build_vqgan_job",
+    "build_world",
+    "construct",
+    "count_shards",
+    "load_generator",
+    "read_memory_documents",
+    "resolve",
+    "save_generator",
+]

@@ -1,0 +1,349 @@
+"""The trainings: generator, CLIP, VQGAN."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from racm3_jax import checkpoints
+from racm3_jax.documents import batches as image_data
+from racm3_jax.documents.flagworld import read_flagworld
+from racm3_jax.memory.memory import Memory
+from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.transformer import (
+    Transformer,
+    abstract_params,
+    count_params,
+    head_weights,
+    init_params,
+    stack_layers,
+    unstack_layers,
+)
+from racm3_jax.retrieval import clip as clip_model
+from racm3_jax.retrieval import clip_loss as clip_objective
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.sequences.causal_masking import CausalMaskingConfig
+from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
+from racm3_jax.tokenizers import vqgan as vqgan_model
+from racm3_jax.tokenizers import vqgan_loss as vqgan_objective
+from racm3_jax.tokenizers.bpe import TextTokenizer
+from racm3_jax.tokenizers.image import ImageTokenizer
+from racm3_jax.training.hardware import flops_per_token
+from racm3_jax.training.loss import GeneratorLossConfig, make_generator_loss
+from racm3_jax.training.optimizer import (
+    OptimizerConfig,
+    TrainedColumns,
+    build_optimizer,
+    build_schedule,
+)
+from racm3_jax.training.processes import fetch_all, leader_first
+from racm3_jax.training.step import LossFn, TrainState, init_state, make_train_step
+from racm3_jax.vocab import Vocab
+from racm3_jax.wiring.generators import carry_origin, save_generator
+from racm3_jax.wiring.parts import (
+    build_embedder,
+    build_episodes,
+    build_memory,
+    build_mesh,
+    build_model_config,
+    build_retriever,
+    build_tokenizer,
+    build_world,
+    construct,
+    read_memory_documents,
+    resolve,
+    use_table,
+)
+
+# The choices of config.train_only; the first is the default.
+TRAIN_ONLY = ("all", "image_output_rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that `run.train` needs; what it trains is only in here.
+
+    Attributes:
+      state: fresh, sharded over the mesh.
+      step_fn: (state, batch) -> (state, metrics), compiled.
+      make_batches: start step -> iterator of batches.
+      num_steps: where training ends.
+      export: writes the finished model into the work directory.
+      with_stats: whether a batch comes as `(batch, statistics)`.
+      flops_per_token: of a step, PaLM's count; 0 where nobody asks for it.
+    """
+
+    state: TrainState
+    step_fn: Callable[..., Any]
+    make_batches: Callable[[int], Iterator[Any]]
+    num_steps: int
+    export: Callable[[TrainState], None]
+    with_stats: bool = False
+    flops_per_token: float = 0.0
+
+
+def build_job(config: Any, workdir: Path) -> Job:
+    """The training that `config.kind` names.
+
+    Raises:
+      ValueError: for an unknown kind.
+    """
+    builders = {
+        "generator": build_generator_job,
+        "clip": build_clip_job,
+        "vqgan": build_vqgan_job,
+    }
+    if config.kind not in builders:
+        raise ValueError(f"config.kind is {config.kind!r}; allowed: {sorted(builders)}")
+    return builders[config.kind](config, workdir)
+
+
+def build_vqgan_job(config: Any, workdir: Path) -> Job:
+    """Trains the image tokenizer; exports `workdir/vqgan`."""
+    model_config = construct(vqgan_model.VQGANConfig, config.vqgan, "vqgan")
+    loss_config = construct(
+        vqgan_objective.VQGANLossConfig, config.vqgan_loss, "vqgan_loss"
+    )
+    images = np.stack(
+        [d.images[0] for d in read_flagworld(build_world(config), "train")]
+    )
+
+    params = None
+    if config.codebook_images:
+        params = vqgan_objective.init_vqgan_from_images(
+            model_config,
+            loss_config,
+            jax.random.key(config.seed),
+            images[:: max(1, len(images) // config.codebook_images)],
+        )
+
+    def make(start_step: int) -> Iterator[Any]:
+        return image_data.image_batches(
+            images, config.batch_size, seed=config.seed, start_step=start_step
+        )
+
+    def export(state: TrainState) -> None:
+        params = checkpoints.round_to_half(jax.device_get(state.params["vqgan"]))
+        ImageTokenizer(model_config, params).save(workdir / "vqgan", dtype="float16")
+
+    return _job(
+        config,
+        lambda key: vqgan_objective.init_vqgan(model_config, loss_config, key),
+        vqgan_objective.vqgan_loss(model_config, loss_config),
+        make,
+        export,
+        params=params,
+    )
+
+
+def build_clip_job(config: Any, workdir: Path) -> Job:
+    """Trains the text tokenizer and CLIP; exports `workdir/text` and `workdir/clip`."""
+    documents = list(read_flagworld(build_world(config), "train"))
+    texts = [d.text for d in documents]
+    text_tokenizer = TextTokenizer.train(texts, config.text_tokenizer.vocab_size)
+    text_tokenizer.save(workdir / "text" / "tokenizer.json")
+    tokenizer = clip_model.CLIPTokenizer(text_tokenizer, config.clip.context_length)
+    model_config = construct(
+        clip_model.CLIPConfig, config.clip, "clip", vocab_size=tokenizer.vocab_size
+    )
+    loss_config = construct(
+        clip_objective.CLIPLossConfig, config.clip_loss, "clip_loss"
+    )
+    images = np.stack([d.images[0] for d in documents])
+    tokens = tokenizer.encode_batch(texts)
+    groups = np.array([d.metadata["nation_id"] for d in documents])
+
+    def make(start_step: int) -> Iterator[Any]:
+        return clip_objective.make_pair_batches(
+            images,
+            tokens,
+            groups,
+            num_pairs=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+        )
+
+    def export(state: TrainState) -> None:
+        params = checkpoints.round_to_half(jax.device_get(state.params))
+        embedder = DocumentEmbedder(model_config, params, text_tokenizer)
+        embedder.save(workdir / "clip", dtype="float16")
+
+    return _job(
+        config,
+        lambda key: clip_model.init_params(model_config, key),
+        clip_objective.clip_loss(model_config, loss_config),
+        make,
+        export,
+    )
+
+
+def build_generator_job(config: Any, workdir: Path) -> Job:
+    """Trains RA-CM3 (or its twin); exports a directory that `run.load` opens."""
+    tokenizer, embedder = build_tokenizer(config), build_embedder(config)
+    if config.get("memory_path"):
+        memory = Memory.load(resolve(config.memory_path), embedder, tokenizer)
+    else:
+        documents = read_memory_documents(config)
+        with leader_first():
+            memory = build_memory(
+                config, workdir / "memory", documents, tokenizer, embedder
+            )
+    with leader_first():
+        use_table(config, memory)
+    rows = memory.allowed_ids()
+    is_main = [m.get("split", "train") == "train" for m in memory.metadata(rows)]
+    main_ids = rows[np.array(is_main)]
+    model_config = build_model_config(config, tokenizer.vocab)
+    masking = construct(CausalMaskingConfig, config.masking, "masking")
+    pipeline = construct(
+        PipelineConfig,
+        config.pipeline,
+        "pipeline",
+        seed=config.seed,
+        num_query_variants=config.memory.num_query_variants,
+    )
+    retriever = build_retriever(config, memory) if pipeline.retrieval else None
+    episodes = build_episodes(config, memory, tokenizer)
+    model: Any = Transformer(model_config)
+
+    def make(start_step: int) -> Iterator[Any]:
+        return make_batches(
+            memory,
+            retriever,
+            main_ids,
+            tokenizer.vocab,
+            masking,
+            pipeline,
+            start_step=start_step,
+            num_steps=config.train.num_steps - start_step,
+            host=jax.process_index(),
+            num_hosts=jax.process_count(),
+            episodes=episodes,
+        )
+
+    def export(state: TrainState) -> None:
+        params = fetch_all(state.params)
+        if jax.process_index() != 0:
+            return
+        saved_config = model_config
+        if config.init_from and carry_origin(resolve(config.init_from), workdir):
+            # `racm3 export` writes such weights layer by layer.
+            params = unstack_layers(params)
+            saved_config = dataclasses.replace(model_config, scan_layers=False)
+        save_generator(
+            workdir,
+            saved_config,
+            params,
+            tokenizer,
+            embedder,
+            construct(StrategyConfig, config.strategy, "strategy"),
+        )
+
+    return _job(
+        config,
+        lambda key: init_params(model_config, key, boxed=True),
+        make_generator_loss(
+            lambda params, *inputs: model.apply({"params": params}, *inputs),
+            lambda params: head_weights(params, model_config),
+            tokenizer.vocab,
+            construct(GeneratorLossConfig, config.loss, "loss"),
+        ),
+        make,
+        export,
+        params=_read_first_params(config, model_config),
+        with_stats=True,
+        flops_per_token=flops_per_token(
+            model_config,
+            count_params(abstract_params(model_config)),
+            pipeline.row_length,
+        ),
+        trained=build_trained_columns(config, model_config, tokenizer.vocab),
+    )
+
+
+def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
+    """The weights of `config.init_from`, scanned or unrolled as the model wants them."""
+    if not config.init_from:
+        return None
+    params, _, _ = checkpoints.load_weights(resolve(config.init_from), "generator")
+    if not model_config.scan_layers:
+        return unstack_layers(params)
+    return params if "layers" in params else stack_layers(params)
+
+
+def build_trained_columns(
+    config: Any, model_config: ModelConfig, vocab: Vocab
+) -> TrainedColumns | None:
+    """What `config.train_only` leaves to be trained; None is everything.
+
+    "image_output_rows" are the head's columns of the image codes: what gives a model
+    its image output back that reads images already, and changes nothing else in it.
+
+    Raises:
+      ValueError: for an unknown choice, or a head that is the embedding too.
+    """
+    choice = config.get("train_only", TRAIN_ONLY[0])
+    if choice not in TRAIN_ONLY:
+        raise ValueError(
+            f"config.train_only is {choice!r}; allowed: {', '.join(TRAIN_ONLY)}"
+        )
+    if choice == TRAIN_ONLY[0]:
+        return None
+    if model_config.tie_embeddings:
+        raise ValueError(
+            f"config.train_only is {choice!r}, but the output rows are the embedding's "
+            "too: it needs config.model.tie_embeddings=False"
+        )
+    return TrainedColumns("head", vocab.image_range.start, vocab.image_range.stop)
+
+
+def _job(
+    config: Any,
+    init_fn: Callable[[jax.Array], Any],
+    loss_fn: LossFn,
+    make: Callable[[int], Iterator[Any]],
+    export: Callable[[TrainState], None],
+    params: Any = None,
+    with_stats: bool = False,
+    flops_per_token: float = 0.0,
+    trained: TrainedColumns | None = None,
+) -> Job:
+    mesh = build_mesh(config)
+    optimizer_config = construct(
+        OptimizerConfig,
+        config.optimizer,
+        "optimizer",
+        num_steps=config.train.num_steps,
+    )
+    optimizer = build_optimizer(optimizer_config)
+    if trained is not None:
+        optimizer = trained.restrict(optimizer)
+        loss_fn = trained.restrict_loss(loss_fn)
+    state = init_state(
+        init_fn, optimizer, mesh, jax.random.key(config.seed), params=params
+    )
+    step_fn = make_train_step(
+        loss_fn,
+        optimizer,
+        mesh,
+        state,
+        seed=config.seed,
+        schedule=build_schedule(optimizer_config),
+        num_microbatches=config.train.get("num_microbatches", 1),
+        skip_nonfinite=config.train.get("max_skipped_steps", 0) > 0,
+    )
+    return Job(
+        state,
+        step_fn,
+        make,
+        config.train.num_steps,
+        export,
+        with_stats,
+        flops_per_token,
+    )

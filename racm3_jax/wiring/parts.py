@@ -1,0 +1,225 @@
+"""One object from one section of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from racm3_jax import checkpoints, sharding
+from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
+from racm3_jax.documents.flagworld.names import make_labels
+from racm3_jax.memory.edit import TABLE_DIRECTORY
+from racm3_jax.memory.memory import Memory
+from racm3_jax.memory.neighbours import compute_neighbours
+from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.transformer import abstract_params, count_params
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.sequences.episodes import EpisodeConfig, Episodes
+from racm3_jax.tokenizers.bpe import TextTokenizer
+from racm3_jax.tokenizers.image import ImageTokenizer
+from racm3_jax.tokenizers.mixed import MixedTokenizer
+from racm3_jax.types import Document
+from racm3_jax.vocab import Vocab
+
+PACKAGE = Path(__file__).parent.parent
+T = TypeVar("T")
+
+
+def resolve(path: str | Path) -> Path:
+    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path."""
+    text = str(path)
+    if text.startswith("shipped:"):
+        return PACKAGE / "shipped" / text.removeprefix("shipped:")
+    return Path(text).expanduser()
+
+
+def construct(cls: type[T], section: Mapping[str, Any], where: str, **more: Any) -> T:
+    """Calls a dataclass's constructor with a config section.
+
+    Raises:
+      ValueError: for a key that the dataclass does not have; names the nearest one.
+    """
+    allowed = {f.name for f in dataclasses.fields(cls)} - set(more)  # type: ignore[arg-type]
+    for key in section:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, 1, 0.0)
+            raise ValueError(
+                f"config.{where}.{key} is not a setting; did you mean "
+                f"config.{where}.{near[0]}?"
+            )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+    return cls(**values, **more)
+
+
+def build_world(config: Any) -> FlagworldConfig:
+    return construct(FlagworldConfig, config.world, "world")
+
+
+def build_mesh(config: Any) -> Mesh:
+    return sharding.make_mesh(**config.mesh)
+
+
+def build_tokenizer(config: Any) -> MixedTokenizer:
+    section = config.tokenizer
+    for name in ("text", "image"):
+        if not section[name]:
+            raise ValueError(
+                f"config.tokenizer.{name} is empty: give the folder of a trained one, "
+                f"--config.tokenizer.{name}=FOLDER"
+            )
+    return MixedTokenizer(
+        TextTokenizer.load(resolve(section.text) / "tokenizer.json"),
+        ImageTokenizer.load(resolve(section.image)),
+        section.num_sentinels,
+    )
+
+
+def build_embedder(config: Any) -> DocumentEmbedder:
+    return DocumentEmbedder.load(resolve(config.embedder))
+
+
+def build_memory(
+    config: Any,
+    path: Path,
+    documents: Iterable[Document],
+    tokenizer: MixedTokenizer,
+    embedder: DocumentEmbedder,
+    *,
+    num_documents: int | None = None,
+) -> Memory:
+    """Opens the memory at `path`, or builds it there from `documents`.
+
+    Args:
+      config: its section `memory`.
+      path: of the memory's directory.
+      documents: read only if there is no memory yet.
+      tokenizer: of the documents.
+      embedder: of the documents and their queries.
+      num_documents: how many there are, for the progress bar.
+    """
+    if not (path / "manifest.json").exists():
+        section = config.memory
+        with tqdm(
+            total=num_documents, desc="build memory", unit="document", smoothing=0.1
+        ) as bar:
+
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
+            Memory.build(
+                documents,
+                tokenizer=tokenizer,
+                embedder=embedder,
+                path=path,
+                index="auto" if section.index == "table" else section.index,
+                num_query_variants=section.num_query_variants,
+                query_drop=section.query_drop,
+                progress=show,
+            ).close()
+    return Memory.load(path, embedder=embedder, tokenizer=tokenizer)
+
+
+def use_table(config: Any, memory: Memory) -> None:
+    """With `config.memory.index="table"`, searches are look-ups in `memory/table`.
+
+    The table is made when it is not there; `racm3 memory neighbours` makes it ahead.
+    """
+    if config.memory.get("index") != "table":
+        return
+    path = memory.path / TABLE_DIRECTORY
+    if not path.is_dir():
+        strategy = construct(StrategyConfig, config.strategy, "strategy")
+        width = strategy.max_candidates
+        compute_neighbours(memory, path, width, engine="memory")
+    memory.use_table(path)
+
+
+def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
+    """The generator's config; its rows are those of `config.init_from`, where given.
+
+    Converted weights have rows for ids that no tokenizer makes.
+    """
+    rows = vocab.size
+    if config.get("init_from"):
+        start = checkpoints.read_config(resolve(config.init_from))["config"]
+        rows = max(rows, start.get("vocab_size", 0))
+    model_config = construct(ModelConfig, config.model, "model", vocab_size=rows)
+    if model_config.dropout:
+        raise ValueError(
+            f"config.model.dropout is {model_config.dropout}, but the trainer draws no "
+            "dropout masks: leave it 0"
+        )
+    return model_config
+
+
+def build_model_shape(config: Any) -> tuple[ModelConfig, int]:
+    """The generator's config and its number of parameters; allocates nothing."""
+    if "vocab" in config:
+        vocab = construct(Vocab, config.vocab, "vocab")
+    else:
+        vocab = build_tokenizer(config).vocab
+    model_config = build_model_config(config, vocab)
+    return model_config, count_params(abstract_params(model_config))
+
+
+def count_shards(config: Any, num_devices: int) -> tuple[int, int]:
+    """(devices that share one copy of the weights, copies) of `config.mesh`.
+
+    Raises:
+      ValueError: a mesh that does not fit so many devices.
+    """
+    sizes = [config.mesh[name] for name in sharding.MESH_AXES]
+    if -1 in sizes:
+        known = math.prod([size for size in sizes if size != -1])
+        sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
+        raise ValueError(
+            f"config.mesh {dict(config.mesh)} does not fit {num_devices} devices"
+        )
+    data, fsdp, tensor = sizes
+    return fsdp * tensor, data
+
+
+def build_retriever(config: Any, memory: Memory) -> Retriever:
+    return Retriever(memory, construct(StrategyConfig, config.strategy, "strategy"))
+
+
+def build_episodes(
+    config: Any, memory: Memory, tokenizer: MixedTokenizer
+) -> Episodes | None:
+    """What turns main documents into k-shot questions; None if the config wants none.
+
+    Classes are values of a metadata key of the memory's documents; labels are invented
+    words.
+    """
+    if "episodes" not in config or not config.episodes.probability:
+        return None
+    settings = construct(EpisodeConfig, config.episodes, "episodes")
+    rows = memory.allowed_ids()
+    numbers: dict[str, int] = {}
+    classes = np.full(len(memory), -1, np.int64)
+    for row, facts in zip(rows.tolist(), memory.metadata(rows), strict=True):
+        if settings.class_key in facts:
+            name = str(facts[settings.class_key])
+            classes[row] = numbers.setdefault(name, len(numbers))
+    words = make_labels(settings.num_labels, np.random.default_rng(config.seed))
+    labels = [tokenizer.encode_text(word) for word in words]
+    return Episodes(settings, classes, labels)
+
+
+def read_memory_documents(config: Any) -> Iterator[Document]:
+    """What the memory holds: the training documents, and held-out nations if wanted."""
+    world = build_world(config)
+    if config.memory.include_heldout:
+        yield from read_flagworld(world, "heldout_memory")
+    yield from read_flagworld(world, "train")

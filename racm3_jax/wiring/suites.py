@@ -1,0 +1,241 @@
+"""The suites of evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from racm3_jax.documents.flagworld import (
+    FlagworldConfig,
+    make_nations,
+    read_flagworld,
+)
+from racm3_jax.documents.readers import read_documents
+from racm3_jax.evaluation.clip_score import CLIPFeatures, CLIPScorer
+from racm3_jax.evaluation.coco import choose_items, read_coco, read_karpathy
+from racm3_jax.evaluation.document_sets import choose_documents, choose_pool
+from racm3_jax.evaluation.flagworld import FlagworldJudge, SuiteSettings
+from racm3_jax.evaluation.inception import InceptionFeatures, convert_weights
+from racm3_jax.evaluation.likelihood_protocol import (
+    LikelihoodProtocol,
+    LikelihoodSettings,
+)
+from racm3_jax.evaluation.protocol import CocoProtocol, ProtocolSettings
+from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
+from racm3_jax.generation.tasks import Generator
+from racm3_jax.memory.memory import Memory
+from racm3_jax.porting.files import open_tensors
+from racm3_jax.porting.tensors import read_finite
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.training.processes import leader_first
+from racm3_jax.types import Document
+from racm3_jax.wiring.generators import load_generator
+from racm3_jax.wiring.parts import (
+    build_memory,
+    build_world,
+    construct,
+    resolve,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagworldSuite:
+    """The objects of the flagworld suite, over memories built in a work directory."""
+
+    generator: Generator
+    twin: Generator | None
+    swapped: Generator
+    judge: FlagworldJudge
+    swapped_judge: FlagworldJudge
+    settings: SuiteSettings
+    memory: Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksSuite:
+    """The objects of the suite of tasks, over the same memory."""
+
+    generator: Generator
+    twin: Generator | None
+    probes: TaskProbes
+    settings: TaskSettings
+    memory: Memory
+
+
+def build_flagworld_suite(config: Any, workdir: Path) -> FlagworldSuite:
+    """Builds both memories (as they are, and with exchanged flags) and opens the models.
+
+    Raises:
+      ValueError: a setting that does not exist, or models that are not there.
+    """
+    world = build_world(config)
+    swapped_world = dataclasses.replace(world, swap_flags=True)
+    plain, twin = _open_models(config)
+    pictures, scenes = [], []
+    for document in itertools.islice(
+        read_flagworld(world, "train"), config.num_scene_examples
+    ):
+        pictures.append(document.images[0])
+        scenes.append(document.metadata["scene"])
+    image_tokenizer = plain.tokenizer.image
+    coded = image_tokenizer.decode(image_tokenizer.encode(np.stack(pictures)))
+
+    def judge(its_world: FlagworldConfig) -> FlagworldJudge:
+        return FlagworldJudge(its_world, _tests(its_world), coded, scenes)
+
+    memory = _open_memory(config, workdir / "memory", world, plain)
+    swapped = _open_memory(config, workdir / "memory_swapped", swapped_world, plain)
+    strategy = construct(StrategyConfig, config.strategy, "strategy")
+    return FlagworldSuite(
+        plain.with_retriever(Retriever(memory, strategy)),
+        twin,
+        plain.with_retriever(Retriever(swapped, strategy)),
+        judge(world),
+        judge(swapped_world),
+        construct(SuiteSettings, config.settings, "settings"),
+        memory,
+    )
+
+
+def build_tasks_suite(config: Any, workdir: Path) -> TasksSuite:
+    """Builds the memory and opens the models.
+
+    Raises:
+      ValueError: a setting that does not exist, or models that are not there.
+    """
+    world = build_world(config)
+    settings = construct(TaskSettings, config.settings, "settings")
+    plain, twin = _open_models(config)
+    memory = _open_memory(config, workdir / "memory", world, plain)
+    probes = TaskProbes(
+        make_nations(world, "heldout"),
+        _tests(world),
+        list(read_flagworld(world, "heldout_memory")),
+        settings,
+    )
+    strategy = construct(StrategyConfig, config.strategy, "strategy")
+    generator = plain.with_retriever(Retriever(memory, strategy))
+    return TasksSuite(generator, twin, probes, settings, memory)
+
+
+def build_coco_protocol(config: Any, workdir: Path) -> CocoProtocol:
+    """Opens COCO's files, the model, its memory and the judges.
+
+    Raises:
+      ValueError: a setting that does not exist, or files that are not there.
+    """
+    for name in ("coco", "models"):
+        if not config[name]:
+            raise ValueError(f"config.{name} is empty: give --config.{name}=FOLDER")
+    settings = construct(ProtocolSettings, config.settings, "settings")
+    read = read_coco if settings.task == "text_to_image" else read_karpathy
+    items = choose_items(read(config.coco, config.split), config.num_items)
+    directory = resolve(config.models)
+    memory = Memory.load(config.memory or directory / "memory")
+    strategy = construct(StrategyConfig, config.strategy, "strategy")
+    generator = load_generator(directory, memory, strategy)
+    judge = generator.embedder
+    if config.judge_clip:
+        judge = DocumentEmbedder.load(resolve(config.judge_clip))
+    assert judge is not None  # load_generator always opens one
+    extractors: dict[str, Any] = {"clip": CLIPFeatures(judge)}
+    if config.inception.weights:
+        source = open_tensors(config.inception.weights)
+        arrays = {name: read_finite(source, name) for name in source.tensors}
+        extractors["inception"] = InceptionFeatures(
+            convert_weights(arrays),
+            variant=config.inception.variant,
+            resizing=config.inception.resizing,
+        )
+    return CocoProtocol(
+        generator,
+        items,
+        settings,
+        workdir,
+        extractors=extractors,
+        scorer=CLIPScorer(judge),
+        reference=Path(config.reference).expanduser() if config.reference else None,
+        **_share_of_work(),
+    )
+
+
+def build_likelihood_protocol(config: Any, workdir: Path) -> LikelihoodProtocol:
+    """Opens the documents, the models and the memory, which is built if none is named.
+
+    Raises:
+      ValueError: a setting that does not exist, or files that are not there.
+    """
+    settings = construct(LikelihoodSettings, config.settings, "settings")
+    plain, twin = _open_models(config)
+    world = build_world(config)
+    if config.source:
+        documents = list(read_documents(config.source))
+    else:
+        documents = list(read_flagworld(world, "heldout_test"))
+    shown = list(read_documents(config.kshot_source)) if config.kshot_source else []
+    if config.memory_path:
+        memory = Memory.load(config.memory_path)
+        assert plain.embedder is not None  # load_generator always opens one
+        memory.check(embedder=plain.embedder, tokenizer=plain.tokenizer)
+    else:
+        with leader_first():
+            memory = _open_memory(config, workdir / "memory", world, plain)
+        shown = shown or list(read_flagworld(world, "heldout_memory"))
+    strategy = construct(StrategyConfig, config.strategy, "strategy")
+    return LikelihoodProtocol(
+        plain.with_retriever(Retriever(memory, strategy)),
+        choose_documents(documents, config.num_items),
+        settings,
+        workdir,
+        twin=twin,
+        pool=choose_pool(shown or documents, config.class_key),
+        class_key=config.class_key,
+        **_share_of_work(),
+    )
+
+
+def _share_of_work() -> dict[str, Any]:
+    """Of this process, among all of them."""
+    return {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "devices": jax.local_devices(),
+    }
+
+
+def _open_models(config: Any) -> tuple[Generator, Generator | None]:
+    """The model and its twin (None if the config names none), without a memory."""
+    directory = resolve(config.models)
+    twin = load_generator(directory, None, model=config.twin) if config.twin else None
+    return load_generator(directory, None, model=config.model), twin
+
+
+def _open_memory(
+    config: Any, path: Path, world: FlagworldConfig, generator: Generator
+) -> Memory:
+    documents = itertools.chain(
+        read_flagworld(world, "heldout_memory"), read_flagworld(world, "train")
+    )
+    assert generator.embedder is not None  # load_generator always opens one
+    return build_memory(
+        config,
+        path,
+        documents,
+        generator.tokenizer,
+        generator.embedder,
+        num_documents=world.num_heldout * world.documents_per_heldout
+        + world.num_nations * world.documents_per_nation,
+    )
+
+
+def _tests(world: FlagworldConfig) -> list[Document]:
+    """One test document of every held-out nation."""
+    tests = {d.metadata["nation"]: d for d in read_flagworld(world, "heldout_test")}
+    return list(tests.values())

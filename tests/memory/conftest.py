@@ -1,0 +1,3 @@
+"""Memories built by stand-ins for the models."""
+
+from memory_fakes import build, documents  # noqa: F401
