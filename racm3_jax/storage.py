@@ -1,24 +1,36 @@
-"""Files that notice their own damage: checksums, sealed JSON, writing aside.
+"""Files that appear whole or not at all, notice their own damage, and have one owner.
 
-ScaNN loads most bit-flipped files without a word and then answers wrongly, so nothing
-of a memory is handed to a library before its sha256 is right.
+    path                 what readers see: old or new, never half
+    .path.partial        being written, locked by its writer; reused, or deleted by `clean`
+    .path.replaced       the old content during a swap; put back, or deleted by `clean`
+    .path.deleted        being deleted; gone for readers already
+
+Every file and folder that a command leaves is written here. A writer that dies leaves at
+most these hidden names, and its lock ends with it: the next writer of the same path takes
+them over. ScaNN loads most bit-flipped files without a word and then answers wrongly, so
+nothing is handed to a library before its sha256 is right.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
 HASHING_THREADS = 4
 THREADS_FROM_BYTES = 1 << 24
+LEFTOVERS = ("partial", "replaced", "deleted")
+# Of a file name, in bytes: Linux allows 255, a leftover's name is longer than its path's.
+_MAX_STEM_BYTES = 200
 
 
 class IntegrityError(ValueError):
@@ -74,9 +86,17 @@ def verify_files(
       IntegrityError: names the first file that is missing or differs.
     """
     for name, expected in files.items():
-        path = directory / name
-        if os.path.isabs(name) or ".." in pathlib.PurePosixPath(name).parts:
+        if not is_inside(name):
             raise IntegrityError(f"{name!r} points outside of {directory}; {remedy}")
+        path = directory / name
+        if not (
+            isinstance(expected, Mapping)
+            and isinstance(expected.get("bytes"), int)
+            and isinstance(expected.get("sha256"), str)
+        ):
+            raise IntegrityError(
+                f"{name!r} is listed without size and sha256; {remedy}"
+            )
         if not path.is_file():
             raise IntegrityError(f"{path} is missing; {remedy}")
         size = path.stat().st_size
@@ -93,6 +113,16 @@ def verify_files(
                 f"{found[name]['sha256'][:12]}… instead of "
                 f"{expected['sha256'][:12]}…; {remedy}"
             )
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a relative path, written with `/`, stays below the folder it is in."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and "\\" not in name
+        and all(part not in ("", ".", "..") for part in name.split("/"))
+    )
 
 
 def encode_sealed(content: Mapping[str, Any]) -> bytes:
@@ -125,7 +155,7 @@ def decode_sealed(data: bytes, name: str, remedy: str) -> dict[str, Any]:
         content.pop("sha256")
         if encode_sealed(content) == data:
             return content
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         pass
     raise IntegrityError(
         f"{name} is corrupt: it does not agree with its own checksum; {remedy}"
@@ -147,46 +177,310 @@ def sync_file(path: pathlib.Path) -> None:
         os.fsync(file.fileno())
 
 
+def leftover(path: pathlib.Path, kind: str) -> pathlib.Path:
+    """The hidden name beside `path` under which it is written, replaced or deleted."""
+    stem = path.name.encode("utf-8", "surrogateescape")
+    if len(stem) > _MAX_STEM_BYTES:
+        digest = hashlib.sha256(stem).hexdigest()[:16]
+        stem = stem[: _MAX_STEM_BYTES - 17] + b"-" + digest.encode()
+    name = stem.decode("utf-8", "surrogateescape")
+    return path.with_name(f".{name}.{kind}")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file name is one that a writer of this module may have left."""
+    return name.startswith(".") and name.rpartition(".")[2] in LEFTOVERS
+
+
 def write_file(path: pathlib.Path, data: bytes) -> None:
-    """Replaces `path` in one step: readers see the old bytes or the new ones."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    """Replaces a file in one step: readers see the old bytes or the new ones.
+
+    Raises:
+      OSError: the disk is full, the path is a folder, …; the old file is as it was.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(data)
 
 
 @contextlib.contextmanager
-def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A file that appears at `path` whole, written by any library.
+
+    Yields the path of an empty file beside `path`. When the block ends without an error
+    the file is synced and takes the place of whatever file was at `path`; after an error
+    nothing is left. Two processes that write one path take turns.
+
+    Raises:
+      IsADirectoryError: `path` is a folder.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the path of a file")
+    partial = leftover(path, "partial")
+    descriptor = _open_locked(partial)
+    try:
+        yield partial
+        sync_file(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    sync_directory(path.parent)
+
+
+def _open_locked(partial: pathlib.Path) -> int:
+    """An open, locked, empty file; waits for another writer of it."""
+    while True:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The one who held it may have renamed or deleted it meanwhile.
+            if _is_same(descriptor, partial):
+                os.truncate(descriptor, 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_same(descriptor: int, path: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class BusyError(ValueError):
+    """Another process writes the same path."""
+
+
+@contextlib.contextmanager
+def new_directory(
+    path: str | os.PathLike[str], *, replace: bool = False
+) -> Iterator[pathlib.Path]:
     """A directory that appears at `path` whole, or not at all.
 
     Yields an empty directory beside `path`. When the block ends without an error, all
-    its files are synced and it takes the place of whatever was at `path`.
+    its files are synced and it takes its place; after an error nothing is left.
+
+    Args:
+      path: of the directory; an empty one there is taken for none.
+      replace: take the place of a directory that is there, which is then deleted. The
+        caller has made sure that it may be (`check_target`).
+
+    Raises:
+      BusyError: another process is writing `path`.
+      FileExistsError: something is at `path`, and `replace` is False.
     """
+    path = pathlib.Path(path)
+    check_absent(path, replace)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    partial, replaced = leftover(path, "partial"), leftover(path, "replaced")
+    descriptor = _make_locked_directory(partial, path)
     try:
-        yield aside
-        for name in list_files(aside):
-            sync_file(aside / name)
-        for directory in [*(p for p in aside.rglob("*") if p.is_dir()), aside]:
-            sync_directory(directory)
-        if path.exists():
+        yield partial
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                sync_file(pathlib.Path(folder) / name)
+            sync_directory(pathlib.Path(folder))
+        check_absent(path, replace)
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        elif path.exists():
+            delete_directory(replaced)
             os.rename(path, replaced)
-        os.rename(aside, path)
+        os.rename(partial, path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        if replaced.exists() and not path.exists():
-            os.rename(replaced, path)
+        _restore(path)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(descriptor)
     sync_directory(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_absent(path: pathlib.Path, replace: bool = False) -> None:
+    """Refuses a path with anything at it, but for an empty directory.
+
+    Raises:
+      FileExistsError: something is there; or, with `replace`, something but a directory.
+    """
+    if path.is_dir() and not path.is_symlink():
+        if replace or not any(path.iterdir()):
+            return
+        raise FileExistsError(f"{path} exists and is not empty: give another path")
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists and is not a folder: give another path")
+
+
+def check_target(
+    path: pathlib.Path,
+    what: str,
+    is_own: Callable[[pathlib.Path], bool],
+    overwrite: bool,
+) -> None:
+    """Refuses to replace what is at `path`, unless it is of one's own kind and may be.
+
+    Args:
+      path: where a directory is to be written.
+      what: its kind, for the sentence ("memory").
+      is_own: whether the directory at `path` is one of that kind.
+      overwrite: whether the user wants it to be replaced.
+
+    Raises:
+      FileExistsError: says what is there and what to do.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        return
+    if path.is_symlink() or not path.is_dir() or not is_own(path):
+        raise FileExistsError(
+            f"{path} exists and is not a {what}, so it is left alone: give another path"
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"there is a {what} at {path} already: use it, give another path, or pass "
+            "overwrite=True"
+        )
+
+
+def _make_locked_directory(partial: pathlib.Path, path: pathlib.Path) -> int:
+    """An open, locked, empty directory; takes over what a dead writer left."""
+    with contextlib.suppress(FileExistsError):
+        partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_same(descriptor, partial):
+            raise BlockingIOError
+        _empty(partial)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BusyError(
+            f"another process is writing {path}: wait for it, or give another path"
+        ) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _empty(directory: pathlib.Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _restore(path: pathlib.Path) -> None:
+    """Ends a swap that was broken off between its two renames."""
+    replaced = leftover(path, "replaced")
+    if replaced.is_dir() and not path.exists():
+        os.rename(replaced, path)
+
+
+def delete_directory(path: pathlib.Path) -> None:
+    """Deletes a folder so that it is gone in one step, whatever happens afterwards."""
+    if not path.is_dir():
+        return
+    deleted = leftover(path, "deleted")
+    shutil.rmtree(deleted, ignore_errors=True)
+    os.rename(path, deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def clean(path: pathlib.Path) -> None:
+    """Ends what a dead writer of the folder `path` began; leaves live ones alone.
+
+    A swap that was broken off is rolled back; what was written aside, or was being
+    deleted, is deleted. Inside the folder, the same for its files.
+    """
+    partial = leftover(path, "partial")
+    with contextlib.ExitStack() as stack:
+        if partial.is_dir():
+            try:
+                descriptor = _make_locked_directory(partial, path)
+            except BusyError:
+                return
+            stack.callback(os.close, descriptor)
+        _restore(path)
+        for kind in LEFTOVERS:
+            shutil.rmtree(leftover(path, kind), ignore_errors=True)
+        if path.is_dir():
+            for entry in path.iterdir():
+                if not is_leftover(entry.name):
+                    continue
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif _is_free(entry):
+                    entry.unlink(missing_ok=True)
+
+
+def _is_free(file: pathlib.Path) -> bool:
+    """Whether nobody writes a file."""
+    with locked(file, wait=False, make=False) as held:
+        return held
+
+
+@contextlib.contextmanager
+def locked(
+    path: str | os.PathLike[str], *, wait: bool = True, make: bool = True
+) -> Iterator[bool]:
+    """An exclusive lock, which ends with the process even when that is killed.
+
+    Yields whether it is held: False if another process holds it and `wait` is False, or
+    if there is nothing to lock.
+
+    Args:
+      path: a file, made if it is missing, or an existing directory.
+      wait: until it is free.
+      make: the file, if it is missing and its folder exists.
+    """
+    path = pathlib.Path(path)
+    flags = os.O_RDONLY
+    if not path.is_dir():
+        flags = os.O_RDWR | (os.O_CREAT if make else 0)
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        if make and path.parent.is_dir():
+            raise
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claimed(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Work that one process at a time may do; the lock file tells who does it.
+
+    Args:
+      path: of the lock file; its folder must exist.
+      what: the work, for the sentence ("a training in runs/a").
+
+    Raises:
+      BusyError: names host and process of the owner.
+    """
+    path = pathlib.Path(path)
+    with locked(path, wait=False) as held:
+        if not held:
+            owner = path.read_text(errors="replace").strip() or "another process"
+            raise BusyError(
+                f"{what} is under way already ({owner}): wait for it or stop it"
+            )
+        path.write_text(f"host {socket.gethostname()}, process {os.getpid()}\n")
+        yield

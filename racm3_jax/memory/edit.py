@@ -89,7 +89,7 @@ def add_documents(
     )
     counts = {"bad": report.reasons, "filtered": filtered}
     try:
-        with storage.written_aside(aside) as directory:
+        with storage.new_directory(aside) as directory:
             part = _write_part(directory, chunks, manifest, "auto")
         report.check(final=True)
         if part is None:
@@ -226,7 +226,7 @@ def compact(path: str | os.PathLike[str]) -> int:
     aside = path.with_name(f".{path.name}.compacted.{os.getpid()}")
     folders = [path / p for p in format_lib.prefixes(manifest)]
     try:
-        with storage.written_aside(aside) as directory:
+        with storage.new_directory(aside) as directory:
             chunks = parts_lib.read_chunks(folders, kept)
             part = _write_part(directory, chunks, manifest, manifest["index"])
             assert part is not None

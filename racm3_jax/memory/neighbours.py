@@ -70,7 +70,7 @@ def compute_neighbours(
         memory.d_embed,
         settings,
     )
-    with storage.written_aside(pathlib.Path(path)) as directory:
+    with storage.new_directory(path, replace=True) as directory:
         table.save(directory)
     return table
 

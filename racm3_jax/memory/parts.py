@@ -202,7 +202,7 @@ def write_corpus_part(
 ) -> None:
     """Makes the part of one shard at `path`, whole or not at all."""
     report, filtered = ReadReport(max_bad=1.0), {}
-    with storage.written_aside(path) as directory:
+    with storage.new_directory(path) as directory:
         chunks = _unique(
             maker.chunks(shard, number, report, filtered, progress), filtered
         )

@@ -131,7 +131,7 @@ def write_memory(
     """
     path = pathlib.Path(path)
     check_target(path, overwrite)
-    with storage.written_aside(path) as directory:
+    with storage.new_directory(path, replace=overwrite) as directory:
         part = write_part(
             directory,
             chunks,
