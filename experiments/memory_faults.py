@@ -146,7 +146,7 @@ def write_corpus(
 
 def build(source: str, path: Path, d_embed: int = 64, **settings: Any) -> None:
     config = builder.CorpusConfig(num_query_variants=1, **settings)
-    builder.build_corpus(
+    builder.build_memory(
         source,
         tokenizer=ByteTokenizer(),
         embedder=WordEmbedder(d_embed),

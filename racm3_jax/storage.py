@@ -385,6 +385,12 @@ def _restore(path: pathlib.Path) -> None:
         os.rename(replaced, path)
 
 
+def restore(path: pathlib.Path) -> None:
+    """Puts a folder back whose replacement a dead writer broke off; for readers."""
+    if leftover(path, "replaced").is_dir() and not path.exists():
+        clean(path)
+
+
 def delete_directory(path: pathlib.Path) -> None:
     """Deletes a folder so that it is gone in one step, whatever happens afterwards."""
     if not path.is_dir():
@@ -416,16 +422,11 @@ def clean(path: pathlib.Path) -> None:
             for entry in path.iterdir():
                 if not is_leftover(entry.name):
                     continue
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry, ignore_errors=True)
-                elif _is_free(entry):
-                    entry.unlink(missing_ok=True)
-
-
-def _is_free(file: pathlib.Path) -> bool:
-    """Whether nobody writes a file."""
-    with locked(file, wait=False, make=False) as held:
-        return held
+                with locked(entry, wait=False, make=False) as is_free:
+                    if is_free and entry.is_dir():
+                        shutil.rmtree(entry, ignore_errors=True)
+                    elif is_free:
+                        entry.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

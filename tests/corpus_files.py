@@ -12,7 +12,7 @@ import sys
 from memory_fakes import FakeEmbedder, FakeTokenizer, make_document
 
 from racm3_jax.documents.images import encode_png
-from racm3_jax.memory.builder import CorpusConfig, build_corpus
+from racm3_jax.memory.builder import CorpusConfig, build_memory
 
 
 def line(number: int, **more) -> str:
@@ -57,7 +57,7 @@ class KillingEmbedder(FakeEmbedder):
 
 
 if __name__ == "__main__":
-    build_corpus(
+    build_memory(
         sys.argv[1],
         tokenizer=FakeTokenizer(),
         embedder=KillingEmbedder(int(sys.argv[3])),

@@ -191,7 +191,7 @@ def _build(arguments: Arguments) -> None:
     if arguments.beam is None:
         _build_here(arguments, path, config)
     else:
-        beam_build.build_corpus_with_beam(
+        beam_build.build_memory_with_beam(
             arguments.source,
             load_models=functools.partial(
                 load_models, arguments.tokenizer, arguments.embedder
@@ -208,11 +208,17 @@ def _build(arguments: Arguments) -> None:
     for title in ("bad", "filtered", "duplicates"):
         for reason, count in report[title].items():
             print(f"  {title}: {count} {reason}")
+    _print_renamed(report["renamed"])
     shared = ", ".join(f"{count} {what}" for what, count in report["leakage"].items())
     print(f"  retrieval will withhold from documents: {shared}")
     bad = merge.bad_records_file(path)
     if bad.is_file():
         print(f"  bad records are listed in {bad}")
+
+
+def _print_renamed(count: int) -> None:
+    if count:
+        print(f"  renamed: {count} whose id another document has (id#content)")
 
 
 def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
@@ -228,7 +234,7 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
             bar.set_postfix(documents=num_documents, refresh=False)
             bar.update(done - bar.n)
 
-        builder.build_corpus(
+        builder.build_memory(
             arguments.source,
             tokenizer=tokenizer,
             embedder=embedder,
@@ -264,6 +270,7 @@ def _add_documents(arguments: Arguments) -> None:
     for title in ("bad", "filtered"):
         for reason, count in counts[title].items():
             print(f"  {title}: {count} {reason}")
+    _print_renamed(counts["renamed"])
     if counts["filtered"].get("removed before"):
         print("  --readmit takes back what was removed")
 
@@ -389,7 +396,7 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
 def _neighbours(arguments: Arguments) -> None:
     from tqdm import tqdm
 
-    from racm3_jax.memory.edit import TABLE_DIRECTORY
+    from racm3_jax.memory.format import TABLE_DIRECTORY
     from racm3_jax.memory.memory import Memory
     from racm3_jax.memory.neighbours import compute_neighbours
 

@@ -121,10 +121,18 @@ class Rows:
 
     Args:
       paths: the shards in order; of any lengths, as a memory that grew has them.
+
+    Raises:
+      ValueError: no files, damaged ones, or rows of several shapes or types.
     """
 
     def __init__(self, paths: list[pathlib.Path]):
+        if not paths:
+            raise ValueError("there are no files of rows")
         self._shards = [np.load(path, mmap_mode="r") for path in paths]
+        kinds = {(shard.dtype, shard.shape[1:]) for shard in self._shards if shard.ndim}
+        if len(kinds) != 1 or any(shard.ndim == 0 for shard in self._shards):
+            raise ValueError(f"the files of rows do not fit together: {paths[0]} …")
         lengths = [len(shard) for shard in self._shards]
         self._starts = np.cumsum([0, *lengths[:-1]])
         self.shape: tuple[int, ...] = (sum(lengths), *self._shards[0].shape[1:])

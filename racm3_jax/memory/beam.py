@@ -18,14 +18,14 @@ import functools
 import importlib
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from racm3_jax import storage
 from racm3_jax.documents.readers import Shard, find_shards
-from racm3_jax.memory import builder, filters, merge, writer
+from racm3_jax.memory import builder, filters, merge
 from racm3_jax.memory import parts as parts_lib
 from racm3_jax.memory.chunks import DocumentTokenizer, Embedder
 from racm3_jax.memory.config import CorpusConfig, make_maker
@@ -34,7 +34,7 @@ from racm3_jax.memory.parts import Maker
 
 REPEATS = "repeats"
 # What a row may repeat, in the order of `Firsts`; and the column that tells.
-_KINDS = {"ids": "id_hashes", "contents": "content_hashes", "images": "image_hashes"}
+_KINDS = {"contents": "content_hashes", "images": "image_hashes"}
 
 LoadModels = Callable[[], tuple[DocumentTokenizer, Embedder | str]]
 Place = tuple[int, int]
@@ -86,7 +86,7 @@ def import_beam() -> Any:
     return importlib.import_module("apache_beam")
 
 
-def build_corpus_with_beam(
+def build_memory_with_beam(
     source: str,
     *,
     load_models: LoadModels,
@@ -95,7 +95,7 @@ def build_corpus_with_beam(
     overwrite: bool = False,
     options: Sequence[str] = (),
 ) -> None:
-    """Builds the memory that `builder.build_corpus` builds, with Beam.
+    """Builds the memory that `builder.build_memory` builds, with Beam.
 
     Args:
       source: as `readers.read_documents` takes it; read by every worker.
@@ -115,12 +115,12 @@ def build_corpus_with_beam(
     beam = import_beam()
     config = config or CorpusConfig()
     path = pathlib.Path(path).absolute()
-    writer.check_target(path, overwrite)
     shards = find_shards(source)
     tokenizer, embedder = load_models()
     job = _Job(source, load_models, str(path), config)
     plan = builder.make_plan(source, shards, config, tokenizer, embedder)
-    builder.claim_plan(job.work, plan)
+    if not builder.begin(path, plan, overwrite):
+        return
     for stale in job.work.glob(f"{REPEATS}-*"):
         stale.unlink()
     _run_pipeline(beam, job, len(shards), options)
@@ -128,13 +128,14 @@ def build_corpus_with_beam(
         job.work,
         path,
         source,
+        storage.content_digest(plan),
         len(shards),
         make_maker(config, tokenizer, embedder),
         config,
         overwrite,
         functools.partial(_read_firsts, job.work),
     )
-    shutil.rmtree(job.work)
+    storage.delete_directory(job.work)
 
 
 def _run_pipeline(
@@ -158,11 +159,11 @@ def _run_pipeline(
 def _make_part(job: _Job, shared: Any, number: int) -> int:
     """Makes a part that is not there yet; Beam may ask for it more than once."""
     path = part_path(job.work, number)
-    with builder.locked(path.with_name(f"{path.name}.lock"), wait=True):
+    with storage.locked(path.with_name(f"{path.name}.lock")):
         if not path.is_dir():
             worker = shared.acquire(functools.partial(_load_worker, job))
             shard = worker.shards[number]
-            parts_lib.write_corpus_part(path, shard, number, worker.maker)
+            parts_lib.write_shard_part(path, shard, number, worker.maker)
     return number
 
 

@@ -1,9 +1,8 @@
-"""Runs the models over documents: a stream of chunks of tokens, embeddings, queries."""
+"""Runs the models over documents: chunks of tokens, embeddings and queries."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,8 +71,9 @@ class MemoryChunk(NamedTuple):
       document: normalised mean of the parts that are there.
       text_queries: unit rows under query dropout, one a variant; zero where absent.
       image_queries: the same of the images.
-      content_hashes: of text and pixels together; None when nobody asked.
-      image_hashes: perceptual, of the first image; 0 where there is none.
+      content_hashes: of text and pixels together; None if they are unknown.
+      image_hashes: perceptual, of the first image; 0 where there is none; None if they
+        are unknown.
     """
 
     documents: Sequence[TokenizedDocument]
@@ -84,27 +84,6 @@ class MemoryChunk(NamedTuple):
     image_queries: Float[np.ndarray, "n variants d_embed"]
     content_hashes: UInt64[np.ndarray, " n"] | None = None
     image_hashes: UInt64[np.ndarray, " n"] | None = None
-
-
-def make_chunks(
-    documents: Iterable[Document],
-    tokenizer: DocumentTokenizer,
-    embedder: Embedder,
-    *,
-    num_query_variants: int,
-    query_drop: float,
-    seed: int = 0,
-    chunk_size: int = CHUNK_SIZE,
-) -> Iterator[MemoryChunk]:
-    """Runs the models over the documents, a chunk at a time."""
-    documents = iter(documents)
-    first = 0
-    while chunk := list(itertools.islice(documents, chunk_size)):
-        rngs = [
-            np.random.default_rng([seed, first, v]) for v in range(num_query_variants)
-        ]
-        yield make_chunk(chunk, tokenizer, embedder, query_drop, rngs)
-        first += len(chunk)
 
 
 def make_chunk(

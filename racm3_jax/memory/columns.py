@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from racm3_jax.documents import store
 from racm3_jax.index.rows import Rows, RowsWriter
 from racm3_jax.memory.chunks import MemoryChunk
-from racm3_jax.memory.format import MODALITY_BITS, hash_name
+from racm3_jax.memory.format import COLUMN_TYPES, MODALITY_BITS, hash_name
 from racm3_jax.types import Modality, TokenizedDocument
 
 # How far from 1 the norm of an embedding may be.
@@ -24,33 +24,23 @@ class Columns:
     Args:
       directory: where they go; must exist.
       chunk: the first one, for shapes; it is not written.
-      seen: hashes of the document ids that are taken already.
     """
 
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        chunk: MemoryChunk,
-        seen: Iterable[int] = (),
-    ):
+    def __init__(self, directory: pathlib.Path, chunk: MemoryChunk):
         self.num_with_modality: dict[str, int] = dict.fromkeys(MODALITY_BITS, 0)
         self._directory = directory
-        self._seen = set(seen)
         self._writers: dict[str, RowsWriter] = {}
         d_embed = chunk.document.shape[1]
-        for name in ("document", "text", "image"):
-            self._add(f"embeddings_{name}", (d_embed,), "<f4")
-        for name in ("text", "image"):
-            self._add(f"queries_{name}", chunk.text_queries.shape[1:], "<f2")
-        for name, dtype in (("id", "<u8"), ("source", "<u8")):
-            self._add(f"{name}_hashes", (), dtype)
-        self._add("modalities", (), "u1")
-        if chunk.content_hashes is not None:
-            self._add("content_hashes", (), "<u8")
-            self._add("image_hashes", (), "<u8")
-
-    def _add(self, name: str, row_shape: tuple[int, ...], dtype: str) -> None:
-        self._writers[name] = RowsWriter(self._directory, name, row_shape, dtype)
+        shapes = {"embeddings": (d_embed,), "queries": chunk.text_queries.shape[1:]}
+        for name, dtype in COLUMN_TYPES.items():
+            # Unknown of the documents of a memory that was built without them.
+            if (
+                name in ("content_hashes", "image_hashes")
+                and chunk.image_hashes is None
+            ):
+                continue
+            shape = shapes.get(name.split("_")[0], ())
+            self._writers[name] = RowsWriter(directory, name, shape, dtype)
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -72,7 +62,6 @@ class Columns:
     def _append(self, chunk: MemoryChunk) -> None:
         num = len(chunk.documents)
         modalities = np.zeros(num, np.uint8)
-        hashes = self._hash_ids(chunk.documents)
         _check_rows(chunk.documents, "embedding", chunk.document, np.ones(num, bool))
         parts: dict[Modality, tuple[np.ndarray, np.ndarray]] = {
             "text": (chunk.text, chunk.text_queries),
@@ -92,22 +81,13 @@ class Columns:
             self._writers[f"queries_{name}"].append(queries)
         sources = [hash_name(d.source) for d in chunk.documents]
         self._writers["embeddings_document"].append(chunk.document)
-        self._writers["id_hashes"].append(hashes)
+        hashes = [hash_name(d.id) for d in chunk.documents]
+        self._writers["id_hashes"].append(np.asarray(hashes, np.uint64))
         self._writers["source_hashes"].append(np.asarray(sources, np.uint64))
         self._writers["modalities"].append(modalities)
         for name in ("content_hashes", "image_hashes"):
             if name in self._writers:
                 self._writers[name].append(np.asarray(getattr(chunk, name), np.uint64))
-
-    def _hash_ids(self, documents: Sequence[TokenizedDocument]) -> np.ndarray:
-        hashes = [hash_name(d.id) for d in documents]
-        for number, document in zip(hashes, documents, strict=True):
-            if number in self._seen:
-                raise ValueError(
-                    f"two documents have the id {document.id!r}: ids must be unique"
-                )
-            self._seen.add(number)
-        return np.asarray(hashes, np.uint64)
 
 
 def _check_rows(

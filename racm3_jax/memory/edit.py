@@ -15,19 +15,18 @@ stay (`removed.npy`), so that it does not come back with its source.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pathlib
-import re
-import shutil
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 
 from racm3_jax import storage
-from racm3_jax.documents.readers import ReadReport, find_shards
-from racm3_jax.index.contract import IndexKind
+from racm3_jax.documents.readers import ReadReport, find_shards, read_shard
 from racm3_jax.memory import filters, writer
 from racm3_jax.memory import format as format_lib
 from racm3_jax.memory import parts as parts_lib
@@ -35,8 +34,6 @@ from racm3_jax.memory.chunks import CHUNK_SIZE, MemoryChunk
 from racm3_jax.memory.memory import Memory
 from racm3_jax.memory.parts import Maker
 
-TABLE_DIRECTORY = "table"
-_OWN_FOLDER = re.compile(r"(added|compacted)-\d{5}")
 _ROWS_PER_BLOCK = 1 << 14
 
 
@@ -45,28 +42,29 @@ def add_documents(
     source: str,
     maker: Maker,
     max_bad: float = 0.1,
-    readmit: bool = False,
+    restore: bool = False,
 ) -> dict[str, Any]:
     """Adds the documents of a source; whoever opens the memory next finds them.
 
-    Documents whose id, or whose text and pixels, the memory holds already, or has held
-    and lost by removal and compaction, are left out and counted.
+    Documents whose text and pixels the memory holds already, or has held and lost by
+    removal and compaction, are left out and counted; an id that another document has is
+    no reason (see `parts.UniqueIds`).
 
     Args:
       path: of the memory.
       source: as `readers.read_documents` takes it.
       maker: the memory's own models, with any filters.
       max_bad: share of bad records above which nothing is added.
-      readmit: takes back what was removed and has left the disk.
+      restore: takes back what was removed and has left the disk.
 
     Returns:
-      "added", "bad" and "filtered" counts.
+      "added", "bad", "filtered" and "renamed" counts.
 
     Raises:
       ValueError: other models, too many bad records, or a change by another process.
     """
     path = pathlib.Path(path)
-    manifest = format_lib.read_manifest(path)
+    manifest = _tidy(path)
     embedder = maker.embedder
     format_lib.check_fingerprints(path, manifest, embedder, maker.tokenizer)
     if maker.num_query_variants != manifest["num_query_variants"]:
@@ -75,53 +73,104 @@ def add_documents(
             f"{maker.num_query_variants}"
         )
     with Memory.load(path) as memory:
-        ids = set(memory.id_hashes.tolist())
         known = memory.content_hashes
-        contents: set[int] = set() if known is None else set(known.tolist())
+        contents: set[int] | None = set() if known is None else set(known.tolist())
+        if manifest.get("deduplicate") == "none":
+            contents = None
+        ids = parts_lib.UniqueIds(memory.id_hashes.tolist())
         removed = format_lib.read_removed(path, manifest)
-        gone = set() if readmit else set(removed[removed > 0].tolist())
+        removed = removed[:0] if restore else removed
     report, filtered = ReadReport(max_bad), {}
     number = _next_number(manifest)
-    prefix = f"added-{number:05d}"
-    aside = path.with_name(f".{path.name}.{prefix}.{os.getpid()}")
-    chunks = _new_ones(
-        _chunks(source, maker, number, report, filtered), ids, contents, gone, filtered
-    )
-    counts = {"bad": report.reasons, "filtered": filtered}
-    try:
-        with storage.new_directory(aside) as directory:
-            part = _write_part(directory, chunks, manifest, "auto")
-        report.check(final=True)
-        if part is None:
-            return {"added": 0, **counts}
-        with format_lib.locked(path):
-            if format_lib.read_manifest(path) != manifest:
+    prefix = f"added-{number:05d}/"
+    chunks = _chunks(source, maker, number, report, filtered)
+    chunks = map(ids.rename, _new_ones(chunks, contents, removed, filtered))
+    first = next(chunks, None)
+    added = 0
+    if first is not None:
+        chunks = itertools.chain([first], chunks)
+
+        def write(directory: pathlib.Path) -> writer.Part:
+            part = _write_part(directory, chunks, manifest)
+            report.check(final=True)
+            return part
+
+        with _new_part(path, prefix, manifest, write) as (part, newest):
+            format_lib.write_manifest(path, _grown(path, newest, prefix, part))
+        added = part.num_documents
+    report.check(final=True)
+    return {
+        "added": added,
+        "bad": report.reasons,
+        "filtered": filtered,
+        "renamed": ids.num_renamed,
+    }
+
+
+def _tidy(path: pathlib.Path) -> dict[str, Any]:
+    """The manifest, once what a dead writer left is ended."""
+    format_lib.read_manifest(path)  # a sentence, if there is no memory
+    with format_lib.locked(path):
+        manifest = format_lib.read_manifest(path)
+        format_lib.tidy(path, manifest)
+    return manifest
+
+
+@contextlib.contextmanager
+def _new_part(
+    path: pathlib.Path,
+    prefix: str,
+    manifest: dict[str, Any],
+    write: Callable[[pathlib.Path], writer.Part],
+) -> Iterator[tuple[writer.Part, dict[str, Any]]]:
+    """Writes a folder of a memory, which its block then names in the manifest.
+
+    Nobody else changes the memory from before the folder appears until the block ends;
+    after an error there, the folder is gone.
+
+    Args:
+      path: of the memory.
+      prefix: of the folder in it.
+      manifest: that the change started from.
+      write: fills the folder.
+
+    Yields:
+      What was written, and the manifest as it is now: rows may have been removed.
+
+    Raises:
+      ValueError: another process changed the memory meanwhile.
+    """
+    with contextlib.ExitStack() as held:
+        with storage.new_directory(path / prefix) as directory:
+            part = write(directory)
+            held.enter_context(format_lib.locked(path))
+            newest = format_lib.read_manifest(path)
+            if {**newest, "deny_version": 0} != {**manifest, "deny_version": 0}:
                 raise ValueError(
                     f"the memory at {path} was changed by another process meanwhile: "
-                    "add the documents again"
+                    "run the same command again"
                 )
-            shutil.rmtree(path / prefix, ignore_errors=True)
-            os.rename(aside, path / prefix)
-            _write_manifest(path, _grown(path, manifest, f"{prefix}/", part))
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return {"added": part.num_documents, **counts}
+        try:
+            yield part, newest
+        except BaseException:
+            if prefix not in format_lib.prefixes(format_lib.read_manifest(path)):
+                storage.delete_directory(path / prefix)
+            raise
 
 
 def _write_part(
-    directory: pathlib.Path,
-    chunks: Iterable[MemoryChunk],
-    manifest: dict[str, Any],
-    index: IndexKind | Literal["auto"],
-) -> writer.Part | None:
-    """With the recall target and the shard size that the memory was built with."""
-    return writer.write_part(
+    directory: pathlib.Path, chunks: Iterable[MemoryChunk], manifest: dict[str, Any]
+) -> writer.Part:
+    """With the index, recall target and shard size that the memory was built with."""
+    part = writer.write_part(
         directory,
         chunks,
-        index=index,
+        index=manifest["index"],
         rows_per_shard=manifest.get("rows_per_shard"),
         recall_target=manifest.get("recall_target"),
     )
+    assert part is not None
+    return part
 
 
 def _chunks(
@@ -132,30 +181,39 @@ def _chunks(
     filtered: dict[str, int],
 ) -> Iterator[MemoryChunk]:
     for place, shard in enumerate(find_shards(source)):
-        yield from maker.chunks(shard, number * 100_000 + place, report, filtered)
+        records = read_shard(shard, report)
+        yield from maker.chunks(records, number * 100_000 + place, filtered)
 
 
 def _new_ones(
     chunks: Iterable[MemoryChunk],
-    ids: set[int],
-    contents: set[int],
-    gone: set[int],
+    contents: set[int] | None,
+    removed: UInt64[np.ndarray, "removed 2"],
     filtered: dict[str, int],
 ) -> Iterator[MemoryChunk]:
-    """Without the documents that are there already, came before, or were removed."""
+    """Without the documents that are there already, came before, or were removed.
+
+    Args:
+      chunks: what is added.
+      contents: content hashes that the memory holds; None keeps equal documents.
+      removed: hashes of id and content of what has left the disk. A content of 0 is
+        unknown: such a document is known by its id.
+      filtered: counts what is left out, by reason.
+    """
+    gone_contents = set(removed[:, 1].tolist()) - {0}
+    gone_ids = set(removed[removed[:, 1] == 0, 0].tolist())
     for chunk in chunks:
         kept = np.ones(len(chunk.documents), bool)
         assert chunk.content_hashes is not None
         for i, document in enumerate(chunk.documents):
-            name = format_lib.hash_name(document.id)
             content = int(chunk.content_hashes[i])
-            reason = "repeated id" if name in ids else None
-            if reason is None and content in contents:
-                reason = "exact duplicate"
-            if reason is None and (name in gone or content in gone):
-                reason = "removed before"
-            ids.add(name)
-            contents.add(content)
+            reason = None
+            if contents is not None:
+                reason = "exact duplicate" if content in contents else None
+                contents.add(content)
+            is_gone = content in gone_contents
+            if is_gone or format_lib.hash_name(document.id) in gone_ids:
+                reason = reason or "removed before"
             if reason is not None:
                 kept[i] = False
                 filtered[reason] = filtered.get(reason, 0) + 1
@@ -191,15 +249,12 @@ def _grown(
     }
 
 
-def _write_manifest(path: pathlib.Path, manifest: dict[str, Any]) -> None:
-    storage.write_file(path / format_lib.MANIFEST_FILE, storage.encode_sealed(manifest))
-
-
 def compact(path: str | os.PathLike[str]) -> int:
-    """Writes a memory anew without its denied documents, and deletes the old files.
+    """Rewrites a memory without its denied documents, and deletes the old files.
 
     Documents that are removed while it runs stay removed; they leave the disk at the
-    next compaction.
+    next compaction. Broken off at any time, the memory is the old one or the new one,
+    and the next change of it deletes what is left of the other.
 
     Returns:
       How many documents left the disk.
@@ -208,7 +263,7 @@ def compact(path: str | os.PathLike[str]) -> int:
       ValueError: nothing would be left, or another process added documents meanwhile.
     """
     path = pathlib.Path(path)
-    manifest = format_lib.read_manifest(path)
+    manifest = _tidy(path)
     with Memory.load(path) as memory:
         kept = np.ones(len(memory), bool)
         denied = format_lib.read_denied(path, manifest)
@@ -221,32 +276,25 @@ def compact(path: str | os.PathLike[str]) -> int:
             f"every document of {path} is removed, so nothing would be left: delete the "
             "memory instead"
         )
+    folders = [path / p for p in format_lib.prefixes(manifest)]
+    if kept.all() and len(folders) == 1:
+        return 0
     number = _next_number(manifest)
     prefix = f"compacted-{number:05d}/"
-    aside = path.with_name(f".{path.name}.compacted.{os.getpid()}")
-    folders = [path / p for p in format_lib.prefixes(manifest)]
-    try:
-        with storage.new_directory(aside) as directory:
-            chunks = parts_lib.read_chunks(folders, kept)
-            part = _write_part(directory, chunks, manifest, manifest["index"])
-            assert part is not None
-            np.save(directory / format_lib.REMOVED_NAME, np.unique(removed, axis=0))
-        with format_lib.locked(path):
-            if format_lib.read_manifest(path) != manifest:
-                raise ValueError(
-                    f"documents were added to {path} meanwhile: compact it again"
-                )
-            late = np.setdiff1d(format_lib.read_denied(path, manifest), denied)
-            shutil.rmtree(path / prefix, ignore_errors=True)
-            os.rename(aside, path / prefix)
-            new = _compacted(path, manifest, prefix, part)
-            new["deny_file"] = f"deny-{number:05d}.json"
-            new_rows = np.cumsum(kept) - 1
-            format_lib.write_denied(path, new, new_rows[late])
-            _write_manifest(path, new)
-            _delete_old(path, manifest, new)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def write(directory: pathlib.Path) -> writer.Part:
+        part = _write_part(directory, parts_lib.read_chunks(folders, kept), manifest)
+        np.save(directory / format_lib.REMOVED_NAME, np.unique(removed, axis=0))
+        return part
+
+    with _new_part(path, prefix, manifest, write) as (part, newest):
+        removed_meanwhile = np.setdiff1d(format_lib.read_denied(path, newest), denied)
+        new = _compacted(path, newest, prefix, part)
+        new["deny_file"] = f"deny-{number:05d}.json"
+        new_rows = np.cumsum(kept) - 1
+        format_lib.write_denied(path, new, new_rows[removed_meanwhile])
+        format_lib.write_manifest(path, new)
+    _tidy(path)
     return int((~kept).sum())
 
 
@@ -277,34 +325,6 @@ def _compacted(
     return new
 
 
-def _delete_old(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Deletes what only the old manifest names, and what no manifest does."""
-    for name in {*old["files"], old.get("deny_file", format_lib.DENY_FILE)}:
-        if name not in new["files"] and name != new["deny_file"]:
-            (path / name).unlink(missing_ok=True)
-    for name in strangers(path, new):
-        top = path / name.split("/")[0]
-        if _OWN_FOLDER.fullmatch(top.name) or top.name == TABLE_DIRECTORY:
-            shutil.rmtree(top, ignore_errors=True)
-    for folder in sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True):
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def strangers(path: pathlib.Path, manifest: dict[str, Any]) -> list[str]:
-    """Files in a memory's directory that its manifest does not name."""
-    known = {
-        *manifest["files"],
-        format_lib.MANIFEST_FILE,
-        manifest.get("deny_file", format_lib.DENY_FILE),
-    }
-    return [
-        name
-        for name in storage.list_files(path)
-        if name not in known and not name.startswith(f"{TABLE_DIRECTORY}/")
-    ]
-
-
 def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Proves a memory: every byte, no leftovers, and that what was removed is gone.
 
@@ -321,12 +341,13 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = pathlib.Path(path)
     with Memory.load(path) as memory:
-        left = strangers(path, memory.manifest)
+        left = format_lib.find_untracked(path, memory.manifest)
+        left += [p.name for p in path.iterdir() if storage.is_leftover(p.name)]
         if left:
             raise storage.IntegrityError(
                 f"{path} holds {left[0]}, which its manifest does not name "
-                f"({len(left)} such files): remove it, or run racm3 memory remove "
-                "--compact"
+                f"({len(left)} such files): a change was broken off; run racm3 memory "
+                f"remove --compact --memory={path} to delete what is left of it"
             )
         if len(np.unique(memory.id_hashes)) != len(memory):
             raise storage.IntegrityError(f"{path} holds two documents of one id")

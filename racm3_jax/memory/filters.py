@@ -50,6 +50,14 @@ def hash_content(document: Document) -> int:
     return int.from_bytes(digest.digest(), "little") or 1
 
 
+def hash_rows(rows: Sequence[Float[np.ndarray, " d_embed"]]) -> int:
+    """Equal for equal embeddings: all that is known of some documents."""
+    digest = hashlib.blake2b(b"e", digest_size=8)
+    for row in rows:
+        digest.update(np.asarray(row, "<f4").tobytes())
+    return int.from_bytes(digest.digest(), "little") or 1
+
+
 def hash_pixels(image: UInt8[np.ndarray, "height width 3"]) -> int:
     """Equal for equal images."""
     digest = hashlib.blake2b(f"{image.shape}".encode(), digest_size=8)

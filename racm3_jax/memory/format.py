@@ -1,14 +1,19 @@
-"""What lies in a memory's directory besides its rows: manifest, deny list, names."""
+"""What may lie in a memory's directory, and what its manifest and deny list say.
+
+A memory comes from anywhere, and its seal has no key: whoever changes it can seal it
+again. So nothing in it is believed before its type is right, no path leads out of it, and
+a file that is not of the fixed list below is refused before any library sees the folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +30,32 @@ DOCUMENTS_FILE = "documents.array_record"
 INDEX_DIRECTORY = "index"
 DENY_FILE = "deny.json"
 REMOVED_NAME = "removed.npy"
+TABLE_DIRECTORY = "table"
+# The columns of a part, and what one row of each is.
+COLUMN_TYPES: Mapping[str, str] = {
+    "embeddings_document": "<f4",
+    "embeddings_text": "<f4",
+    "embeddings_image": "<f4",
+    "queries_text": "<f2",
+    "queries_image": "<f2",
+    "id_hashes": "<u8",
+    "source_hashes": "<u8",
+    "content_hashes": "<u8",
+    "image_hashes": "<u8",
+    "modalities": "|u1",
+}
+_PART = r"(?:(?:added|compacted)-\d{5}/)?"
+_PREFIX = re.compile(r"|(?:added|compacted)-\d{5}/")
+_DENY_NAME = re.compile(r"deny(?:-\d{5})?\.json")
+_LISTED = re.compile(
+    rf"{_PART}(?:{re.escape(DOCUMENTS_FILE)}|{re.escape(REMOVED_NAME)}"
+    rf"|(?:{'|'.join(COLUMN_TYPES)})-\d{{5}}\.npy|{INDEX_DIRECTORY}/[^/]+(?:/[^/]+)*)"
+)
+# What an index may hold is for `index.registry` to say.
+_OWN = re.compile(
+    rf"{_LISTED.pattern}|{_DENY_NAME.pattern}|{re.escape(MANIFEST_FILE)}"
+    rf"|{TABLE_DIRECTORY}/[^/]+"
+)
 MODALITY_BITS: Mapping[Modality, int] = {"text": 1, "image": 2}
 
 
@@ -49,6 +80,15 @@ def rebuild_remedy(path: pathlib.Path) -> str:
     return f"remove {path} and build it anew (racm3_jax.Memory.build)"
 
 
+def is_memory(path: pathlib.Path) -> bool:
+    """Whether a folder is a memory, damaged or not."""
+    try:
+        seen = json.loads((path / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(seen, dict) and seen.get("format") == FORMAT
+
+
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     """What manifest.json says, once its format, version and seal are right.
 
@@ -60,7 +100,13 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     remedy = rebuild_remedy(path)
     file = path / MANIFEST_FILE
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no memory at {path}: {remedy}")
+        # Its replacement may have been broken off.
+        storage.restore(path)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"there is no memory at {path}: give another path, or build it (racm3 memory "
+            "build)"
+        )
     if not file.is_file():
         raise FileNotFoundError(
             f"{path} is no memory (it has no {MANIFEST_FILE}): {remedy}"
@@ -69,7 +115,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     # Before the seal, which another version may make in another way.
     try:
         seen = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         seen = None
     if isinstance(seen, dict) and seen.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -82,12 +128,155 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
             f"{file} has format {manifest.get('format')!r} instead of {FORMAT!r}: "
             f"{remedy}"
         )
+    _check_types(file, manifest, remedy)
     return manifest
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_part(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("prefix"))
+        and _PREFIX.fullmatch(value["prefix"]) is not None
+        and _is_count(value.get("num_documents"))
+    )
+
+
+_REQUIRED: Mapping[str, Callable[[Any], bool]] = {
+    "num_documents": lambda value: _is_count(value) and value > 0,
+    "num_with_modality": lambda value: (
+        isinstance(value, dict)
+        and set(value) == set(MODALITY_BITS)
+        and all(map(_is_count, value.values()))
+    ),
+    "d_embed": lambda value: _is_count(value) and value > 0,
+    "num_query_variants": _is_count,
+    "query_drop": lambda value: isinstance(value, int | float) and 0 <= value < 1,
+    "index": _is_text,
+    "vocab": lambda value: (
+        isinstance(value, dict) and all(map(_is_count, value.values()))
+    ),
+    "tokenizer_fingerprint": _is_text,
+    "encoder_fingerprint": _is_text,
+    "files": lambda value: isinstance(value, dict),
+}
+_OPTIONAL: Mapping[str, Callable[[Any], bool]] = {
+    "parts": lambda value: (
+        isinstance(value, list) and len(value) > 0 and all(map(_is_part, value))
+    ),
+    "deny_file": lambda value: (
+        _is_text(value) and _DENY_NAME.fullmatch(value) is not None
+    ),
+    "deny_version": _is_count,
+    "removed_file": lambda value: (
+        _is_text(value)
+        and value.endswith(REMOVED_NAME)
+        and _PREFIX.fullmatch(value.removesuffix(REMOVED_NAME)) is not None
+    ),
+    "lineage": _is_text,
+    "source": _is_text,
+    "report": lambda value: isinstance(value, dict),
+    "rows_per_shard": lambda value: value is None or (_is_count(value) and value > 0),
+    "recall_target": lambda value: value is None or isinstance(value, int | float),
+}
+
+
+def _check_types(file: pathlib.Path, manifest: Mapping[str, Any], remedy: str) -> None:
+    for fields, needed in ((_REQUIRED, True), (_OPTIONAL, False)):
+        for name, is_right in fields.items():
+            if name not in manifest and not needed:
+                continue
+            if not is_right(manifest.get(name)):
+                shown = repr(manifest.get(name))
+                shown = shown if len(shown) < 60 else f"{shown[:60]}…"
+                raise storage.IntegrityError(
+                    f"{file} is wrong: its field {name} is {shown}; {remedy}"
+                )
+    strange = [name for name in manifest["files"] if not _LISTED.fullmatch(name)]
+    if strange:
+        raise storage.IntegrityError(
+            f"{file} lists {strange[0]!r}, which is no file of a memory; {remedy}"
+        )
+
+
+def list_files(path: pathlib.Path) -> list[str]:
+    """The files in a memory's folder, but for those that a writer left half-done."""
+    found = []
+    for folder, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if not storage.is_leftover(name)]
+        below = pathlib.Path(folder).relative_to(path)
+        found += [
+            (below / name).as_posix() for name in files if not storage.is_leftover(name)
+        ]
+    return sorted(found)
+
+
+def check_files(path: pathlib.Path) -> None:
+    """Refuses a folder that holds any file but those of a memory, listed or not.
+
+    Raises:
+      IntegrityError: names the first one.
+    """
+    strange = [name for name in list_files(path) if not _OWN.fullmatch(name)]
+    if strange:
+        raise storage.IntegrityError(
+            f"{path} holds {strange[0]!r}, which is no file of a memory "
+            f"({len(strange)} such files): remove it"
+        )
+
+
+def find_untracked(path: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Files in a memory's directory that its manifest does not name."""
+    known = {
+        *manifest["files"],
+        MANIFEST_FILE,
+        manifest.get("deny_file", DENY_FILE),
+    }
+    return [
+        name
+        for name in list_files(path)
+        if name not in known and not name.startswith(f"{TABLE_DIRECTORY}/")
+    ]
+
+
+def tidy(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Ends what a dead writer began: deletes what the manifest does not name.
+
+    A change of a memory counts from the moment when the manifest is replaced. What a
+    writer made and did not come to name is deleted here, and so is what it replaced and
+    did not come to delete; nothing that a memory does not write is touched. For holders
+    of `locked`.
+    """
+    storage.clean(path)
+    for name in find_untracked(path, manifest):
+        if _OWN.fullmatch(name):
+            (path / name).unlink(missing_ok=True)
+    for folder, _, _ in os.walk(path, topdown=False):
+        place = pathlib.Path(folder)
+        is_partial = any(map(storage.is_leftover, place.relative_to(path).parts))
+        if place != path and not is_partial and not any(place.iterdir()):
+            place.rmdir()
+
+
 def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Of a memory's content: equal for equal files and settings."""
-    return storage.content_digest(manifest)[:16]
+    """Of a memory's content: equal for equal files and settings.
+
+    What is removed does not count.
+    """
+    content = {k: v for k, v in manifest.items() if k != "deny_version"}
+    return storage.content_digest(content)[:16]
+
+
+def write_manifest(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Replaces the manifest in one step: all that it names is on disk."""
+    storage.write_file(path / MANIFEST_FILE, storage.encode_sealed(manifest))
 
 
 def prefixes(manifest: Mapping[str, Any]) -> list[str]:
@@ -96,6 +285,12 @@ def prefixes(manifest: Mapping[str, Any]) -> list[str]:
     A memory is built as one part; every `add` makes one more.
     """
     return [part["prefix"] for part in manifest.get("parts", ({"prefix": ""},))]
+
+
+def part_counts(manifest: Mapping[str, Any]) -> list[int]:
+    """Documents in each of these folders."""
+    whole = ({"num_documents": manifest["num_documents"]},)
+    return [part["num_documents"] for part in manifest.get("parts", whole)]
 
 
 def lineage(manifest: Mapping[str, Any]) -> str:
@@ -170,15 +365,26 @@ def read_denied(
             f"opened, open it again, else {remedy}"
         )
     content = storage.decode_sealed(file.read_bytes(), str(file), remedy)
-    rows = np.asarray(content.get("rows", ()), np.int64)
+    rows = content.get("rows", ())
+    version = content.get("version", 0)
+    is_list = isinstance(rows, list) and all(map(_is_count, rows))
+    if not is_list or not _is_count(version):
+        raise storage.IntegrityError(f"{file} holds no list of rows; {remedy}")
+    if version < manifest.get("deny_version", 0):
+        raise storage.IntegrityError(
+            f"{file} is an older list than the memory's last one (version {version} of "
+            f"{manifest['deny_version']}): what was removed since would come back; "
+            f"{remedy}"
+        )
+    rows = np.asarray(rows, np.int64)
     num_rows = manifest["num_documents"]
     expected = (DENY_FORMAT, lineage(manifest))
     wrong = (content.get("format"), content.get("memory")) != expected
-    if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
+    if len(rows) and not rows.max() < num_rows:
         # Rows may have been added, and some denied, since this manifest was read.
         grown = read_manifest(path)
         same = lineage(grown) == lineage(manifest)
-        wrong |= not same or not 0 <= rows.min() <= rows.max() < grown["num_documents"]
+        wrong |= not same or not rows.max() < grown["num_documents"]
     if wrong:
         raise storage.IntegrityError(f"{file} belongs to another memory; {remedy}")
     return rows[rows < num_rows]
@@ -189,14 +395,36 @@ def write_denied(
     manifest: Mapping[str, Any],
     rows: Int64[np.ndarray, " denied"],
 ) -> None:
-    """Replaces the deny list in one step."""
+    """Replaces the deny list in one step; it is of the manifest's version."""
     content = {
         "format": DENY_FORMAT,
         "memory": lineage(manifest),
         "rows": rows.tolist(),
+        "version": manifest.get("deny_version", 0),
     }
     file = deny_path(path, manifest)
     storage.write_file(file, storage.encode_sealed(content))
+
+
+def deny(
+    path: pathlib.Path, manifest: Mapping[str, Any], rows: Int64[np.ndarray, " rows"]
+) -> int:
+    """Adds rows to the deny list, for holders of `locked`.
+
+    The list is on disk before the manifest that knows its version: broken off between
+    the two, the removal holds.
+
+    Returns:
+      How many of them were not denied before.
+    """
+    before = read_denied(path, manifest)
+    after = np.union1d(before, rows)
+    if len(after) == len(before):
+        return 0
+    newer = {**manifest, "deny_version": manifest.get("deny_version", 0) + 1}
+    write_denied(path, newer, after)
+    write_manifest(path, newer)
+    return len(after) - len(before)
 
 
 def read_removed(
@@ -210,15 +438,17 @@ def read_removed(
     name = manifest.get("removed_file")
     if name is None:
         return np.zeros((0, 2), np.uint64)
-    return np.load(path / name, allow_pickle=False)
+    rows = np.load(path / name, allow_pickle=False)
+    if rows.dtype != np.uint64 or rows.ndim != 2 or rows.shape[1] != 2:
+        raise storage.IntegrityError(
+            f"{path / name} holds {rows.dtype}{list(rows.shape)} instead of pairs of "
+            f"hashes; {rebuild_remedy(path)}"
+        )
+    return rows
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keeps two removals, in any two processes, from losing one of them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    """Keeps two changes, in any two processes, from losing one of them."""
+    with storage.locked(path):
         yield
-    finally:
-        os.close(descriptor)

@@ -12,9 +12,9 @@
       index/                           see `index`
       deny.json                        rows that are never returned
 
-A document's row is its id here. `writer` makes the directory; `remove` changes
+A document's row is its id here. `builder` makes the directory; `remove` changes
 deny.json, `edit` adds documents (a folder added-00001/ of the same layout) and
-compacts. Nothing in it is a pickle.
+compacts. Nothing in it is a pickle, and nothing else may lie in it (`format`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt64
@@ -32,7 +32,6 @@ from jaxtyping import Bool, Float, Float32, Int, Int64, UInt64
 from racm3_jax import storage
 from racm3_jax.documents import store
 from racm3_jax.index import contract, registry
-from racm3_jax.index.contract import IndexKind
 from racm3_jax.index.rows import Records, Rows
 from racm3_jax.index.table import TableIndex
 from racm3_jax.memory import format as format_lib
@@ -73,7 +72,7 @@ class Memory:
         self.path = path
         self.manifest = manifest
         self._fingerprint = format_lib.fingerprint(manifest)
-        self.vocab = Vocab(**manifest["vocab"])
+        self.vocab = _read_vocab(path, manifest)
         self.embeddings = self._rows("embeddings_document")
         self.text_embeddings = self._rows("embeddings_text")
         self.image_embeddings = self._rows("embeddings_image")
@@ -82,7 +81,7 @@ class Memory:
         self.source_hashes: UInt64[np.ndarray, " n"] = np.asarray(
             self._rows("source_hashes")
         )
-        # Only memories built from sources (`builder`) have these two.
+        # Memories that were built from Python before version 0.2 have none of these.
         self.content_hashes = self._hashes("content_hashes")
         self.image_hashes = self._hashes("image_hashes")
         self._modalities = np.asarray(self._rows("modalities"))
@@ -90,8 +89,8 @@ class Memory:
             MODALITY_BITS.values()
         )
         folders = [path / p for p in format_lib.prefixes(manifest)]
-        parts = manifest.get("parts", [{"num_documents": len(self.embeddings)}])
-        counts = [part["num_documents"] for part in parts]
+        counts = format_lib.part_counts(manifest)
+        self._check_rows()
         places = [folder / format_lib.INDEX_DIRECTORY for folder in folders]
         self.index = registry.open_parts(places, counts, self.embeddings)
         self._records = Records([f / format_lib.DOCUMENTS_FILE for f in folders])
@@ -102,35 +101,46 @@ class Memory:
     @classmethod
     def build(
         cls,
-        documents: Iterable[Document],
+        documents: Iterable[Document] | str,
         *,
         tokenizer: Any,
         embedder: Any,
         path: str | os.PathLike[str],
-        index: IndexKind | Literal["auto"] = "auto",
-        num_query_variants: int = 4,
-        query_drop: float = 0.2,
         overwrite: bool = False,
         progress: Callable[[int], None] | None = None,
-        **more: Any,
+        **settings: Any,
     ) -> Memory:
         """Tokenises, embeds and indexes documents into a directory, and opens it.
 
-        See `writer.build_memory`, which says what every argument means.
-        """
-        from racm3_jax.memory import writer
+        What `racm3 memory build` does: equal documents are kept once, what is left out
+        is counted in `manifest["report"]`, and a build that was killed resumes when it
+        is called again.
 
-        writer.build_memory(
+        Args:
+          documents: any iterable, or a source ("folder:photos").
+          tokenizer: a `MixedTokenizer`.
+          embedder: a `DocumentEmbedder`.
+          path: the directory to make.
+          overwrite: replace a memory that is at `path`.
+          progress: called with the number of documents done so far.
+          **settings: of `CorpusConfig`: index, num_query_variants, query_drop, seed,
+            deduplicate, …
+
+        Raises:
+          FileExistsError: if something is at `path` and may not be replaced.
+          ValueError: on no documents, or embeddings that are not unit rows.
+        """
+        from racm3_jax.memory import builder
+        from racm3_jax.memory.config import CorpusConfig
+
+        builder.build_memory(
             documents,
             tokenizer=tokenizer,
             embedder=embedder,
             path=path,
-            index=index,
-            num_query_variants=num_query_variants,
-            query_drop=query_drop,
+            config=CorpusConfig(**settings),
             overwrite=overwrite,
-            progress=progress,
-            **more,
+            progress=None if progress is None else lambda done, *_: progress(done),
         )
         return cls.load(path, embedder=embedder, tokenizer=tokenizer)
 
@@ -157,6 +167,7 @@ class Memory:
         path = pathlib.Path(path)
         manifest = format_lib.read_manifest(path)
         format_lib.check_fingerprints(path, manifest, embedder, tokenizer)
+        format_lib.check_files(path)
         storage.verify_files(path, manifest["files"], format_lib.rebuild_remedy(path))
         return cls(path, manifest)
 
@@ -295,23 +306,59 @@ class Memory:
           ValueError: on queries that are not finite, another width, or k < 1.
         """
         queries = contract.check_queries(queries, self.d_embed, k)
-        denied = self._check_denied()
         result = contract.empty_neighbours(len(queries), k)
+
+        def take(asking: Int64[np.ndarray, " asking"], found: Neighbours) -> np.ndarray:
+            num = min(k, found.ids.shape[1])
+            for column, part in zip(result, found, strict=True):
+                column[asking, :num] = part[:, :num]
+            return found.valid.sum(axis=1) >= k
+
+        denied = self._check_denied().num
+        self.search_until(queries, take, k + min(k, denied), len(self))
+        return result
+
+    def search_until(
+        self,
+        queries: Float32[np.ndarray, "queries d_embed"],
+        take: Callable[[Int64[np.ndarray, " asking"], Neighbours], np.ndarray],
+        width: int,
+        max_width: int,
+    ) -> None:
+        """Asks for more and more neighbours until every query has what it needs.
+
+        ```
+        width        queries 0 1 2 ask for 8 candidates    take -> [True False False]
+        4 * width    queries 1 2 ask for 32                take -> [True False]
+        …            query 2 asks for max_width            the end
+        ```
+
+        Whoever drops candidates (the deny list here, the retriever's strategy) looks at
+        what is found and says whether that is enough.
+
+        Args:
+          queries: finite rows.
+          take: gets the numbers of the queries that are still asking, and their allowed
+            neighbours with exact scores, best first; slots of denied rows are not valid.
+            Returns bool[asking]: True where no more are needed.
+          width: candidates asked for at first.
+          max_width: and at most.
+        """
+        max_width = min(max_width, len(self))
+        width = min(width, max_width)
         asking = np.arange(len(queries))
-        width = min(len(self), k + min(k, denied.num))
         while len(asking):
             found = self.index.search(queries[asking], width)
             kept = contract.score_rows(
-                queries[asking], found, self.embeddings, denied.mask
+                queries[asking], found, self.embeddings, self._check_denied().mask
             )
-            for column, part in zip(result, kept, strict=True):
-                column[asking, : min(k, width)] = part[:, :k]
-            short = result.valid[asking].sum(axis=1) < k
-            if width == len(self):
-                break
-            asking = asking[short & found.valid.all(axis=1)]
-            width = min(len(self), _WIDENING * width)
-        return result
+            done = np.asarray(take(asking, kept), bool)
+            # An index that left slots unfilled has no more to give.
+            done |= ~found.valid.all(axis=1)
+            if width >= max_width:
+                return
+            asking = asking[~done]
+            width = min(max_width, _WIDENING * width)
 
     def remove(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> int:
         """Denies rows for good: no search returns them from the next one on.
@@ -334,32 +381,70 @@ class Memory:
                     f"the memory at {self.path} was compacted or replaced since it was "
                     "opened, which numbers its rows anew: open it again"
                 )
-            before = format_lib.read_denied(self.path, manifest)
-            after = np.union1d(before, rows)
-            format_lib.write_denied(self.path, manifest, after)
+            format_lib.tidy(self.path, manifest)
+            num_removed = format_lib.deny(self.path, manifest, rows)
         self._check_denied()
-        return len(after) - len(before)
+        return num_removed
 
     def allowed_ids(self) -> Int64[np.ndarray, " allowed"]:
         """The rows that are not denied, ascending."""
         return np.flatnonzero(~self._check_denied().mask).astype(np.int64)
 
     def _rows(self, name: str) -> Rows:
-        return Rows(
-            [
-                self.path / file
-                for prefix in format_lib.prefixes(self.manifest)
-                for file in sorted(self.manifest["files"])
-                if file.startswith(f"{prefix}{name}-")
-            ]
+        files = [
+            self.path / file
+            for prefix in format_lib.prefixes(self.manifest)
+            for file in sorted(self.manifest["files"])
+            if file.startswith(f"{prefix}{name}-")
+        ]
+        try:
+            return Rows(files)
+        except (ValueError, EOFError) as error:
+            raise storage.IntegrityError(
+                f"the column {name} of {self.path} cannot be read ({error}); "
+                f"{format_lib.rebuild_remedy(self.path)}"
+            ) from error
+
+    def _check_rows(self) -> None:
+        """Refuses columns of another type, width or length than the manifest says.
+
+        Raises:
+          IntegrityError: names the column.
+        """
+        num, width = self.manifest["num_documents"], self.d_embed
+        variants = self.num_query_variants
+        shapes = {
+            "embeddings": (num, self.manifest["d_embed"]),
+            "queries": (num, variants, width),
+            "modalities": (num,),
+        }
+        wrong = sum(format_lib.part_counts(self.manifest)) != num
+        for name, dtype in format_lib.COLUMN_TYPES.items():
+            if wrong or not self._has_column(name):
+                continue
+            rows = self._rows(name)
+            expected = shapes.get(name.split("_")[0], (num,))
+            if (rows.shape, rows.dtype.str) != (expected, dtype):
+                raise storage.IntegrityError(
+                    f"the column {name} of {self.path} is {rows.dtype.str}"
+                    f"{list(rows.shape)} instead of {dtype}{list(expected)}; "
+                    f"{format_lib.rebuild_remedy(self.path)}"
+                )
+        if wrong:
+            raise storage.IntegrityError(
+                f"the parts of {self.path} do not hold {num} documents together; "
+                f"{format_lib.rebuild_remedy(self.path)}"
+            )
+
+    def _has_column(self, name: str) -> bool:
+        """Whether every part has it."""
+        return all(
+            any(f.startswith(f"{prefix}{name}-") for f in self.manifest["files"])
+            for prefix in format_lib.prefixes(self.manifest)
         )
 
     def _hashes(self, name: str) -> UInt64[np.ndarray, " n"] | None:
-        found = [
-            any(f.startswith(f"{prefix}{name}-") for f in self.manifest["files"])
-            for prefix in format_lib.prefixes(self.manifest)
-        ]
-        return np.asarray(self._rows(name)) if all(found) else None
+        return np.asarray(self._rows(name)) if self._has_column(name) else None
 
     def _part(
         self, rows: Int64[np.ndarray, " n"], modality: Modality, variant: int
@@ -396,3 +481,13 @@ class Memory:
                 mask[rows] = True
                 denied = self._denied = _Denied(stamp, mask, len(rows))
         return denied
+
+
+def _read_vocab(path: pathlib.Path, manifest: Mapping[str, Any]) -> Vocab:
+    try:
+        return Vocab(**manifest["vocab"])
+    except (TypeError, ValueError) as error:
+        raise storage.IntegrityError(
+            f"the vocabulary in {path / format_lib.MANIFEST_FILE} is wrong ({error}); "
+            f"{format_lib.rebuild_remedy(path)}"
+        ) from error

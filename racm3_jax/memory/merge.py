@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 import resource
-import shutil
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -30,12 +29,10 @@ class Firsts(NamedTuple):
     """Which rows of all parts repeat no earlier one, by what they could repeat.
 
     Attributes:
-      ids: False where an earlier row has the same id.
-      contents: where an earlier one has the same text and pixels.
+      contents: False where an earlier row has the same text and pixels.
       images: where an earlier one has a near-equal image.
     """
 
-    ids: Bool[np.ndarray, " n"]
     contents: Bool[np.ndarray, " n"]
     images: Bool[np.ndarray, " n"]
 
@@ -55,13 +52,12 @@ def bad_records_file(path: pathlib.Path) -> pathlib.Path:
 
 def find_firsts(folders: Sequence[pathlib.Path]) -> Firsts:
     """Compares all rows of the parts in this process."""
-    ids, contents, images = (
+    contents, images = (
         np.asarray(parts_lib.open_rows(folders, name))
-        for name in ("id_hashes", "content_hashes", "image_hashes")
+        for name in ("content_hashes", "image_hashes")
     )
     embeddings = parts_lib.open_rows(folders, "embeddings_image")
     return Firsts(
-        filters.find_first(ids),
         filters.find_first(contents),
         filters.find_near_first(images, embeddings.__getitem__),
     )
@@ -71,6 +67,7 @@ def merge_parts(
     work: pathlib.Path,
     path: pathlib.Path,
     source: str,
+    plan: str,
     num_parts: int,
     maker: Maker,
     config: CorpusConfig,
@@ -82,7 +79,8 @@ def merge_parts(
     Args:
       work: where the parts are.
       path: of the memory.
-      source: that the parts were made of.
+      source: that the parts were made of; "" for documents from Python.
+      plan: digest of what is built, kept in the manifest.
       num_parts: one a shard.
       maker: that made them.
       config: of the build.
@@ -92,8 +90,6 @@ def merge_parts(
     Raises:
       ValueError: too many records were bad, or no document is left.
     """
-    for stale in path.parent.glob(f".{path.name}.*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
     parts = [part_path(work, number) for number in range(num_parts)]
     reports = [parts_lib.read_report(part) for part in parts]
     report, filtered = ReadReport(config.max_bad), {}
@@ -106,13 +102,33 @@ def merge_parts(
     folders = [p for p, r in zip(parts, reports, strict=True) if r["num_documents"]]
     if not folders:
         raise ValueError(
-            f"no documents are left of {source} (read {report.num_documents}, left "
-            f"out: {filtered or 'none'})"
+            f"no documents are left of {source or 'what was given'} (read "
+            f"{report.num_documents}, left out: {filtered or 'none'})"
         )
     kept, duplicates = choose_kept(find(folders), config.deduplicate)
     index, rows_per_shard = _choose_index(config, folders, int(kept.sum()))
+    ids = parts_lib.UniqueIds()
+
+    def describe() -> dict[str, Any]:
+        return {
+            "source": source,
+            "plan": plan,
+            # For the parts that are added later, and for compaction.
+            "recall_target": config.recall_target,
+            "rows_per_shard": rows_per_shard,
+            "deduplicate": config.deduplicate,
+            "report": {
+                "read": report.num_documents,
+                "bad": dict(sorted(report.reasons.items())),
+                "filtered": dict(sorted(filtered.items())),
+                "duplicates": duplicates,
+                "renamed": ids.num_renamed,
+                "leakage": count_leakage(folders, kept),
+            },
+        }
+
     writer.write_memory(
-        parts_lib.read_chunks(folders, kept),
+        map(ids.rename, parts_lib.read_chunks(folders, kept)),
         path=path,
         vocab=maker.tokenizer.vocab,
         tokenizer_fingerprint=maker.tokenizer.fingerprint(),
@@ -122,19 +138,7 @@ def merge_parts(
         overwrite=overwrite,
         rows_per_shard=rows_per_shard,
         recall_target=config.recall_target,
-        about={
-            "source": source,
-            # For the parts that are added later, and for compaction.
-            "recall_target": config.recall_target,
-            "rows_per_shard": rows_per_shard,
-            "report": {
-                "read": report.num_documents,
-                "bad": dict(sorted(report.reasons.items())),
-                "filtered": dict(sorted(filtered.items())),
-                "duplicates": duplicates,
-                "leakage": count_leakage(folders, kept),
-            },
-        },
+        about=describe,
     )
 
 
@@ -152,16 +156,16 @@ def choose_kept(
 ) -> tuple[Bool[np.ndarray, " n"], dict[str, int]]:
     """Which rows enter the memory, and how many repeat others.
 
-    Of equal documents the first stays. All are counted; equal ids are always dropped.
+    Of equal documents the first stays. All are counted.
     """
-    ids, contents, images = firsts
+    contents, images = firsts
     counts = {
-        "equal id": int((~ids).sum()),
-        "exact": int((ids & ~contents).sum()),
-        "near": int((ids & contents & ~images).sum()),
+        "exact": int((~contents).sum()),
+        "near": int((contents & ~images).sum()),
     }
     dropped = {"none": (), "exact": (contents,), "near": (contents, images)}
-    return np.logical_and.reduce([ids, *dropped[deduplicate]]), counts
+    everything = np.ones(len(contents), bool)
+    return np.logical_and.reduce([everything, *dropped[deduplicate]]), counts
 
 
 def count_leakage(

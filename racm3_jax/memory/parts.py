@@ -1,6 +1,6 @@
-"""One shard of a source -> one part of a memory on disk, and back to chunks.
+"""Records of one shard -> one part of a memory on disk, and back to chunks.
 
-A part is a function of (shard, settings, models) alone. It appears whole or not at all,
+A part is a function of (records, settings, models) alone. It appears whole or not at all,
 so that a build which is killed makes again only the parts that are missing.
 
     part-00007/   documents.array_record, embeddings_*.npy, …, report.json
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,23 +65,21 @@ class Maker:
 
     def chunks(
         self,
-        shard: Shard,
+        records: Iterable[Record],
         number: int,
-        report: ReadReport,
         filtered: dict[str, int],
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[MemoryChunk]:
-        """The chunks of a shard.
+        """The chunks of a part.
 
         Args:
-          shard: of a source.
-          number: of the shard; seeds the dropout.
-          report: counts what was read.
+          records: of a shard, say.
+          number: of the part; seeds the dropout.
           filtered: counts what was read and left out, by reason.
           progress: called with the number of documents of each chunk.
         """
         first = 0
-        records = self._kept(read_shard(shard, report), filtered)
+        records = self._kept(records, filtered)
         for batch in _batches(records, self.chunk_size):
             rngs = [
                 np.random.default_rng([self.seed, number, first, v])
@@ -96,7 +94,7 @@ class Maker:
                 yield select_rows(chunk, passed)
 
     def _kept(
-        self, records: Iterator[Record], filtered: dict[str, int]
+        self, records: Iterable[Record], filtered: dict[str, int]
     ) -> Iterator[Record]:
         for record in records:
             document = record.document
@@ -124,9 +122,7 @@ class Maker:
             )
         hashes = [_first_image_hash(document) for document in documents]
         return chunk._replace(
-            content_hashes=np.asarray(
-                [filters.hash_content(d) for d in documents], np.uint64
-            ),
+            content_hashes=np.asarray([_hash_record(r) for r in batch], np.uint64),
             image_hashes=np.asarray(hashes, np.uint64),
         )
 
@@ -141,6 +137,15 @@ class Maker:
             if name is not None:
                 filtered[name] = filtered.get(name, 0) + 1
         return np.asarray([name is None for name in names], bool)
+
+
+def _hash_record(record: Record) -> int:
+    """Of text and pixels; of its embeddings where the source brings nothing else."""
+    known = (record.text_embedding, record.image_embedding)
+    given = [row for row in known if row is not None]
+    if record.document.segments or not given:
+        return filters.hash_content(record.document)
+    return filters.hash_rows(given)
 
 
 def _first_image_hash(document: Document) -> int:
@@ -193,22 +198,32 @@ def select_rows(chunk: MemoryChunk, kept: Bool[np.ndarray, " n"]) -> MemoryChunk
     return MemoryChunk(documents, *arrays)  # type: ignore[arg-type]
 
 
-def write_corpus_part(
+def write_records_part(
     path: pathlib.Path,
-    shard: Shard,
+    records: Iterable[Record],
+    name: str,
     number: int,
     maker: Maker,
+    report: ReadReport,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Makes the part of one shard at `path`, whole or not at all."""
-    report, filtered = ReadReport(max_bad=1.0), {}
+    """Makes a part of records at `path`, whole or not at all.
+
+    Args:
+      path: of the part.
+      records: what it is made of.
+      name: of the shard, or a digest of the documents: what the part is of.
+      number: seeds the dropout.
+      maker: the models and filters.
+      report: of what was read, complete when the records are.
+      progress: called with the number of documents of each chunk.
+    """
+    filtered: dict[str, int] = {}
     with storage.new_directory(path) as directory:
-        chunks = _unique(
-            maker.chunks(shard, number, report, filtered, progress), filtered
-        )
+        chunks = maker.chunks(records, number, filtered, progress)
         part = writer.write_part(directory, chunks, index=None)
         content = {
-            "shard": shard.name,
+            "shard": name,
             "num_documents": 0 if part is None else part.num_documents,
             "read": report.as_dict(),
             "filtered": dict(sorted(filtered.items())),
@@ -216,26 +231,57 @@ def write_corpus_part(
         storage.write_file(directory / REPORT_FILE, storage.encode_sealed(content))
 
 
-def _unique(
-    chunks: Iterator[MemoryChunk], filtered: dict[str, int]
-) -> Iterator[MemoryChunk]:
-    """Without the documents whose id came before."""
-    seen: set[int] = set()
-    for chunk in chunks:
-        kept = np.ones(len(chunk.documents), bool)
-        for i, document in enumerate(chunk.documents):
-            number = format_lib.hash_name(document.id)
-            kept[i] = number not in seen
-            seen.add(number)
-        if not kept.all():
-            count = int((~kept).sum())
-            filtered["repeated id"] = filtered.get("repeated id", 0) + count
-        if kept.any():
-            yield select_rows(chunk, kept)
+def write_shard_part(
+    path: pathlib.Path,
+    shard: Shard,
+    number: int,
+    maker: Maker,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Makes the part of one shard of a source at `path`, whole or not at all."""
+    report = ReadReport(max_bad=1.0)
+    records = read_shard(shard, report)
+    write_records_part(path, records, shard.name, number, maker, report, progress)
+
+
+class UniqueIds:
+    """Gives a document whose id another one has an id of its own; counts them.
+
+    Ids of different sources meet by chance (`IMG_0001.jpg` of every camera), so an equal
+    id is no reason to drop a document. The first keeps it; another one gets the beginning
+    of its content's hash, which is the same in every build:
+
+        IMG_0001.jpg  IMG_0001.jpg  ->  IMG_0001.jpg  IMG_0001.jpg#1f3a9c2e
+
+    Args:
+      taken: hashes of ids that other documents have.
+    """
+
+    def __init__(self, taken: Iterable[int] = ()) -> None:
+        self.num_renamed = 0
+        self._taken = set(taken)
+
+    def rename(self, chunk: MemoryChunk) -> MemoryChunk:
+        """The chunk with unique ids."""
+        documents = list(chunk.documents)
+        for i, document in enumerate(documents):
+            content = (
+                0 if chunk.content_hashes is None else int(chunk.content_hashes[i])
+            )
+            name, number = document.id, 1
+            while (taken := format_lib.hash_name(name)) in self._taken:
+                name = f"{document.id}#{content:016x}"[: len(document.id) + 9]
+                name = name if number == 1 else f"{name}-{number}"
+                number += 1
+            self._taken.add(taken)
+            if name != document.id:
+                self.num_renamed += 1
+                documents[i] = dataclasses.replace(document, id=name)
+        return chunk._replace(documents=documents)
 
 
 def read_report(path: pathlib.Path) -> dict[str, Any]:
-    """What `write_corpus_part` counted.
+    """What `write_shard_part` counted.
 
     Raises:
       IntegrityError: if the report is damaged.

@@ -1,7 +1,6 @@
-"""Builds a memory: documents -> chunks of tokens and embeddings -> a directory.
+"""Streams chunks to disk: one part of a memory, or a whole one.
 
-`chunks` runs the models; `write_memory` streams what they made to disk and needs
-none of them.
+No model runs here; `chunks` ran them.
 """
 
 from __future__ import annotations
@@ -23,79 +22,10 @@ from racm3_jax.index import registry, tuning
 from racm3_jax.index.contract import IndexKind
 from racm3_jax.memory import format as format_lib
 from racm3_jax.memory.chunks import (
-    CHUNK_SIZE,
-    DocumentTokenizer,
-    Embedder,
     MemoryChunk,
-    make_chunks,
 )
 from racm3_jax.memory.columns import Columns
-from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
-
-
-def build_memory(
-    documents: Iterable[Document],
-    *,
-    tokenizer: DocumentTokenizer,
-    embedder: Embedder,
-    path: str | os.PathLike[str],
-    index: IndexKind | Literal["auto"] = "auto",
-    num_query_variants: int = 4,
-    query_drop: float = 0.2,
-    seed: int = 0,
-    chunk_size: int = CHUNK_SIZE,
-    overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Tokenises, embeds and indexes documents into a new memory.
-
-    Documents stream through in chunks; the directory appears at `path` when all of it
-    is on disk.
-
-    Args:
-      documents: any iterable; ids must be unique.
-      tokenizer: a `MixedTokenizer`.
-      embedder: a `DocumentEmbedder`.
-      path: the directory to make.
-      index: "exact", "scann", "scann_sharded", or "auto" (ScaNN unless the memory is
-        tiny).
-      num_query_variants: queries with dropout embedded ahead for every document.
-      query_drop: share of a query's tokens, or patches, that is left out (0.2 in
-        the paper).
-      seed: of the dropout.
-      chunk_size: documents tokenised and embedded at a time.
-      overwrite: replace a memory that is at `path`.
-      progress: called with the number of documents done so far.
-
-    Raises:
-      FileExistsError: if something is at `path` and may not be replaced.
-      ValueError: on no documents, equal ids, or embeddings that are not unit rows.
-    """
-    if not 0 <= query_drop < 1:
-        raise ValueError(f"query_drop must be in [0, 1); got {query_drop}")
-    if num_query_variants < 0:
-        raise ValueError(f"num_query_variants must be >= 0; got {num_query_variants}")
-    chunks = make_chunks(
-        documents,
-        tokenizer,
-        embedder,
-        num_query_variants=num_query_variants,
-        query_drop=query_drop,
-        seed=seed,
-        chunk_size=chunk_size,
-    )
-    write_memory(
-        chunks,
-        path=path,
-        vocab=tokenizer.vocab,
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-        encoder_fingerprint=embedder.fingerprint(),
-        index=index,
-        query_drop=query_drop,
-        overwrite=overwrite,
-        progress=progress,
-    )
 
 
 def write_memory(
@@ -111,23 +41,27 @@ def write_memory(
     progress: Callable[[int], None] | None = None,
     rows_per_shard: int | None = None,
     recall_target: float | None = None,
-    about: Mapping[str, Any] | None = None,
+    about: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Streams chunks into a new memory directory; see `build_memory`.
+    """Streams chunks into a new memory directory, which appears whole or not at all.
 
     Args:
-      chunks: what is written, in order.
-      path: see `build_memory`.
+      chunks: what is written, in order; their documents' ids are unique.
+      path: the directory to make.
       vocab: of the tokens.
       tokenizer_fingerprint: what documents must be read with.
       encoder_fingerprint: what queries must be embedded with.
-      index: see `build_memory`.
-      query_drop: see `build_memory`.
-      overwrite: see `build_memory`.
-      progress: see `build_memory`.
+      index: its kind.
+      query_drop: share of a query that was left out.
+      overwrite: replace a memory that is at `path`.
+      progress: called with the number of documents done so far.
       rows_per_shard: of a sharded index; None is its default.
       recall_target: see `write_part`.
-      about: more fields of the manifest.
+      about: makes more fields of the manifest, once the chunks are written.
+
+    Raises:
+      FileExistsError: if something is at `path` and may not be replaced.
+      ValueError: on no documents, or embeddings that are not unit rows.
     """
     path = pathlib.Path(path)
     check_target(path, overwrite)
@@ -151,13 +85,11 @@ def write_memory(
             "vocab_fingerprint": vocab.fingerprint(),
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "encoder_fingerprint": encoder_fingerprint,
-            **(about or {}),
+            **about(),
             "files": storage.describe_files(directory, storage.list_files(directory)),
         }
         format_lib.write_denied(directory, manifest, np.zeros(0, np.int64))
-        storage.write_file(
-            directory / format_lib.MANIFEST_FILE, storage.encode_sealed(manifest)
-        )
+        format_lib.write_manifest(directory, manifest)
 
 
 class Part(NamedTuple):
@@ -177,7 +109,6 @@ def write_part(
     index: IndexKind | Literal["auto"] | None,
     rows_per_shard: int | None = None,
     recall_target: float | None = None,
-    seen: Iterable[int] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Part | None:
     """Streams chunks into the files of one part of a memory.
@@ -188,14 +119,13 @@ def write_part(
       index: its kind; None makes no index.
       rows_per_shard: of a sharded index.
       recall_target: tunes a ScaNN tree to it; None leaves the defaults.
-      seen: hashes of ids that are taken.
       progress: called with the number of documents done so far.
     """
     chunks = iter(chunks)
     first = next(chunks, None)
     if first is None:
         return None
-    columns = Columns(directory, first, seen)
+    columns = Columns(directory, first)
     with contextlib.closing(columns):
         num_rows = store.write_records(
             directory / format_lib.DOCUMENTS_FILE,
@@ -227,14 +157,4 @@ def check_target(path: pathlib.Path, overwrite: bool) -> None:
     Raises:
       FileExistsError: says what is there.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / format_lib.MANIFEST_FILE).is_file():
-        raise FileExistsError(
-            f"{path} exists and is no memory, so it is left alone: give another path"
-        )
-    if not overwrite:
-        raise FileExistsError(
-            f"there is a memory at {path} already: load it, give another path, or pass "
-            "overwrite=True"
-        )
+    storage.check_target(path, "memory", format_lib.is_memory, overwrite)

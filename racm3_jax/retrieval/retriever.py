@@ -14,8 +14,6 @@ from racm3_jax.retrieval import strategy as strategy_lib
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
 
-_WIDENING = 4
-
 
 class Retriever:
     """Retrieves documents of a memory by a strategy. Safe to use from threads.
@@ -57,16 +55,30 @@ class Retriever:
         self._check_nums(nums)
         chosen: list[tuple[np.ndarray, np.ndarray]] = [_NOTHING] * len(nums)
         asking = np.flatnonzero(nums)
-        num_rows = len(self.memory)
-        width = min(self.strategy.num_candidates, num_rows)
-        while len(asking):
-            found = self._search(queries[asking], nums[asking], asking, mains, width)
-            for i, taken in zip(asking, found, strict=True):
-                chosen[i] = taken
-            if width >= min(self.strategy.max_candidates, num_rows):
-                break
-            width = min(_WIDENING * width, self.strategy.max_candidates, num_rows)
-            asking = np.asarray([i for i in asking if len(chosen[i][0]) < nums[i]], int)
+        config = self.strategy
+
+        def take(places: np.ndarray, found: Neighbours) -> np.ndarray:
+            numbers = asking[places]
+            for number, taken in zip(
+                numbers, self._select(found, nums, numbers, mains), strict=True
+            ):
+                chosen[number] = taken
+            return np.asarray([len(chosen[n][0]) >= nums[n] for n in numbers], bool)
+
+        if config.ranking == "relevance":
+            # Denied rows take slots of the search, not of the candidates.
+            denied = len(self.memory) - self.memory.num_allowed
+            self.memory.search_until(
+                queries[asking],
+                take,
+                config.num_candidates + min(config.num_candidates, denied),
+                config.max_candidates + denied,
+            )
+        else:
+            places = np.arange(len(asking))
+            for width in (config.num_candidates, config.max_candidates):
+                done = take(places, self._sample(queries[asking[places]], width))
+                places = places[~done]
         return self._read(chosen)
 
     def _check_nums(self, nums: Int[np.ndarray, " queries"]) -> None:
@@ -80,21 +92,19 @@ class Retriever:
                 f"has {allowed}, so num_retrieved must be in 0..{allowed}"
             )
 
-    def _search(
+    def _select(
         self,
-        queries: Float32[np.ndarray, "asking d_embed"],
-        nums: Int[np.ndarray, " asking"],
+        found: Neighbours,
+        nums: Int[np.ndarray, " queries"],
         asking: Int[np.ndarray, " asking"],
         mains: Sequence[TokenizedDocument | None],
-        width: int,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rows and scores taken for each asking query, out of `width` candidates."""
+        """Rows and scores taken for each asking query, out of its candidates."""
         config, memory = self.strategy, self.memory
-        neighbours = self._propose(queries, width)
         # Unfilled slots read row 0; they are excluded.
-        rows = np.maximum(neighbours.ids, 0)
+        rows = np.maximum(found.ids, 0)
         embeddings = memory.embeddings[rows]
-        excluded = ~neighbours.valid
+        excluded = ~found.valid
         if config.require_multimodal:
             excluded |= ~memory.is_multimodal[rows]
         excluded |= self._find_copies(rows, [mains[i] for i in asking])
@@ -110,22 +120,21 @@ class Retriever:
                     drop_same_source=config.drop_same_source,
                 )
             taken = strategy_lib.select(
-                neighbours.scores[j],
+                found.scores[j],
                 embeddings[j],
-                num=int(nums[j]),
+                num=int(nums[i]),
                 excluded=excluded[j],
                 max_similarity=config.max_similarity,
             )
-            chosen.append((rows[j][taken], neighbours.scores[j][taken]))
+            chosen.append((rows[j][taken], found.scores[j][taken]))
         return chosen
 
-    def _propose(
+    def _sample(
         self, queries: Float32[np.ndarray, "asking d_embed"], width: int
     ) -> Neighbours:
-        """The candidates of each query: its neighbours, or rows drawn at random."""
-        if self.strategy.ranking == "relevance":
-            return self.memory.search(queries, width)
+        """Allowed rows sampled uniformly for each query, in random order."""
         allowed = self.memory.allowed_ids()
+        width = min(width, len(allowed))
         found = empty_neighbours(len(queries), width)
         for j, query in enumerate(queries):
             rows = strategy_lib.draw_candidates(allowed, width, query)

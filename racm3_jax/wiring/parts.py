@@ -16,7 +16,7 @@ from tqdm import tqdm
 from racm3_jax import checkpoints, sharding
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.documents.flagworld.names import make_labels
-from racm3_jax.memory.edit import TABLE_DIRECTORY
+from racm3_jax.memory.format import TABLE_DIRECTORY
 from racm3_jax.memory.memory import Memory
 from racm3_jax.memory.neighbours import compute_neighbours
 from racm3_jax.model.config import ModelConfig

@@ -17,8 +17,9 @@ from corpus_files import forty, line, write_corpus
 from memory_fakes import FakeEmbedder, FakeTokenizer
 
 from racm3_jax import storage
+from racm3_jax.documents.readers import read_documents
 from racm3_jax.memory import builder, filters, merge
-from racm3_jax.memory.builder import CorpusConfig, build_corpus
+from racm3_jax.memory.builder import CorpusConfig, build_memory
 from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Document, Segment
 
@@ -31,7 +32,7 @@ def bytes_of(path):
 
 def build(source, path, config=EXACT, **more) -> Memory:
     models = {"tokenizer": FakeTokenizer(), "embedder": FakeEmbedder(), **more}
-    build_corpus(source, path=path, config=config, **models)
+    build_memory(source, path=path, config=config, **models)
     return Memory.load(path)
 
 
@@ -145,7 +146,7 @@ def test_several_builders_share_the_work(tmp_path):
     def run():
         try:
             models = {"tokenizer": FakeTokenizer(), "embedder": FakeEmbedder()}
-            build_corpus(source, path=tmp_path / "memory", config=EXACT, **models)
+            build_memory(source, path=tmp_path / "memory", config=EXACT, **models)
         except FileExistsError:
             pass  # the others had finished before it began
         except Exception as error:  # noqa: BLE001
@@ -160,21 +161,114 @@ def test_several_builders_share_the_work(tmp_path):
     assert bytes_of(tmp_path / "memory") == bytes_of(tmp_path / "whole")
 
 
+class FailsAt(FakeEmbedder):
+    """Fails at its n-th call, as a full disk or a refused setting does."""
+
+    def __init__(self, calls: int, error: Exception):
+        super().__init__()
+        self.calls, self.error = calls, error
+
+    def embed_documents(self, documents):
+        self.calls -= 1
+        if not self.calls:
+            raise self.error
+        return super().embed_documents(documents)
+
+
 def test_another_build_at_the_same_place_is_refused(tmp_path):
-    source = forty(tmp_path / "in")
-
-    class Failing(FakeEmbedder):
-        def embed_documents(self, documents):
-            raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space"):
-        build(source, tmp_path / "memory", embedder=Failing())
+    source, path = forty(tmp_path / "in"), tmp_path / "memory"
+    full = OSError("no space left")
     other = dataclasses.replace(EXACT, seed=3)
+    # Nothing was made yet: another build may begin.
+    with pytest.raises(OSError, match="no space"):
+        build(source, path, embedder=FailsAt(1, full))
+    with pytest.raises(OSError, match="no space"):
+        build(source, path, other, embedder=FailsAt(2, full))
     with pytest.raises(ValueError, match="half-done build that differs in settings"):
-        build(source, tmp_path / "memory", other)
+        build(source, path)
+    # What the merge is told does not matter to the parts.
+    near = dataclasses.replace(other, deduplicate="near", max_bad=0.5)
+    with pytest.raises(OSError, match="no space"):
+        build(source, path, near, embedder=FailsAt(2, full))
     (tmp_path / "in" / "004.jsonl").write_text(line(40) + "\n")
-    with pytest.raises(ValueError, match="differs in shards: .* remove that folder"):
-        build(source, tmp_path / "memory")
+    with pytest.raises(ValueError, match=r"differs in shards: .* remove that folder"):
+        build(source, path, other)
+
+
+def test_a_refused_build_does_not_block_a_corrected_one(tmp_path):
+    source, path = forty(tmp_path / "in"), tmp_path / "memory"
+    refused = FailsAt(2, ValueError("this embedder does not fit"))
+    with pytest.raises(ValueError, match="does not fit"):
+        build(source, path, embedder=refused)
+    with build(source, path, dataclasses.replace(EXACT, seed=3)) as memory:
+        assert len(memory) == 40
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "memory"]
+
+
+def test_python_builds_what_the_command_builds(tmp_path):
+    documents = list(read_documents(forty(tmp_path / "in")))
+    models = {"tokenizer": FakeTokenizer(), "embedder": FakeEmbedder()}
+    settings = {"index": "exact", "num_query_variants": 2}
+    copies = [dataclasses.replace(d, id=f"copy-{d.id}") for d in documents]
+    seen = []
+    with Memory.build(
+        iter([*documents, *copies]),
+        path=tmp_path / "memory",
+        progress=seen.append,
+        **models,
+        **settings,
+    ) as memory:
+        report = memory.manifest["report"]
+        assert len(memory) == 40 and report["duplicates"] == {"exact": 40, "near": 0}
+        assert report["leakage"]["exact copy"] == 0 and report["read"] == 80
+        assert memory.find([d.id for d in documents]).tolist() == list(range(40))
+    assert seen[-1] == 80
+    with Memory.build(
+        forty(tmp_path / "in"), path=tmp_path / "b", **models, **settings
+    ) as b:
+        assert b.id_hashes.tolist() == memory.id_hashes.tolist()
+        assert b.content_hashes.tolist() == memory.content_hashes.tolist()
+
+
+def test_a_build_from_python_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "PART_DOCUMENTS", 10)
+    documents = list(read_documents(forty(tmp_path / "in")))
+    settings = {"tokenizer": FakeTokenizer(), "index": "exact", "num_query_variants": 1}
+    whole = {**settings, "embedder": FakeEmbedder(), "path": tmp_path / "whole"}
+    Memory.build(documents, **whole).close()
+    with pytest.raises(OSError, match="no space"):
+        broken = FailsAt(4, OSError("no space left"))
+        Memory.build(documents, path=tmp_path / "m", embedder=broken, **settings)
+    resumed = FailsAt(99, OSError())
+    Memory.build(documents, path=tmp_path / "m", embedder=resumed, **settings).close()
+    assert resumed.calls == 98  # the last part alone
+    assert bytes_of(tmp_path / "m") == bytes_of(tmp_path / "whole")
+    # Other documents at the same place are not taken for those of the broken build.
+    with pytest.raises(OSError, match="no space"):
+        broken = FailsAt(4, OSError("no space left"))
+        Memory.build(documents, path=tmp_path / "n", embedder=broken, **settings)
+    other = documents[5:]
+    with Memory.build(
+        other, path=tmp_path / "n", embedder=FakeEmbedder(), **settings
+    ) as memory:
+        assert [d.id for d in memory.documents(np.arange(35))] == [d.id for d in other]
+
+
+def test_equal_ids_of_different_content_all_stay(tmp_path):
+    lines = [[line(n, id="IMG_0001") for n in (0, 1, 2, 1)], [line(3, id="IMG_0001")]]
+    source = write_corpus(tmp_path / "in", lines)
+    with build(source, tmp_path / "memory") as memory:
+        ids = [d.id for d in memory.documents(np.arange(len(memory)))]
+        report = memory.manifest["report"]
+        assert report["renamed"] == 3 and report["duplicates"]["exact"] == 1
+    hashes = [memory.content_hashes[i] for i in (1, 2, 3)]
+    assert ids == ["IMG_0001", *(f"IMG_0001#{h:016x}"[:17] for h in hashes)]
+    assert memory.find(ids).tolist() == [0, 1, 2, 3]
+    # The same documents without deduplication: a copy has an id of its own, too.
+    plain = dataclasses.replace(EXACT, deduplicate="none")
+    with build(source, tmp_path / "all", plain) as memory:
+        ids = [d.id for d in memory.documents(np.arange(len(memory)))]
+        assert len(set(ids)) == 5 and ids[3] == f"{ids[1]}-2"
 
 
 def test_bad_and_filtered_records_are_counted(tmp_path):
@@ -202,10 +296,9 @@ def test_bad_and_filtered_records_are_counted(tmp_path):
             "evaluation document": 1,
             "nsfw": 1,
             "opted out": 7,
-            "repeated id": 1,
             "watermark": 1,
         }
-        assert report["duplicates"]["exact"] == 1
+        assert report["duplicates"]["exact"] == 2
         sources = [d.source for d in memory.documents(np.arange(len(memory)))]
         assert not any(s.startswith("http://site1") for s in sources)
         assert memory.find(["doc-4", "doc-8", "copy of 1"]).tolist() == [-1, -1, -1]
@@ -252,7 +345,6 @@ def test_duplicates(tmp_path, mode, num):
     source = write_corpus(tmp_path / "in", [lines[:3], lines[3:]])
     with build(source, tmp_path / "m", config, embedder=SameImages()) as memory:
         assert memory.manifest["report"]["duplicates"] == {
-            "equal id": 0,
             "exact": 1,
             "near": 2,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 
@@ -12,7 +13,7 @@ from memory_fakes import FakeEmbedder, FakeTokenizer
 
 from racm3_jax import storage
 from racm3_jax.memory import edit
-from racm3_jax.memory.builder import CorpusConfig, build_corpus, make_maker
+from racm3_jax.memory.builder import CorpusConfig, build_memory, make_maker
 from racm3_jax.memory.memory import Memory, hash_name
 
 MODELS = (FakeTokenizer(), FakeEmbedder())
@@ -25,7 +26,7 @@ def config(request):
 
 @pytest.fixture
 def path(tmp_path, config):
-    build_corpus(
+    build_memory(
         forty(tmp_path / "in"),
         tokenizer=MODELS[0],
         embedder=MODELS[1],
@@ -48,7 +49,7 @@ def own_rows(memory, rows=None):
 def test_added_documents_are_found_at_once(path, config):
     with Memory.load(path) as before:
         counts = add(path, config, [40, 41, 42, 3])
-        assert counts["added"] == 3 and counts["filtered"] == {"repeated id": 1}
+        assert counts["added"] == 3 and counts["filtered"] == {"exact duplicate": 1}
         assert len(before) == 40 and own_rows(before) == list(range(40))
     with Memory.load(path) as memory:
         assert len(memory) == 43
@@ -101,7 +102,7 @@ def test_compaction_and_addition_keep_the_build_s_settings(tmp_path, monkeypatch
     config = CorpusConfig("exact", num_query_variants=1, recall_target=0.9)
     source, path = forty(tmp_path / "in"), tmp_path / "memory"
     tokenizer, embedder = MODELS
-    build_corpus(
+    build_memory(
         source, tokenizer=tokenizer, embedder=embedder, path=path, config=config
     )
     monkeypatch.setattr(edit.writer, "write_part", write_part)
@@ -115,7 +116,7 @@ def test_equal_to_a_memory_built_at_once(path, config, tmp_path):
     source = write_corpus(
         tmp_path / "all", [[line(i) for i in range(s, s + 8)] for s in range(0, 48, 8)]
     )
-    build_corpus(
+    build_memory(
         source,
         tokenizer=MODELS[0],
         embedder=MODELS[1],
@@ -173,7 +174,7 @@ def test_what_was_removed_stays_away_when_its_source_is_added_again(path, config
     edit.compact(path)
     counts = add(path, config, [3, 4, 40])
     assert counts["added"] == 1
-    assert counts["filtered"] == {"repeated id": 1, "removed before": 1}
+    assert counts["filtered"] == {"exact duplicate": 1, "removed before": 1}
     # The same document by another name, and after a further compaction.
     with Memory.load(path) as memory:
         memory.remove(memory.find(["doc-7"]))
@@ -184,7 +185,7 @@ def test_what_was_removed_stays_away_when_its_source_is_added_again(path, config
     maker = make_maker(config, *MODELS)
     counts = edit.add_documents(path, renamed, maker)
     assert (counts["added"], counts["filtered"]) == (0, {"removed before": 2})
-    counts = edit.add_documents(path, renamed, maker, readmit=True)
+    counts = edit.add_documents(path, renamed, maker, restore=True)
     assert (counts["added"], counts["filtered"]) == (2, {})
     assert edit.verify(path)["documents"] == 40
 
@@ -200,7 +201,7 @@ def test_a_reader_from_before_a_compaction_is_told(path, config):
 
 
 @pytest.mark.parametrize("change", ["add", "compact"])
-def test_a_change_that_is_broken_off_shows_nowhere(path, config, monkeypatch, change):
+def test_a_change_that_fails_leaves_nothing(path, config, monkeypatch, change):
     with Memory.load(path) as memory:
         memory.remove([1])
     before = {n: (path / n).read_bytes() for n in storage.list_files(path)}
@@ -208,19 +209,65 @@ def test_a_change_that_is_broken_off_shows_nowhere(path, config, monkeypatch, ch
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(edit, "_write_manifest", fail)
+    monkeypatch.setattr(edit.format_lib, "write_manifest", fail)
     with pytest.raises(OSError, match="no space"):
         add(path, config, [70]) if change == "add" else edit.compact(path)
     monkeypatch.undo()
-    for name, data in before.items():
-        assert (path / name).read_bytes() == data
+    after = {n: (path / n).read_bytes() for n in storage.list_files(path)}
+    # The deny list of a compaction has a name of its own, and waits for the next change.
+    assert {n: after[n] for n in before} == before
+    assert set(after) - set(before) <= {"deny-00001.json"}
     with Memory.load(path) as memory:
         assert memory.num_allowed == 39
-    with pytest.raises(storage.IntegrityError, match="does not name"):
-        edit.verify(path)
     assert edit.compact(path) == 1
     assert edit.verify(path)["documents"] == 39
     assert not [n for n in os.listdir(path.parent) if n.startswith(".")]
+
+
+def test_what_a_dead_writer_left_is_named_and_deleted(path, config):
+    (path / "added-00001").mkdir()
+    (path / "added-00001" / "modalities-00000.npy").write_bytes(b"half")
+    (path / ".compacted-00001.partial").mkdir()
+    (path / ".deny.json.partial").write_bytes(b"half")
+    words = r"added-00001/.*run racm3 memory remove --compact --memory="
+    with pytest.raises(storage.IntegrityError, match=words):
+        edit.verify(path)
+    assert edit.compact(path) == 0
+    assert edit.verify(path)["documents"] == 40
+    assert sorted(os.listdir(path)) == sorted(
+        {name.split("/")[0] for name in storage.list_files(path)}
+    )
+
+
+def test_adding_keeps_the_kind_of_index(path, config):
+    add(path, config, [40, 41])
+    with Memory.load(path) as memory:
+        assert {
+            json.loads((path / prefix / "index" / "index.json").read_text())["kind"]
+            for prefix in ("", "added-00001")
+        } == {memory.manifest["index"]}
+
+
+def test_a_second_folder_with_the_same_names(path, config):
+    """Every camera counts from IMG_0001: an equal id is no reason to drop."""
+    counts = add(path, config, [50, 51], id="doc-3")
+    assert (counts["added"], counts["renamed"], counts["filtered"]) == (2, 2, {})
+    with Memory.load(path) as memory:
+        ids = [d.id for d in memory.documents([40, 41])]
+        assert all(i.startswith("doc-3#") for i in ids) and len(set(ids)) == 2
+        assert memory.find(["doc-3", *ids]).tolist() == [3, 40, 41]
+    again = add(path, config, [50, 51], id="doc-3")
+    assert (again["added"], again["filtered"]) == (0, {"exact duplicate": 2})
+
+
+def test_an_older_deny_list_is_noticed(path, config):
+    with Memory.load(path) as memory:
+        memory.remove([1])
+        older = (path / "deny.json").read_bytes()
+        memory.remove([2])
+        (path / "deny.json").write_bytes(older)
+    with pytest.raises(storage.IntegrityError, match="older list .*version 1 of 2"):
+        Memory.load(path)
 
 
 def test_finding_what_to_remove(path, config):

@@ -14,7 +14,7 @@ from PIL import Image
 from racm3_jax.commands import memory as family
 from racm3_jax.commands.configs import UsageError
 from racm3_jax.memory import beam as beam_build
-from racm3_jax.memory.builder import build_corpus
+from racm3_jax.memory.builder import build_memory
 
 
 class Tokenizer(FakeTokenizer):
@@ -95,7 +95,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     more = write_corpus(tmp_path / "more", [[line(50), line(51), "{", line(51)]])
     run("add", f"--memory={path}", f"--source={more}", "--max_bad=0.5")
     shown = capsys.readouterr().out
-    assert "added 2 documents" in shown and "filtered: 1 repeated id" in shown
+    assert "added 2 documents" in shown and "filtered: 1 exact duplicate" in shown
     run("neighbours", f"--memory={path}", "--k=8")
     assert "wrote 8 neighbours of 112 queries" in capsys.readouterr().out
     run("verify", f"--memory={path}")
@@ -105,7 +105,7 @@ def test_from_build_to_removal(capsys, tmp_path):
 def test_wrong_input(tmp_path):
     path = build(tmp_path)
     memory = f"--memory={path}"
-    with pytest.raises(UsageError, match="load it, give another path, or give --over"):
+    with pytest.raises(UsageError, match="use it, give another path, or give --over"):
         run("build", f"--source=jsonl:{tmp_path}/in/*.jsonl", memory)
     with pytest.raises(UsageError, match="--text or --image"):
         run("search", memory)
@@ -125,9 +125,9 @@ def test_build_with_beam(capsys, tmp_path, monkeypatch):
     def stand_in(source, *, load_models, options, **settings):
         asked.update(options=options, models=(load_models.func, load_models.args))
         tokenizer, embedder = Tokenizer(), FakeEmbedder()
-        build_corpus(source, tokenizer=tokenizer, embedder=embedder, **settings)
+        build_memory(source, tokenizer=tokenizer, embedder=embedder, **settings)
 
-    monkeypatch.setattr(beam_build, "build_corpus_with_beam", stand_in)
+    monkeypatch.setattr(beam_build, "build_memory_with_beam", stand_in)
     words = [f"--source={forty(tmp_path / 'in')}", f"--memory={tmp_path}/m"]
     words += ["--beam=--runner=FnApiRunner --direct_num_workers=2", "--embedder=e"]
     run("build", *words, "--tokenizer=t", "--index=exact")

@@ -9,7 +9,7 @@ import pytest
 from corpus_files import forty, line, write_corpus
 from memory_fakes import FakeEmbedder, FakeTokenizer
 
-from racm3_jax.memory.builder import CorpusConfig, build_corpus
+from racm3_jax.memory.builder import CorpusConfig, build_memory
 from racm3_jax.memory.memory import Memory
 from racm3_jax.memory.neighbours import compute_neighbours
 from racm3_jax.memory.plan import PlanConfig, compute_plan, format_plan
@@ -98,7 +98,7 @@ def test_exact_neighbours_on_the_mesh(build, documents, tmp_path):
 def test_copies_of_the_main_document_are_not_retrieved(tmp_path):
     lines = [line(i) for i in range(12)]
     lines += [line(i, id=f"copy-{i}", url=f"http://other/{i}") for i in range(12)]
-    build_corpus(
+    build_memory(
         write_corpus(tmp_path / "in", [lines]),
         tokenizer=FakeTokenizer(),
         embedder=FakeEmbedder(),
@@ -120,7 +120,7 @@ def test_copies_of_the_main_document_are_not_retrieved(tmp_path):
 
 
 def test_stats(tmp_path):
-    build_corpus(
+    build_memory(
         forty(tmp_path / "in"),
         tokenizer=FakeTokenizer(),
         embedder=FakeEmbedder(),

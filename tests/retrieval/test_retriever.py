@@ -115,7 +115,7 @@ def test_same_source_and_one_modality_are_dropped(build, documents):
 
 def test_looks_further_when_copies_fill_the_list(build, documents):
     copies = [make_document(4, id=f"copy-{i}") for i in range(50)]
-    memory = build([*documents, *copies])
+    memory = build([*documents, *copies], deduplicate="none")
     query, main = memory.queries([4], "text"), _mains([documents[4]])
 
     def found(max_candidates):
