@@ -50,9 +50,9 @@ def hash_content(document: Document) -> int:
     return int.from_bytes(digest.digest(), "little") or 1
 
 
-def hash_rows(rows: Sequence[Float[np.ndarray, " d_embed"]]) -> int:
-    """Equal for equal embeddings: all that is known of some documents."""
-    digest = hashlib.blake2b(b"e", digest_size=8)
+def hash_rows(content: int, rows: Sequence[Float[np.ndarray, " d_embed"]]) -> int:
+    """Equal for equal content with equal embeddings."""
+    digest = hashlib.blake2b(content.to_bytes(8, "little"), digest_size=8)
     for row in rows:
         digest.update(np.asarray(row, "<f4").tobytes())
     return int.from_bytes(digest.digest(), "little") or 1

@@ -286,11 +286,12 @@ class Memory:
                 f"holds 0..{self.num_query_variants}"
             )
         rows = self._check_ids(ids)
-        queries = np.empty((len(rows), self.d_embed), np.float32)
-        has_part = (self._modalities[rows] & MODALITY_BITS[modality]) != 0
+        queries = np.asarray(self.part(rows, modality, variant), np.float32)
+        # A ready embedding may stand for a part that is not there to be shown, so that
+        # the rows themselves tell what a document can be queried by.
+        absent = ~queries.any(axis=1)
         other: Modality = "image" if modality == "text" else "text"
-        queries[has_part] = self._part(rows[has_part], modality, variant)
-        queries[~has_part] = self._part(rows[~has_part], other, variant)
+        queries[absent] = self.part(rows[absent], other, variant)
         return queries / np.linalg.norm(queries, axis=1, keepdims=True)
 
     def search(
@@ -446,9 +447,10 @@ class Memory:
     def _hashes(self, name: str) -> UInt64[np.ndarray, " n"] | None:
         return np.asarray(self._rows(name)) if self._has_column(name) else None
 
-    def _part(
-        self, rows: Int64[np.ndarray, " n"], modality: Modality, variant: int
+    def part(
+        self, rows: Int64[np.ndarray, " n"], modality: Modality, variant: int = 0
     ) -> Float[np.ndarray, "n d_embed"]:
+        """The text or image parts of these rows; zero where a document has none."""
         if variant:
             return self._queries[modality][rows][:, variant - 1]
         parts = {"text": self.text_embeddings, "image": self.image_embeddings}

@@ -7,6 +7,7 @@ reads them (`Memory.use_table`) and needs no index.
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from racm3_jax import storage
-from racm3_jax.index.contract import Index
+from racm3_jax.index.contract import Index, read_description
 from racm3_jax.index.mesh import MeshExactIndex
 from racm3_jax.index.table import TableIndex
 from racm3_jax.memory.memory import Memory
@@ -41,15 +42,18 @@ def compute_neighbours(
 
     Args:
       memory: whose documents ask and are found.
-      path: directory of the table; replaced when it exists.
+      path: directory of the table; another table there is replaced.
       k: neighbours of a query.
       engine: "exact" on all devices, or the "memory"'s own index.
       modalities: of the queries.
       progress: called with queries done and all queries.
 
     Raises:
+      FileExistsError: anything but a table is at `path`.
       ValueError: k below 1, or another engine.
     """
+    path = pathlib.Path(path)
+    storage.check_target(path, "table of neighbours", is_table, overwrite=True)
     if engine not in ("exact", "memory"):
         raise ValueError(f'engine must be "exact" or "memory"; got {engine!r}')
     if k < 1:
@@ -72,6 +76,14 @@ def compute_neighbours(
     with storage.new_directory(path, replace=True) as directory:
         table.save(directory)
     return table
+
+
+def is_table(path: pathlib.Path) -> bool:
+    """Whether a folder is a table of neighbours."""
+    try:
+        return read_description(path)["kind"] == "table"
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def _queries(

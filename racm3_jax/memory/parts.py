@@ -115,8 +115,10 @@ class Maker:
     ) -> MemoryChunk:
         documents = [record.document for record in batch]
         if isinstance(self.embedder, str):
+            _check_widths(batch)
             chunk = _ready_chunk(batch, self.tokenizer, len(rngs))
         else:
+            _check_unembedded(batch, self.embedder.d_embed)
             chunk = chunks_lib.make_chunk(
                 documents, self.tokenizer, self.embedder, self.query_drop, rngs
             )
@@ -139,13 +141,44 @@ class Maker:
         return np.asarray([name is None for name in names], bool)
 
 
+def _given_rows(batch: Iterable[Record]) -> Iterator[tuple[Document, np.ndarray]]:
+    for record in batch:
+        for row in (record.text_embedding, record.image_embedding):
+            if row is not None:
+                yield record.document, row
+
+
+def _check_unembedded(batch: Iterable[Record], d_embed: int) -> None:
+    """Refuses to exchange the source's embeddings for others without a word.
+
+    Raises:
+      ValueError: says both widths.
+    """
+    for document, row in _given_rows(batch):
+        raise ValueError(
+            f"the source brings embeddings of width {len(row)} (of {document.id!r}), and "
+            f"the embedder given writes {d_embed}: give --embedder=name:ENCODER (the "
+            "name of the encoder that made them) to keep them"
+        )
+
+
+def _check_widths(batch: Iterable[Record]) -> None:
+    width = None
+    for document, row in _given_rows(batch):
+        width = width or len(row)
+        if len(row) != width:
+            raise ValueError(
+                f"the embedding of {document.id!r} has width {len(row)}, and those "
+                f"before it {width}: a memory holds the embeddings of one encoder"
+            )
+
+
 def _hash_record(record: Record) -> int:
-    """Of text and pixels; of its embeddings where the source brings nothing else."""
+    """Of text and pixels, and of embeddings that stand for what is not there."""
     known = (record.text_embedding, record.image_embedding)
     given = [row for row in known if row is not None]
-    if record.document.segments or not given:
-        return filters.hash_content(record.document)
-    return filters.hash_rows(given)
+    content = filters.hash_content(record.document)
+    return filters.hash_rows(content, given) if given else content
 
 
 def _first_image_hash(document: Document) -> int:

@@ -31,7 +31,8 @@ def compute_stats(
       they are of, "index", and for each kind of query "recall" (share of the exact k
       nearest that the index finds), "latency_ms" (p50, p90, p99 of one query a call)
       and "near_duplicates" (share of the sampled documents whose nearest other one has
-      a similarity of at least 0.95). JSON-serialisable.
+      a similarity of at least 0.95); documents without that part are left out.
+      JSON-serialisable.
 
     Raises:
       ValueError: if every document is removed.
@@ -41,7 +42,11 @@ def compute_stats(
         raise ValueError(f"every document of the memory at {memory.path} is removed")
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(allowed, min(num_queries, len(allowed)), replace=False))
-    queries_of = {m: memory.queries(rows, m) for m in _MODALITIES}
+    queries_of = {}
+    for modality in _MODALITIES:
+        has_part = memory.part(rows, modality).any(axis=1)
+        if has_part.any():
+            queries_of[modality] = memory.queries(rows[has_part], modality)
     report = memory.manifest.get("report", {})
     return {
         "documents": len(allowed),

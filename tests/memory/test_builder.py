@@ -21,6 +21,7 @@ from racm3_jax.documents.readers import read_documents
 from racm3_jax.memory import builder, filters, merge
 from racm3_jax.memory.builder import CorpusConfig, build_memory
 from racm3_jax.memory.memory import Memory
+from racm3_jax.memory.stats import compute_stats
 from racm3_jax.types import Document, Segment
 
 EXACT = CorpusConfig(index="exact", num_query_variants=2)
@@ -395,6 +396,31 @@ def test_ready_embeddings(tmp_path):
         assert memory.manifest["num_with_modality"] == {"text": 0, "image": 0}
         query = rows[3:4].astype(np.float32)
         assert memory.search(query / np.linalg.norm(query), 1).ids[0, 0] == 3
+        # No document can be queried by a text part: no figure of them is NaN.
+        assert np.isfinite(memory.queries(np.arange(5), "text")).all()
+        stats = compute_stats(memory, num_queries=5, k=2)
+        assert list(stats["recall"]) == ["image"] and stats["recall"]["image"] == 1
+    # Embeddings are never exchanged for those of another encoder without a word.
+    with pytest.raises(ValueError, match=r"width 16 .* writes 128: .*name:ENCODER"):
+        build(source, tmp_path / "other")
+
+
+def test_equal_captions_of_different_embeddings_all_stay(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name in ("img_emb", "metadata"):
+        (tmp_path / "clip" / name).mkdir(parents=True)
+    rows = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    rows[3] = rows[2]
+    np.save(tmp_path / "clip" / "img_emb" / "img_emb_0.npy", rows)
+    table = arrow.Table.from_pylist([{"caption": "a dog"}] * 4)
+    parquet.write_table(table, tmp_path / "clip" / "metadata" / "metadata_0.parquet")
+    source = f"embeddings:{tmp_path}/clip"
+    with build(source, tmp_path / "memory", embedder="clip-b") as memory:
+        assert (
+            len(memory) == 3 and memory.manifest["report"]["duplicates"]["exact"] == 1
+        )
 
 
 def test_perceptual_hash_and_filters():

@@ -119,6 +119,19 @@ def test_copies_of_the_main_document_are_not_retrieved(tmp_path):
         assert (results[0].ids[:1] == [12]).all()
 
 
+def test_a_table_replaces_nothing_but_a_table(build, documents, tmp_path):
+    memory = build(documents[:6])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for path in (memory.path, tmp_path / "folder", tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="is not a table of neighbours"):
+            compute_neighbours(memory, path, 2)
+    assert (tmp_path / "folder" / "mine.txt").exists() and len(Memory.load(memory.path))
+    for k in (2, 3):
+        assert compute_neighbours(memory, tmp_path / "table", k).width == k
+
+
 def test_stats(tmp_path):
     build_memory(
         forty(tmp_path / "in"),

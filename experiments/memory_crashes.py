@@ -1,0 +1,207 @@
+"""A memory's commands, each broken off at every change of the file system that it makes.
+
+`try_operation` runs one command again and again; the process dies at the first change,
+then at the second, and so on (`crash_points`). After every death the memory must be the
+old one or the new one, the same command must end as if nothing had happened, and nothing
+may be left on disk that an undisturbed run would not leave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crash_points import crashed
+
+from racm3_jax.memory import builder, edit
+from racm3_jax.memory.config import CorpusConfig, make_maker
+from racm3_jax.memory.memory import Memory
+
+OPERATIONS = ("build", "overwrite", "add", "remove", "compact")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What the crashes of one operation showed.
+
+    Attributes:
+      points: places at which it died.
+      wrong: states that were neither old nor new.
+      failed: commands that then failed, or ended in another memory.
+      leftovers: points after which something was left on disk.
+    """
+
+    points: int = 0
+    wrong: list[str] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
+    leftovers: list[str] = dataclasses.field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the crashes happen.
+
+    Attributes:
+      folder: holds the memory alone, and is made anew for every crash.
+      before: a memory to begin with, copied there; None for none.
+      models: tokenizer and embedder.
+      sources: of the build, and of what is added.
+      config: of the build.
+    """
+
+    folder: Path
+    before: Path | None
+    models: tuple[Any, Any]
+    sources: tuple[str, str]
+    config: CorpusConfig
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "memory"
+
+    def reset(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        if self.before is not None:
+            shutil.copytree(self.before, self.path)
+
+    def build(self, source: str, overwrite: bool = False) -> None:
+        tokenizer, embedder = self.models
+        builder.build_memory(
+            source,
+            tokenizer=tokenizer,
+            embedder=embedder,
+            path=self.path,
+            config=self.config,
+            overwrite=overwrite,
+        )
+
+    def add(self) -> None:
+        maker = make_maker(self.config, *self.models)
+        edit.add_documents(self.path, self.sources[1], maker)
+
+    def remove(self) -> None:
+        with Memory.load(self.path) as memory:
+            memory.remove(memory.find(["d1"]))
+
+    def compact(self) -> None:
+        edit.compact(self.path)
+
+
+def describe(path: Path) -> tuple[Any, ...] | None:
+    """What a reader finds: ids of the documents that may be shown; None for no memory."""
+    try:
+        with Memory.load(path) as memory:
+            rows = memory.allowed_ids()
+            ids = [d.id for d in memory.documents(rows)]
+            found = memory.search(memory.embeddings[rows], 1).ids[:, 0]
+            return (*ids, bool(np.array_equal(found, rows)))
+    except FileNotFoundError:
+        return None
+
+
+def list_tree(folder: Path) -> list[str]:
+    """All files, and folders without any."""
+    return sorted(
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*")
+        if p.is_file() or not any(p.iterdir())
+    )
+
+
+def try_operation(
+    place: Place,
+    action: Callable[[], object],
+    allowed: Callable[[tuple[Any, ...] | None], bool] | None = None,
+) -> Outcome:
+    """Breaks one command off at every point.
+
+    Args:
+      place: where it works.
+      action: the command.
+      allowed: whether a state is right, beside the one before and the one after.
+    """
+    place.reset()
+    old = describe(place.path)
+    action()
+    new, expected = describe(place.path), list_tree(place.folder)
+    outcome = Outcome()
+    while True:
+        place.reset()
+        if not crashed(action, outcome.points + 1):
+            return outcome
+        outcome.points += 1
+        where = f"point {outcome.points}"
+        try:
+            state = describe(place.path)
+            if state not in (old, new):
+                outcome.wrong.append(f"{where}: {state}")
+        except (ValueError, OSError) as error:
+            outcome.wrong.append(f"{where}: {error}")
+        try:
+            if not (place.before is None and describe(place.path) == new):
+                action()
+            else:
+                _run_again(action)
+            if describe(place.path) != new:
+                outcome.failed.append(f"{where}: another memory")
+        except (ValueError, OSError) as error:
+            outcome.failed.append(f"{where}: {error}")
+        left = set(list_tree(place.folder)) ^ set(expected)
+        if left:
+            outcome.leftovers.append(f"{where}: {min(left)}")
+
+
+def _run_again(action: Callable[[], object]) -> None:
+    """A build that had ended already may say so."""
+    try:
+        action()
+    except FileExistsError:
+        return
+
+
+def try_operations(
+    out: Path,
+    models: tuple[Any, Any],
+    sources: tuple[str, str],
+    config: CorpusConfig,
+    operations: tuple[str, ...] = OPERATIONS,
+) -> dict[str, Outcome]:
+    """Breaks the commands of a memory off at every point.
+
+    Args:
+      out: made; what is needed goes there.
+      models: tokenizer and embedder.
+      sources: of the build, and of what is added; the first has a document "d1".
+      config: of the build.
+      operations: which ones.
+    """
+    out.mkdir(parents=True)
+    whole = Place(out / "whole", None, models, sources, config)
+    whole.reset()
+    whole.build(sources[0])
+    changed = Place(out / "changed", whole.path, models, sources, config)
+    changed.reset()
+    changed.add()
+    changed.remove()
+    found = {}
+    for name in operations:
+        before = {"build": None, "compact": changed.path}.get(name, whole.path)
+        place = Place(out / name, before, models, sources, config)
+        actions: dict[str, Callable[[], object]] = {
+            "build": lambda place=place: place.build(sources[0]),
+            "overwrite": lambda place=place: place.build(sources[1], overwrite=True),
+            "add": place.add,
+            "remove": place.remove,
+            "compact": place.compact,
+        }
+        found[name] = try_operation(place, actions[name])
+        shutil.rmtree(place.folder)
+    return found
