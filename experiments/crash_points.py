@@ -96,7 +96,9 @@ def crash_at(number: int | None) -> Iterator[Points]:
         if isinstance(file, int) or not set(mode) & set("wxa+"):
             return original(file, mode, *args, **kwargs)
         points.pass_one("open", file)
-        return _File(original(file, mode, *args, **kwargs), points)
+        opened = original(file, mode, *args, **kwargs)
+        stack.callback(opened.close)  # as the end of the process does
+        return _File(opened, points)
 
     original = builtins.open
     os_open = os.open

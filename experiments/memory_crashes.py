@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crash_points import crashed
+from crash_points import count_points, crashed
 
 from racm3_jax.memory import builder, edit
 from racm3_jax.memory.config import CorpusConfig, make_maker
@@ -29,13 +29,15 @@ class Outcome:
     """What the crashes of one operation showed.
 
     Attributes:
-      points: places at which it died.
+      points: places at which it was to die.
+      died: and did.
       wrong: states that were neither old nor new.
       failed: commands that then failed, or ended in another memory.
       leftovers: points after which something was left on disk.
     """
 
     points: int = 0
+    died: int = 0
     wrong: list[str] = dataclasses.field(default_factory=list)
     failed: list[str] = dataclasses.field(default_factory=list)
     leftovers: list[str] = dataclasses.field(default_factory=list)
@@ -119,26 +121,30 @@ def list_tree(folder: Path) -> list[str]:
 def try_operation(
     place: Place,
     action: Callable[[], object],
-    allowed: Callable[[tuple[Any, ...] | None], bool] | None = None,
+    every: int = 1,
 ) -> Outcome:
     """Breaks one command off at every point.
 
     Args:
       place: where it works.
       action: the command.
-      allowed: whether a state is right, beside the one before and the one after.
+      every: how far apart the points are that are tried; the first and the last few are
+        always among them.
     """
     place.reset()
     old = describe(place.path)
     action()
     new, expected = describe(place.path), list_tree(place.folder)
+    place.reset()
+    num_points = count_points(action)
     outcome = Outcome()
-    while True:
+    for point in range(1, num_points + 1):
+        if point % every and point > 1 and point <= num_points - min(every, 8):
+            continue
         place.reset()
-        if not crashed(action, outcome.points + 1):
-            return outcome
+        outcome.died += crashed(action, point)
         outcome.points += 1
-        where = f"point {outcome.points}"
+        where = f"point {point}"
         try:
             state = describe(place.path)
             if state not in (old, new):
@@ -157,6 +163,7 @@ def try_operation(
         left = set(list_tree(place.folder)) ^ set(expected)
         if left:
             outcome.leftovers.append(f"{where}: {min(left)}")
+    return outcome
 
 
 def _run_again(action: Callable[[], object]) -> None:
@@ -173,6 +180,7 @@ def try_operations(
     sources: tuple[str, str],
     config: CorpusConfig,
     operations: tuple[str, ...] = OPERATIONS,
+    every: int = 1,
 ) -> dict[str, Outcome]:
     """Breaks the commands of a memory off at every point.
 
@@ -182,6 +190,7 @@ def try_operations(
       sources: of the build, and of what is added; the first has a document "d1".
       config: of the build.
       operations: which ones.
+      every: see `try_operation`.
     """
     out.mkdir(parents=True)
     whole = Place(out / "whole", None, models, sources, config)
@@ -202,6 +211,6 @@ def try_operations(
             "remove": place.remove,
             "compact": place.compact,
         }
-        found[name] = try_operation(place, actions[name])
+        found[name] = try_operation(place, actions[name], every)
         shutil.rmtree(place.folder)
     return found

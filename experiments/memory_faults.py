@@ -1,12 +1,15 @@
-"""Tries to break a memory: kills, corruption, removal, duplicates, shards, RAM.
+"""Tries to break a memory: crashes, corruption, removal, duplicates, shards, RAM.
 
-    python experiments/memory_faults.py --out=memory_faults --kills=50 --corruptions=35
+    python experiments/memory_faults.py --out=memory_faults --corruptions=200
 
 Writes `results.json`. What is expected of every figure stands in `expected`; the exit
 status is 1 if one is missed. Needs no trained models: documents are tokenised by bytes
 and embedded by hashing their words, so that a run measures the memory alone. `--only`
-runs some of the trials. Tiny form: --num_documents=400 --kill_documents=400 --kills=2
+runs some of the trials. Tiny form: --num_documents=400 --crash_every=25
 --corruptions=7 --lists=400 --ram_documents=400.
+
+Crashes are injected, not timed: every write, rename and delete of a build, an overwriting
+build, an addition, a removal and a compaction is the last one once (`memory_crashes`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import memory_crashes
 import numpy as np
 
 from racm3_jax import storage
@@ -40,7 +44,7 @@ from racm3_jax.vocab import Vocab
 
 FILES = 8
 NUM_WORDS = 2000
-TRIALS = ("ram", "kills", "corruptions", "removal", "duplicates", "shards")
+TRIALS = ("ram", "crashes", "corruptions", "removal", "duplicates", "shards")
 
 
 class ByteTokenizer:
@@ -160,51 +164,28 @@ def digests(path: Path) -> dict[str, str]:
     return {n: d["sha256"] for n, d in storage.describe_files(path, names).items()}
 
 
-def try_kills(out: Path, num_documents: int, kills: int) -> dict[str, Any]:
-    """Builds, each killed at a random moment and then run again to its end."""
-    source = write_corpus(out / "kill_corpus", num_documents)
-    build(source, out / "kill_whole")
-    expected = digests(out / "kill_whole")
-    # A server that has imported everything: a child starts building at once.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([builder.__name__, Memory.__module__])
-    seconds = 0.0
-    for _ in range(2):  # the first one starts the server
-        path = out / "timed"
-        start = time.perf_counter()
-        child = processes.Process(target=build, args=(source, path))
-        child.start()
-        child.join()
-        seconds = time.perf_counter() - start
-        shutil.rmtree(path)
-    rng, equal = random.Random(0), 0
-    moments = dict.fromkeys(("before", "parts", "merge", "after"), 0)
-    for _ in range(kills):
-        path = out / "killed"
-        work = builder.work_directory(path)
-        child = processes.Process(target=build, args=(source, path))
-        child.start()
-        child.join(rng.uniform(0, 1.1 * seconds))
-        child.kill()
-        child.join()
-        moments[_moment(path, work)] += 1
-        if not path.exists():
-            build(source, path)
-        left = [p.name for p in out.iterdir() if p.name.startswith(".killed")]
-        equal += digests(path) == expected and not left
-        shutil.rmtree(path)
-        shutil.rmtree(work, ignore_errors=True)
-    return {"kills": kills, "while": moments, "equal": equal}
-
-
-def _moment(path: Path, work: Path) -> str:
-    """What a build that was killed had been doing."""
-    if path.exists():
-        return "after"
-    parts = len([p for p in work.glob("part-*") if p.is_dir()])
-    if parts == FILES:
-        return "merge"
-    return "parts" if work.is_dir() else "before"
+def try_crashes(out: Path, every: int) -> dict[str, Any]:
+    """Every command of a memory, broken off at every change of the file system."""
+    sources = []
+    for name, first, files in (("crash_corpus", 0, 2), ("crash_more", 8, 1)):
+        (out / name).mkdir()
+        for number in range(files):
+            start = first + 4 * number
+            lines = [
+                {"id": f"d{n}", "text": f"w{n} w{n + 5}"}
+                for n in range(start, start + 4)
+            ]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (out / name / f"{number}.jsonl").write_text(text)
+        sources.append(f"jsonl:{out / name}/*.jsonl")
+    found = memory_crashes.try_operations(
+        out / "crashes",
+        (ByteTokenizer(), WordEmbedder(16)),
+        (sources[0], sources[1]),
+        builder.CorpusConfig(index="exact", num_query_variants=1),
+        every=every,
+    )
+    return {name: outcome.as_dict() for name, outcome in found.items()}
 
 
 def try_corruptions(memory: Path, out: Path, number: int) -> dict[str, Any]:
@@ -332,9 +313,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("memory_faults"))
     parser.add_argument("--num_documents", type=int, default=20_000)
-    parser.add_argument("--kill_documents", type=int, default=4_000)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--corruptions", type=int, default=35)
+    parser.add_argument("--crash_every", type=int, default=1)
+    parser.add_argument("--corruptions", type=int, default=200)
     parser.add_argument("--lists", type=int, default=100_000)
     parser.add_argument("--ram_documents", type=int, default=200_000)
     parser.add_argument("--max_ram_gb", type=float, default=0.6)
@@ -357,8 +337,8 @@ def run_trials(
     # First, since the peak of all children is what the system tells.
     if "ram" in chosen and arguments.ram_documents:
         results["ram"] = try_ram(out, arguments.ram_documents, arguments.max_ram_gb)
-    if "kills" in chosen:
-        results["kills"] = try_kills(out, arguments.kill_documents, arguments.kills)
+    if "crashes" in chosen:
+        results["crashes"] = try_crashes(out, arguments.crash_every)
     if "corruptions" in chosen or "removal" in chosen:
         build(write_corpus(out / "corpus", arguments.num_documents), out / "whole")
     if "corruptions" in chosen:
@@ -386,9 +366,11 @@ def judge(results: dict[str, Any]) -> dict[str, bool]:
         judged["RAM within the limit + 15%"] = (
             ram["peak_gb"] <= 1.15 * ram["max_ram_gb"]
         )
-    if "kills" in results:
-        kills = results["kills"]
-        judged["every killed build ends the same"] = kills["equal"] == kills["kills"]
+    if "crashes" in results:
+        for kind in ("wrong", "failed", "leftovers"):
+            judged[f"after any crash: no {kind}"] = not any(
+                outcome[kind] for outcome in results["crashes"].values()
+            )
     if "corruptions" in results:
         judged["no corruption is silent"] = not results["corruptions"]["silent"]
     if "removal" in results:
