@@ -58,11 +58,15 @@ setup(
             "ipykernel>=6.29",
             # sources in parquet
             "pyarrow>=17",
+            # an index of its own
+            "faiss-cpu>=1.10",
         ],
         # Builds a memory on any runner; Beam wants pillow < 13.
         "beam": ["apache-beam>=2.65"],
         # Sources in parquet, and ready embeddings.
         "parquet": ["pyarrow>=17"],
+        # An index where ScaNN has no wheel.
+        "faiss": ["faiss-cpu>=1.10"],
         "hub": ["huggingface_hub>=0.34"],
         # A page in the browser.
         "demo": ["gradio>=6.31"],

@@ -57,7 +57,7 @@ def examine(workdir: str | Path = ".", *, self_test: bool = True) -> Iterator[Fi
     checks: list[Callable[[], Finding]] = [
         _check_python,
         *(lambda name=name: _check_library(name) for name in _LIBRARIES),
-        _check_scann,
+        _check_search,
         _check_java,
         lambda: _check_disk(Path(workdir)),
         _check_memory,
@@ -90,15 +90,22 @@ def _check_library(name: str) -> Finding:
         return Finding(name, "problem", "not installed: pip install -e .")
 
 
-def _check_scann() -> Finding:
-    from racm3_jax.index.scann import import_scann
+def _check_search() -> Finding:
+    """The libraries that search memories; one is enough, and none is needed."""
+    from racm3_jax.index import registry
 
-    try:
-        import_scann()
-    except ImportError as error:
-        words = f"{error}; memories use the exact index instead"
-        return Finding("ScaNN", "note", words)
-    return Finding("ScaNN", "ok", importlib.metadata.version("scann"))
+    found, missing = [], []
+    for kind, entry in registry.TABLE.items():
+        if entry.library is not None:
+            try:
+                registry.get_backend(kind).import_library()
+                found.append(kind)
+            except ImportError as error:
+                missing.append(str(error))
+    if found:
+        return Finding("search", "ok", ", ".join([*found, "exact"]))
+    words = "; ".join([*missing, "memories use the exact index instead"])
+    return Finding("search", "note", words)
 
 
 def _check_java() -> Finding:

@@ -14,6 +14,7 @@ import numpy as np
 
 from racm3_jax.commands import memory_pictures
 from racm3_jax.commands.configs import UsageError
+from racm3_jax.index import registry
 
 Arguments = argparse.Namespace
 _SHIPPED = "shipped:flagworld"
@@ -30,7 +31,8 @@ def register(commands: Any) -> None:
     sub.add_argument("--source", required=True, help="kind:path, see documents.readers")
     _models(sub)
     _filters(sub)
-    sub.add_argument("--index", default="auto", help="auto|exact|scann|scann_sharded")
+    kinds = "|".join(registry.list_kinds())
+    sub.add_argument("--index", default="auto", help=f"auto|{kinds}")
     sub.add_argument("--num_query_variants", type=int, default=4)
     sub.add_argument("--query_drop", type=float, default=0.2)
     sub.add_argument("--seed", type=int, default=0)
@@ -38,7 +40,7 @@ def register(commands: Any) -> None:
         "--max_ram", type=float, default=0.0, help="GB for the index build"
     )
     sub.add_argument(
-        "--recall_target", type=float, default=0.95, help="recall@10 of a ScaNN tree"
+        "--recall_target", type=float, default=0.95, help="recall@10 of the index"
     )
     sub.add_argument("--deduplicate", default="exact", help="none|exact|near")
     sub.add_argument("--overwrite", action="store_true")
@@ -96,6 +98,7 @@ def register(commands: Any) -> None:
     sub.add_argument("--d_embed", type=int, default=768)
     sub.add_argument("--hosts", type=int, default=1)
     sub.add_argument("--devices_per_host", type=int, default=8)
+    sub.add_argument("--index", default="", help=f"{kinds}; default: the first sharded")
     sub.add_argument("--json", action="store_true", help="one line of JSON")
 
 
@@ -421,6 +424,7 @@ def _plan(arguments: Arguments) -> None:
         arguments.d_embed,
         arguments.hosts,
         arguments.devices_per_host,
+        index=arguments.index,
     )
     plan = compute_plan(config)
     print(json.dumps(plan) if arguments.json else format_plan(config, plan))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.index import streaming
 from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
 
@@ -157,9 +158,5 @@ def find_near_duplicates(
       images: unit rows, by the memory's own encoder.
       max_similarity: a larger inner product is a near-duplicate.
     """
-    found = []
-    for start in range(0, len(memory), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(memory)))
-        best = (np.asarray(memory.image_embeddings[rows]) @ images.T).max(axis=1)
-        found.append(rows[best > max_similarity])
-    return np.concatenate(found).astype(np.int64)
+    larger = float(np.nextafter(np.float32(max_similarity), np.float32(2)))
+    return streaming.find_similar(memory.image_embeddings, images, larger)[0]

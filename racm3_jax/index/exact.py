@@ -1,104 +1,165 @@
-"""The exact back end: the oracle, and the default for small memories."""
+"""Exact search in JAX: the oracle, and the default for small memories.
+
+    device 0: rows 0 .. R-1    in blocks: queries @ rows.T -> its k best
+    device 1: rows R .. 2R-1   in blocks: queries @ rows.T -> its k best
+    all:      gather [devices * k] -> the k best
+
+The rows of every device stay where they are; only scores and ids travel. Scores of one
+block of rows are held at a time.
+"""
 
 from __future__ import annotations
 
 import functools
 import pathlib
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
-from racm3_jax.index.contract import (
-    check_embeddings,
-    check_queries,
-    empty_neighbours,
-    fill_slots,
-    write_description,
-)
-from racm3_jax.types import Neighbours
+from racm3_jax.index.contract import Backend, check_embeddings
+from racm3_jax.index.folder import Description
+from racm3_jax.index.rows import Rows
 
 MAX_QUERIES_PER_CALL = 256
+_AXIS = "rows"
 
 
-@functools.partial(jax.jit, static_argnames=("k", "num_rows"))
-def _search_blocks(
+def _search_device(
     blocks: Float[Array, "blocks block_rows d_embed"],
     queries: Float[Array, "queries d_embed"],
+    *,
     k: int,
     num_rows: int,
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
-    """Top k of every block, then the top k of those; ties go to the lower row."""
+    """Top k of every block, of this device, then of all; ties go to the lower row."""
     num_blocks, block_rows, _ = blocks.shape
+    first = jax.lax.axis_index(_AXIS) * num_blocks
 
     def search_block(block: tuple[Array, Array]) -> tuple[Array, Array]:
         number, rows = block
         scores = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
-        ids = number * block_rows + jnp.arange(block_rows)
+        ids = (first + number) * block_rows + jnp.arange(block_rows)
         scores = jnp.where(ids < num_rows, scores, -jnp.inf)
         best, position = jax.lax.top_k(scores, min(k, block_rows))
         return best, ids[position]
 
-    scores, ids = jax.lax.map(search_block, (jnp.arange(num_blocks), blocks))
+    found = jax.lax.map(search_block, (jnp.arange(num_blocks), blocks))
+    scores, ids = (jnp.moveaxis(x, 0, 1).reshape(len(queries), -1) for x in found)
+    scores, ids = _keep_best(scores, ids, k)
+    # Devices come in the order of their rows, so that equal scores stay in id order.
     scores, ids = (
-        jnp.moveaxis(x, 0, 1).reshape(queries.shape[0], -1) for x in (scores, ids)
+        jax.lax.all_gather(x, _AXIS, axis=1, tiled=True) for x in (scores, ids)
     )
+    return _keep_best(scores, ids, k)
+
+
+def _keep_best(
+    scores: Float[Array, "queries found"], ids: Int[Array, "queries found"], k: int
+) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
     best, position = jax.lax.top_k(scores, min(k, scores.shape[1]))
     return best, jnp.take_along_axis(ids, position, axis=1)
 
 
-class ExactIndex:
+@functools.partial(jax.jit, static_argnames=("mesh", "k", "num_rows"))
+def _search_all(
+    blocks: Float[Array, "blocks block_rows d_embed"],
+    queries: Float[Array, "queries d_embed"],
+    mesh: Mesh,
+    k: int,
+    num_rows: int,
+) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
+    search = jax.shard_map(
+        functools.partial(_search_device, k=k, num_rows=num_rows),
+        mesh=mesh,
+        in_specs=(P(_AXIS), P()),
+        out_specs=(P(), P()),
+        check_vma=False,
+    )
+    return search(blocks, queries)
+
+
+class ExactIndex(Backend):
     """All inner products, then top-k, in JAX: the oracle.
 
     Args:
-      embeddings: finite rows; kept on JAX's default device.
-      block_rows: rows scored at a time, which bounds the scores held at once.
+      embeddings: finite rows; each device keeps an equal part of them.
+      devices: that take part; None is JAX's default device.
+      block_rows: rows scored at a time on a device.
     """
+
+    kind = "exact"
 
     def __init__(
         self,
-        embeddings: Float[np.ndarray, "rows d_embed"],
+        embeddings: Float[np.ndarray, "rows d_embed"] | Rows,
+        devices: Sequence[Any] | None = None,
         block_rows: int = 1 << 16,
     ):
         embeddings = check_embeddings(embeddings)
-        self._num_rows, self._d_embed = embeddings.shape
-        block_rows = min(block_rows, self._num_rows)
-        padding = -self._num_rows % block_rows
-        padded = np.pad(embeddings, ((0, padding), (0, 0)))
-        self._blocks = jnp.asarray(padded.reshape(-1, block_rows, self._d_embed))
+        super().__init__(*embeddings.shape, settings={})
+        devices = devices or list(jnp.zeros(()).devices())
+        self._mesh = Mesh(np.asarray(devices), (_AXIS,))
+        rows_per_device = -(-self._num_rows // len(devices))
+        block_rows = min(block_rows, rows_per_device)
+        num_blocks = len(devices) * -(-rows_per_device // block_rows)
 
-    def __len__(self) -> int:
-        return self._num_rows
+        def make_blocks(index: tuple[slice, ...]) -> np.ndarray:
+            """Of one device; what lies past the last row is zero."""
+            start, stop, _ = index[0].indices(num_blocks)
+            blocks = np.zeros((stop - start, block_rows, self._d_embed), np.float32)
+            rows = embeddings[start * block_rows : stop * block_rows]
+            blocks.reshape(-1, self._d_embed)[: len(rows)] = rows
+            return blocks
 
-    def search(
+        self._blocks = jax.make_array_from_callback(
+            (num_blocks, block_rows, self._d_embed),
+            NamedSharding(self._mesh, P(_AXIS)),
+            make_blocks,
+        )
+
+    @classmethod
+    def _build(
+        cls, embeddings: Float32[np.ndarray, "rows d_embed"], config: None
+    ) -> Self:
+        return cls(embeddings)
+
+    def _write(self, path: pathlib.Path) -> None:
+        """Only the description: the rows are the memory's own embeddings."""
+
+    @classmethod
+    def _open(
+        cls,
+        path: pathlib.Path,
+        description: Description,
+        embeddings: Float[np.ndarray, "rows d_embed"] | Rows | None,
+    ) -> Self:
+        if embeddings is None:
+            raise ValueError(
+                f"the index at {path} is exact and keeps no rows of its own: "
+                "pass the embeddings that it was built from"
+            )
+        return cls(embeddings)
+
+    def _search(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int
-    ) -> Neighbours:
-        """See `Index.search`."""
-        queries = check_queries(queries, self._d_embed, k)
+    ) -> tuple[Int[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
         # Powers of two, so that batches of any size share a few compiled programs.
         width = min(_next_power_of_two(k), self._num_rows)
-        parts = [empty_neighbours(0, k)]
+        ids, scores = [], []
         for start in range(0, len(queries), MAX_QUERIES_PER_CALL):
             block = queries[start : start + MAX_QUERIES_PER_CALL]
             padding = _next_power_of_two(len(block)) - len(block)
-            scores, ids = _search_blocks(
-                self._blocks,
-                jnp.asarray(np.pad(block, ((0, padding), (0, 0)))),
-                width,
-                self._num_rows,
-            )
-            found = slice(0, len(block))
-            parts.append(
-                fill_slots(np.asarray(ids)[found], np.asarray(scores)[found], k)
-            )
-        return Neighbours(
-            *(np.concatenate(column) for column in zip(*parts, strict=True))
-        )
-
-    def save(self, path: pathlib.Path) -> None:
-        """Writes only a description: the rows are the memory's own embeddings."""
-        write_description(path, "exact", self._num_rows, self._d_embed, {}, [])
+            padded = np.pad(block, ((0, padding), (0, 0)))
+            found = _search_all(self._blocks, padded, self._mesh, width, self._num_rows)
+            scores.append(np.asarray(found[0])[: len(block), :k])
+            ids.append(np.asarray(found[1])[: len(block), :k])
+        return np.concatenate(ids), np.concatenate(scores)
 
 
 def _next_power_of_two(number: int) -> int:

@@ -1,44 +1,104 @@
-"""Which back end a memory gets: built by its kind, opened by its description."""
+"""The table of back ends: an index is built by its kind, opened by its description.
+
+A new back end is a file with a `contract.Backend`, one line of `TABLE`, and its own
+tests; the contract's tests, `racm3 memory build --index` and `racm3 memory plan` find it
+here. A kind that may be sharded is also one with the ending `_sharded`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from racm3_jax.index.contract import Index, IndexKind, read_description
-from racm3_jax.index.exact import ExactIndex
+from racm3_jax import storage
+from racm3_jax.index import folder
+from racm3_jax.index.contract import Backend, Index, IndexKind
 from racm3_jax.index.rows import Rows
-from racm3_jax.index.scann import ScannConfig, ScannIndex
-from racm3_jax.index.sharded import ShardedIndex, Tune
-from racm3_jax.index.table import TableIndex
+from racm3_jax.index.sharded import SUFFIX, ShardedIndex, Tune
 
+
+class Entry(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+      place: module of this package, and its `Backend`; imported when it is used.
+      library: that must be installed; "auto" takes the first kind whose library is.
+      is_shardable: builds and opens alone, without the rows of the memory.
+      is_built_of_rows: False where it is made in another way, and only opened here.
+    """
+
+    place: str
+    library: str | None = None
+    is_shardable: bool = False
+    is_built_of_rows: bool = True
+
+
+TABLE = {
+    "scann": Entry("scann:ScannIndex", library="scann", is_shardable=True),
+    "faiss": Entry("faiss:FaissIndex", library="faiss", is_shardable=True),
+    "exact": Entry("exact:ExactIndex"),
+    "table": Entry("table:TableIndex", is_built_of_rows=False),
+}
 # Below this, the exact search is as fast as any.
-MIN_SCANN_ROWS = 1024
+MIN_ROWS = 1024
 
 
-def has_scann() -> bool:
-    """ScaNN has wheels for Linux only."""
-    return importlib.util.find_spec("scann") is not None
+def get_backend(kind: IndexKind) -> type[Backend]:
+    """The back end of a kind; of a sharded one, that of its shards."""
+    module, name = TABLE[kind.removesuffix(SUFFIX)].place.split(":")
+    return getattr(importlib.import_module(f"racm3_jax.index.{module}"), name)
+
+
+def list_kinds() -> list[IndexKind]:
+    """The kinds that a memory's index can be built as."""
+    whole = [kind for kind, entry in TABLE.items() if entry.is_built_of_rows]
+    return whole + [kind + SUFFIX for kind in whole if TABLE[kind].is_shardable]
+
+
+def is_installed(kind: IndexKind) -> bool:
+    """Whether the library of a kind can be found here."""
+    library = TABLE[kind.removesuffix(SUFFIX)].library
+    return library is None or importlib.util.find_spec(library) is not None
 
 
 def choose_kind(kind: IndexKind | Literal["auto"], num_rows: int) -> IndexKind:
-    """Resolves "auto": ScaNN where it exists and the memory is not tiny.
+    """Resolves "auto": the first installed library, unless the memory is tiny.
 
     Raises:
       ValueError: on any other word.
+      ImportError: if the library of the kind is not installed.
     """
     if kind == "auto":
-        return "scann" if has_scann() and num_rows >= MIN_SCANN_ROWS else "exact"
-    if kind not in ("exact", "scann", "scann_sharded"):
-        raise ValueError(
-            f'index must be "scann_sharded", "exact", "scann" or "auto"; got {kind!r}'
-        )
+        libraries = [k for k, entry in TABLE.items() if entry.library is not None]
+        usable = [k for k in libraries if num_rows >= MIN_ROWS and is_installed(k)]
+        return [*usable, "exact"][0]
+    if kind not in list_kinds():
+        words = ", ".join(f'"{k}"' for k in list_kinds())
+        raise ValueError(f'index must be "auto" or one of {words}; got {kind!r}')
+    if not is_installed(kind):
+        get_backend(kind).import_library()  # says how to install it
     return kind
+
+
+def fit_ram(
+    kind: IndexKind, num_rows: int, d_embed: int, free_bytes: float
+) -> tuple[IndexKind, int | None]:
+    """The kind, or its sharded form, whose build fits; and rows a shard.
+
+    A kind that cannot be sharded is returned as it is.
+    """
+    row_bytes = 4 * d_embed * get_backend(kind).build_ram_factor
+    fitting = max(0, int(free_bytes / row_bytes))
+    whole = kind.removesuffix(SUFFIX)
+    if not TABLE[whole].is_shardable or (fitting >= num_rows and kind == whole):
+        return kind, None
+    return whole + SUFFIX, max(MIN_ROWS, min(fitting, num_rows))
 
 
 def build_index(
@@ -51,27 +111,21 @@ def build_index(
     """Builds an index of the rows and writes it into the directory `path`.
 
     Args:
-      kind: of the index.
+      kind: of the index; every kind takes any number of rows from 1 on.
       embeddings: the rows.
       path: directory; made when it does not exist.
       rows_per_shard: of a sharded index; None is its default.
-      tune: called with every ScaNN index that was built; see `tuning.tune`.
+      tune: called with every index that was built; see `tuning.tune`.
     """
     kind = choose_kind(kind, len(embeddings))
-    path = pathlib.Path(path)
-    if kind == "scann_sharded":
-        path.mkdir(parents=True, exist_ok=True)
+    backend, path = get_backend(kind), pathlib.Path(path)
+    if kind.endswith(SUFFIX):
         return ShardedIndex.build(
-            embeddings, path, rows_per_shard=rows_per_shard, tune=tune
+            backend, embeddings, path, rows_per_shard=rows_per_shard, tune=tune
         )
-    if kind == "scann":
-        built = ScannIndex.build(np.asarray(embeddings), ScannConfig(), path)
-        if tune is not None:
-            tune(built, path, embeddings)
-        return built
-    index = ExactIndex(np.asarray(embeddings))
-    path.mkdir(parents=True, exist_ok=True)
-    index.save(path)
+    index = backend.build(embeddings, path)
+    if tune is not None and index.cheapest_settings() is not None:
+        tune(index, path, embeddings)
     return index
 
 
@@ -90,29 +144,22 @@ def open_index(
 
     Raises:
       FileNotFoundError: if there is no index.
-      IntegrityError: if a file is damaged.
-      ValueError: if an exact index is opened without its rows, or with others.
+      IntegrityError: if a file is damaged, or may not be in an index.
+      ValueError: if an exact index is opened without its rows, or any with others.
+      ImportError: if its library is not installed.
     """
     path = pathlib.Path(path)
-    description = read_description(path)
-    if description["kind"] == "scann":
-        return ScannIndex.load(path, verify=verify)
-    if description["kind"] == "scann_sharded":
-        return ShardedIndex.load(path, verify=verify)
-    if description["kind"] == "table":
-        return TableIndex.load(path, verify=verify)
-    if embeddings is None:
-        raise ValueError(
-            f"the index at {path} is exact and keeps no rows of its own: "
-            "pass the embeddings that it was built from"
+    kind = folder.read_description(path).kind
+    if kind not in (*TABLE, *list_kinds()):
+        words = ", ".join(f'"{k}"' for k in (*TABLE, *list_kinds()))
+        raise storage.IntegrityError(
+            f'{path / folder.INDEX_FILE}: "kind" must be one of {words}; got {kind!r}: '
+            f"{folder.REMEDY}"
         )
-    expected = (description["num_rows"], description["d_embed"])
-    if embeddings.shape != expected:
-        raise ValueError(
-            f"the index at {path} was built from {list(expected)} embeddings; "
-            f"got {list(embeddings.shape)}"
-        )
-    return ExactIndex(np.asarray(embeddings))
+    backend = get_backend(kind)
+    if kind.endswith(SUFFIX):
+        return ShardedIndex.load(backend, path, verify=verify)
+    return backend.load(path, embeddings, verify=verify)
 
 
 def open_parts(
@@ -124,12 +171,19 @@ def open_parts(
       paths: of the indexes.
       counts: rows of each.
       embeddings: the rows of all.
+
+    Raises:
+      IntegrityError: if an index has another number of rows than its part.
     """
-    if len(paths) == 1:
-        return open_index(paths[0], embeddings, verify=False)
     shards, first = [], 0
     for path, count in zip(paths, counts, strict=True):
-        rows = embeddings[first : first + count]
-        shards.append((first, open_index(path, rows, verify=False)))
+        rows = embeddings if len(paths) == 1 else embeddings[first : first + count]
+        index = open_index(path, rows, verify=False)
+        if len(index) != count:
+            raise storage.IntegrityError(
+                f"the index at {path} has {len(index)} rows instead of {count}; "
+                f"{folder.REMEDY}"
+            )
+        shards.append((first, index))
         first += count
-    return ShardedIndex(shards)
+    return shards[0][1] if len(shards) == 1 else ShardedIndex(shards)

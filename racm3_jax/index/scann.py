@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import sys
 import threading
-from typing import Any, Literal, NoReturn
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn, Self, get_args
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
 from racm3_jax import storage
-from racm3_jax.index import contract
-from racm3_jax.types import Neighbours
+from racm3_jax.index import tuning
+from racm3_jax.index.contract import Backend
+from racm3_jax.index.folder import REMEDY, Allowed, Description
+from racm3_jax.index.rows import Rows
 
+Mode = Literal["auto", "brute_force", "hash", "tree"]
 BRUTE_FORCE_ROWS = 20_000
 HASH_ROWS = 100_000
 # Asymmetric hashing learns 16 centres for every block of dimensions.
@@ -27,6 +32,23 @@ MIN_HASH_ROWS = 16
 # More blocks than this lose the fast global top-N path.
 MAX_HASH_BLOCKS = 256
 _SUBDIRECTORY = "scann"
+# All that ScaNN 1.4.2 writes in the three modes, with SOAR and without.
+_ASSETS_FILE = "scann_assets.pbtxt"
+_ASSETS = (
+    "ah_codebook.pb",
+    "bfloat16_dataset.npy",
+    "datapoint_to_token.npy",
+    "hashed_dataset.npy",
+    "hashed_dataset_soar.npy",
+    "serialized_partitioner.pb",
+)
+_NAMES = (_ASSETS_FILE, "scann_config.pb", *_ASSETS)
+# The asset file names the others, and ScaNN reads whatever it names.
+_ASSETS_PATTERN = re.compile(
+    r'(assets \{\s+asset_type: [A-Z0-9_]+\s+asset_path: "('
+    + "|".join(map(re.escape, _ASSETS))
+    + r')"\s+\}\s*)+'
+)
 _IMPORT_LOCK = threading.Lock()
 
 
@@ -46,7 +68,7 @@ class ScannConfig:
       num_training_threads: 1, or builds differ from process to process.
     """
 
-    mode: Literal["auto", "brute_force", "hash", "tree"] = "auto"
+    mode: Mode = "auto"
     num_leaves: int | None = None
     searched_share: float = 0.08
     num_reordered: int = 200
@@ -55,7 +77,7 @@ class ScannConfig:
     num_training_threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.mode not in ("auto", "brute_force", "hash", "tree"):
+        if self.mode not in get_args(Mode):
             raise ValueError(
                 'scann.mode must be "auto", "brute_force", "hash" or "tree"; '
                 f"got {self.mode!r}"
@@ -117,7 +139,7 @@ def resolve_settings(
         )
     settings = {
         "mode": mode,
-        "dimensions_per_block": max(2, -(-d_embed // MAX_HASH_BLOCKS)),
+        "dimensions_per_block": dimensions_per_block(d_embed),
         "anisotropic_threshold": config.anisotropic_threshold,
         "num_reordered": min(config.num_reordered, num_rows),
     }
@@ -128,40 +150,35 @@ def resolve_settings(
     return settings
 
 
-class ScannIndex:
+class ScannIndex(Backend):
     """A ScaNN searcher whose datapoint numbers are the rows.
 
     Never changed once built: ScaNN crashes when one thread searches while another
     changes the index, so a changed memory gets a new index.
     """
 
+    kind = "scann"
+    files = frozenset(f"{_SUBDIRECTORY}/{name}" for name in _NAMES)
+    # A copy, ScaNN's own, its sample for training, half precision for reordering,
+    # tables: a tree took more than 4 (ScaNN 1.4.2, measured).
+    build_ram_factor = 5.0
+
     def __init__(
-        self, searcher: Any, num_rows: int, d_embed: int, settings: dict[str, Any]
+        self, searcher: Any, num_rows: int, d_embed: int, settings: Mapping[str, Any]
     ):
-        self.settings = settings
+        super().__init__(num_rows, d_embed, settings)
         self._searcher = searcher
-        self._num_rows = num_rows
-        self._d_embed = d_embed
 
     @classmethod
-    def build(
-        cls,
-        embeddings: Float[np.ndarray, "rows d_embed"],
-        config: ScannConfig,
-        path: str | pathlib.Path,
-    ) -> ScannIndex:
-        """Builds an index and writes it into the directory `path`.
+    def import_library(cls) -> Any:
+        """See `import_scann`."""
+        return import_scann()
 
-        Args:
-          embeddings: finite rows.
-          config: how to search.
-          path: directory; made when it does not exist.
-
-        Raises:
-          ValueError: on rows that are not finite, or too few for the mode.
-          ImportError: where ScaNN is not installed.
-        """
-        embeddings = contract.check_embeddings(embeddings)
+    @classmethod
+    def _build(
+        cls, embeddings: Float32[np.ndarray, "rows d_embed"], config: ScannConfig | None
+    ) -> Self:
+        config = config or ScannConfig()
         settings = resolve_settings(config, *embeddings.shape)
         scann = import_scann()
         reorder_type = scann.scann_builder.ReorderType
@@ -185,66 +202,39 @@ class ScannIndex:
                 reordering_num_neighbors=settings["num_reordered"],
                 quantize=reorder_type.BFLOAT16,
             )
-        num_rows, d_embed = embeddings.shape
-        built = cls(builder.build(), num_rows, d_embed, settings)
-        built.save(pathlib.Path(path))
-        return built
+        return cls(builder.build(), *embeddings.shape, settings)
 
-    def save(self, path: pathlib.Path) -> None:
-        """Writes the index into the directory `path`; see `Index.save`."""
+    def _write(self, path: pathlib.Path) -> None:
         directory = path / _SUBDIRECTORY
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         self._searcher.serialize(str(directory), relative_path=True)
-        for name in storage.list_files(directory):
-            storage.sync_file(directory / name)
-        self.describe(path)
-
-    def describe(self, path: pathlib.Path) -> None:
-        """Writes index.json anew, with the present settings, for files at `path`."""
-        directory = path / _SUBDIRECTORY
-        names = [f"{_SUBDIRECTORY}/{n}" for n in storage.list_files(directory)]
-        contract.write_description(
-            path, "scann", self._num_rows, self._d_embed, self.settings, names
-        )
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, *, verify: bool = True) -> ScannIndex:
-        """Opens what `build` wrote.
-
-        Args:
-          path: the directory.
-          verify: False where the caller has checked the sha256 of the files already.
-
-        Raises:
-          FileNotFoundError: if there is no index.
-          IntegrityError: if a file is damaged, missing, or not ours.
-        """
-        path = pathlib.Path(path)
-        description = contract.read_description(path)
+    def _open(
+        cls,
+        path: pathlib.Path,
+        description: Description,
+        embeddings: Float[np.ndarray, "rows d_embed"] | Rows | None,
+    ) -> Self:
         directory = path / _SUBDIRECTORY
-        # ScaNN would unpickle a file of document ids: any stranger is refused.
-        strangers = {
-            f"{_SUBDIRECTORY}/{name}" for name in storage.list_files(directory)
-        } - set(description["files"])
-        if strangers:
+        assets = directory / _ASSETS_FILE
+        if not assets.is_file() or not _ASSETS_PATTERN.fullmatch(
+            assets.read_text("utf-8", errors="replace")
+        ):
             raise storage.IntegrityError(
-                f"{path} holds {min(strangers)}, which was not written with the "
-                f"index; {contract.REMEDY}"
+                f"{assets} is missing, or names files that no ScaNN index of ours has: "
+                f"it is not opened; {REMEDY}"
             )
-        if verify:
-            storage.verify_files(path, description["files"], contract.REMEDY)
         searcher = import_scann().load_searcher(
             str(directory), assets_backcompat_shim=False
         )
-        return cls(
-            searcher,
-            description["num_rows"],
-            description["d_embed"],
-            description["settings"],
-        )
-
-    def __len__(self) -> int:
-        return self._num_rows
+        num_rows = searcher.searcher.size()
+        if num_rows != description.num_rows:
+            raise storage.IntegrityError(
+                f"the ScaNN index at {path} has {num_rows} rows instead of "
+                f"{description.num_rows}; {REMEDY}"
+            )
+        return cls(searcher, num_rows, description.d_embed, description.settings)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -252,31 +242,71 @@ class ScannIndex:
             "(Memory.load, or ScannIndex.load)"
         )
 
-    def search(
+    def _search(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int
-    ) -> Neighbours:
-        """See `Index.search`; scores carry bfloat16's error (about 0.3%)."""
-        queries = contract.check_queries(queries, self._d_embed, k)
-        if len(queries) == 0:
-            return contract.empty_neighbours(0, k)
+    ) -> tuple[Int[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
+        """Scores carry bfloat16's error (about 0.3%)."""
         if self.settings["mode"] != "tree":
             return self._search_call(queries, k)
         # With a tree, the number of queries in a call (not what they are) changes up to
         # 4% of the ids that come back (ScaNN 1.4.2, measured). One at a time costs no
         # more than small batches do.
         parts = [self._search_call(query[None], k) for query in queries]
-        return Neighbours(*(np.concatenate(c) for c in zip(*parts, strict=True)))
+        ids, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return ids, scores
 
     def _search_call(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int
-    ) -> Neighbours:
-        width = min(k, self._num_rows)
-        # ScaNN returns no more than it reorders, silently.
+    ) -> tuple[Int[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
+        # ScaNN returns no more than it reorders, silently. Slots that it cannot fill
+        # have row 0 and a score of NaN.
         reordered = self.settings.get("num_reordered")
         ids, scores = self._searcher.search_batched(
             queries,
-            final_num_neighbors=width,
-            pre_reorder_num_neighbors=reordered and max(reordered, width),
+            final_num_neighbors=k,
+            pre_reorder_num_neighbors=reordered and max(reordered, k),
             leaves_to_search=self.settings.get("num_searched"),
         )
-        return contract.fill_slots(ids.astype(np.int64), scores, k)
+        return ids.astype(np.int64), scores
+
+    @classmethod
+    def allowed_settings(
+        cls, settings: Mapping[str, Any], num_rows: int, d_embed: int
+    ) -> Mapping[str, Allowed]:
+        """See `Backend.allowed_settings`."""
+        allowed: dict[str, Allowed] = {"mode": get_args(Mode)[1:]}
+        if settings.get("mode") in ("hash", "tree"):
+            allowed["num_reordered"] = (1, num_rows)
+            allowed["dimensions_per_block"] = (1, max(2, d_embed))
+        if settings.get("mode") == "tree":
+            allowed["num_leaves"] = (1, num_rows)
+            allowed["num_searched"] = (1, num_rows)
+        return allowed
+
+    @classmethod
+    def index_row_bytes(cls, d_embed: int) -> int:
+        """4 bits a block, twice as SOAR has two leaves a row; bfloat16; an id."""
+        return -(-d_embed // dimensions_per_block(d_embed)) + 2 * d_embed + 8
+
+    def cheapest_settings(self) -> dict[str, Any] | None:
+        """A hundredth of the leaves of a tree; see `Backend.cheapest_settings`."""
+        if self.settings["mode"] == "brute_force":
+            return None
+        return tuning.search_few_leaves(self.settings)
+
+    def costlier_settings(self) -> list[dict[str, Any]]:
+        """More leaves, or more rows rescored; see `Backend.costlier_settings`."""
+        return tuning.search_or_rescore_more(self.settings, self._num_rows)
+
+    def compute_cost(self, settings: Mapping[str, Any]) -> float:
+        """See `Backend.compute_cost`."""
+        blocks = self._d_embed / settings["dimensions_per_block"]
+        # SOAR puts every row into two leaves.
+        copies = 2 if settings["mode"] == "tree" else 1
+        coded = copies * self._num_rows * blocks / 2
+        return tuning.count_bytes(settings, coded, 2 * self._d_embed)
+
+
+def dimensions_per_block(d_embed: int) -> int:
+    """Of asymmetric hashing."""
+    return max(2, -(-d_embed // MAX_HASH_BLOCKS))

@@ -5,40 +5,43 @@
     merged by (-score, id), k = 3 -> (.9, 4) (.9, R) (.8, R+2)
 
 One process may hold all shards, or each its own: `search` of each, then
-`merge_neighbours` over the processes, gives what one process would. ScaNN builds of
-several million rows peak at many times the rows' size; shards bound that.
+`merge_neighbours` over the processes, gives what one process would. Builds of several
+million rows peak at many times the rows' size; shards bound that.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from racm3_jax.index import contract
-from racm3_jax.index.contract import Index
+from racm3_jax import storage
+from racm3_jax.index import contract, folder
+from racm3_jax.index.contract import Backend, Index
 from racm3_jax.index.rows import Rows
-from racm3_jax.index.scann import ScannConfig, ScannIndex
 from racm3_jax.types import Neighbours
 
+SUFFIX = "_sharded"
 # Above this a ScaNN build of 768-d rows no longer fits 64 GB.
 ROWS_PER_SHARD = 4_000_000
-# Sets a ScaNN index that was built at a path, of some rows; saves what it changes.
-Tune = Callable[[ScannIndex, pathlib.Path, np.ndarray | Rows], object]
+# Sets an index that was built at a path, of some rows; saves what it changes.
+Tune = Callable[[Backend, pathlib.Path, np.ndarray | Rows], object]
 
 
 def merge_neighbours(parts: Sequence[Neighbours], k: int) -> Neighbours:
     """The best `k` of all parts for each query, by (-score, id)."""
     ids, scores, valid = (np.concatenate(c, axis=1) for c in zip(*parts, strict=True))
     order = np.lexsort((ids, -scores, ~valid), axis=1)[:, :k]
-    merged = Neighbours(
-        *(np.take_along_axis(c, order, axis=1) for c in (ids, scores, valid))
-    )
-    return contract.fill_slots(
-        merged.ids, np.where(merged.valid, merged.scores, -np.inf), k
-    )
+    best = (np.take_along_axis(c, order, axis=1) for c in (ids, scores, valid))
+    merged = contract.empty_neighbours(len(ids), k)
+    for column, part in zip(merged, best, strict=True):
+        column[:, : part.shape[1]] = part
+    return merged
 
 
 class ShardedIndex:
@@ -57,20 +60,22 @@ class ShardedIndex:
     @classmethod
     def build(
         cls,
+        backend: type[Backend],
         embeddings: np.ndarray | Rows,
-        path: str | pathlib.Path,
+        path: str | os.PathLike[str],
         *,
-        config: ScannConfig | None = None,
+        config: Any = None,
         rows_per_shard: int | None = None,
         tune: Tune | None = None,
     ) -> ShardedIndex:
-        """Builds a ScaNN index of every `rows_per_shard` rows into `path`.
+        """Builds an index of every `rows_per_shard` rows into `path`.
 
         One shard is in memory at a time; all of them are opened at the end.
 
         Args:
+          backend: of every shard; one that keeps what it searches.
           embeddings: the rows.
-          path: directory; must exist.
+          path: directory; made when it does not exist.
           config: of every shard.
           rows_per_shard: of all shards but the last.
           tune: called with every shard, which must reach a recall target by itself.
@@ -79,34 +84,36 @@ class ShardedIndex:
           ValueError: on rows that are not finite, none, or a shard size below 1.
         """
         path = pathlib.Path(path)
+        path.mkdir(parents=True, exist_ok=True)
         size = ROWS_PER_SHARD if rows_per_shard is None else rows_per_shard
         if size < 1:
             raise ValueError(f"rows_per_shard must be >= 1; got {size}")
         if len(embeddings) == 0 or len(embeddings.shape) != 2:
             contract.check_embeddings(np.asarray(embeddings))
-        names: list[str] = []
         starts = list(range(0, len(embeddings), size))
         for number, start in enumerate(starts):
             rows = np.asarray(embeddings[start : start + size])
             if isinstance(embeddings, Rows):
                 embeddings.release()
-            bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-            if len(bad):
+            if not np.isfinite(rows.sum(axis=1, dtype=np.float64)).all():
                 # The whole array names the row as the caller counts.
                 contract.check_embeddings(np.asarray(embeddings))
-            name = f"shard-{number:05d}"
-            index = ScannIndex.build(rows, config or ScannConfig(), path / name)
+            place = path / _name(number)
+            index = backend.build(rows, place, config)
             if tune is not None:
-                tune(index, path / name, rows)
+                tune(index, place, rows)
             del index
-            names += [f"{name}/{f}" for f in _files_of(path / name)]
-        _describe(path, names, starts, *embeddings.shape)
-        return cls.load(path, verify=False)
+        names = sorted(_names(backend, len(starts)) & {*storage.list_files(path)})
+        kind, settings = backend.kind + SUFFIX, {"starts": starts}
+        num_rows, d_embed = embeddings.shape
+        folder.write_description(path, kind, num_rows, d_embed, settings, names)
+        return cls.load(backend, path, verify=False)
 
     @classmethod
     def load(
         cls,
-        path: str | pathlib.Path,
+        backend: type[Backend],
+        path: str | os.PathLike[str],
         *,
         verify: bool = True,
         only: Sequence[int] | None = None,
@@ -114,31 +121,44 @@ class ShardedIndex:
         """Opens what `build` wrote.
 
         Args:
+          backend: of every shard.
           path: the directory.
           verify: False where the caller has checked the files already.
           only: numbers of the shards that this process holds; None is all.
 
         Raises:
           FileNotFoundError: if there is no index.
-          IntegrityError: if a file is damaged or missing.
+          IntegrityError: if a file is damaged, missing, or may not be there.
           ValueError: if a shard does not exist.
         """
         path = pathlib.Path(path)
-        description = contract.read_description(path)
-        starts = description["settings"]["starts"]
+        description = folder.read_description(path)
+        if description.kind != backend.kind + SUFFIX:
+            raise ValueError(
+                f'{path} holds an index of kind "{description.kind}"; this opens '
+                f'"{backend.kind + SUFFIX}"'
+            )
+        starts = _check_starts(path, description)
         numbers = range(len(starts)) if only is None else only
         if any(not 0 <= n < len(starts) for n in numbers):
             raise ValueError(
                 f"the index at {path} has shards 0..{len(starts) - 1}; got {list(numbers)}"
             )
+        folder.check_names(path, description, _names(backend, len(starts)))
         if verify:
-            contract.verify_description(path, description)
-        return cls(
-            [
-                (starts[n], ScannIndex.load(path / f"shard-{n:05d}", verify=False))
-                for n in sorted(numbers)
-            ]
-        )
+            folder.verify(path, description)
+        shards, ends = [], [*starts[1:], description.num_rows]
+        for n in sorted(numbers):
+            shard = backend.load(path / _name(n), verify=False)
+            found = (len(shard), shard.d_embed)
+            expected = (ends[n] - starts[n], description.d_embed)
+            if found != expected:
+                raise storage.IntegrityError(
+                    f"{path / _name(n)} has {list(found)} rows and dimensions instead "
+                    f"of {list(expected)}; {folder.REMEDY}"
+                )
+            shards.append((starts[n], shard))
+        return cls(shards)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -154,27 +174,30 @@ class ShardedIndex:
             found.append(part._replace(ids=ids))
         return merge_neighbours(found, k)
 
-    def save(self, path: pathlib.Path) -> None:
-        """Writes every shard into the directory `path`; see `Index.save`."""
-        names, d_embed = [], 0
-        for number, (_, index) in enumerate(self._shards):
-            name = f"shard-{number:05d}"
-            index.save(path / name)
-            d_embed = contract.read_description(path / name)["d_embed"]
-            names += [f"{name}/{f}" for f in _files_of(path / name)]
-        starts = [first for first, _ in self._shards]
-        _describe(path, names, starts, len(self), d_embed)
+
+def _check_starts(path: pathlib.Path, description: folder.Description) -> list[int]:
+    """The first row of each shard: 0, then ascending, all below the number of rows."""
+    starts = description.settings.get("starts")
+    right = isinstance(starts, list) and all(type(start) is int for start in starts)
+    if right:
+        edges = [*starts, description.num_rows]
+        right = edges[0] == 0 and all(a < b for a, b in itertools.pairwise(edges))
+    if not right:
+        raise storage.IntegrityError(
+            f'{path / folder.INDEX_FILE}: the setting "starts" must be the first row of '
+            f"each shard of {description.num_rows} rows; {folder.REMEDY}"
+        )
+    return starts
 
 
-def _describe(
-    path: pathlib.Path, names: list[str], starts: list[int], num_rows: int, d_embed: int
-) -> None:
-    settings = {"starts": starts}
-    contract.write_description(
-        path, "scann_sharded", num_rows, d_embed, settings, names
-    )
+def _name(number: int) -> str:
+    return f"shard-{number:05d}"
 
 
-def _files_of(path: pathlib.Path) -> list[str]:
-    """The files of one index: those that it lists, and its description."""
-    return [*contract.read_description(path)["files"], contract.INDEX_FILE]
+def _names(backend: type[Backend], num_shards: int) -> set[str]:
+    """All that may be in the folder besides its description."""
+    return {
+        f"{_name(number)}/{name}"
+        for number in range(num_shards)
+        for name in (folder.INDEX_FILE, *backend.files)
+    }

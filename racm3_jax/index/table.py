@@ -12,13 +12,16 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, Self
 
 import numpy as np
-from jaxtyping import Float32, UInt64
+from jaxtyping import Float, Float32, Int, UInt64
 
-from racm3_jax.index import contract
-from racm3_jax.index.contract import Index
+from racm3_jax import storage
+from racm3_jax.index.contract import Backend, Index
+from racm3_jax.index.folder import REMEDY, Description
+from racm3_jax.index.rows import Rows
 from racm3_jax.types import Neighbours
 
 _KEYS, _IDS, _SCORES = "keys.npy", "ids.npy", "scores.npy"
@@ -33,7 +36,7 @@ def hash_queries(
     return np.frombuffer(b"".join(digests), "<u8")
 
 
-class TableIndex:
+class TableIndex(Backend):
     """Neighbours of known queries.
 
     Args:
@@ -46,6 +49,9 @@ class TableIndex:
       settings: what the table was made from; kept in its description.
     """
 
+    kind = "table"
+    files = frozenset({_KEYS, _IDS, _SCORES})
+
     def __init__(
         self,
         keys: UInt64[np.ndarray, " known"],
@@ -53,14 +59,12 @@ class TableIndex:
         num_rows: int,
         d_embed: int,
         fallback: Index | None = None,
-        settings: dict | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
+        super().__init__(num_rows, d_embed, settings or {})
         self._keys = keys
         self._found = found
-        self._num_rows = num_rows
-        self._d_embed = d_embed
         self.fallback = fallback
-        self.settings = settings or {}
 
     @classmethod
     def compute(
@@ -91,37 +95,53 @@ class TableIndex:
     def load(
         cls,
         path: str | os.PathLike[str],
+        embeddings: Float[np.ndarray, "rows d_embed"] | Rows | None = None,
         *,
         verify: bool = True,
         fallback: Index | None = None,
-    ) -> TableIndex:
+    ) -> Self:
         """Opens what `save` wrote; the arrays stay on disk, mapped.
 
-        Raises:
-          FileNotFoundError: if there is no table.
-          IntegrityError: if a file is damaged or missing.
+        See `Backend.load`, and the class about `fallback`.
         """
-        path = pathlib.Path(path)
-        description = contract.read_description(path)
-        if description["kind"] != "table":
-            raise ValueError(f"{path} holds an index of kind {description['kind']!r}")
-        if verify:
-            contract.verify_description(path, description)
-        keys, ids, scores = (
-            np.load(path / name, mmap_mode="r", allow_pickle=False)
-            for name in (_KEYS, _IDS, _SCORES)
-        )
-        return cls(
-            keys,
-            Neighbours(ids, scores, np.isfinite(scores)),
-            description["num_rows"],
-            description["d_embed"],
-            fallback,
-            description["settings"],
+        table = super().load(path, embeddings, verify=verify)
+        table.fallback = fallback
+        return table
+
+    @classmethod
+    def _build(
+        cls, embeddings: Float32[np.ndarray, "rows d_embed"], config: None
+    ) -> NoReturn:
+        raise ValueError(
+            "a table is made of queries: compute it (racm3 memory neighbours)"
         )
 
-    def __len__(self) -> int:
-        return self._num_rows
+    @classmethod
+    def _open(
+        cls,
+        path: pathlib.Path,
+        description: Description,
+        embeddings: Float[np.ndarray, "rows d_embed"] | Rows | None,
+    ) -> Self:
+        try:
+            keys, ids, scores = (
+                np.lib.format.open_memmap(path / name, mode="r")
+                for name in (_KEYS, _IDS, _SCORES)
+            )
+        except (ValueError, OSError, EOFError) as error:
+            raise storage.IntegrityError(
+                f"{path} holds an array that cannot be read ({error}); {REMEDY}"
+            ) from error
+        found = [(x.dtype.str, x.ndim) for x in (keys, ids, scores)]
+        if found != [("<u8", 1), ("<i8", 2), ("<f4", 2)] or not (
+            len(keys) >= 1 and ids.shape == scores.shape and len(ids) == len(keys)
+        ):
+            raise storage.IntegrityError(
+                f"{path} holds arrays of other shapes or types than a table has "
+                f"({found}); {REMEDY}"
+            )
+        neighbours = Neighbours(ids, scores, np.isfinite(scores))
+        return cls(keys, neighbours, *description[1:3], settings=description.settings)
 
     @property
     def width(self) -> int:
@@ -133,46 +153,30 @@ class TableIndex:
         """Queries that the table knows."""
         return len(self._keys)
 
-    def search(
+    def _search(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int
-    ) -> Neighbours:
-        """See `Index.search`.
-
-        Raises:
-          ValueError: also on a query that the table does not know, without a fallback.
-        """
-        queries = contract.check_queries(queries, self._d_embed, k)
-        if k > self.width and self.width < self._num_rows and self.fallback is not None:
-            return self.fallback.search(queries, k)
+    ) -> tuple[Int[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
+        """A query that the table does not know is an error without a fallback."""
+        if k > self.width and self.fallback is not None:
+            found = self.fallback.search(queries, k)
+            return found.ids, found.scores
         keys = hash_queries(queries)
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         known = self._keys[places] == keys
-        if not known.all() and self.fallback is None:
-            raise ValueError(
-                f"query {int(np.flatnonzero(~known)[0])} is not in the table of "
-                f"{self.num_queries} precomputed queries: search with the memory's own "
-                "index, or make the table anew (racm3 memory neighbours)"
-            )
-        ids, scores = (np.asarray(c[places]) for c in self._found[:2])
-        result = contract.fill_slots(ids, scores, k)
-        if not known.all() and self.fallback is not None:
+        ids, scores = (np.array(column[places][:, :k]) for column in self._found[:2])
+        if not known.all():
+            if self.fallback is None:
+                raise ValueError(
+                    f"query {int(np.flatnonzero(~known)[0])} is not in the table of "
+                    f"{self.num_queries} precomputed queries: search with the memory's "
+                    "own index, or make the table again (racm3 memory neighbours)"
+                )
             live = self.fallback.search(queries[~known], k)
-            for column, part in zip(result, live, strict=True):
-                column[~known] = part
-        return result
+            ids[~known], scores[~known] = live.ids, live.scores
+        return ids, scores
 
-    def save(self, path: pathlib.Path) -> None:
-        """Writes the table into the directory `path`; see `Index.save`."""
-        path.mkdir(parents=True, exist_ok=True)
+    def _write(self, path: pathlib.Path) -> None:
         scores = np.where(self._found.valid, self._found.scores, -np.inf)
         np.save(path / _KEYS, np.asarray(self._keys, "<u8"))
         np.save(path / _IDS, np.asarray(self._found.ids, "<i8"))
         np.save(path / _SCORES, np.asarray(scores, "<f4"))
-        contract.write_description(
-            path,
-            "table",
-            self._num_rows,
-            self._d_embed,
-            self.settings,
-            [_KEYS, _IDS, _SCORES],
-        )

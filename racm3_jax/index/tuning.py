@@ -1,7 +1,8 @@
-"""How many leaves ScaNN must look into, and how many rows it must rescore: measured.
+"""How many leaves a search must look into, and how many rows it must rescore: measured.
 
-Rows that are not in a searched leaf are lost, and so are those that the hashed scores
-rank too low; either can bound the recall, whatever the other is set to. Text and image
+Rows that are not in a searched leaf are lost, and so are those that the coded scores
+rank too low; either can bound the recall, whatever the other is set to. One tuner serves
+every back end, which says what a setting costs and what may be raised. Text and image
 queries lie in different places of the space, so that a share of leaves which serves one
 kind may fail the other: each kind must reach the target.
 """
@@ -16,9 +17,9 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float32, Int64
 
-from racm3_jax.index.contract import Index
+from racm3_jax.index.contract import Backend, Index
 from racm3_jax.index.rows import Rows
-from racm3_jax.index.scann import ScannIndex
+from racm3_jax.index.streaming import find_exact
 
 NUM_QUERIES = 256
 _FIRST_LEAVES = 0.01
@@ -27,35 +28,8 @@ _REORDER_GROWTH = 2
 # Of the rows, the largest share that is rescored.
 _MOST_REORDERED = 0.02
 # A rescored row is read from anywhere: per byte it takes three times as long as the
-# hashed rows of a leaf, which lie side by side (measured, 768 dimensions).
+# coded rows of a leaf, which lie side by side (measured, 768 dimensions).
 _SCATTERED = 3
-_ROWS_PER_BLOCK = 1 << 15
-
-
-def find_exact(
-    embeddings: np.ndarray | Rows,
-    queries: Float32[np.ndarray, "queries d_embed"],
-    k: int,
-) -> Int64[np.ndarray, "queries k"]:
-    """The rows of the `k` largest inner products, best first; at most all rows.
-
-    Streams the rows in blocks: a memory larger than the RAM can be measured.
-    """
-    scores = np.zeros((len(queries), 0), np.float32)
-    ids = np.zeros((len(queries), 0), np.int64)
-    for start in range(0, len(embeddings), _ROWS_PER_BLOCK):
-        block = embeddings[start : start + _ROWS_PER_BLOCK]
-        new = queries @ np.asarray(block).T
-        numbers = np.broadcast_to(np.arange(len(block)) + start, new.shape)
-        if len(block) > k:
-            best = np.argpartition(-new, k - 1, axis=1)[:, :k]
-            new = np.take_along_axis(new, best, axis=1)
-            numbers = np.take_along_axis(numbers, best, axis=1)
-        scores = np.concatenate([scores, new], axis=1)
-        ids = np.concatenate([ids, numbers], axis=1)
-        order = np.lexsort((ids, -scores), axis=1)[:, :k]
-        scores, ids = (np.take_along_axis(x, order, axis=1) for x in (scores, ids))
-    return ids
 
 
 def compute_recall(
@@ -91,17 +65,46 @@ def sample_queries(
     return found
 
 
-def compute_cost(settings: Mapping[str, Any], num_rows: int, d_embed: int) -> float:
-    """Bytes that one query reads, weighted: a clock would differ from run to run."""
-    hashed = num_rows * (d_embed / settings["dimensions_per_block"]) / 2
-    if settings["mode"] == "tree":
-        # SOAR puts every row into two leaves.
-        hashed *= 2 * settings["num_searched"] / settings["num_leaves"]
-    return hashed + _SCATTERED * settings["num_reordered"] * 2 * d_embed
+def search_few_leaves(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A hundredth of the leaves: few leaves with many rows rescored may be cheapest."""
+    if "num_leaves" not in settings:
+        return {}
+    return {"num_searched": max(1, round(_FIRST_LEAVES * settings["num_leaves"]))}
+
+
+def search_or_rescore_more(
+    settings: Mapping[str, Any], num_rows: int
+) -> list[dict[str, Any]]:
+    """One step in each direction: `num_searched` of `num_leaves`, `num_reordered`."""
+    steps: list[dict[str, Any]] = []
+    num_leaves = settings.get("num_leaves", 0)
+    if num_leaves and settings["num_searched"] < num_leaves:
+        more = int(settings["num_searched"] * _LEAVES_GROWTH) + 1
+        steps.append({"num_searched": min(num_leaves, more)})
+    reordered = settings["num_reordered"]
+    most = min(num_rows, max(reordered, int(_MOST_REORDERED * num_rows)))
+    if reordered < most:
+        steps.append({"num_reordered": min(most, reordered * _REORDER_GROWTH)})
+    return steps
+
+
+def count_bytes(
+    settings: Mapping[str, Any], coded_bytes: float, rescored_bytes: float
+) -> float:
+    """Bytes that one query reads, weighted by how they lie.
+
+    Args:
+      settings: "num_reordered", and of a tree "num_leaves" and "num_searched".
+      coded_bytes: of all rows.
+      rescored_bytes: of one row.
+    """
+    searched = settings.get("num_searched", 1) / settings.get("num_leaves", 1)
+    rescored = settings["num_reordered"] * rescored_bytes
+    return coded_bytes * searched + _SCATTERED * rescored
 
 
 def tune(
-    index: ScannIndex,
+    index: Backend,
     path: pathlib.Path,
     embeddings: np.ndarray | Rows,
     queries: Mapping[str, np.ndarray],
@@ -111,10 +114,9 @@ def tune(
 ) -> dict[str, float]:
     """Raises the settings until every kind of query reaches the target; saves them.
 
-    A tree begins with a hundredth of its leaves, whatever it was built for. Each step
-    raises either `num_searched` (of a tree) or `num_reordered`: the one whose recall
-    grows most for its cost (`compute_cost`). The same rows and queries give the same
-    settings. "brute_force" has none, and is left as it is.
+    It begins with `cheapest_settings`. Each step takes the one of `costlier_settings`
+    whose recall grows most for its cost (`compute_cost`). The same rows and queries give
+    the same settings. An index without settings is measured, and left as it is.
 
     Args:
       index: built at `path`.
@@ -125,8 +127,8 @@ def tune(
       k: neighbours.
 
     Returns:
-      The recall reached, by kind; below the target, which is logged, where every leaf is
-      searched and a fiftieth of the rows rescored.
+      The recall reached, by kind; below the target, which is logged, where no setting
+      can be raised any more.
 
     Raises:
       ValueError: if the target is no share.
@@ -144,23 +146,19 @@ def tune(
     def worst(recalls: Mapping[str, float]) -> float:
         return min(recalls.values(), default=1.0)
 
-    if index.settings["mode"] == "brute_force":
-        return measure({})
-    if index.settings["mode"] == "tree":
-        # Few leaves with many rows rescored may be the cheapest.
-        first = max(1, round(_FIRST_LEAVES * index.settings["num_leaves"]))
-        index.settings["num_searched"] = first
-    found = measure({})
-    shape = (len(embeddings), embeddings.shape[1])
+    cheapest = index.cheapest_settings()
+    found = measure(cheapest or {})
+    if cheapest is None:
+        return found
     while worst(found) < recall_target:
         now = dict(index.settings)
-        steps = _next_settings(now, len(embeddings))
+        steps = index.costlier_settings()
         if not steps:
             break
         recalls = [measure(now | step) for step in steps]
         gains = [
             (worst(recall) - worst(found))
-            / (compute_cost(now | step, *shape) - compute_cost(now, *shape))
+            / (index.compute_cost(now | step) - index.compute_cost(now))
             for recall, step in zip(recalls, steps, strict=True)
         ]
         best = int(np.argmax(gains))
@@ -175,18 +173,3 @@ def tune(
             *(path, k, index.settings["recall"], recall_target),
         )
     return found
-
-
-def _next_settings(settings: Mapping[str, Any], num_rows: int) -> list[dict[str, int]]:
-    """What may be raised, and to what."""
-    steps = []
-    if settings["mode"] == "tree" and settings["num_searched"] < settings["num_leaves"]:
-        more = int(settings["num_searched"] * _LEAVES_GROWTH) + 1
-        steps.append({"num_searched": min(settings["num_leaves"], more)})
-    most = min(
-        num_rows, max(settings["num_reordered"], int(_MOST_REORDERED * num_rows))
-    )
-    if settings["num_reordered"] < most:
-        more = settings["num_reordered"] * _REORDER_GROWTH
-        steps.append({"num_reordered": min(most, more)})
-    return steps

@@ -25,7 +25,7 @@ class CorpusConfig:
       query_drop: share of a query that is left out.
       seed: of the dropout.
       max_bad: share of bad records above which the build stops.
-      recall_target: recall@10 that a ScaNN tree is tuned to, for text and for image
+      recall_target: recall@10 that the index is tuned to, for text and for image
         queries.
       max_ram_gb: bounds the index build, by sharding it; 0 is no bound.
       deduplicate: drop documents of equal text and pixels ("exact"), also those of a

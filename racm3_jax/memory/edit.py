@@ -27,6 +27,7 @@ from jaxtyping import Float32, Int64, UInt64
 
 from racm3_jax import storage
 from racm3_jax.documents.readers import ReadReport, find_shards, read_shard
+from racm3_jax.index import streaming
 from racm3_jax.memory import filters, writer
 from racm3_jax.memory import format as format_lib
 from racm3_jax.memory import parts as parts_lib
@@ -34,7 +35,6 @@ from racm3_jax.memory.chunks import CHUNK_SIZE, MemoryChunk
 from racm3_jax.memory.memory import Memory
 from racm3_jax.memory.parts import Maker
 
-_ROWS_PER_BLOCK = 1 << 14
 
 
 def add_documents(
@@ -387,14 +387,10 @@ def find_like(
     Returns:
       Rows and similarities, most similar first.
     """
-    scores = np.concatenate(
-        [
-            memory.image_embeddings[start : start + _ROWS_PER_BLOCK] @ query
-            for start in range(0, len(memory), _ROWS_PER_BLOCK)
-        ]
+    rows, scores = streaming.find_similar(
+        memory.image_embeddings, query[None], min_similarity
     )
-    allowed = np.zeros(len(memory), bool)
-    allowed[memory.allowed_ids()] = True
-    rows = np.flatnonzero(allowed & (scores >= min_similarity))
-    rows = rows[np.argsort(-scores[rows], kind="stable")]
-    return rows.astype(np.int64), scores[rows]
+    allowed = np.isin(rows, memory.allowed_ids())
+    rows, scores = rows[allowed], scores[allowed]
+    order = np.argsort(-scores, kind="stable")
+    return rows[order], scores[order]

@@ -20,10 +20,6 @@ from racm3_jax.memory import parts as parts_lib
 from racm3_jax.memory.config import CorpusConfig, Deduplicate, encoder_name
 from racm3_jax.memory.parts import Maker
 
-# Of the rows' own bytes: a copy, ScaNN's own, its sample for training, half precision for
-# reordering, tables. A tree took more than 4 (ScaNN 1.4.2, measured).
-INDEX_RAM_FACTOR = 5.0
-
 
 class Firsts(NamedTuple):
     """Which rows of all parts repeat no earlier one, by what they could repeat.
@@ -210,12 +206,8 @@ def _choose_index(
     if not config.max_ram_gb:
         return kind, None
     d_embed = parts_lib.open_rows(folders, "embeddings_document").shape[1]
-    row_bytes = 4 * d_embed * INDEX_RAM_FACTOR
     free = config.max_ram_gb * 1e9 - _resident_bytes()
-    fitting = max(0, int(free / row_bytes))
-    if kind == "exact" or (fitting >= num_rows and kind == "scann"):
-        return kind, None
-    return "scann_sharded", max(registry.MIN_SCANN_ROWS, min(fitting, num_rows))
+    return registry.fit_ram(kind, num_rows, d_embed, free)
 
 
 def _resident_bytes() -> int:

@@ -11,12 +11,14 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
+import jax
 import numpy as np
 from jaxtyping import Float32
 
 from racm3_jax import storage
-from racm3_jax.index.contract import Index, read_description
-from racm3_jax.index.mesh import MeshExactIndex
+from racm3_jax.index.contract import Index
+from racm3_jax.index.exact import ExactIndex
+from racm3_jax.index.folder import read_description
 from racm3_jax.index.table import TableIndex
 from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Modality
@@ -60,7 +62,7 @@ def compute_neighbours(
         raise ValueError(f"k must be >= 1; got {k}")
     live: Index = memory.index
     if engine == "exact":
-        live = MeshExactIndex(np.asarray(memory.embeddings))
+        live = ExactIndex(memory.embeddings, jax.devices())
     settings = {
         "memory": memory.fingerprint(),
         "engine": engine,
@@ -81,7 +83,7 @@ def compute_neighbours(
 def is_table(path: pathlib.Path) -> bool:
     """Whether a folder is a table of neighbours."""
     try:
-        return read_description(path)["kind"] == "table"
+        return read_description(path).kind == TableIndex.kind
     except (ValueError, FileNotFoundError):
         return False
 

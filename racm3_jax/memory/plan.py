@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from racm3_jax.index.scann import MAX_HASH_BLOCKS
-from racm3_jax.memory.merge import INDEX_RAM_FACTOR
+from racm3_jax.index import registry
+from racm3_jax.index.contract import IndexKind
 
 # Dense bf16 peak in FLOP/s, from the makers' data sheets, and the share of it that a
 # large matrix product, or a ViT, commonly reaches.
@@ -40,6 +40,7 @@ class PlanConfig:
       num_query_variants: queries with dropout a document.
       tokens_per_document: ids of text and image.
       max_candidates: neighbours kept in a table.
+      index: kind of the index; "" is the first that can be sharded.
     """
 
     num_documents: int
@@ -49,9 +50,14 @@ class PlanConfig:
     num_query_variants: int = 4
     tokens_per_document: int = 1024 + 32
     max_candidates: int = 32
+    index: IndexKind = ""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        kinds = registry.list_kinds()
+        if self.index not in ("", *kinds):
+            words = ", ".join(map(repr, kinds))
+            raise ValueError(f"index must be one of {words}; got {self.index!r}")
+        for field in dataclasses.fields(self)[:-1]:
             least = 0 if field.name == "num_query_variants" else 1
             if getattr(self, field.name) < least:
                 raise ValueError(
@@ -63,17 +69,17 @@ def compute_plan(config: PlanConfig) -> dict[str, Any]:
     """Bytes, FLOPs and hours.
 
     Returns:
-      "disk_bytes" by kind of file and "disk_bytes_total", "ram_bytes_per_host" by use,
+      "index" kind, "disk_bytes" by kind of file and "disk_bytes_total", "ram_bytes_per_host" by use,
       "flops" of embedding and of the exact neighbours of all queries, and
       "hours" of both by machine (`hosts * devices_per_host` of them).
     """
     n, d = config.num_documents, config.d_embed
     variants = config.num_query_variants
     num_queries = 2 * (1 + variants) * n
-    per_block = max(2, -(-d // MAX_HASH_BLOCKS))
-    # 4 bits a block of dimensions, twice because SOAR puts a row into two leaves; the
-    # rows that are reordered in bfloat16; an id.
-    index_row = -(-d // per_block) + 2 * d + 8
+    sharded = (k for k in registry.list_kinds() if k.endswith(registry.SUFFIX))
+    index = config.index or next(sharded)
+    backend = registry.get_backend(index)
+    index_row = backend.index_row_bytes(d)
     disk = {
         "documents": n * (4 * config.tokens_per_document + _METADATA_BYTES),
         "embeddings": 3 * 4 * n * d,
@@ -84,7 +90,7 @@ def compute_plan(config: PlanConfig) -> dict[str, Any]:
     rows_per_host = -(-n // config.hosts)
     ram = {
         "search": rows_per_host * index_row,
-        "build": int(rows_per_host * 4 * d * INDEX_RAM_FACTOR),
+        "build": int(rows_per_host * 4 * d * backend.build_ram_factor),
         "exact": rows_per_host * 4 * d,
         "table": 0,
     }
@@ -101,6 +107,7 @@ def compute_plan(config: PlanConfig) -> dict[str, Any]:
         for name, peak in MACHINES.items()
     }
     return {
+        "index": index,
         "disk_bytes": disk,
         "disk_bytes_total": sum(disk.values()),
         "ram_bytes_per_host": ram,
@@ -125,7 +132,7 @@ def format_plan(config: PlanConfig, plan: dict[str, Any]) -> str:
         f"disk: {_size(plan['disk_bytes_total'])}",
         *(f"  {name:<12} {_size(b)}" for name, b in plan["disk_bytes"].items()),
         "RAM of a host:",
-        f"  search with scann_sharded    {_size(plan['ram_bytes_per_host']['search'])}",
+        f"  search with {plan['index']:<16} {_size(plan['ram_bytes_per_host']['search'])}",
         f"  while its shard is built     {_size(plan['ram_bytes_per_host']['build'])}",
         f"  exact search (device memory) {_size(plan['ram_bytes_per_host']['exact'])}",
         "  table (mapped from disk)     0",

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.index.tuning import compute_recall, find_exact
+from racm3_jax.index.streaming import find_exact
+from racm3_jax.index.tuning import compute_recall
 from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Modality
 

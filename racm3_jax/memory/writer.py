@@ -51,7 +51,7 @@ def write_memory(
       vocab: of the tokens.
       tokenizer_fingerprint: what documents must be read with.
       encoder_fingerprint: what queries must be embedded with.
-      index: its kind.
+      index: a kind of `index.registry`, or "auto".
       query_drop: share of a query that was left out.
       overwrite: replace a memory that is at `path`.
       progress: called with the number of documents done so far.

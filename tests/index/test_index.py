@@ -1,89 +1,115 @@
-"""One contract for every index, and ScaNN's traps:
+"""One contract for every line of the registry's table, and for settings of some:
 
-settings (768-d in blocks of 3; modes by size)   test_settings_follow_the_size
-builds that differ from process to process       test_scann_builds_are_equal_in_every_process
-rows, queries that are not finite                test_rows_must_be_finite, test_queries_…
-unfilled slots that say row 0; k > rows          test_slots_that_cannot_be_filled_are_marked
-no queries; fewer rows than leaves               test_no_queries, test_one_row
-k above what is reordered                        test_scann_returns_more_than_it_reorders
-a search while rows are added                    test_memory_edit: …_while_documents_are_added
-absolute paths                                   test_scann_can_be_moved
-pickled ids                                      test_scann_refuses_pickled_ids
-damaged files that load                          test_every_flipped_byte_is_noticed
-a disk that is full                              test_a_full_disk_leaves_no_index
-results that change with the number of queries   test_batch_size_does_not_matter_…
-searchers in other processes                     test_scann_is_opened_anew_in_every_process
-recall, by kind of query                         test_a_tree_is_tuned_to_a_recall_target
-builds that need too much RAM; shards            test_shards_merge_…, test_every_shard_is_tuned
-TensorFlow that is installed                     test_tensorflow_is_hidden_…
+recall, scores, order; unfilled slots; k > rows    test_finds_the_nearest, test_slots_…
+one row, no queries, queries one by one            test_one_row, test_no_queries, …
+rows, queries that are not finite                  test_rows_must_…, test_queries_must_…
+built and opened; in another place                 test_saved_and_opened
+equal in every process                             test_builds_are_equal_in_every_process
+searched by threads at once                        test_threads_find_the_same
+damaged files that load                            test_every_flipped_byte_is_noticed
+a disk that is full                                test_a_full_disk_leaves_no_index
+files that run code, links, any other file         test_nothing_else_may_be_in_the_folder
+fields and settings of wrong types                 test_descriptions_…, test_settings_…
 """
 
 from __future__ import annotations
 
-import copy
+import concurrent.futures
 import hashlib
+import json
+import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from index_vectors import D_EMBED, NUM_ROWS, QUERIES, ROWS
 
 from racm3_jax import storage
-from racm3_jax.index import registry, tuning
-from racm3_jax.index import scann as scann_index
+from racm3_jax.index import registry
+from racm3_jax.index.contract import Backend
 from racm3_jax.index.exact import ExactIndex
-from racm3_jax.index.mesh import MeshExactIndex
+from racm3_jax.index.faiss import FaissConfig, FaissIndex
 from racm3_jax.index.scann import ScannConfig, ScannIndex
-from racm3_jax.index.sharded import ShardedIndex, merge_neighbours
 from racm3_jax.index.table import TableIndex
 
-NUM_ROWS, D_EMBED = 300, 16
-TREE = ScannConfig(mode="tree", num_leaves=10, searched_share=0.8)
+KINDS = list(dict.fromkeys([*registry.TABLE, *registry.list_kinds()]))
 
 
-def _unit(rows):
-    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+def _build(kind, rows, path):
+    """Any kind of the table; a sharded one has four shards."""
+    return registry.build_index(kind, rows, path, rows_per_shard=90)
 
 
-def _clustered(num_rows=NUM_ROWS, num_queries=20):
-    """Random vectors say nothing about recall: rows and queries lie in clusters."""
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(30, D_EMBED))
-    rows, queries = (
-        _unit(centres[rng.integers(30, size=n)] + 0.3 * rng.normal(size=(n, D_EMBED)))
-        for n in (num_rows, num_queries)
-    )
-    return rows, queries
+def _compute_table(rows, path):
+    blocks = [QUERIES[:7], QUERIES[7:]]
+    table = TableIndex.compute(ExactIndex(rows), blocks, len(rows), D_EMBED)
+    table.save(path)
+    return table
 
 
-ROWS, QUERIES = _clustered()
-BUILDERS = {
-    "exact": lambda rows, path: ExactIndex(rows),
-    "exact-blocks": lambda rows, path: ExactIndex(rows, block_rows=64),
-    "scann": lambda rows, path: ScannIndex.build(rows, ScannConfig(), path),
-    "scann-hash": lambda rows, path: ScannIndex.build(
-        rows, ScannConfig(mode="hash"), path
+def _exact(rows, path, **settings):
+    index = ExactIndex(rows, **settings)
+    index.save(path)
+    return index
+
+
+# Kinds that are built of something else, or have settings that take other paths.
+VARIANTS = {
+    "table": _compute_table,
+    "exact, blocks": lambda rows, path: _exact(rows, path, block_rows=64),
+    "exact, devices": lambda rows, path: _exact(rows, path, devices=jax.devices()),
+    "exact, both": lambda rows, path: _exact(
+        rows, path, devices=jax.devices()[:3], block_rows=7
     ),
-    "scann-tree": lambda rows, path: ScannIndex.build(rows, TREE, path),
-    "scann-sharded": lambda rows, path: ShardedIndex.build(
-        rows, path, rows_per_shard=90
+    "scann, hash": lambda rows, path: ScannIndex.build(
+        rows, path, ScannConfig(mode="hash")
     ),
-    "exact-mesh": lambda rows, path: MeshExactIndex(rows),
-    "table": lambda rows, path: TableIndex.compute(
-        ExactIndex(rows), [QUERIES[:7], QUERIES[7:]], len(rows), D_EMBED
+    "scann, tree": lambda rows, path: ScannIndex.build(
+        rows, path, ScannConfig(mode="tree", num_leaves=10, searched_share=0.8)
+    ),
+    "faiss, ivf": lambda rows, path: FaissIndex.build(
+        rows, path, FaissConfig(mode="ivf", num_leaves=10, searched_share=0.8)
     ),
 }
+NEEDS_ROWS = ("scann, hash", "scann, tree", "faiss, ivf")
 
 
-@pytest.fixture(params=BUILDERS)
-def kind(request):
+@pytest.fixture(params=[*KINDS, *(v for v in VARIANTS if v not in KINDS)])
+def case(request):
+    kind = request.param.split(",")[0]
+    if not registry.is_installed(kind):
+        pytest.skip(f"the library of {kind} is not installed")
     return request.param
 
 
 @pytest.fixture
-def index(kind, tmp_path):
-    return BUILDERS[kind](ROWS, tmp_path)
+def build(case):
+    return VARIANTS.get(case) or (lambda rows, path: _build(case, rows, path))
+
+
+@pytest.fixture
+def index(build, tmp_path):
+    return build(ROWS, tmp_path / "index")
+
+
+def _edit(path, change):
+    """Changes a description as its writer could: it is sealed again."""
+    file = path / "index.json"
+    content = json.loads(file.read_bytes())
+    del content["sha256"]
+    change(content)
+    file.write_bytes(storage.encode_sealed(content))
+
+
+def test_every_line_of_the_table():
+    for kind in registry.TABLE:
+        backend = registry.get_backend(kind)
+        assert issubclass(backend, Backend) and backend.kind == kind
+        assert backend.index_row_bytes(768) > 0 and backend.build_ram_factor >= 1
+    assert set(KINDS) == {*registry.TABLE, *registry.list_kinds()}
 
 
 def test_finds_the_nearest(index):
@@ -119,12 +145,13 @@ def test_slots_that_cannot_be_filled_are_marked(index):
         assert (np.diff(valid.astype(int)) <= 0).all()
 
 
-def test_one_row(kind, tmp_path):
-    if kind in ("scann-hash", "scann-tree"):
+def test_one_row(case, build, tmp_path):
+    """Of any kind: `memory add` keeps a memory's own."""
+    if case in NEEDS_ROWS:
         with pytest.raises(ValueError, match="needs >= 16 rows; there are 1"):
-            BUILDERS[kind](ROWS[:1], tmp_path)
+            build(ROWS[:1], tmp_path)
         return
-    found = BUILDERS[kind](ROWS[:1], tmp_path).search(QUERIES[:2], 3)
+    found = build(ROWS[:1], tmp_path).search(QUERIES[:2], 3)
     assert found.ids.tolist() == [[0, -1, -1]] * 2
 
 
@@ -142,6 +169,13 @@ def test_batch_size_does_not_matter(index):
     )
 
 
+def test_threads_find_the_same(index):
+    expected = index.search(QUERIES, 10).ids
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: index.search(QUERIES, 10), range(24)):
+            np.testing.assert_array_equal(found.ids, expected)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_queries_must_be_finite(index, value):
     queries = QUERIES.copy()
@@ -157,101 +191,44 @@ def test_queries_must_fit(index):
         index.search(QUERIES, 0)
 
 
-def test_rows_must_be_finite(kind, tmp_path):
+def test_rows_must_be_finite(build, tmp_path):
     rows = ROWS.copy()
     rows[[7, 9], 0] = np.nan
     with pytest.raises(ValueError, match=r"row 7 has .* not finite \(2 of 300"):
-        BUILDERS[kind](rows, tmp_path)
+        build(rows, tmp_path)
     with pytest.raises(ValueError, match="at least one row"):
-        BUILDERS[kind](rows[:0], tmp_path)
+        build(rows[:0], tmp_path)
 
 
 def test_saved_and_opened(index, tmp_path):
-    index.save(tmp_path)
-    opened = registry.open_index(tmp_path, ROWS)
+    (tmp_path / "index").rename(tmp_path / "moved")
+    for name in storage.list_files(tmp_path / "moved"):
+        data = (tmp_path / "moved" / name).read_bytes()
+        assert str(tmp_path).encode() not in data, name
+    opened = registry.open_index(tmp_path / "moved", ROWS)
+    assert type(opened) is type(index) and len(opened) == NUM_ROWS
     expected, found = index.search(QUERIES, 12), opened.search(QUERIES, 12)
     np.testing.assert_array_equal(expected.ids, found.ids)
     np.testing.assert_array_equal(expected.valid, found.valid)
     np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
 
 
-def test_every_flipped_byte_is_noticed(index, tmp_path):
-    index.save(tmp_path)
-    names = storage.list_files(tmp_path)
-    assert names
-    for name in names:
-        file = tmp_path / name
-        data = file.read_bytes()
-        for place in {0, len(data) // 3, len(data) // 2, len(data) - 1}:
-            damaged = bytearray(data)
-            damaged[place] ^= 1
-            file.write_bytes(damaged)
-            with pytest.raises(storage.IntegrityError, match=file.name):
-                registry.open_index(tmp_path, ROWS)
-        file.write_bytes(data)
-    registry.open_index(tmp_path, ROWS)
-
-
-def test_missing_index(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no index at"):
-        registry.open_index(tmp_path / "none")
-
-
-def test_exact_index_wants_its_rows(tmp_path):
-    ExactIndex(ROWS).save(tmp_path)
-    with pytest.raises(ValueError, match="pass the embeddings"):
-        registry.open_index(tmp_path)
-    with pytest.raises(ValueError, match=r"\[300, 16\] embeddings; got \[299, 16\]"):
-        registry.open_index(tmp_path, ROWS[1:])
-
-
-def test_batch_size_does_not_matter_when_leaves_are_left_out(tmp_path):
-    rows, queries = _clustered(2000, 64)
-    config = ScannConfig(mode="tree", num_leaves=50, searched_share=0.1)
-    index = ScannIndex.build(rows, config, tmp_path)
-    whole = index.search(queries, 10)
-    for size in (1, 7):
-        parts = [index.search(queries[i : i + size], 10) for i in range(0, 64, size)]
-        found = np.concatenate([p.ids for p in parts])
-        np.testing.assert_array_equal(whole.ids, found)
-
-
-def test_ties_go_to_the_lower_row():
-    rows = np.repeat(ROWS[:2], 4, axis=0)
-    found = ExactIndex(rows, block_rows=3).search(ROWS[:1], 4)
-    assert found.ids.tolist() == [[0, 1, 2, 3]]
-
-
-def test_scann_refuses_pickled_ids(tmp_path):
-    ScannIndex.build(ROWS, ScannConfig(), tmp_path)
-    (tmp_path / "scann" / "scann_docids.pkl").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(storage.IntegrityError, match=r"scann_docids\.pkl"):
-        registry.open_index(tmp_path)
-
-
-def test_scann_returns_more_than_it_reorders(tmp_path):
-    config = ScannConfig(mode="hash", num_reordered=20)
-    found = ScannIndex.build(ROWS, config, tmp_path).search(QUERIES, 100)
-    assert found.valid.all()
-
-
-def test_scann_builds_are_equal_in_every_process(tmp_path):
-    ScannIndex.build(ROWS, TREE, tmp_path / "here")
+def test_builds_are_equal_in_every_process(case, index, tmp_path):
     program = (
-        "import sys, numpy as np\n"
-        "from racm3_jax.index.scann import ScannConfig, ScannIndex\n"
-        "config = ScannConfig(mode='tree', num_leaves=10, searched_share=0.8)\n"
-        "ScannIndex.build(np.load(sys.argv[1]), config, sys.argv[2])\n"
+        "import pathlib, sys, numpy as np, test_index\n"
+        "case, rows, path = sys.argv[1], test_index.ROWS, pathlib.Path(sys.argv[2])\n"
+        "build = test_index.VARIANTS.get(case)\n"
+        "build(rows, path) if build else test_index._build(case, rows, path)\n"
     )
-    np.save(tmp_path / "rows.npy", ROWS)
+    here = pathlib.Path(__file__)
+    places = map(str, (here.parents[2], here.parents[1], here.parent))
     subprocess.run(
-        [sys.executable, "-c", program, tmp_path / "rows.npy", tmp_path / "there"],
+        [sys.executable, "-c", program, case, tmp_path / "there"],
         check=True,
         capture_output=True,
-        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
     )
-    digests = [_digests(tmp_path / place) for place in ("here", "there")]
-    assert digests[0] == digests[1]
+    assert _digests(tmp_path / "index") == _digests(tmp_path / "there")
 
 
 def _digests(directory):
@@ -261,204 +238,204 @@ def _digests(directory):
     }
 
 
-def test_scann_can_be_moved(tmp_path):
-    index = ScannIndex.build(ROWS, TREE, tmp_path / "here")
-    (tmp_path / "here").rename(tmp_path / "there")
-    for name in storage.list_files(tmp_path / "there"):
-        data = (tmp_path / "there" / name).read_bytes()
-        assert str(tmp_path).encode() not in data, name
-    opened = registry.open_index(tmp_path / "there")
-    np.testing.assert_array_equal(
-        opened.search(QUERIES, 5).ids, index.search(QUERIES, 5).ids
-    )
+def test_every_flipped_byte_is_noticed(index, tmp_path):
+    names = storage.list_files(tmp_path / "index")
+    assert names
+    for name in names:
+        file = tmp_path / "index" / name
+        data = file.read_bytes()
+        for place in {0, len(data) // 3, len(data) // 2, len(data) - 1}:
+            damaged = bytearray(data)
+            damaged[place] ^= 1
+            file.write_bytes(damaged)
+            with pytest.raises(storage.IntegrityError, match=file.name):
+                registry.open_index(tmp_path / "index", ROWS)
+        file.unlink()
+        with pytest.raises((storage.IntegrityError, FileNotFoundError), match=name):
+            registry.open_index(tmp_path / "index", ROWS, verify=False)
+        file.write_bytes(data)
+    registry.open_index(tmp_path / "index", ROWS)
 
 
-def test_scann_is_opened_anew_in_every_process(tmp_path):
-    index = ScannIndex.build(ROWS, ScannConfig(), tmp_path)
-    with pytest.raises(TypeError, match="cannot be sent to another process: open it"):
-        copy.copy(index)  # asks as pickling does
-
-
-def test_a_full_disk_leaves_no_index(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_index(build, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(storage, "sync_file", fail)
+    monkeypatch.setattr(storage, "write_file", fail)
     with pytest.raises(OSError, match="no space"):
-        ScannIndex.build(ROWS, ScannConfig(), tmp_path)
-    assert storage.list_files(tmp_path)
+        build(ROWS, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no index at"):
         registry.open_index(tmp_path)
 
 
-def test_every_shard_is_tuned(tmp_path):
-    tuned = []
-
-    def tune(index, path, rows):
-        tuned.append((len(index), path.name, len(rows)))
-        index.settings["recall"] = {"text": 1.0}
-        index.describe(path)
-
-    registry.build_index("scann_sharded", ROWS, tmp_path, 160, tune)
-    assert tuned == [(160, "shard-00000", 160), (140, "shard-00001", 140)]
-    opened = registry.open_index(tmp_path)
-    assert len(opened) == 300
-    assert [i.settings["recall"] for _, i in opened._shards] == [{"text": 1.0}] * 2
+def _folders(path):
+    """Of the index and of each index in it, innermost last."""
+    return sorted(file.parent for file in path.rglob("index.json"))
 
 
-@pytest.mark.parametrize("block", [7, 1 << 15])
-def test_exact_rows_in_blocks(monkeypatch, block):
-    monkeypatch.setattr(tuning, "_ROWS_PER_BLOCK", block)
-    found = tuning.find_exact(ROWS, QUERIES, 9)
-    np.testing.assert_array_equal(found, ExactIndex(ROWS).search(QUERIES, 9).ids)
-    assert tuning.find_exact(ROWS[:3], QUERIES, 9).shape == (20, 3)
+@pytest.fixture
+def unseen(case, monkeypatch):
+    """Fails when a back end is given a folder to open."""
+
+    def fail(*_):
+        raise AssertionError("a library was given the folder")
+
+    monkeypatch.setattr(registry.get_backend(case.split(",")[0]), "_open", fail)
 
 
-def test_tensorflow_is_hidden_only_while_scann_is_imported(monkeypatch):
-    stand_in = object()
-    monkeypatch.setitem(sys.modules, "tensorflow", stand_in)
-    scann_index.import_scann()
-    assert sys.modules["tensorflow"] is stand_in
-    monkeypatch.delitem(sys.modules, "tensorflow")
-    scann_index.import_scann()
-    assert "tensorflow" not in sys.modules
+NAMES = ("scann/scann_docids.pkl", "scann/int8_dataset.npy", "x", ".x", "a/b/c.npy")
 
 
-def test_settings_follow_the_size():
-    modes = [
-        scann_index.resolve_settings(ScannConfig(), n, 768)["mode"]
-        for n in (1_000, 50_000, 1_000_000)
-    ]
-    assert modes == ["brute_force", "hash", "tree"]
-    settings = scann_index.resolve_settings(ScannConfig(), 1_000_000, 768)
-    assert settings["dimensions_per_block"] == 3
-    assert settings["num_leaves"] == 2000
-    assert settings["num_searched"] == 160
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_else_may_be_in_the_folder(index, unseen, tmp_path, name):
+    """Listed or not, and however it is sealed."""
+    path = tmp_path / "index"
+    for folder in _folders(path):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+        with pytest.raises(storage.IntegrityError, match=file.name):
+            registry.open_index(path, ROWS)
+        # Listed by every description on the way, innermost first.
+        for owner in reversed([f for f in _folders(path) if file.is_relative_to(f)]):
+
+            def list_all(content, owner=owner):
+                names = [n for n in storage.list_files(owner) if n != "index.json"]
+                content["files"] = storage.describe_files(owner, names)
+
+            _edit(owner, list_all)
+        for verify in (True, False):
+            with pytest.raises(storage.IntegrityError, match="it is not opened"):
+                registry.open_index(path, ROWS, verify=verify)
+        return
 
 
-def test_wrong_settings():
-    with pytest.raises(ValueError, match=r"scann\.mode must be .*; got 'trees'"):
-        ScannConfig(mode="trees")
-    with pytest.raises(ValueError, match=r"in \(0, 1\]; got 0"):
-        ScannConfig(searched_share=0)
-    with pytest.raises(ValueError, match='"exact", "scann" or "auto"; got \'faiss\''):
-        registry.choose_kind("faiss", 10)
+def test_links_are_not_followed(index, unseen, tmp_path):
+    path = tmp_path / "index"
+    for name in storage.list_files(path):
+        file, other = path / name, tmp_path / "other"
+        file.rename(other)
+        file.symlink_to(other)
+        with pytest.raises((storage.IntegrityError, FileNotFoundError), match="index"):
+            registry.open_index(path, ROWS)
+        file.unlink()
+        other.rename(file)
+    (path / "link").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(storage.IntegrityError, match="'link', which is a link"):
+        registry.open_index(path, ROWS)
+    (path / "link").unlink()
+    os.mkfifo(path / "pipe")
+    with pytest.raises(storage.IntegrityError, match="'pipe', which is a link or no"):
+        registry.open_index(path, ROWS)
+
+
+WRONG_FIELDS = {
+    "kind": (3, None, ["exact"], "nonsense", "exact_sharded", "table_sharded"),
+    "num_rows": ("300", True, 0, -1, 2.5, None),
+    "d_embed": ("16", False, 0, None),
+    "settings": ([], None, "mode"),
+    "files": (
+        [],
+        None,
+        {"../x": {"bytes": 1, "sha256": "0" * 64}},
+        {"/x": {"bytes": 1, "sha256": "0" * 64}},
+        {"x": {"bytes": "1", "sha256": "0" * 64}},
+        {"x": {"bytes": 1, "sha256": 5}},
+        {"x": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("field", WRONG_FIELDS)
+def test_descriptions_are_checked(index, unseen, tmp_path, field):
+    path = tmp_path / "index"
+    before = (path / "index.json").read_bytes()
+    for value in WRONG_FIELDS[field]:
+        _edit(path, lambda content, value=value: content.update({field: value}))
+        with pytest.raises(storage.IntegrityError) as error:
+            registry.open_index(path, ROWS)
+        assert "rebuild the index" in str(error.value) and str(path) in str(error.value)
+        (path / "index.json").write_bytes(before)
+
+
+def test_settings_are_checked(index, tmp_path):
+    """Every setting that a search follows, of every index in the folder."""
+    for folder in _folders(tmp_path / "index"):
+        before = (folder / "index.json").read_bytes()
+        content = json.loads(before)
+        if content["kind"] in registry.TABLE:
+            backend = registry.get_backend(content["kind"])
+            size = content["num_rows"], content["d_embed"]
+            names = backend.allowed_settings(content["settings"], *size)
+        else:
+            names = ["starts"]
+        for name in names:
+            for value in (None, "x", [], -1, 2.5, True, 10**30, {"a": 1}):
+                _edit(folder, lambda c, n=name, v=value: c["settings"].update({n: v}))
+                with pytest.raises(storage.IntegrityError, match=f'"{name}" must be'):
+                    registry.open_index(tmp_path / "index", ROWS, verify=False)
+            (folder / "index.json").write_bytes(before)
+
+
+def test_an_index_of_other_rows_is_noticed(index, case, tmp_path):
+    """A description that tells another number of rows than the files hold."""
+    path = tmp_path / "index"
+    if case == "table" or case.startswith("exact"):
+        with pytest.raises(
+            ValueError, match=r"\[300, 16\] embeddings; got \[299, 16\]"
+        ):
+            registry.open_index(path, ROWS[1:])
+        return
+    for num_rows in (299, 301):
+        _edit(path, lambda content, n=num_rows: content.update(num_rows=n))
+        with pytest.raises(storage.IntegrityError, match=r" rows "):
+            registry.open_index(path)
+
+
+def test_a_deep_description(tmp_path):
+    (tmp_path / "index.json").write_bytes(b'{"a":' * 100_000)
+    with pytest.raises(storage.IntegrityError, match=r"index\.json"):
+        registry.open_index(tmp_path)
+
+
+def test_missing_index(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no index at"):
+        registry.open_index(tmp_path / "none")
+
+
+def test_kinds(monkeypatch):
+    with pytest.raises(ValueError, match='"auto" or one of "scann".*; got \'hnsw\''):
+        registry.choose_kind("hnsw", 10)
+    with pytest.raises(ValueError, match="got 'table'"):
+        registry.choose_kind("table", 10)
+    installed = {"scann", "faiss"}
+    monkeypatch.setattr(
+        registry, "is_installed", lambda kind: kind in installed or kind == "exact"
+    )
     assert registry.choose_kind("auto", 10) == "exact"
     assert registry.choose_kind("auto", 10_000) == "scann"
+    installed.remove("scann")
+    assert registry.choose_kind("auto", 10_000) == "faiss"
+    installed.remove("faiss")
+    assert registry.choose_kind("auto", 10_000) == "exact"
 
 
-def test_shards_merge_to_what_one_index_returns(tmp_path):
-    """Four shards, two of them in each of two readers that know nothing of another."""
-    whole = ScannIndex.build(ROWS, ScannConfig(), tmp_path / "one").search(QUERIES, 12)
-    ShardedIndex.build(ROWS, tmp_path / "four", rows_per_shard=75)
-    parts = [
-        ShardedIndex.load(tmp_path / "four", only=numbers).search(QUERIES, 12)
-        for numbers in ([0, 2], [1, 3])
-    ]
-    merged = merge_neighbours(parts, 12)
-    for expected, found in zip(whole, merged, strict=True):
-        np.testing.assert_array_equal(expected, found)
-    with pytest.raises(ValueError, match=r"has shards 0\.\.3; got \[4\]"):
-        ShardedIndex.load(tmp_path / "four", only=[4])
+def test_a_library_that_is_not_installed(monkeypatch):
+    for name, advice in (("scann", "Linux"), ("faiss", r"racm3_jax\[faiss\]")):
+        for module in (name, f"{name}.scann_ops.py"):
+            monkeypatch.setitem(sys.modules, module, None)
+        for kind in (name, f"{name}_sharded"):
+            with pytest.raises(ImportError, match=advice):
+                registry.choose_kind(kind, 10_000)
+    assert registry.choose_kind("auto", 10_000) == "exact"
 
 
-def test_a_damaged_shard_is_noticed_when_it_is_not_read(tmp_path):
-    ShardedIndex.build(ROWS, tmp_path, rows_per_shard=150)
-    file = tmp_path / "shard-00001" / "index.json"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(storage.IntegrityError, match="shard-00001"):
-        ShardedIndex.load(tmp_path, only=[0])
-
-
-def test_exact_on_eight_devices_equals_numpy():
-    import jax
-
-    assert jax.device_count() == 8
-    rows = np.concatenate([ROWS, ROWS[:5]])  # 305 rows: padding, and ties
-    found = MeshExactIndex(rows).search(QUERIES, 9)
-    scores = QUERIES @ rows.T
-    order = np.lexsort((np.broadcast_to(np.arange(305), scores.shape), -scores))[:, :9]
-    np.testing.assert_allclose(
-        found.scores, np.take_along_axis(scores, order, 1), atol=1e-6
-    )
-    assert np.mean(found.ids == order) > 0.99
-    tied = MeshExactIndex(np.repeat(ROWS[:2], 12, axis=0)).search(ROWS[:1], 12)
-    assert tied.ids.tolist() == [list(range(12))]
-
-
-def test_table_and_its_fallback(tmp_path):
-    exact = ExactIndex(ROWS)
-    TableIndex.compute(exact, [QUERIES], 6, D_EMBED).save(tmp_path)
-    alone = TableIndex.load(tmp_path)
-    assert (alone.width, alone.num_queries, len(alone)) == (6, 20, NUM_ROWS)
-    wide = alone.search(QUERIES, 9)
-    assert wide.valid.sum(axis=1).tolist() == [6] * 20
-    with pytest.raises(ValueError, match="query 1 is not in the table of 20"):
-        alone.search(np.stack([QUERIES[0], ROWS[0]]), 3)
-    backed = TableIndex.load(tmp_path, fallback=exact)
-    mixed = np.concatenate([QUERIES[:2], ROWS[:2], QUERIES[2:3]])
-    for k in (3, 9):
-        expected, found = exact.search(mixed, k), backed.search(mixed, k)
-        np.testing.assert_array_equal(expected.ids, found.ids)
-        np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
-
-
-def test_a_tree_is_tuned_to_a_recall_target(tmp_path):
-    rows, queries = _clustered(2000, 64)
-    config = ScannConfig(mode="tree", num_leaves=60, searched_share=0.02)
-    index = ScannIndex.build(rows, config, tmp_path)
-    expected = ExactIndex(rows).search(queries, 10).ids
-    before = tuning.compute_recall(index, expected, queries)
-    kinds = {"text": queries, "image": rows[:32]}
-    reached = tuning.tune(index, tmp_path, rows, kinds, recall_target=0.95)
-    # Reordering in bfloat16 bounds what 16 dimensions can reach, at about 0.965.
-    assert before < 0.95 <= min(reached.values()) and set(reached) == set(kinds)
-    assert 1 < index.settings["num_searched"] < 60
-    opened = registry.open_index(tmp_path)
-    np.testing.assert_array_equal(
-        opened.search(queries, 10).ids, index.search(queries, 10).ids
-    )
-    assert tuning.compute_recall(opened, expected, queries) == reached["text"]
-    with pytest.raises(ValueError, match=r"in \(0, 1\]; got 2"):
-        tuning.tune(index, tmp_path, rows, kinds, recall_target=2)
-
-
-def test_tuning_rescores_more_where_leaves_do_not_help(tmp_path, monkeypatch):
-    """Coarse hashing, all leaves searched already: only rescoring is left."""
-    monkeypatch.setattr(tuning, "_MOST_REORDERED", 0.5)
-    rows, queries = _clustered(2000, 64)
-    for mode in ("tree", "hash"):
-        config = ScannConfig(mode=mode, num_leaves=10, searched_share=1.0)
-        index = ScannIndex.build(rows, config, tmp_path / mode)
-        index.settings["num_reordered"] = 10
-        reached = tuning.tune(
-            index, tmp_path / mode, rows, {"text": queries}, recall_target=0.95
-        )
-        assert reached["text"] >= 0.95
-        assert 10 < index.settings["num_reordered"] <= 1000
-        assert ScannIndex.load(tmp_path / mode).settings == index.settings
-
-
-def test_a_target_out_of_reach_is_said(tmp_path, caplog):
-    rows, queries = _clustered(2000, 64)
-    config = ScannConfig(mode="tree", num_leaves=10, num_reordered=10)
-    index = ScannIndex.build(rows, config, tmp_path)
-    kinds = {"text": queries}
-    with caplog.at_level("WARNING", "absl"):
-        reached = tuning.tune(index, tmp_path, rows, kinds, recall_target=1.0)
-    assert reached["text"] < 1.0 and index.settings["num_searched"] == 10
-    assert 'lower the recall target, or use index="exact"' in caplog.text
-
-
-def test_cost_counts_leaves_and_rescored_rows():
-    tree = {
-        "mode": "tree",
-        "dimensions_per_block": 2,
-        "num_leaves": 100,
-        "num_searched": 5,
-        "num_reordered": 10,
-    }
-    # A tenth of 1,000 rows of 4 bytes, and 10 rows of 32 bytes from anywhere.
-    assert tuning.compute_cost(tree, 1000, 16) == 400 + 3 * 320
-    hashed = {"mode": "hash", "dimensions_per_block": 2, "num_reordered": 10}
-    assert tuning.compute_cost(hashed, 1000, 16) == 4000 + 3 * 320
+def test_a_build_is_split_to_fit_the_memory():
+    row_bytes = 4 * 16 * ScannIndex.build_ram_factor
+    fit = registry.fit_ram
+    assert fit("scann", 5000, 16, 5000 * row_bytes) == ("scann", None)
+    assert fit("scann", 5000, 16, 2000 * row_bytes) == ("scann_sharded", 2000)
+    assert fit("scann_sharded", 5000, 16, 1e9) == ("scann_sharded", 5000)
+    assert fit("scann", 5000, 16, -1) == ("scann_sharded", registry.MIN_ROWS)
+    assert fit("exact", 5000, 16, 0) == ("exact", None)

@@ -1,0 +1,211 @@
+"""An index's folder: its description, and the only files that may be in it.
+
+Search libraries trust what they open. ScaNN unpickles a file of document ids when its
+folder has one, and a checksum does not help: whoever writes the file can seal it. So a
+library is given a folder only if every entry is a plain file, its name is in the fixed
+list of the back end, and index.json names it, with its size and sha256.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from racm3_jax import storage
+
+FORMAT = "racm3-index"
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+REMEDY = "rebuild the index"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What a setting may be: one of these words, or an integer from the first to the last.
+Allowed = tuple[str, ...] | tuple[int, int]
+
+
+class Description(NamedTuple):
+    """What index.json says.
+
+    Attributes:
+      kind: name of the back end.
+      num_rows: indexed.
+      d_embed: their width.
+      settings: of the back end, JSON.
+      files: size and sha256 of the other files, by their names in the folder.
+    """
+
+    kind: str
+    num_rows: int
+    d_embed: int
+    settings: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+def write_description(
+    path: pathlib.Path,
+    kind: str,
+    num_rows: int,
+    d_embed: int,
+    settings: Mapping[str, Any],
+    names: Collection[str],
+) -> None:
+    """Writes index.json last, with the sha256 of the other files of the index."""
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "num_rows": num_rows,
+        "d_embed": d_embed,
+        "settings": dict(settings),
+        "files": storage.describe_files(path, names),
+    }
+    storage.write_file(path / INDEX_FILE, storage.encode_sealed(content))
+
+
+def read_description(path: pathlib.Path) -> Description:
+    """What `write_description` wrote, every field of its own type.
+
+    Raises:
+      FileNotFoundError: if there is no index at `path`.
+      IntegrityError: if the description is damaged, or a field is no such thing.
+      ValueError: if its format is another.
+    """
+    file = path / INDEX_FILE
+    if not file.is_file() or file.is_symlink():
+        raise FileNotFoundError(f"there is no index at {path} (no {INDEX_FILE})")
+    try:
+        content = storage.decode_sealed(file.read_bytes(), str(file), REMEDY)
+    except RecursionError:
+        raise storage.IntegrityError(f"{file} is nested too deeply; {REMEDY}") from None
+    found = (content.get("format"), content.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        raise ValueError(
+            f"{file} has format {found}; this version reads "
+            f"{(FORMAT, FORMAT_VERSION)}: {REMEDY}"
+        )
+    fields = {name: content.get(name) for name in Description._fields}
+    for name, value in fields.items():
+        wanted = _describe_wrong(name, value)
+        if wanted is not None:
+            raise storage.IntegrityError(
+                f'{file}: "{name}" must be {wanted}; got {_shorten(value)}: {REMEDY}'
+            )
+    return Description(**fields)
+
+
+def _describe_wrong(name: str, value: Any) -> str | None:
+    """What a field should be, where it is something else."""
+    if name == "kind":
+        return None if isinstance(value, str) else "a string"
+    if name in ("num_rows", "d_embed"):
+        return None if _is_integer(value) and value >= 1 else "an integer >= 1"
+    if name == "settings":
+        return None if isinstance(value, dict) else "an object"
+    if isinstance(value, dict) and all(map(_is_file_entry, value.values())):
+        return None
+    return "an object of file names, each with its bytes and sha256"
+
+
+def _is_file_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    size, digest = entry.get("bytes"), entry.get("sha256")
+    if not _is_integer(size) or not isinstance(digest, str):
+        return False
+    return size >= 0 and _SHA256.fullmatch(digest) is not None
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shorten(value: Any) -> str:
+    words = repr(value)
+    return words if len(words) <= 80 else f"{words[:79]}…"
+
+
+def check_settings(
+    path: pathlib.Path, settings: Mapping[str, Any], allowed: Mapping[str, Allowed]
+) -> None:
+    """Compares the settings of an index with what its back end allows.
+
+    Raises:
+      IntegrityError: names the first that is missing or may not be so.
+    """
+    for name, choices in allowed.items():
+        value = settings.get(name)
+        if isinstance(choices[0], str):
+            right = isinstance(value, str) and value in choices
+            wanted = f"one of {', '.join(map(repr, choices))}"
+        else:
+            least, most = choices
+            right = _is_integer(value) and least <= value <= most  # type: ignore
+            wanted = f"an integer from {least} to {most}"
+        if not right:
+            raise storage.IntegrityError(
+                f'{path / INDEX_FILE}: the setting "{name}" must be {wanted}; got '
+                f"{_shorten(value)}: {REMEDY}"
+            )
+
+
+def check_names(
+    path: pathlib.Path, description: Description, allowed: Collection[str]
+) -> None:
+    """Refuses a folder in which anything is that may not be there.
+
+    Args:
+      path: of the index.
+      description: of it.
+      allowed: the names that its back end may write.
+
+    Raises:
+      IntegrityError: a file, link or special file whose name the back end never
+        writes or the description does not list; a listed name of that kind; a listed
+        file that is missing.
+    """
+    for name in description.files:
+        if name not in allowed:
+            raise storage.IntegrityError(
+                f"{path / INDEX_FILE} lists {_shorten(name)}, which no index of kind "
+                f'"{description.kind}" has: it is not opened; {REMEDY}'
+            )
+    found = set()
+    for name, entry in _walk(path):
+        if entry.is_symlink() or not entry.is_file():
+            raise storage.IntegrityError(
+                f"{path} holds {_shorten(name)}, which is a link or no file: it is not "
+                f"opened; {REMEDY}"
+            )
+        if name != INDEX_FILE and name not in description.files:
+            raise storage.IntegrityError(
+                f"{path} holds {_shorten(name)}, which was not written with the "
+                f"index: it is not opened; {REMEDY}"
+            )
+        found.add(name)
+    missing = set(description.files) - found
+    if missing:
+        raise storage.IntegrityError(f"{path / min(missing)} is missing; {REMEDY}")
+
+
+def _walk(
+    directory: pathlib.Path, prefix: str = ""
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Everything below a directory but directories; links are not followed."""
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
+            name = f"{prefix}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(directory / entry.name, f"{name}/")
+            else:
+                yield name, entry
+
+
+def verify(path: pathlib.Path, description: Description) -> None:
+    """Compares the files of an index with its description.
+
+    Raises:
+      IntegrityError: names the first that is missing or differs.
+    """
+    storage.verify_files(path, description.files, REMEDY)
