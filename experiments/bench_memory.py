@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.index import tuning
-from racm3_jax.index.scann import ScannConfig, ScannIndex
+from racm3_jax.index import streaming, tuning
+from racm3_jax.index.scann import ScannIndex
 
 K = 10
 SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
@@ -216,14 +216,14 @@ def main() -> None:
     rows, queries = make_vectors(
         arguments.num_rows, arguments.d_embed, arguments.num_queries
     )
-    expected = {name: tuning.find_exact(rows, q, K) for name, q in queries.items()}
+    expected = {name: streaming.find_exact(rows, q, K) for name, q in queries.items()}
     flat = measure(
-        lambda q: tuning.find_exact(rows, q, K),
+        lambda q: streaming.find_exact(rows, q, K),
         {name: q[:100] for name, q in queries.items()},
         {name: e[:100] for name, e in expected.items()},
     )
     start = time.perf_counter()
-    index = ScannIndex.build(rows, ScannConfig(), out / "index")
+    index = ScannIndex.build(rows, out / "index")
     built = time.perf_counter() - start
     start = time.perf_counter()
     tuned = tuning.tune(

@@ -33,7 +33,7 @@ import numpy as np
 
 from racm3_jax import storage
 from racm3_jax.documents.images import resize_image
-from racm3_jax.index.scann import ScannConfig, ScannIndex
+from racm3_jax.index.scann import ScannIndex
 from racm3_jax.index.sharded import ShardedIndex, merge_neighbours
 from racm3_jax.memory import builder, edit
 from racm3_jax.memory.memory import Memory
@@ -265,8 +265,8 @@ def try_shards(out: Path) -> dict[str, Any]:
     rng = np.random.default_rng(4)
     rows = _unit(rng.standard_normal((8000, 64), np.float32))
     queries = _unit(rng.standard_normal((500, 64), np.float32))
-    whole = ScannIndex.build(rows, ScannConfig(), out / "one_index")
-    ShardedIndex.build(rows, out / "four_shards", rows_per_shard=2000)
+    whole = ScannIndex.build(rows, out / "one_index")
+    ShardedIndex.build(ScannIndex, rows, out / "four_shards", rows_per_shard=2000)
     processes = multiprocessing.get_context("forkserver")
     with processes.Pool(2) as pool:
         held = [(out / "four_shards", n, queries) for n in ((0, 2), (1, 3))]
@@ -281,7 +281,7 @@ def try_shards(out: Path) -> dict[str, Any]:
 
 
 def _search_shards(path: Path, numbers: tuple[int, ...], queries: np.ndarray) -> Any:
-    return ShardedIndex.load(path, only=numbers).search(queries, 10)
+    return ShardedIndex.load(ScannIndex, path, only=numbers).search(queries, 10)
 
 
 def try_ram(out: Path, num_documents: int, max_ram_gb: float) -> dict[str, Any]:

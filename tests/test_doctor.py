@@ -7,7 +7,7 @@ import json
 import pytest
 
 from racm3_jax import cli, doctor
-from racm3_jax.index import scann as scann_index
+from racm3_jax.index import registry
 
 
 def find(name: str, *args, **kwargs) -> doctor.Finding:
@@ -31,13 +31,18 @@ def test_a_missing_library_is_named(monkeypatch):
     assert "pip install" in find("no_such_library").words
 
 
-def test_without_scann_there_is_the_exact_index(monkeypatch):
-    def fail():
-        raise ImportError("no wheel")
+def test_without_a_library_there_is_the_exact_index(monkeypatch):
+    def fail(cls):
+        raise ImportError(f"no wheel of {cls.kind}")
 
-    monkeypatch.setattr(scann_index, "import_scann", fail)
-    found = find("ScaNN")
+    assert find("search").verdict == "ok" and "scann" in find("search").words
+    for kind, entry in registry.TABLE.items():
+        if entry.library is not None:
+            backend = registry.get_backend(kind)
+            monkeypatch.setattr(backend, "import_library", classmethod(fail))
+    found = find("search")
     assert found.verdict == "note" and "exact index" in found.words
+    assert "no wheel of scann" in found.words and "no wheel of faiss" in found.words
 
 
 def test_a_damaged_weight_is_a_problem(monkeypatch, tmp_path):

@@ -1,7 +1,8 @@
 """FAISS behind the `Index` contract (one host, CPU).
 
-It serves where ScaNN has no wheel. Rows lie in leaves (IVF) as product codes of 4 bits,
-which are scored in registers ("fast scan"); the best are rescored in half precision.
+It serves where ScaNN has no wheel. Rows lie in leaves (IVF); what they differ by from
+the leaf's centre is product codes of 4 bits, scored in registers ("fast scan"); the best
+are rescored in half precision.
 What the wrapper adds: a build that is the same in every process, one thread a search
 unless asked (OpenMP threads of several searches slow each other down), files verified
 before they are read.
@@ -160,7 +161,7 @@ class FaissIndex(Backend):
         recipe = "SQfp16"
         if settings["mode"] == "ivf":
             num_codes = d_embed // settings["dimensions_per_code"]
-            recipe = f"IVF{settings['num_leaves']},PQ{num_codes}x4fs,Refine(SQfp16)"
+            recipe = f"IVF{settings['num_leaves']},PQ{num_codes}x4fsr,Refine(SQfp16)"
         index = faiss.index_factory(d_embed, recipe, faiss.METRIC_INNER_PRODUCT)
         if settings["mode"] == "ivf":
             base = faiss.downcast_index(index.base_index)

@@ -367,7 +367,7 @@ def corpus_build_png(image):
 
 
 def test_max_ram_splits_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(merge.registry, "MIN_SCANN_ROWS", 16)
+    monkeypatch.setattr(merge.registry, "MIN_ROWS", 16)
     monkeypatch.setattr(merge, "_resident_bytes", lambda: 0)
     config = dataclasses.replace(EXACT, index="scann", max_ram_gb=4 * 128 * 5 * 16e-9)
     with build(forty(tmp_path / "in"), tmp_path / "memory", config) as memory:

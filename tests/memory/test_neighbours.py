@@ -170,5 +170,10 @@ def test_plan():
         assert half["hours"][name]["embed"] == pytest.approx(hours["embed"] / 2)
     text = format_plan(config, plan)
     assert "150,000,000 documents x 768" in text and "NVIDIA H100" in text
+    assert "search with scann_sharded" in text and plan["index"] == "scann_sharded"
+    other = compute_plan(dataclasses.replace(config, index="exact"))
+    assert other["disk_bytes"]["index"] == 4 * 768 * 150_000_000
+    with pytest.raises(ValueError, match="'faiss_sharded'; got 'hnsw'"):
+        PlanConfig(10, index="hnsw")
     with pytest.raises(ValueError, match="hosts must be >= 1; got 0"):
         PlanConfig(10, hosts=0)
