@@ -109,7 +109,7 @@ class ExactIndex(Backend):
         block_rows = min(block_rows, rows_per_device)
         num_blocks = len(devices) * -(-rows_per_device // block_rows)
 
-        def make_blocks(index: tuple[slice, ...]) -> np.ndarray:
+        def make_blocks(index: Any) -> np.ndarray:
             """Of one device; what lies past the last row is zero."""
             start, stop, _ = index[0].indices(num_blocks)
             blocks = np.zeros((stop - start, block_rows, self._d_embed), np.float32)

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from racm3_jax import storage
 
@@ -85,7 +85,7 @@ def read_description(path: pathlib.Path) -> Description:
             f"{file} has format {found}; this version reads "
             f"{(FORMAT, FORMAT_VERSION)}: {REMEDY}"
         )
-    fields = {name: content.get(name) for name in Description._fields}
+    fields: dict[str, Any] = {n: content.get(n) for n in Description._fields}
     for name, value in fields.items():
         wanted = _describe_wrong(name, value)
         if wanted is not None:
@@ -117,7 +117,7 @@ def _is_file_entry(entry: Any) -> bool:
     return size >= 0 and _SHA256.fullmatch(digest) is not None
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -202,7 +202,8 @@ class ScannIndex(Backend):
                 reordering_num_neighbors=settings["num_reordered"],
                 quantize=reorder_type.BFLOAT16,
             )
-        return cls(builder.build(), *embeddings.shape, settings)
+        num_rows, d_embed = embeddings.shape
+        return cls(builder.build(), num_rows, d_embed, settings)
 
     def _write(self, path: pathlib.Path) -> None:
         directory = path / _SUBDIRECTORY

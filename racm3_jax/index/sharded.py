@@ -178,16 +178,14 @@ class ShardedIndex:
 def _check_starts(path: pathlib.Path, description: folder.Description) -> list[int]:
     """The first row of each shard: 0, then ascending, all below the number of rows."""
     starts = description.settings.get("starts")
-    right = isinstance(starts, list) and all(type(start) is int for start in starts)
-    if right:
+    if isinstance(starts, list) and all(type(start) is int for start in starts):
         edges = [*starts, description.num_rows]
-        right = edges[0] == 0 and all(a < b for a, b in itertools.pairwise(edges))
-    if not right:
-        raise storage.IntegrityError(
-            f'{path / folder.INDEX_FILE}: the setting "starts" must be the first row of '
-            f"each shard of {description.num_rows} rows; {folder.REMEDY}"
-        )
-    return starts
+        if edges[0] == 0 and all(a < b for a, b in itertools.pairwise(edges)):
+            return starts
+    raise storage.IntegrityError(
+        f'{path / folder.INDEX_FILE}: the setting "starts" must be the first row of '
+        f"each shard of {description.num_rows} rows; {folder.REMEDY}"
+    )
 
 
 def _name(number: int) -> str:
