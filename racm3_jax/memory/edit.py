@@ -36,7 +36,6 @@ from racm3_jax.memory.memory import Memory
 from racm3_jax.memory.parts import Maker
 
 
-
 def add_documents(
     path: str | os.PathLike[str],
     source: str,

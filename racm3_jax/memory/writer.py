@@ -118,7 +118,7 @@ def write_part(
       chunks: at least one; without any, nothing is written and None is returned.
       index: its kind; None makes no index.
       rows_per_shard: of a sharded index.
-      recall_target: tunes a ScaNN tree to it; None leaves the defaults.
+      recall_target: tunes the index to it; None leaves the defaults.
       progress: called with the number of documents done so far.
     """
     chunks = iter(chunks)
