@@ -67,12 +67,18 @@ def is_installed(kind: IndexKind) -> bool:
     return library is None or importlib.util.find_spec(library) is not None
 
 
+def _import_library(kind: IndexKind) -> None:
+    try:
+        get_backend(kind).import_library()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
 def choose_kind(kind: IndexKind | Literal["auto"], num_rows: int) -> IndexKind:
     """Resolves "auto": the first installed library, unless the memory is tiny.
 
     Raises:
-      ValueError: on any other word.
-      ImportError: if the library of the kind is not installed.
+      ValueError: on any other word, or if the library of the kind is not installed.
     """
     if kind == "auto":
         libraries = [k for k, entry in TABLE.items() if entry.library is not None]
@@ -82,7 +88,7 @@ def choose_kind(kind: IndexKind | Literal["auto"], num_rows: int) -> IndexKind:
         words = ", ".join(f'"{k}"' for k in list_kinds())
         raise ValueError(f'index must be "auto" or one of {words}; got {kind!r}')
     if not is_installed(kind):
-        get_backend(kind).import_library()  # says how to install it
+        _import_library(kind)
     return kind
 
 
@@ -145,8 +151,8 @@ def open_index(
     Raises:
       FileNotFoundError: if there is no index.
       IntegrityError: if a file is damaged, or may not be in an index.
-      ValueError: if an exact index is opened without its rows, or any with others.
-      ImportError: if its library is not installed.
+      ValueError: if an exact index is opened without its rows, or any with others; if
+        the library of its kind is not installed.
     """
     path = pathlib.Path(path)
     kind = folder.read_description(path).kind
@@ -156,6 +162,7 @@ def open_index(
             f'{path / folder.INDEX_FILE}: "kind" must be one of {words}; got {kind!r}: '
             f"{folder.REMEDY}"
         )
+    _import_library(kind)
     backend = get_backend(kind)
     if kind.endswith(SUFFIX):
         return ShardedIndex.load(backend, path, verify=verify)

@@ -421,13 +421,16 @@ def test_kinds(monkeypatch):
     assert registry.choose_kind("auto", 10_000) == "exact"
 
 
-def test_a_library_that_is_not_installed(monkeypatch):
+def test_a_library_that_is_not_installed(monkeypatch, tmp_path):
+    ScannIndex.build(ROWS, tmp_path)
     for name, advice in (("scann", "Linux"), ("faiss", r"racm3_jax\[faiss\]")):
         for module in (name, f"{name}.scann_ops.py"):
             monkeypatch.setitem(sys.modules, module, None)
         for kind in (name, f"{name}_sharded"):
-            with pytest.raises(ImportError, match=advice):
+            with pytest.raises(ValueError, match=advice):
                 registry.choose_kind(kind, 10_000)
+    with pytest.raises(ValueError, match="ScaNN cannot be imported here"):
+        registry.open_index(tmp_path)
     assert registry.choose_kind("auto", 10_000) == "exact"
 
 

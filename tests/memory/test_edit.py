@@ -12,6 +12,8 @@ from corpus_files import forty, line, write_corpus
 from memory_fakes import FakeEmbedder, FakeTokenizer
 
 from racm3_jax import storage
+from racm3_jax.index import registry
+from racm3_jax.index.folder import read_description
 from racm3_jax.memory import edit
 from racm3_jax.memory.builder import CorpusConfig, build_memory, make_maker
 from racm3_jax.memory.memory import Memory, hash_name
@@ -294,4 +296,21 @@ def test_other_models_and_an_empty_rest_are_refused(path, config):
     with Memory.load(path) as memory:
         memory.remove(np.arange(40))
     with pytest.raises(ValueError, match="nothing would be left"):
+        edit.compact(path)
+
+
+@pytest.mark.parametrize("kind", registry.list_kinds())
+def test_added_documents_and_compaction_keep_the_kind_of_index(tmp_path, kind):
+    if not registry.is_installed(kind):
+        pytest.skip(f"the library of {kind} is not installed")
+    config = CorpusConfig(index=kind, num_query_variants=2)
+    path, models = tmp_path / "memory", {"tokenizer": MODELS[0], "embedder": MODELS[1]}
+    build_memory(forty(tmp_path / "in"), path=path, config=config, **models)
+    add(path, config, [40])
+    for folder in ("added-00001", "compacted-00002"):
+        assert read_description(path / folder / "index").kind == kind
+        with Memory.load(path) as memory:
+            assert own_rows(memory) == list(range(41 if "added" in folder else 40))
+            assert memory.manifest["index"] == kind
+            memory.remove([0])
         edit.compact(path)
