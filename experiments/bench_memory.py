@@ -5,7 +5,7 @@
 Clustered vectors (random ones say nothing about recall), queries of two kinds as text and
 image queries are: near the rows, and moved away from them by a common offset. One run, one
 machine, `--threads` threads for all. Sweeps the share of leaves searched and the rows that
-are rescored, of both; FAISS IVF-PQfs + refine is measured where faiss is installed. Writes
+are rescored, of both; FAISS is measured where it is installed. Writes
 `results.json` and `sweep.png`. Run it on an idle machine. Tiny form: --num_rows=4000
 --d_embed=32 --num_queries=64.
 """
@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.index import streaming, tuning
+from racm3_jax.index import registry, streaming, tuning
+from racm3_jax.index.contract import Backend
+from racm3_jax.index.faiss import FaissConfig, FaissIndex
 from racm3_jax.index.scann import ScannIndex
 
 K = 10
@@ -110,18 +112,17 @@ def measure(
     return result
 
 
-def sweep_scann(
-    index: ScannIndex,
+def sweep(
+    index: Backend,
     queries: dict[str, np.ndarray],
     expected: dict[str, np.ndarray],
     search: Callable[[np.ndarray], np.ndarray],
 ) -> list[dict[str, Any]]:
     points = []
-    tree = index.settings["mode"] == "tree"
-    for share in SHARES if tree else SHARES[:1]:
+    leaves = index.settings.get("num_leaves")
+    for share in SHARES if leaves else SHARES[:1]:
         for reordered in REORDERED:
-            if tree:
-                leaves = index.settings["num_leaves"]
+            if leaves:
                 index.settings["num_searched"] = max(1, round(share * leaves))
             index.settings["num_reordered"] = min(reordered, len(index))
             point = measure(search, queries, expected)
@@ -134,38 +135,18 @@ def sweep_faiss(
     queries: dict[str, np.ndarray],
     expected: dict[str, np.ndarray],
     threads: int,
+    out: Path,
 ) -> list[dict[str, Any]]:
-    """IVF-PQfs with refinement; nothing where faiss is not installed."""
-    try:
-        import faiss
-    except ImportError:
+    """Of the index that `--index=faiss` builds; nothing where FAISS is not installed."""
+    if not registry.is_installed("faiss"):
         return []
-    faiss.omp_set_num_threads(threads)
-    num_lists = max(1, round(2 * len(rows) ** 0.5))
-    d_embed = rows.shape[1]
-    description = f"IVF{num_lists},PQ{d_embed // 4}x4fs,RFlat"
-    index = faiss.index_factory(d_embed, description, faiss.METRIC_INNER_PRODUCT)
     start = time.perf_counter()
-    index.train(rows[: 64 * num_lists])
-    index.add(rows)
+    index = FaissIndex.build(rows, out / "faiss", FaissConfig(mode="ivf"))
     built = time.perf_counter() - start
-    points = []
-    for share in SHARES:
-        for reordered in REORDERED:
-            parameters = faiss.IndexRefineSearchParameters(
-                k_factor=reordered / K,
-                base_index_params=faiss.SearchParametersIVF(
-                    nprobe=max(1, round(share * num_lists))
-                ),
-            )
-            point = measure(
-                lambda q, p=parameters: index.search(q, K, params=p)[1],
-                queries,
-                expected,
-            )
-            setting = {"searched_share": share, "reordered": reordered}
-            points.append({**setting, "build_seconds": built, **point})
-    return points
+    search = in_threads(lambda q: index.search(q, K).ids, threads)
+    points = sweep(index, queries, expected, search)
+    shutil.rmtree(out / "faiss")
+    return [{"build_seconds": built, **point} for point in points]
 
 
 def fastest(points: list[dict[str, Any]], target: float) -> dict[str, Any] | None:
@@ -235,10 +216,10 @@ def main() -> None:
     settings = dict(index.settings)
     search = in_threads(lambda q: index.search(q, K).ids, arguments.threads)
     at_target = measure(search, queries, expected)
-    scann = sweep_scann(index, queries, expected, search)
+    scann = sweep(index, queries, expected, search)
     shutil.rmtree(out / "index")
     del index, search
-    faiss = sweep_faiss(rows, queries, expected, arguments.threads)
+    faiss = sweep_faiss(rows, queries, expected, arguments.threads, out)
     best = fastest([*scann, at_target], arguments.recall_target)
     # Where FAISS does not reach the target, both are compared at the most that it does.
     common = min(arguments.recall_target, max((p["recall"] for p in faiss), default=0))
