@@ -240,7 +240,7 @@ class Backend(abc.ABC):
             )
         try:
             return cls._open(path, description, embeddings)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, UnicodeError, MemoryError) as error:
             # What the libraries raise about files that they cannot read.
             raise storage.IntegrityError(
                 f"{path} cannot be opened as an index of kind {cls.kind!r} ({error}); "
@@ -314,7 +314,7 @@ class Backend(abc.ABC):
         description: Description,
         embeddings: Float[np.ndarray, "rows d_embed"] | Rows | None,
     ) -> Self:
-        """Opens what `_write` wrote. A RuntimeError becomes an IntegrityError."""
+        """Opens what `_write` wrote; errors of a library become an IntegrityError."""
 
     @abc.abstractmethod
     def _search(

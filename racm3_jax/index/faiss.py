@@ -199,10 +199,17 @@ class FaissIndex(Backend):
             right = (index.ntotal, index.d, index.metric_type) == expected
             if right and mode == "ivf":
                 base = faiss.downcast_index(index.base_index)
+                refine = index.refine_index
                 right = isinstance(base, faiss.IndexIVFPQFastScan)
                 right = right and base.nlist == description.settings["num_leaves"]
+                for part in (base, refine):
+                    found = (part.ntotal, part.d, part.metric_type)
+                    right = right and found == expected
             if right:
-                return cls(index, *expected[:2], description.settings)
+                opened = cls(index, *expected[:2], description.settings)
+                # Parts that do not fit one another are noticed by a first search.
+                opened._search(np.ones((1, description.d_embed), np.float32), 1)
+                return opened
         raise storage.IntegrityError(
             f"{file} is no FAISS index of mode {mode!r} of {description.num_rows} rows "
             f"as {path} describes it: it is not used; {REMEDY}"
@@ -228,7 +235,13 @@ class FaissIndex(Backend):
                 ),
             )
         with _threads(self._faiss, self.settings["num_threads"]):
-            scores, ids = self._index.search(queries, k, params=parameters)
+            try:
+                scores, ids = self._index.search(queries, k, params=parameters)
+            except RuntimeError as error:
+                # FAISS checks the ids of its leaves only when it meets them.
+                raise storage.IntegrityError(
+                    f"the FAISS index contradicts itself ({error}); {REMEDY}"
+                ) from error
         return ids, scores
 
     @classmethod

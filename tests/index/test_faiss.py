@@ -147,6 +147,17 @@ def test_files_that_faiss_cannot_read(tmp_path):
             registry.open_index(tmp_path, verify=False)
 
 
+def test_leaves_that_name_rows_which_do_not_exist(tmp_path):
+    """A file that is no longer what was built opens, and does not answer wrongly."""
+    index = FaissIndex.build(ROWS, tmp_path, IVF)
+    lists = faiss.downcast_index(index._index.base_index).invlists
+    for leaf in range(IVF.num_leaves):
+        ids = faiss.rev_swig_ptr(lists.get_ids(leaf), lists.list_size(leaf))
+        ids[ids == 299] = 300
+    with pytest.raises(storage.IntegrityError, match="contradicts itself"):
+        index.search(ROWS[299:], 1)
+
+
 def test_opened_again_in_every_process(tmp_path):
     index = FaissIndex.build(ROWS, tmp_path)
     with pytest.raises(TypeError, match="cannot be sent to another process: open it"):
