@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from racm3_jax import storage
+from racm3_jax.index import registry
 from racm3_jax.types import Modality
 
 FORMAT = "racm3-memory"
@@ -159,7 +160,7 @@ _REQUIRED: Mapping[str, Callable[[Any], bool]] = {
     "d_embed": lambda value: _is_count(value) and value > 0,
     "num_query_variants": _is_count,
     "query_drop": lambda value: isinstance(value, int | float) and 0 <= value < 1,
-    "index": _is_text,
+    "index": lambda value: value in registry.list_kinds(),
     "vocab": lambda value: (
         isinstance(value, dict) and all(map(_is_count, value.values()))
     ),
