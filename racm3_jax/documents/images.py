@@ -22,7 +22,10 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 # Greys of cameras, scanners and microscopes have one of these depths, in 16 bits or 32.
 _GREY_BITS = (8, 10, 12, 14, 16)
 # What Pillow's parsers raise on damaged files besides OSError.
-_PARSE_ERRORS = (SyntaxError, EOFError, struct.error, zlib.error, IndexError, TypeError)
+_PARSE_ERRORS = (
+    *(SyntaxError, EOFError, struct.error, zlib.error, LookupError, TypeError),
+    *(RuntimeError, ArithmeticError, AssertionError, AttributeError),
+)
 
 
 class ImageError(ValueError):
@@ -97,14 +100,15 @@ def read_image(
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """What this installation decodes: HEIC only with pillow-heif."""
+    Image.init()
+    wanted = _FORMATS
     try:
         import pillow_heif
-
-        pillow_heif.register_heif_opener()
     except ImportError:
-        pass
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+        wanted = tuple(name for name in _FORMATS if name != "HEIF")
+    else:
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in wanted if name in Image.OPEN)
 
 
 def _is_heic(source: str | os.PathLike[str] | bytes) -> bool:
@@ -128,7 +132,7 @@ def _rotated(picture: Image.Image) -> Image.Image:
     """The picture as its EXIF says; damaged EXIF spoils no pixels, so it is ignored."""
     try:
         return ImageOps.exif_transpose(picture)
-    except (*_PARSE_ERRORS, KeyError, ValueError, OSError):
+    except (*_PARSE_ERRORS, ValueError, OSError):
         return picture
 
 

@@ -116,6 +116,7 @@ def merge_parts(
             "report": {
                 "read": report.num_documents,
                 "bad": dict(sorted(report.reasons.items())),
+                "left_out": dict(sorted(report.left_out.items())),
                 "filtered": dict(sorted(filtered.items())),
                 "duplicates": duplicates,
                 "renamed": ids.num_renamed,

@@ -178,7 +178,7 @@ def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
     Raises:
       ValueError: more is bad than `report.max_bad` allows.
     """
-    raws = shard.open()
+    raws = _open(shard)
     while True:
         try:
             raw = next(raws, None)
@@ -201,6 +201,10 @@ def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
                 report.add_left_out(reason)
             yield record
         report.check()
+
+
+def _open(shard: Shard) -> Iterator[RawRecord]:
+    yield from shard.open()
 
 
 def _named(reason: str, error: Exception) -> Exception:

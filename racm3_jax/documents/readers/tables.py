@@ -37,6 +37,8 @@ _MUST_BE_TABLES = tuple(f"{s}.{e}" for s in _USUAL_STEMS for e in ("csv", "jsonl
 _TABLE_SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = (",", ";", "\t", "|")
 _NAME_AND_NUMBER = re.compile(r"([^\t]+\.\w+)#\d+\t(.*)")
+# Ends a table, to see whether its last quotation mark is closed.
+_LAST_ROW = "\x1e"
 # How much of a file shows whether it is a table.
 _HEAD_BYTES = 1 << 16
 
@@ -273,23 +275,25 @@ def _parse(
     # Python's own limit is 128 KiB a field.
     csv.field_size_limit(MAX_FILE_BYTES)
 
-    def parse(**options: Any) -> list[tuple[int, Sequence[str]]]:
+    def parse(text: str, **options: Any) -> list[tuple[int, Sequence[str]]]:
         reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, **options
         )
         return [(reader.line_num, cells) for cells in reader]
 
     try:
-        return parse(strict=whole)
-    except csv.Error as error:
+        return parse(text, strict=whole)
+    except csv.Error:
         # Flickr's tables hold quotation marks that quote nothing.
         if delimiter in "\t|":
-            return parse(quoting=csv.QUOTE_NONE)
-        if "end of data" in str(error):
-            raise ValueError(
-                f"{name} has a quotation mark that is never closed: {error}"
-            ) from None
+            return parse(text, quoting=csv.QUOTE_NONE)
     try:
-        return parse()
+        *rows, (_, last) = parse(f"{text}\n{_LAST_ROW}")
     except csv.Error as error:
         raise ValueError(f"{name} is not a table: {error}") from None
+    if last != [_LAST_ROW]:
+        raise ValueError(
+            f"{name} has a quotation mark that is never closed; it may be in line "
+            f"{rows[-1][0] + 1 if rows else 1}"
+        )
+    return rows

@@ -14,6 +14,8 @@ from reader_files import (
     jpeg,
     odd_images,
     picture,
+    read,
+    shape,
     write_coco,
     write_tar,
 )
@@ -22,17 +24,6 @@ import racm3_jax
 from racm3_jax.documents import readers, store
 from racm3_jax.documents.readers import ReadReport, read_documents
 from racm3_jax.types import Document, Segment
-
-
-def read(source: str, max_bad: float = 1.0, **options):
-    report = ReadReport(max_bad)
-    found = list(read_documents(source, report=report, **options))
-    assert len(found) == report.num_documents
-    return found, report
-
-
-def shape(document: Document) -> list[str]:
-    return [s.modality for s in document.segments]
 
 
 def test_folder_with_sidecars(tmp_path):
