@@ -96,7 +96,7 @@ def read_table(
     else:
         rows = list(_text_rows(_decode(data, name, encoding), name, text))
     good = [row for row in rows if row.error is None]
-    if good and not any(row.names for row in good):
+    if good and not any(_names_files(row.fields) for row in good):
         raise ValueError(
             f"{name} has rows without a file name; one of the columns "
             f"{', '.join(FILE_FIELDS)} must hold it"
@@ -106,6 +106,10 @@ def read_table(
             f"{name} has no column {text!r}; it has {', '.join(map(str, good[0].fields))}"
         )
     return [row if row.error or row.names else _nameless(row) for row in rows]
+
+
+def _names_files(fields: Mapping[str, Any]) -> bool:
+    return any(str(name).strip().lower() in NAME_FIELDS for name in fields)
 
 
 def _nameless(row: Row) -> Row:

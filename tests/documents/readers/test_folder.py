@@ -9,6 +9,12 @@ from reader_files import encoded, jpeg, picture, read, shape
 
 from racm3_jax.documents.readers.tables import read_table
 
+FLICKR30K = """image_name| comment_number| comment
+A.jpg| 0| A dog, one
+A.jpg| 1| two
+B.jpg| 0| three
+"""
+
 
 def fill(root, contents: dict[str, bytes | str]):
     for name, data in contents.items():
@@ -149,11 +155,7 @@ def test_tables_of_split_folders(tmp_path):
         ("captions.txt", 'image,caption\nA.jpg,"A dog, one"\nA.jpg,two\nB.jpg,three\n'),
         ("Flickr8k.token.txt", "A.jpg#0\tA dog, one\nA.jpg#1\ttwo\nB.jpg#0\tthree\n"),
         ("all.token", "A.jpg#0\tA dog, one\nA.jpg#1\ttwo\nB.jpg#0\tthree\n"),
-        (
-            "results.csv",
-            "image_name| comment_number| comment\nA.jpg| 0| A dog, one\n"
-            "A.jpg| 1| two\nB.jpg| 0| three\n",
-        ),
+        ("results.csv", FLICKR30K),
         (
             "labels.tsv",
             "filename\tcaption\nA.jpg\tA dog, one\nA.jpg\ttwo\nB.jpg\tthree",

@@ -80,7 +80,7 @@ def test_headers_that_would_be_held_are_refused(tmp_path):
             entry.size = 4
             archive.addfile(entry, io.BytesIO(b"card"))
         assert archive.fileobj is not None
-        archive.fileobj.write(name.tobuf())
+        archive.fileobj.write(name.tobuf(tarfile.GNU_FORMAT))
     found, report = read(f"webdataset:{tmp_path}/a.tar")
     assert [d.id for d in found] == ["a/0"]
     assert report.reasons == {"damaged file": 1}
