@@ -123,7 +123,7 @@ def _open_array(path: pathlib.Path) -> Shaped[np.ndarray, "rows d_embed"]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         message = f"{path} cannot be read: {error}"
-        if "allow_pickle" in str(error):
+        if "objects" in str(error).lower():
             message = (
                 f"{path} holds Python objects, which are not read; save numbers, with "
                 "np.save(path, np.stack(rows).astype(np.float32))"

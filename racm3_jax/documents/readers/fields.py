@@ -121,9 +121,9 @@ def pick(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
     """The first of the named fields that holds something."""
     known = _by_lower_name(fields)
     for name in names:
-        value = fields.get(name, known.get(name))
-        if value is not None and not (isinstance(value, str) and not value.strip()):
-            return value
+        for value in (fields.get(name), known.get(name)):
+            if value is not None and not (isinstance(value, str) and not value.strip()):
+                return value
     return None
 
 
@@ -139,9 +139,10 @@ def pick_captions(fields: Mapping[str, Any], name: str | None = None) -> list[st
     """
     known = _by_lower_name(fields)
     for field in (name,) if name else TEXT_FIELDS:
-        captions = unique(_flatten(fields.get(field, known.get(field))))
-        if captions:
-            return captions
+        for value in (fields.get(field), known.get(field)):
+            captions = unique(_flatten(value))
+            if captions:
+                return captions
     return []
 
 

@@ -35,15 +35,13 @@ from racm3_jax.documents.readers.files import (
     cut_files,
     read_file,
 )
-from racm3_jax.documents.readers.image_fields import find_images
+from racm3_jax.documents.readers.image_fields import find_images, names_image
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 
 _Make = Callable[[int, Any], Record]
 _KNOWN = ("segments", "texts", "images", "image", "image_base64", "metadata")
 _TURNS = ("conversations", "messages")
 _IMAGE_MARK = "<image>"
-# A longer text in an image's field is not a path.
-_MAX_PATH = 1024
 _BLOCK_BYTES = 1 << 20
 
 
@@ -192,8 +190,7 @@ def _parts(
         return _of_columns(fields["texts"], fields.get("images"), folder), [], []
     images, used = find_images(fields, folder)
     # A path says something about the document; base64 does not.
-    value = None if used is None else fields[used]
-    is_path = isinstance(value, str) and len(value) < _MAX_PATH
+    is_path = used is None or names_image(fields[used])
     not_metadata = [] if used is None or is_path else [used]
     captions = pick_captions(fields, text)
     turns = next((n for n in _TURNS if isinstance(fields.get(n), list)), None)
