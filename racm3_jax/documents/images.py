@@ -103,7 +103,7 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     wanted = _FORMATS
     try:
-        import pillow_heif
+        import pillow_heif  # pyright: ignore[reportMissingImports]
     except ImportError:
         wanted = tuple(name for name in _FORMATS if name != "HEIF")
     else:

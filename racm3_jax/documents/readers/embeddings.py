@@ -164,7 +164,7 @@ def _make(
     if fields is None:
         raise BadRecord("oversized row", "its metadata is larger than allowed")
     given = pick(fields, ID_FIELDS)
-    id = f"{name}/{number:08d}" if given is None else f"{name}/{given}"
+    id = f"{name}/{number:08d}" if given is None else str(given)
     words = pick_captions(fields, text)
     # A document without a caption is known by its embeddings alone.
     found = make_record(

@@ -258,21 +258,21 @@ class SourceFile:
       path: of the file.
       name: begins the ids of its documents: its path below the part of the pattern that
         is fixed, `cc3m/00000` for `cc3m/00000.tar` and `*/*.tar`.
-      alone: the source names this one file, by no pattern.
     """
 
     path: pathlib.Path
     name: str
-    alone: bool
 
     def name_record(self, given: object, number: int) -> str:
-        """The id of a record: the one that it gives, or its number.
+        """The id of a record: the one that it gives, or its number in the file.
 
-        Several files may give equal ids, so that theirs begin with the file's name.
+        Given ids are those that people know, and are unique in their corpus at best, so
+        that they begin with its folder where the pattern spans several.
         """
         if given is None:
             return f"{self.name}/{number:08d}"
-        return str(given) if self.alone else f"{self.name}/{given}"
+        folder, slash, _ = self.name.rpartition("/")
+        return f"{folder}{slash}{given}"
 
 
 def cut_files(
@@ -305,7 +305,7 @@ def cut_files(
         except BadRecord as error:
             shards.append(_refused(path, error))
         else:
-            shards += cut(SourceFile(path, name, alone))
+            shards += cut(SourceFile(path, name))
     return shards
 
 

@@ -110,8 +110,8 @@ def test_rows_without_a_direction_are_counted(tmp_path):
 
 
 def test_files_go_together_by_number(tmp_path):
-    source = write(tmp_path, ROWS, fields=("id",))
-    write(tmp_path, ROWS, fields=("id",), number=1)
+    source = write(tmp_path, ROWS)
+    write(tmp_path, ROWS, number=1)
     (tmp_path / "img_emb" / "._img_emb_0.npy").write_bytes(b"hidden")
     found, _ = read(source)
     assert len({r.document.id for r in found}) == 12

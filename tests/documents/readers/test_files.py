@@ -72,12 +72,12 @@ def test_ids_begin_where_the_pattern_is_no_longer_fixed(tmp_path):
     assert [d.id for d in braces] == [d.id for d in found]
     one, _ = read(f"webdataset:{tmp_path}/cc3m/*.tar")
     assert one[0].id == "00000/000000000"
-    # Ids that records give are unique in their file at best.
+    # Ids that records give are unique in their corpus at best.
     found, _ = read(f"jsonl:{tmp_path}/*/a.jsonl")
     assert [d.id for d in found] == [
-        *("cc12m/a/7", "cc12m/a/00000001", "cc3m/a/7", "cc3m/a/00000001")
+        *("cc12m/7", "cc12m/a/00000001", "cc3m/7", "cc3m/a/00000001")
     ]
-    found, _ = read(f"jsonl:{tmp_path}/cc3m/a.jsonl")
+    found, _ = read(f"jsonl:{tmp_path}/cc3m/*.jsonl")
     assert [d.id for d in found] == ["7", "a/00000001"]
 
 
