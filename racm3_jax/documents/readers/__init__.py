@@ -25,7 +25,11 @@ from typing import Any
 
 from racm3_jax.documents.readers.coco import coco_shards
 from racm3_jax.documents.readers.embeddings import embedding_shards
-from racm3_jax.documents.readers.files import IMAGE_SUFFIXES, expand_home
+from racm3_jax.documents.readers.files import (
+    IMAGE_SUFFIXES,
+    SHARD_KINDS,
+    expand_home,
+)
 from racm3_jax.documents.readers.folder import folder_shards
 from racm3_jax.documents.readers.jsonl import jsonl_shards
 from racm3_jax.documents.readers.parquet import parquet_shards
@@ -67,12 +71,6 @@ READERS: dict[str, Callable[..., list[Shard]]] = {
     "array_record": array_record_shards,
     "embeddings": embedding_shards,
     "flagworld": flagworld_shards,
-}
-_KIND_OF_SUFFIX = {
-    ".tar": "webdataset",
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".array_record": "array_record",
 }
 _BOOLEANS = {
     "true": True,
@@ -191,8 +189,9 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
 
 def _guess_kind(place: str) -> str:
     path = pathlib.Path(place)
-    if path.suffix in _KIND_OF_SUFFIX:
-        return _KIND_OF_SUFFIX[path.suffix]
+    for suffix, kind in SHARD_KINDS.items():
+        if path.name.endswith(suffix):
+            return kind
     if path.is_dir():
         if (path / "annotations").is_dir():
             return "coco"

@@ -68,6 +68,16 @@ UNSUPPORTED_SUFFIXES = frozenset(
     )
 )
 VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg"))
+# Kinds of sources whose files are called so.
+SHARD_KINDS = {
+    ".tar": "webdataset",
+    ".tar.gz": "webdataset",
+    ".tgz": "webdataset",
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".array_record": "array_record",
+}
 TEXT_SUFFIXES = (".txt", ".text", ".caption", ".cap")
 # A larger file or record is no caption and no photograph.
 MAX_FILE_BYTES = 1 << 28

@@ -28,6 +28,7 @@ from racm3_jax.documents.readers.fields import (
 )
 from racm3_jax.documents.readers.files import (
     IMAGE_SUFFIXES,
+    SHARD_KINDS,
     TEXT_SUFFIXES,
     UNSUPPORTED_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -87,9 +88,19 @@ def folder_shards(
         records += _of_files([n for n in names if n not in used], named, beside)
     records += [_Found(f"link {i}", error=error) for i, error in enumerate(refused)]
     if not records:
-        raise FileNotFoundError(f"{path} holds no images and no captions")
+        raise FileNotFoundError(
+            f"{path} holds no images and no captions" + _name_shards(path, names)
+        )
     read = functools.partial(_read, root, text=text, max_pixels=max_pixels)
     return cut_shards(path, [(r.name, functools.partial(read, r)) for r in records])
+
+
+def _name_shards(path: str, names: Sequence[str]) -> str:
+    """Advice for a folder of shards, which another kind reads."""
+    for suffix, kind in SHARD_KINDS.items():
+        if any(_suffix(name) == suffix for name in names):
+            return f"; its {suffix} files are read as {kind}:{path}/**/*{suffix}"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -239,7 +239,7 @@ def _text_rows(
     else:
         delimiter = _find_delimiter(lines[first])
     header, *rows = _parse("\n".join(lines[first:]), name, delimiter, whole)
-    columns = [column.strip() for column in header[1]]
+    columns = [column.strip() for column in header[1]] or [""]
     last_is_text = columns[-1].lower() in ((caption or "").lower(), *TEXT_FIELDS)
     for number, cells in rows:
         place = f"{name}:{number + first}"

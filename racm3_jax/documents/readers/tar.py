@@ -137,32 +137,74 @@ class _Waiting:
     error: BadRecord | None = None
 
 
+@dataclasses.dataclass
+class _Layout:
+    """What the headers of a tar say, before any member is read.
+
+    Attributes:
+      counts: members of each document.
+      sizes: bytes of each document.
+      most: members of any document.
+      apart: the members of some document do not follow one another.
+      broken: where the file breaks off; "" where it does not.
+      unlike: keys whose names come again, but not each of them equally often.
+    """
+
+    counts: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
+    sizes: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
+    most: int = 0
+    apart: bool = False
+    broken: str = ""
+    unlike: frozenset[str] = frozenset()
+
+    def judge(self, key: tuple[str, int]) -> BadRecord | None:
+        """Why no document can be made of a key, as far as the headers tell."""
+        if key[0] in self.unlike:
+            return BadRecord(
+                "repeated member",
+                f"members of key {key[0]!r} come again, and not all of them",
+            )
+        if self.sizes[key] > MAX_KEY_BYTES:
+            return BadRecord(
+                "oversized key",
+                f"the members of key {key[0]!r} have {self.sizes[key]} bytes, more than "
+                f"the {MAX_KEY_BYTES} allowed",
+            )
+        if self.broken and self.apart and self.counts[key] < self.most:
+            return BadRecord(
+                "damaged file", f"members of key {key[0]!r} may be after the break"
+            )
+        return None
+
+
 def _read_tar(
     file: SourceFile, text: str | None, max_pixels: int
 ) -> Iterator[RawRecord]:
-    counts, broken = _count_members(file.path)
-    yield from _stream(file, counts, text, max_pixels)
-    if broken:
-        raise BadRecord("damaged file", broken)
-    if not counts:
+    layout = _read_layout(file.path)
+    if layout.counts:
+        yield from _stream(file, layout, text, max_pixels)
+    if layout.broken:
+        raise BadRecord("damaged file", layout.broken)
+    if not layout.counts:
         raise BadRecord("damaged file", f"{file.path} is a tar without members")
 
 
-def _count_members(path: pathlib.Path) -> tuple[Counter[tuple[str, int]], str]:
-    """How many members each document has, and where the file breaks off, if it does.
+def _read_layout(path: pathlib.Path) -> _Layout:
+    """Reads the headers; of a compressed file also what is between them.
 
     The last document before a break is given one member more: it may not be whole.
     """
-    counts: Counter[tuple[str, int]] = Counter()
+    layout = _Layout()
     last, ended, broken = None, False, "its end is missing"
     try:
-        # Seeks where the file is not compressed.
         archive, header = _open(path, "r:*")
         with archive:
             try:
                 for number, member in enumerate(_walk(archive)):
+                    layout.apart |= member.key != last and member.key in layout.counts
                     last = member.key
-                    counts[last] += 1
+                    layout.counts[last] += 1
+                    layout.sizes[last] += member.header.size
                     if number == _MAX_MEMBERS:
                         raise BadRecord(
                             "damaged file",
@@ -175,16 +217,20 @@ def _count_members(path: pathlib.Path) -> tuple[Counter[tuple[str, int]], str]:
             raise
         broken = str(error).splitlines()[0]
     else:
-        if ended:
-            return counts, ""
+        broken = "" if ended else broken
+    if broken:
+        layout.broken = f"{path} is truncated or not a tar file: {broken}"
+    layout.most = max(layout.counts.values(), default=0)
     if last is not None and not ended:
-        counts[last] += 1
-    return counts, f"{path} is truncated or not a tar file: {broken}"
+        layout.counts[last] += 1
+    counts = layout.counts
+    layout.unlike = frozenset(k for (k, n), c in counts.items() if c != counts[k, 0])
+    return layout
 
 
 def _walk(archive: tarfile.TarFile) -> Iterator[_Member]:
     """The members that belong to documents: no folders, and nothing hidden."""
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     for header in archive:
         # TarFile keeps all headers otherwise.
         archive.members = []  # type: ignore[attr-defined]
@@ -193,21 +239,15 @@ def _walk(archive: tarfile.TarFile) -> Iterator[_Member]:
             continue
         folder, slash, last = name.rpartition("/")
         stem, dot, suffix = last.partition(".")
+        key, suffix = folder + slash + stem, (dot + suffix).lower()
         # A name that comes again begins the next document of its key.
-        yield _Member(
-            (folder + slash + stem, seen[name]), (dot + suffix).lower(), header
-        )
-        seen[name] += 1
+        yield _Member((key, seen[key, suffix]), suffix, header)
+        seen[key, suffix] += 1
 
 
 def _stream(
-    file: SourceFile,
-    counts: Mapping[tuple[str, int], int],
-    text: str | None,
-    max_pixels: int,
+    file: SourceFile, layout: _Layout, text: str | None, max_pixels: int
 ) -> Iterator[RawRecord]:
-    if not counts:
-        return
     waiting: dict[tuple[str, int], _Waiting] = {}
     num_bytes = 0
     archive, _ = _open(file.path, "r|*")
@@ -215,31 +255,19 @@ def _stream(
         try:
             for member in _walk(archive):
                 key = member.key
-                own = waiting.setdefault(key, _Waiting())
+                if key not in waiting:
+                    waiting[key] = _Waiting(error=layout.judge(key))
+                own = waiting[key]
                 held = own.num_bytes
                 _take(own, key[0], member, archive, num_bytes, len(waiting))
                 num_bytes += own.num_bytes - held
-                if own.num_members == counts[key]:
+                if own.num_members == layout.counts[key]:
                     num_bytes -= own.num_bytes
                     del waiting[key]
-                    if own.error is None and _is_repeated(key, counts):
-                        own.error = BadRecord(
-                            "repeated member",
-                            f"members of key {key[0]!r} come again, and not all of them",
-                        )
                     yield _record(file, key, own, text, max_pixels)
         except (*_DAMAGED, EOFError):
-            # Said by the caller, which counted the members; its last key is not whole.
+            # Said by the caller, which knows it; the last key is not whole.
             return
-
-
-def _is_repeated(key: tuple[str, int], counts: Mapping[tuple[str, int], int]) -> bool:
-    """Whether the documents of a key have unlike numbers of members."""
-    first = counts[key[0], 0]
-    number = 0
-    while (count := counts.get((key[0], number), 0)) == first:
-        number += 1
-    return count > 0
 
 
 def _take(
@@ -256,11 +284,6 @@ def _take(
     if own.error is None and not header.isfile():
         own.error = BadRecord(
             "link in a tar", f"{header.name} is a link or a device, which is not read"
-        )
-    elif own.error is None and own.num_bytes + header.size > MAX_KEY_BYTES:
-        own.error = BadRecord(
-            "oversized key",
-            f"the members of key {key!r} have more than the {MAX_KEY_BYTES} bytes allowed",
         )
     elif own.error is None and num_bytes + header.size > MAX_KEY_BYTES:
         own.error = BadRecord(

@@ -312,6 +312,9 @@ def test_wrong_sources(tmp_path):
         read_documents(f"webdataset:{tmp_path}/none-*.tar")
     with pytest.raises(FileNotFoundError, match="holds no images and no captions"):
         read_documents(f"folder:{tmp_path}")
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"webdataset:.*/\*\*/\*\.tar"):
+        read_documents(f"folder:{tmp_path}")
     with pytest.raises(ValueError, match="no option 'splitt'; did you mean 'split'"):
         read_documents(f"coco:{tmp_path};splitt=val")
     with pytest.raises(ValueError, match="name=value; got 'split'"):
