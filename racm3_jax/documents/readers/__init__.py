@@ -27,7 +27,6 @@ from racm3_jax.documents.readers.coco import coco_shards
 from racm3_jax.documents.readers.embeddings import embedding_shards
 from racm3_jax.documents.readers.files import (
     IMAGE_SUFFIXES,
-    SHARD_KINDS,
     expand_home,
 )
 from racm3_jax.documents.readers.folder import folder_shards
@@ -71,6 +70,15 @@ READERS: dict[str, Callable[..., list[Shard]]] = {
     "array_record": array_record_shards,
     "embeddings": embedding_shards,
     "flagworld": flagworld_shards,
+}
+_KIND_OF_SUFFIX = {
+    ".tar": "webdataset",
+    ".tar.gz": "webdataset",
+    ".tgz": "webdataset",
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".array_record": "array_record",
 }
 _BOOLEANS = {
     "true": True,
@@ -131,7 +139,10 @@ def find_shards(source: str, **options: Any) -> list[Shard]:
         default = allowed[name].default
         if isinstance(value, str):
             options[name] = _convert(kind, name, value, default)
-    shards = reader(path, **options)
+    try:
+        shards = reader(path, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_advise(kind, path)}") from error
     if not shards:
         raise FileNotFoundError(f"{source} holds no records")
     return shards
@@ -189,7 +200,7 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
 
 def _guess_kind(place: str) -> str:
     path = pathlib.Path(place)
-    for suffix, kind in SHARD_KINDS.items():
+    for suffix, kind in _KIND_OF_SUFFIX.items():
         if path.name.endswith(suffix):
             return kind
     if path.is_dir():
@@ -207,6 +218,16 @@ def _guess_kind(place: str) -> str:
 def with_links(source: str) -> str:
     """The source with links that lead out of its folders followed."""
     return f"{source};follow_links=true"
+
+
+def _advise(kind: str, path: str) -> str:
+    """For a folder of files that another kind reads."""
+    folder = pathlib.Path(path)
+    if kind == "folder" and folder.is_dir():
+        for suffix, other in _KIND_OF_SUFFIX.items():
+            if next(folder.rglob(f"*{suffix}"), None) is not None:
+                return f"; its {suffix} files are read as {other}:{path}/**/*{suffix}"
+    return ""
 
 
 def _has_images(path: pathlib.Path) -> bool:

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,6 @@ from racm3_jax.documents.readers.fields import (
 )
 from racm3_jax.documents.readers.files import (
     IMAGE_SUFFIXES,
-    SHARD_KINDS,
     TEXT_SUFFIXES,
     UNSUPPORTED_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -88,19 +88,9 @@ def folder_shards(
         records += _of_files([n for n in names if n not in used], named, beside)
     records += [_Found(f"link {i}", error=error) for i, error in enumerate(refused)]
     if not records:
-        raise FileNotFoundError(
-            f"{path} holds no images and no captions" + _name_shards(path, names)
-        )
+        raise FileNotFoundError(f"{path} holds no images and no captions")
     read = functools.partial(_read, root, text=text, max_pixels=max_pixels)
     return cut_shards(path, [(r.name, functools.partial(read, r)) for r in records])
-
-
-def _name_shards(path: str, names: Sequence[str]) -> str:
-    """Advice for a folder of shards, which another kind reads."""
-    for suffix, kind in SHARD_KINDS.items():
-        if any(_suffix(name) == suffix for name in names):
-            return f"; its {suffix} files are read as {kind}:{path}/**/*{suffix}"
-    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,27 +210,33 @@ class _ImageFinder:
     """
 
     def __init__(self, images: Sequence[str]) -> None:
-        self._paths = set(images)
+        self._paths = {_compose(path): path for path in images}
         self._by_name: dict[str, list[str]] = {}
         for path in images:
-            self._by_name.setdefault(path.rsplit("/", 1)[-1], []).append(path)
+            name = _compose(path.rsplit("/", 1)[-1])
+            self._by_name.setdefault(name, []).append(path)
 
     def find(self, folder: str, name: str) -> str:
         """The path below the root; where nothing is found, the name in `folder`."""
+        if "://" in name:
+            return name
         spelt = name if "\\" not in name else name.replace("\\", "/")
         for start in (folder, ""):
             for form in (name, spelt):
-                path = os.path.normpath(os.path.join(start, form))
+                path = _compose(os.path.normpath(os.path.join(start, form)))
                 if path in self._paths:
-                    return path
+                    return self._paths[path]
         same = [
             path
-            for path in self._by_name.get(spelt.rsplit("/", 1)[-1], [])
+            for path in self._by_name.get(_compose(spelt), [])
             if not folder or path.startswith(f"{folder}/")
         ]
-        if "/" not in spelt and len(same) == 1:
-            return same[0]
-        return os.path.join(folder, name)
+        return same[0] if len(same) == 1 else os.path.join(folder, name)
+
+
+def _compose(name: str) -> str:
+    """Equal for names that look equal: macOS spells `é` as `e` and an accent."""
+    return unicodedata.normalize("NFC", name)
 
 
 class _Sidecars:

@@ -31,17 +31,22 @@ from racm3_jax.documents.readers.files import (
     MAX_FILE_BYTES,
     RECORDS_PER_SHARD,
     Folder,
-    SourceFile,
-    cut_files,
     read_file,
 )
 from racm3_jax.documents.readers.image_fields import find_images, names_image
+from racm3_jax.documents.readers.patterns import SourceFile, cut_files
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 
 _Make = Callable[[int, Any], Record]
 _KNOWN = ("segments", "texts", "images", "image", "image_base64", "metadata")
 _TURNS = ("conversations", "messages")
 _IMAGE_MARK = "<image>"
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip --keep"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"BZh": ("bzip2", "bunzip2 --keep"),
+    b"\xfd7zXZ": ("xz", "unxz --keep"),
+}
 _BLOCK_BYTES = 1 << 20
 
 
@@ -64,9 +69,11 @@ def jsonl_shards(
 
     Raises:
       FileNotFoundError: nothing matches.
+      ValueError: a compressed file.
     """
 
     def cut(file: SourceFile) -> Iterator[Shard]:
+        _refuse_compressed(file.path)
         folder = Folder(images or file.path.parent, follow_links)
         make = functools.partial(_make, file, folder, text, max_pixels)
         if _is_list(file.path):
@@ -82,6 +89,17 @@ def jsonl_shards(
             yield Shard(f"{file.path.as_posix()}@{start}", stop - start, read)
 
     return cut_files(path, "*.jsonl", follow_links, cut)
+
+
+def _refuse_compressed(file: pathlib.Path) -> None:
+    with open(file, "rb") as stream:
+        head = stream.read(6)
+    for start, (name, command) in _COMPRESSED.items():
+        if head.startswith(start):
+            raise ValueError(
+                f"{file} is compressed with {name}, and lines are read at any place of a "
+                f"file: unpack it first, with {command}"
+            )
 
 
 def _is_list(file: pathlib.Path) -> bool:

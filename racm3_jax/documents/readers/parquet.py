@@ -21,10 +21,9 @@ from racm3_jax.documents.readers.fields import (
 from racm3_jax.documents.readers.files import (
     MAX_FILE_BYTES,
     Folder,
-    SourceFile,
-    cut_files,
 )
 from racm3_jax.documents.readers.image_fields import find_images
+from racm3_jax.documents.readers.patterns import SourceFile, cut_files
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 
 _ROWS_PER_READ = 64

@@ -27,9 +27,8 @@ from racm3_jax.documents.readers.fields import (
 )
 from racm3_jax.documents.readers.files import (
     RECORDS_PER_SHARD,
-    SourceFile,
-    cut_files,
 )
+from racm3_jax.documents.readers.patterns import SourceFile, cut_files
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 
 _RECORDS_PER_READ = 64

@@ -34,11 +34,10 @@ from racm3_jax.documents.readers.files import (
     TEXT_SUFFIXES,
     UNSUPPORTED_SUFFIXES,
     VIDEO_SUFFIXES,
-    SourceFile,
-    cut_files,
     is_hidden,
 )
 from racm3_jax.documents.readers.image_fields import find_images
+from racm3_jax.documents.readers.patterns import SourceFile, cut_files
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 
 # What the members of one key may sum to, and those of all keys that are waited for.

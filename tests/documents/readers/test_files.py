@@ -8,7 +8,8 @@ import pytest
 from reader_files import encoded, jpeg, picture, read, write_coco, write_tar
 
 from racm3_jax.documents.readers import files, find_shards, with_links
-from racm3_jax.documents.readers.files import Folder, expand_braces, is_hidden
+from racm3_jax.documents.readers.files import Folder, is_hidden
+from racm3_jax.documents.readers.patterns import expand_braces
 from racm3_jax.documents.readers.records import BadRecord
 
 

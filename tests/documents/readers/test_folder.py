@@ -280,3 +280,22 @@ def test_a_row_of_several_images(tmp_path):
     }
     found, _ = read(fill(tmp_path, contents))
     assert [shape(d) for d in found] == [["text", "image", "image"]]
+
+
+def test_names_of_a_table_that_are_spelt_in_another_way(tmp_path):
+    rows = ["café.jpg", "./b.jpg", "sub\\c.jpg", "http://x/d.jpg", "../e.jpg"]
+    table = "file_name,text\n" + "".join(f"{name},{i}\n" for i, name in enumerate(rows))
+    names = ("cafe\u0301.jpg", "b.jpg", "sub/c.jpg")
+    images = {f"in/{name}": jpeg(i) for i, name in enumerate(names)}
+    source = fill(tmp_path, {"in/metadata.csv": table, **images, "e.jpg": jpeg(5)})
+    found, report = read(source)
+    assert texts(found) == {
+        "in/cafe\u0301.jpg": "0",
+        "in/b.jpg": "1",
+        "in/sub/c.jpg": "2",
+        "e.jpg": "4",
+    }
+    assert report.reasons == {"image is a URL": 1}
+    # Outside of the source it is not read.
+    _, report = read(f"{source}/in")
+    assert report.reasons == {"image is a URL": 1, "path outside the folder": 1}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import datetime
 import decimal
+import gzip
 import json
+import lzma
 
 import numpy as np
 import pytest
@@ -205,6 +208,13 @@ def test_offsets_of_lines(tmp_path, monkeypatch, num_lines, end):
     assert len(shards) == max(1, -(-num_lines // 3))
     found, _ = read(f"jsonl:{tmp_path}/a.jsonl")
     assert [d.text for d in found] == [str(i) for i in range(num_lines)]
+
+
+def test_compressed_lines_are_refused_in_a_sentence(tmp_path):
+    for module, name in ((gzip, "gunzip"), (bz2, "bunzip2"), (lzma, "unxz")):
+        (tmp_path / "a.jsonl").write_bytes(module.compress(b'{"text": "a"}\n'))
+        with pytest.raises(ValueError, match=f"unpack it first, with {name}"):
+            read(f"jsonl:{tmp_path}/a.jsonl")
 
 
 def test_large_rows_of_parquet_are_not_held(tmp_path, monkeypatch):
