@@ -58,9 +58,9 @@ setup(
             "ipykernel>=6.29",
             # sources in parquet, and HEIC images
             "pyarrow>=17",
+            "pillow-heif>=0.21",
             # an index of its own
             "faiss-cpu>=1.10",
-            "pillow-heif>=0.21",
         ],
         # Builds a memory on any runner; Beam wants pillow < 13.
         "beam": ["apache-beam>=2.65"],

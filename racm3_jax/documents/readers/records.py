@@ -20,6 +20,7 @@ from racm3_jax.types import Document
 # How many bad records are listed by name; all are counted.
 MAX_LISTED = 1000
 _MAX_MESSAGE = 500
+_MAX_SHOWN = 5
 # A share says little about a few records.
 _CHECK_FROM = 100
 # What reading one record raises when its file is not as it should be.
@@ -162,12 +163,22 @@ class ReadReport:
         seen = self.num_documents + self.num_bad
         if self.num_bad <= self.max_bad * seen or (seen < _CHECK_FROM and not final):
             return
-        counts = ", ".join(f"{n} {r}" for r, n in sorted(self.reasons.items()))
-        first = "; ".join(f"{e['record']}: {e['error']}" for e in self.listed[:5])
         raise ValueError(
-            f"{self.num_bad} of {seen} records are bad ({counts}), more than the share "
-            f"max_bad={self.max_bad:g} allows; the first: {first}"
+            f"{self.num_bad} of {seen} records are bad ({self.count_bad()}), more than "
+            f"the share max_bad={self.max_bad:g} allows; the first: {self.show_bad()}"
         )
+
+    def count_bad(self) -> str:
+        """`"2 damaged JSON, 1 missing file"`."""
+        return ", ".join(f"{n} {r}" for r, n in sorted(self.reasons.items()))
+
+    def show_bad(self) -> str:
+        """The first bad record of each reason, with what is wrong about it."""
+        first: dict[str, dict[str, str]] = {}
+        for entry in self.listed:
+            first.setdefault(entry["reason"], entry)
+        shown = list(first.values())[:_MAX_SHOWN]
+        return "; ".join(f"{e['record']}: {e['error']}" for e in shown)
 
 
 def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:

@@ -277,6 +277,11 @@ def test_reports_count_what_is_left_out():
     assert len(list(read_shard(Shard("s", 3, lambda: iter(raws)), report))) == 1
     assert report.left_out == {"metadata value that JSON cannot hold": 2, "a film": 1}
     assert report.reasons == {"nested too deep": 1}
+    for _ in range(3):
+        report.add_bad("again", BadRecord("nested too deep", "too deep"))
+    report.add_bad("b", BadRecord("empty image"))
+    assert report.count_bad() == "1 empty image, 4 nested too deep"
+    assert report.show_bad() == ("2: it is nested too deep to be read; b: empty image")
     both = ReadReport(1.0)
     both.merge(report.as_dict())
     both.merge(json.loads(json.dumps(report.as_dict())))
