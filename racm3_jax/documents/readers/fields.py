@@ -26,7 +26,7 @@ from racm3_jax.types import Document, Segment
 SOURCE_FIELDS = ("source", "url", "source_url", "page_url", "image_url")
 TEXT_FIELDS = (
     *("caption", "captions", "text", "description", "prompt", "alt_text", "alt"),
-    *("comment", "sentence", "sentences"),
+    *("comment", "sentence", "sentences", "raw"),
 )
 ID_FIELDS = ("id", "uid", "key", "image_id")
 MORE_CAPTIONS = "more_captions"
@@ -151,7 +151,7 @@ def _flatten(value: Any) -> Iterator[str | None]:
         value = value.tolist()
     for entry in value if isinstance(value, list | tuple) else [value]:
         if isinstance(entry, Mapping):
-            entry = pick(entry, (*TEXT_FIELDS, "raw"))
+            entry = pick(entry, TEXT_FIELDS)
         yield decode_text(entry)
 
 

@@ -221,7 +221,9 @@ class _ImageFinder:
         if "://" in name:
             return name
         spelt = name if "\\" not in name else name.replace("\\", "/")
-        for start in (folder, ""):
+        # A bare name of `train/metadata.csv` is not one of the folder above.
+        starts = (folder, "") if "/" in spelt else (folder,)
+        for start in starts:
             for form in (name, spelt):
                 path = _compose(os.path.normpath(os.path.join(start, form)))
                 if path in self._paths:

@@ -5,17 +5,20 @@
     {"file_name": "1.jpg", …}  metadata.jsonl, metadata.parquet: Hugging Face's
     1000.jpg#0<tab>two cats    Flickr8k.token.txt
     image| n| comment          Flickr30k's results.csv
+    "[""two cats"", ""cats""]"   several captions in one cell
 
 Rows of one file are the captions of one image.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import dataclasses
 import io
 import pathlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +40,8 @@ _MUST_BE_TABLES = tuple(f"{s}.{e}" for s in _USUAL_STEMS for e in ("csv", "jsonl
 _TABLE_SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = (",", ";", "\t", "|")
 _NAME_AND_NUMBER = re.compile(r"([^\t]+\.\w+)#\d+\t(.*)")
+# A longer cell is not a list of captions.
+_MAX_LIST = 1 << 16
 # Ends a table, to see whether its last quotation mark is closed.
 _LAST_ROW = "\x1e"
 # How much of a file shows whether it is a table.
@@ -256,8 +261,26 @@ def _text_rows(
             )
             yield Row((), {}, place, error)
         else:
-            values = [cell.strip() for cell in cells]
+            values = [_as_list(cell.strip()) for cell in cells]
             yield _row(dict(zip(columns, values, strict=False)), place)
+
+
+def _as_list(cell: str) -> str | list[str]:
+    """`["a dog", "two"]`, as JSON and as Python writes a list of texts, is a list."""
+    if not (cell.startswith(("['", '["')) and cell.endswith(("']", '"]'))):
+        return cell
+    if len(cell) > _MAX_LIST:
+        return cell
+    try:
+        with warnings.catch_warnings():
+            # Of a backslash in a caption.
+            warnings.simplefilter("ignore")
+            found = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return cell
+    if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+        return found
+    return cell
 
 
 def _find_delimiter(header: str) -> str:

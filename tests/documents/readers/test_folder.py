@@ -157,6 +157,11 @@ def test_tables_of_split_folders(tmp_path):
         ("all.token", "A.jpg#0\tA dog, one\nA.jpg#1\ttwo\nB.jpg#0\tthree\n"),
         ("results.csv", FLICKR30K),
         (
+            "flickr_annotations_30k.csv",
+            'raw,filename\n"[""A dog, one"", ""two""]",A.jpg\n"[""three""]",B.jpg\n',
+        ),
+        ("a.tsv", "image\tcaption\nA.jpg\t['A dog, one', 'two']\nB.jpg\tthree\n"),
+        (
             "labels.tsv",
             "filename\tcaption\nA.jpg\tA dog, one\nA.jpg\ttwo\nB.jpg\tthree",
         ),
@@ -269,6 +274,34 @@ def test_rows_that_cannot_be_read(tmp_path):
     first, second = read_table(table.encode(), "a.csv")
     assert first.fields["caption"] == "a dog, running"
     assert len(second.fields["caption"]) == 200_000
+
+
+def test_a_bare_name_is_one_of_the_folder_of_its_table(tmp_path):
+    table = "file_name,text\n0.jpg,of train\ntrain/1.jpg,from above\n"
+    contents: dict[str, bytes | str] = {
+        "train/metadata.csv": table,
+        "train/1.jpg": jpeg(1),
+        "0.jpg": jpeg(2),
+    }
+    found, report = read(fill(tmp_path, contents))
+    assert texts(found) == {"train/1.jpg": "from above", "0.jpg": ""}
+    assert report.reasons == {"missing file": 1}
+
+
+def test_cells_that_look_like_lists(tmp_path):
+    cells = [
+        "[x]",
+        "['a', 5]",
+        "['a'] and ['b']",
+        "['\\d']",
+        '["a", "b"]',
+        "['" * 9000 + "']",
+    ]
+    table = "image\tcaption\n" + "".join(f"{i}.jpg\t{c}\n" for i, c in enumerate(cells))
+    rows = read_table(table.encode(), "a.tsv")
+    assert [row.fields["caption"] for row in rows] == [
+        *(*cells[:3], ["\\d"], ["a", "b"], cells[5])
+    ]
 
 
 def test_a_row_of_several_images(tmp_path):
