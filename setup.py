@@ -56,8 +56,9 @@ setup(
             # `jupyter execute`, for the notebooks
             "nbclient>=0.10",
             "ipykernel>=6.29",
-            # sources in parquet
+            # sources in parquet, and HEIC images
             "pyarrow>=17",
+            "pillow-heif>=0.21",
             # an index of its own
             "faiss-cpu>=1.10",
         ],
@@ -67,6 +68,8 @@ setup(
         "parquet": ["pyarrow>=17"],
         # An index where ScaNN has no wheel.
         "faiss": ["faiss-cpu>=1.10"],
+        # HEIC, in which telephones save photographs.
+        "heic": ["pillow-heif>=0.21"],
         "hub": ["huggingface_hub>=0.34"],
         # A page in the browser.
         "demo": ["gradio>=6.31"],

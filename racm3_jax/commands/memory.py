@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
     actions = family.add_subparsers(metavar="ACTION", dest="action")
 
     sub = _add(actions, "build", _build, "Index a corpus; the same call resumes.")
-    sub.add_argument("--source", required=True, help="kind:path, see documents.readers")
+    _source(sub)
     _models(sub)
     _filters(sub)
     kinds = "|".join(registry.list_kinds())
@@ -79,7 +79,7 @@ def register(commands: Any) -> None:
     sub.add_argument("--dry_run", action="store_true", help="only list them")
 
     sub = _add(actions, "add", _add_documents, "Add the documents of a source.")
-    sub.add_argument("--source", required=True)
+    _source(sub)
     _models(sub)
     _filters(sub)
     sub.add_argument(
@@ -107,6 +107,22 @@ def _add(actions: Any, name: str, command: Callable, text: str) -> Any:
     sub.set_defaults(command=lambda arguments: _run(command, arguments))
     sub.add_argument("--memory", required=True, help="its directory")
     return sub
+
+
+def _source(sub: Any) -> None:
+    sub.add_argument("--source", required=True, help="kind:path, see documents.readers")
+    sub.add_argument(
+        "--follow_links",
+        action="store_true",
+        help="read also what links point to outside of the source's folder",
+    )
+
+
+def _read_source(arguments: Arguments) -> str:
+    from racm3_jax.documents.readers import with_links
+
+    source = arguments.source
+    return with_links(source) if arguments.follow_links else source
 
 
 def _models(sub: Any) -> None:
@@ -195,7 +211,7 @@ def _build(arguments: Arguments) -> None:
         _build_here(arguments, path, config)
     else:
         beam_build.build_memory_with_beam(
-            arguments.source,
+            _read_source(arguments),
             load_models=functools.partial(
                 load_models, arguments.tokenizer, arguments.embedder
             ),
@@ -208,9 +224,9 @@ def _build(arguments: Arguments) -> None:
     report = manifest["report"]
     print(f"{path}: {manifest['num_documents']} documents, {manifest['index']} index")
     print(f"  read {report['read']}, bad {sum(report['bad'].values())}")
-    for title in ("bad", "filtered", "duplicates"):
-        for reason, count in report[title].items():
-            print(f"  {title}: {count} {reason}")
+    for title in ("bad", "left_out", "filtered", "duplicates"):
+        for reason, count in report.get(title, {}).items():
+            print(f"  {title.replace('_', ' ')}: {count} {reason}")
     _print_renamed(report["renamed"])
     shared = ", ".join(f"{count} {what}" for what, count in report["leakage"].items())
     print(f"  retrieval will withhold from documents: {shared}")
@@ -238,7 +254,7 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
             bar.update(done - bar.n)
 
         builder.build_memory(
-            arguments.source,
+            _read_source(arguments),
             tokenizer=tokenizer,
             embedder=embedder,
             path=path,
@@ -264,15 +280,15 @@ def _add_documents(arguments: Arguments) -> None:
     maker = config_lib.make_maker(config, *_load_models(arguments))
     counts = edit.add_documents(
         arguments.memory,
-        arguments.source,
+        _read_source(arguments),
         maker,
         arguments.max_bad,
         arguments.readmit,
     )
     print(f"{arguments.memory}: added {counts['added']} documents")
-    for title in ("bad", "filtered"):
+    for title in ("bad", "left_out", "filtered"):
         for reason, count in counts[title].items():
-            print(f"  {title}: {count} {reason}")
+            print(f"  {title.replace('_', ' ')}: {count} {reason}")
     _print_renamed(counts["renamed"])
     if counts["filtered"].get("removed before"):
         print("  --readmit takes back what was removed")

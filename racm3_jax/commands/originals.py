@@ -15,7 +15,7 @@ from jaxtyping import Int, UInt64
 from racm3_jax.commands.configs import UsageError
 from racm3_jax.documents.images import ImageError, read_image
 from racm3_jax.documents.readers import parse_source
-from racm3_jax.documents.readers.folder import inside
+from racm3_jax.documents.readers.files import Folder
 from racm3_jax.documents.readers.records import BadRecord
 from racm3_jax.memory.filters import hash_image
 from racm3_jax.memory.format import read_manifest
@@ -113,7 +113,7 @@ def _read(folder: Path, document: Document, known: int) -> np.ndarray | None:
     if len(document.images) != 1:
         return None
     try:
-        image = read_image(inside(folder, document.id))
+        image = read_image(Folder(folder).find(document.id))
     except (OSError, ImageError, BadRecord):
         return None
     return image if hash_image(image) == known else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
@@ -9,15 +10,22 @@ import warnings
 import zlib
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # A 20 KB file can hold 500 MB of pixels: the header is checked first.
 DEFAULT_MAX_PIXELS = 64_000_000
 # Formats that Pillow decodes by itself; others (EPS) would start foreign programs.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+# Brands of the box `ftyp` that a HEIC file begins with.
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# Greys of cameras, scanners and microscopes have one of these depths, in 16 bits or 32.
+_GREY_BITS = (8, 10, 12, 14, 16)
 # What Pillow's parsers raise on damaged files besides OSError.
-_PARSE_ERRORS = (SyntaxError, EOFError, struct.error, zlib.error, IndexError, TypeError)
+_PARSE_ERRORS = (
+    *(SyntaxError, EOFError, struct.error, zlib.error, LookupError, TypeError),
+    *(RuntimeError, ArithmeticError, AssertionError, AttributeError),
+)
 
 
 class ImageError(ValueError):
@@ -37,9 +45,9 @@ def read_image(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Read an image file as RGB.
 
-    Transparent parts are laid on white, 16-bit greys are scaled to 8 bits, CMYK and
-    palettes are converted, the EXIF rotation is applied; of an animation the first
-    picture is read.
+    Transparent parts are laid on white, deep greys are scaled to 8 bits by their range,
+    CMYK and palettes are converted, the EXIF rotation is applied; of an animation the
+    first picture is read. HEIC needs pillow-heif.
 
     Args:
       source: a path, or the file's bytes.
@@ -55,7 +63,7 @@ def read_image(
         with warnings.catch_warnings():
             # Pillow's own limit only warns; ours is checked below.
             warnings.simplefilter("ignore")
-            with Image.open(stream, formats=_FORMATS) as picture:
+            with Image.open(stream, formats=_formats()) as picture:
                 _check_size(picture, name, max_pixels)
                 picture.load()
                 return _to_rgb(_rotated(picture))
@@ -66,9 +74,14 @@ def read_image(
             "too many pixels", f"{name} has more pixels than the {max_pixels} allowed"
         ) from error
     except UnidentifiedImageError as error:
+        if "HEIF" not in _formats() and _is_heic(source):
+            raise ImageError(
+                "HEIC without pillow-heif",
+                f'{name} is a HEIC image; to read it: pip install "racm3_jax[heic]"',
+            ) from error
         raise ImageError(
             "not an image",
-            f"{name} is not an image; readable are {', '.join(_FORMATS)}",
+            f"{name} is not an image; readable are {', '.join(_formats())}",
         ) from error
     except IsADirectoryError as error:
         raise ImageError(
@@ -82,6 +95,27 @@ def read_image(
         raise ImageError(
             "damaged image", f"{name} is a damaged image: {error}"
         ) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """What this installation decodes: HEIC only with pillow-heif."""
+    Image.init()
+    wanted = _FORMATS
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        wanted = tuple(name for name in _FORMATS if name != "HEIF")
+    else:
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in wanted if name in Image.OPEN)
+
+
+def _is_heic(source: str | os.PathLike[str] | bytes) -> bool:
+    if not isinstance(source, bytes):
+        with open(source, "rb") as file:
+            source = file.read(12)
+    return source[4:8] == b"ftyp" and source[8:12] in _HEIC_BRANDS
 
 
 def _check_size(picture: Image.Image, name: str, max_pixels: int) -> None:
@@ -98,22 +132,43 @@ def _rotated(picture: Image.Image) -> Image.Image:
     """The picture as its EXIF says; damaged EXIF spoils no pixels, so it is ignored."""
     try:
         return ImageOps.exif_transpose(picture)
-    except (*_PARSE_ERRORS, KeyError, ValueError, OSError):
+    except (*_PARSE_ERRORS, ValueError, OSError):
         return picture
 
 
 def _to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        grey = np.asarray(picture).astype(np.int64).clip(0, 65535)
-        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=-1)
-    if picture.mode == "F":
-        grey = np.asarray(picture).clip(0.0, 255.0).astype(np.uint8)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        grey = _scale_grey(np.asarray(picture))
         return np.repeat(grey[..., None], 3, axis=-1)
     if picture.has_transparency_data:
         front = picture.convert("RGBA")
         picture = Image.new("RGBA", front.size, "white")
         picture.alpha_composite(front)
     return np.array(picture.convert("RGB"))
+
+
+def _scale_grey(
+    grey: Integer[np.ndarray, "height width"] | Float[np.ndarray, "height width"],
+) -> UInt8[np.ndarray, "height width"]:
+    """Deep greys as 0..255, by the range that their values show.
+
+    whole numbers  0..255 as they are, 0..4095 (12 bits) / 16, 0..65535 / 256
+    fractions      0..1 * 255, 0..255 as they are, 0..m * 255 / m
+    with negatives from the lowest to the highest
+    """
+    finite = grey[np.isfinite(grey)]
+    if not finite.size:
+        return np.zeros(grey.shape, np.uint8)
+    low, high = float(finite.min()), float(finite.max())
+    if low >= 0 and grey.dtype.kind != "f":
+        bits = int(high).bit_length()
+        shift = next((b for b in _GREY_BITS if b >= bits), bits) - _GREY_BITS[0]
+        return (grey.astype(np.int64) >> shift).astype(np.uint8)
+    if low >= 0:
+        low, high = 0.0, 1.0 if high <= 1 else max(high, 255.0)
+    values = np.nan_to_num(grey.astype(np.float64), nan=low, posinf=high, neginf=low)
+    span = max(high - low, np.finfo(np.float64).tiny)
+    return ((values - low) / span * 255.0).clip(0.0, 255.0).astype(np.uint8)
 
 
 def encode_png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:

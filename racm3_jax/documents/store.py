@@ -11,11 +11,12 @@ in a document, `{"modality": "text" | "image", "length": tokens}` in a tokenized
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,7 @@ from array_record.python.array_record_module import (
     ArrayRecordWriter,
 )
 
+from racm3_jax import storage
 from racm3_jax.documents.images import encode_png, read_image
 from racm3_jax.types import Document, Segment, TokenizedDocument, TokenizedSegment
 
@@ -67,11 +69,25 @@ def _split(tag: bytes, record: bytes, kind: str) -> tuple[dict[str, Any], memory
         header = json.loads(
             record[start : start + length].decode("utf-8", "surrogatepass")
         )
-    except ValueError as error:
-        raise ValueError(
-            f"the header of a {kind} record is damaged: {error}"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(kind, str(error)) from error
+    if not (
+        isinstance(header, dict)
+        and all(isinstance(header.get(name), str) for name in ("id", "source"))
+        and isinstance(header.get("metadata"), dict)
+        and isinstance(header.get("segments"), list)
+        and all(isinstance(entry, dict) for entry in header["segments"])
+    ):
+        raise _damaged(kind, "id, source, metadata and segments are due")
     return header, memoryview(record)[start + length :]
+
+
+def _damaged(kind: str, why: str) -> ValueError:
+    return ValueError(f"the header of a {kind} record is damaged: {why}")
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def encode_document(document: Document) -> bytes:
@@ -100,11 +116,13 @@ def decode_document(record: bytes) -> Document:
     header, rest = _split(_DOCUMENT_TAG, record, "document")
     segments: list[Segment] = []
     for entry in header["segments"]:
-        if "text" in entry:
+        if isinstance(entry.get("text"), str):
             segments.append(Segment(text=entry["text"]))
-        else:
+        elif _is_length(entry.get("image")):
             png, rest = rest[: entry["image"]], rest[entry["image"] :]
             segments.append(Segment(image=read_image(bytes(png))))
+        else:
+            raise _damaged("document", f"a segment is {sorted(entry)}")
     return Document(header["id"], tuple(segments), header["source"], header["metadata"])
 
 
@@ -129,6 +147,10 @@ def decode_tokenized(record: bytes) -> TokenizedDocument:
       ValueError: the record is damaged or of another kind.
     """
     header, rest = _split(_TOKENIZED_TAG, record, "tokenized document")
+    for entry in header["segments"]:
+        known = entry.get("modality") in ("text", "image")
+        if not known or not _is_length(entry.get("length")):
+            raise _damaged("tokenized document", "a segment has no modality or length")
     lengths = [entry["length"] for entry in header["segments"]]
     if len(rest) != 4 * sum(lengths):
         raise ValueError(
@@ -147,30 +169,40 @@ def decode_tokenized(record: bytes) -> TokenizedDocument:
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
-    """Write records to an ArrayRecord file, aside and then renamed.
-
-    A file under `path` is therefore always complete; an error leaves none.
+    """Writes records to an ArrayRecord file, which appears whole or not at all.
 
     Returns:
       How many records were written.
+
+    Raises:
+      OSError: the file cannot be written.
     """
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     count = 0
-    try:
-        writer = ArrayRecordWriter(str(aside), _WRITER_OPTIONS)
-        try:
-            for record in records:
-                writer.write(record)
-                count += 1
-        finally:
-            writer.close()
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with storage.replacing(path) as partial, _open_writer(partial) as write:
+        for record in records:
+            write(record)
+            count += 1
     return count
+
+
+@contextlib.contextmanager
+def _open_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Yields what writes a record; the writer's own errors are OSErrors."""
+
+    def check(call: Callable[..., Any], *args: Any) -> None:
+        try:
+            call(*args)
+        except RuntimeError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+    try:
+        yield lambda record: check(writer.write, record)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        raise
+    check(writer.close)
 
 
 class RecordFile:

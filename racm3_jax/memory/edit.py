@@ -57,7 +57,7 @@ def add_documents(
       restore: takes back what was removed and has left the disk.
 
     Returns:
-      "added", "bad", "filtered" and "renamed" counts.
+      "added", "bad", "left_out", "filtered" and "renamed" counts.
 
     Raises:
       ValueError: other models, too many bad records, or a change by another process.
@@ -101,6 +101,7 @@ def add_documents(
     return {
         "added": added,
         "bad": report.reasons,
+        "left_out": report.left_out,
         "filtered": filtered,
         "renamed": ids.num_renamed,
     }

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 from PIL import Image
 
+from racm3_jax.documents.readers.fields import ID_FIELDS
 from racm3_jax.memory.format import hash_name
 from racm3_jax.types import Document
 
@@ -28,6 +29,8 @@ NEAR_SIMILARITY = 0.95
 _MIN_CONTRAST = 8
 _NSFW_FIELDS = ("punsafe", "nsfw_score", "NSFW", "nsfw")
 _WATERMARK_FIELDS = ("pwatermark", "watermark_score", "watermark")
+# Of a record, by its source: its URL, and its id where a document's is a longer one.
+_GIVEN_NAMES = ("url", "URL", *ID_FIELDS)
 _PROMPTS = {
     "nsfw": ("a photo with nudity or violence", "an ordinary photo"),
     "watermark": ("a photo with a watermark text over it", "a clean photo"),
@@ -83,7 +86,8 @@ class OptOut:
     """Documents that their owners do not want used, by id or by URL.
 
     A line of the file is an id or a pattern with `*` and `?` (`https://example.org/*`),
-    compared with a document's id and with where it came from; `#` begins a comment.
+    compared with a document's id, also as its source gave it, and with where it came from;
+    `#` begins a comment.
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
@@ -106,7 +110,8 @@ class OptOut:
 
     def matches(self, id: str, source: str, metadata: Mapping[str, Any]) -> bool:
         """Whether a document is opted out."""
-        names = {id, source, str(metadata.get("url", "")), str(metadata.get("URL", ""))}
+        given = (str(metadata.get(name, "")) for name in _GIVEN_NAMES)
+        names = {id, source, *given}
         return bool(names & self._exact) or any(
             fnmatch.fnmatchcase(name, pattern)
             for name in names - {""}

@@ -100,6 +100,11 @@ def merge_parts(
         raise ValueError(
             f"no documents are left of {source or 'what was given'} (read "
             f"{report.num_documents}, left out: {filtered or 'none'})"
+            + (
+                f"; bad: {report.count_bad()}: {report.show_bad()}"
+                if report.num_bad
+                else ""
+            )
         )
     kept, duplicates = choose_kept(find(folders), config.deduplicate)
     index, rows_per_shard = _choose_index(config, folders, int(kept.sum()))
@@ -116,6 +121,7 @@ def merge_parts(
             "report": {
                 "read": report.num_documents,
                 "bad": dict(sorted(report.reasons.items())),
+                "left_out": dict(sorted(report.left_out.items())),
                 "filtered": dict(sorted(filtered.items())),
                 "duplicates": duplicates,
                 "renamed": ids.num_renamed,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from racm3_jax.documents import images
 from racm3_jax.documents.images import encode_png, read_image, resize_image
 
 
@@ -114,3 +116,99 @@ def test_resize_cuts_the_centre():
 def test_encode_png_refuses_other_arrays():
     with pytest.raises(ValueError, match="float64\\[2, 2, 3\\]"):
         encode_png(np.zeros((2, 2, 3)))
+
+
+RAMP = np.tile(np.linspace(0.0, 1.0, 64), (8, 1))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "kind"),
+    [
+        (np.round(RAMP * 65535).astype(np.uint16), "PNG"),
+        (np.round(RAMP * 4095).astype(np.uint16), "TIFF"),
+        (np.round(RAMP * 1023).astype(np.uint16), "PNG"),
+        (np.round(RAMP * 255).astype(np.int32), "TIFF"),
+        (np.round(RAMP * 255).astype(np.uint16), "PNG"),
+        (np.round(RAMP * 65535).astype(np.int32), "TIFF"),
+        (np.round(RAMP * (2**31 - 1)).astype(np.int32), "TIFF"),
+        (np.round(RAMP * 4095 - 1024).astype(np.int32), "TIFF"),
+        (RAMP.astype(np.float32), "TIFF"),
+        ((RAMP * 255).astype(np.float32), "TIFF"),
+        ((RAMP * 1000).astype(np.float32), "TIFF"),
+        ((RAMP * 2 - 1).astype(np.float32), "TIFF"),
+    ],
+)
+def test_deep_greys_are_scaled_by_their_range(pixels, kind):
+    image = read_image(encode(Image.fromarray(pixels), kind))
+    assert image.shape == (8, 64, 3)
+    assert image[0, 0, 0] == 0 and image[0, -1, 0] == 255
+    np.testing.assert_allclose(image[..., 0], RAMP * 255, atol=1.01)
+
+
+def test_greys_without_a_range():
+    for value in (0.0, np.nan, -3.0, 1e38):
+        pixels = np.full((4, 4), value, np.float32)
+        assert read_image(encode(Image.fromarray(pixels), "TIFF")).std() == 0
+    pixels = RAMP.astype(np.float32)
+    pixels[0, 0], pixels[0, 1], pixels[0, 2] = np.nan, np.inf, -np.inf
+    image = read_image(encode(Image.fromarray(pixels), "TIFF"))[..., 0]
+    assert image[0, :3].tolist() == [0, 255, 0] and image[1, -1] == 255
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "MPO"])
+def test_formats_of_telephones(kind):
+    picture = Image.new("RGB", (64, 48), (200, 60, 40))
+    image = read_image(encode(picture, kind))
+    assert image.shape == (48, 64, 3)
+    assert (np.abs(image[0, 0].astype(int) - (200, 60, 40)) < 6).all()
+
+
+@pytest.fixture
+def other_formats():
+    """Forgets which formats are decoded, before and after."""
+    images._formats.cache_clear()
+    yield
+    images._formats.cache_clear()
+
+
+def test_heic_without_its_library(other_formats, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    (tmp_path / "a.heic").write_bytes(data)
+    for source in (data, tmp_path / "a.heic"):
+        with pytest.raises(images.ImageError, match="racm3_jax\\[heic\\]") as caught:
+            read_image(source)
+        assert caught.value.reason == "HEIC without pillow-heif"
+
+
+def test_heic(other_formats):
+    heif = pytest.importorskip("pillow_heif")
+    picture = Image.new("RGB", (64, 48), (200, 60, 40))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    heif.from_pillow(picture).save(stream, exif=exif.tobytes())
+    data = stream.getvalue()
+    image = read_image(data)
+    assert image.shape in ((64, 48, 3), (48, 64, 3))
+    assert (np.abs(image[0, 0].astype(int) - (200, 60, 40)) < 6).all()
+    with pytest.raises(images.ImageError, match="more than the 100 allowed"):
+        read_image(data, max_pixels=100)
+    for broken in (data[: len(data) // 2], data[:24]):
+        with pytest.raises(images.ImageError, match="image"):
+            read_image(broken)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
+def test_changed_bytes_are_an_image_or_refused(kind):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    data = np.frombuffer(encode(Image.fromarray(noise), kind), np.uint8)
+    for _ in range(60):
+        changed = data.copy()
+        changed[rng.integers(0, min(len(data), 200), 3)] = rng.integers(0, 256, 3)
+        try:
+            image = read_image(changed.tobytes(), max_pixels=1 << 16)
+        except images.ImageError:
+            continue
+        assert image.dtype == np.uint8 and image.shape[2] == 3

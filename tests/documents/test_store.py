@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import threading
 
 import numpy as np
 import pytest
 
+from racm3_jax.documents import store
 from racm3_jax.documents.store import (
     RecordFile,
     decode_document,
@@ -160,3 +163,51 @@ def test_empty_file_is_fine_and_damage_is_found(tmp_path):
         file.read(np.arange(300))
     with pytest.raises(FileNotFoundError, match="no record file"):
         RecordFile(tmp_path / "none")
+
+
+def test_a_writer_that_fails_is_one_sentence(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, *args):
+            pass
+
+        def write(self, record):
+            if record == b"full":
+                raise RuntimeError("no space left on device")
+
+        def close(self):
+            raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(store, "ArrayRecordWriter", Writer)
+    for records in ([b"full"], []):
+        with pytest.raises(OSError, match="cannot be written: no space left"):
+            write_records(tmp_path / "a", records)
+        assert not list(tmp_path.iterdir())
+
+
+def record_of(tag: bytes, header: object, rest: bytes = b"") -> bytes:
+    data = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return tag + struct.pack("<I", len(data)) + data + rest
+
+
+WHOLE = {"id": "a", "source": "", "metadata": {}, "segments": []}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(b"{", b"[" * 100_000, b"\xff", 5, [], {}),
+        *({**WHOLE, name: 5} for name in WHOLE),
+        {**WHOLE, "segments": [5]},
+        *({**WHOLE, "segments": [{"text": text}]} for text in (5, None)),
+        *({**WHOLE, "segments": [{"image": n}]} for n in (-1, 2.5, "x", True, 1 << 60)),
+        {**WHOLE, "segments": [{"modality": "sound", "length": 0}]},
+        {**WHOLE, "segments": [{"modality": "text", "length": -1}] * 2},
+        {**WHOLE, "segments": [{"modality": [], "length": "x"}]},
+    ],
+)
+def test_headers_of_wrong_types_are_one_sentence(header):
+    for tag, decode in ((b"RDOC", decode_document), (b"RTOK", decode_tokenized)):
+        with pytest.raises(ValueError, match="."):
+            decode(record_of(tag, header))
+    with pytest.raises(ValueError, match="is not a document"):
+        decode_document(record_of(b"RTOK", header))

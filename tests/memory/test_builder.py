@@ -459,3 +459,6 @@ def test_wrong_settings(tmp_path):
         (tmp_path / "o").write_text("*\n")
         config = CorpusConfig(opt_out=str(tmp_path / "o"))
         build(forty(tmp_path / "in"), tmp_path / "n", config)
+    with pytest.raises(ValueError, match=r"; bad: 1 damaged JSON: .*000\.jsonl:1: not"):
+        source = write_corpus(tmp_path / "bad", [["{"]])
+        build(source, tmp_path / "n", CorpusConfig(max_bad=1.0))

@@ -141,3 +141,24 @@ def test_plan(capsys):
     assert "150,000,000 documents" in capsys.readouterr().out
     run("plan", "--num_documents=1e6", "--json")
     assert output(capsys)["devices"] == 8
+
+
+def test_what_is_left_out_is_shown_and_links_are_followed(capsys, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    write_corpus(elsewhere, [[line(0), line(1)]])
+    (tmp_path / "in").mkdir()
+    for file in elsewhere.iterdir():
+        (tmp_path / "in" / file.name).symlink_to(file)
+    large = line(2, exif="x" * 90_000)
+    (tmp_path / "in" / "own.jsonl").write_text(large)
+    words = (f"--source=jsonl:{tmp_path}/in/*.jsonl", "--max_bad=0.5", "--index=exact")
+    run("build", f"--memory={tmp_path}/memory", *words)
+    shown = capsys.readouterr().out
+    assert "1 documents, exact index" in shown
+    assert "bad: 1 link outside the folder" in shown
+    assert "left out: 1 oversized metadata value" in shown
+    run("build", f"--memory={tmp_path}/all", "--follow_links", *words)
+    shown = capsys.readouterr().out
+    assert "3 documents, exact index" in shown and "bad 0" in shown
+    run("add", f"--memory={tmp_path}/memory", "--follow_links", *words[:2])
+    assert "added 2 documents" in capsys.readouterr().out

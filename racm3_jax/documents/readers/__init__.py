@@ -1,14 +1,18 @@
 """Documents from outside: `read_documents("kind:path;option=value")`.
 
-folder        images with .txt or .json beside them, or a CSV/JSONL of captions
+folder        images with files of captions beside them, or tables of captions
 coco          COCO's annotations and images
 webdataset    tars, as img2dataset writes them
-parquet       image bytes and captions in columns
+parquet       images and captions in columns
 jsonl         interleaved documents, one a line
 tfds          a builder prepared on disk
 array_record  documents that `documents.store` wrote
 embeddings    ready .npy embeddings with parquet metadata
 flagworld     the built-in world
+
+A path may begin with `~`, and is a pattern where the kind reads files: `*/*.tar`,
+`s-{00000..00099}.tar`. Hidden files are never read, nor links that lead out of the folder
+(`;follow_links=true` reads those).
 """
 
 from __future__ import annotations
@@ -19,13 +23,15 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from racm3_jax.documents.readers.folder import (
+from racm3_jax.documents.readers.coco import coco_shards
+from racm3_jax.documents.readers.embeddings import embedding_shards
+from racm3_jax.documents.readers.files import (
     IMAGE_SUFFIXES,
-    coco_shards,
-    folder_shards,
+    expand_home,
 )
+from racm3_jax.documents.readers.folder import folder_shards
 from racm3_jax.documents.readers.jsonl import jsonl_shards
-from racm3_jax.documents.readers.parquet import embedding_shards, parquet_shards
+from racm3_jax.documents.readers.parquet import parquet_shards
 from racm3_jax.documents.readers.records import (
     BadRecord,
     RawRecord,
@@ -51,6 +57,7 @@ __all__ = [
     "find_shards",
     "read_documents",
     "read_shard",
+    "with_links",
 ]
 
 READERS: dict[str, Callable[..., list[Shard]]] = {
@@ -66,9 +73,20 @@ READERS: dict[str, Callable[..., list[Shard]]] = {
 }
 _KIND_OF_SUFFIX = {
     ".tar": "webdataset",
+    ".tar.gz": "webdataset",
+    ".tgz": "webdataset",
     ".parquet": "parquet",
     ".jsonl": "jsonl",
+    ".json": "jsonl",
     ".array_record": "array_record",
+}
+_BOOLEANS = {
+    "true": True,
+    "false": False,
+    "yes": True,
+    "no": False,
+    "1": True,
+    "0": False,
 }
 
 
@@ -118,26 +136,42 @@ def find_shards(source: str, **options: Any) -> list[Shard]:
             near = difflib.get_close_matches(name, allowed, 1, 0.0)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{kind} has no option {name!r}{hint}")
-        if isinstance(value, str) and isinstance(allowed[name].default, int):
-            options[name] = _whole(kind, name, value)
-    shards = reader(path, **options)
+        default = allowed[name].default
+        if isinstance(value, str):
+            options[name] = _convert(kind, name, value, default)
+    try:
+        shards = reader(path, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_advise(kind, path)}") from error
     if not shards:
         raise FileNotFoundError(f"{source} holds no records")
     return shards
 
 
-def _whole(kind: str, name: str, value: str) -> int:
-    try:
-        return int(float(value))
-    except ValueError:
-        raise ValueError(f"{kind}'s option {name} is a number; got {value!r}") from None
+def _convert(kind: str, name: str, value: str, default: Any) -> Any:
+    """An option's text as what its default is: true or false, a number, or a text."""
+    if isinstance(default, bool):
+        if value.lower() not in _BOOLEANS:
+            raise ValueError(
+                f"{kind}'s option {name} is one of {', '.join(_BOOLEANS)}; got {value!r}"
+            )
+        return _BOOLEANS[value.lower()]
+    if isinstance(default, int):
+        try:
+            return int(float(value))
+        except (ValueError, OverflowError):
+            raise ValueError(
+                f"{kind}'s option {name} is a number; got {value!r}"
+            ) from None
+    return expand_home(value)
 
 
 def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
     """`"coco:data;split=val2017"` -> `("coco", "data", {"split": "val2017"})`.
 
     Raises:
-      ValueError: an unknown kind, an option without `=`, or a path that shows no kind.
+      ValueError: an unknown kind, an option without `=`, no path, or a path that shows no
+        kind.
     """
     place, *written = source.split(";")
     options = {}
@@ -147,21 +181,28 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
             raise ValueError(f"an option of a source is name=value; got {option!r}")
         options[name.strip()] = value
     kind, colon, path = place.partition(":")
+    if not place.strip() or (colon and kind in READERS and not path.strip()):
+        raise ValueError(
+            f"the source {source!r} has no path; give kind:path, as folder:pets (the "
+            "current folder is folder:.)"
+        )
     if colon and kind in READERS:
-        return kind, path, options
+        return kind, expand_home(path), options
+    place = expand_home(place)
     if colon and "/" not in kind and not pathlib.Path(place).exists():
         near = difflib.get_close_matches(kind, READERS, 1, 0.0)
         raise ValueError(
-            f"{kind!r} is no kind of source; did you mean {near[0]!r}? "
-            f"There are {', '.join(READERS)}"
+            f"unknown source kind {kind!r}; did you mean {near[0]!r}? The kinds are "
+            f"{', '.join(READERS)}"
         )
     return _guess_kind(place), place, options
 
 
 def _guess_kind(place: str) -> str:
     path = pathlib.Path(place)
-    if path.suffix in _KIND_OF_SUFFIX:
-        return _KIND_OF_SUFFIX[path.suffix]
+    for suffix, kind in _KIND_OF_SUFFIX.items():
+        if path.name.endswith(suffix):
+            return kind
     if path.is_dir():
         if (path / "annotations").is_dir():
             return "coco"
@@ -172,6 +213,21 @@ def _guess_kind(place: str) -> str:
         f"the path {place!r} does not show what kind of source it is; give kind:path "
         f"with one of {', '.join(READERS)}"
     )
+
+
+def with_links(source: str) -> str:
+    """The source with links that lead out of its folders followed."""
+    return f"{source};follow_links=true"
+
+
+def _advise(kind: str, path: str) -> str:
+    """For a folder of files that another kind reads."""
+    folder = pathlib.Path(path)
+    if kind == "folder" and folder.is_dir():
+        for suffix, other in _KIND_OF_SUFFIX.items():
+            if next(folder.rglob(f"*{suffix}"), None) is not None:
+                return f"; its {suffix} files are read as {other}:{path}/**/*{suffix}"
+    return ""
 
 
 def _has_images(path: pathlib.Path) -> bool:

@@ -1,44 +1,45 @@
-"""A folder of images with captions, and COCO's folder.
+"""A folder of images with captions.
 
-    folder:pets            pets/cat.jpg + pets/cat.txt, or + pets/cat.json {"caption": …}
-    folder:pets            pets/captions.csv, metadata.csv, captions.jsonl, metadata.jsonl
-                           with a column file_name (or file, filename, image, path)
-    coco:coco;split=val2017   coco/annotations/captions_val2017.json + coco/val2017/*.jpg
+    folder:pets   pets/cat.jpg + pets/cat.txt, cat.caption, cat.jpg.txt, or cat.json
+    folder:pets   pets/captions.csv, metadata.jsonl, … (see `tables`), also in each of
+                  the folders below: pets/train/metadata.jsonl names pets/train/cat.jpg
 
 A text file without an image is a document of text, an image without a caption one of an
-image.
+image. A caption whose image cannot be read is neither: it is counted with its image.
 """
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import functools
-import json
+import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from racm3_jax.documents.images import DEFAULT_MAX_PIXELS
-from racm3_jax.documents.readers.records import (
-    BadRecord,
-    RawRecord,
-    Shard,
-    decode_json,
+from racm3_jax.documents.readers import tables
+from racm3_jax.documents.readers.fields import (
+    decode_sidecar,
     decode_text,
-    make_document,
-    pick,
-    pick_text,
+    make_record,
+    pick_captions,
+    unique,
 )
-from racm3_jax.types import Document
-
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+from racm3_jax.documents.readers.files import (
+    IMAGE_SUFFIXES,
+    TEXT_SUFFIXES,
+    UNSUPPORTED_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Folder,
+    cut_shards,
+    read_file,
 )
-TABLE_NAMES = ("captions.csv", "metadata.csv", "captions.jsonl", "metadata.jsonl")
-_FILE_FIELDS = ("file_name", "file", "filename", "image", "image_path", "path")
-RECORDS_PER_SHARD = 4096
+from racm3_jax.documents.readers.records import BadRecord, LeftOut, Record, Shard
 
-Captions = Literal["first", "each", "all"]
+_OTHER_MEDIA = UNSUPPORTED_SUFFIXES | VIDEO_SUFFIXES
+_SIDECARS = (*TEXT_SUFFIXES, ".json")
 
 
 def folder_shards(
@@ -46,232 +47,268 @@ def folder_shards(
     *,
     captions: str | None = None,
     text: str | None = None,
+    encoding: str | None = None,
+    follow_links: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> list[Shard]:
     """Shards of a folder of images.
 
     Args:
-      path: the folder; read with all below it.
-      captions: a CSV or JSONL file with the captions; None looks for the usual names.
+      path: the folder; read with all below it but hidden files and folders.
+      captions: a table of the captions, whose rows alone are read; None looks for tables
+        in every folder, and reads the other images too.
       text: the column, or JSON field, of the caption; None looks for the usual names.
+      encoding: of CSV tables; None takes UTF-8, or UTF-16 with its mark.
+      follow_links: read also what links point to outside of the folder.
       max_pixels: of an image.
 
     Raises:
       FileNotFoundError: no such folder, or nothing readable in it.
-      ValueError: a table without a column of file names.
+      ValueError: a table that cannot be read, or without a column of file names.
     """
-    root = pathlib.Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}")
-    tables = [root / name for name in TABLE_NAMES if (root / name).is_file()]
+    root = Folder(path, follow_links)
+    if not root.path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}")
+    names, refused = root.walk()
+    images = [n for n in names if _suffix(n) in IMAGE_SUFFIXES]
     if captions:
-        tables = [pathlib.Path(captions)]
-    read = functools.partial(_read_files, text=text, max_pixels=max_pixels)
-    if tables:
-        rows = _read_table(tables[0])
-        named = [
-            (name, functools.partial(_of_row, root, name, row)) for name, row in rows
-        ]
+        rows = _read_rows(pathlib.Path(captions), encoding, text)
+        records = list(_of_tables(root, images, [("", rows)]))
     else:
-        files = sorted(p for p in root.rglob("*") if p.is_file())
-        named = list(_pair_files(root, files))
-    if not named:
-        raise FileNotFoundError(f"{root} holds no images and no captions")
-    return cut_shards(
-        path, [(n, functools.partial(read, root, n, find)) for n, find in named]
+        stems = {os.path.splitext(name)[0] for name in images}
+        found = list(_find_tables(root, names, stems, refused, encoding, text))
+        used = {table for table, _, _ in found}
+        by_folder = [(folder, rows) for _, folder, rows in found]
+        beside = _Sidecars(n for n in names if n not in used)
+        records = [
+            dataclasses.replace(r, sidecars=beside.take(r.images[0])) if r.images else r
+            for r in _of_tables(root, images, by_folder)
+        ]
+        named = {name for record in records for name in record.images}
+        records += _of_files([n for n in names if n not in used], named, beside)
+    records += [_Found(f"link {i}", error=error) for i, error in enumerate(refused)]
+    if not records:
+        raise FileNotFoundError(f"{path} holds no images and no captions")
+    read = functools.partial(_read, root, text=text, max_pixels=max_pixels)
+    return cut_shards(path, [(r.name, functools.partial(read, r)) for r in records])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What belongs to one document, by names below the folder.
+
+    Attributes:
+      name: the document's id.
+      images: in order; one but for rows that name several.
+      sidecars: files with its caption, the preferred first.
+      rows: of tables, with its captions and fields.
+      error: why there is no document.
+    """
+
+    name: str
+    images: tuple[str, ...] = ()
+    sidecars: tuple[str, ...] = ()
+    rows: tuple[Mapping[str, Any], ...] = ()
+    error: BadRecord | LeftOut | None = None
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _read(root: Folder, found: _Found, *, text: str | None, max_pixels: int) -> Record:
+    if found.error is not None:
+        raise found.error
+    fields: dict[str, Any] = {}
+    captions: list[str | None] = []
+    for row in found.rows:
+        captions += pick_captions(row, text)
+        fields = {**row, **fields}
+    for name in found.sidecars:
+        data = root.read(name)
+        if name.lower().endswith(".json"):
+            beside = decode_sidecar(data)
+            captions += pick_captions(beside, text)
+            fields |= beside
+        else:
+            captions.append(decode_text(data))
+    images = [root.read(name) for name in found.images]
+    words = unique(captions)
+    return make_record(
+        found.name,
+        (*words[:1], *images),
+        fields,
+        more_captions=words[1:],
+        max_pixels=max_pixels,
     )
 
 
-def cut_shards(
-    name: str, records: Sequence[tuple[str, Callable[[], Document]]]
-) -> list[Shard]:
-    """Ranges of a list of records as shards."""
-
-    def open_range(start: int) -> Iterator[RawRecord]:
-        for record, read in records[start : start + RECORDS_PER_SHARD]:
-            yield RawRecord(f"{name}/{record}", read)
-
-    return [
-        Shard(
-            f"{name}[{start}:{min(len(records), start + RECORDS_PER_SHARD)}]",
-            min(RECORDS_PER_SHARD, len(records) - start),
-            functools.partial(open_range, start),
-        )
-        for start in range(0, len(records), RECORDS_PER_SHARD)
-    ]
+def _read_rows(
+    file: pathlib.Path, encoding: str | None, text: str | None
+) -> list[tables.Row]:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no table of captions {file}")
+    return tables.read_table(read_file(file), str(file), encoding, text)
 
 
-class _Files:
-    """What belongs to one document: an image, its caption file, or its table row."""
-
-    def __init__(
-        self,
-        image: pathlib.Path | None = None,
-        sidecars: Sequence[pathlib.Path] = (),
-        row: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.image = image
-        self.sidecars = sidecars
-        self.row = row
-
-
-def _pair_files(
-    root: pathlib.Path, files: Sequence[pathlib.Path]
-) -> Iterator[tuple[str, Callable[[], _Files]]]:
-    sidecars: dict[pathlib.Path, list[pathlib.Path]] = {}
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    for path in files:
-        if path.suffix.lower() in (".txt", ".json"):
-            sidecars.setdefault(path.with_suffix(""), []).append(path)
-    for image in images:
-        own = sidecars.get(image.with_suffix(""), [])
-        name = image.relative_to(root).as_posix()
-        yield name, functools.partial(_Files, image, own)
-    used = {image.with_suffix("") for image in images}
-    for stem, own in sidecars.items():
-        if stem not in used and own[-1].suffix.lower() == ".txt":
-            name = own[-1].relative_to(root).as_posix()
-            yield name, functools.partial(_Files, None, own)
-
-
-def _of_row(root: pathlib.Path, name: str, row: Mapping[str, Any]) -> _Files:
-    return _Files(inside(root, name), row=row)
-
-
-def _read_files(
-    root: pathlib.Path,
-    name: str,
-    find: Callable[[], _Files],
-    *,
+def _find_tables(
+    root: Folder,
+    names: Sequence[str],
+    stems: set[str],
+    refused: list[BadRecord],
+    encoding: str | None,
     text: str | None,
-    max_pixels: int,
-) -> Document:
-    files = find()
-    fields: dict[str, Any] = dict(files.row or {})
-    caption = pick_text(fields, text)
-    for path in files.sidecars:
-        if path.suffix.lower() == ".json":
-            fields |= decode_json(path.read_bytes())
-            caption = pick_text(fields, text) or caption
-        else:
-            caption = decode_text(path.read_bytes()) or caption
-    picture = files.image.read_bytes() if files.image is not None else None
-    return make_document(name, (caption, picture), fields, max_pixels=max_pixels)
+) -> Iterator[tuple[str, str, list[tables.Row]]]:
+    """(table, its folder, its rows) of every table below the folder.
 
-
-def inside(root: pathlib.Path, name: str) -> pathlib.Path:
-    """`root/name`, refused where that lies outside of `root`.
-
-    Raises:
-      BadRecord: a path that leads out of the folder.
+    What may be one, and cannot be read, is added to `refused`.
     """
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise BadRecord("path outside the folder", f"{name!r} leads out of {root}")
-    return path
+    for name in sorted(names, key=lambda n: (n.count("/"), n)):
+        # `cat.json` beside `cat.jpg` is the caption of that image.
+        if not tables.may_be_table(name) or os.path.splitext(name)[0] in stems:
+            continue
+        must = tables.must_be_table(name)
+        try:
+            data = root.read(name)
+        except BadRecord as error:
+            if must:
+                raise
+            refused.append(error)
+            continue
+        shown = (root.path / name).as_posix()
+        if must or tables.is_table(data, shown, encoding):
+            rows = tables.read_table(data, shown, encoding, text)
+            yield name, os.path.dirname(name), rows
 
 
-def _read_table(table: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-    """File name and fields of every row of a CSV or JSONL file."""
-    if not table.is_file():
-        raise FileNotFoundError(f"there is no table of captions {table}")
-    rows: list[dict[str, Any]]
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            if table.suffix.lower() == ".csv":
-                rows = list(csv.DictReader(file))
+def _of_tables(
+    root: Folder,
+    images: Sequence[str],
+    found: Sequence[tuple[str, Sequence[tables.Row]]],
+) -> Iterator[_Found]:
+    """One document an image, with all the rows that name it."""
+    finder = _ImageFinder(images)
+    merged: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    bad = []
+    top = f"{root.path.as_posix()}/"
+    for folder, rows in found:
+        for row in rows:
+            if row.error is not None:
+                bad.append(_Found(row.place.removeprefix(top), error=row.error))
             else:
-                rows = [json.loads(line) for line in file if line.strip()]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{table} is not a UTF-8 table: {error}") from error
-    found = [(pick(row, _FILE_FIELDS), row) for row in rows]
-    if any(name is None for name, _ in found):
-        raise ValueError(
-            f"{table} has rows without a file name; one of the columns "
-            f"{', '.join(_FILE_FIELDS)} must hold it"
-        )
-    return [(str(name), row) for name, row in found]
+                names = tuple(finder.find(folder, name) for name in row.names)
+                merged.setdefault(names, []).append(row.fields)
+    for names, fields in merged.items():
+        yield _Found("+".join(names), names, rows=tuple(fields))
+    yield from bad
 
 
-def coco_shards(
-    path: str,
-    *,
-    split: str = "train2017",
-    captions: Captions = "first",
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-) -> list[Shard]:
-    """Shards of COCO captions as COCO's own archives unpack.
+class _ImageFinder:
+    """Finds the image that a table names, by its path or, if only one is so called, name.
+
+    flickr8k/captions.txt names 1000.jpg -> Images/1000.jpg
+    """
+
+    def __init__(self, images: Sequence[str]) -> None:
+        self._paths = {_compose(path): path for path in images}
+        self._by_name: dict[str, list[str]] = {}
+        for path in images:
+            name = _compose(path.rsplit("/", 1)[-1])
+            self._by_name.setdefault(name, []).append(path)
+
+    def find(self, folder: str, name: str) -> str:
+        """The path below the root; where nothing is found, the name in `folder`."""
+        if "://" in name:
+            return name
+        spelt = name if "\\" not in name else name.replace("\\", "/")
+        # A bare name of `train/metadata.csv` is not one of the folder above.
+        starts = (folder, "") if "/" in spelt else (folder,)
+        for start in starts:
+            for form in (name, spelt):
+                path = _compose(os.path.normpath(os.path.join(start, form)))
+                if path in self._paths:
+                    return self._paths[path]
+        same = [
+            path
+            for path in self._by_name.get(_compose(spelt), [])
+            if not folder or path.startswith(f"{folder}/")
+        ]
+        return same[0] if len(same) == 1 else os.path.join(folder, name)
+
+
+def _compose(name: str) -> str:
+    """Equal for names that look equal: macOS spells `é` as `e` and an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+class _Sidecars:
+    """Files of captions by the image that they lie beside.
+
+    cat.jpg: cat.jpg.txt, cat.jpg.json, cat.caption, cat.txt, cat.json
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._left: dict[str, list[str]] = {}
+        self._taken: set[str] = set()
+        for name in sorted(names, key=lambda name: (_suffix(name) == ".json", name)):
+            if _suffix(name) in _SIDECARS:
+                self._left.setdefault(os.path.splitext(name)[0], []).append(name)
+
+    def take(self, image: str) -> tuple[str, ...]:
+        """Of one image; images of one name and several suffixes share theirs."""
+        stems = dict.fromkeys((image, os.path.splitext(image)[0]))
+        self._taken.update(stems)
+        return tuple(name for stem in stems for name in self._left.get(stem, ()))
+
+    def rest(self) -> Iterator[tuple[str, list[str]]]:
+        """(name without suffix, files) of what no image took."""
+        for stem, names in self._left.items():
+            if stem not in self._taken:
+                yield stem, names
+
+
+def _of_files(
+    names: Sequence[str], named: set[str], beside: _Sidecars
+) -> Iterator[_Found]:
+    """Images with the captions beside them, and what is left alone.
 
     Args:
-      path: holds `annotations/captions_<split>.json` and the folder `<split>/`.
-      split: "train2017", "val2017", "train2014", ….
-      captions: one document an image with its first caption ("first") or with all of
-        them ("all"), or one document a caption ("each").
-      max_pixels: of an image.
-
-    Raises:
-      FileNotFoundError: no annotations there.
-      ValueError: they are not COCO's.
+      names: of all files but tables.
+      named: images that are in tables.
+      beside: files of captions.
     """
-    if captions not in ("first", "each", "all"):
-        raise ValueError(f'captions must be "first", "each" or "all"; got {captions!r}')
-    root = pathlib.Path(path)
-    file = root / "annotations" / f"captions_{split}.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no {file}; give COCO's folder and ;split=train2017 or the like"
-        )
-    try:
-        content = json.loads(file.read_bytes())
-        images, licences = content["images"], content.get("licenses", ())
-        texts: dict[int, list[tuple[int, str]]] = {}
-        for a in content["annotations"]:
-            texts.setdefault(a["image_id"], []).append((a["id"], a["caption"]))
-        names = {entry["id"]: entry.get("name", "") for entry in licences}
-        records = [
-            record
-            for entry in sorted(images, key=lambda entry: entry["id"])
-            for record in _coco_image(
-                root / split,
-                entry,
-                sorted(texts.get(entry["id"], [])),
-                names.get(entry.get("license"), ""),
-                captions,
-                max_pixels,
-            )
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} does not hold COCO captions: {error!r}") from error
-    return cut_shards(f"{path}/{split}", records)
+    images = [n for n in names if _suffix(n) in IMAGE_SUFFIXES and n not in named]
+    for name in images:
+        yield _Found(name, (name,), sidecars=beside.take(name))
+    stems = {os.path.splitext(name)[0] for name in (*images, *named)}
+    for name in names:
+        if _suffix(name) in _OTHER_MEDIA and name not in named:
+            yield _Found(name, error=_judge(name, beside.take(name), stems))
+    for stem, own in beside.rest():
+        yield _alone(stem, own)
 
 
-def _coco_image(
-    folder: pathlib.Path,
-    entry: Mapping[str, Any],
-    texts: Sequence[tuple[int, str]],
-    licence: str,
-    captions: Captions,
-    max_pixels: int,
-) -> list[tuple[str, Callable[[], Document]]]:
-    image_id = int(entry["id"])
-    file = str(entry["file_name"])
-    fields = {"image_id": image_id, "file_name": file, "licence": licence}
-    source = str(entry.get("coco_url") or f"coco/{image_id}")
+def _judge(name: str, sidecars: Sequence[str], stems: set[str]) -> BadRecord | LeftOut:
+    """A file that is not read: a fault, unless an image of that name is read."""
+    suffix = _suffix(name)
+    if os.path.splitext(name)[0] in stems:
+        return LeftOut(f"{suffix} file beside an image of its name")
+    if suffix in VIDEO_SUFFIXES and not sidecars:
+        return LeftOut(f"{suffix} file")
+    return BadRecord(
+        "unsupported file type",
+        f"{name} is not read, as {suffix} is not supported"
+        + (f", nor is its caption {sidecars[0]}" if sidecars else "")
+        + "; convert it to JPEG or PNG",
+    )
 
-    def read(id: str, chosen: Sequence[str]) -> Document:
-        picture = inside(folder, file).read_bytes()
-        return make_document(
-            id, (*chosen, picture), fields, source=source, max_pixels=max_pixels
-        )
 
-    words = [text for _, text in texts]
-    if captions == "each" and words:
-        return [
-            (
-                f"{image_id}-{number}",
-                functools.partial(read, f"{image_id}-{number}", [t]),
-            )
-            for number, t in texts
-        ]
-    words = words[:1] if captions == "first" else words
-    return [(str(image_id), functools.partial(read, str(image_id), words))]
+def _alone(stem: str, sidecars: Sequence[str]) -> _Found:
+    """Files of captions without an image."""
+    texts = [name for name in sidecars if _suffix(name) != ".json"]
+    if not texts:
+        return _Found(sidecars[0], error=LeftOut(".json file without an image"))
+    if _suffix(stem) in IMAGE_SUFFIXES:
+        message = f"{texts[0]} is the caption of {stem}, which does not exist"
+        return _Found(texts[0], error=BadRecord("missing file", message))
+    return _Found(texts[0], sidecars=tuple(sidecars))

@@ -1,8 +1,6 @@
-"""Parquet with image bytes, and embeddings as clip-retrieval writes them.
+"""Parquet: a caption and an image in each row.
 
-    parquet:shards/*.parquet     columns caption and image (bytes, or {bytes, path})
-    embeddings:clip              clip/img_emb/img_emb_0.npy, clip/text_emb/text_emb_0.npy,
-                                 clip/metadata/metadata_0.parquet
+    parquet:shards/*.parquet     columns caption and image (in any form of `image_fields`)
 
 Needs pyarrow, which is not among the core dependencies.
 """
@@ -10,30 +8,25 @@ Needs pyarrow, which is not among the core dependencies.
 from __future__ import annotations
 
 import functools
-import pathlib
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from racm3_jax.documents.images import DEFAULT_MAX_PIXELS
-from racm3_jax.documents.readers.records import (
+from racm3_jax.documents.readers.fields import (
     ID_FIELDS,
-    BadRecord,
-    RawRecord,
-    Record,
-    Shard,
-    make_document,
+    make_record,
     pick,
-    pick_text,
+    pick_captions,
 )
-from racm3_jax.documents.readers.tar import find_files
-from racm3_jax.types import Document
+from racm3_jax.documents.readers.files import (
+    MAX_FILE_BYTES,
+    Folder,
+)
+from racm3_jax.documents.readers.image_fields import find_images
+from racm3_jax.documents.readers.patterns import SourceFile, cut_files
+from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 
-IMAGE_FIELDS = ("image", "image_bytes", "jpg", "jpeg", "png", "webp", "bytes", "img")
 _ROWS_PER_READ = 64
-_PARTS = {"image": ("img_emb", "image_emb"), "text": ("text_emb",)}
 
 
 def import_parquet() -> Any:
@@ -56,176 +49,105 @@ def parquet_shards(
     path: str,
     *,
     image: str | None = None,
+    images: str | None = None,
     text: str | None = None,
+    follow_links: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> list[Shard]:
     """A shard a row group of every file.
 
     Args:
       path: a file or a pattern.
-      image: column of the encoded image; None looks for the usual names.
+      image: column of the image; None looks for the usual names.
+      images: the folder that image paths start in; None is each file's own.
       text: column of the caption; None looks for the usual names.
+      follow_links: read also what links point to outside of these folders.
       max_pixels: of an image.
 
     Raises:
       FileNotFoundError: nothing matches.
       ImportError: without pyarrow.
-      ValueError: a named column does not exist, or a file is no parquet.
+      ValueError: a named column does not exist, or a file is not parquet.
     """
     parquet = import_parquet()
-    shards = []
-    for file in find_files(path):
+
+    def cut(file: SourceFile) -> Iterator[Shard]:
         try:
-            with parquet.ParquetFile(file) as opened:
+            with parquet.ParquetFile(file.path) as opened:
                 names = opened.schema_arrow.names
                 rows = [
                     opened.metadata.row_group(g).num_rows
                     for g in range(opened.metadata.num_row_groups)
                 ]
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+            raise ValueError(
+                f"{file.path} cannot be read as parquet: {error}"
+            ) from error
         for column in (image, text):
             if column is not None and column not in names:
                 raise ValueError(
-                    f"{file} has no column {column!r}; it has {', '.join(names)}"
+                    f"{file.path} has no column {column!r}; it has {', '.join(names)}"
                 )
-        chosen = image or next((n for n in IMAGE_FIELDS if n in names), None)
+        folder = Folder(images or file.path.parent, follow_links)
         first = 0
         for group, num_rows in enumerate(rows):
             read = functools.partial(
-                _read_group, file, group, first, chosen, text, max_pixels
+                *(_read_group, file, group, first, folder, image, text, max_pixels)
             )
-            shards.append(Shard(f"{file.as_posix()}#{group}", num_rows, read))
+            yield Shard(f"{file.path.as_posix()}#{group}", num_rows, read)
             first += num_rows
-    return shards
+
+    return cut_files(path, "*.parquet", follow_links, cut)
 
 
-def _rows(file: pathlib.Path, group: int | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(file: Any, group: int | None = None) -> Iterator[dict[str, Any] | None]:
+    """The rows of a file, or of one of its groups; None for one that is too large."""
     with import_parquet().ParquetFile(file) as opened:
         groups = None if group is None else [group]
         for batch in opened.iter_batches(_ROWS_PER_READ, row_groups=groups):
-            yield from batch.to_pylist()
+            if batch.nbytes <= MAX_FILE_BYTES:
+                yield from batch.to_pylist()
+                continue
+            for number in range(batch.num_rows):
+                row = batch.slice(number, 1)
+                yield row.to_pylist()[0] if row.nbytes <= MAX_FILE_BYTES else None
 
 
 def _read_group(
-    file: pathlib.Path,
+    file: SourceFile,
     group: int,
     first: int,
+    folder: Folder,
     image: str | None,
     text: str | None,
     max_pixels: int,
 ) -> Iterator[RawRecord]:
-    for number, row in enumerate(_rows(file, group), first):
-        read = functools.partial(_make, file, number, row, image, text, max_pixels)
-        yield RawRecord(f"{file.as_posix()}[{number}]", read)
+    for number, row in enumerate(read_rows(file.path, group), first):
+        read = functools.partial(
+            _make, file, number, row, folder, image, text, max_pixels
+        )
+        yield RawRecord(f"{file.path.as_posix()}[{number}]", read)
 
 
 def _make(
-    file: pathlib.Path,
+    file: SourceFile,
     number: int,
-    row: Mapping[str, Any],
+    row: Mapping[str, Any] | None,
+    folder: Folder,
     image: str | None,
     text: str | None,
     max_pixels: int,
-) -> Document:
-    picture = row.get(image) if image else None
-    if isinstance(picture, Mapping):
-        picture = picture.get("bytes")
-    if picture is not None and not isinstance(picture, bytes):
+) -> Record:
+    if row is None:
         raise BadRecord(
-            "no image bytes", f"column {image!r} holds {type(picture).__name__}"
+            "oversized row", f"it has more than the {MAX_FILE_BYTES} bytes allowed"
         )
-    fields = {k: v for k, v in row.items() if k != image}
-    name = pick(fields, ID_FIELDS)
-    return make_document(
-        str(name) if name is not None else f"{file.stem}/{number:08d}",
-        (pick_text(fields, text), picture),
-        fields,
+    images, used = find_images(row, folder, image)
+    words = pick_captions(row, text)
+    return make_record(
+        file.name_record(pick(row, ID_FIELDS), number),
+        (*words[:1], *images),
+        {name: value for name, value in row.items() if name != used},
+        more_captions=words[1:],
         max_pixels=max_pixels,
     )
-
-
-def embedding_shards(path: str, *, text: str | None = None) -> list[Shard]:
-    """Ready embeddings with their metadata, a shard a numbered file.
-
-    Documents hold the caption alone (the images are not there); the image's embedding
-    still finds them.
-
-    Args:
-      path: the folder; `metadata/` and one of `img_emb/` and `text_emb/` lie in it.
-      text: column of the caption; None looks for the usual names.
-
-    Raises:
-      FileNotFoundError: a folder or a file of the same number is missing.
-    """
-    root = pathlib.Path(path)
-    metadata = _numbered(root / "metadata", ".parquet")
-    parts = {
-        part: next((f for n in names if (f := _numbered(root / n, ".npy"))), {})
-        for part, names in _PARTS.items()
-    }
-    if not metadata or not any(parts.values()):
-        raise FileNotFoundError(
-            f"{root} must hold metadata/*.parquet and img_emb/*.npy or text_emb/*.npy"
-        )
-    import_parquet()
-    shards = []
-    for number, file in sorted(metadata.items()):
-        arrays = {p: files[number] for p, files in parts.items() if number in files}
-        missing = [p for p, files in parts.items() if files and number not in files]
-        if missing:
-            raise FileNotFoundError(
-                f"{root} has {file.name} but no {missing[0]} embeddings of that number"
-            )
-        read = functools.partial(_read_embeddings, file, arrays, text)
-        shards.append(Shard(file.as_posix(), file.stat().st_size, read))
-    return shards
-
-
-def _numbered(folder: pathlib.Path, suffix: str) -> dict[int, pathlib.Path]:
-    found = {}
-    for file in sorted(folder.glob(f"*{suffix}")):
-        digits = re.findall(r"\d+", file.stem)
-        if digits:
-            found[int(digits[-1])] = file
-    return found
-
-
-def _read_embeddings(
-    file: pathlib.Path, arrays: Mapping[str, pathlib.Path], text: str | None
-) -> Iterator[RawRecord]:
-    rows = {p: np.load(f, mmap_mode="r", allow_pickle=False) for p, f in arrays.items()}
-    lengths = {len(r) for r in rows.values()}
-    with import_parquet().ParquetFile(file) as opened:
-        lengths.add(opened.metadata.num_rows)
-    if len(lengths) != 1:
-        raise BadRecord(
-            "damaged file",
-            f"{file} and its embeddings have {sorted(lengths)} rows; they go together",
-        )
-    for number, fields in enumerate(_rows(file)):
-        read = functools.partial(_make_embedded, file, number, fields, rows, text)
-        yield RawRecord(f"{file.as_posix()}[{number}]", read)
-
-
-def _make_embedded(
-    file: pathlib.Path,
-    number: int,
-    fields: Mapping[str, Any],
-    rows: Mapping[str, np.ndarray],
-    text: str | None,
-) -> Record:
-    name = pick(fields, ID_FIELDS)
-    document = make_document(
-        str(name) if name is not None else f"{file.stem}/{number:08d}",
-        (pick_text(fields, text),),
-        fields,
-    )
-    found: dict[str, np.ndarray] = {}
-    for part, array in rows.items():
-        row = np.asarray(array[number], np.float32)
-        norm = float(np.linalg.norm(row))
-        if not np.isfinite(norm) or norm == 0:
-            raise BadRecord("bad embedding", f"its {part} embedding has norm {norm}")
-        found[part] = row / norm
-    return Record(document, found.get("text"), found.get("image"))

@@ -8,27 +8,26 @@ passed over without touching its images.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from racm3_jax.documents.images import DEFAULT_MAX_PIXELS, ImageError, read_image
-from racm3_jax.types import Document, Segment
+from racm3_jax.documents.images import ImageError
+from racm3_jax.types import Document
 
-# Fields that name where a record came from, in the order of preference.
-SOURCE_FIELDS = ("source", "url", "URL", "source_url", "page_url", "image_url")
-TEXT_FIELDS = ("caption", "captions", "text", "TEXT", "description")
-ID_FIELDS = ("id", "uid", "key", "image_id")
 # How many bad records are listed by name; all are counted.
 MAX_LISTED = 1000
+_MAX_MESSAGE = 500
+_MAX_SHOWN = 5
 # A share says little about a few records.
 _CHECK_FROM = 100
-_MAX_METADATA_BYTES = 1 << 16
+# What reading one record raises when its file is not as it should be.
+_RECORD_ERRORS = (
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
+    *(OSError, EOFError, RuntimeError),
+)
 
 
 class BadRecord(ValueError):
@@ -43,6 +42,14 @@ class BadRecord(ValueError):
         self.reason = reason
 
 
+class LeftOut(Exception):
+    """What is not a document, and is no fault of the source; counted by its reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
     """A document, with embeddings where the source brought some.
@@ -51,11 +58,13 @@ class Record:
       document: what was read.
       text_embedding: of its text, any length; None where it is to be computed.
       image_embedding: of its image.
+      left_out: what of the record is not in the document; a reason for each thing.
     """
 
     document: Document
     text_embedding: Float32[np.ndarray, " d_embed"] | None = None
     image_embedding: Float32[np.ndarray, " d_embed"] | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +73,8 @@ class RawRecord:
 
     Attributes:
       name: where it lies, for the list of bad records.
-      read: decodes it; raises `BadRecord` or another ValueError on what is bad.
+      read: decodes it; raises `BadRecord` or another error on what is bad, and `LeftOut`
+        where there is no document.
     """
 
     name: str
@@ -92,6 +102,12 @@ class ReadReport:
 
     Args:
       max_bad: share of bad records above which `check` raises.
+
+    Attributes:
+      num_documents: that were read.
+      reasons: bad records, by reason.
+      left_out: parts of good records, and files that are no documents, by reason.
+      listed: the first bad records.
     """
 
     def __init__(self, max_bad: float = 0.1) -> None:
@@ -100,6 +116,7 @@ class ReadReport:
         self.max_bad = max_bad
         self.num_documents = 0
         self.reasons: dict[str, int] = {}
+        self.left_out: dict[str, int] = {}
         self.listed: list[dict[str, str]] = []
 
     @property
@@ -111,14 +128,21 @@ class ReadReport:
         reason = getattr(error, "reason", None) or "unreadable"
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         if len(self.listed) < MAX_LISTED:
-            entry = {"record": name, "reason": reason, "error": str(error)}
+            message = str(error)[:_MAX_MESSAGE]
+            entry = {"record": name, "reason": reason, "error": message}
             self.listed.append(entry)
+
+    def add_left_out(self, reason: str, count: int = 1) -> None:
+        """Counts what was left out, and makes no record bad."""
+        self.left_out[reason] = self.left_out.get(reason, 0) + count
 
     def merge(self, other: Mapping[str, Any]) -> None:
         """Adds what another report's `as_dict` says."""
         self.num_documents += other["num_documents"]
         for reason, count in other["reasons"].items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
+        for reason, count in other.get("left_out", {}).items():
+            self.add_left_out(reason, count)
         self.listed += other["listed"][: MAX_LISTED - len(self.listed)]
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,6 +150,7 @@ class ReadReport:
         return {
             "num_documents": self.num_documents,
             "reasons": dict(sorted(self.reasons.items())),
+            "left_out": dict(sorted(self.left_out.items())),
             "listed": self.listed,
         }
 
@@ -138,12 +163,22 @@ class ReadReport:
         seen = self.num_documents + self.num_bad
         if self.num_bad <= self.max_bad * seen or (seen < _CHECK_FROM and not final):
             return
-        counts = ", ".join(f"{n} {r}" for r, n in sorted(self.reasons.items()))
-        first = "; ".join(f"{e['record']}: {e['error']}" for e in self.listed[:5])
         raise ValueError(
-            f"{self.num_bad} of {seen} records are bad ({counts}), more than the share "
-            f"max_bad={self.max_bad:g} allows; the first: {first}"
+            f"{self.num_bad} of {seen} records are bad ({self.count_bad()}), more than "
+            f"the share max_bad={self.max_bad:g} allows; the first: {self.show_bad()}"
         )
+
+    def count_bad(self) -> str:
+        """`"2 damaged JSON, 1 missing file"`."""
+        return ", ".join(f"{n} {r}" for r, n in sorted(self.reasons.items()))
+
+    def show_bad(self) -> str:
+        """The first bad record of each reason, with what is wrong about it."""
+        first: dict[str, dict[str, str]] = {}
+        for entry in self.listed:
+            first.setdefault(entry["reason"], entry)
+        shown = list(first.values())[:_MAX_SHOWN]
+        return "; ".join(f"{e['record']}: {e['error']}" for e in shown)
 
 
 def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
@@ -154,11 +189,11 @@ def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
     Raises:
       ValueError: more is bad than `report.max_bad` allows.
     """
-    raws = shard.open()
+    raws = _open(shard)
     while True:
         try:
             raw = next(raws, None)
-        except (OSError, ValueError, EOFError, RuntimeError) as error:
+        except _RECORD_ERRORS as error:
             report.add_bad(shard.name, _named("damaged file", error))
             report.check()
             return
@@ -166,149 +201,31 @@ def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
             return
         try:
             record = raw.read()
-        except (BadRecord, ImageError, FileNotFoundError) as error:
-            report.add_bad(raw.name, _named("missing file", error))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except LeftOut as error:
+            report.add_left_out(error.reason)
+        except _RECORD_ERRORS as error:
             report.add_bad(raw.name, _named("unreadable", error))
         else:
+            record = record if isinstance(record, Record) else Record(record)
             report.num_documents += 1
-            yield record if isinstance(record, Record) else Record(record)
+            for reason in record.left_out:
+                report.add_left_out(reason)
+            yield record
         report.check()
 
 
+def _open(shard: Shard) -> Iterator[RawRecord]:
+    yield from shard.open()
+
+
 def _named(reason: str, error: Exception) -> Exception:
-    if hasattr(error, "reason") and isinstance(error, BadRecord | ImageError):
+    """The error with a reason to count it by."""
+    if isinstance(error, BadRecord | ImageError):
         return error
+    if isinstance(error, RecursionError):
+        return BadRecord("nested too deep", "it is nested too deep to be read")
+    if isinstance(error, FileNotFoundError):
+        reason = "missing file"
+    elif isinstance(error, PermissionError):
+        reason = "no permission"
     return BadRecord(reason, f"{type(error).__name__}: {error}")
-
-
-def decode_text(data: str | bytes | None | float) -> str | None:
-    """A caption as characters; None where there is none (null, NaN, blank).
-
-    Bytes are UTF-8, or UTF-16 that begins with its mark.
-
-    Raises:
-      BadRecord: in another encoding.
-    """
-    if data is None or (isinstance(data, float) and math.isnan(data)):
-        return None
-    if isinstance(data, bytes):
-        has_mark = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-        try:
-            data = data.decode("utf-16" if has_mark else "utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadRecord(
-                "wrong encoding", f"the text is no UTF-8: {error}"
-            ) from None
-    if not isinstance(data, str):
-        raise BadRecord("no text", f"a caption is text; got {type(data).__name__}")
-    text = data.replace("\0", "").strip()
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRecord("wrong encoding", "the text has lone surrogates") from None
-    return text or None
-
-
-def decode_json(data: str | bytes) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      BadRecord: it is none.
-    """
-    try:
-        if isinstance(data, bytes):
-            data = data.decode("utf-8-sig")
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("damaged JSON", f"no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise BadRecord("damaged JSON", f"a JSON object is due; got {str(found)[:40]}")
-    return found
-
-
-def make_document(
-    id: str,
-    parts: Iterable[str | bytes | np.ndarray | None],
-    fields: Mapping[str, Any] | None = None,
-    *,
-    source: str | None = None,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-) -> Document:
-    """A document of texts (str) and images (an encoded file's bytes, or pixels).
-
-    Args:
-      id: its name.
-      parts: in order; None and blank texts are left out.
-      fields: its metadata; what JSON cannot hold is dropped.
-      source: where it came from; None looks into `fields`.
-      max_pixels: of an image.
-
-    Raises:
-      BadRecord: nothing is left of it.
-      ImageError: an image cannot be read.
-    """
-    segments = []
-    for part in parts:
-        if isinstance(part, bytes):
-            if not part:
-                raise BadRecord("empty image", "the image has 0 bytes")
-            segments.append(Segment(image=read_image(part, max_pixels)))
-        elif isinstance(part, np.ndarray):
-            segments.append(Segment(image=part))
-        elif (text := decode_text(part)) is not None:
-            segments.append(Segment(text=text))
-    if not segments:
-        raise BadRecord("empty document", "it has neither text nor an image")
-    metadata = plain_metadata(fields or {})
-    if source is None:
-        source = str(pick(metadata, SOURCE_FIELDS) or "")
-    return Document(id, tuple(segments), decode_text(source) or "", metadata)
-
-
-def pick(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first of the named fields that holds something."""
-    for name in names:
-        value = fields.get(name)
-        if value is not None and value != "":
-            return value
-    return None
-
-
-def pick_text(fields: Mapping[str, Any], name: str | None = None) -> str | None:
-    """The caption among the fields: the named one, or the first usual name.
-
-    A list of captions gives its first.
-    """
-    value = pick(fields, (name,) if name else TEXT_FIELDS)
-    if isinstance(value, list | tuple | np.ndarray):
-        value = next((v for v in value if v), None)
-    return decode_text(value)
-
-
-def plain_metadata(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON can hold, under string keys; bytes and oversized values are left out."""
-    found = {str(k): _plain(v) for k, v in fields.items()}
-    found = {k: v for k, v in found.items() if v is not None}
-    size = len(json.dumps(found))
-    if size > _MAX_METADATA_BYTES:
-        raise BadRecord("oversized metadata", f"its metadata has {size} bytes")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, datetime.date | datetime.datetime):
-        return value.isoformat()
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if _plain(v) is not None}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(v) for v in value]
-    return None

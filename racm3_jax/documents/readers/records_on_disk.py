@@ -17,41 +17,45 @@ import numpy as np
 
 from racm3_jax.documents import store
 from racm3_jax.documents.images import DEFAULT_MAX_PIXELS
-from racm3_jax.documents.readers.folder import RECORDS_PER_SHARD
-from racm3_jax.documents.readers.records import (
+from racm3_jax.documents.readers.fields import (
     ID_FIELDS,
     SOURCE_FIELDS,
-    BadRecord,
-    RawRecord,
-    Shard,
     decode_text,
-    make_document,
+    make_record,
     pick,
+    unique,
 )
-from racm3_jax.documents.readers.tar import find_files
-from racm3_jax.types import Document
+from racm3_jax.documents.readers.files import (
+    RECORDS_PER_SHARD,
+)
+from racm3_jax.documents.readers.patterns import SourceFile, cut_files
+from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 
 _RECORDS_PER_READ = 64
 
 
-def array_record_shards(path: str) -> list[Shard]:
+def array_record_shards(path: str, *, follow_links: bool = False) -> list[Shard]:
     """Ranges of the records of every file.
+
+    Args:
+      path: a file or a pattern; the documents keep the ids that they were written with.
+      follow_links: read also matching files that are links to other folders.
 
     Raises:
       FileNotFoundError: nothing matches.
       ValueError: a file is damaged.
     """
-    shards = []
-    for file in find_files(path):
-        with store.RecordFile(file) as records:
+
+    def cut(file: SourceFile) -> Iterator[Shard]:
+        with store.RecordFile(file.path) as records:
             num_records = len(records)
         for start in range(0, num_records, RECORDS_PER_SHARD):
             stop = min(num_records, start + RECORDS_PER_SHARD)
-            read = functools.partial(_read_records, str(file), start, stop)
-            shards.append(
-                Shard(f"{file.as_posix()}[{start}:{stop}]", stop - start, read)
-            )
-    return shards
+            read = functools.partial(_read_records, str(file.path), start, stop)
+            name = f"{file.path.as_posix()}[{start}:{stop}]"
+            yield Shard(name, stop - start, read)
+
+    return cut_files(path, "*.array_record", follow_links, cut)
 
 
 def _read_records(file: str, start: int, stop: int) -> Iterator[RawRecord]:
@@ -174,9 +178,9 @@ def _make(
     images: list[str],
     texts: list[str],
     max_pixels: int,
-) -> Document:
+) -> Record:
     example = examples[number]
-    words = [_first(_at(example, place)) for place in texts]
+    words = unique(c for place in texts for c in _captions(_at(example, place)))
     pictures = [_at(example, place) for place in images]
     fields = {
         k: v
@@ -186,10 +190,11 @@ def _make(
     fields = {k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v
               for k, v in fields.items()}  # fmt: skip
     named = pick(fields, ID_FIELDS)
-    return make_document(
+    return make_record(
         id,
-        (*(decode_text(w) for w in words), *pictures),
+        (*words[:1], *pictures),
         fields,
+        more_captions=words[1:],
         source=str(pick(fields, SOURCE_FIELDS) or (named if named is not None else "")),
         max_pixels=max_pixels,
     )
@@ -203,7 +208,7 @@ def _at(example: Any, place: str) -> Any:
     return example
 
 
-def _first(value: Any) -> Any:
-    if isinstance(value, np.ndarray | list | tuple):
-        return value[0] if len(value) else None
-    return value
+def _captions(value: Any) -> Iterator[str | None]:
+    values = value if isinstance(value, np.ndarray | list | tuple) else [value]
+    for caption in values:
+        yield decode_text(caption)

@@ -9,7 +9,7 @@ from typing import get_args
 
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.documents.flagworld.reader import Split
-from racm3_jax.documents.readers.folder import RECORDS_PER_SHARD
+from racm3_jax.documents.readers.files import RECORDS_PER_SHARD
 from racm3_jax.documents.readers.records import RawRecord, Shard
 
 

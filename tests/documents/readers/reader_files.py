@@ -10,6 +10,20 @@ import tarfile
 import numpy as np
 from PIL import Image
 
+from racm3_jax.documents.readers import ReadReport, read_documents
+from racm3_jax.types import Document
+
+
+def read(source: str, max_bad: float = 1.0, **options):
+    report = ReadReport(max_bad)
+    found = list(read_documents(source, report=report, **options))
+    assert len(found) == report.num_documents
+    return found, report
+
+
+def shape(document: Document) -> list[str]:
+    return [s.modality for s in document.segments]
+
 
 def picture(number: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
     return Image.new("RGB", size, (number * 9 % 256, 80, 200))
@@ -30,9 +44,11 @@ def animation() -> bytes:
     return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
-def write_tar(path: pathlib.Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
+def write_tar(path: pathlib.Path, members, mode: str = "w") -> None:
+    """Members are a dict, or a list where names come again."""
+    pairs = members.items() if isinstance(members, dict) else members
+    with tarfile.open(path, mode) as archive:
+        for name, data in pairs:
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))

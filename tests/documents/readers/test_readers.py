@@ -14,6 +14,8 @@ from reader_files import (
     jpeg,
     odd_images,
     picture,
+    read,
+    shape,
     write_coco,
     write_tar,
 )
@@ -22,17 +24,6 @@ import racm3_jax
 from racm3_jax.documents import readers, store
 from racm3_jax.documents.readers import ReadReport, read_documents
 from racm3_jax.types import Document, Segment
-
-
-def read(source: str, max_bad: float = 1.0, **options):
-    report = ReadReport(max_bad)
-    found = list(read_documents(source, report=report, **options))
-    assert len(found) == report.num_documents
-    return found, report
-
-
-def shape(document: Document) -> list[str]:
-    return [s.modality for s in document.segments]
 
 
 def test_folder_with_sidecars(tmp_path):
@@ -133,7 +124,11 @@ def test_webdataset(tmp_path):
     ]
     assert [d.source for d in found[:3]] == [f"http://{i}" for i in range(3)]
     assert found[0].id == "00000/000000000"
-    assert report.reasons == {"empty document": 2, "empty image": 1}
+    assert report.reasons == {
+        "empty document": 1,
+        "empty image": 1,
+        "dots in a member's name": 1,
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.tar", "00001.tar"]
 
 
@@ -317,6 +312,9 @@ def test_wrong_sources(tmp_path):
         read_documents(f"webdataset:{tmp_path}/none-*.tar")
     with pytest.raises(FileNotFoundError, match="holds no images and no captions"):
         read_documents(f"folder:{tmp_path}")
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"webdataset:.*/\*\*/\*\.tar"):
+        read_documents(f"folder:{tmp_path}")
     with pytest.raises(ValueError, match="no option 'splitt'; did you mean 'split'"):
         read_documents(f"coco:{tmp_path};splitt=val")
     with pytest.raises(ValueError, match="name=value; got 'split'"):
@@ -333,7 +331,7 @@ def test_too_many_bad_records_stop_early(tmp_path):
     lines = [json.dumps({"text": "good"})] * 150 + ["{"] * 500
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     report = ReadReport(0.1)
-    with pytest.raises(ValueError, match=r"the first: .*d\.jsonl:151: no JSON"):
+    with pytest.raises(ValueError, match=r"the first: .*d\.jsonl:151: not JSON"):
         list(read_documents(f"{tmp_path}/d.jsonl", report=report))
     assert report.num_documents == 150 and report.num_bad == 17
 
