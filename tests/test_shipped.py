@@ -1,12 +1,9 @@
 """The shipped weights are what their manifest says, small, and open."""
 
-import hashlib
-import json
-
 import numpy as np
 import pytest
 
-from racm3_jax import wiring
+from racm3_jax import checkpoints, wiring
 from racm3_jax.documents.flagworld import (
     FlagIdentifier,
     FlagworldConfig,
@@ -18,17 +15,12 @@ from racm3_jax.tokenizers.mixed import MixedTokenizer
 SHIPPED = wiring.resolve("shipped:flagworld")
 
 
-def test_files_match_the_manifest():
-    manifest = json.loads((SHIPPED / "manifest.json").read_text())
-    found = {
-        str(p.relative_to(SHIPPED)): p
-        for p in SHIPPED.rglob("*")
-        if p.is_file() and p.name != "manifest.json"
-    }
-    assert set(found) == set(manifest["files"])
-    for name, path in found.items():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert digest == manifest["files"][name]["sha256"], name
+def test_every_folder_is_sealed():
+    assert checkpoints.verify_manifest(SHIPPED) is None
+    for name in ("tokenizer", "tokenizer/image", "clip", "model", "twin"):
+        assert checkpoints.verify_folder(SHIPPED / name) is not None, name
+    manifest = checkpoints.read_manifest(SHIPPED)
+    assert manifest is not None
     assert all(
         command.startswith("racm3 ") for command in manifest["commands"].values()
     )

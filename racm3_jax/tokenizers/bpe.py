@@ -21,9 +21,11 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from racm3_jax import checkpoints, storage
 from racm3_jax.tokenizers.clean_text import clean_text
 
 NUM_BYTES = 256
+_MAX_FILE_BYTES = 100_000_000
 
 
 class TextTokenizer:
@@ -53,6 +55,13 @@ class TextTokenizer:
             raise ValueError(
                 f"the text tokenizer lacks {len(missing)} of the {NUM_BYTES} bytes; a "
                 "byte-level BPE with its whole alphabet is needed"
+            )
+        ids = tokenizer.get_vocab().values()
+        if sorted(ids) != list(range(len(ids))):
+            raise ValueError(
+                f"the text tokenizer has {len(ids)} tokens, but their ids are not each "
+                f"of 0..{len(ids) - 1} once (the highest is {max(ids)}): other ids would "
+                "be taken for images"
             )
         self._tokenizer = tokenizer
         self._cleans = bool(getattr(tokenizer.model, "end_of_word_suffix", None))
@@ -90,13 +99,20 @@ class TextTokenizer:
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: it is not a byte-level BPE without control tokens.
+          ValueError: it is not a byte-level BPE without control tokens, or differs from
+            the manifest beside it.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist; give a tokenizer.json written by "
                 "TextTokenizer.save"
+            )
+        checkpoints.verify_file(path)
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(
+                f"{path} has {path.stat().st_size:,} bytes; a tokenizer.json of at most "
+                f"{_MAX_FILE_BYTES:,} is read"
             )
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -109,9 +125,7 @@ class TextTokenizer:
         """Writes `tokenizer.json`; the directory is made if need be."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        aside.replace(path)
+        storage.write_file(path, self._tokenizer.to_str(pretty=True).encode())
 
     def encode(self, text: str) -> Int32[np.ndarray, " length"]:
         """The ids of a string; unpaired surrogates become `?`."""

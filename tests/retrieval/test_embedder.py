@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
-from racm3_jax.checkpoints import CheckpointError
+from racm3_jax.checkpoints import CheckpointError, write_manifest
 from racm3_jax.retrieval.clip import CLIPConfig, init_params
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.tokenizers.bpe import TextTokenizer
@@ -159,6 +159,9 @@ def test_another_kind_of_model_is_refused(embedder, tmp_path):
     path = tmp_path / "config.json"
     record = json.loads(path.read_text()) | {"kind": "vqgan"}
     path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"config\.json has .* bytes, not"):
+        DocumentEmbedder.load(tmp_path)
+    write_manifest(tmp_path)
     with pytest.raises(CheckpointError, match="'vqgan'"):
         DocumentEmbedder.load(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from vqgan_standins import make_params
 
+from racm3_jax.checkpoints import write_manifest
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
@@ -166,9 +167,13 @@ def test_what_cannot_be_loaded_is_named(tokenizer, tmp_path):
         ({"fingerprint": "0"}, "parts of different tokenizers"),
     ]:
         path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=r"mixed\.json has .* bytes, not"):
+            MixedTokenizer.load(tmp_path)
+        write_manifest(tmp_path)
         with pytest.raises(ValueError, match=message):
             MixedTokenizer.load(tmp_path)
     path.write_text("{}")
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
         MixedTokenizer.load(tmp_path)
 
