@@ -31,7 +31,7 @@ _WORDS = r"'[s\x{17F}]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{34
 OPENAI_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 _MERGE_FILES = (OPENAI_MERGES, "bpe_simple_vocab_16e6.txt", "merges.txt")
 
-_MAX_MERGES_BYTES = 50_000_000
+_MAX_MERGES_BYTES = 20_000_000
 
 Merge = tuple[str, str]
 

@@ -156,6 +156,7 @@ _LITERALS = frozenset(
         "BINBYTES",
         "SHORT_BINBYTES",
         "BINBYTES8",
+        "BYTEARRAY8",
         "UNICODE",
         "SHORT_BINUNICODE",
         "BINUNICODE",
@@ -241,6 +242,10 @@ class _Machine:
             self._memo[len(self._memo)] = stack[-1]
         elif name == "POP":
             stack.pop()
+        elif name == "POP_MARK":
+            self._pop_run()
+        elif name == "DUP":
+            stack.append(stack[-1])
         elif name == "GLOBAL":
             module, _, attribute = str(argument).partition(" ")
             stack.append(Name(module, attribute))
@@ -273,7 +278,9 @@ class _Machine:
             self._target(list).extend(items)
         elif opcode == "ADDITEMS":
             items = self._pop_run()
-            self._target(set).update(items)
+            self._target(set).update(map(_key, items))
+        elif opcode == "FROZENSET":
+            stack.append(frozenset(map(_key, self._pop_run())))
         elif opcode in ("SETITEM", "SETITEMS"):
             items = self._pop_run() if opcode == "SETITEMS" else [stack.pop(-2)]
             if opcode == "SETITEM":
@@ -330,7 +337,10 @@ class _Machine:
             return arguments[0]
         if known == "collections.OrderedDict":
             self.spend(sum(map(len, arguments)))
-            return dict(*arguments)
+            items = arguments[0] if arguments else {}
+            if type(items) is dict:
+                return dict(items)
+            return {_key(key): value for key, value in items}
         if known == "torch.Size":
             self.spend(len(arguments[0]))
             return tuple(arguments[0])
@@ -408,4 +418,12 @@ def _make_tensor(
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    return dict(zip(items[::2], items[1::2], strict=True))
+    return dict(zip(map(_key, items[::2]), items[1::2], strict=True))
+
+
+def _key(value: Any) -> Any:
+    """A key of a dict or an item of a set; hashing goes down into nested tuples."""
+    items = value if type(value) is tuple else (value,)
+    if any(type(item) in (tuple, frozenset) for item in items):
+        raise ValueError("a key of nested tuples")
+    return value
