@@ -1,5 +1,7 @@
 """The shipped weights are what their manifest says, small, and open."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,27 @@ def test_every_folder_is_sealed():
     assert all(
         command.startswith("racm3 ") for command in manifest["commands"].values()
     )
+
+
+def test_settings_of_another_training_are_refused(tmp_path):
+    """A byte in them gave other images in silence."""
+    shutil.copytree(SHIPPED / "model", tmp_path / "model")
+    for name in ("tokenizer", "clip"):
+        (tmp_path / name).symlink_to(SHIPPED / name)
+    path = tmp_path / "model" / "config.json"
+    text = path.read_text()
+    for old, new in (
+        ('"max_similarity": 0.95', '"max_similarity": 0.05'),
+        ('"num_heads": 4', '"num_heads": 2'),
+        ('"e6924480fa4a94df"', '"e6924480fa4a94d0"'),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(checkpoints.CheckpointError, match=r"checksum of config"):
+            wiring.load_generator(tmp_path, None)
+    # Under a seal of its own, but beside the tokenizer of another training.
+    checkpoints.write_manifest(tmp_path / "model", {"kind": "generator"})
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        wiring.load_generator(tmp_path, None)
 
 
 def test_all_together_are_below_25_megabytes():
