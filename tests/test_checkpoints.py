@@ -398,6 +398,16 @@ def test_manifest_lists_every_file(run_directory):
     assert verify_manifest(run_directory / "4") is None
 
 
+def test_a_step_that_an_earlier_version_saved_is_good(run_directory):
+    path = run_directory / "6" / "manifest.json"
+    record = json.loads(path.read_text()) | {"format_version": 1}
+    record.pop("sha256")
+    path.write_text(json.dumps(record))
+    assert verify_manifest(run_directory / "6") is None
+    (run_directory / "6" / "stray").write_text("x")
+    assert verify_manifest(run_directory / "6") == "stray is not in the manifest"
+
+
 def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must be >= 1; got 0"):
         Checkpoints(tmp_path, keep=0)

@@ -21,7 +21,7 @@ from racm3_jax import storage
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 _UNSEALED_VERSION = 1
-_MAX_JSON_BYTES = 100_000_000
+_MAX_JSON_BYTES = 50_000_000
 
 
 class CheckpointError(ValueError):
@@ -114,7 +114,8 @@ def verify_folder(
     problem = _find_difference(directory, record["files"], sealed, only)
     if problem is not None:
         raise CheckpointError(
-            f"{directory} is not as it was saved: {problem}; copy the directory again"
+            f"{directory} is not as it was saved: {problem}; copy the directory again, "
+            "and put nothing else into it"
         )
     return record if sealed else None
 

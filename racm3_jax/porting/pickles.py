@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickletools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +181,13 @@ def read_plain_pickle(content: bytes, where: str) -> Any:
         is damaged.
     """
     machine = _Machine(where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of damaged escapes
+        return _run(machine, content)
+
+
+def _run(machine: _Machine, content: bytes) -> Any:
+    where = machine.where
     try:
         for opcode, argument, _ in pickletools.genops(content):
             machine.spend(1)

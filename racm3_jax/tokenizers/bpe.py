@@ -26,7 +26,7 @@ from racm3_jax import checkpoints, storage
 from racm3_jax.tokenizers.clean_text import clean_text
 
 NUM_BYTES = 256
-_MAX_FILE_BYTES = 100_000_000
+_MAX_FILE_BYTES = 50_000_000
 _SPACES = re.compile(r"(?<=\S)\s")
 
 

@@ -287,6 +287,15 @@ def test_nesting_without_end_is_one_sentence():
     assert "no named tensors" in refusal(torch_files.find_state_dict, value, "x.pt")
 
 
+@pytest.mark.parametrize(
+    "program",
+    [b"S'\\d\\x'\n.", b"Vab", b"I1x\n.", b"L" + b"9" * 9999 + b"L\n.", b"h\x07.", b"s."]
+    + [b"(K\x01d.", b"K\x01(K\x02e.", b"\xff.", b"(\x00.", b"Q.", b"(K\x01tQ.", b""],
+)
+def test_damaged_programs(program):
+    assert "x.pt" in refusal(read_plain_pickle, program, "x.pt")
+
+
 def test_a_zip_directory_that_cannot_be(tmp_path, monkeypatch):
     path = tmp_path / "m.pt"
     write_checkpoint(path, {"state_dict": WEIGHTS})
