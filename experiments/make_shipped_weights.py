@@ -12,15 +12,14 @@ Runs these commands, in order; each resumes when it was interrupted:
 
 After the second, the stage `parts` puts tokenizers and CLIP into
 racm3_jax/shipped/flagworld, where the other two find them; the stage `generators` puts RA-CM3
-and its twin beside them. Both write `manifest.json`: sha256 sums, commands, hours.
+and its twin beside them. Both write `manifest.json`: sha256 sums, commands, hours. The
+stage `seal` opens what is shipped and saves it again, for a new format of the folders.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -66,30 +65,20 @@ def pack_parts(out: Path) -> None:
         text,
         ImageTokenizer(image.config, checkpoints.round_to_half(image.params)),
         config.tokenizer.num_sentinels,
-    ).save(make_room("tokenizer"), dtype="float16")
+    ).save(SHIPPED / "tokenizer", dtype="float16")
     embedder = DocumentEmbedder.load(out / "clip" / "clip")
     DocumentEmbedder(
         embedder.config,
         checkpoints.round_to_half(embedder.params),
         embedder.text_tokenizer,
-    ).save(make_room("clip"), dtype="float16")
+    ).save(SHIPPED / "clip", dtype="float16")
     write_manifest(out, ("vqgan", "clip"))
 
 
 def pack_generators(out: Path) -> None:
     """Writes RA-CM3 and its twin in half precision, and how their losses fell."""
     for stage, name in (("racm3", "model"), ("cm3", "twin")):
-        params, config, extra = checkpoints.load_weights(
-            out / stage / "model", "generator"
-        )
-        checkpoints.save_weights(
-            make_room(name),
-            params,
-            kind="generator",
-            config=config,
-            extra=extra,
-            dtype="float16",
-        )
+        copy_generator(out / stage / "model", SHIPPED / name)
     plot_curves(
         {"RA-CM3": out / "racm3", "twin without retrieval": out / "cm3"},
         SHIPPED / "loss.png",
@@ -99,10 +88,29 @@ def pack_generators(out: Path) -> None:
     write_manifest(out, ("racm3", "cm3"))
 
 
-def make_room(name: str) -> Path:
-    """The folder of a part, emptied."""
-    shutil.rmtree(SHIPPED / name, ignore_errors=True)
-    return SHIPPED / name
+def copy_generator(source: Path, target: Path) -> None:
+    """Saves weights in half precision; of those that are, no tensor changes."""
+    params, config, extra = checkpoints.load_weights(source, "generator")
+    checkpoints.save_weights(
+        target,
+        params,
+        kind="generator",
+        config=config,
+        extra=extra,
+        dtype="float16",
+    )
+
+
+def seal() -> None:
+    """Saves every shipped folder again, in the present format; no tensor changes."""
+    MixedTokenizer.load(SHIPPED / "tokenizer").save(
+        SHIPPED / "tokenizer", dtype="float16"
+    )
+    DocumentEmbedder.load(SHIPPED / "clip").save(SHIPPED / "clip", dtype="float16")
+    for name in ("model", "twin"):
+        copy_generator(SHIPPED / name, SHIPPED / name)
+        wiring.load_generator(SHIPPED, None, model=name)
+    write_manifest(Path(), ())
 
 
 def write_manifest(out: Path, stages: tuple[str, ...]) -> None:
@@ -112,22 +120,13 @@ def write_manifest(out: Path, stages: tuple[str, ...]) -> None:
     hours = {k: v for k, v in before.get("hours", {}).items() if k in CONFIGS}
     for name in stages:
         hours[name] = json.loads((out / name / "hours.json").read_text())["hours"]
-    files = sorted(p for p in SHIPPED.rglob("*") if p.is_file() and p != path)
-    manifest = {
-        "commands": {
-            name: f"racm3 train --config=configs/{config} --workdir=out/{name}"
-            for name, config in CONFIGS.items()
-        },
-        "hours": hours,
-        "files": {
-            str(p.relative_to(SHIPPED)): {
-                "bytes": p.stat().st_size,
-                "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
-            }
-            for p in files
-        },
+    commands = {
+        name: f"racm3 train --config=configs/{config} --workdir=out/{name}"
+        for name, config in CONFIGS.items()
     }
-    path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    checkpoints.write_manifest(
+        SHIPPED, {"kind": "shipped", "commands": commands, "hours": hours}
+    )
 
 
 def main() -> None:
@@ -141,6 +140,8 @@ def main() -> None:
             pack_parts(out)
         elif stage == "generators":
             pack_generators(out)
+        elif stage == "seal":
+            seal()
         else:
             run_stage(stage, out)
 

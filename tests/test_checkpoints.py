@@ -1,23 +1,34 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import pathlib
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from racm3_jax import sharding
 from racm3_jax.checkpoints import (
     CheckpointError,
     Checkpoints,
+    build_config,
+    compute_fingerprint,
     load_weights,
     read_config,
     save_weights,
     verify_manifest,
 )
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
+
+from crash_points import crashed
 
 
 @pytest.fixture
@@ -49,7 +60,11 @@ def test_weights_round_trip(tmp_path, params):
         assert got.shape == want.shape
         np.testing.assert_array_equal(got, want)
     assert read_config(tmp_path / "w")["fingerprint"] == fingerprint
-    assert sorted(os.listdir(tmp_path / "w")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "w")) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -69,12 +84,17 @@ def test_fingerprint_depends_on_values_names_and_shapes(tmp_path, params):
     assert save(tmp_path / "d", {**params, "half": params["half"][:, None]}) != first
 
 
-def test_saving_again_replaces_and_keeps_other_files(tmp_path, params):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    save(tmp_path, params)
-    save(tmp_path, {"w": np.zeros(2)})
-    assert list(load_weights(tmp_path)[0]) == ["w"]
-    assert (tmp_path / "tokenizer.json").exists()
+def test_saving_again_replaces_its_own_kind_alone(tmp_path, params):
+    folder = tmp_path / "w"
+    save(folder, params)
+    save(folder, {"w": np.zeros(2)})
+    assert list(load_weights(folder)[0]) == ["w"]
+    with pytest.raises(FileExistsError, match="left alone"):
+        save(folder, params, kind="clip")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="left alone"):
+        save(folder, params)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_wrong_weights_answer_in_one_sentence(tmp_path, params):
@@ -85,6 +105,50 @@ def test_wrong_weights_answer_in_one_sentence(tmp_path, params):
     save(tmp_path, params)
     with pytest.raises(CheckpointError, match="of a 'toy', not of a 'clip'"):
         load_weights(tmp_path, "clip")
+
+
+FILES = ("config.json", "model.safetensors", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_changed_byte_is_noticed(tmp_path, params, name):
+    save(tmp_path, params)
+    path = tmp_path / name
+    content = path.read_bytes()
+    for place in range(0, len(content), max(1, len(content) // 40)):
+        path.write_bytes(
+            content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        )
+        with pytest.raises(CheckpointError):
+            load_weights(tmp_path)
+    for changed in (content[:-1], content + b"\0", b""):
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError):
+            load_weights(tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}|no manifest"):
+        load_weights(tmp_path)
+
+
+def test_a_foreign_file_is_noticed(tmp_path, params):
+    save(tmp_path, params)
+    (tmp_path / "extra.pkl").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"extra\.pkl is not in the manifest"):
+        load_weights(tmp_path)
+
+
+def make_unsealed(directory):
+    """What format 1 left: two files and no seal."""
+    (directory / "manifest.json").unlink()
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
+
+
+def test_a_folder_without_a_seal_opens_with_its_own_checks(tmp_path, params):
+    save(tmp_path, params)
+    make_unsealed(tmp_path)
+    loaded, config, _ = load_weights(tmp_path, "toy")
+    assert config == {"d": 4} and set(loaded) == set(params)
     weights = tmp_path / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
@@ -100,6 +164,93 @@ def test_wrong_weights_answer_in_one_sentence(tmp_path, params):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         load_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, r"has no manifest\.json"),
+        ({"format_version": 7}, "has format 7"),
+        ({"config": [1]}, r"config=\[1\]"),
+        ({"kind": {}}, "kind={}"),
+        ({"storage_dtype": "int4"}, "'int4'"),
+        ({"storage_dtype": [1]}, r"storage_dtype=\[1\]"),
+        ({"fingerprint": 3}, "fingerprint=3"),
+    ],
+)
+def test_a_config_of_wrong_types_is_one_sentence(tmp_path, params, change, message):
+    save(tmp_path, params)
+    make_unsealed(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "\xff", "1" * 9999])
+def test_json_that_is_no_object_is_one_sentence(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is n"):
+        load_weights(tmp_path)
+
+
+def test_names_that_are_no_tree_are_one_sentence(tmp_path):
+    for names in (("a", "a/b"), ("a/b", "a"), ("a/" * 60 + "b",)):
+        folder = tmp_path / str(len(names[0]))
+        save(folder, {"w": np.zeros(1, np.float32)})
+        make_unsealed(folder)
+        tensors = {name: np.zeros(1, np.float32) for name in names}
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+        path = folder / "config.json"
+        record = json.loads(path.read_text())
+        record["fingerprint"] = compute_fingerprint(tensors)
+        path.write_text(json.dumps(record))
+        with pytest.raises(CheckpointError, match="fits no tree"):
+            load_weights(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    width: int
+    rate: float = 0.5
+    name: str = "a"
+
+
+def test_a_config_is_built_or_named():
+    where = pathlib.Path("w")
+    assert build_config(Sizes, {"width": 2, "rate": 1}, where) == Sizes(2, 1)
+    for fields, message in (
+        ({"width": "2"}, "width='2'.* wants int"),
+        ({"width": True}, "width=True"),
+        ({"width": 2, "height": 3}, "says height"),
+        ({}, "describes no Sizes"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            build_config(Sizes, fields, where)
+
+
+def test_a_save_is_old_or_new_after_any_crash(tmp_path, params):
+    folder = tmp_path / "w"
+    old, new = params, {"w": np.zeros(2, np.float32)}
+    for first in (None, old):
+        number = 0
+        while True:
+            number += 1
+            shutil.rmtree(folder, ignore_errors=True)
+            if first is not None:
+                save(folder, first)
+            if not crashed(lambda: save(folder, new), number):
+                break
+            try:
+                found = set(load_weights(folder)[0])
+            except CheckpointError:
+                assert first is None and not folder.exists()
+            else:
+                assert found in (set(new), set(first or new)), number
+            save(folder, new)
+            assert os.listdir(tmp_path) == ["w"]
+            assert set(load_weights(folder)[0]) == {"w"}
+        assert number > 10
 
 
 @pytest.mark.parametrize(
@@ -242,9 +393,19 @@ def test_wrong_restores_answer_in_one_sentence(run_directory):
 
 def test_manifest_lists_every_file(run_directory):
     record = json.loads((run_directory / "4" / "manifest.json").read_text())
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert any(name.startswith("state/") for name in record["files"])
     assert verify_manifest(run_directory / "4") is None
+
+
+def test_a_step_that_an_earlier_version_saved_is_good(run_directory):
+    path = run_directory / "6" / "manifest.json"
+    record = json.loads(path.read_text()) | {"format_version": 1}
+    record.pop("sha256")
+    path.write_text(json.dumps(record))
+    assert verify_manifest(run_directory / "6") is None
+    (run_directory / "6" / "stray").write_text("x")
+    assert verify_manifest(run_directory / "6") == "stray is not in the manifest"
 
 
 def test_bad_settings_are_refused(tmp_path):

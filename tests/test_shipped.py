@@ -1,12 +1,11 @@
 """The shipped weights are what their manifest says, small, and open."""
 
-import hashlib
-import json
+import shutil
 
 import numpy as np
 import pytest
 
-from racm3_jax import wiring
+from racm3_jax import checkpoints, wiring
 from racm3_jax.documents.flagworld import (
     FlagIdentifier,
     FlagworldConfig,
@@ -18,20 +17,36 @@ from racm3_jax.tokenizers.mixed import MixedTokenizer
 SHIPPED = wiring.resolve("shipped:flagworld")
 
 
-def test_files_match_the_manifest():
-    manifest = json.loads((SHIPPED / "manifest.json").read_text())
-    found = {
-        str(p.relative_to(SHIPPED)): p
-        for p in SHIPPED.rglob("*")
-        if p.is_file() and p.name != "manifest.json"
-    }
-    assert set(found) == set(manifest["files"])
-    for name, path in found.items():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert digest == manifest["files"][name]["sha256"], name
+def test_every_folder_is_sealed():
+    assert checkpoints.verify_manifest(SHIPPED) is None
+    for name in ("tokenizer", "tokenizer/image", "clip", "model", "twin"):
+        assert checkpoints.verify_folder(SHIPPED / name) is not None, name
+    manifest = checkpoints.read_manifest(SHIPPED)
+    assert manifest is not None
     assert all(
         command.startswith("racm3 ") for command in manifest["commands"].values()
     )
+
+
+def test_settings_of_another_training_are_refused(tmp_path):
+    """A byte in them gave other images in silence."""
+    shutil.copytree(SHIPPED / "model", tmp_path / "model")
+    for name in ("tokenizer", "clip"):
+        (tmp_path / name).symlink_to(SHIPPED / name)
+    path = tmp_path / "model" / "config.json"
+    text = path.read_text()
+    for old, new in (
+        ('"max_similarity": 0.95', '"max_similarity": 0.05'),
+        ('"num_heads": 4', '"num_heads": 2'),
+        ('"e6924480fa4a94df"', '"e6924480fa4a94d0"'),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(checkpoints.CheckpointError, match=r"checksum of config"):
+            wiring.load_generator(tmp_path, None)
+    # Under a seal of its own, but beside the tokenizer of another training.
+    checkpoints.write_manifest(tmp_path / "model", {"kind": "generator"})
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        wiring.load_generator(tmp_path, None)
 
 
 def test_all_together_are_below_25_megabytes():

@@ -1,74 +1,238 @@
-"""The sha256 manifest of a directory, and files that appear whole or not at all."""
+"""The sealed manifest of a folder: size and sha256 of every file, and of itself.
+
+    folder/  config.json  model.safetensors  …  manifest.json
+
+The manifest is written last, so a folder without one is unfinished; a file that is
+changed, missing or not listed is noticed before anything is used. The seal has no key:
+it finds damage and mixed-up files, it does not say who wrote them.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from racm3_jax import storage
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_UNSEALED_VERSION = 1
+_MAX_JSON_BYTES = 50_000_000
 
 
 class CheckpointError(ValueError):
     """A checkpoint or weights directory that cannot be used as it is."""
 
 
-def write_manifest(directory: Path) -> None:
-    """Writes the size and sha256 of every file under `directory`, aside and renamed."""
-    files = {
-        name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
-        for name, path in _files(directory).items()
+def write_manifest(directory: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Seals every file below `directory`.
+
+    Args:
+      directory: holds everything else already.
+      facts: JSON-serialisable, kept under the seal: kind, origin, ….
+    """
+    names = [n for n in storage.list_files(directory) if n != MANIFEST_NAME]
+    record = {
+        **(facts or {}),
+        "format_version": FORMAT_VERSION,
+        "files": storage.describe_files(directory, names),
     }
-    record = {"format_version": FORMAT_VERSION, "files": files}
-    write_aside(directory / MANIFEST_NAME, json.dumps(record, indent=1).encode())
+    storage.write_file(directory / MANIFEST_NAME, storage.encode_sealed(record))
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The record of a manifest that agrees with its own seal; None without one.
+
+    Manifests of format 1 had no seal.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    remedy = "copy the directory again"
+    record = read_object(path, remedy)
+    version, files = record.get("format_version"), record.get("files")
+    if version != _UNSEALED_VERSION or "sha256" in record:
+        try:
+            record = storage.decode_sealed(path.read_bytes(), str(path), remedy)
+        except storage.IntegrityError as error:
+            raise CheckpointError(str(error)) from None
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format {version!r}; this version reads formats up to "
+                f"{FORMAT_VERSION}: update racm3_jax"
+            )
+    if not isinstance(files, dict) or not all(
+        storage.is_inside(name)
+        and isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        for name, entry in files.items()
+    ):
+        raise CheckpointError(f"{path} is damaged: its list of files is no such list")
+    return record
 
 
 def verify_manifest(directory: Path) -> str | None:
     """None when every file is as `write_manifest` saw it, else what is wrong."""
     try:
-        record = json.loads((directory / MANIFEST_NAME).read_text())
-        expected = {
-            name: (entry["bytes"], entry["sha256"])
-            for name, entry in record["files"].items()
-        }
-    except FileNotFoundError:
+        record = read_manifest(directory)
+    except CheckpointError as error:
+        return f"its manifest is damaged ({error})"
+    if record is None:
         return "its save did not finish (no manifest)"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest is damaged ({error!r})"
-    found = _files(directory)
-    for name in sorted(set(expected) ^ set(found)):
+    return _find_difference(directory, record["files"])
+
+
+def verify_folder(
+    directory: Path, only: Sequence[str] | None = None
+) -> dict[str, Any] | None:
+    """The manifest of a folder of weights or of a tokenizer, once it is verified.
+
+    None for a folder of an earlier version, which had no seal and is left to the checks
+    of its reader. A swap that a dead writer broke off is rolled back.
+
+    Args:
+      directory: the folder.
+      only: files whose content is compared; of the others just names and sizes.
+
+    Raises:
+      CheckpointError: names the first file that is changed, missing or not listed.
+    """
+    if not directory.exists() and storage.leftover(directory, "replaced").is_dir():
+        storage.clean(directory)
+    record = read_manifest(directory)
+    if record is None:
+        return None
+    sealed = record["format_version"] != _UNSEALED_VERSION
+    problem = _find_difference(directory, record["files"], sealed, only)
+    if problem is not None:
+        raise CheckpointError(
+            f"{directory} is not as it was saved: {problem}; copy the directory again, "
+            "and put nothing else into it"
+        )
+    return record if sealed else None
+
+
+def verify_file(path: Path) -> None:
+    """Compares one file with the manifest beside it, if that lists it.
+
+    Raises:
+      CheckpointError: it differs.
+    """
+    record = read_manifest(path.parent)
+    if record is None or path.name not in record["files"]:
+        return
+    try:
+        files = {path.name: record["files"][path.name]}
+        storage.verify_files(path.parent, files, "copy the directory again")
+    except storage.IntegrityError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _find_difference(
+    directory: Path,
+    expected: Mapping[str, Any],
+    foreign: bool = True,
+    only: Sequence[str] | None = None,
+) -> str | None:
+    found = _list_kept(directory)
+    wrong = set(expected) - set(found)
+    if foreign:
+        wrong |= set(found) - set(expected)
+    for name in sorted(wrong):
         return f"{name} is {'missing' if name in expected else 'not in the manifest'}"
-    for name, (num_bytes, sha256) in expected.items():
-        if found[name].stat().st_size != num_bytes:
-            return f"{name} has {found[name].stat().st_size} bytes, not {num_bytes}"
-        if _file_sha256(found[name]) != sha256:
+    for name, entry in expected.items():
+        num_bytes = (directory / name).stat().st_size
+        if num_bytes != entry["bytes"]:
+            return f"{name} has {num_bytes} bytes, not {entry['bytes']}"
+    compared = [name for name in expected if only is None or name in only]
+    for name, entry in storage.describe_files(directory, compared).items():
+        if entry["sha256"] != expected[name]["sha256"]:
             return f"the checksum of {name} differs"
     return None
 
 
-def _files(directory: Path) -> dict[str, Path]:
-    return {
-        path.relative_to(directory).as_posix(): path
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path != directory / MANIFEST_NAME
-    }
+def _list_kept(directory: Path) -> list[str]:
+    """Files below a folder, without its manifest and without what a dead writer left."""
+    return [
+        name
+        for name in storage.list_files(directory)
+        if name != MANIFEST_NAME and not any(map(storage.is_leftover, name.split("/")))
+    ]
 
 
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def sealed_folder(
+    path: str | os.PathLike[str],
+    kind: str,
+    *,
+    overwrite: bool,
+    facts: Mapping[str, Any] | None = None,
+    is_old: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
+    """A folder that appears whole and sealed, or not at all.
+
+    Args:
+      path: of the folder; its parents are created when missing.
+      kind: what it holds; it takes the place of a folder of the same kind only, and of
+        none that holds a file which its manifest does not list.
+      overwrite: whether it may take such a place.
+      facts: for the manifest.
+      is_old: whether a folder without a seal is one of this kind.
+
+    Raises:
+      FileExistsError: something else is at `path`.
+      storage.BusyError: another process is writing it.
+    """
+    path = Path(path).absolute()
+
+    def is_own(directory: Path) -> bool:
+        try:
+            record = read_manifest(directory)
+        except CheckpointError:
+            return False
+        if record is None or record["format_version"] == _UNSEALED_VERSION:
+            return is_old is not None and is_old(directory)
+        known = record["files"].keys()
+        return record.get("kind") == kind and known >= set(_list_kept(directory))
+
+    if not path.exists():
+        storage.clean(path)
+    storage.check_target(path, f"folder of a {kind} alone", is_own, overwrite)
+    storage.clean(path)
+    with storage.new_directory(path, replace=overwrite) as directory:
+        yield directory
+        write_manifest(directory, {"kind": kind, **(facts or {})})
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Writes beside `path`, syncs, renames: readers see the old file or the new."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object from a file of anyone.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CheckpointError: too large, not JSON, nested too deeply, or not an object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {remedy}")
+    num_bytes = path.stat().st_size
+    if num_bytes > _MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {num_bytes:,} bytes; at most {_MAX_JSON_BYTES:,} are read: "
+            f"{remedy}"
+        )
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        value = json.loads(path.read_bytes())
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply: {remedy}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object: {remedy}")
+    return value

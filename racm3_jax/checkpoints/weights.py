@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import jax
 import ml_dtypes
@@ -16,14 +18,39 @@ import safetensors
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from racm3_jax import storage
 from racm3_jax.checkpoints.manifest import (
     FORMAT_VERSION,
+    MANIFEST_NAME,
     CheckpointError,
-    write_aside,
+    read_object,
+    sealed_folder,
+    verify_folder,
 )
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+# What folders of format 1, which had no seal, may hold.
+_UNSEALED_NAMES = {WEIGHTS_NAME, CONFIG_NAME, "tokenizer.json", MANIFEST_NAME}
+_UNSEALED_VERSION = 1
+# The types of what `config.json` must say.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "config": (dict,),
+    "extra": (dict,),
+    "storage_dtype": (str, type(None)),
+    "fingerprint": (str,),
+}
+_PLAIN: dict[Any, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (int,),
+    float: (float, int),
+    str: (str,),
+}
+# A tree of parameters is walked by recursion.
+_MAX_DEPTH = 50
+
+T = TypeVar("T")
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -57,10 +84,10 @@ def save_weights(
     extra: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> str:
-    """Writes the weights of one model.
+    """Writes the weights of one model into a folder of their own, under a seal.
 
-    Other files of the directory are left alone. Both files are written aside and
-    renamed, `config.json` last, so an interrupted save is noticed at load.
+    The folder appears whole, and takes the place of one of the same kind; after a crash
+    the old one or the new one is there.
 
     Args:
       directory: created when missing.
@@ -76,7 +103,45 @@ def save_weights(
 
     Raises:
       CheckpointError: a name or a dtype that cannot be stored.
+      FileExistsError: `directory` holds something else.
     """
+    with weights_folder(directory, kind) as folder:
+        return write_weights(
+            folder, params, kind=kind, config=config, extra=extra, dtype=dtype
+        )
+
+
+@contextlib.contextmanager
+def weights_folder(directory: str | os.PathLike[str], kind: str) -> Iterator[Path]:
+    """A `sealed_folder` for weights of one kind and for what belongs to them."""
+    with sealed_folder(
+        directory,
+        kind,
+        overwrite=True,
+        is_old=lambda path: _is_unsealed_folder(path, kind),
+    ) as folder:
+        yield folder
+
+
+def _is_unsealed_folder(path: Path, kind: str) -> bool:
+    try:
+        record = _read_record(path)
+    except CheckpointError:
+        return False
+    names = set(storage.list_files(path))
+    return record["kind"] == kind and names <= _UNSEALED_NAMES
+
+
+def write_weights(
+    folder: Path,
+    params: Mapping[str, Any],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+) -> str:
+    """Writes both files into a folder that its caller seals; see `save_weights`."""
     if dtype is not None and dtype not in STORAGE_DTYPES:
         raise CheckpointError(
             f"cannot store weights as {dtype!r}: choose one of {sorted(STORAGE_DTYPES)}"
@@ -88,21 +153,41 @@ def save_weights(
             for name, t in tensors.items()
         }
     fingerprint = compute_fingerprint(tensors)
+    (folder / WEIGHTS_NAME).write_bytes(safetensors.numpy.save(tensors))
+    write_config(
+        folder,
+        kind=kind,
+        config=config,
+        extra=extra,
+        storage_dtype=dtype,
+        num_parameters=int(sum(t.size for t in tensors.values())),
+        fingerprint=fingerprint,
+    )
+    return fingerprint
+
+
+def write_config(
+    folder: Path,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    extra: Mapping[str, Any] | None,
+    storage_dtype: str | None,
+    num_parameters: int,
+    fingerprint: str,
+) -> None:
+    """Writes the `config.json` of a weights folder; its caller seals the folder."""
     record = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "config": dict(config),
         "extra": dict(extra or {}),
-        "storage_dtype": dtype,
-        "num_parameters": int(sum(t.size for t in tensors.values())),
+        "storage_dtype": storage_dtype,
+        "num_parameters": num_parameters,
         "fingerprint": fingerprint,
     }
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_aside(directory / WEIGHTS_NAME, safetensors.numpy.save(tensors))
-    write_aside(directory / CONFIG_NAME, text.encode())
-    return fingerprint
+    (folder / CONFIG_NAME).write_bytes(text.encode())
 
 
 def round_to_half(params: Any) -> Any:
@@ -133,29 +218,31 @@ def load_weights(
       CheckpointError: missing files, another kind, or damaged content.
     """
     directory = Path(directory)
-    record = read_config(directory)
+    record = _read_verified(directory, None)
     if kind is not None and record["kind"] != kind:
         raise CheckpointError(
             f"{directory} holds weights of a {record['kind']!r}, not of a {kind!r}: "
             "point to the other directory"
         )
-    try:
-        tensors = _deserialize((directory / WEIGHTS_NAME).read_bytes())
-    except FileNotFoundError:
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
         raise CheckpointError(
             f"{directory} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: copy the "
             "directory again"
-        ) from None
-    except SafetensorError as error:
+        )
+    try:
+        tensors = _deserialize(path.read_bytes())
+    except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{directory / WEIGHTS_NAME} is truncated or damaged ({error}): copy it "
-            "again"
+            f"{path} is truncated or damaged ({error}): copy it again"
         ) from None
-    if compute_fingerprint(tensors) != record["fingerprint"]:
+    # A seal covers the bytes already.
+    if record["format_version"] == _UNSEALED_VERSION and (
+        compute_fingerprint(tensors) != record["fingerprint"]
+    ):
         raise CheckpointError(
-            f"the checksum of {directory / WEIGHTS_NAME} differs from the one in "
-            f"{CONFIG_NAME}: the weights are damaged or of another save; copy the "
-            "directory again"
+            f"the checksum of {path} differs from the one in {CONFIG_NAME}: the weights "
+            "are damaged or of another save; copy the directory again"
         )
     storage_dtype = record["storage_dtype"]
     if storage_dtype is not None:
@@ -164,34 +251,96 @@ def load_weights(
             name: t.astype(np.float32) if t.dtype == narrow else t
             for name, t in tensors.items()
         }
-    return _unflatten(tensors), record["config"], record["extra"]
+    return _unflatten(tensors, path), record["config"], record["extra"]
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The whole `config.json` of a weights directory, without reading the weights.
+    """The whole `config.json` of a weights directory, verified, without the weights.
 
     Raises:
-      CheckpointError: no such directory, or not a weights directory.
+      CheckpointError: no such directory, not a weights directory, or a damaged one.
     """
-    path = Path(directory) / CONFIG_NAME
+    return _read_verified(Path(directory), [CONFIG_NAME])
+
+
+def _read_verified(directory: Path, only: Sequence[str] | None) -> dict[str, Any]:
+    sealed = verify_folder(directory, only)
+    record = _read_record(directory)
+    if sealed is None and record["format_version"] != _UNSEALED_VERSION:
+        raise CheckpointError(
+            f"{directory} has no {MANIFEST_NAME}: its files were not copied all, or one "
+            "of another version was put there; copy the directory again"
+        )
+    return record
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
     try:
-        record = json.loads(path.read_text())
+        record = read_object(path, "copy the directory again")
     except FileNotFoundError:
-        problem = "has no" if path.parent.is_dir() else "does not exist: no"
+        problem = "has no" if directory.is_dir() else "does not exist: no"
         raise CheckpointError(
-            f"{path.parent} {problem} {CONFIG_NAME}; give a directory that "
-            "save_weights wrote"
+            f"{directory} {problem} {CONFIG_NAME}; give a directory that save_weights "
+            "wrote"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}): copy the directory again"
-        ) from None
-    missing = {"kind", "config", "extra", "storage_dtype", "fingerprint"} - set(record)
+    missing = {*_FIELDS, "format_version"} - set(record)
     if missing:
         raise CheckpointError(
             f"{path} lacks {sorted(missing)}; give a directory that save_weights wrote"
         )
+    for name, types in _FIELDS.items():
+        if not isinstance(record[name], types):
+            raise CheckpointError(
+                f"{path} says {name}={record[name]!r:.80}, which is not a "
+                f"{types[0].__name__}: copy the directory again"
+            )
+    if record["storage_dtype"] not in (None, *STORAGE_DTYPES):
+        raise CheckpointError(
+            f"{path} says storage_dtype={record['storage_dtype']!r:.80}; known are "
+            f"{sorted(STORAGE_DTYPES)}: copy the directory again"
+        )
+    if record["format_version"] not in (_UNSEALED_VERSION, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path} has format {record['format_version']!r:.80}; this version reads "
+            f"formats up to {FORMAT_VERSION}: update racm3_jax"
+        )
     return record
+
+
+def build_config(kind: type[T], fields: Mapping[str, Any], where: Path) -> T:
+    """The frozen dataclass of a config that a file says.
+
+    Args:
+      kind: the dataclass.
+      fields: from the file.
+      where: the file or folder, for the error.
+
+    Raises:
+      CheckpointError: unknown fields, wrong types, or values that it refuses.
+    """
+    assert dataclasses.is_dataclass(kind)
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(map(str, fields)) - known)
+    if unknown:
+        raise CheckpointError(
+            f"{where} says {', '.join(unknown[:3])}, which {kind.__name__} does not "
+            "have: it is damaged, or of a later version of racm3_jax"
+        )
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        wanted = hints[name]
+        if wanted in _PLAIN and type(value) not in _PLAIN[wanted]:
+            raise CheckpointError(
+                f"{where} says {name}={value!r:.80}, but {kind.__name__} wants "
+                f"{wanted.__name__} there: copy it again"
+            )
+    try:
+        return kind(**fields)  # pyright: ignore[reportReturnType]
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{where} describes no {kind.__name__} ({error}): copy it again"
+        ) from None
 
 
 def compute_fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
@@ -236,12 +385,19 @@ def _deserialize(content: bytes) -> dict[str, np.ndarray]:
     }
 
 
-def _unflatten(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _unflatten(tensors: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name in sorted(tensors):
         *parents, leaf = name.split("/")
         node = tree
-        for parent in parents:
+        for parent in parents[:_MAX_DEPTH]:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or leaf in node or len(parents) > _MAX_DEPTH:
+            raise CheckpointError(
+                f"{path} holds {name[:80]!r}, which fits no tree of parameters: give a "
+                "directory that save_weights wrote"
+            )
         node[leaf] = tensors[name]
     return tree

@@ -51,6 +51,16 @@ def register(commands: Any) -> None:
         help="chameleon: you read its licence and accept it",
     )
     sub.add_argument("--licence", default="", help="clip, vqgan: for the manifest")
+    sub.add_argument(
+        "--part",
+        help="of a larger checkpoint: which weights (keys joined by dots, or a prefix "
+        "of the names)",
+    )
+    sub.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT if it is a folder of the same kind and holds nothing else",
+    )
 
     text = "Write a CLIP or a converted Chameleon for other libraries."
     sub = commands.add_parser("export", help=text, description=text)
@@ -58,6 +68,9 @@ def register(commands: Any) -> None:
     sub.add_argument("source", help="a folder of ours")
     sub.add_argument("out", help="new folder")
     sub.add_argument("--format", choices=["hf"], default="hf")
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export at OUT"
+    )
 
     text = "Encode an image to codes; with --roundtrip decode them and measure."
     sub = commands.add_parser("tokenize", help=text, description=text)
@@ -77,6 +90,10 @@ def _convert(arguments: Arguments) -> None:
 
     _refuse_foreign_options(arguments)
     source = resolve_source(arguments.source)
+    for name in ("out", "merges", "vqgan", "clip"):
+        if value := getattr(arguments, name):
+            setattr(arguments, name, str(Path(value).expanduser()))
+    common = {"part": arguments.part, "overwrite": arguments.overwrite}
     if arguments.kind == "clip":
         from racm3_jax.porting.clip import convert_clip
 
@@ -86,6 +103,7 @@ def _convert(arguments: Arguments) -> None:
             merges=arguments.merges,
             activation=arguments.activation,
             licence=arguments.licence,
+            **common,
         )
     elif arguments.kind == "vqgan":
         from racm3_jax.porting.vqgan import convert_vqgan
@@ -95,6 +113,7 @@ def _convert(arguments: Arguments) -> None:
             arguments.out,
             image_size=arguments.image_size,
             licence=arguments.licence,
+            **common,
         )
     else:
         from racm3_jax.porting.chameleon import convert_chameleon
@@ -106,6 +125,7 @@ def _convert(arguments: Arguments) -> None:
             clip=arguments.clip,
             accept_licence=arguments.accept_licence,
             image_size=arguments.image_size or 512,
+            **common,
         )
     print(f"wrote {arguments.out}: {config}")
 
@@ -130,13 +150,18 @@ def _refuse_foreign_options(arguments: Arguments) -> None:
 def _export(arguments: Arguments) -> None:
     from racm3_jax.porting.export import export_hf
 
-    kind = export_hf(arguments.source, arguments.out)
+    kind = export_hf(
+        Path(arguments.source).expanduser(),
+        Path(arguments.out).expanduser(),
+        overwrite=arguments.overwrite,
+    )
     print(f"wrote {arguments.out}: a {kind} for transformers")
 
 
 def _tokenize(arguments: Arguments) -> None:
     import numpy as np
 
+    from racm3_jax import storage
     from racm3_jax.documents.images import encode_png, read_image, resize_image
     from racm3_jax.tokenizers.image import ImageTokenizer, compute_psnr
 
@@ -148,8 +173,7 @@ def _tokenize(arguments: Arguments) -> None:
         return
     decoded = tokenizer.decode(codes)
     out = Path(arguments.out)
-    aside = out.with_name(f".{out.name}.tmp")
-    aside.write_bytes(encode_png(np.concatenate([image[0], decoded[0]], axis=1)))
-    aside.replace(out)
+    picture = encode_png(np.concatenate([image[0], decoded[0]], axis=1))
+    storage.write_file(out, picture)
     psnr = float(compute_psnr(image, decoded)[0])
     print(f"PSNR {psnr:.2f} dB, {len(np.unique(codes))} different codes; wrote {out}")

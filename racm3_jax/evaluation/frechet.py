@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-from racm3_jax.checkpoints.manifest import write_aside
+from racm3_jax import storage
 
 Symmetric = Float64[np.ndarray, "d d"]
 
@@ -109,7 +109,7 @@ class FeatureStatistics:
             products=self.products,
             record=np.frombuffer(json.dumps(record, sort_keys=True).encode(), np.uint8),
         )
-        write_aside(Path(path), stream.getvalue())
+        storage.write_file(Path(path), stream.getvalue())
 
     @classmethod
     def load(

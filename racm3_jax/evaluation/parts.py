@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from racm3_jax.checkpoints.manifest import write_aside
+from racm3_jax import storage
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -133,7 +133,7 @@ class Parts:
         stream = io.BytesIO()
         named: dict[str, Any] = {**arrays, "fingerprint": self.fingerprint}
         np.savez(stream, **named)
-        write_aside(path, stream.getvalue())
+        storage.write_file(path, stream.getvalue())
 
     def wait(self, variants: Sequence[str], log: Callable[[str], None] = print) -> None:
         """Returns when all chunks are there: those of the other processes too."""

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from racm3_jax.checkpoints.manifest import write_aside
+from racm3_jax import storage
 from racm3_jax.documents.images import encode_png, read_image
 from racm3_jax.evaluation.clip_score import CLIPScorer
 from racm3_jax.evaluation.coco import (
@@ -298,7 +298,7 @@ class CocoProtocol:
         for i, image in zip(items, images, strict=True):
             path = self.image_path(variant, i)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(path, encode_png(image))
+            storage.write_file(path, encode_png(image))
         return {"retrieved": rows, **self._judge(images, captions)}
 
     def _caption_chunk(

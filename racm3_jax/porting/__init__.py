@@ -1,10 +1,11 @@
 """Weights of other projects in and out, in NumPy: no torch, no code from the files.
 
 tensors    what a source of tensors is; safetensors, read one tensor at a time
-pickles    `torch.save` files without unpickling: tensors and plain containers only
+pickles    pickles without unpickling: tensors and plain containers only
+torch_files  `torch.save` archives on top of it; which of several sets of weights
 files      a file, a folder or `hub:owner/name` -> one source, sharded or not
 rules      one rule a parameter: its name and form there and here; key differences
-writing    our weights directories and safetensors, streamed, aside and renamed
+writing    our weights directories and safetensors, streamed, sealed
 clip       OpenAI, Hugging Face and OpenCLIP layouts
 clip_text  CLIP's merges -> a TextTokenizer
 vqgan      taming (Gumbel too), Chameleon's, diffusers' VQModel

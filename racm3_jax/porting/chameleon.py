@@ -20,8 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.checkpoints import CONFIG_NAME, CheckpointError, read_config
-from racm3_jax.checkpoints.manifest import MANIFEST_NAME
+from racm3_jax.checkpoints import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    CheckpointError,
+    build_config,
+    read_manifest,
+    weights_folder,
+    write_manifest,
+)
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import init_params
 from racm3_jax.porting.chameleon_rules import (
@@ -31,19 +38,20 @@ from racm3_jax.porting.chameleon_rules import (
     detect_layout,
 )
 from racm3_jax.porting.files import open_tensors, read_json
-from racm3_jax.porting.rules import check_names, count, parameter_shapes
-from racm3_jax.porting.tensors import PortingError, TensorSource
+from racm3_jax.porting.rules import check_count, check_names, count, parameter_shapes
+from racm3_jax.porting.tensors import PortingError, TensorSource, foreign_settings
 from racm3_jax.porting.vocabulary import (
     Vocabulary,
     build_text_tokenizer,
     read_vocabulary,
 )
 from racm3_jax.porting.vqgan import convert_vqgan
-from racm3_jax.porting.writing import convert_weights, new_folder, write_origin
+from racm3_jax.porting.writing import convert_weights, converted_folder
 from racm3_jax.retrieval.embedder import DocumentEmbedder
-from racm3_jax.tokenizers.image import KIND, ImageTokenizer
+from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 
+KIND = "chameleon"
 LICENCE = "Chameleon Research License"
 LICENCE_NOTICE = (
     "Chameleon's weights come under the Chameleon Research License: for research only, "
@@ -67,6 +75,8 @@ def convert_chameleon(
     clip: str | Path | None = None,
     accept_licence: bool = False,
     image_size: int = 512,
+    part: str | None = None,
+    overwrite: bool = False,
 ) -> ModelConfig:
     """Converts Chameleon's weights, in any of the four layouts.
 
@@ -77,26 +87,32 @@ def convert_chameleon(
       clip: a converted CLIP, copied into `out`.
       accept_licence: the user read the licence and accepts it.
       image_size: pixels a side, when `vqgan` is not converted yet.
+      part: of a larger checkpoint, which weights: see `files.open_tensors`.
+      overwrite: `out` may be a converted Chameleon, which is replaced.
 
     Returns:
       The sizes that were found.
 
     Raises:
       PortingError: names everything that does not fit; nothing is written.
+      FileExistsError: something is at `out`.
     """
     if not accept_licence:
         raise PortingError(LICENCE_NOTICE)
     root = Path(source)
     folder = _weights_folder(root)
-    tensors = open_tensors(folder)
-    config = read_model_config(tensors, folder)
-    layout = detect_layout(tensors, config.num_heads)
-    tokenizer_path = _find(root, _TOKENIZERS)
-    if tokenizer_path is None:
-        raise PortingError(f"{root} lacks its tokenizer: {' or '.join(_TOKENIZERS)}")
-    tokenizer = read_json(tokenizer_path)
-    vocabulary = read_vocabulary(tokenizer, config.vocab_size, str(tokenizer_path))
-    rules = chameleon_rules(config, vocabulary, layout, _norm_rows(tensors, layout))
+    tensors = open_tensors(folder, part)
+    with foreign_settings(root):
+        config = read_model_config(tensors, folder)
+        layout = detect_layout(tensors, config.num_heads)
+        tokenizer_path = _find(root, _TOKENIZERS)
+        if tokenizer_path is None:
+            raise PortingError(
+                f"{root} lacks its tokenizer: {' or '.join(_TOKENIZERS)}"
+            )
+        tokenizer = read_json(tokenizer_path)
+        vocabulary = read_vocabulary(tokenizer, config.vocab_size, str(tokenizer_path))
+        rules = chameleon_rules(config, vocabulary, layout, _norm_rows(tensors, layout))
     check_names(rules, tensors, LAYOUT_NAMES[layout], _IGNORED)
     text = build_text_tokenizer(tokenizer, vocabulary, str(tokenizer_path))
     vqgan = Path(vqgan) if vqgan is not None else _find(root, _VQGANS)
@@ -105,7 +121,14 @@ def convert_chameleon(
             f"{root} holds no {' or '.join(_VQGANS)}: give the image tokenizer with "
             "--vqgan, without its decoder no image could be drawn"
         )
-    with new_folder(out) as directory:
+    facts = {
+        "source": root.name,
+        "part": part,
+        "layout": LAYOUT_NAMES[layout],
+        "licence": LICENCE,
+        "licence_accepted": True,
+    }
+    with converted_folder(out, KIND, facts, overwrite=overwrite) as directory:
         image = _open_image_tokenizer(vqgan, directory, image_size)
         _check_codes(image, vocabulary, tensors)
         mixed = MixedTokenizer(text, image, vocabulary.num_sentinels)
@@ -113,28 +136,27 @@ def convert_chameleon(
         extra: dict[str, Any] = {"tokenizer": mixed.fingerprint()}
         if clip is not None:
             extra["clip"] = DocumentEmbedder.load(clip).fingerprint()
-            shutil.copytree(clip, directory / "clip")
-            (directory / "clip" / MANIFEST_NAME).unlink(missing_ok=True)
-        convert_weights(
-            directory / "model",
-            tensors,
-            rules,
-            parameter_shapes(lambda key: init_params(config, key, boxed=True)),
-            kind="generator",
-            config=dataclasses.asdict(config),
-            extra=extra,
-        )
+            _copy_clip(Path(clip), directory / "clip")
+        with weights_folder(directory / "model", "generator") as model_folder:
+            convert_weights(
+                model_folder,
+                tensors,
+                rules,
+                parameter_shapes(lambda key: init_params(config, key, boxed=True)),
+                kind="generator",
+                config=dataclasses.asdict(config),
+                extra=extra,
+            )
         _keep_source(directory / "source", folder, tokenizer_path, vocabulary)
-        write_origin(
-            directory,
-            {
-                "source": root.name,
-                "layout": LAYOUT_NAMES[layout],
-                "licence": LICENCE,
-                "licence_accepted": True,
-            },
-        )
     return config
+
+
+def _copy_clip(clip: Path, directory: Path) -> None:
+    """The folder with its seal; one of an earlier version has none."""
+    shutil.copytree(clip, directory)
+    record = read_manifest(directory)
+    if record is not None and record["format_version"] == 1:
+        (directory / MANIFEST_NAME).unlink()
 
 
 def _weights_folder(root: Path) -> Path:
@@ -163,19 +185,27 @@ def read_model_config(source: TensorSource, folder: Path) -> ModelConfig:
         fields = _hf_fields(folder)
     names = {info.dtype.name for info in source.tensors.values()}
     half = bool(names & {"bfloat16", "float16"})
+    fields |= {
+        "position": "rope",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "qk_norm": True,
+        "use_bias": False,
+        "tie_embeddings": False,
+        "compute_dtype": "bfloat16" if half else "float32",
+    }
     try:
-        return ModelConfig(
-            position="rope",
-            norm="rmsnorm",
-            activation="swiglu",
-            qk_norm=True,
-            use_bias=False,
-            tie_embeddings=False,
-            compute_dtype="bfloat16" if half else "float32",
-            **fields,
+        config = build_config(ModelConfig, fields, folder)
+    except CheckpointError as error:
+        raise PortingError(str(error)) from None
+    num_layers, rows = config.num_layers, config.vocab_size
+    check_count(num_layers, source.tensors, f"{folder} says {num_layers} layers")
+    if not any(info.shape[:1] == (rows,) for info in source.tensors.values()):
+        raise PortingError(
+            f"{folder} says vocab_size={rows}, but no tensor has as many rows: its "
+            "config is of another checkpoint"
         )
-    except ValueError as error:
-        raise PortingError(f"{folder} is no Chameleon of ours: {error}") from None
+    return config
 
 
 def _hf_fields(folder: Path) -> dict[str, Any]:
@@ -266,11 +296,10 @@ def _open_image_tokenizer(
     vqgan: Path, directory: Path, image_size: int
 ) -> ImageTokenizer:
     """A converted one is opened, another is converted on the way."""
-    try:
-        if vqgan.is_dir() and read_config(vqgan)["kind"] == KIND:
-            return ImageTokenizer.load(vqgan)
-    except CheckpointError:
-        pass  # a foreign folder: its config.json is another project's
+    config = vqgan / CONFIG_NAME
+    # A foreign folder may have a config.json too, but without a fingerprint.
+    if config.is_file() and "fingerprint" in read_json(config):
+        return ImageTokenizer.load(vqgan)
     aside = directory / "image"
     convert_vqgan(vqgan, aside, image_size=image_size)
     image = ImageTokenizer.load(aside)
@@ -312,3 +341,4 @@ def _keep_source(
         "outputs": vocabulary.outputs.tolist(),
     }
     (directory / "vocabulary.json").write_text(json.dumps(orders))
+    write_manifest(directory, {"kind": "source"})

@@ -18,7 +18,7 @@ from racm3_jax.porting.clip_text import (
     build_clip_tokenizer,
     find_merges,
 )
-from racm3_jax.porting.files import open_tensors
+from racm3_jax.porting.files import open_tensors, suggest_part
 from racm3_jax.porting.rules import (
     PATCHES,
     Form,
@@ -32,11 +32,12 @@ from racm3_jax.porting.rules import (
 from racm3_jax.porting.tensors import (
     PortingError,
     TensorSource,
+    foreign_settings,
     without_prefix,
 )
-from racm3_jax.porting.writing import convert_weights, new_folder, write_origin
+from racm3_jax.porting.writing import convert_weights, converted_folder
 from racm3_jax.retrieval.clip import CLIPConfig, init_params
-from racm3_jax.retrieval.embedder import TOKENIZER_NAME
+from racm3_jax.retrieval.embedder import KIND, TOKENIZER_NAME
 
 LAYOUT_NAMES = {
     "hf": "Hugging Face CLIP",
@@ -49,6 +50,7 @@ _IGNORED = (
     r"(visual\.)?attn_mask",
     "input_resolution|context_length|vocab_size",
 )
+_FIRST_NAMES = ("vision_model.embeddings.class_embedding", "visual.conv1.weight")
 _PARTS = ("query", "key", "value")
 
 
@@ -59,6 +61,8 @@ def convert_clip(
     merges: str | Path | None = None,
     activation: str | None = None,
     licence: str = "",
+    part: str | None = None,
+    overwrite: bool = False,
 ) -> CLIPConfig:
     """Converts public CLIP weights into what `DocumentEmbedder.load` opens.
 
@@ -68,37 +72,43 @@ def convert_clip(
       merges: the BPE's merges, when they do not lie beside the weights.
       activation: for a bare OpenCLIP file, whose activation stands nowhere.
       licence: what the weights' model card says, for the manifest.
+      part: of a larger checkpoint, which weights: see `files.open_tensors`.
+      overwrite: `out` may be a CLIP's folder, which is replaced.
 
     Returns:
       The sizes that were found.
 
     Raises:
       PortingError: names everything that does not fit; nothing is written.
+      FileExistsError: something is at `out`.
     """
     path = Path(source)
     folder = path if path.is_dir() else path.parent
-    tensors = open_tensors(path)
-    layout = detect_layout(tensors, folder if path.is_dir() else None)
-    if layout != "hf" and "text.token_embedding.weight" in tensors.tensors:
-        tensors = _TextUnwrapped(tensors)
-    config = read_clip_config(tensors, layout, folder, activation)
-    rules = clip_rules(config, layout)
+    tensors = open_tensors(path, part)
+    with foreign_settings(folder):
+        layout = detect_layout(tensors, folder if path.is_dir() else None)
+        if layout != "hf" and "text.token_embedding.weight" in tensors.tensors:
+            tensors = _TextUnwrapped(tensors)
+        config = read_clip_config(tensors, layout, folder, activation)
+        rules = clip_rules(config, layout)
     check_names(rules, tensors, LAYOUT_NAMES[layout], _IGNORED)
     tokenizer = build_clip_tokenizer(find_merges(folder, merges), config.vocab_size)
-    with new_folder(out) as directory:
+    facts = {
+        "source": path.name,
+        "part": part,
+        "layout": LAYOUT_NAMES[layout],
+        "licence": licence,
+    }
+    with converted_folder(out, KIND, facts, overwrite=overwrite) as directory:
         convert_weights(
             directory,
             tensors,
             rules,
             clip_shapes(config),
-            kind="clip",
+            kind=KIND,
             config=dataclasses.asdict(config),
         )
         tokenizer.save(directory / TOKENIZER_NAME)
-        write_origin(
-            directory,
-            {"source": path.name, "layout": LAYOUT_NAMES[layout], "licence": licence},
-        )
     return config
 
 
@@ -113,9 +123,10 @@ def detect_layout(source: TensorSource, folder: Path | None) -> Layout:
       PortingError: none of the three.
     """
     names = source.tensors
-    if "vision_model.embeddings.class_embedding" in names:
+    hf, openai = _FIRST_NAMES
+    if hf in names:
         return "hf"
-    if "visual.conv1.weight" in names:
+    if openai in names:
         wrapped = "text.token_embedding.weight" in names
         if wrapped or (folder and (folder / "open_clip_config.json").exists()):
             return "openclip"
@@ -124,6 +135,7 @@ def detect_layout(source: TensorSource, folder: Path | None) -> Layout:
         f"{source.where} is no CLIP with ViT towers: it has neither "
         "vision_model.embeddings.class_embedding (Hugging Face) nor visual.conv1.weight "
         f"(OpenAI, OpenCLIP), but {', '.join(sorted(names)[:3])}"
+        + suggest_part(names, _FIRST_NAMES)
     )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from racm3_jax.checkpoints import CheckpointError, build_config
 from racm3_jax.porting.files import read_json
-from racm3_jax.porting.rules import count
+from racm3_jax.porting.rules import check_count, count
 from racm3_jax.porting.tensors import PortingError, TensorSource
 from racm3_jax.retrieval.clip import CLIPConfig
 
@@ -59,11 +60,13 @@ def read_clip_config(
     if activation is not None:
         fields["activation"] = activation
     try:
-        return CLIPConfig(**fields)
-    except ValueError as error:
-        raise PortingError(
-            f"{source.where} describes no CLIP of ours: {error}"
-        ) from None
+        config = build_config(CLIPConfig, fields, folder)
+    except CheckpointError as error:
+        raise PortingError(str(error)) from None
+    for tower in ("text", "vision"):
+        number = getattr(config, f"{tower}_layers")
+        check_count(number, source.tensors, f"the {tower} tower has {number} layers")
+    return config
 
 
 def _hf_fields(folder: Path) -> dict[str, Any]:

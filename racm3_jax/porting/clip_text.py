@@ -10,6 +10,7 @@ the two highest  <|startoftext|> <|endoftext|>: not in the tokenizer, which a te
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer
@@ -18,7 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from racm3_jax.porting.files import read_json
-from racm3_jax.porting.tensors import PortingError
+from racm3_jax.porting.tensors import PortingError, foreign_settings
 from racm3_jax.tokenizers.bpe import TextTokenizer
 
 END_OF_WORD = "</w>"
@@ -29,6 +30,8 @@ CONTROL = ("<|startoftext|>", "<|endoftext|>")
 _WORDS = r"'[s\x{17F}]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
 OPENAI_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 _MERGE_FILES = (OPENAI_MERGES, "bpe_simple_vocab_16e6.txt", "merges.txt")
+
+_MAX_MERGES_BYTES = 20_000_000
 
 Merge = tuple[str, str]
 
@@ -70,19 +73,24 @@ def read_merges(path: Path) -> list[Merge]:
       PortingError: no such file, or not of that form.
     """
     if path.suffix == ".json":
-        found = read_json(path).get("model", {}).get("merges")
-        if not isinstance(found, list):
-            raise PortingError(f"{path} is no tokenizer.json of a BPE")
-        lines = [m if isinstance(m, str) else " ".join(m) for m in found]
+        with foreign_settings(path):
+            found = read_json(path)["model"]["merges"]
+            if not isinstance(found, list):
+                raise PortingError(f"{path} is no tokenizer.json of a BPE")
+            lines = [m if isinstance(m, str) else " ".join(m) for m in found]
     else:
         try:
-            content = path.read_bytes()
-            if path.suffix == ".gz":
-                content = gzip.decompress(content)
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                content = file.read(_MAX_MERGES_BYTES + 1)
+            if len(content) > _MAX_MERGES_BYTES:
+                raise PortingError(
+                    f"{path} holds more than {_MAX_MERGES_BYTES:,} bytes, more than the "
+                    "merges of any CLIP: see --merges"
+                )
             lines = content.decode("utf-8").split("\n")[1:]
         except FileNotFoundError:
             raise PortingError(f"{path} does not exist: see --merges") from None
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise PortingError(f"{path} is damaged ({error}): see --merges") from None
     merges = []
     for line in lines:

@@ -14,17 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.checkpoints import WEIGHTS_NAME, CheckpointError, read_config
+from racm3_jax.checkpoints import (
+    WEIGHTS_NAME,
+    CheckpointError,
+    build_config,
+    read_config,
+    verify_folder,
+)
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.porting.chameleon_rules import chameleon_rules
 from racm3_jax.porting.clip import clip_rules
 from racm3_jax.porting.clip_text import CONTROL
 from racm3_jax.porting.files import read_json
 from racm3_jax.porting.rules import Rule
-from racm3_jax.porting.tensors import PortingError, SafetensorsFile, TensorInfo
+from racm3_jax.porting.tensors import (
+    PortingError,
+    SafetensorsFile,
+    TensorInfo,
+    foreign_settings,
+)
 from racm3_jax.porting.vocabulary import Vocabulary
 from racm3_jax.porting.vqgan import vqgan_rules
-from racm3_jax.porting.writing import new_folder, write_safetensors
+from racm3_jax.porting.writing import converted_folder, write_safetensors
 from racm3_jax.retrieval.clip import CLIPConfig
 from racm3_jax.retrieval.embedder import TOKENIZER_NAME
 from racm3_jax.tokenizers.vqgan import VQGANConfig
@@ -32,12 +43,13 @@ from racm3_jax.tokenizers.vqgan import VQGANConfig
 _METADATA = {"format": "pt"}  # transformers asks for it
 
 
-def export_hf(source: str | Path, out: str | Path) -> str:
+def export_hf(source: str | Path, out: str | Path, *, overwrite: bool = False) -> str:
     """Writes a CLIP or a converted Chameleon as a Hugging Face folder.
 
     Args:
       source: a folder of `convert_clip` or `convert_chameleon`, or of a trained CLIP.
-      out: new folder: `model.safetensors`, `config.json`, `tokenizer.json`.
+      out: new folder: `model.safetensors`, `config.json`, `tokenizer.json`, manifest.
+      overwrite: `out` may be a folder that this function wrote, which is replaced.
 
     Returns:
       The kind that it was, "clip" or "generator".
@@ -47,25 +59,34 @@ def export_hf(source: str | Path, out: str | Path) -> str:
     """
     source = Path(source)
     generator = (source / "model").is_dir()
+    parts = ["model", "tokenizer", "source"] if generator else ["."]
     try:
-        record = read_config(source / "model" if generator else source)
+        for part in parts:
+            verify_folder(source / part)
+        record = read_config(source / parts[0])
     except CheckpointError as error:
         raise PortingError(str(error)) from None
-    with new_folder(out) as directory:
-        if generator and record["kind"] == "generator":
+    kind = record["kind"]
+    if kind != ("generator" if generator else "clip"):
+        raise PortingError(
+            f"{source} holds a {kind!r}: export takes the folder of a CLIP, or of a "
+            "generator with its tokenizer"
+        )
+    with (
+        converted_folder(
+            out, f"exported {kind}", {"source": source.name}, overwrite=overwrite
+        ) as directory,
+        foreign_settings(source),
+    ):
+        if generator:
             _export_chameleon(source, record, directory)
-        elif record["kind"] == "clip":
-            _export_clip(source, record, directory)
         else:
-            raise PortingError(
-                f"{source} holds a {record['kind']!r}: export takes the folder of a "
-                "CLIP, or of a generator with its tokenizer"
-            )
-    return record["kind"]
+            _export_clip(source, record, directory)
+    return kind
 
 
 def _export_clip(source: Path, record: Mapping[str, Any], directory: Path) -> None:
-    config = CLIPConfig(**record["config"])
+    config = build_config(CLIPConfig, record["config"], source)
     weights = _Outgoing(source)
     weights.add(clip_rules(config, "hf"))
     weights.write(directory / WEIGHTS_NAME)
@@ -173,7 +194,7 @@ def _added_token(name: str, i: int) -> dict[str, Any]:
 
 
 def _export_chameleon(source: Path, record: Mapping[str, Any], directory: Path) -> None:
-    config = ModelConfig(**record["config"])
+    config = build_config(ModelConfig, record["config"], source)
     if not (source / "source" / "vocabulary.json").exists():
         raise PortingError(
             f"{source} was not converted from Chameleon: transformers has no class for "
@@ -189,7 +210,7 @@ def _export_chameleon(source: Path, record: Mapping[str, Any], directory: Path) 
         np.array(orders["outputs"], np.int64),
     )
     image = read_config(source / "tokenizer" / "image")
-    vqgan = VQGANConfig(**image["config"])
+    vqgan = build_config(VQGANConfig, image["config"], source / "tokenizer")
     weights = _Outgoing(source / "model")
     weights.add(chameleon_rules(config, vocabulary, "hf"))
     encoder = [r for r in vqgan_rules(vqgan, "taming") if "decoder/" not in r.ours]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from racm3_jax.porting.pickles import TorchFile
+from racm3_jax.checkpoints import CheckpointError, read_object
 from racm3_jax.porting.tensors import (
     MergedTensors,
     PortingError,
+    RenamedTensors,
     SafetensorsFile,
     TensorSource,
+    without_prefix,
 )
+from racm3_jax.porting.torch_files import TorchFile
 
 HUB_PREFIX = "hub:"
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+_FIRST_OF_SEVERAL = "consolidated.00.pth"
 # Safetensors first: they hold nothing but tensors.
 _WEIGHT_NAMES = (
     "model.safetensors",
@@ -26,26 +30,91 @@ _WEIGHT_NAMES = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
     "consolidated.pth",
-    "consolidated.00.pth",
+    _FIRST_OF_SEVERAL,
 )
+# What wrappers put before every name, and what they put anywhere in it.
+_OUTER_WRAPPERS = ("module.", "model.")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _HUB_TEXT = ("*.json", "*.txt", "*.gz", "*.yaml")
 
 
-def open_tensors(path: str | os.PathLike[str]) -> TensorSource:
+def open_tensors(path: str | os.PathLike[str], part: str | None = None) -> TensorSource:
     """Opens a weights file, or the one weights file (or set of shards) of a folder.
+
+    Prefixes that wrappers put before all names (`module.`, `_orig_mod.`, `model.`) are
+    taken off.
+
+    Args:
+      path: of the file or the folder.
+      part: of a larger checkpoint, which weights: the keys under which they lie, joined
+        by dots, or a prefix of the names ("ema", "state_dict", "model.clip").
 
     Raises:
       FileNotFoundError: nothing at `path`.
       PortingError: no weights there, more than one candidate, or a damaged file.
     """
     path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; give a weights file, a folder or "
             f"{HUB_PREFIX}owner/name"
         )
+    file = _find_file(path) if path.is_dir() else path
+    if file.name.endswith(".index.json"):
+        source: TensorSource = _open_shards(file)
+    elif file.name == _FIRST_OF_SEVERAL:
+        parts = sorted(path.glob("consolidated.*.pth"))
+        source = MergedTensors(str(path), [TorchFile(p) for p in parts])
+    elif file.suffix in TORCH_SUFFIXES:
+        return _unwrap(TorchFile(file, part))
+    else:
+        source = _open_file(file)
+    if part is not None:
+        inner = without_prefix(source, f"{part}.")
+        if not inner.tensors:
+            heads = sorted({name.partition(".")[0] for name in source.tensors})
+            raise PortingError(
+                f"{path} has no weights under {part!r}: its names begin with "
+                f"{', '.join(heads[:5])}; give one of those as --part, or none"
+            )
+        source = inner
+    return _unwrap(source)
+
+
+def suggest_part(names: Iterable[str], first_names: Sequence[str]) -> str:
+    """The end of a sentence: under which prefix the wanted names are, if they are.
+
+    Args:
+      names: of a checkpoint.
+      first_names: by which a layout is known.
+    """
+    found = {
+        name.removesuffix(f".{first}")
+        for name in names
+        for first in first_names
+        if name.endswith(f".{first}")
+    }
+    if not found:
+        return ""
+    listed = " or ".join(f"--part={part}" for part in sorted(found)[:3])
+    return f"; such weights are inside it: give {listed}"
+
+
+def _unwrap(source: TensorSource) -> TensorSource:
+    names = {name: name for name in source.tensors}
+    for wrapper in _WRAPPERS:
+        shorter = {name.replace(wrapper, ""): old for name, old in names.items()}
+        if len(shorter) == len(names):  # else two names would become one
+            names = shorter
+    while prefix := next(
+        (p for p in _OUTER_WRAPPERS if names and all(n.startswith(p) for n in names)),
+        None,
+    ):
+        names = {name.removeprefix(prefix): old for name, old in names.items()}
+    return RenamedTensors(source, names)
+
+
+def _open_file(path: Path) -> TensorSource:
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in TORCH_SUFFIXES:
@@ -56,21 +125,19 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorSource:
     )
 
 
-def _open_folder(folder: Path) -> TensorSource:
+def _find_file(folder: Path) -> Path:
+    """The one weights file of a folder, or the index of its shards."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     indexes += sorted(folder.glob("*.bin.index.json"))
     if indexes:
-        return _open_shards(indexes[0])
+        return indexes[0]
     for name in _WEIGHT_NAMES:
         if (folder / name).exists():
-            if name == "consolidated.00.pth":
-                parts = sorted(folder.glob("consolidated.*.pth"))
-                return MergedTensors(str(folder), [TorchFile(p) for p in parts])
-            return open_tensors(folder / name)
+            return folder / name
     for suffix in (".safetensors", *TORCH_SUFFIXES):
         found = sorted(folder.glob(f"*{suffix}"))
         if len(found) == 1:
-            return open_tensors(found[0])
+            return found[0]
         if found:
             raise PortingError(
                 f"{folder} holds several weights files ("
@@ -91,7 +158,7 @@ def _open_shards(index: Path) -> MergedTensors:
             raise PortingError(
                 f"{index.parent} lacks the shard {name}: download it again"
             )
-        shards.append(open_tensors(index.parent / name))
+        shards.append(_open_file(index.parent / name))
     merged = MergedTensors(str(index.parent), shards)
     absent = sorted(set(weight_map) - set(merged.tensors))
     if absent:
@@ -109,7 +176,7 @@ def resolve_source(source: str) -> Path:
       PortingError: a wrong hub name, no huggingface_hub, or a failed download.
     """
     if not source.startswith(HUB_PREFIX):
-        return Path(source)
+        return Path(source).expanduser()
     name, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise PortingError(f"{source!r} is not {HUB_PREFIX}owner/name[@revision]")
@@ -146,7 +213,8 @@ def _fetch(hub: Any, name: str, revision: str | None) -> Path:
         weights = {p.name for pattern in patterns for p in folder.rglob(pattern)}
         # An interrupted download leaves a snapshot without some of its shards.
         for index in folder.rglob("*.safetensors.index.json") if local else ():
-            if not set(read_json(index).get("weight_map", {}).values()) <= weights:
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not set(listed.values()) <= weights:
                 return None
         return folder if weights else None
 
@@ -167,11 +235,8 @@ def read_json(path: Path) -> dict[str, Any]:
       PortingError: missing, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, "download it again")
     except FileNotFoundError:
         raise PortingError(f"{path} is missing: give the whole folder") from None
-    except ValueError as error:
-        raise PortingError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise PortingError(f"{path} is not a JSON object: download it again")
-    return value
+    except CheckpointError as error:
+        raise PortingError(str(error)) from None

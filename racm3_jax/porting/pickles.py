@@ -1,29 +1,25 @@
-"""What `torch.save` wrote, read without torch and without unpickling.
+"""Pickles of tensors, read without unpickling.
 
 A pickle is a program for a stack machine, and the standard machine runs any function
 that the program names. This one has no import and calls nothing: it builds dicts, lists,
-tuples, numbers and strings, knows the few names that stand for tensors, and refuses the
-file as soon as it wants anything else called, naming what that was. A class that is
-merely mentioned (Lightning keys its callbacks by class) stays an inert `Name`.
-
-    archive.zip   <root>/data.pkl     the program
-                  <root>/data/<key>   the bytes of each storage, not compressed
+tuples, numbers and strings, and knows the few names that stand for tensors. Anything
+else that a program wants called (Lightning's hyper-parameters hold a Namespace or a
+NumPy scalar) becomes an `Inert` note of its name: not called, not filled, not kept. A
+file that calls what acts on the machine is refused as a whole, by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickletools
-import zipfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from racm3_jax.porting.tensors import PortingError, TensorInfo
+from racm3_jax.porting.tensors import MAX_RANK, PortingError
 
 STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -37,8 +33,53 @@ STORAGE_DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-# Where frameworks put the weights inside what they save.
-_STATE_KEYS = ("state_dict", "model", "module", "params")
+# No checkpoint needs these: such a file was made to do harm where it is unpickled.
+_ACTING_MODULES = frozenset(
+    [
+        "os",
+        "posix",
+        "nt",
+        "subprocess",
+        "sys",
+        "shutil",
+        "pty",
+        "socket",
+        "importlib",
+        "runpy",
+        "ctypes",
+        "webbrowser",
+        "pickle",
+        "_pickle",
+        "cloudpickle",
+        "dill",
+        "joblib",
+        "marshal",
+        "timeit",
+        "pdb",
+        "asyncio",
+        "urllib",
+        "pip",
+        "commands",
+        "code",
+    ]
+)
+_ACTING_BUILTINS = frozenset(
+    [
+        "eval",
+        "exec",
+        "execfile",
+        "compile",
+        "open",
+        "__import__",
+        "setattr",
+        "delattr",
+        "apply",
+        "input",
+        "breakpoint",
+    ]
+)
+# Instructions, and items that are copied: a few repeated bytes can ask for gigabytes.
+_MAX_STEPS = 2_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +91,13 @@ class Name:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inert:
+    """What a pickle wanted called: nothing was, and its arguments are gone."""
+
+    what: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +119,7 @@ class PickledTensor:
     strides: tuple[int, ...]
 
 
-class _Script(dict[str, Any]):
+class Script(dict[str, Any]):
     """A TorchScript module (OpenAI's CLIP files): its attributes, none of its code."""
 
 
@@ -109,6 +157,7 @@ _LITERALS = frozenset(
         "BINBYTES",
         "SHORT_BINBYTES",
         "BINBYTES8",
+        "BYTEARRAY8",
         "UNICODE",
         "SHORT_BINUNICODE",
         "BINUNICODE",
@@ -128,105 +177,219 @@ def read_plain_pickle(content: bytes, where: str) -> Any:
       where: the file, for error messages.
 
     Raises:
-      PortingError: it wants something called that is no tensor or plain container, or
-        it is damaged.
+      PortingError: it wants something called that acts on the machine, is too long, or
+        is damaged.
     """
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    machine = _Machine(where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of damaged escapes
+        return _run(machine, content)
+
+
+def _run(machine: _Machine, content: bytes) -> Any:
+    where = machine.where
     try:
         for opcode, argument, _ in pickletools.genops(content):
-            name = opcode.name
-            if name in _LITERALS:
-                stack.append(argument)
-            elif name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            elif name in _EMPTY:
-                stack.append(_EMPTY[name]())
-            elif name in _GET:
-                stack.append(memo[int(argument)])  # pyright: ignore[reportArgumentType]
-            elif name in _PUT:
-                memo[int(argument)] = stack[-1]  # pyright: ignore[reportArgumentType]
-            elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif name == "STOP":
-                return stack.pop()
-            elif name not in ("PROTO", "FRAME"):
-                _build(name, argument, stack, where)
+            machine.spend(1)
+            if opcode.name == "STOP":
+                result = machine.stack.pop()
+                if isinstance(result, Inert):
+                    refuse(result.what, where)
+                return result
+            machine.step(opcode.name, argument)
     except PortingError:
         raise
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise PortingError(
             f"{where} is damaged or truncated ({error}): download it again"
         ) from None
     raise PortingError(f"{where} is truncated (no end): download it again")
 
 
-def _build(opcode: str, argument: Any, stack: list[Any], where: str) -> None:
-    """One step that joins what is on the stack."""
-    if opcode == "TUPLE":
-        stack.append(tuple(_pop_run(stack)))
-    elif opcode in _SHORT_TUPLES:
-        size = _SHORT_TUPLES[opcode]
-        items = tuple(stack[len(stack) - size :])
-        if len(items) != size:
-            raise ValueError("a tuple lacks its items")
-        del stack[len(stack) - size :]
-        stack.append(items)
-    elif opcode == "LIST":
-        stack.append(_pop_run(stack))
-    elif opcode == "DICT":
-        stack.append(_pairs(_pop_run(stack)))
-    elif opcode == "APPEND":
-        item = stack.pop()
-        _as(list, stack[-1]).append(item)
-    elif opcode == "APPENDS":
-        items = _pop_run(stack)
-        _as(list, stack[-1]).extend(items)
-    elif opcode == "ADDITEMS":
-        items = _pop_run(stack)
-        _as(set, stack[-1]).update(items)
-    elif opcode == "SETITEM":
-        value, key = stack.pop(), stack.pop()
-        _as(dict, stack[-1])[key] = value
-    elif opcode == "SETITEMS":
-        items = _pop_run(stack)
-        _as(dict, stack[-1]).update(_pairs(items))
-    elif opcode == "POP":
-        stack.pop()
-    elif opcode == "GLOBAL":
-        module, _, name = str(argument).partition(" ")
-        stack.append(Name(module, name))
-    elif opcode == "STACK_GLOBAL":
-        name, module = stack.pop(), stack.pop()
-        stack.append(Name(str(module), str(name)))
-    elif opcode == "BINPERSID":
-        stack.append(_read_storage(stack.pop()))
-    elif opcode == "REDUCE":
-        arguments, function = stack.pop(), stack.pop()
-        stack.append(_call(function, arguments, where))
-    elif opcode == "BUILD":
-        state, target = stack.pop(), stack[-1]
-        if isinstance(target, _Script):
-            target.update(_as(dict, state))
-        # An OrderedDict's attributes (`_metadata`) are not its items: dropped.
-        elif not isinstance(target, (dict, PickledTensor)):
-            _refuse(target, where)
-    elif opcode == "NEWOBJ":
-        kind = stack[-2]
-        if not isinstance(kind, Name) or not kind.module.startswith("__torch__"):
-            _refuse(kind, where)
-        stack[-2:] = [_Script()]
-    elif opcode == "NEWOBJ_EX":
-        _refuse(stack[-3], where)
-    elif opcode == "INST":
-        _refuse(str(argument).replace(" ", "."), where)
-    elif opcode == "OBJ":
-        _refuse(_pop_run(stack)[0], where)
-    else:
-        _refuse(f"the pickle instruction {opcode}", where)
+class _Machine:
+    """The stack and the memo of one program."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._num_steps = 0
+
+    def spend(self, number: int) -> None:
+        """Counts instructions, and items that are copied."""
+        self._num_steps += number
+        if self._num_steps > _MAX_STEPS:
+            raise PortingError(
+                f"{self.where} holds a program of more than {_MAX_STEPS:,} steps, more "
+                "than any checkpoint needs: use a safetensors file, or save its "
+                "state_dict alone"
+            )
+
+    def step(self, name: str, argument: Any) -> None:
+        """One instruction."""
+        stack = self.stack
+        if name in _LITERALS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in _GET:
+            stack.append(self._memo[int(argument)])
+        elif name in _PUT:
+            self._memo[int(argument)] = stack[-1]
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = stack[-1]
+        elif name == "POP":
+            stack.pop()
+        elif name == "POP_MARK":
+            self._pop_run()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "GLOBAL":
+            module, _, attribute = str(argument).partition(" ")
+            stack.append(Name(module, attribute))
+        elif name == "STACK_GLOBAL":
+            attribute, module = stack.pop(), stack.pop()
+            stack.append(Name(str(module), str(attribute)))
+        elif name == "BINPERSID":
+            stack.append(_read_storage(stack.pop()))
+        elif name not in ("PROTO", "FRAME") and not self._join(name):
+            self._make(name, argument)
+
+    def _join(self, opcode: str) -> bool:
+        """Puts items into a container; whether this was such an instruction."""
+        stack = self.stack
+        if opcode == "TUPLE":
+            stack.append(tuple(self._pop_run()))
+        elif opcode in _SHORT_TUPLES:
+            size = _SHORT_TUPLES[opcode]
+            items = tuple(stack[len(stack) - size :])
+            if len(items) != size:
+                raise ValueError("a tuple lacks its items")
+            del stack[len(stack) - size :]
+            stack.append(items)
+        elif opcode == "LIST":
+            stack.append(self._pop_run())
+        elif opcode == "DICT":
+            stack.append(_pairs(self._pop_run()))
+        elif opcode in ("APPEND", "APPENDS"):
+            items = self._pop_run() if opcode == "APPENDS" else [stack.pop()]
+            self._target(list).extend(items)
+        elif opcode == "ADDITEMS":
+            items = self._pop_run()
+            self._target(set).update(map(_key, items))
+        elif opcode == "FROZENSET":
+            stack.append(frozenset(map(_key, self._pop_run())))
+        elif opcode in ("SETITEM", "SETITEMS"):
+            items = self._pop_run() if opcode == "SETITEMS" else [stack.pop(-2)]
+            if opcode == "SETITEM":
+                items.append(stack.pop())
+            self._target(dict).update(_pairs(items))
+        else:
+            return False
+        return True
+
+    def _make(self, opcode: str, argument: Any) -> None:
+        """Makes an object of a named class or function, or a note instead of it."""
+        stack = self.stack
+        if opcode == "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(self._call(function, arguments))
+        elif opcode == "BUILD":
+            state, target = stack.pop(), stack[-1]
+            if isinstance(target, Script):
+                if type(state) is not dict:
+                    raise TypeError(f"a module of a {type(state).__name__}")
+                target.update(state)
+            # An OrderedDict's attributes (`_metadata`) are not its items: dropped.
+            elif not isinstance(target, (dict, PickledTensor, Inert)):
+                refuse(target, self.where)
+        elif opcode == "NEWOBJ":
+            _, kind = stack.pop(), stack.pop()
+            if isinstance(kind, Name) and kind.module.startswith("__torch__"):
+                stack.append(Script())
+            else:
+                stack.append(self._leave(kind))
+        elif opcode == "NEWOBJ_EX":
+            kind = stack[-3]
+            stack[-3:] = [self._leave(kind)]
+        elif opcode == "INST":
+            self._pop_run()
+            module, _, attribute = str(argument).partition(" ")
+            stack.append(self._leave(Name(module, attribute)))
+        elif opcode == "OBJ":
+            stack.append(self._leave(self._pop_run()[0]))
+        else:
+            refuse(f"the pickle instruction {opcode}", self.where)
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """The few functions that stand for data."""
+        known = str(function) if isinstance(function, Name) else ""
+        if known in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+            storage, offset, shape, strides = arguments[:4]
+            self.spend(len(shape) + len(strides))
+            return _make_tensor(storage, offset, tuple(shape), tuple(strides))
+        if known in (
+            "torch._utils._rebuild_parameter",
+            "torch._utils._rebuild_parameter_with_state",
+        ):
+            return arguments[0]
+        if known == "collections.OrderedDict":
+            self.spend(sum(map(len, arguments)))
+            items = arguments[0] if arguments else {}
+            if type(items) is dict:
+                return dict(items)
+            return {_key(key): value for key, value in items}
+        if known == "torch.Size":
+            self.spend(len(arguments[0]))
+            return tuple(arguments[0])
+        return self._leave(function)
+
+    def _leave(self, function: Any) -> Inert:
+        """A note of what would have been called."""
+        if isinstance(function, Inert):
+            return function
+        if not isinstance(function, Name):
+            raise TypeError(f"a {type(function).__name__} cannot be called")
+        root = function.module.partition(".")[0]
+        builtin = root in ("builtins", "__builtin__", "__builtins__")
+        if root in _ACTING_MODULES or (builtin and function.name in _ACTING_BUILTINS):
+            refuse(function, self.where)
+        return Inert(str(function))
+
+    def _target(self, kind: type) -> Any:
+        """The container that is filled; what is left inert takes anything."""
+        target = self.stack[-1]
+        if isinstance(target, Inert):
+            return kind()
+        if type(target) is not kind:
+            raise TypeError(f"items for a {kind.__name__}: {type(target).__name__}")
+        return target
+
+    def _pop_run(self) -> list[Any]:
+        """Items above the last mark, which goes too."""
+        stack = self.stack
+        start = len(stack) - 1
+        while start >= 0 and not isinstance(stack[start], _Mark):
+            start -= 1
+        if start < 0:
+            raise ValueError("items without a mark")
+        items = stack[start + 1 :]
+        del stack[start:]
+        return items
 
 
-def _refuse(wanted: Any, where: str) -> None:
+def refuse(wanted: Any, where: str) -> None:
+    """Raises the error that names what a file asks for."""
     raise PortingError(
         f"{where} asks for {wanted}, which is neither a tensor nor a plain container: "
         "such a file runs code where it is unpickled, so it is refused; use a "
@@ -234,171 +397,41 @@ def _refuse(wanted: Any, where: str) -> None:
     )
 
 
-def _call(function: Any, arguments: Any, where: str) -> Any:
-    """The few functions that stand for data."""
-    known = str(function) if isinstance(function, Name) else ""
-    if known in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-        storage, offset, shape, strides = arguments[:4]
-        return _make_tensor(storage, offset, tuple(shape), tuple(strides))
-    if known in (
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-    ):
-        return arguments[0]
-    if known == "collections.OrderedDict":
-        return dict(*arguments)
-    if known == "torch.Size":
-        return tuple(arguments[0])
-    _refuse(function, where)
-
-
-def _read_storage(identity: Any) -> Storage:
+def _read_storage(identity: Any) -> Storage | Inert:
     kind, dtype, key, _, num_elements = identity
     if kind != "storage" or not isinstance(dtype, Name):
-        raise ValueError(f"unknown kind of record {kind!r}")
-    return Storage(STORAGE_DTYPES[dtype.name], str(key), int(num_elements))
+        raise ValueError("an unknown kind of record")
+    if not isinstance(key, str) or type(num_elements) is not int or num_elements < 0:
+        raise ValueError("a storage without key or size")
+    if dtype.name not in STORAGE_DTYPES:
+        return Inert(str(dtype))
+    return Storage(STORAGE_DTYPES[dtype.name], key, num_elements)
 
 
 def _make_tensor(
-    storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> PickledTensor:
+    storage: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> PickledTensor | Inert:
+    if isinstance(storage, Inert):
+        return storage
     if not isinstance(storage, Storage) or len(shape) != len(strides):
         raise ValueError("a tensor without storage or strides")
-    if min((offset, *shape, *strides), default=0) < 0:
-        raise ValueError("a negative size, offset or stride")
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"a tensor of {len(shape)} axes")
+    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
+        raise ValueError("a size, offset or stride that is no number from 0 up")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if 0 not in shape and last >= storage.num_elements:
         raise ValueError("a tensor that reaches past its storage")
     return PickledTensor(storage, offset, shape, strides)
 
 
-def _as(kind: type, value: Any) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"items for a {kind.__name__}, but it is a {type(value)}")
-    return value
-
-
-def _pop_run(stack: list[Any]) -> list[Any]:
-    """Items above the last mark, which goes too."""
-    start = len(stack) - 1
-    while not isinstance(stack[start], _Mark):
-        start -= 1
-        if start < 0:
-            raise ValueError("items without a mark")
-    items = stack[start + 1 :]
-    del stack[start:]
-    return items
-
-
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    return dict(zip(items[::2], items[1::2], strict=True))
+    return dict(zip(map(_key, items[::2]), items[1::2], strict=True))
 
 
-class TorchFile:
-    """A `.pt`, `.pth`, `.ckpt` or `.bin` file, as a source of tensors.
-
-    Args:
-      path: of the file.
-
-    Raises:
-      PortingError: not torch's zip form, damaged, or holding more than data.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.where = str(path)
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                entries = {entry.filename: entry for entry in archive.infolist()}
-                programs = [n for n in entries if n.rpartition("/")[2] == "data.pkl"]
-                if len(programs) != 1:
-                    raise zipfile.BadZipFile("no data.pkl")
-                self._root = programs[0].removesuffix("data.pkl")
-                order = entries.get(f"{self._root}byteorder")
-                if order is not None and archive.read(order) != b"little":
-                    raise PortingError(f"{path} is big-endian: save it on another host")
-                content = archive.read(programs[0])
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise PortingError(
-                f"{path} is truncated or not a zip file as torch >= 1.6 writes it "
-                f"({error}): download it again, or give a safetensors file"
-            ) from None
-        pickled = read_plain_pickle(content, self.where)
-        self._pickled = find_state_dict(pickled, self.where)
-        self._check_storages(entries)
-        self.tensors = {
-            name: TensorInfo(t.shape, t.storage.dtype)
-            for name, t in self._pickled.items()
-        }
-
-    def _check_storages(self, entries: Mapping[str, zipfile.ZipInfo]) -> None:
-        for name, tensor in self._pickled.items():
-            storage = tensor.storage
-            entry = entries.get(f"{self._root}data/{storage.key}")
-            expected = storage.num_elements * storage.dtype.itemsize
-            found = -1 if entry is None else entry.file_size
-            # A compressed entry could unpack to any size; torch never compresses.
-            if entry is None or found < expected or entry.compress_type:
-                raise PortingError(
-                    f"{self.where} is truncated or damaged: {name} needs {expected} "
-                    f"stored bytes and has {max(found, 0)}; download it again"
-                )
-
-    def read(self, name: str) -> np.ndarray:
-        tensor = self._pickled[name]
-        dtype = tensor.storage.dtype
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                content = archive.read(f"{self._root}data/{tensor.storage.key}")
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise PortingError(
-                f"{name} of {self.where} is damaged ({error}): download it again"
-            ) from None
-        return np.lib.stride_tricks.as_strided(
-            np.frombuffer(content, dtype)[tensor.offset :],
-            tensor.shape,
-            tuple(stride * dtype.itemsize for stride in tensor.strides),
-            writeable=False,
-        )
-
-
-def find_state_dict(value: Any, where: str) -> dict[str, PickledTensor]:
-    """The tensors by name, wherever the saving framework put them.
-
-    Raises:
-      PortingError: there are none.
-    """
-    for _ in range(3):
-        if not isinstance(value, dict):
-            break
-        if isinstance(value, _Script):
-            return _flatten_script(value)
-        tensors = {
-            key: item
-            for key, item in value.items()
-            if isinstance(key, str) and isinstance(item, PickledTensor)
-        }
-        inner = [k for k in _STATE_KEYS if isinstance(value.get(k), dict)]
-        if inner:
-            value = value[inner[0]]
-            continue
-        if tensors:
-            if all(name.startswith("module.") for name in tensors):
-                return {n.removeprefix("module."): t for n, t in tensors.items()}
-            return tensors
-        break
-    raise PortingError(
-        f"{where} holds no named tensors: save the model's state_dict, not another part"
-    )
-
-
-def _flatten_script(module: _Script, prefix: str = "") -> dict[str, PickledTensor]:
-    tensors = {}
-    for name, item in module.items():
-        if isinstance(item, PickledTensor):
-            tensors[prefix + name] = item
-        elif isinstance(item, _Script):
-            tensors.update(_flatten_script(item, f"{prefix}{name}."))
-    return tensors
+def _key(value: Any) -> Any:
+    """A key of a dict or an item of a set; hashing goes down into nested tuples."""
+    items = value if type(value) is tuple else (value,)
+    if any(type(item) in (tuple, frozenset) for item in items):
+        raise ValueError("a key of nested tuples")
+    return value

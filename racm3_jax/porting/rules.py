@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -148,9 +148,28 @@ def parameter_shapes(init: Callable[[Any], Any]) -> dict[str, tuple[int, ...]]:
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the highest number that the group of `pattern` finds; 0 for none."""
+    """One more than the highest number that the group of `pattern` finds; 0 for none.
+
+    Raises:
+      PortingError: there are fewer names than such numbers.
+    """
+    names = list(names)
     found = (re.match(pattern, name) for name in names)
-    return 1 + max((int(m.group(1)) for m in found if m), default=-1)
+    number = 1 + max((int(m.group(1)) for m in found if m), default=-1)
+    check_count(number, names, f"names like {pattern} go up to {number - 1}")
+    return number
+
+
+def check_count(number: int, names: Collection[str], what: str) -> None:
+    """Refuses to make more layers than a checkpoint has tensors.
+
+    Raises:
+      PortingError: `what`, but there are fewer tensors.
+    """
+    if number > len(names):
+        raise PortingError(
+            f"{what}, but the checkpoint has only {len(names)} tensors: it is damaged"
+        )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:

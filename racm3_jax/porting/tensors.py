@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from racm3_jax.checkpoints.weights import SAFETENSORS_DTYPES
 
-# A header is names and shapes; the format's own readers stop at this size too.
-_MAX_HEADER_BYTES = 100_000_000
+# A header is names and shapes; 32 MB are those of 200,000 tensors.
+_MAX_HEADER_BYTES = 32_000_000
 _FINITE_CHUNK = 1 << 22
+_MAX_SIZE = 1 << 48
+MAX_RANK = 8
 
 
 class PortingError(ValueError):
     """Foreign weights that cannot be used; says what was found and what mends it."""
+
+
+@contextlib.contextmanager
+def foreign_settings(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what wrong types in another project's settings raise into one sentence."""
+    try:
+        yield
+    except (PortingError, FileNotFoundError):
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
+        raise PortingError(
+            f"the settings of {where} are damaged or of another kind of model ({e}): "
+            "download it again"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,28 +96,41 @@ class SafetensorsFile:
         self._data_start = 8 + length
         self._offsets: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        end = 0
         try:
-            for name, entry in json.loads(header).items():
-                if name == "__metadata__":
-                    continue
-                dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-                info = TensorInfo(tuple(map(int, entry["shape"])), dtype)
-                start, stop = entry["data_offsets"]
-                if min((start, *info.shape)) < 0 or stop - start != info.num_bytes:
-                    raise ValueError(f"the extent of {name} does not fit its shape")
-                self.tensors[name], self._offsets[name] = info, start
-                end = max(end, stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = json.loads(header, object_pairs_hook=_unique)
+            entries.pop("__metadata__", None)
+            for name, entry in entries.items():
+                self.tensors[name], self._offsets[name] = _read_entry(name, entry)
+            end = self._check_extents()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise PortingError(
                 f"the header of {path} is damaged or of an unknown dtype ({error}): "
                 "download it again"
             ) from None
-        if self._data_start + end > num_bytes:
+        except RecursionError:
             raise PortingError(
-                f"{path} is truncated: its header promises {self._data_start + end} "
-                f"bytes and it has {num_bytes}; download it again"
+                f"the header of {path} is damaged (nested too deeply): download it again"
+            ) from None
+        if self._data_start + end != num_bytes:
+            raise PortingError(
+                f"{path} is truncated or damaged: its header promises "
+                f"{self._data_start + end} bytes and it has {num_bytes}; download it "
+                "again"
             )
+
+    def _check_extents(self) -> int:
+        """Tensors lie one after another; returns where the last one ends."""
+        end = 0
+        for name in sorted(self._offsets, key=self._extent):
+            start, stop = self._extent(name)
+            if start != end:
+                raise ValueError(f"{name} overlaps another tensor, or leaves a gap")
+            end = stop
+        return end
+
+    def _extent(self, name: str) -> tuple[int, int]:
+        start = self._offsets[name]
+        return start, start + self.tensors[name].num_bytes
 
     def read(self, name: str) -> np.ndarray:
         info = self.tensors[name]
@@ -111,6 +141,27 @@ class SafetensorsFile:
             offset=self._data_start + self._offsets[name],
         )
         return content.view(info.dtype).reshape(info.shape)
+
+
+def _read_entry(name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo, int]:
+    shape, (start, stop) = entry["shape"], entry["data_offsets"]
+    if any(
+        type(n) is not int or not 0 <= n <= _MAX_SIZE for n in (start, stop, *shape)
+    ):
+        raise ValueError(f"{name} has a size or an offset that cannot be")
+    if len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) > _MAX_SIZE:
+        raise ValueError(f"{name} has a shape that cannot be")
+    info = TensorInfo(tuple(shape), SAFETENSORS_DTYPES[entry["dtype"]])
+    if stop - start != info.num_bytes:
+        raise ValueError(f"the extent of {name} does not fit its shape")
+    return info, start
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
 
 class MergedTensors:
@@ -152,7 +203,8 @@ class RenamedTensors:
     def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
         self.where = source.where
         self._source, self._names = source, names
-        self.tensors = {new: source.tensors[old] for new, old in names.items()}
+        tensors = source.tensors
+        self.tensors = {new: tensors[old] for new, old in names.items()}
 
     def read(self, name: str) -> np.ndarray:
         return self._source.read(self._names[name])

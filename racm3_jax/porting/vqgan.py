@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from racm3_jax.porting.files import open_tensors, read_json
+from racm3_jax.porting.files import open_tensors, read_json, suggest_part
 from racm3_jax.porting.rules import (
     CONV,
     POINTWISE,
@@ -27,8 +27,8 @@ from racm3_jax.porting.rules import (
     norm,
     parameter_shapes,
 )
-from racm3_jax.porting.tensors import PortingError, TensorSource
-from racm3_jax.porting.writing import convert_weights, new_folder, write_origin
+from racm3_jax.porting.tensors import PortingError, TensorSource, foreign_settings
+from racm3_jax.porting.writing import convert_weights, converted_folder
 from racm3_jax.tokenizers.image import KIND
 from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -36,6 +36,10 @@ Layout = Literal["taming", "diffusers"]
 LAYOUT_NAMES = {"taming": "taming VQGAN", "diffusers": "diffusers VQModel"}
 # What taming's training kept beside the network.
 _IGNORED = (r"loss\..*", r"model_ema\..*", "colorize", r"quantize\.(used|re_embed)")
+_FIRST_NAMES = (
+    "encoder.down.0.block.0.conv1.weight",
+    "encoder.down_blocks.0.resnets.0.conv1.weight",
+)
 _NORM_GROUPS = 32
 
 
@@ -45,6 +49,8 @@ def convert_vqgan(
     *,
     image_size: int | None = None,
     licence: str = "",
+    part: str | None = None,
+    overwrite: bool = False,
 ) -> VQGANConfig:
     """Converts public VQGAN weights into what `ImageTokenizer.load` opens.
 
@@ -53,26 +59,32 @@ def convert_vqgan(
       out: new folder: `model.safetensors`, `config.json`, manifest.
       image_size: pixels a side; None takes the config's `sample_size`, or 256.
       licence: what the weights' model card says, for the manifest.
+      part: of a larger checkpoint, which weights: see `files.open_tensors`.
+      overwrite: `out` may be a VQGAN's folder, which is replaced.
 
     Returns:
       The sizes that were found.
 
     Raises:
       PortingError: names everything that does not fit; nothing is written.
+      FileExistsError: something is at `out`.
     """
     path = Path(source)
-    tensors = open_tensors(path)
+    tensors = open_tensors(path, part)
     folder = path if path.is_dir() else path.parent
-    layout = detect_layout(tensors)
-    config = read_vqgan_config(tensors, layout, folder, image_size)
-    rules = vqgan_rules(config, layout)
+    with foreign_settings(path):
+        layout = detect_layout(tensors)
+        config = read_vqgan_config(tensors, layout, folder, image_size)
+        rules = vqgan_rules(config, layout)
     check_names(rules, tensors, LAYOUT_NAMES[layout], _IGNORED)
-    with new_folder(out) as directory:
+    facts = {
+        "source": path.name,
+        "part": part,
+        "layout": LAYOUT_NAMES[layout],
+        "licence": licence,
+    }
+    with converted_folder(out, KIND, facts, overwrite=overwrite) as directory:
         write_vqgan(directory, tensors, rules, config)
-        write_origin(
-            directory,
-            {"source": path.name, "layout": LAYOUT_NAMES[layout], "licence": licence},
-        )
     return config
 
 
@@ -102,13 +114,14 @@ def detect_layout(source: TensorSource) -> Layout:
             f"{source.where} has an encoder but no decoder (Hugging Face's Chameleon "
             "lacks it): give the original image tokenizer, vqgan.ckpt"
         )
-    if "encoder.down.0.block.0.conv1.weight" in names:
+    taming, diffusers = _FIRST_NAMES
+    if taming in names:
         return "taming"
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in names:
+    if diffusers in names:
         return "diffusers"
     raise PortingError(
         f"{source.where} is no VQGAN of taming's or diffusers' form: it holds "
-        f"{', '.join(sorted(names)[:3])}"
+        f"{', '.join(sorted(names)[:3])}{suggest_part(names, _FIRST_NAMES)}"
     )
 
 

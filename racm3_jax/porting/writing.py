@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,8 @@ from typing import Any
 import numpy as np
 
 import racm3_jax
-from racm3_jax.checkpoints import CONFIG_NAME, WEIGHTS_NAME
-from racm3_jax.checkpoints.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    write_aside,
-    write_manifest,
-)
+from racm3_jax import storage
+from racm3_jax.checkpoints import WEIGHTS_NAME, sealed_folder, write_config
 from racm3_jax.checkpoints.weights import SAFETENSORS_DTYPES
 from racm3_jax.porting.rules import Rule
 from racm3_jax.porting.tensors import (
@@ -35,25 +30,29 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @contextlib.contextmanager
-def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill, which is renamed to `out` at the end, and removed on failure.
+def converted_folder(
+    out: str | os.PathLike[str],
+    kind: str,
+    facts: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> Iterator[Path]:
+    """A folder to fill, which appears at `out` whole and sealed, or not at all.
+
+    Args:
+      out: new or empty; see `overwrite`.
+      kind: what it holds.
+      facts: source, layout, licence and whether it was acknowledged, for the manifest.
+      overwrite: take the place of a folder of the same kind.
 
     Raises:
-      PortingError: `out` is there already and not an empty folder.
+      FileExistsError: `out` is there already.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PortingError(f"{out} exists and is not empty: choose another OUT")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.parent / f".{out.name}.{os.getpid()}.partial"
-    aside.mkdir()
-    try:
-        yield aside
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    origin = {"converted_by": f"racm3_jax {racm3_jax.__version__}", **facts}
+    with sealed_folder(
+        out, kind, overwrite=overwrite, facts={"origin": origin}
+    ) as folder:
+        yield folder
 
 
 def convert_weights(
@@ -105,17 +104,15 @@ def convert_weights(
 
     directory.mkdir(parents=True, exist_ok=True)
     fingerprint = write_safetensors(directory / WEIGHTS_NAME, plan, make)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        "config": dict(config),
-        "extra": dict(extra or {}),
-        "storage_dtype": halves[0] if len(halves) == 1 else None,
-        "num_parameters": sum(int(np.prod(info.shape)) for info in plan.values()),
-        "fingerprint": fingerprint,
-    }
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    write_aside(directory / CONFIG_NAME, text.encode())
+    write_config(
+        directory,
+        kind=kind,
+        config=config,
+        extra=extra,
+        storage_dtype=halves[0] if len(halves) == 1 else None,
+        num_parameters=sum(math.prod(info.shape) for info in plan.values()),
+        fingerprint=fingerprint,
+    )
 
 
 def write_safetensors(
@@ -127,7 +124,7 @@ def write_safetensors(
     """Streams tensors into a file, in the order of their names.
 
     Args:
-      path: written aside and renamed.
+      path: of the file, which appears whole.
       plan: shape and dtype of every tensor.
       make: gives the tensor of a name; it is cast to the planned dtype.
       metadata: strings for the header.
@@ -151,43 +148,22 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in sorted(plan):
-                info = plan[name]
-                array = make(name)
-                if array.shape != info.shape:
-                    raise PortingError(
-                        f"{name} came out as {list(array.shape)}, not "
-                        f"{list(info.shape)}: the checkpoint is of another model"
-                    )
-                array = np.asarray(array, info.dtype, order="C")
-                shape = ",".join(map(str, info.shape))
-                digest.update(f"{name}\0{info.dtype.name}\0{shape}\0".encode())
-                content = array.reshape(-1).view(np.uint8).data
-                del array
-                digest.update(content)
-                file.write(content)
-                del content
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with storage.replacing(path) as partial, open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(plan):
+            info = plan[name]
+            array = make(name)
+            if array.shape != info.shape:
+                raise PortingError(
+                    f"{name} came out as {list(array.shape)}, not {list(info.shape)}: "
+                    "the checkpoint is of another model"
+                )
+            array = np.asarray(array, info.dtype, order="C")
+            shape = ",".join(map(str, info.shape))
+            digest.update(f"{name}\0{info.dtype.name}\0{shape}\0".encode())
+            content = array.reshape(-1).view(np.uint8).data
+            del array
+            digest.update(content)
+            file.write(content)
+            del content
     return digest.hexdigest()
-
-
-def write_origin(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Writes the sha256 manifest of a converted folder, with where it came from.
-
-    Args:
-      directory: holds everything else already.
-      facts: source, layout, licence and whether it was acknowledged.
-    """
-    write_manifest(directory)
-    path = directory / MANIFEST_NAME
-    record = json.loads(path.read_text())
-    record["origin"] = {"converted_by": f"racm3_jax {racm3_jax.__version__}", **facts}
-    write_aside(path, json.dumps(record, indent=1).encode())

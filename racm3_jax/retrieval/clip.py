@@ -289,8 +289,10 @@ class TextEncoder(Protocol):
         """Number of ids; all are below it."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> Sequence[Any]:
-        """One array of ids for each text."""
+    def encode_batch(
+        self, texts: Sequence[str], max_length: int | None = None
+    ) -> Sequence[Any]:
+        """One array of ids for each text, or its first `max_length` ids."""
         ...
 
 
@@ -329,8 +331,9 @@ class CLIPTokenizer:
         """
         start, end = self.vocab_size - 2, self.vocab_size - 1
         rows = np.zeros((len(texts), self.context_length), np.int32)
-        for row, encoded in zip(rows, self.text.encode_batch(list(texts)), strict=True):
-            ids = np.asarray(encoded, np.int32)[: self.context_length - 2]
+        heads = self.text.encode_batch(list(texts), self.context_length - 2)
+        for row, encoded in zip(rows, heads, strict=True):
+            ids = np.asarray(encoded, np.int32)
             if drop > 0:
                 ids = drop_tokens(ids, drop, rng)
             row[0] = start

@@ -35,6 +35,7 @@ from racm3_jax.retrieval.clip_images import fit_image
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.types import Document
 
+KIND = "clip"
 TOKENIZER_NAME = "tokenizer.json"
 
 # Text rows are cut to a multiple of this many ids: few compiled shapes, little padding.
@@ -179,21 +180,25 @@ class DocumentEmbedder:
         return digest.hexdigest()[:16]
 
     def save(self, directory: str | os.PathLike[str], dtype: str | None = None) -> None:
-        """Writes weights, config and text tokenizer.
+        """Writes weights, config and text tokenizer into a folder of their own.
 
         Args:
-          directory: created when missing.
+          directory: created when missing; takes the place of another CLIP's.
           dtype: "float16" halves the file. The loaded embedder then differs slightly
             from this one, in its fingerprint too: build memories with the loaded one.
+
+        Raises:
+          FileExistsError: `directory` holds something else.
         """
-        checkpoints.save_weights(
-            directory,
-            jax.device_get(self.params),
-            kind="clip",
-            config=dataclasses.asdict(self.config),
-            dtype=dtype,
-        )
-        self.text_tokenizer.save(Path(directory) / TOKENIZER_NAME)
+        with checkpoints.weights_folder(directory, KIND) as folder:
+            checkpoints.write_weights(
+                folder,
+                jax.device_get(self.params),
+                kind=KIND,
+                config=dataclasses.asdict(self.config),
+                dtype=dtype,
+            )
+            self.text_tokenizer.save(folder / TOKENIZER_NAME)
 
     @classmethod
     def load(
@@ -204,9 +209,11 @@ class DocumentEmbedder:
         Raises:
           CheckpointError: a missing or damaged directory, or another kind of model.
         """
-        params, fields, _ = checkpoints.load_weights(directory, "clip")
-        tokenizer = TextTokenizer.load(Path(directory) / TOKENIZER_NAME)
-        return cls(CLIPConfig(**fields), params, tokenizer, batch_size)
+        directory = Path(directory)
+        params, fields, _ = checkpoints.load_weights(directory, KIND)
+        tokenizer = TextTokenizer.load(directory / TOKENIZER_NAME)
+        config = checkpoints.build_config(CLIPConfig, fields, directory)
+        return cls(config, params, tokenizer, batch_size)
 
     def _embed(
         self, encode: Callable[..., Array], *columns: np.ndarray

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from racm3_jax import checkpoints, storage
 from racm3_jax.tokenizers.clean_text import clean_text
 
 NUM_BYTES = 256
+_MAX_FILE_BYTES = 50_000_000
+_SPACES = re.compile(r"(?<=\S)\s")
 
 
 class TextTokenizer:
@@ -54,8 +58,17 @@ class TextTokenizer:
                 f"the text tokenizer lacks {len(missing)} of the {NUM_BYTES} bytes; a "
                 "byte-level BPE with its whole alphabet is needed"
             )
+        vocab = tokenizer.get_vocab()
+        ids = vocab.values()
+        if sorted(ids) != list(range(len(ids))):
+            raise ValueError(
+                f"the text tokenizer has {len(ids)} tokens, but their ids are not each "
+                f"of 0..{len(ids) - 1} once (the highest is {max(ids)}): other ids would "
+                "be taken for images"
+            )
         self._tokenizer = tokenizer
         self._cleans = bool(getattr(tokenizer.model, "end_of_word_suffix", None))
+        self._longest = max(map(len, vocab))
         self.vocab_size: int = tokenizer.get_vocab_size()
 
     @classmethod
@@ -90,13 +103,20 @@ class TextTokenizer:
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: it is not a byte-level BPE without control tokens.
+          ValueError: it is not a byte-level BPE without control tokens, or differs from
+            the manifest beside it.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist; give a tokenizer.json written by "
                 "TextTokenizer.save"
+            )
+        checkpoints.verify_file(path)
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(
+                f"{path} has {path.stat().st_size:,} bytes; a tokenizer.json of at most "
+                f"{_MAX_FILE_BYTES:,} is read"
             )
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -109,18 +129,52 @@ class TextTokenizer:
         """Writes `tokenizer.json`; the directory is made if need be."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        aside.replace(path)
+        storage.write_file(path, self._tokenizer.to_str(pretty=True).encode())
 
     def encode(self, text: str) -> Int32[np.ndarray, " length"]:
         """The ids of a string; unpaired surrogates become `?`."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " length"]]:
-        """The ids of each string, on all cores."""
-        if self._cleans:
-            texts = [clean_text(text) for text in texts]
+    def encode_batch(
+        self, texts: Sequence[str], max_length: int | None = None
+    ) -> list[Int32[np.ndarray, " length"]]:
+        """The ids of each string, on all cores.
+
+        Args:
+          texts: any strings.
+          max_length: only so many ids of each are wanted. They are the first of the whole
+            text's, at the cost of a short one.
+        """
+        if max_length is None:
+            return self._encode(
+                [clean_text(t) for t in texts] if self._cleans else texts
+            )
+        window = 2 * max_length * self._longest
+        heads = [self._cut(text, window) for text in texts]
+        rows = self._encode(heads)
+        for i, text in enumerate(texts):
+            wider = window
+            while len(rows[i]) < max_length and len(text) > wider:
+                wider *= 8  # white space and escapes have few ids
+                rows[i] = self._encode([self._cut(text, wider)])[0]
+        return [row[:max_length] for row in rows]
+
+    def _cut(self, text: str, length: int) -> str:
+        """The beginning of a text as it is encoded, cut between words if it can be.
+
+        A word that is cut changes its last ids only, and no id stands for more than
+        `_longest` characters: half of `length` is margin.
+        """
+        end = len(text)
+        if end > length:
+            spaces = [m.start() for m in _SPACES.finditer(text, length // 2, length)]
+            end = spaces[-1] if spaces else length
+        if not self._cleans:
+            return text[:end]
+        line_end = text.find("\n", end)
+        return clean_text(text[:end], text[end : line_end if line_end >= 0 else None])
+
+    def _encode(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " length"]]:
         valid = [t.encode("utf-8", "replace").decode("utf-8") for t in texts]
         encodings = self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encodings]

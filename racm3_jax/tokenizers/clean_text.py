@@ -13,6 +13,11 @@ import re
 import unicodedata
 
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+# Ampersands that were escaped again and again: &amp;amp;amp;
+_AMPERSAND = re.compile("&(?:(?:amp|AMP|#0{0,20}38|#[xX]0{0,20}26);)+")
+# Python refuses to read numbers of thousands of digits.
+_ZEROS = re.compile("(&#)0{20,}(?=[0-9])|(&#[xX])0{20,}(?=[0-9a-fA-F])")
+_LONG_NUMBER = re.compile("(&#(?:[0-9]{20}|[xX][0-9a-fA-F]{20}))[0-9a-fA-F]+")
 _TERMINAL_ESCAPE = re.compile("\033\\[[\\d;]*[a-zA-Z]")
 _LINE_BREAK = re.compile("\r\n|[\r\u2028\u2029\x85]")
 _C1_CONTROL = re.compile("[\x80-\x9f]")
@@ -45,29 +50,45 @@ def _character_table() -> dict[int, str | None]:
 
 
 _CHARACTERS = _character_table()
+# Real texts need two or three.
+_MAX_REPAIRS = 32
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, rest: str = "") -> str:
     """The text whose words CLIP's BPE encodes.
 
     "Caf&eacute;  “ﬁne”\\n"  ->  'café "fine"'
+
+    Args:
+      text: any string.
+      rest: what followed it in its last line, where it was cut.
     """
-    lines, unescapes = [], True
-    for line in text.split("\n"):
+    cleaned, unescapes = [], True
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
         # Without a tag in it so far, a text with entities is taken for escaped.
         unescapes = unescapes and "<" not in line
-        lines.append(_repair(line, unescapes))
-    text = "\n".join(lines)
-    text = html.unescape(html.unescape(text)).strip()
+        if i == len(lines) - 1:
+            unescapes = unescapes and "<" not in rest
+        cleaned.append(_repair(line, unescapes))
+    text = _unescape(_unescape("\n".join(cleaned))).strip()
     return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def _unescape(text: str) -> str:
+    """`html.unescape`, for numbers of any length."""
+    if "&#" in text:
+        text = _ZEROS.sub(lambda match: match.group(1) or match.group(2), text)
+        text = _LONG_NUMBER.sub(r"\1", text)
+    return html.unescape(text)
 
 
 def _repair(line: str, unescapes: bool) -> str:
     """Repairs until nothing changes: one repair can uncover another."""
-    before = None
-    while line != before:
+    for _ in range(_MAX_REPAIRS):
         before = line
         if unescapes:
+            line = _AMPERSAND.sub("&", line)
             line = _ENTITY.sub(_unescape_one, line)
         line = _TERMINAL_ESCAPE.sub("", line)
         line = _C1_CONTROL.sub(_from_windows, line)
@@ -76,6 +97,8 @@ def _repair(line: str, unescapes: bool) -> str:
             line = _SURROGATE_PAIR.sub(_join_pair, line)
             line = _SURROGATE.sub("\ufffd", line)
         line = unicodedata.normalize("NFC", line)
+        if line == before:
+            break
     return line
 
 

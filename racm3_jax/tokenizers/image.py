@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from racm3_jax.checkpoints import load_weights, save_weights
+from racm3_jax.checkpoints import build_config, load_weights, save_weights
 from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from racm3_jax.tokenizers.vqgan_loss import normalize_images
 
@@ -134,7 +135,8 @@ class ImageTokenizer:
           CheckpointError: missing, damaged, or not the weights of a VQGAN.
         """
         params, config, _ = load_weights(directory, KIND)
-        return cls(VQGANConfig(**config), params, batch_size)
+        config = build_config(VQGANConfig, config, Path(directory))
+        return cls(config, params, batch_size)
 
     def _in_batches(
         self, compute: Callable, rows: np.ndarray, empty: np.ndarray

@@ -18,14 +18,23 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
+from racm3_jax import checkpoints, storage
 from racm3_jax.documents.images import resize_image
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.types import Document, Segment, TokenizedDocument, TokenizedSegment
 from racm3_jax.vocab import Vocab
 
-FORMAT = 1
-MANIFEST_NAME = "mixed.json"
+FORMAT = 2
+MIXED_NAME = "mixed.json"
+KIND = "tokenizer"
+_UNSEALED_FORMAT = 1
+_UNSEALED_NAMES = {
+    MIXED_NAME,
+    "text/tokenizer.json",
+    "image/config.json",
+    "image/model.safetensors",
+}
 
 
 class MixedTokenizer:
@@ -153,48 +162,41 @@ class MixedTokenizer:
     def save(
         self, directory: str | os.PathLike[str], *, dtype: str | None = None
     ) -> None:
-        """Writes `text/tokenizer.json`, `image/` and `mixed.json`.
+        """Writes `text/tokenizer.json`, `image/` and `mixed.json` under one seal.
+
+        The folder appears whole, and takes the place of another tokenizer's.
 
         Args:
           directory: created when missing.
           dtype: of the image tokenizer's weights, as in `checkpoints.save_weights`; a
             loss of precision changes the fingerprint, which `load` then refuses.
+
+        Raises:
+          FileExistsError: `directory` holds something else.
         """
-        directory = Path(directory)
-        self.text.save(directory / "text" / "tokenizer.json")
-        self.image.save(directory / "image", dtype=dtype)
-        manifest = {
+        record = {
             "format": FORMAT,
             "num_sentinels": self.vocab.num_sentinels,
             "fingerprint": self.fingerprint(),
         }
-        (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+        with checkpoints.sealed_folder(
+            directory, KIND, overwrite=True, is_old=_is_unsealed_folder
+        ) as folder:
+            self.text.save(folder / "text" / "tokenizer.json")
+            self.image.save(folder / "image", dtype=dtype)
+            (folder / MIXED_NAME).write_text(json.dumps(record, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> MixedTokenizer:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, once every file is verified.
 
         Raises:
           FileNotFoundError: no tokenizer there.
           ValueError: damaged, of another format, or parts of different tokenizers.
         """
         directory = Path(directory)
-        path = directory / MANIFEST_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{directory} holds no {MANIFEST_NAME}; give a directory written by "
-                "MixedTokenizer.save"
-            )
-        try:
-            manifest = json.loads(path.read_text())
-            found = manifest["format"]
-            num_sentinels, expected = manifest["num_sentinels"], manifest["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}; save it again") from error
-        if found != FORMAT:
-            raise ValueError(
-                f"{path} has format {found}; this version reads format {FORMAT}"
-            )
+        sealed = checkpoints.verify_folder(directory)
+        num_sentinels, expected = _read_record(directory, sealed is not None)
         tokenizer = cls(
             TextTokenizer.load(directory / "text" / "tokenizer.json"),
             ImageTokenizer.load(directory / "image"),
@@ -203,7 +205,7 @@ class MixedTokenizer:
         if tokenizer.fingerprint() != expected:
             raise ValueError(
                 f"{directory} holds parts of different tokenizers: fingerprint "
-                f"{tokenizer.fingerprint()}, {MANIFEST_NAME} says {expected}"
+                f"{tokenizer.fingerprint()}, {MIXED_NAME} says {expected}"
             )
         return tokenizer
 
@@ -246,3 +248,39 @@ class MixedTokenizer:
                 f"ids of {name} lie in {ids.start}..{ids.stop - 1}; got "
                 f"{tokens.min()}..{tokens.max()}"
             )
+
+
+def _read_record(directory: Path, sealed: bool) -> tuple[int, str]:
+    """(number of sentinels, fingerprint) from `mixed.json`."""
+    path = directory / MIXED_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no {MIXED_NAME}; give a directory written by "
+            "MixedTokenizer.save"
+        )
+    record = checkpoints.read_object(path, "save it again")
+    found = record.get("format")
+    num_sentinels, fingerprint = record.get("num_sentinels"), record.get("fingerprint")
+    if type(num_sentinels) is not int or not isinstance(fingerprint, str):
+        raise ValueError(
+            f"{path} is damaged: its num_sentinels is {num_sentinels!r:.80} and its "
+            f"fingerprint {fingerprint!r:.80}; save it again"
+        )
+    if found not in (_UNSEALED_FORMAT, FORMAT):
+        raise ValueError(
+            f"{path} has format {found!r:.80}; this version reads formats up to {FORMAT}"
+        )
+    if found == FORMAT and not sealed:
+        raise ValueError(
+            f"{directory} has no {checkpoints.MANIFEST_NAME}: its files were not copied "
+            "all; copy the directory again"
+        )
+    return num_sentinels, fingerprint
+
+
+def _is_unsealed_folder(path: Path) -> bool:
+    try:
+        _read_record(path, sealed=False)
+    except (ValueError, FileNotFoundError):
+        return False
+    return set(storage.list_files(path)) <= _UNSEALED_NAMES

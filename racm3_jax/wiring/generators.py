@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from racm3_jax import checkpoints
-from racm3_jax.checkpoints.manifest import MANIFEST_NAME, write_aside
+from racm3_jax import checkpoints, storage
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.model.config import ModelConfig
@@ -19,6 +18,7 @@ from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 
 ORIGIN_NAME = "origin.json"
+SOURCE_NAME = "source"
 
 
 def save_generator(
@@ -33,6 +33,9 @@ def save_generator(
 
     The strategy that the model was trained with is kept beside its weights.
     """
+    # The model last: it names the other two, and `load_generator` compares them.
+    tokenizer.save(directory / "tokenizer")
+    embedder.save(directory / "clip")
     checkpoints.save_weights(
         directory / "model",
         params,
@@ -44,8 +47,6 @@ def save_generator(
             "strategy": dataclasses.asdict(strategy),
         },
     )
-    tokenizer.save(directory / "tokenizer")
-    embedder.save(directory / "clip")
 
 
 def carry_origin(start: Path, directory: Path) -> bool:
@@ -61,17 +62,24 @@ def carry_origin(start: Path, directory: Path) -> bool:
     Returns:
       Whether there was anything.
     """
-    found = start.parent / "source"
+    found = start.parent / SOURCE_NAME
     if not found.is_dir():
         return False
-    shutil.copytree(found, directory / "source", dirs_exist_ok=True)
-    manifest = start.parent / MANIFEST_NAME
+    checkpoints.verify_folder(found)
+    with checkpoints.sealed_folder(
+        directory / SOURCE_NAME, SOURCE_NAME, overwrite=True
+    ) as folder:
+        for name in storage.list_files(found):
+            if name != checkpoints.MANIFEST_NAME:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(found / name, folder / name)
     origin = start.parent / ORIGIN_NAME
+    manifest = checkpoints.read_manifest(start.parent)
     if origin.exists():
-        shutil.copyfile(origin, directory / ORIGIN_NAME)
-    elif manifest.exists():
-        facts = json.loads(manifest.read_text()).get("origin", {})
-        write_aside(directory / ORIGIN_NAME, json.dumps(facts, indent=1).encode())
+        storage.write_file(directory / ORIGIN_NAME, origin.read_bytes())
+    elif manifest is not None:
+        facts = json.dumps(manifest.get("origin", {}), indent=1)
+        storage.write_file(directory / ORIGIN_NAME, facts.encode())
     return True
 
 
@@ -92,7 +100,8 @@ def load_generator(
       model: the folder of the weights ("twin" for the shipped model without retrieval).
 
     Raises:
-      ValueError: a missing directory, or a memory of another encoder or tokenizer.
+      ValueError: a missing or damaged directory, parts of different models, or a memory
+        of another encoder or tokenizer.
     """
     if not (directory / "clip").is_dir():
         raise ValueError(
@@ -102,9 +111,19 @@ def load_generator(
     params, fields, extra = checkpoints.load_weights(directory / model, "generator")
     tokenizer = MixedTokenizer.load(directory / "tokenizer")
     embedder = DocumentEmbedder.load(directory / "clip")
+    for name, part in (("tokenizer", tokenizer), ("clip", embedder)):
+        if extra.get(name, part.fingerprint()) != part.fingerprint():
+            raise ValueError(
+                f"{directory / model} was trained with another {name} (fingerprint "
+                f"{extra[name]!r}) than {directory / name} holds "
+                f"({part.fingerprint()!r}): put the one of its training there"
+            )
     retriever = None
     if memory is not None:
         memory.check(embedder=embedder, tokenizer=tokenizer)
-        strategy = strategy or StrategyConfig(**extra.get("strategy", {}))
+        strategy = strategy or checkpoints.build_config(
+            StrategyConfig, extra.get("strategy", {}), directory / model
+        )
         retriever = Retriever(memory, strategy)
-    return Generator(ModelConfig(**fields), params, tokenizer, retriever, embedder)
+    config = checkpoints.build_config(ModelConfig, fields, directory / model)
+    return Generator(config, params, tokenizer, retriever, embedder)

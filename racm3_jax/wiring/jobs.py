@@ -148,6 +148,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     texts = [d.text for d in documents]
     text_tokenizer = TextTokenizer.train(texts, config.text_tokenizer.vocab_size)
     text_tokenizer.save(workdir / "text" / "tokenizer.json")
+    checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
     tokenizer = clip_model.CLIPTokenizer(text_tokenizer, config.clip.context_length)
     model_config = construct(
         clip_model.CLIPConfig, config.clip, "clip", vocab_size=tokenizer.vocab_size

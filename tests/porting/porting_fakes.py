@@ -159,12 +159,17 @@ def write_torch_zip(path: Path, program: bytes, storages: Mapping[str, bytes]) -
         archive.writestr("archive/version", "3\n")
 
 
-def state_dict_program(state: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle of an OrderedDict of tensors, as torch writes it (protocol 2)."""
+def state_dict_program(state: Mapping[str, np.ndarray], first: int = 0) -> bytes:
+    """The pickle of an OrderedDict of tensors, as torch writes it (protocol 2).
+
+    Args:
+      state: the tensors.
+      first: number of the first storage.
+    """
     out = pickle.PROTO + b"\x02"
     out += b"ccollections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
     out += pickle.MARK
-    for i, (name, array) in enumerate(state.items()):
+    for i, (name, array) in enumerate(state.items(), first):
         strides = [
             s // array.itemsize for s in np.empty(array.shape, array.dtype).strides
         ]

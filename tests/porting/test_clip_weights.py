@@ -133,8 +133,21 @@ def test_nothing_is_written_when_something_is_wrong(tmp_path, fault):
 
 def test_a_filled_folder_is_not_overwritten(tmp_path):
     write_hf_clip(tmp_path / "hf", CLIP_CONFIG, clip_state(CLIP_CONFIG))
-    with pytest.raises(PortingError, match="is not empty"):
-        convert_clip(tmp_path / "hf", tmp_path / "hf")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="left alone"):
+            convert_clip(tmp_path / "hf", tmp_path / "hf", overwrite=overwrite)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == before
+    out = tmp_path / "out"
+    convert_clip(tmp_path / "hf", out)
+    with pytest.raises(FileExistsError, match="already"):
+        convert_clip(tmp_path / "hf", out)
+    convert_clip(tmp_path / "hf", out, overwrite=True)
+    # A file of the user's in it: nothing of it may be lost.
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="left alone"):
+        convert_clip(tmp_path / "hf", out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_the_activation_of_a_bare_file_must_be_given(tmp_path):

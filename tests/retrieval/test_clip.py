@@ -51,8 +51,11 @@ class Letters:
 
     vocab_size = 32
 
-    def encode_batch(self, texts):
-        return [np.array([ord(c) - ord("a") for c in text], np.int32) for text in texts]
+    def encode_batch(self, texts, max_length=None):
+        return [
+            np.array([ord(c) - ord("a") for c in text[:max_length]], np.int32)
+            for text in texts
+        ]
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from crash_checks import check_every_crash
 from flax import linen as nn
 from PIL import Image
 
-from racm3_jax.checkpoints import CheckpointError
+from racm3_jax.checkpoints import CheckpointError, write_manifest
 from racm3_jax.retrieval.clip import CLIPConfig, init_params
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.tokenizers.bpe import TextTokenizer
@@ -159,7 +160,53 @@ def test_another_kind_of_model_is_refused(embedder, tmp_path):
     path = tmp_path / "config.json"
     record = json.loads(path.read_text()) | {"kind": "vqgan"}
     path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"config\.json has .* bytes, not"):
+        DocumentEmbedder.load(tmp_path)
+    write_manifest(tmp_path)
     with pytest.raises(CheckpointError, match="'vqgan'"):
         DocumentEmbedder.load(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         DocumentEmbedder.load(tmp_path / "nowhere")
+
+
+def test_a_save_is_old_or_new_after_any_crash(embedder, tmp_path):
+    path = tmp_path / "clip"
+    other = DocumentEmbedder(
+        embedder.config,
+        jax.tree.map(lambda x: x * 2, embedder.params),
+        embedder.text_tokenizer,
+    )
+    tried = check_every_crash(
+        path,
+        lambda: other.save(path),
+        lambda: embedder.save(path),
+        lambda: DocumentEmbedder.load(path).fingerprint(),
+    )
+    assert tried > 30
+
+
+def test_its_tokenizer_is_under_the_seal(embedder, tmp_path):
+    embedder.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = path.read_text()
+    path.write_text(content.replace('"version": "1.0"', '"version": "1.1"'))
+    with pytest.raises(CheckpointError, match=r"checksum of tokenizer\.json"):
+        DocumentEmbedder.load(tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        DocumentEmbedder.load(tmp_path)
+
+
+def test_a_text_of_any_length_is_embedded_by_its_head(embedder, monkeypatch):
+    longest = []
+    encode = embedder.text_tokenizer._encode
+    monkeypatch.setattr(
+        embedder.text_tokenizer,
+        "_encode",
+        lambda texts: longest.append(max(map(len, texts))) or encode(texts),
+    )
+    text = " ".join(TEXTS * 2000)
+    assert len(text) > 100_000
+    rows = embedder.embed_texts([text, text[:2000]])
+    assert max(longest) < 2000
+    np.testing.assert_array_equal(rows[0], rows[1])

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from racm3_jax.checkpoints import CheckpointError, write_manifest
+from racm3_jax.porting.clip_text import build_clip_tokenizer
 from racm3_jax.tokenizers.bpe import TextTokenizer
+from racm3_jax.tokenizers.clean_text import clean_text
 
 CORPUS = [f"the flag of Velmoria number {i} on the moon" for i in range(50)]
 
@@ -75,3 +78,68 @@ def test_a_tokenizer_with_special_tokens_is_refused(tokenizer, tmp_path):
     path.write_text(json.dumps(json.loads(special.to_str())))
     with pytest.raises(ValueError, match="no added"):
         TextTokenizer.load(path)
+
+
+def test_ids_that_are_no_range_are_refused(tokenizer, tmp_path):
+    """An id above the others would be taken for an image's."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    fields = json.loads(path.read_text())
+    fields["model"]["vocab"][next(iter(fields["model"]["vocab"]))] = 70_000
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"0\.\.299 once .the highest is 70000"):
+        TextTokenizer.load(path)
+
+
+def test_a_file_that_differs_from_the_manifest_beside_it_is_refused(
+    tokenizer, tmp_path
+):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    write_manifest(tmp_path)
+    assert TextTokenizer.load(path).vocab_size == 300
+    path.write_bytes(path.read_bytes().replace(b'"BPE"', b'"Bpe"'))
+    with pytest.raises(CheckpointError, match="corrupt"):
+        TextTokenizer.load(path)
+
+
+# `of` and `flag` become one id, so cuts within words would show.
+MERGES = [("f", "l"), ("fl", "a"), ("fla", "g</w>"), ("o", "f</w>")]
+LONG_TEXTS = [
+    "the flag of the moon " * 5000,
+    "flagofflag" * 10_000,
+    "&lt;b&gt; the flag &amp; the moon " * 3000,
+    " \n\t" * 30_000 + "the flag of the moon" + " " * 30_000,
+    "a\n" + "&amp;lt; flag " * 9000 + "<br>",
+    "ﬁne “flags” cafe\u0301 " * 6000,
+    "🏴‍☠️漢字" * 9000,
+    "x" * 100_000,
+]
+
+
+@pytest.mark.parametrize("cleans", [True, False])
+@pytest.mark.parametrize("max_length", [1, 9, 75])
+def test_a_head_is_the_head_of_all(tokenizer, cleans, max_length):
+    if cleans:
+        tokenizer = build_clip_tokenizer(MERGES, 512 + len(MERGES) + 2)
+    texts = [*LONG_TEXTS, "", "the flag", *CORPUS[:3], *(t[:999] for t in LONG_TEXTS)]
+    heads = tokenizer.encode_batch(texts, max_length)
+    for text, head in zip(texts, heads, strict=True):
+        np.testing.assert_array_equal(head, tokenizer.encode(text)[:max_length])
+
+
+def test_the_head_of_a_long_text_costs_little(monkeypatch):
+    """Escapes of escapes took time that grew with the square of their number."""
+    tokenizer = build_clip_tokenizer(MERGES, 512 + len(MERGES) + 2)
+    seen = []
+    encode = tokenizer._encode
+    monkeypatch.setattr(
+        tokenizer, "_encode", lambda texts: seen.extend(texts) or encode(texts)
+    )
+    for text in LONG_TEXTS[:3]:
+        tokenizer.encode_batch([text], 75)
+    assert len(seen) == 3 and max(map(len, seen)) < 2000
+    amp = "&" + "amp;" * 25_000
+    assert clean_text(amp) == "&"
+    assert clean_text("&#" + "9" * 100_000 + ";") == "\ufffd"
+    assert clean_text("&#" + "0" * 100_000 + "65;x") == "ax"

@@ -7,8 +7,10 @@ import random
 
 import numpy as np
 import pytest
+from crash_checks import check_every_crash
 from vqgan_standins import make_params
 
+from racm3_jax.checkpoints import CheckpointError, write_manifest
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
@@ -166,9 +168,13 @@ def test_what_cannot_be_loaded_is_named(tokenizer, tmp_path):
         ({"fingerprint": "0"}, "parts of different tokenizers"),
     ]:
         path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=r"mixed\.json has .* bytes, not"):
+            MixedTokenizer.load(tmp_path)
+        write_manifest(tmp_path)
         with pytest.raises(ValueError, match=message):
             MixedTokenizer.load(tmp_path)
     path.write_text("{}")
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
         MixedTokenizer.load(tmp_path)
 
@@ -176,3 +182,61 @@ def test_what_cannot_be_loaded_is_named(tokenizer, tmp_path):
 def test_a_batch_below_one_is_refused(tokenizer):
     with pytest.raises(ValueError, match="batch must be >= 1"):
         list(tokenizer.tokenize([], 0))
+
+
+def list_files(folder):
+    return sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
+    )
+
+
+def test_every_file_is_under_the_seal(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    names = list_files(tmp_path)
+    assert len(names) == 6
+    for name in names:
+        path = tmp_path / name
+        content = path.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            changed = bytearray(content)
+            changed[place] ^= 1
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"."):
+                MixedTokenizer.load(tmp_path)
+        path.unlink()
+        with pytest.raises((ValueError, FileNotFoundError)):
+            MixedTokenizer.load(tmp_path)
+        path.write_bytes(content)
+    (tmp_path / "text" / "more.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"text/more\.json is not in the man"):
+        MixedTokenizer.load(tmp_path)
+    with pytest.raises(FileExistsError, match="left alone"):
+        tokenizer.save(tmp_path)
+
+
+def test_a_tokenizer_of_format_1_opens(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    for name, key in (
+        ("mixed.json", "format"),
+        ("image/config.json", "format_version"),
+    ):
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: 1}))
+    for name in ("manifest.json", "image/manifest.json"):
+        (tmp_path / name).unlink()
+    opened = MixedTokenizer.load(tmp_path)
+    assert opened.fingerprint() == tokenizer.fingerprint()
+    tokenizer.save(tmp_path)  # in the place of the old one
+    assert "manifest.json" in list_files(tmp_path)
+
+
+def test_a_save_is_old_or_new_after_any_crash(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer"
+    other = MixedTokenizer(tokenizer.text, tokenizer.image, num_sentinels=7)
+    tried = check_every_crash(
+        path,
+        lambda: other.save(path),
+        lambda: tokenizer.save(path),
+        lambda: MixedTokenizer.load(path).vocab.num_sentinels,
+    )
+    assert tried > 40
