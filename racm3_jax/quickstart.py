@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from racm3_jax import run, wiring
+from racm3_jax import own_files, run, wiring
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.evaluation.report import CaptionRow, write_report
 from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
@@ -44,6 +44,11 @@ def main(config: Any, workdir: Path) -> None:
       ValueError: if `workdir` holds a run of another config.
     """
     stages = Stages()
+    own_files.check(
+        workdir / "samples.png",
+        workdir / "report.html",
+        change="give another --workdir",
+    )
     workdir.mkdir(parents=True, exist_ok=True)
     run.claim_workdir(config, workdir)
     world = wiring.build_world(config)

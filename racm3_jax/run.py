@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from racm3_jax import wiring
+from racm3_jax import own_files, wiring
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.evaluation import (
     flagworld,
@@ -27,7 +27,12 @@ from racm3_jax.evaluation.flagworld_tasks import (
 )
 from racm3_jax.evaluation.likelihood_results import evaluate_likelihood
 from racm3_jax.evaluation.protocol_results import evaluate_coco
-from racm3_jax.evaluation.runner import write_results, write_sheet, write_table
+from racm3_jax.evaluation.runner import (
+    check_workdir,
+    write_results,
+    write_sheet,
+    write_table,
+)
 from racm3_jax.evaluation.task_sheets import write_task_sheets
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
@@ -79,6 +84,7 @@ def train(
     """
     join_processes()
     workdir = Path(workdir)
+    own_files.check(workdir / "loss.png", change="give another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     with leader_first():
         fingerprint = claim_workdir(config, workdir)
@@ -257,6 +263,7 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
         )
     join_processes()
     workdir = Path(workdir)
+    check_workdir(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     return SUITES[config.suite](config, workdir)
 

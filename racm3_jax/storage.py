@@ -222,8 +222,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         yield partial
         sync_file(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _name_place(error, partial, path)
         raise
     finally:
         os.close(descriptor)
@@ -251,6 +252,19 @@ def _is_same(descriptor: int, path: pathlib.Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def _name_place(
+    error: BaseException, partial: pathlib.Path, path: pathlib.Path
+) -> None:
+    """An error of writing names what was to be written, not the hidden name or nothing.
+
+    A full disk is noticed by `write`, which knows no name.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        named = None if error.filename is None else os.fsdecode(error.filename)
+        if named is None or pathlib.Path(named).is_relative_to(partial):
+            error.filename = str(path)
 
 
 class BusyError(ValueError):
@@ -293,9 +307,10 @@ def new_directory(
             delete_directory(replaced)
             os.rename(path, replaced)
         os.rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         _restore(path)
         shutil.rmtree(partial, ignore_errors=True)
+        _name_place(error, partial, path)
         raise
     finally:
         os.close(descriptor)

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from racm3_jax.commands import arguments as options
 from racm3_jax.commands.configs import UsageError
 
 
@@ -16,9 +17,18 @@ def register(commands: Any) -> None:
     text = "A page in the browser, on this machine only (needs the [demo] extra)."
     sub = commands.add_parser("demo", help=text, description=text)
     sub.set_defaults(command=_demo)
-    sub.add_argument("--workdir", required=True, help="of quickstart or train")
-    sub.add_argument("--memory", default=None, help="another memory directory")
-    sub.add_argument("--port", type=int, default=7860, help="0 takes any free one")
+    sub.add_argument(
+        "--workdir", type=options.path, required=True, help="of quickstart or train"
+    )
+    sub.add_argument(
+        "--memory", type=options.path, default=None, help="another memory directory"
+    )
+    sub.add_argument(
+        "--port",
+        type=options.whole(0, 2**16 - 1),
+        default=7860,
+        help="0 takes any free one",
+    )
     sub.add_argument("--int8", action="store_true", help="weights in 8 bits")
 
 
