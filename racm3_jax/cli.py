@@ -49,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     shows_traceback = "--traceback" in given
     _print_anything()
     try:
-        status = _run([word for word in given if word != "--traceback"])
+        try:
+            status = _run([word for word in given if word != "--traceback"])
+        except SystemExit:  # --help and --version have printed
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -77,6 +81,8 @@ def _run(words: Sequence[str]) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(words)
     if not hasattr(arguments, "command"):
+        if rest:
+            raise UsageError(f"unknown argument {rest[0]!r}; see racm3 --help")
         parser.print_help()
         return 2
     takes_config = getattr(arguments, "takes_config", False)

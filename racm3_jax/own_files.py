@@ -11,11 +11,12 @@ A command calls `check` before its work and a `write_` function after it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def check_place(path: Path, change: str) -> None:
                 f"the folder {folder} may not be written to: {change}"
             )
         break
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(f"{path} is a link to nothing: {change}")
     for folder in path.parents:
         if _is_memory(folder):
             raise FileExistsError(
@@ -248,8 +251,17 @@ def write_markdown(path: str | os.PathLike[str], text: str) -> None:
         partial.write_text(f"{text}\n\n{MARKDOWN_MARK}\n", encoding="utf-8")
 
 
-def _replacing(path: str | os.PathLike[str]) -> Any:
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """`storage.replacing` in a folder that is made; a link keeps pointing."""
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    new = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    return storage.replacing(path)
+    try:
+        with storage.replacing(path) as partial:
+            yield partial
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise

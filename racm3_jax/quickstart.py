@@ -49,14 +49,14 @@ def main(config: Any, workdir: Path) -> None:
         workdir / "report.html",
         change="give another --workdir",
     )
-    workdir.mkdir(parents=True, exist_ok=True)
-    run.claim_workdir(config, workdir)
-    world = wiring.build_world(config)
-    tests = choose_tests(world, config.num_prompts)
-    prompts = [test.text for test in tests]
-
-    stages.say("opening the shipped tokenizer, CLIP and generator")
-    tokenizer, embedder = wiring.build_tokenizer(config), wiring.build_embedder(config)
+    with run.given_back_if_refused(workdir):
+        run.claim_workdir(config, workdir)
+        world = wiring.build_world(config)
+        tests = choose_tests(world, config.num_prompts)
+        prompts = [test.text for test in tests]
+        stages.say("opening the shipped tokenizer, CLIP and generator")
+        tokenizer = wiring.build_tokenizer(config)
+        embedder = wiring.build_embedder(config)
     if not (workdir / "samples.png").exists():
         draw_first_picture(workdir / "samples.png", world, tests[:2], config.seed)
         stages.say(f"first picture, from hand-picked documents: {workdir}/samples.png")

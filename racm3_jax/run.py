@@ -85,12 +85,12 @@ def train(
     join_processes()
     workdir = Path(workdir)
     own_files.check(workdir / "loss.png", change="give another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with leader_first():
-        fingerprint = claim_workdir(config, workdir)
+    with given_back_if_refused(workdir):
+        with leader_first():
+            fingerprint = claim_workdir(config, workdir)
+        with _advice_when_memory_is_full(config):
+            job = wiring.build_job(config, workdir)
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
-    with _advice_when_memory_is_full(config):
-        job = wiring.build_job(config, workdir)
     saver = Checkpoints(
         workdir / "checkpoints",
         keep=config.train.get("keep_checkpoints", 2),
@@ -169,6 +169,26 @@ def _peak_flops() -> float:
     """Of all devices together; 0 for a kind that is not in the table, as CPUs."""
     device = find_device(jax.devices()[0].device_kind)
     return device.flops * jax.device_count() if device else 0.0
+
+
+@contextlib.contextmanager
+def given_back_if_refused(workdir: Path) -> Iterator[None]:
+    """Makes a work directory; one that holds its config alone is free after an error.
+
+    The corrected command has another config, which must not be refused then.
+    """
+    is_made = not workdir.exists()
+    is_new = not (workdir / "config.json").exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError):
+            if is_new and os.listdir(workdir) == ["config.json"]:
+                (workdir / "config.json").unlink()
+            if is_made:
+                workdir.rmdir()  # if it is empty
+        raise
 
 
 def claim_workdir(config: Any, workdir: Path) -> str:

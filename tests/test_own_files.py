@@ -88,13 +88,14 @@ def test_places_that_cannot_be_written(tmp_path):
     ]:
         with pytest.raises(OSError, match=words):
             own_files.check(tmp_path / path)
+    os.mkfifo(tmp_path / "device")
     with pytest.raises(OSError, match="too long"):
         own_files.check(tmp_path / ("x" * 300))
-    with pytest.raises(FileExistsError, match="/dev/null is not a regular file"):
-        own_files.check("/dev/null")
+    with pytest.raises(FileExistsError, match="device is not a regular file"):
+        own_files.check(tmp_path / "device")
     with pytest.raises(ValueError, match="'x.jpg' does not end in .png"):
         own_files.check_pictures("x.jpg")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "memory"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["device", "file", "memory"]
 
 
 def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 _WORDS = {
     errno.ENOSPC: "the disk is full: make room there, or give a path on another disk",
     errno.EDQUOT: "your quota is used up: make room there, or give another path",
+    errno.EFBIG: "no file here may be so large: give a path on another disk",
     errno.EROFS: "this file system is read-only: give another path",
     errno.EACCES: "permission denied: change its permissions, or give another path",
     errno.EPERM: "permission denied: change its permissions, or give another path",

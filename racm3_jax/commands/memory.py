@@ -196,6 +196,8 @@ def load_models(tokenizer: str, embedder: str) -> tuple[Any, Any]:
     from racm3_jax.tokenizers.mixed import MixedTokenizer
 
     opened = MixedTokenizer.load(wiring.resolve(tokenizer))
+    if embedder == "name:":
+        raise UsageError("--embedder=name: names no encoder: give name:ENCODER")
     if embedder.startswith("name:"):
         return opened, embedder.removeprefix("name:")
     return opened, DocumentEmbedder.load(wiring.resolve(embedder))
@@ -234,6 +236,7 @@ def _build(arguments: Arguments) -> None:
         deduplicate=arguments.deduplicate,
     )
     path = Path(arguments.memory)
+    own_files.check_place(path, "give another --memory")
     if arguments.beam is None:
         _build_here(arguments, path, config)
     else:
@@ -424,9 +427,13 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
 
     if arguments.ids is not None:
         file = Path(arguments.ids)
-        lines = file.read_text().splitlines() if file.is_file() else [arguments.ids]
+        lines = [arguments.ids]
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
         parts = lines if file.is_file() else lines[0].split(",")
         names = [name.strip() for name in parts if name.strip()]
+        if not names:
+            raise UsageError(f"--ids={arguments.ids} names no document")
         rows = memory.find(names)
         missing = [n for n, row in zip(names, rows, strict=True) if row < 0]
         if missing:

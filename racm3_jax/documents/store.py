@@ -15,7 +15,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -161,16 +161,24 @@ def write_records(path: str | os.PathLike[str], records: Iterable[bytes]) -> int
         writer = ArrayRecordWriter(str(aside), _WRITER_OPTIONS)
         try:
             for record in records:
-                writer.write(record)
+                _call(writer.write, record)
                 count += 1
         finally:
-            writer.close()
+            _call(writer.close)
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     return count
+
+
+def _call(method: Callable[..., Any], *given: Any) -> None:
+    try:
+        method(*given)
+    except RuntimeError as error:
+        # The library's word for a disk that is full or fails.
+        raise OSError(f"records cannot be written: {error}") from error
 
 
 class RecordFile:
