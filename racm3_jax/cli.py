@@ -71,13 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AttributeError, KeyError) as error:
         if shows_traceback or not is_missing_setting(error):
             raise
-        sentence = f"the config lacks a setting: {explain(error)}"
+        name = str(error.args[0] if error.args else error).strip("'\"")
+        sentence = f"the config has no setting {name!r}: is it one of this command?"
     print(f"racm3: {sentence}", file=sys.stderr)
     _leave_output()
     return 2
 
 
 def _run(words: Sequence[str]) -> int:
+    empty = next((w for w in words if w.startswith("--") and w.endswith("=--")), None)
+    if empty:  # argparse takes the value away
+        raise UsageError(f"{empty.removesuffix('--')} has the value '--': give another")
     parser = _parser()
     arguments, rest = parser.parse_known_args(words)
     if not hasattr(arguments, "command"):

@@ -195,7 +195,7 @@ def test_config_files_that_fail(capsys, tmp_path):
         ("def get_config(arg):\n    return 7\n", "returns a int"),
         (
             "from ml_collections import *\ndef get_config(_):\n    return ConfigDict()\n",
-            "the config lacks a setting",
+            "the config has no setting 'kind'",
         ),
     ]:
         config.write_text(text)
@@ -226,7 +226,7 @@ def test_a_refused_training_leaves_its_work_directory_free(capsys, tmp_path):
     (tmp_path / "mine").mkdir()
     config = f"--config={CONFIGS}/eval/flagworld.py"
     for name in ("new", "mine"):
-        assert "lacks a setting" in sentence(
+        assert "no setting 'kind'" in sentence(
             capsys, "train", config, f"--workdir={tmp_path / name}"
         )
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]

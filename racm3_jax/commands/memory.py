@@ -429,7 +429,10 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
         file = Path(arguments.ids)
         lines = [arguments.ids]
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = file.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError:
+                raise UsageError(f"--ids={file} is no text in UTF-8") from None
         parts = lines if file.is_file() else lines[0].split(",")
         names = [name.strip() for name in parts if name.strip()]
         if not names:

@@ -178,7 +178,7 @@ def _call(method: Callable[..., Any], *given: Any) -> None:
         method(*given)
     except RuntimeError as error:
         # The library's word for a disk that is full or fails.
-        raise OSError(f"records cannot be written: {error}") from error
+        raise OSError(f"records cannot be written: {error}; make room there") from error
 
 
 class RecordFile:

@@ -50,19 +50,23 @@ CONFIGS = HERE.parent.parent / "configs"
 LONG = "x" * 300
 # `{name}` is a path of the world that `make_world` makes.
 READ_FILE = (
+    "--",
     "", " ", "{missing}", "{folder}", "{file}/below", LONG, "{loop}", "{garbage}",
     "{empty}", "~nobody/file", "{missing}\u202e\udcff", "{missing}\n",
 )  # fmt: skip
 READ_FOLDER = (
+    "--",
     "", " ", "{missing}", "{file}", "{file}/below", LONG, "{loop}", "{empty_folder}",
     "{folder}", "~nobody/folder", "{missing}\u202e\udcff",
 )  # fmt: skip
 PICTURE_OUT = (
+    "--",
     "", " ", "{folder}", "{file}/below.png", f"{LONG}.png", "{foreign}", "{file}",
     "{device}", "{missing}/x.jpg", "{missing}/x", "{memory}/x.png",
     "/proc/racm3/x.png", "{beside}", "{loop}",
 )  # fmt: skip
 NEW_FOLDER = (
+    "--",
     "", " ", "{folder}", "{file}", "{file}/below", LONG, "/proc/racm3/x", "{device}",
     "{loop}", "{memory}/x",
 )  # fmt: skip
@@ -70,10 +74,11 @@ WORKDIR_OUT = (
     "", " ", "{file}", "{file}/below", LONG, "/proc/racm3/x", "{device}", "{loop}",
     "{foreign_run}",
 )  # fmt: skip
-WHOLE = ("", "abc", "-1", "1.5", "nan", "9" * 40, "0x10", "١.٥")
-NUMBER = ("", "abc", "nan", "inf", "-inf", "1e999", "1,5")
+WHOLE = ("--", "", "abc", "-1", "1.5", "nan", "9" * 40, "0x10", "١.٥")
+NUMBER = ("--", "", "abc", "nan", "inf", "-inf", "1e999", "1,5")
 CHOICE = ("", "nothing", "--", "EXACT")
 SOURCE = (
+    "--",
     "", " ", "folder", "folder:", "nothing:{folder}", "folder:{missing}",
     "folder:{empty_folder}", "folder:{file}", f"folder:{LONG}", "folder:{loop}",
     "folder:{folder};colour=red", "webdataset:{garbage}", "webdataset:{missing}",
