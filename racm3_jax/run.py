@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from racm3_jax import own_files, wiring
+from racm3_jax import own_files, storage, wiring
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.evaluation import (
     flagworld,
@@ -43,6 +43,21 @@ from racm3_jax.training.loop import Profile, fit
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState
 
+# What a work directory holds that was claimed and not used.
+_CLAIM = {"config.json", "training.lock"}
+# What trainings write: in a directory without a config.json, it is somebody else's.
+_OUTPUTS = (
+    "checkpoints",
+    "clip",
+    "loss.png",
+    "metrics.jsonl",
+    "model",
+    "source",
+    "tensorboard",
+    "text",
+    "tokenizer",
+    "vqgan",
+)
 # Settings that a resumed run may change: what is learned from which data stays.
 _MAY_CHANGE = (
     "config.mesh",
@@ -184,8 +199,10 @@ def given_back_if_refused(workdir: Path) -> Iterator[None]:
         yield
     except Exception:
         with contextlib.suppress(OSError):
-            if is_new and os.listdir(workdir) == ["config.json"]:
-                (workdir / "config.json").unlink()
+            names = set(os.listdir(workdir))
+            if is_new and names <= _CLAIM:
+                for name in names:
+                    (workdir / name).unlink()
             if is_made:
                 workdir.rmdir()  # if it is empty
         raise
@@ -201,11 +218,12 @@ def claim_workdir(config: Any, workdir: Path) -> str:
 
     Raises:
       ValueError: names the settings that differ.
+      FileExistsError: the directory holds results, but no config.
     """
     text = config.to_json(sort_keys=True)
     path = workdir / "config.json"
     if path.exists():
-        old, new = json.loads(path.read_text()), json.loads(text)
+        old, new = _read_config(path), json.loads(text)
         changed = sorted(
             name
             for name in _differences(old, new, "config")
@@ -217,10 +235,23 @@ def claim_workdir(config: Any, workdir: Path) -> str:
                 f"{', '.join(changed[:5])}): use another --workdir, or remove this one"
             )
     else:
-        aside = path.with_suffix(".json.tmp")
-        aside.write_text(text)
-        os.replace(aside, path)
+        for name in _OUTPUTS:
+            if (workdir / name).exists():
+                raise FileExistsError(
+                    f"{workdir / name} is not of a training: there is no config.json "
+                    "beside it, so nothing is written there; give another --workdir"
+                )
+        storage.write_file(path, text.encode())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not the config of a training ({error}): give another --workdir"
+        ) from None
 
 
 def _differences(old: Any, new: Any, where: str) -> set[str]:

@@ -237,6 +237,10 @@ def test_results_of_others_are_left_alone(capsys, tmp_path):
     config = f"--config={CONFIGS}/flagworld_tiny.py"
     for name, words in [
         ("loss.png", ["train", config]),
+        ("config.json", ["train", config]),
+        ("model/mine.txt", ["train", config]),
+        ("checkpoints/mine.txt", ["train", config]),
+        ("metrics.jsonl", ["train", config]),
         ("samples.png", ["quickstart", "--short"]),
         ("report.html", ["quickstart", "--short"]),
         ("table.md", ["evaluate"]),
@@ -249,7 +253,8 @@ def test_results_of_others_are_left_alone(capsys, tmp_path):
         file.write_text("mine")
         folder = tmp_path / name.replace("/", "-")
         error = sentence(capsys, *words, f"--workdir={folder}")
-        assert str(file) in error and "give another --workdir" in error
+        named = folder / name.split("/")[0]
+        assert str(named) in error and "give another --workdir" in error
         assert [p for p in folder.rglob("*") if p.is_file()] == [file]
         assert file.read_text() == "mine"
 
