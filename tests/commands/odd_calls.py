@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -301,6 +302,18 @@ WRITING = (
 
 
 @contextlib.contextmanager
+def _no_compilation_is_kept() -> Iterator[None]:
+    """jax would leave half files in its cache, for other processes to find."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+@contextlib.contextmanager
 def _no_file_grows_over(num_bytes: int) -> Iterator[None]:
     """The kernel itself refuses, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -473,7 +486,7 @@ class Runner:
             world = Runner(self.folder / "fault", self.seconds)
             words = [w.replace(str(self.world), str(world.world)) for w in words]
             with _stand_ins():
-                with FAULTS[call.fault]():
+                with _no_compilation_is_kept(), FAULTS[call.fault]():
                     outcome = world._make(words)
                 outcome = world._judge_fault(words, outcome)
             _delete(world.folder)
