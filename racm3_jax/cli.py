@@ -7,8 +7,12 @@ Configs are given as ml_collections users expect:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import racm3_jax
 from racm3_jax.commands import (
@@ -22,40 +26,108 @@ from racm3_jax.commands import (
     train,
 )
 from racm3_jax.commands.configs import UsageError
+from racm3_jax.commands.failures import explain, is_missing_setting
 
 # Each module registers its own subcommands.
 FAMILIES = (train, sweep, estimate, generate, demo, memory, convert, doctor)
+# Exit statuses as shells know them: 128 and the number of the signal.
+INTERRUPTED = 130
+READER_GONE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand.
 
+    Whatever a user can mend ends in one sentence; what only we can mend, in a traceback.
+
     Returns:
-      The exit status: 0, 2 after wrong input, or 75 when a signal ended a training early
-      (it saved; the same command goes on).
+      The exit status: 0, 2 after wrong input, 75 when a signal ended a training early
+      (it saved; the same command goes on), 130 after Ctrl-C, or 141 when whoever reads
+      the output has gone (`racm3 ... | head`).
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    shows_traceback = "--traceback" in given
+    _print_anything()
+    try:
+        try:
+            status = _run([word for word in given if word != "--traceback"])
+        except SystemExit:  # --help and --version have printed
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _leave_output()
+        return READER_GONE
+    except KeyboardInterrupt:
+        if shows_traceback:
+            raise
+        print("racm3: stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
+    except (UsageError, ValueError, OSError) as error:
+        if shows_traceback:
+            raise
+        sentence = explain(error)
+    except (AttributeError, KeyError) as error:
+        if shows_traceback or not is_missing_setting(error):
+            raise
+        name = str(error.args[0] if error.args else error).strip("'\"")
+        sentence = f"the config has no setting {name!r}: is it one of this command?"
+    print(f"racm3: {sentence}", file=sys.stderr)
+    _leave_output()
+    return 2
+
+
+def _run(words: Sequence[str]) -> int:
+    empty = next((w for w in words if w.startswith("--") and w.endswith("=--")), None)
+    if empty:  # argparse takes the value away
+        raise UsageError(f"{empty.removesuffix('--')} has the value '--': give another")
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(words)
     if not hasattr(arguments, "command"):
+        if rest:
+            raise UsageError(f"unknown argument {rest[0]!r}; see racm3 --help")
         parser.print_help()
         return 2
     takes_config = getattr(arguments, "takes_config", False)
-    unknown = [a for a in rest if not (takes_config and a.startswith("--config"))]
+    of_config = ("--config=", "--config.")
+    unknown = [a for a in rest if not (takes_config and a.startswith(of_config))]
+    if "--config" in unknown and takes_config:
+        raise UsageError("write --config=FILE.py, with = and without a space")
+    if unknown:
+        raise UsageError(
+            f"unknown argument {unknown[0]!r}; see racm3 {arguments.name} --help"
+        )
+    arguments.config_flags = rest
+    _quiet_libraries()
+    _keep_freed_memory()
+    return arguments.command(arguments) or 0
+
+
+def _print_anything() -> None:
+    """Names and captions in any script are no reason to fail on an old terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_output() -> None:
+    """What standard output cannot take is dropped, or Python complains at its end."""
     try:
-        if unknown:
-            raise UsageError(
-                f"unknown argument {unknown[0]!r}; see racm3 {arguments.name} --help"
-            )
-        arguments.config_flags = rest
-        _quiet_libraries()
-        _keep_freed_memory()
-        status = arguments.command(arguments)
-    except (UsageError, ValueError, FileNotFoundError) as error:
-        if arguments.traceback:
-            raise
-        print(f"racm3: {error}", file=sys.stderr)
-        return 2
-    return status or 0
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        sentence = message.removeprefix("argument ")
+        raise UsageError(f"{sentence}; see {self.prog} --help")
 
 
 def _quiet_libraries() -> None:
@@ -90,7 +162,7 @@ def _keep_freed_memory() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="racm3",
         description="Retrieval-augmented multimodal language modelling (RA-CM3).",
     )

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from racm3_jax import own_files
+
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -77,6 +79,7 @@ class MetricsWriter:
         directory = Path(workdir)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / METRICS_NAME
+        _check_lines(self.path)
         _drop_cut_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = None
@@ -116,6 +119,26 @@ class MetricsWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_lines(path: Path) -> None:
+    """Refuses a file that no writer of this module began."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        first = file.readline(1 << 20)
+    try:
+        line = json.loads(first)
+    except (ValueError, RecursionError):
+        line = None
+    is_cut = first and not first.endswith(b"\n")  # by a crash, in its first line
+    if first and not (isinstance(line, dict) and "step" in line):
+        if is_cut and first.startswith(b'{"step"'):
+            return
+        raise ValueError(
+            f"{path} is not the log of a training, so nothing is added to it: give "
+            "another --workdir"
+        )
 
 
 def _drop_cut_line(path: Path) -> None:
@@ -191,5 +214,4 @@ def plot_curves(
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()
-    Path(output_path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(str(output_path), dpi=100)
+    own_files.write_figure(output_path, figure)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from racm3_jax import run, wiring
+from racm3_jax import own_files, run, wiring
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.evaluation.report import CaptionRow, write_report
 from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
@@ -44,14 +44,19 @@ def main(config: Any, workdir: Path) -> None:
       ValueError: if `workdir` holds a run of another config.
     """
     stages = Stages()
-    workdir.mkdir(parents=True, exist_ok=True)
-    run.claim_workdir(config, workdir)
-    world = wiring.build_world(config)
-    tests = choose_tests(world, config.num_prompts)
-    prompts = [test.text for test in tests]
-
-    stages.say("opening the shipped tokenizer, CLIP and generator")
-    tokenizer, embedder = wiring.build_tokenizer(config), wiring.build_embedder(config)
+    own_files.check(
+        workdir / "samples.png",
+        workdir / "report.html",
+        change="give another --workdir",
+    )
+    with run.given_back_if_refused(workdir):
+        run.claim_workdir(config, workdir)
+        world = wiring.build_world(config)
+        tests = choose_tests(world, config.num_prompts)
+        prompts = [test.text for test in tests]
+        stages.say("opening the shipped tokenizer, CLIP and generator")
+        tokenizer = wiring.build_tokenizer(config)
+        embedder = wiring.build_embedder(config)
     if not (workdir / "samples.png").exists():
         draw_first_picture(workdir / "samples.png", world, tests[:2], config.seed)
         stages.say(f"first picture, from hand-picked documents: {workdir}/samples.png")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from racm3_jax import wiring
+from racm3_jax import own_files, storage, wiring
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.evaluation import (
     flagworld,
@@ -27,7 +27,12 @@ from racm3_jax.evaluation.flagworld_tasks import (
 )
 from racm3_jax.evaluation.likelihood_results import evaluate_likelihood
 from racm3_jax.evaluation.protocol_results import evaluate_coco
-from racm3_jax.evaluation.runner import write_results, write_sheet, write_table
+from racm3_jax.evaluation.runner import (
+    check_workdir,
+    write_results,
+    write_sheet,
+    write_table,
+)
 from racm3_jax.evaluation.task_sheets import write_task_sheets
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
@@ -38,6 +43,21 @@ from racm3_jax.training.loop import Profile, fit
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState
 
+# What a work directory holds that was claimed and not used.
+_CLAIM = {"config.json", "training.lock"}
+# What trainings write: in a directory without a config.json, it is somebody else's.
+_OUTPUTS = (
+    "checkpoints",
+    "clip",
+    "loss.png",
+    "metrics.jsonl",
+    "model",
+    "source",
+    "tensorboard",
+    "text",
+    "tokenizer",
+    "vqgan",
+)
 # Settings that a resumed run may change: what is learned from which data stays.
 _MAY_CHANGE = (
     "config.mesh",
@@ -79,12 +99,13 @@ def train(
     """
     join_processes()
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with leader_first():
-        fingerprint = claim_workdir(config, workdir)
+    own_files.check(workdir / "loss.png", change="give another --workdir")
+    with given_back_if_refused(workdir):
+        with leader_first():
+            fingerprint = claim_workdir(config, workdir)
+        with _advice_when_memory_is_full(config):
+            job = wiring.build_job(config, workdir)
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
-    with _advice_when_memory_is_full(config):
-        job = wiring.build_job(config, workdir)
     saver = Checkpoints(
         workdir / "checkpoints",
         keep=config.train.get("keep_checkpoints", 2),
@@ -165,6 +186,28 @@ def _peak_flops() -> float:
     return device.flops * jax.device_count() if device else 0.0
 
 
+@contextlib.contextmanager
+def given_back_if_refused(workdir: Path) -> Iterator[None]:
+    """Makes a work directory; one that holds its config alone is free after an error.
+
+    The corrected command has another config, which must not be refused then.
+    """
+    is_made = not workdir.exists()
+    is_new = not (workdir / "config.json").exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError):
+            names = set(os.listdir(workdir))
+            if is_new and names <= _CLAIM:
+                for name in names:
+                    (workdir / name).unlink()
+            if is_made:
+                workdir.rmdir()  # if it is empty
+        raise
+
+
 def claim_workdir(config: Any, workdir: Path) -> str:
     """Writes the config into a new work directory, or checks that it is the same.
 
@@ -175,11 +218,12 @@ def claim_workdir(config: Any, workdir: Path) -> str:
 
     Raises:
       ValueError: names the settings that differ.
+      FileExistsError: the directory holds results, but no config.
     """
     text = config.to_json(sort_keys=True)
     path = workdir / "config.json"
     if path.exists():
-        old, new = json.loads(path.read_text()), json.loads(text)
+        old, new = _read_config(path), json.loads(text)
         changed = sorted(
             name
             for name in _differences(old, new, "config")
@@ -191,10 +235,23 @@ def claim_workdir(config: Any, workdir: Path) -> str:
                 f"{', '.join(changed[:5])}): use another --workdir, or remove this one"
             )
     else:
-        aside = path.with_suffix(".json.tmp")
-        aside.write_text(text)
-        os.replace(aside, path)
+        for name in _OUTPUTS:
+            if (workdir / name).exists():
+                raise FileExistsError(
+                    f"{workdir / name} is not of a training: there is no config.json "
+                    "beside it, so nothing is written there; give another --workdir"
+                )
+        storage.write_file(path, text.encode())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not the config of a training ({error}): give another --workdir"
+        ) from None
 
 
 def _differences(old: Any, new: Any, where: str) -> set[str]:
@@ -257,6 +314,7 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
         )
     join_processes()
     workdir = Path(workdir)
+    check_workdir(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     return SUITES[config.suite](config, workdir)
 

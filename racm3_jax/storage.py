@@ -217,13 +217,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the path of a file")
     partial = leftover(path, "partial")
-    descriptor = _open_locked(partial)
+    try:
+        descriptor = _open_locked(partial)
+    except OSError as error:
+        _name_place(error, partial, path)
+        raise
     try:
         yield partial
         sync_file(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _name_place(error, partial, path)
         raise
     finally:
         os.close(descriptor)
@@ -253,6 +258,21 @@ def _is_same(descriptor: int, path: pathlib.Path) -> bool:
         return False
 
 
+def _name_place(
+    error: BaseException, partial: pathlib.Path, path: pathlib.Path
+) -> None:
+    """An error of writing names what was to be written, not the hidden name or nothing.
+
+    A full disk is noticed by `write`, which knows no name.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        named = error.filename  # None, or a number of an open file
+        if not isinstance(named, str | bytes) or pathlib.Path(
+            os.fsdecode(named)
+        ).is_relative_to(partial):
+            error.filename = str(path)
+
+
 class BusyError(ValueError):
     """Another process writes the same path."""
 
@@ -279,7 +299,11 @@ def new_directory(
     check_absent(path, replace)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, replaced = leftover(path, "partial"), leftover(path, "replaced")
-    descriptor = _make_locked_directory(partial, path)
+    try:
+        descriptor = _make_locked_directory(partial, path)
+    except OSError as error:
+        _name_place(error, partial, path)
+        raise
     try:
         yield partial
         for folder, _, files in os.walk(partial):
@@ -293,9 +317,10 @@ def new_directory(
             delete_directory(replaced)
             os.rename(path, replaced)
         os.rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         _restore(path)
         shutil.rmtree(partial, ignore_errors=True)
+        _name_place(error, partial, path)
         raise
     finally:
         os.close(descriptor)
@@ -353,7 +378,12 @@ def _make_locked_directory(partial: pathlib.Path, path: pathlib.Path) -> int:
     """An open, locked, empty directory; takes over what a dead writer left."""
     with contextlib.suppress(FileExistsError):
         partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.rmdir()  # what a dead writer left there stays
+        raise
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_same(descriptor, partial):

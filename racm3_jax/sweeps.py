@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from racm3_jax import own_files
 
 Point = dict[str, Any]
 """Overrides by their dotted name, for example {"config.pipeline.alpha": 0.1}."""
@@ -104,7 +105,7 @@ def run_sweep(
 
     Args:
       points: from `get_hyper`.
-      workdir: gets one folder a point, `sweep.json` and `sweep.png`.
+      workdir: gets one folder a point and `sweep.json`.
       train_point: trains one point in its folder, and leaves `metrics.jsonl` there.
       say: receives one line a point.
 
@@ -112,10 +113,12 @@ def run_sweep(
       (point, its last metrics) of every finished point, in order.
 
     Raises:
-      RuntimeError: names the points that failed.
+      SweepError: names the points that failed.
+      FileExistsError: `workdir` holds a `sweep.json` or `sweep.png` of another maker.
     """
     from racm3_jax.metrics import read_jsonl
 
+    check_workdir(workdir)
     finished: list[tuple[Point, dict[str, float]]] = []
     failed: list[str] = []
     for number, point in enumerate(points, 1):
@@ -126,18 +129,40 @@ def run_sweep(
             say(f"point {number} of {len(points)}: {name}")
             try:
                 train_point(point, folder)
-                _write_json(result, last_metrics(read_jsonl(folder)))
+                own_files.write_json(result, last_metrics(read_jsonl(folder)))
             except (ValueError, FloatingPointError, FileNotFoundError) as error:
                 failed.append(f"{name}: {error}")
                 continue
-        finished.append((point, json.loads(result.read_text())))
-    _write_json(
-        workdir / "sweep.json",
-        [{"point": point, "metrics": metrics} for point, metrics in finished],
-    )
+        finished.append((point, _read_result(result)))
+    points_done = [{"point": point, "metrics": found} for point, found in finished]
+    own_files.write_json(workdir / "sweep.json", {"points": points_done})
     if failed:
-        raise RuntimeError(f"{len(failed)} points failed: {'; '.join(failed)}")
+        raise SweepError(f"{len(failed)} points failed: {'; '.join(failed)}")
     return finished
+
+
+class SweepError(ValueError):
+    """Points of a sweep failed; the others have their results."""
+
+
+def check_workdir(workdir: Path) -> None:
+    """Refuses a folder where a sweep's results would replace somebody's own files."""
+    own_files.check(
+        workdir / "sweep.json",
+        workdir / "sweep.png",
+        change="give another --workdir",
+    )
+
+
+def _read_result(path: Path) -> dict[str, float]:
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics.pop("made_by", None)
+        return {name: float(value) for name, value in metrics.items()}
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, and the same command writes it again"
+        ) from None
 
 
 def last_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -180,10 +205,3 @@ def plot_sweep(points: Sequence[Point], workdir: Path, names: Sequence[str]) -> 
         for point in points
     }
     plot_curves(runs, workdir / "sweep.png", names=names)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=2, sort_keys=True))
-    os.replace(aside, path)

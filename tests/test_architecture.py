@@ -10,6 +10,7 @@ PACKAGE = ROOT / "racm3_jax"
 
 FLOORS = [
     {"types", "vocab", "storage"},
+    {"own_files"},
     {"documents", "sharding", "checkpoints", "metrics"},
     {"tokenizers", "model", "index"},
     {"memory"},

@@ -1,10 +1,15 @@
 """Wrong input ends in one clear sentence and exit status 2."""
 
+import errno
+import os
 import pathlib
 import types
 
+import pytest
+
 from racm3_jax import cli, run
 from racm3_jax.commands import configs
+from racm3_jax.metrics import MetricsWriter
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -104,3 +109,160 @@ def test_a_training_that_was_stopped_says_so_and_has_its_own_status(
     assert cli.main([*arguments, "--config.train.num_steps=3"]) == 0
     assert cli.main([*arguments, "--profile_steps=2"]) == 2
     assert "give first:last" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_ends_it_quietly(monkeypatch, capsys):
+    """`racm3 ... | head`: no traceback, and the status that shells know."""
+    for words in (["memory", "plan", "--num_documents=1e6"], ["--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "w") as stdout, monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", stdout)
+            assert cli.main(words) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_output_that_cannot_be_written(monkeypatch, capsys):
+    with open("/dev/full", "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stdout)
+        assert cli.main(["memory", "plan", "--num_documents=1e6"]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`racm3 doctor` raises the given error."""
+
+    def fail_with(error):
+        def examine(*_, **__):
+            raise error
+
+        monkeypatch.setattr("racm3_jax.doctor.examine", examine)
+
+    return fail_with
+
+
+def test_ctrl_c_has_its_own_status(failing, capsys):
+    failing(KeyboardInterrupt())
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "racm3: stopped by Ctrl-C\n"
+
+
+def test_what_the_system_refuses_names_path_and_remedy(failing, capsys):
+    for number, words in [
+        (errno.ENOSPC, "the disk is full: make room"),
+        (errno.EROFS, "read-only: give another path"),
+        (errno.EACCES, "permission denied: change its permissions"),
+        (errno.EPIPE + 900, "check the path"),
+    ]:
+        failing(OSError(number, os.strerror(number), "some/place"))
+        error = sentence(capsys, "doctor")
+        assert error.startswith("racm3: some/place: ") and words in error
+    failing(OSError(errno.EACCES, "x", "a", None, "b"))
+    assert "a -> b" in sentence(capsys, "doctor")
+    failing(OSError(errno.ENAMETOOLONG, "x", "y" * 4000))
+    assert len(sentence(capsys, "doctor")) < 300
+    failing(FileExistsError("two\nlines"))
+    assert sentence(capsys, "doctor") == "racm3: two lines"
+    failing(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"))
+    assert "save it as UTF-8" in sentence(capsys, "doctor")
+
+
+def test_faults_of_ours_keep_their_traceback(failing):
+    failing(TypeError("a bug"))
+    with pytest.raises(TypeError):
+        cli.main(["doctor"])
+    failing(KeyError("a bug"))
+    with pytest.raises(KeyError):
+        cli.main(["doctor"])
+
+
+def test_traceback_shows_where_an_error_came_from(failing):
+    failing(ValueError("x"))
+    for words in (["--traceback", "doctor"], ["doctor", "--traceback"]):
+        with pytest.raises(ValueError):
+            cli.main(words)
+
+
+def test_config_files_that_fail(capsys, tmp_path):
+    config = tmp_path / "c.py"
+    for text, words in [
+        ("x = [\n", "c.py fails (line 1) with SyntaxError"),
+        ("import sys\nsys.exit(3)\n", "c.py fails (line 2) with SystemExit: 3"),
+        ("x = 1\n", "has no function get_config"),
+        ("def get_config(arg):\n    return {}[arg]\n", "(line 2) with KeyError"),
+        ("def get_config(arg):\n    raise ValueError('no')\n", "racm3: no"),
+        ("def get_config(arg):\n    return 7\n", "returns a int"),
+        (
+            "from ml_collections import *\ndef get_config(_):\n    return ConfigDict()\n",
+            "the config has no setting 'kind'",
+        ),
+    ]:
+        config.write_text(text)
+        assert words in sentence(
+            capsys, "train", f"--config={config}", f"--workdir={tmp_path}/x"
+        )
+        assert not (tmp_path / "x").exists()
+    words = ["train", f"--config={tmp_path}", f"--workdir={tmp_path}/x"]
+    assert "is a folder: give --config=FILE.py" in sentence(capsys, *words)
+    assert "write --config=FILE.py" in sentence(
+        capsys, "train", "--config", "x.py", "--workdir=x"
+    )
+
+
+def test_the_home_folder_is_found_after_an_equals_sign(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (
+        ["memory", "verify", "--memory=~/m"],
+        ["generate", "--workdir=~/m", "--prompt=a", "--out=~/x.png"],
+        ["caption", "--workdir=x", "--image=~/m"],
+        ["classify", "--workdir=x", "--image=~/m", "--support=~/s"],
+        ["train", "--config=~/m", "--workdir=~/w"],
+    ):
+        assert str(tmp_path / "m") in sentence(capsys, *words)
+
+
+def test_a_refused_training_leaves_its_work_directory_free(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    config = f"--config={CONFIGS}/eval/flagworld.py"
+    for name in ("new", "mine"):
+        assert "no setting 'kind'" in sentence(
+            capsys, "train", config, f"--workdir={tmp_path / name}"
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_results_of_others_are_left_alone(capsys, tmp_path):
+    config = f"--config={CONFIGS}/flagworld_tiny.py"
+    for name, words in [
+        ("loss.png", ["train", config]),
+        ("config.json", ["train", config]),
+        ("model/mine.txt", ["train", config]),
+        ("checkpoints/mine.txt", ["train", config]),
+        ("metrics.jsonl", ["train", config]),
+        ("samples.png", ["quickstart", "--short"]),
+        ("report.html", ["quickstart", "--short"]),
+        ("table.md", ["evaluate"]),
+        ("results.json", ["evaluate"]),
+        ("samples/infill.png", ["evaluate", "--suite=flagworld_tasks"]),
+        ("sweep.json", ["sweep", f"--config={CONFIGS}/sweeps/flagworld_alpha.py:tiny"]),
+    ]:
+        file = tmp_path / name.replace("/", "-") / name
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+        folder = tmp_path / name.replace("/", "-")
+        error = sentence(capsys, *words, f"--workdir={folder}")
+        named = folder / name.split("/")[0]
+        assert str(named) in error and "give another --workdir" in error
+        assert [p for p in folder.rglob("*") if p.is_file()] == [file]
+        assert file.read_text() == "mine"
+
+
+def test_a_log_of_others_is_not_added_to(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for text in ("mine", '{"mine": 1}\n', '{"mine": 1}\nno end'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is not the log of a training"):
+            MetricsWriter(tmp_path, tensorboard=False)
+        assert path.read_text() == text

@@ -8,7 +8,14 @@ import pathlib
 import pytest
 
 from racm3_jax import cli
-from racm3_jax.sweeps import Hyper, format_sweep, last_metrics, name_point, run_sweep
+from racm3_jax.sweeps import (
+    Hyper,
+    SweepError,
+    format_sweep,
+    last_metrics,
+    name_point,
+    run_sweep,
+)
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 LR, ALPHA = "config.optimizer.learning_rate", "config.pipeline.alpha"
@@ -57,13 +64,13 @@ def test_finished_points_are_not_trained_again_and_a_failed_one_stops_no_other(
             raise ValueError("too large")
         write_log(folder, point[LR])
 
-    with pytest.raises(RuntimeError, match="1 points failed: learning_rate=2.0"):
+    with pytest.raises(SweepError, match="1 points failed: learning_rate=2.0"):
         run_sweep(points, tmp_path, train_point, say=lambda line: None)
     finished = run_sweep(points, tmp_path, train_point, say=lambda line: None)
     assert trained == [1.0, 2.0, 3.0, 2.0]
     assert [metrics["loss"] for _, metrics in finished] == [1.5, 2.5, 3.5]
     stored = json.loads((tmp_path / "sweep.json").read_text())
-    assert [entry["point"] for entry in stored] == points
+    assert [entry["point"] for entry in stored["points"]] == points
 
 
 def test_last_metrics_are_means_of_the_last_tenth():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import os
 import sys
+import traceback
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ def read_config(flags: Sequence[str], default: str = "") -> Any:
     from ml_collections import config_flags
 
     files = [f.removeprefix("--config=") for f in flags if f.startswith("--config=")]
-    if not files and not default:
+    if files and not files[-1].strip() or not files and not default:
         raise UsageError("give --config=configs/NAME.py (see the folder configs/)")
     config = load_config_file(files[-1] if files else default)
     values = absl_flags.FlagValues()
@@ -40,15 +42,71 @@ def read_config(flags: Sequence[str], default: str = "") -> Any:
             "config", config, flag_values=values, sys_argv=arguments
         )
         values(arguments)
-    except (AttributeError, KeyError, TypeError, absl_flags.Error) as error:
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+        SyntaxError,
+        absl_flags.Error,
+    ) as error:
         raise UsageError(_override_problem(config, overrides, error)) from None
     return config.lock()
 
 
 def load_config_file(path: str) -> Any:
-    """Calls `get_config(arg)` of `file.py:arg`."""
+    """Calls `get_config(arg)` of `file.py:arg`.
+
+    Raises:
+      UsageError: the file, or the function in it, is missing or fails.
+    """
+    from ml_collections import ConfigDict
+
     module, argument = load_config_module(path)
-    return module.get_config(argument)
+    config = call_config(path, module, "get_config", argument)
+    if not isinstance(config, ConfigDict):
+        raise UsageError(
+            f"get_config of {path} returns a {type(config).__name__}: it must return an "
+            "ml_collections.ConfigDict"
+        )
+    return config
+
+
+def call_config(path: str, module: types.ModuleType, name: str, given: Any) -> Any:
+    """Calls a function of a config file; whatever fails in it is the file's fault.
+
+    Raises:
+      ValueError: raised by the function itself (of an argument that it does not take).
+      UsageError: it is missing, or raises anything else; names file and line.
+    """
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{path} has no function {name}: see the files of configs/")
+    try:
+        return function(given)
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _broken_config(f"{name} of {path}", module.__file__, error) from error
+
+
+def _broken_config(what: str, file: str | None, error: BaseException) -> UsageError:
+    """Names the kind of the error and the last line of the file that it passed."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file
+    ]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    where = f" (line {lines[-1]})" if lines else ""
+    return UsageError(
+        f"{what} fails{where} with {type(error).__name__}: {error}; mend the file "
+        "(racm3 --traceback shows more)"
+    )
 
 
 def load_config_module(path: str) -> tuple[types.ModuleType, str]:
@@ -56,8 +114,14 @@ def load_config_module(path: str) -> tuple[types.ModuleType, str]:
 
     Inside the file, `from configs import other` finds the files of the same `configs`
     folder, wherever that folder is.
+
+    Raises:
+      UsageError: there is no such file, or it does not run.
     """
     name, _, argument = path.partition(":")
+    name = os.path.expanduser(name)
+    if Path(name).is_dir():
+        raise UsageError(f"{name} is a folder: give --config=FILE.py, a file in it")
     if not Path(name).is_file():
         raise UsageError(f"there is no config file {name}; see the folder configs/")
     spec = importlib.util.spec_from_file_location("racm3_config", name)
@@ -65,7 +129,10 @@ def load_config_module(path: str) -> tuple[types.ModuleType, str]:
         raise UsageError(f"{name} is not a Python file: a config ends in .py")
     module = importlib.util.module_from_spec(spec)
     with _configs_importable(Path(name).resolve()):
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise _broken_config(f"config {name}", name, error) from error
     return module, argument
 
 

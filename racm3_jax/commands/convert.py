@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from racm3_jax.commands import arguments as options
 
 Arguments = argparse.Namespace
 
@@ -75,14 +76,21 @@ def register(commands: Any) -> None:
     text = "Encode an image to codes; with --roundtrip decode them and measure."
     sub = commands.add_parser("tokenize", help=text, description=text)
     sub.set_defaults(command=_tokenize)
-    sub.add_argument("image", help="a picture of any size")
-    sub.add_argument("--tokenizer", required=True, help="folder of an image tokenizer")
+    sub.add_argument("image", type=options.path, help="a picture of any size")
+    sub.add_argument(
+        "--tokenizer",
+        type=options.path,
+        required=True,
+        help="folder of an image tokenizer",
+    )
     sub.add_argument(
         "--roundtrip",
         action="store_true",
         help="print the PSNR and write both pictures side by side",
     )
-    sub.add_argument("--out", default="roundtrip.png", help="of --roundtrip")
+    sub.add_argument(
+        "--out", type=options.path, default="roundtrip.png", help="of --roundtrip"
+    )
 
 
 def _convert(arguments: Arguments) -> None:
@@ -161,10 +169,13 @@ def _export(arguments: Arguments) -> None:
 def _tokenize(arguments: Arguments) -> None:
     import numpy as np
 
-    from racm3_jax import storage
-    from racm3_jax.documents.images import encode_png, read_image, resize_image
+    from racm3_jax import own_files
+    from racm3_jax.documents.images import read_image, resize_image
     from racm3_jax.tokenizers.image import ImageTokenizer, compute_psnr
 
+    if arguments.roundtrip:
+        change = "give another --out"
+        own_files.check_pictures(arguments.out, inputs=[arguments.image], change=change)
     tokenizer = ImageTokenizer.load(arguments.tokenizer, batch_size=1)
     image = resize_image(read_image(arguments.image), tokenizer.image_size)[None]
     codes = tokenizer.encode(image)
@@ -172,8 +183,10 @@ def _tokenize(arguments: Arguments) -> None:
         print(" ".join(map(str, codes[0].tolist())))
         return
     decoded = tokenizer.decode(codes)
-    out = Path(arguments.out)
-    picture = encode_png(np.concatenate([image[0], decoded[0]], axis=1))
-    storage.write_file(out, picture)
+    both = np.concatenate([image[0], decoded[0]], axis=1)
+    own_files.write_png(arguments.out, both)
     psnr = float(compute_psnr(image, decoded)[0])
-    print(f"PSNR {psnr:.2f} dB, {len(np.unique(codes))} different codes; wrote {out}")
+    print(
+        f"PSNR {psnr:.2f} dB, {len(np.unique(codes))} different codes; "
+        f"wrote {arguments.out}"
+    )

@@ -6,9 +6,13 @@ import argparse
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from racm3_jax.commands import arguments as options
 from racm3_jax.commands.configs import UsageError
+
+if TYPE_CHECKING:
+    from racm3_jax.demo.uploads import UploadFolder
 
 
 def register(commands: Any) -> None:
@@ -16,19 +20,35 @@ def register(commands: Any) -> None:
     text = "A page in the browser, on this machine only (needs the [demo] extra)."
     sub = commands.add_parser("demo", help=text, description=text)
     sub.set_defaults(command=_demo)
-    sub.add_argument("--workdir", required=True, help="of quickstart or train")
-    sub.add_argument("--memory", default=None, help="another memory directory")
-    sub.add_argument("--port", type=int, default=7860, help="0 takes any free one")
+    sub.add_argument(
+        "--workdir", type=options.path, required=True, help="of quickstart or train"
+    )
+    sub.add_argument(
+        "--memory", type=options.path, default=None, help="another memory directory"
+    )
+    sub.add_argument(
+        "--port",
+        type=options.whole(0, 2**16 - 1),
+        default=7860,
+        help="0 takes any free one",
+    )
     sub.add_argument("--int8", action="store_true", help="weights in 8 bits")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UsageError(missing_gradio(Path(arguments.workdir)))
+    from racm3_jax.demo import server, uploads
+
+    server.find_port(arguments.port)
+    with uploads.private_folder() as folder:
+        _serve(arguments, uploads.UploadFolder(folder))
+
+
+def _serve(arguments: argparse.Namespace, uploads: UploadFolder) -> None:
     from racm3_jax import run
     from racm3_jax.demo import server
 
-    server.find_port(arguments.port)
     generator = run.load(arguments.workdir, memory=arguments.memory)
     if arguments.int8:
         generator = generator.quantized()
@@ -36,14 +56,14 @@ def _demo(arguments: argparse.Namespace) -> None:
     if generator.retriever is None:
         notice = missing_memory(arguments.workdir)
         print(notice)
-    server.prepare_environment()
+    server.prepare_environment(uploads.folder)
     from racm3_jax.demo.page import build_page
     from racm3_jax.demo.session import MAX_UPLOAD_BYTES, Session
 
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     page = build_page(Session(generator), notice)
-    server.serve(page, arguments.port, MAX_UPLOAD_BYTES)
+    server.serve(page, arguments.port, MAX_UPLOAD_BYTES, uploads)
 
 
 def missing_gradio(workdir: Path) -> str:

@@ -7,6 +7,8 @@ import dataclasses
 import json
 from typing import Any
 
+from racm3_jax.commands import arguments as options
+
 _MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 
 
@@ -15,7 +17,12 @@ def register(commands: Any) -> None:
     text = "Look at this installation and say what is missing."
     sub = commands.add_parser("doctor", help=text, description=text)
     sub.set_defaults(command=_doctor)
-    sub.add_argument("--workdir", default=".", help="where results would be written")
+    sub.add_argument(
+        "--workdir",
+        type=options.path,
+        default=".",
+        help="where results would be written",
+    )
     sub.add_argument("--no_self_test", action="store_true", help="versions only")
     sub.add_argument("--json", action="store_true", help="one line of JSON")
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from racm3_jax.commands import arguments as options
 from racm3_jax.commands.outputs import (
+    check_outputs,
     report,
     save_parts,
     save_pictures,
@@ -26,9 +28,10 @@ def register(commands: Any) -> None:
     """Adds them to the parser's subcommands."""
     sub = _add(commands, "generate", _generate, "Draw what a prompt says.")
     given = sub.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", help="what to draw")
+    given.add_argument("--prompt", type=options.filled, help="what to draw")
     given.add_argument(
         "--parts",
+        type=options.path,
         help='a JSON file, [{"text": ...}, {"image": file}, ...]: go on freely after it',
     )
     _add_retrieval(sub, "instead of retrieved ones: a demonstration to follow")
@@ -36,26 +39,30 @@ def register(commands: Any) -> None:
     _add_sampling(sub)
     _add_ranking(sub)
     _add_preview(sub)
-    sub.add_argument("--max_segments", type=int, default=2, help="with --parts")
-    sub.add_argument("--out", default="sample.png")
+    sub.add_argument(
+        "--max_segments", type=options.whole(1, 1000), default=2, help="with --parts"
+    )
+    sub.add_argument("--out", type=options.path, default="sample.png")
 
     sub = _add(commands, "caption", _caption, "Describe an image.")
-    sub.add_argument("--image", required=True)
+    sub.add_argument("--image", type=options.path, required=True)
     sub.add_argument("--prefix", default="", help='how it begins, as in "Photo of"')
     sub.add_argument("--caption_prompt", choices=("masked", "last"), default="masked")
     _add_retrieval(sub, "instead of retrieved ones")
     sub.add_argument(
         "--num_candidates",
-        type=int,
+        type=options.whole(),
         default=0,
         help="retrieve so many, keep the --num_retrieved that explain the image best",
     )
     _add_sampling(sub)
 
     sub = _add(commands, "infill", _infill, "Draw a region anew, or fill in a text.")
-    sub.add_argument("--image")
+    sub.add_argument("--image", type=options.path)
     sub.add_argument(
-        "--text", help='with a gap, as in "the flag of <mask> on the moon"'
+        "--text",
+        type=options.filled,
+        help='with a gap, as in "the flag of <mask> on the moon"',
     )
     _add_region(sub)
     _add_retrieval(sub, "instead of retrieved ones")
@@ -63,21 +70,30 @@ def register(commands: Any) -> None:
     _add_ranking(sub)
 
     sub = _add(commands, "edit", _edit, "Draw a region as a chosen document shows it.")
-    sub.add_argument("--image", required=True)
+    sub.add_argument("--image", type=options.path, required=True)
     _add_region(sub)
-    sub.add_argument("--memory", default=None, help="another memory directory")
+    sub.add_argument(
+        "--memory", type=options.path, default=None, help="another memory directory"
+    )
     _add_documents(sub, "the document to follow", required=True)
     _add_neighbours(sub)
     _add_sampling(sub)
     _add_ranking(sub)
 
     sub = _add(commands, "classify", _classify, "Choose a label from examples.")
-    sub.add_argument("--image", required=True)
+    sub.add_argument("--image", type=options.path, required=True)
     sub.add_argument(
-        "--support", required=True, help='a JSON file, [{"image": file, "label": ...}]'
+        "--support",
+        type=options.path,
+        required=True,
+        help='a JSON file, [{"image": file, "label": ...}]',
     )
-    sub.add_argument("--labels", help="separated by commas; else those of --support")
-    sub.add_argument("--shots_per_pass", type=int, default=None)
+    sub.add_argument(
+        "--labels",
+        type=options.filled,
+        help="separated by commas; else those of --support",
+    )
+    sub.add_argument("--shots_per_pass", type=options.whole(1), default=None)
     sub.add_argument(
         "--by",
         choices=("image", "label"),
@@ -88,11 +104,15 @@ def register(commands: Any) -> None:
 
 def _add(commands: Any, name: str, command: Callable, text: str) -> Any:
     sub = commands.add_parser(name, help=text, description=text)
-    sub.set_defaults(command=command)
-    sub.add_argument("--workdir", required=True, help="of quickstart or train")
+    sub.set_defaults(command=lambda arguments: _check_and_run(command, arguments))
+    sub.add_argument(
+        "--workdir", type=options.path, required=True, help="of quickstart or train"
+    )
     sub.add_argument("--json", action="store_true", help="one line of JSON")
     sub.add_argument(
-        "--compilation_cache", help="a folder that keeps compiled programs between runs"
+        "--compilation_cache",
+        type=options.path,
+        help="a folder that keeps compiled programs between runs",
     )
     sub.add_argument("--int8", action="store_true", help="weights in 8 bits")
     return sub
@@ -110,31 +130,35 @@ def _add_documents(sub: Any, text: str, required: bool = False) -> None:
 
 
 def _add_retrieval(sub: Any, text: str) -> None:
-    sub.add_argument("--memory", default=None, help="another memory directory")
-    sub.add_argument("--num_retrieved", type=int, default=2)
+    sub.add_argument(
+        "--memory", type=options.path, default=None, help="another memory directory"
+    )
+    sub.add_argument("--num_retrieved", type=options.whole(0, 10_000), default=2)
     _add_documents(sub, text)
 
 
 def _add_neighbours(sub: Any) -> None:
     sub.add_argument(
         "--num_neighbours",
-        type=int,
+        type=options.whole(0, 10_000),
         default=0,
         help="documents of the memory most like --document, to stand behind it",
     )
 
 
 def _add_sampling(sub: Any, guided: bool = True) -> None:
-    sub.add_argument("--num_samples", type=int, default=1)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--temperature", type=float, default=1.0)
-    sub.add_argument("--top_p", type=float, default=0.9)
-    sub.add_argument("--top_k", type=int, default=0)
+    sub.add_argument("--num_samples", type=options.whole(1, 10_000), default=1)
+    sub.add_argument("--seed", type=options.whole(0, options.MAX_SEED), default=0)
+    sub.add_argument("--temperature", type=options.number(), default=1.0)
+    sub.add_argument("--top_p", type=options.number(0, 1), default=0.9)
+    sub.add_argument("--top_k", type=options.whole(), default=0)
     if not guided:
         return
-    sub.add_argument("--guidance", type=float, default=1.0, help="1 is none")
-    sub.add_argument("--contrastive_k", type=int, default=0, help="0 is none")
-    sub.add_argument("--contrastive_alpha", type=float, default=0.6)
+    sub.add_argument("--guidance", type=options.number(), default=1.0, help="1 is none")
+    sub.add_argument(
+        "--contrastive_k", type=options.whole(), default=0, help="0 is none"
+    )
+    sub.add_argument("--contrastive_alpha", type=options.number(0, 1), default=0.6)
     sub.add_argument(
         "--guide_documents",
         action="store_true",
@@ -152,19 +176,49 @@ def _add_ranking(sub: Any) -> None:
 
 
 def _add_preview(sub: Any) -> None:
-    sub.add_argument("--preview", help="a PNG that is rewritten while it is drawn")
+    sub.add_argument(
+        "--preview", type=options.path, help="a PNG that is rewritten while it is drawn"
+    )
 
 
 def _add_region(sub: Any) -> None:
     _add_preview(sub)
-    sub.add_argument("--box", help="left,top,right,bottom in pixels")
-    sub.add_argument("--mask", help="an image of the same size, white where to draw")
+    sub.add_argument(
+        "--box", type=options.filled, help="left,top,right,bottom in pixels"
+    )
+    sub.add_argument(
+        "--mask",
+        type=options.path,
+        help="an image of the same size, white where to draw",
+    )
     sub.add_argument("--prompt", default="", help="the caption of the image, if any")
-    sub.add_argument("--max_spans", type=int, default=1)
+    sub.add_argument("--max_spans", type=options.whole(1, 10_000), default=1)
     sub.add_argument(
         "--region_prompt", choices=("masked", "in_place"), default="masked"
     )
-    sub.add_argument("--out", default="sample.png")
+    sub.add_argument("--out", type=options.path, default="sample.png")
+
+
+def _check_and_run(command: Callable, arguments: Arguments) -> None:
+    """What is wrong in the options themselves is said before a model is loaded."""
+    from racm3_jax.generation.settings import SamplingSettings, make_config
+
+    settings = {
+        name: value
+        for name in SamplingSettings.__annotations__
+        if (value := getattr(arguments, name, None)) is not None
+    }
+    wanted = make_config(settings)
+    free = next((n for n in ("text", "parts") if getattr(arguments, n, None)), None)
+    if free and (wanted.needs_unconditional or wanted.guide_documents):
+        raise ValueError(
+            f"--{free} is not guided: leave --guidance, --contrastive_k and "
+            "--guide_documents out"
+        )
+    if command is not _classify:
+        writes_out = hasattr(arguments, "out") and not getattr(arguments, "text", None)
+        check_outputs(arguments, writes_out)
+    command(arguments)
 
 
 def _generate(arguments: Arguments) -> None:
@@ -291,8 +345,8 @@ def _classify(arguments: Arguments) -> None:
     image = read_image(arguments.image)
     path = Path(arguments.support)
     support = [
-        (read_image(path.parent / entry["image"]), str(entry["label"]))
-        for entry in _read_list(path, "image", "label")
+        (read_image(_beside(path, entry["image"])), str(entry["label"]))
+        for entry in _read_list(path, {"image", "label"})
     ]
     labels = arguments.labels.split(",") if arguments.labels else None
     found = _open(arguments).classify(
@@ -364,24 +418,36 @@ def _read_region(arguments: Arguments) -> Any:
     return left, top, right, bottom
 
 
-def _read_list(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """A JSON list of objects, each with at least one of the keys."""
+def _read_list(path: Path, *forms: set[str]) -> list[dict[str, Any]]:
+    """A JSON list of objects, each with all the keys of one of the forms."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and any(key in entry for key in keys)
+        isinstance(entry, dict) and any(keys <= entry.keys() for keys in forms)
         for entry in entries
     ):
-        raise ValueError(f"{path} must be a JSON list of objects with {keys}")
+        allowed = " or ".join(", ".join(sorted(keys)) for keys in forms)
+        raise ValueError(f"{path} must be a JSON list of objects with {allowed}")
+    for i, entry in enumerate(entries):
+        for key in set().union(*forms) & entry.keys() - {"label"}:
+            if not isinstance(entry[key], str) or not entry[key]:
+                raise ValueError(
+                    f"{path}: {key} of entry {i} is {entry[key]!r}; give a text"
+                )
     return entries
+
+
+def _beside(path: Path, name: str) -> Path:
+    """A path as a file names it: from its own folder, or from the home folder."""
+    return path.parent / Path(name).expanduser()
 
 
 def _read_parts(path: Path) -> list[Any]:
     from racm3_jax.documents.images import read_image
 
     return [
-        entry["text"] if "text" in entry else read_image(path.parent / entry["image"])
-        for entry in _read_list(path, "text", "image")
+        entry["text"] if "text" in entry else read_image(_beside(path, entry["image"]))
+        for entry in _read_list(path, {"text"}, {"image"})
     ]

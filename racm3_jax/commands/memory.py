@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from racm3_jax import own_files
+from racm3_jax.commands import arguments as options
 from racm3_jax.commands import memory_pictures
 from racm3_jax.commands.configs import UsageError
 from racm3_jax.index import registry
@@ -33,14 +35,17 @@ def register(commands: Any) -> None:
     _filters(sub)
     kinds = "|".join(registry.list_kinds())
     sub.add_argument("--index", default="auto", help=f"auto|{kinds}")
-    sub.add_argument("--num_query_variants", type=int, default=4)
-    sub.add_argument("--query_drop", type=float, default=0.2)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--num_query_variants", type=options.whole(0, 1000), default=4)
+    sub.add_argument("--query_drop", type=options.number(0, 1), default=0.2)
+    sub.add_argument("--seed", type=options.whole(0, options.MAX_SEED), default=0)
     sub.add_argument(
-        "--max_ram", type=float, default=0.0, help="GB for the index build"
+        "--max_ram", type=options.number(), default=0.0, help="GB for the index build"
     )
     sub.add_argument(
-        "--recall_target", type=float, default=0.95, help="recall@10 of the index"
+        "--recall_target",
+        type=options.number(0, 1),
+        default=0.95,
+        help="recall@10 of the index",
     )
     sub.add_argument("--deduplicate", default="exact", help="none|exact|near")
     sub.add_argument("--overwrite", action="store_true")
@@ -53,17 +58,21 @@ def register(commands: Any) -> None:
 
     sub = _add(actions, "search", _search, "Show what a query finds.")
     _models(sub)
-    sub.add_argument("--text", default=None)
-    sub.add_argument("--image", default=None)
-    sub.add_argument("--k", type=int, default=8)
-    sub.add_argument("--out", default="search.png", help="picture of the results")
+    sub.add_argument("--text", type=options.filled, default=None)
+    sub.add_argument("--image", type=options.path, default=None)
+    sub.add_argument("--k", type=options.whole(1, 10_000), default=8)
+    sub.add_argument(
+        "--out", type=options.path, default="search.png", help="picture of the results"
+    )
     _originals(sub)
     sub.add_argument("--json", action="store_true", help="one line of JSON")
 
     sub = _add(actions, "stats", _stats, "Counts, sizes, recall, latency, duplicates.")
     _models(sub)
-    sub.add_argument("--num_queries", type=int, default=200)
-    sub.add_argument("--out", default="memory.png", help="contact sheet")
+    sub.add_argument("--num_queries", type=options.whole(1), default=200)
+    sub.add_argument(
+        "--out", type=options.path, default="memory.png", help="contact sheet"
+    )
     _originals(sub)
     sub.add_argument("--json", action="store_true", help="one line of JSON")
 
@@ -71,10 +80,22 @@ def register(commands: Any) -> None:
 
     sub = _add(actions, "remove", _remove, "Remove documents for good.")
     _models(sub)
-    sub.add_argument("--ids", default=None, help="a,b,c or a file of one id a line")
-    sub.add_argument("--url_pattern", default=None, help="as https://example.org/*")
-    sub.add_argument("--like", default=None, help="an image file")
-    sub.add_argument("--min_similarity", type=float, default=0.95, help="of --like")
+    sub.add_argument(
+        "--ids",
+        type=options.path,
+        default=None,
+        help="a,b,c or a file of one id a line",
+    )
+    sub.add_argument(
+        "--url_pattern",
+        type=options.filled,
+        default=None,
+        help="as https://example.org/*",
+    )
+    sub.add_argument("--like", type=options.path, default=None, help="an image file")
+    sub.add_argument(
+        "--min_similarity", type=options.number(-1, 1), default=0.95, help="of --like"
+    )
     sub.add_argument("--compact", action="store_true", help="also from the disk, now")
     sub.add_argument("--dry_run", action="store_true", help="only list them")
 
@@ -87,17 +108,21 @@ def register(commands: Any) -> None:
     )
 
     sub = _add(actions, "neighbours", _neighbours, "Precompute all training searches.")
-    sub.add_argument("--out", default=None, help="the table; default MEMORY/table")
-    sub.add_argument("--k", type=int, default=512)
+    sub.add_argument(
+        "--out", type=options.path, default=None, help="the table; default MEMORY/table"
+    )
+    sub.add_argument("--k", type=options.whole(1), default=512)
     sub.add_argument("--engine", default="exact", help="exact (all devices)|memory")
 
     text = "Disk, RAM, FLOPs and hours of a memory that does not exist yet."
     sub = actions.add_parser("plan", help=text, description=text)
     sub.set_defaults(command=_plan)
-    sub.add_argument("--num_documents", type=float, required=True, help="150e6")
-    sub.add_argument("--d_embed", type=int, default=768)
-    sub.add_argument("--hosts", type=int, default=1)
-    sub.add_argument("--devices_per_host", type=int, default=8)
+    sub.add_argument(
+        "--num_documents", type=options.number(1, 1e15), required=True, help="150e6"
+    )
+    sub.add_argument("--d_embed", type=options.whole(1), default=768)
+    sub.add_argument("--hosts", type=options.whole(1), default=1)
+    sub.add_argument("--devices_per_host", type=options.whole(1), default=8)
     sub.add_argument("--index", default="", help=f"{kinds}; default: the first sharded")
     sub.add_argument("--json", action="store_true", help="one line of JSON")
 
@@ -105,12 +130,17 @@ def register(commands: Any) -> None:
 def _add(actions: Any, name: str, command: Callable, text: str) -> Any:
     sub = actions.add_parser(name, help=text, description=text)
     sub.set_defaults(command=lambda arguments: _run(command, arguments))
-    sub.add_argument("--memory", required=True, help="its directory")
+    sub.add_argument("--memory", type=options.path, required=True, help="its directory")
     return sub
 
 
 def _source(sub: Any) -> None:
-    sub.add_argument("--source", required=True, help="kind:path, see documents.readers")
+    sub.add_argument(
+        "--source",
+        type=options.filled,
+        required=True,
+        help="kind:path, see documents.readers",
+    )
     sub.add_argument(
         "--follow_links",
         action="store_true",
@@ -126,9 +156,10 @@ def _read_source(arguments: Arguments) -> str:
 
 
 def _models(sub: Any) -> None:
-    sub.add_argument("--tokenizer", default=f"{_SHIPPED}/tokenizer")
+    sub.add_argument("--tokenizer", type=options.path, default=f"{_SHIPPED}/tokenizer")
     sub.add_argument(
         "--embedder",
+        type=options.path,
         default=f"{_SHIPPED}/clip",
         help="a folder, or name:ENCODER for a source that brings its embeddings",
     )
@@ -137,6 +168,7 @@ def _models(sub: Any) -> None:
 def _originals(sub: Any) -> None:
     sub.add_argument(
         "--originals",
+        type=options.path,
         default=None,
         metavar="FOLDER",
         help="the image files, which are shown instead of what the memory keeps of them; "
@@ -145,13 +177,24 @@ def _originals(sub: Any) -> None:
 
 
 def _filters(sub: Any) -> None:
-    sub.add_argument("--max_bad", type=float, default=0.1, help="share that may be bad")
-    sub.add_argument("--opt_out", default="", help="file of ids and URL patterns")
     sub.add_argument(
-        "--held_out", action="append", default=[], help="source of evaluation documents"
+        "--max_bad",
+        type=options.number(0, 1),
+        default=0.1,
+        help="share that may be bad",
     )
-    sub.add_argument("--max_nsfw", type=float, default=None)
-    sub.add_argument("--max_watermark", type=float, default=None)
+    sub.add_argument(
+        "--opt_out", type=options.path, help="file of ids and URL patterns"
+    )
+    sub.add_argument(
+        "--held_out",
+        type=options.filled,
+        action="append",
+        default=[],
+        help="source of evaluation documents",
+    )
+    sub.add_argument("--max_nsfw", type=options.number(), default=None)
+    sub.add_argument("--max_watermark", type=options.number(), default=None)
 
 
 def _run(command: Callable, arguments: Arguments) -> None:
@@ -169,6 +212,8 @@ def load_models(tokenizer: str, embedder: str) -> tuple[Any, Any]:
     from racm3_jax.tokenizers.mixed import MixedTokenizer
 
     opened = MixedTokenizer.load(wiring.resolve(tokenizer))
+    if embedder == "name:":
+        raise UsageError("--embedder=name: names no encoder: give name:ENCODER")
     if embedder.startswith("name:"):
         return opened, embedder.removeprefix("name:")
     return opened, DocumentEmbedder.load(wiring.resolve(embedder))
@@ -183,7 +228,7 @@ def _config(arguments: Arguments, **more: Any) -> Any:
 
     return CorpusConfig(
         max_bad=arguments.max_bad,
-        opt_out=arguments.opt_out,
+        opt_out=arguments.opt_out or "",
         held_out=tuple(arguments.held_out),
         max_nsfw=arguments.max_nsfw,
         max_watermark=arguments.max_watermark,
@@ -207,6 +252,7 @@ def _build(arguments: Arguments) -> None:
         deduplicate=arguments.deduplicate,
     )
     path = Path(arguments.memory)
+    own_files.check_place(path, "give another --memory")
     if arguments.beam is None:
         _build_here(arguments, path, config)
     else:
@@ -295,14 +341,13 @@ def _add_documents(arguments: Arguments) -> None:
 
 
 def _search(arguments: Arguments) -> None:
-    from PIL import Image
-
     from racm3_jax.commands.originals import read_for_picture
     from racm3_jax.documents.images import read_image
     from racm3_jax.memory.memory import Memory
 
     if (arguments.text is None) == (arguments.image is None):
         raise UsageError("give --text or --image, one of them")
+    _check_out(arguments)
     image = None if arguments.image is None else read_image(arguments.image)
     tokenizer, embedder = _load_models(arguments)
     if isinstance(embedder, str):
@@ -317,7 +362,7 @@ def _search(arguments: Arguments) -> None:
         documents, note = read_for_picture(memory, tokenizer, rows, arguments.originals)
     asked = arguments.text if image is None else image
     picture = memory_pictures.draw_results(asked, documents, scores.tolist())
-    Image.fromarray(picture).save(arguments.out)
+    own_files.write_png(arguments.out, picture)
     results = [
         {"id": d.id, "score": round(float(s), 4), "text": d.text, "source": d.source}
         for d, s in zip(documents, scores, strict=True)
@@ -331,12 +376,11 @@ def _search(arguments: Arguments) -> None:
 
 
 def _stats(arguments: Arguments) -> None:
-    from PIL import Image
-
     from racm3_jax.commands.originals import read_for_picture
     from racm3_jax.memory.memory import Memory
     from racm3_jax.memory.stats import compute_stats
 
+    _check_out(arguments)
     tokenizer, _ = _load_models(arguments)
     with Memory.load(arguments.memory, tokenizer=tokenizer) as memory:
         stats = compute_stats(memory, num_queries=arguments.num_queries)
@@ -344,13 +388,20 @@ def _stats(arguments: Arguments) -> None:
         documents, note = read_for_picture(
             memory, tokenizer, shown, arguments.originals
         )
-    Image.fromarray(memory_pictures.draw_contacts(documents)).save(arguments.out)
+    own_files.write_png(arguments.out, memory_pictures.draw_contacts(documents))
     if arguments.json:
         print(json.dumps({**stats, "out": arguments.out}))
         return
     for name, value in stats.items():
         print(f"{name}: {json.dumps(value)}")
     print(f"wrote {arguments.out}{note}")
+
+
+def _check_out(arguments: Arguments) -> None:
+    image = getattr(arguments, "image", None)
+    own_files.check_pictures(
+        arguments.out, inputs=[image] if image else [], change="give another --out"
+    )
 
 
 def _verify(arguments: Arguments) -> None:
@@ -392,9 +443,16 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
 
     if arguments.ids is not None:
         file = Path(arguments.ids)
-        lines = file.read_text().splitlines() if file.is_file() else [arguments.ids]
+        lines = [arguments.ids]
+        if file.is_file():
+            try:
+                lines = file.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError:
+                raise UsageError(f"--ids={file} is no text in UTF-8") from None
         parts = lines if file.is_file() else lines[0].split(",")
         names = [name.strip() for name in parts if name.strip()]
+        if not names:
+            raise UsageError(f"--ids={arguments.ids} names no document")
         rows = memory.find(names)
         missing = [n for n, row in zip(names, rows, strict=True) if row < 0]
         if missing:
@@ -419,7 +477,10 @@ def _neighbours(arguments: Arguments) -> None:
     from racm3_jax.memory.memory import Memory
     from racm3_jax.memory.neighbours import compute_neighbours
 
-    out = Path(arguments.out or Path(arguments.memory) / TABLE_DIRECTORY)
+    own_place = Path(arguments.memory) / TABLE_DIRECTORY
+    out = Path(arguments.out or own_place)
+    if out.absolute() != own_place.absolute():
+        own_files.check_place(out, "give another --out")
     with Memory.load(arguments.memory) as memory, tqdm(desc="neighbours") as bar:
 
         def show(done: int, total: int) -> None:

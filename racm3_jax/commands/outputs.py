@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import math
 import os
@@ -12,11 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from racm3_jax import __version__
+from racm3_jax import __version__, own_files
 
 Arguments = argparse.Namespace
-# The keyword of the PNG's text chunk that holds the record.
-PNG_KEY = "racm3"
 _SETTINGS = (
     "num_samples",
     "num_retrieved",
@@ -35,14 +34,46 @@ _SETTINGS = (
 )
 
 
+def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
+    """Refuses, before the work, what `--out` and `--preview` must not replace.
+
+    Args:
+      arguments: of a generating command.
+      writes_out: whether this call writes a picture at all.
+
+    Raises:
+      OSError, ValueError: names the path and says what to do.
+    """
+    inputs = [path for path, _ in arguments.document or ()]
+    for name in ("image", "mask", "parts"):
+        if given := getattr(arguments, name, None):
+            inputs.append(given)
+    if writes_out:
+        out = Path(arguments.out)
+        change = "give another --out"
+        own_files.check_pictures(arguments.out, inputs=inputs, change=change)
+        if getattr(arguments, "parts", None):
+            drawn = out.parent.glob(f"{glob.escape(out.stem)}_*_*.png")
+            own_files.check(*drawn, inputs=inputs, change=change)
+        else:
+            record = out.with_suffix(".json")
+            own_files.check(record, inputs=inputs, change=change, key="prompt")
+    if preview := getattr(arguments, "preview", None):
+        if writes_out and os.path.abspath(preview) == os.path.abspath(arguments.out):
+            raise ValueError("--preview and --out are the same file: give two")
+        change = "give another --preview"
+        own_files.check_pictures(preview, inputs=inputs, change=change)
+
+
 def save_pictures(arguments: Arguments, output: Any) -> None:
     """The samples in one PNG, best first, with the record inside and beside it."""
     from racm3_jax.evaluation.pictures import tile
 
     record = _record(arguments, output, {"out": arguments.out})
     path = Path(arguments.out)
-    write_png(path, tile(output.images), record)
-    _write_text(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    check_outputs(arguments)  # again: a drawing takes its time
+    own_files.write_png(path, tile(output.images), record)
+    own_files.write_json(path.with_suffix(".json"), record)
     _print(arguments, record)
 
 
@@ -59,28 +90,10 @@ def save_parts(out: str, output: Any) -> list[list[dict[str, str]]]:
                 parts.append({"text": segment.text})
                 continue
             path = stem.with_name(f"{stem.name}_{i}_{j}.png")
-            write_png(path, segment.image, {"sample": i, "segment": j})
+            own_files.write_png(path, segment.image, {"sample": i, "segment": j})
             parts.append({"image": str(path)})
         written.append(parts)
     return written
-
-
-def write_png(path: Path, pixels: Any, record: dict[str, Any]) -> None:
-    """Writes a picture aside and renames it; the record goes into a text chunk."""
-    from PIL import Image, PngImagePlugin
-
-    info = PngImagePlugin.PngInfo()
-    if record:
-        info.add_itxt(PNG_KEY, json.dumps(record))
-    aside = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(pixels).save(aside, format="PNG", pnginfo=info)
-    os.replace(aside, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def report(arguments: Arguments, output: Any, more: dict[str, Any]) -> None:
@@ -173,6 +186,6 @@ def show_progress(generator: Any, preview: str | None) -> Callable[[Any], None] 
             from racm3_jax.evaluation.pictures import tile
 
             images = list(generator.preview(progress)[0])
-            write_png(Path(preview), tile(images), {})
+            own_files.write_png(preview, tile(images))
 
     return show

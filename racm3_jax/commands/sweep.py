@@ -7,7 +7,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from racm3_jax.commands.configs import UsageError, load_config_module, read_config
+from racm3_jax.commands import arguments as options
+from racm3_jax.commands.configs import (
+    UsageError,
+    call_config,
+    load_config_module,
+    read_config,
+)
 from racm3_jax.sweeps import (
     Hyper,
     Point,
@@ -26,7 +32,7 @@ def register(commands: Any) -> None:
     text = "Train every point of a config's get_hyper; run again to go on."
     sub = commands.add_parser("sweep", help=text, description=text)
     sub.set_defaults(command=_sweep, takes_config=True)
-    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--workdir", type=options.path, required=True)
     sub.add_argument(
         "--print_commands",
         action="store_true",
@@ -44,7 +50,13 @@ def _sweep(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"{files[-1]} has no get_hyper(hyper): a sweep's config says what varies"
         )
-    points: list[Point] = module.get_hyper(Hyper())
+    points: list[Point] = call_config(files[-1], module, "get_hyper", Hyper())
+    if not isinstance(points, list | tuple) or not all(
+        isinstance(point, dict) for point in points
+    ):
+        raise UsageError(
+            f"get_hyper of {files[-1]} must return what hyper.product, sweep, … give"
+        )
     if not points:
         raise UsageError(f"get_hyper of {files[-1]} returned no points")
     for point in points:

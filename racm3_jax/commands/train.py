@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from racm3_jax.commands import arguments as options
 from racm3_jax.commands.configs import UsageError, find_config, read_config
 
 Arguments = argparse.Namespace
@@ -21,12 +22,12 @@ def register(commands: Any) -> None:
     text = "The main job on flagworld, in minutes."
     sub = commands.add_parser("quickstart", help=text, description=text)
     sub.set_defaults(command=_quickstart, takes_config=True)
-    sub.add_argument("--workdir", default="racm3_out")
+    sub.add_argument("--workdir", type=options.path, default="racm3_out")
     sub.add_argument("--short", action="store_true", help="under 90 seconds, for CI")
     text = f"Train or resume{_CONFIG_HELP}."
     sub = commands.add_parser("train", help=text, description=text)
     sub.set_defaults(command=_train, takes_config=True)
-    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--workdir", type=options.path, required=True)
     sub.add_argument(
         "--profile_steps", default="", help="first:last step of a trace to write"
     )
@@ -34,7 +35,7 @@ def register(commands: Any) -> None:
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.set_defaults(command=_evaluate, takes_config=True)
     sub.add_argument("--suite", default="flagworld", choices=SUITES)
-    sub.add_argument("--workdir", default="racm3_evaluation")
+    sub.add_argument("--workdir", type=options.path, default="racm3_evaluation")
 
 
 def _train(arguments: Arguments) -> int:

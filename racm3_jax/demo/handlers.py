@@ -19,7 +19,6 @@ from racm3_jax.demo.session import (
     Session,
     check_size,
     check_text,
-    read_upload,
 )
 
 _EXPECTED = (ValueError, FileNotFoundError)
@@ -121,7 +120,7 @@ class Handlers:
 
     @explained
     def upload(self, content: bytes | None) -> tuple:
-        image = None if content is None else read_upload(content)
+        image = None if content is None else self.session.read_upload(content)
         return image, panels.draw_picked(image)
 
     @explained
@@ -131,7 +130,7 @@ class Handlers:
 
     @explained
     def upload_to_paint(self, content: bytes | None) -> tuple:
-        image = None if content is None else read_upload(content)
+        image = None if content is None else self.session.read_upload(content)
         return image, panels.draw_brush(image, self.session.side), ""
 
     @explained

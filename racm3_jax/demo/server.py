@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import socket
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from racm3_jax.demo.uploads import UploadFolder, UploadLimit, refuse
 
 HOST = "127.0.0.1"
 # Gradio compiles its templates in the page, hence eval.
@@ -35,13 +35,46 @@ class ContentPolicy:
         await self.app(scope, receive, send_with_policy)
 
 
-def prepare_environment() -> None:
-    """No telemetry, and uploads in a folder of this process; before gradio's import."""
+class SameOrigin:
+    """ASGI middleware: answers the demo's own page only.
+
+    Any web site can make a visitor's browser send a form or a file here; what the
+    browser says about the sender (Origin, Sec-Fetch-Site) tells it from the page. The
+    page itself may be opened from anywhere.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket") and not is_own_page(scope):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            words = "this request comes from another web site: open the demo itself"
+            await refuse(send, 403, words)
+            return
+        await self.app(scope, receive, send)
+
+
+def is_own_page(scope: Any) -> bool:
+    """Whether a request was sent by the page, or only opens it."""
+    headers = dict(scope["headers"])
+    origin = headers.get(b"origin")
+    site = headers.get(b"sec-fetch-site")
+    if origin not in (None, b"http://" + headers.get(b"host", b"")):
+        return False
+    if scope.get("method") in ("GET", "HEAD"):
+        return scope["path"] == "/" or site in (None, b"none", b"same-origin")
+    return origin is not None and site in (None, b"same-origin")
+
+
+def prepare_environment(folder: Path) -> None:
+    """No telemetry, and all files in `folder`; before gradio's import."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    folder = tempfile.mkdtemp(prefix="racm3_demo_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
 def find_port(port: int) -> int:
@@ -64,7 +97,7 @@ def find_port(port: int) -> int:
         return probe.getsockname()[1]
 
 
-def serve(page: Any, port: int, max_upload_bytes: int) -> None:
+def serve(page: Any, port: int, max_upload_bytes: int, uploads: UploadFolder) -> None:
     """Answers until Ctrl-C; prints the address."""
     from gradio.themes import Default  # pyright: ignore[reportMissingImports]
     from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
@@ -98,6 +131,8 @@ def serve(page: Any, port: int, max_upload_bytes: int) -> None:
                 # Other names for this machine could come from any web site.
                 Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
                 Middleware(ContentPolicy),
+                Middleware(SameOrigin),
+                Middleware(UploadLimit, uploads=uploads),
             ]
         },
     )

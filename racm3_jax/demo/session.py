@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float32, UInt8
 
 from racm3_jax.demo.desk import Desk, Given, Stage
 from racm3_jax.demo.stages import run_in_stages
+from racm3_jax.demo.uploads import KeptPixels
 from racm3_jax.documents.images import ImageError, read_image, resize_image
 from racm3_jax.generation.classification import Classification
 from racm3_jax.generation.sample import Progress
@@ -55,6 +56,8 @@ class Session:
         self.image_size = generator.tokenizer.image.image_size
         self.side = round(generator.tokenizer.vocab.image_length**0.5)
         self._decoding = threading.Lock()
+        self._reading = threading.Lock()
+        self._kept = KeptPixels()
 
     def example_prompts(self, num: int = 4) -> list[str]:
         """Texts of documents all over the memory, to try."""
@@ -67,6 +70,15 @@ class Session:
             self.generator.tokenizer.decode(d).text for d in memory.documents(rows)
         ]
         return list(dict.fromkeys(text for text in shown if text))
+
+    def read_upload(self, content: bytes) -> Image:
+        """An uploaded picture; one at a time is decoded, and all together are counted.
+
+        Raises:
+          ValueError: too many bytes or pixels, or no picture.
+        """
+        with self._reading:
+            return self._kept.keep(read_upload(content))
 
     def search(self, desk: Desk, prompt: str, num_documents: int) -> Desk:
         """Own and pinned documents stay; what the prompt finds fills up the rest."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
+from racm3_jax import own_files
 from racm3_jax.documents.images import encode_png
 from racm3_jax.evaluation.pictures import Panel
 
@@ -76,7 +76,7 @@ def write_report(
     loss_curves: Mapping[str, Path],
     facts: Mapping[str, str],
 ) -> None:
-    """Writes the page aside and renames it.
+    """Writes the page.
 
     Args:
       path: of the HTML file.
@@ -90,8 +90,6 @@ def write_report(
         for name, value in facts.items()
     )
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        f"<title>racm3 report</title><style>{_STYLE}</style></head><body>",
         "<h1>RA-CM3 on flagworld</h1>",
         f"<p>{_EXPLANATION}</p>",
         f"<table>{items}</table>",
@@ -104,7 +102,5 @@ def write_report(
         if curve.exists():
             parts += [f"<h2>{html.escape(heading)}</h2>"]
             parts += [_inline(curve.read_bytes(), "loss curves")]
-    parts.append("</body></html>")
-    aside = path.with_suffix(".html.tmp")
-    aside.write_text("\n".join(parts), encoding="utf-8")
-    os.replace(aside, path)
+    head = f"<title>racm3 report</title><style>{_STYLE}</style>"
+    own_files.write_html(path, head, "\n".join(parts))

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from racm3_jax import own_files
 from racm3_jax.evaluation.intervals import Estimate, Share
 from racm3_jax.evaluation.pictures import Panel, Row, draw_sheet
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
 
 
+def check_workdir(workdir: Path) -> None:
+    """Refuses a work directory where results would replace somebody's own files."""
+    names = ("results.json", "table.md", "samples.png")
+    sheets = (workdir / "samples").glob("*.png")
+    own_files.check(
+        *(workdir / name for name in names),
+        *sheets,
+        change="give another --workdir",
+    )
+
+
 def write_results(
     workdir: Path, results: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Path:
-    """Writes `results.json` aside and renames it.
-
-    Shares and estimates carry their intervals.
-    """
+    """Writes `results.json`; shares and estimates carry their intervals."""
     record = {
         "settings": dict(settings),
         "results": {
@@ -32,17 +38,13 @@ def write_results(
         },
     }
     path = workdir / "results.json"
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    os.replace(aside, path)
+    own_files.write_json(path, record, sort_keys=True)
     return path
 
 
 def write_table(workdir: Path, table: str) -> None:
-    """Writes `table.md` aside and renames it."""
-    aside = workdir / "table.md.tmp"
-    aside.write_text(table + "\n")
-    os.replace(aside, workdir / "table.md")
+    """Writes `table.md`."""
+    own_files.write_markdown(workdir / "table.md", table)
 
 
 def retrieved_panels(generator: Generator, output: GenerationOutput) -> list[Panel]:
@@ -83,7 +85,5 @@ def write_sheet(
 
 
 def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a table of pictures aside and renames it."""
-    aside = path.with_suffix(".tmp.png")
-    Image.fromarray(draw_sheet(headings, rows)).save(aside)
-    os.replace(aside, path)
+    """Writes a table of pictures."""
+    own_files.write_png(path, draw_sheet(headings, rows))

@@ -102,11 +102,15 @@ class OptOut:
 
         Raises:
           FileNotFoundError: if there is none.
+          ValueError: if it is no text.
         """
         path = pathlib.Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no opt-out file {path}")
-        return cls(path.read_text(encoding="utf-8-sig").splitlines())
+        try:
+            return cls(path.read_text(encoding="utf-8-sig").splitlines())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the opt-out file {path} is not UTF-8 text") from error
 
     def matches(self, id: str, source: str, metadata: Mapping[str, Any]) -> bool:
         """Whether a document is opted out."""

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from racm3_jax import cli
-from racm3_jax.commands.outputs import PNG_KEY
 from racm3_jax.generation.classification import Classification
+from racm3_jax.own_files import PNG_KEY
 from racm3_jax.types import (
     Document,
     GenerationOutput,
@@ -191,7 +191,7 @@ def test_classify_reads_a_support_set(generator, tmp_path, capsys):
         ),
         (["infill", "--text=a <mask>", "--preview=p.png"], "leave --preview out"),
         (["generate", "--parts=b.json", "--preview=p.png"], "leave --preview out"),
-        (["classify", "--image=a.png", "--support=a.json"], "a.json is no JSON"),
+        (["classify", "--image=a.png", "--support=a.json"], "a.json is not JSON"),
         (["generate", "--parts=b.json"], "must be a JSON list of objects"),
         (
             ["generate", "--prompt=a", "--num_neighbours=1"],

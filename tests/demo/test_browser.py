@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -407,3 +409,27 @@ def test_nothing_came_from_elsewhere(visitor, address):
     foreign = {u for u in asked if not u.startswith((address, "data:", "blob:"))}
     assert not {u for u in foreign if u.startswith("http")}, foreign
     assert len(asked) > 5
+
+
+def test_other_web_sites_cannot_upload(address):
+    """Needs no browser: what one would send for another site."""
+
+    def upload(origin):
+        content = encode_png(np.zeros((8, 8, 3), np.uint8))
+        start = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"'
+        body = (
+            start + b"\r\nContent-Type: image/png\r\n\r\n" + content + b"\r\n--x--\r\n"
+        )
+        headers = {"Content-Type": "multipart/form-data; boundary=x", "Origin": origin}
+        url = f"{address}gradio_api/upload"
+        request = urllib.request.Request(url, data=body, headers=headers)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, None
+
+    assert upload("http://evil.example") == (403, None)
+    status, (path,) = upload(address.rstrip("/"))
+    assert status == 200 and pathlib.Path(path).is_file()

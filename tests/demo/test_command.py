@@ -53,7 +53,7 @@ def test_a_port_that_is_taken(find_spec, capsys, tmp_path):
         port = taken.getsockname()[1]
         error = sentence(capsys, f"--workdir={tmp_path}", f"--port={port}")
     assert f"port {port} cannot be used" in error and "0 for any free one" in error
-    assert "give 1 to 65535" in sentence(capsys, "--workdir=x", "--port=70000")
+    assert "from 0 to 65535" in sentence(capsys, "--workdir=x", "--port=70000")
     assert 0 < server.find_port(0) < 2**16
 
 
