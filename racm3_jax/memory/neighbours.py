@@ -7,6 +7,7 @@ reads them (`Memory.use_table`) and needs no index.
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
