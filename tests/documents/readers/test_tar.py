@@ -287,7 +287,8 @@ def test_links_in_a_tar_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", bytes(10240), b"no tar", gzip.compress(b"no tar", mtime=0), b"\x1f\x8b\x08"]
+    "data",
+    [b"", bytes(10240), b"no tar", gzip.compress(b"no tar", mtime=0), b"\x1f\x8b\x08"],
 )
 def test_what_is_no_tar(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
