@@ -390,10 +390,16 @@ class _Machine:
 
 def refuse(wanted: Any, where: str) -> None:
     """Raises the error that names what a file asks for."""
+    if str(wanted).startswith("torch."):
+        advice = "save the state_dict alone, in float32, float16 or bfloat16"
+    else:
+        advice = (
+            "such a file runs code where it is unpickled, so it is refused; use a "
+            "safetensors file, or save its state_dict alone"
+        )
     raise PortingError(
         f"{where} asks for {wanted}, which is neither a tensor nor a plain container: "
-        "such a file runs code where it is unpickled, so it is refused; use a "
-        "safetensors file, or save its state_dict alone"
+        f"{advice}"
     )
 
 
