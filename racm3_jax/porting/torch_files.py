@@ -22,13 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.porting.pickles import (
-    Inert,
-    PickledTensor,
-    Script,
-    read_plain_pickle,
-    refuse,
-)
+from racm3_jax.porting.pickled import Inert, PickledTensor, Script
+from racm3_jax.porting.pickles import read_plain_pickle, refuse
 from racm3_jax.porting.tensors import PortingError, TensorInfo
 
 # What a zip file of another maker, an encrypted or a damaged one raises.

@@ -18,6 +18,7 @@ from porting_fakes import state_dict_program, write_torch_zip
 
 from racm3_jax.porting import pickles, torch_files
 from racm3_jax.porting.files import open_tensors, suggest_part
+from racm3_jax.porting.pickled import Inert
 from racm3_jax.porting.pickles import read_plain_pickle
 from racm3_jax.porting.tensors import PortingError
 
@@ -197,7 +198,7 @@ def test_what_lies_beside_the_weights_is_left_inert(name, protocol):
     program = pickle.dumps({"beside": BESIDE[name], "after": 3}, protocol)
     found = read_plain_pickle(program, "x.ckpt")
     assert found["after"] == 3
-    assert isinstance(found["beside"], (pickles.Inert, list))
+    assert isinstance(found["beside"], (Inert, list))
 
 
 def test_a_lightning_checkpoint(tmp_path):
