@@ -87,6 +87,22 @@ def make_mesh(
     )
 
 
+def current_platform() -> str:
+    """ "cpu", "gpu" or "tpu": where the program that is being traced will run.
+
+    The current mesh says it (`jax.set_mesh`), so that a program can be compiled for
+    devices that are not there. Without a mesh it is where JAX itself puts arrays.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def current_device_kind() -> str:
+    """What JAX calls the devices of the current mesh, or its own without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
 def partition_spec(
     path: str, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
 ) -> PartitionSpec:

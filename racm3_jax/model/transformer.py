@@ -31,6 +31,7 @@ from racm3_jax.model.cache import Cache, LayerCache, Prefix, make_cache
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.contract import contract
 from racm3_jax.model.layers import Block, Norm, Rotary, make_rotary, partitioned
+from racm3_jax.sharding import current_platform
 
 Params = Mapping[str, Any]
 _Tokens = Int[Array, "batch length"]
@@ -318,7 +319,7 @@ def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
     reads them once in that size. On CPU decoding is float32 whatever the training was:
     a bfloat16 product with one row is tens of times slower there.
     """
-    dtype = "float32" if jax.default_backend() == "cpu" else config.compute_dtype
+    dtype = "float32" if current_platform() == "cpu" else config.compute_dtype
     config = dataclasses.replace(
         config, scan_layers=False, remat="none", compute_dtype=dtype
     )

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from racm3_jax.sharding import current_platform
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -72,7 +74,7 @@ class Attention(nn.Module):
         key, value = project("key", x), project("value", x)
         if may_attend is not None:
             may_attend = may_attend[:num_read]
-        if jax.default_backend() == "cpu" and query.shape[1] >= _HEAD_BY_HEAD_LENGTH:
+        if current_platform() == "cpu" and query.shape[1] >= _HEAD_BY_HEAD_LENGTH:
             mixed = attend_head_by_head(query, key, value, may_attend)
         else:
             mixed = attend(query, key, value, may_attend)

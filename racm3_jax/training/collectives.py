@@ -382,9 +382,7 @@ def _increment(
     return None
 
 
-def _read(
-    module: _Module, call: _Call, operation: _Operation, kind: str
-) -> Collective:
+def _read(module: _Module, call: _Call, operation: _Operation, kind: str) -> Collective:
     group = _group_size(operation.attributes, module.num_devices)
     whole = _whole_bytes(operation, kind, group)
     siblings = module.computations[call.computation].values()

@@ -144,8 +144,7 @@ def test_a_tpu_program():
             "reduce-scatter", 4, 512, False,
         ),
         (
-            "f32[4,8] all-reduce-start(%x), replica_groups={}, "
-            'backend_config={"is_sync":true}',
+            'f32[4,8] all-reduce-start(%x), backend_config={"is_sync":true}',
             "all-reduce", 8, 128, False,
         ),
         (
