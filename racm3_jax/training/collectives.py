@@ -66,8 +66,6 @@ class Collective:
     @property
     def bytes_on_wire(self) -> float:
         """Bytes that one device sends in all trips, by the ring algorithm."""
-        if self.group_size == 1:
-            return 0.0
         return self.trips * self.whole_bytes * _SENT[self.kind](self.group_size)
 
 
@@ -114,6 +112,8 @@ def count_collectives(program: str) -> dict[str, Traffic]:
 def find_collectives(program: str) -> list[Collective]:
     """Every collective operation that a run of a compiled program executes.
 
+    Those in which every device is alone, which a mesh axis of size 1 leaves, are none.
+
     Three forms are known: one operation; a pair `...-start` and `...-done`; and the
     TPU's fusions, in which one collective is started, carried through the fusions that
     overlap with it and finished, always under one channel number.
@@ -130,6 +130,8 @@ def find_collectives(program: str) -> list[Collective]:
             if kind is None or operation.is_done:
                 continue
             collective = _read(module, call, operation, kind)
+            if collective.group_size == 1:
+                continue
             channel = _find(r"channel_id=(\d+)", operation.attributes)
             if not call.fused_by or channel is None:
                 found.append(collective)

@@ -112,6 +112,14 @@ body=%outer_body
 }
 """
 
+PROGRAM = """\
+HloModule m, num_partitions=8
+
+ENTRY %main (x: f32[4,8]) -> f32[] {{
+  ROOT %y = {}
+}}
+"""
+
 
 def test_a_tpu_program():
     traffic = count_collectives(TPU_PROGRAM)
@@ -151,21 +159,24 @@ def test_a_tpu_program():
             "s4[4,8] all-to-all(%x), replica_groups=mesh['a'=8] {'a':(2)4}",
             "all-to-all", 4, 16, False,
         ),
-        (
-            "f32[4,8] collective-permute(%x), source_target_pairs={{0,0},{1,1}}",
-            "collective-permute", 1, 128, False,
-        ),
     ],
 )  # fmt: skip
 def test_one_operation(line, kind, group, whole, asynchronous):
-    program = (
-        "HloModule m, num_partitions=8\n\n"
-        f"ENTRY %main (x: f32[4,8]) -> f32[] {{\n  ROOT %y = {line}\n}}\n"
-    )
-    (found,) = find_collectives(program)
+    (found,) = find_collectives(PROGRAM.format(line))
     assert (found.kind, found.group_size, found.whole_bytes) == (kind, group, whole)
     assert found.asynchronous is asynchronous
-    assert (found.bytes_on_wire == 0) == (group == 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "f32[4,8] collective-permute(%x), source_target_pairs={{0,0},{1,1}}",
+        "f32[4,8] all-reduce(%x), replica_groups={{0},{1}}",
+        "f32[4,8] all-gather(%x), replica_groups=mesh['a'=8,'b'=1] {'b'}",
+    ],
+)
+def test_what_every_device_does_alone_is_no_collective(line):
+    assert not find_collectives(PROGRAM.format(line))
 
 
 @pytest.mark.parametrize("bound", ["known", "data"])
