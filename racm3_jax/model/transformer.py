@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 from racm3_jax.model.cache import Cache, LayerCache, Prefix, make_cache
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.contract import contract
+from racm3_jax.model.embedding import look_up
 from racm3_jax.model.layers import Block, Norm, Rotary, make_rotary, partitioned
 from racm3_jax.sharding import current_platform
 
@@ -211,7 +212,7 @@ class Transformer(nn.Module):
         return self.extend(token[:, None], jnp.ones_like(token), cache, head)
 
     def _embed(self, tokens: _Tokens, positions: _Tokens) -> tuple[_Hidden, Rotary]:
-        x = self.embedding[tokens].astype(jnp.float32)
+        x = look_up(self.embedding, tokens).astype(jnp.float32)
         if self.config.position == "learned":
             x = x + self.position_embedding[positions]
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))

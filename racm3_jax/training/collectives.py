@@ -447,6 +447,7 @@ def _group_size(attributes: str, num_devices: int) -> int:
     replica_groups={{0,1},{2,3}}                  2
     replica_groups=[2,4]<=[8]                     4
     replica_groups=mesh['a'=2,'b'=4] {'b'}        4
+    replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}    2
     replica_groups={}                             all devices
     source_target_pairs={{0,1},{1,0}}             2; 1 if everyone keeps his own
     ```
@@ -455,7 +456,10 @@ def _group_size(attributes: str, num_devices: int) -> int:
     if pairs is not None:
         ends = re.findall(r"(\d+),(\d+)", pairs)
         return 2 if any(source != target for source, target in ends) else 1
-    mesh = re.search(r"replica_groups=@?mesh\w*\[(.*?)\]\s*\{(.*?)\}", attributes)
+    mesh = re.search(
+        r"replica_groups=@?mesh\w*\[(.*?)\](?:, device_ids=[^{]*)?\s*\{(.*?)\}",
+        attributes,
+    )
     if mesh:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         total = 1

@@ -240,12 +240,19 @@ def _gather(head: Array, place: _Place) -> Array:
 
 
 def _scatter(d_head: Array, place: _Place) -> Array:
-    """The sum over all rows of the gradient, of the part that this device holds."""
+    """The sum over all rows of the gradient, of the part that this device holds.
+
+    The parts are the first axis while they are summed. Along the last one of a layout
+    a TPU would sum the whole and keep a slice, unless parts are multiples of 128.
+    """
     for axis, names in enumerate((place.embed, place.vocab)):
         if names:
-            d_head = jax.lax.psum_scatter(
-                d_head, names, scatter_dimension=axis, tiled=True
+            size = jax.lax.axis_size(names)
+            shape = d_head.shape
+            parts = d_head.reshape(
+                *shape[:axis], size, shape[axis] // size, *shape[axis + 1 :]
             )
+            d_head = jax.lax.psum_scatter(jnp.moveaxis(parts, axis, 0), names)
     held = {*place.embed, *place.vocab}
     return _sum(d_head, tuple(name for name in place.rows if name not in held))
 

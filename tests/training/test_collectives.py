@@ -159,6 +159,10 @@ def test_a_tpu_program():
             "s4[4,8] all-to-all(%x), replica_groups=mesh['a'=8] {'a':(2)4}",
             "all-to-all", 4, 16, False,
         ),
+        (
+            "f32[8] all-gather(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'a'}",
+            "all-gather", 2, 32, False,
+        ),
     ],
 )  # fmt: skip
 def test_one_operation(line, kind, group, whole, asynchronous):
