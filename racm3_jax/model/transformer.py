@@ -31,7 +31,14 @@ from racm3_jax.model.cache import Cache, LayerCache, Prefix, make_cache
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.contract import contract
 from racm3_jax.model.embedding import look_up
-from racm3_jax.model.layers import Block, Norm, Rotary, make_rotary, partitioned
+from racm3_jax.model.layers import (
+    PRODUCT,
+    Block,
+    Norm,
+    Rotary,
+    make_rotary,
+    partitioned,
+)
 from racm3_jax.sharding import current_platform
 
 Params = Mapping[str, Any]
@@ -39,10 +46,10 @@ _Tokens = Int[Array, "batch length"]
 _Hidden = Float[Array, "batch length d_model"]
 _Logits = Float[Array, "batch vocab"]
 
-# Keeps the output of every matrix product; recomputes norms, activations, softmax.
+# "dots" keeps matrix products; it recomputes norms, activations and attention.
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -214,7 +221,7 @@ class Transformer(nn.Module):
     def _embed(self, tokens: _Tokens, positions: _Tokens) -> tuple[_Hidden, Rotary]:
         x = look_up(self.embedding, tokens).astype(jnp.float32)
         if self.config.position == "learned":
-            x = x + self.position_embedding[positions]
+            x = x + look_up(self.position_embedding, positions, "position")
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         return x, make_rotary(self.config, positions)
 
