@@ -6,11 +6,14 @@ and values that may have fewer heads. Neither ever forms the scores of a whole r
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -30,14 +33,55 @@ _PACKED_CUDNN_GPUS = ("h20", "h100", "h200", "h800", "gh200", "b100", "b200", "b
 
 
 def has_packed_cudnn() -> bool:
-    """Whether the GPUs of the current mesh run cuDNN's packed attention: Hopper on."""
+    """Whether the GPUs of the current mesh run cuDNN's packed attention: Hopper on.
+
+    False, with a line in the log, where the GPUs do and the software does not.
+    """
     if current_platform() != "gpu":
         return False
     kind = current_device_kind()
-    for device in jax.local_devices():
-        if device.device_kind == kind and hasattr(device, "compute_capability"):
-            return float(device.compute_capability) >= 9.0
-    return any(name in kind.lower() for name in _PACKED_CUDNN_GPUS)
+    local = [device for device in jax.local_devices() if device.device_kind == kind]
+    if local and hasattr(local[0], "compute_capability"):
+        is_hopper = float(local[0].compute_capability) >= 9.0
+    else:
+        is_hopper = any(name in kind.lower() for name in _PACKED_CUDNN_GPUS)
+    if not is_hopper:
+        return False
+    try:
+        cudnn = _import_packed_cudnn()
+        if local:
+            cudnn.check_cudnn_version()
+    except (ValueError, RuntimeError) as error:
+        logging.log_first_n(
+            logging.WARNING,
+            "attention is computed by the slower 'plain' implementation: %s",
+            1,
+            error,
+        )
+        return False
+    return True
+
+
+def _import_packed_cudnn() -> Any:
+    """JAX's module around cuDNN's packed attention, which it does not publish.
+
+    Raises:
+      ValueError: this version of JAX has none, or another one.
+    """
+    try:
+        cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+        parameters = inspect.signature(cudnn.dot_product_attention).parameters
+        known = {"q_offsets", "kv_offsets", "mask_type"} <= set(parameters)
+        known = known and hasattr(cudnn.MaskType, "PADDING_CAUSAL")
+    except (ImportError, AttributeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"jax {jax.__version__} has no packed cuDNN attention as this package knows "
+            'it (that of jax 0.9 and 0.10): set config.model.attention="plain", or '
+            "install such a jax"
+        )
+    return cudnn
 
 
 def find_segments(
@@ -90,9 +134,11 @@ def attend_cudnn(
       v: values.
       segment_ids: numbers the examples of each row; a segment is contiguous.
       max_segments: of one row, padding counted as one.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    Raises:
+      ValueError: this version of JAX has no such function.
+    """
+    cudnn = _import_packed_cudnn()
     group = q.shape[2] // k.shape[2]
     if group > 1:  # the offsets of keys are counted in heads of the queries
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))

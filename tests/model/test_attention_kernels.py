@@ -79,9 +79,11 @@ def test_splash_equals_plain_and_does_not_leak(mesh_shape):
         assert np.any(np.asarray(gradient)[kept])
 
 
-def read_packed(q, k, v, *, q_seqlen, q_offsets, kv_seqlen, kv_offsets, scale, **kind):
+def read_packed(
+    q, k, v, *, q_seqlen, q_offsets, kv_seqlen, kv_offsets, scale, mask_type, qkv_layout
+):
     """What cuDNN is documented to do: every segment is a sequence of its own."""
-    assert kind == {"mask_type": cudnn.MaskType.PADDING_CAUSAL, "qkv_layout": "BTNH"}
+    assert mask_type == cudnn.MaskType.PADDING_CAUSAL and qkv_layout == "BTNH"
     assert q.shape == k.shape == v.shape and scale == 1.0
     assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
     out = np.full(q.shape, 7.0, np.float32)
@@ -151,6 +153,15 @@ def test_the_devices_of_the_mesh_choose(platform, kind, dtype, expected):
     with devices_elsewhere(platform, kind):
         assert choose_implementation(dtype) == expected
     assert choose_implementation(dtype) == "blocked"  # what this process runs on
+
+
+def test_a_jax_without_the_packed_kernel_falls_back(monkeypatch):
+    monkeypatch.delattr(cudnn, "dot_product_attention")
+    with devices_elsewhere("gpu", "NVIDIA H100 80GB HBM3"):
+        assert choose_implementation("bfloat16") == "plain"
+    q, k, v = make_qkv(dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match='set config.model.attention="plain"'):
+        attention(q, k, v, jnp.asarray(SEGMENTS), "cudnn", 4)
 
 
 def test_decoding_is_prepared_for_the_devices_of_the_mesh():
