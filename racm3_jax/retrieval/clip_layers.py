@@ -84,10 +84,13 @@ class Attention(nn.Module):
 
 def attend(query: _Heads, key: _Heads, value: _Heads, may_attend: _MayAttend) -> _Heads:
     """Softmax attention, all heads at once; the queries are scaled already."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    scores = jnp.einsum(
+        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
+    )
     if may_attend is not None:
         scores = jnp.where(may_attend, scores, jnp.finfo(scores.dtype).min)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
 def attend_head_by_head(
@@ -146,11 +149,18 @@ def dense(
     std: float,
     name: str,
     use_bias: bool = True,
+    is_last: bool = False,
 ) -> nn.Dense:
-    """A dense layer whose kernel has these logical axes; its bias has the last one."""
+    """A dense layer whose kernel has these logical axes; its bias has the last one.
+
+    It computes in bfloat16 on accelerators, where float32 takes twice the memory and
+    several times as long; the last layer, whose results are compared, never does.
+    """
+    half = not is_last and current_platform() != "cpu"
     return nn.Dense(
         features,
         use_bias=use_bias,
+        dtype=jnp.bfloat16 if half else None,
         kernel_init=normal(std, names),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, names[1:]),
         name=name,
