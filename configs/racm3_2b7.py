@@ -66,7 +66,8 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
         first_moment_dtype="float32",
     )
-    config.mesh = dict(data=1, fsdp=-1, tensor=1)
+    # Both -1: weights are split as far as pays (racm3_jax/sharding.py, mesh_sizes).
+    config.mesh = dict(dcn=1, data=-1, fsdp=-1, tensor=1)
     config.train = dict(
         num_steps=100_000,
         log_every=50,

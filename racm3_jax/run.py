@@ -39,6 +39,7 @@ from racm3_jax.memory.memory import Memory
 from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
+from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import Profile, fit
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState
@@ -97,6 +98,7 @@ def train(
     Raises:
       ValueError: if `workdir` holds a run of another config.
     """
+    prepare_host()
     join_processes()
     workdir = Path(workdir)
     own_files.check(workdir / "loss.png", change="give another --workdir")
@@ -312,6 +314,7 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
         raise ValueError(
             f"config.suite is {config.suite!r}; allowed: {', '.join(SUITES)}"
         )
+    prepare_host()
     join_processes()
     workdir = Path(workdir)
     check_workdir(workdir)

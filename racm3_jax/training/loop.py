@@ -14,7 +14,7 @@ import jax
 from absl import logging
 
 from racm3_jax.training.processes import SignsOfLife, Watchdog, any_process
-from racm3_jax.training.progress import StepLog, Writer
+from racm3_jax.training.progress import StepLog, Writer, report_parameters
 from racm3_jax.training.step import Metrics, TrainState
 
 
@@ -120,6 +120,7 @@ def fit(
         too many steps in a row were skipped for that.
       RuntimeError: `batches` ended early.
     """
+    report_parameters(state.params, progress)
     log = StepLog(int(state.step), num_steps, writer, progress, description)
     log.max_skipped_steps = max_skipped_steps
     log.peak_tokens = peak_flops / flops_per_token if flops_per_token else 0.0

@@ -322,7 +322,8 @@ def _job(
         "optimizer",
         num_steps=config.train.num_steps,
     )
-    optimizer = build_optimizer(optimizer_config)
+    boxed = jax.eval_shape(init_fn, jax.random.key(config.seed))
+    optimizer = build_optimizer(optimizer_config, boxed)
     if trained is not None:
         optimizer = trained.restrict(optimizer)
         loss_fn = trained.restrict_loss(loss_fn)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,22 +171,19 @@ def build_model_shape(config: Any) -> tuple[ModelConfig, int]:
     return model_config, count_params(abstract_params(model_config))
 
 
-def count_shards(config: Any, num_devices: int) -> tuple[int, int]:
+def count_shards(config: Any, num_devices: int, platform: str = "") -> tuple[int, int]:
     """(devices that share one copy of the weights, copies) of `config.mesh`.
+
+    Args:
+      config: of a training.
+      num_devices: how many.
+      platform: "tpu", "gpu" or "cpu"; see `sharding.mesh_sizes`.
 
     Raises:
       ValueError: a mesh that does not fit so many devices.
     """
-    sizes = [config.mesh[name] for name in sharding.MESH_AXES]
-    if -1 in sizes:
-        known = math.prod([size for size in sizes if size != -1])
-        sizes[sizes.index(-1)] = num_devices // known
-    if math.prod(sizes) != num_devices:
-        raise ValueError(
-            f"config.mesh {dict(config.mesh)} does not fit {num_devices} devices"
-        )
-    data, fsdp, tensor = sizes
-    return fsdp * tensor, data
+    sizes = sharding.mesh_sizes(num_devices, platform=platform, **config.mesh)
+    return sizes["fsdp"] * sizes["tensor"], sizes["dcn"] * sizes["data"]
 
 
 def build_retriever(config: Any, memory: Memory) -> Retriever:
