@@ -77,7 +77,7 @@ def _measure(
         filled = sum(int((batch.segment_ids > 0).sum()) for batch, _ in packs)
         fills.append(filled / rows / LENGTH)
         mains.append(sum(int(batch.is_main.sum()) for batch, _ in packs) / rows)
-        dropped.append(sum(lost for _, lost in packs) / num_offered)
+        dropped.append(sum(len(waiting) for _, waiting in packs) / num_offered)
     return {
         "fill": float(np.mean(fills)),
         "lowest_fill": float(np.min(fills)),

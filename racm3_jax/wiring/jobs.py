@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int64
 
 from racm3_jax import checkpoints
 from racm3_jax.documents import batches as image_data
@@ -30,6 +32,7 @@ from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
+from racm3_jax.sharding import local_rows
 from racm3_jax.tokenizers import vqgan as vqgan_model
 from racm3_jax.tokenizers import vqgan_loss as vqgan_objective
 from racm3_jax.tokenizers.bpe import TextTokenizer
@@ -110,6 +113,8 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
     loss_config = construct(
         vqgan_objective.VQGANLossConfig, config.vqgan_loss, "vqgan_loss"
     )
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, config.batch_size)
     images = np.stack(
         [d.images[0] for d in read_flagworld(build_world(config), "train")]
     )
@@ -124,16 +129,20 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
         )
 
     def make(start_step: int) -> Iterator[Any]:
-        return image_data.image_batches(
+        batches = image_data.image_batches(
             images, config.batch_size, seed=config.seed, start_step=start_step
         )
+        return _take_rows(batches, rows)
 
     def export(state: TrainState) -> None:
-        params = checkpoints.round_to_half(jax.device_get(state.params["vqgan"]))
+        params = checkpoints.round_to_half(fetch_all(state.params["vqgan"]))
+        if jax.process_index() != 0:
+            return
         ImageTokenizer(model_config, params).save(workdir / "vqgan", dtype="float16")
 
     return _job(
         config,
+        mesh,
         lambda key: vqgan_objective.init_vqgan(model_config, loss_config, key),
         vqgan_objective.vqgan_loss(model_config, loss_config),
         make,
@@ -144,11 +153,15 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
 
 def build_clip_job(config: Any, workdir: Path) -> Job:
     """Trains the text tokenizer and CLIP; exports `workdir/text` and `workdir/clip`."""
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, config.batch_size)
     documents = list(read_flagworld(build_world(config), "train"))
     texts = [d.text for d in documents]
     text_tokenizer = TextTokenizer.train(texts, config.text_tokenizer.vocab_size)
-    text_tokenizer.save(workdir / "text" / "tokenizer.json")
-    checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
+    with leader_first():
+        if jax.process_index() == 0:
+            text_tokenizer.save(workdir / "text" / "tokenizer.json")
+            checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
     tokenizer = clip_model.CLIPTokenizer(text_tokenizer, config.clip.context_length)
     model_config = construct(
         clip_model.CLIPConfig, config.clip, "clip", vocab_size=tokenizer.vocab_size
@@ -161,7 +174,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     groups = np.array([d.metadata["nation_id"] for d in documents])
 
     def make(start_step: int) -> Iterator[Any]:
-        return clip_objective.make_pair_batches(
+        batches = clip_objective.make_pair_batches(
             images,
             tokens,
             groups,
@@ -169,14 +182,18 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
             seed=config.seed,
             start_step=start_step,
         )
+        return _take_rows(batches, rows)
 
     def export(state: TrainState) -> None:
-        params = checkpoints.round_to_half(jax.device_get(state.params))
+        params = checkpoints.round_to_half(fetch_all(state.params))
+        if jax.process_index() != 0:
+            return
         embedder = DocumentEmbedder(model_config, params, text_tokenizer)
         embedder.save(workdir / "clip", dtype="float16")
 
     return _job(
         config,
+        mesh,
         lambda key: clip_model.init_params(model_config, key),
         clip_objective.clip_loss(model_config, loss_config),
         make,
@@ -186,6 +203,16 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
 
 def build_generator_job(config: Any, workdir: Path) -> Job:
     """Trains RA-CM3 (or its twin); exports a directory that `run.load` opens."""
+    pipeline = construct(
+        PipelineConfig,
+        config.pipeline,
+        "pipeline",
+        seed=config.seed,
+        num_query_variants=config.memory.num_query_variants,
+    )
+    # Before anything is loaded: refuses rows that the mesh does not divide.
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, pipeline.rows)
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
     if config.get("memory_path"):
         memory = Memory.load(resolve(config.memory_path), embedder, tokenizer)
@@ -197,18 +224,11 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             )
     with leader_first():
         use_table(config, memory)
-    rows = memory.allowed_ids()
-    is_main = [m.get("split", "train") == "train" for m in memory.metadata(rows)]
-    main_ids = rows[np.array(is_main)]
+    allowed = memory.allowed_ids()
+    is_main = [m.get("split", "train") == "train" for m in memory.metadata(allowed)]
+    main_ids = allowed[np.array(is_main)]
     model_config = build_model_config(config, tokenizer.vocab)
     masking = construct(CausalMaskingConfig, config.masking, "masking")
-    pipeline = construct(
-        PipelineConfig,
-        config.pipeline,
-        "pipeline",
-        seed=config.seed,
-        num_query_variants=config.memory.num_query_variants,
-    )
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
     episodes = build_episodes(config, memory, tokenizer)
     model: Any = Transformer(model_config)
@@ -223,8 +243,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             pipeline,
             start_step=start_step,
             num_steps=config.train.num_steps - start_step,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            rows=rows,
             episodes=episodes,
         )
 
@@ -248,6 +267,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
 
     return _job(
         config,
+        mesh,
         lambda key: init_params(model_config, key, boxed=True),
         make_generator_loss(
             lambda params, *inputs: model.apply({"params": params}, *inputs),
@@ -304,8 +324,17 @@ def build_trained_columns(
     return TrainedColumns("head", vocab.image_range.start, vocab.image_range.stop)
 
 
+def _take_rows(
+    batches: Iterator[dict[str, np.ndarray]], rows: Int64[np.ndarray, " rows"]
+) -> Iterator[dict[str, np.ndarray]]:
+    """What this process holds of batches that every process makes whole."""
+    for batch in batches:
+        yield {name: values[rows] for name, values in batch.items()}
+
+
 def _job(
     config: Any,
+    mesh: Mesh,
     init_fn: Callable[[jax.Array], Any],
     loss_fn: LossFn,
     make: Callable[[int], Iterator[Any]],
@@ -315,7 +344,6 @@ def _job(
     flops_per_token: float = 0.0,
     trained: TrainedColumns | None = None,
 ) -> Job:
-    mesh = build_mesh(config)
     optimizer_config = construct(
         OptimizerConfig,
         config.optimizer,

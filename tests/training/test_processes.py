@@ -116,20 +116,81 @@ def start(number: int, total: int, port: int, workdir, *flags):
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, cwd=ROOT)
 
 
+# Shards a batch of 8 rows that are numbered, and says what its devices then hold.
+SHARDING = """
+from racm3_jax.training.processes import join_processes
+join_processes()
+import sys
+import jax, numpy as np
+from racm3_jax import sharding
+for sizes in ((1, 1, 4), (2, 1, 2), (2, 2, 1)):
+    devices = np.array(jax.devices())[[0, 2, 1, 3]]  # neighbours are on two processes
+    mesh = jax.sharding.Mesh(devices.reshape(sizes), sharding.MESH_AXES[-3:])
+    rows = sharding.local_rows(mesh, 8)
+    batch = sharding.shard_batch({"x": np.stack([rows, rows], 1)}, mesh)["x"]
+    held = [int(x) for s in batch.addressable_shards for x in s.data[:, 0]]
+    wanted = [
+        int(x)
+        for s in batch.addressable_shards
+        for x in range(8)[s.index[0]]
+    ]
+    assert batch.shape == (8, 2) and held == wanted, (sizes, batch.shape, held, wanted)
+"""
+
+
+def run_together(code: str, total: int, devices: int) -> None:
+    """Runs a script in several processes that join; all must end well."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={
+                **os.environ,
+                "RACM3_COORDINATOR": f"localhost:{port}",
+                "RACM3_NUM_PROCESSES": str(total),
+                "RACM3_PROCESS_ID": str(number),
+                "JAX_NUM_CPU_DEVICES": str(devices),
+            },
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+        )
+        for number in range(total)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()[-2000:]
+
+
+def test_a_tensor_axis_across_processes_gets_the_same_rows_on_both():
+    run_together(SHARDING, total=2, devices=2)
+
+
 def losses(workdir) -> list[float]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["objective"] for line in lines]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("total", [2, 4])
-def test_several_processes_give_the_loss_curve_of_one(tmp_path, total):
-    """To 1 in 1000: bfloat16 products of other shapes, sums in another order."""
+@pytest.mark.parametrize(
+    ("total", "mesh"), [(2, (2, 1)), (4, (4, 1)), (2, (1, 2)), (4, (2, 2))]
+)
+def test_several_processes_give_the_loss_curve_of_one(tmp_path, total, mesh):
+    """To 1 in 1000: bfloat16 products of other shapes, sums in another order.
+
+    With a tensor axis, here across processes, two of them make the same rows.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     alone = [start(0, 1, 0, tmp_path / "one")]
-    several = [start(i, total, port, tmp_path / "several") for i in range(total)]
+    flags = [
+        f"--config.mesh.{k}={n}" for k, n in zip(("data", "tensor"), mesh, strict=True)
+    ]
+    several = [
+        start(i, total, port, tmp_path / "several", *flags) for i in range(total)
+    ]
     for process in alone + several:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors.decode()[-2000:]
