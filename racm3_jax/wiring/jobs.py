@@ -63,6 +63,7 @@ from racm3_jax.wiring.parts import (
     resolve,
     use_table,
 )
+from racm3_jax.wiring.rows import find_main_rows
 
 # The choices of config.train_only; the first is the default.
 TRAIN_ONLY = ("all", "image_output_rows")
@@ -224,13 +225,11 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             )
     with leader_first():
         use_table(config, memory)
-    allowed = memory.allowed_ids()
-    is_main = [m.get("split", "train") == "train" for m in memory.metadata(allowed)]
-    main_ids = allowed[np.array(is_main)]
+    main_ids = find_main_rows(memory, workdir)
     model_config = build_model_config(config, tokenizer.vocab)
     masking = construct(CausalMaskingConfig, config.masking, "masking")
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
-    episodes = build_episodes(config, memory, tokenizer)
+    episodes = build_episodes(config, memory, tokenizer, workdir)
     model: Any = Transformer(model_config)
 
     def make(start_step: int) -> Iterator[Any]:

@@ -30,6 +30,7 @@ from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
+from racm3_jax.wiring.rows import read_column
 
 PACKAGE = Path(__file__).parent.parent
 T = TypeVar("T")
@@ -195,7 +196,7 @@ def build_retriever(config: Any, memory: Memory) -> Retriever:
 
 
 def build_episodes(
-    config: Any, memory: Memory, tokenizer: MixedTokenizer
+    config: Any, memory: Memory, tokenizer: MixedTokenizer, workdir: Path
 ) -> Episodes | None:
     """What turns main documents into k-shot questions; None if the config wants none.
 
@@ -206,12 +207,12 @@ def build_episodes(
         return None
     settings = construct(EpisodeConfig, config.episodes, "episodes")
     rows = memory.allowed_ids()
-    numbers: dict[str, int] = {}
+    names = read_column(memory, settings.class_key, workdir)[rows]
+    _, firsts, found = np.unique(names, return_index=True, return_inverse=True)
+    # Numbered in the order in which they appear; 0 is no name.
+    numbers = np.argsort(np.argsort(np.where(names[firsts] == 0, len(rows), firsts)))
     classes = np.full(len(memory), -1, np.int64)
-    for row, facts in zip(rows.tolist(), memory.metadata(rows), strict=True):
-        if settings.class_key in facts:
-            name = str(facts[settings.class_key])
-            classes[row] = numbers.setdefault(name, len(numbers))
+    classes[rows] = np.where(names == 0, -1, numbers[found])
     words = make_labels(settings.num_labels, np.random.default_rng(config.seed))
     labels = [tokenizer.encode_text(word) for word in words]
     return Episodes(settings, classes, labels)
