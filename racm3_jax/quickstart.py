@@ -43,6 +43,7 @@ def main(config: Any, workdir: Path) -> None:
     Raises:
       ValueError: if `workdir` holds a run of another config.
     """
+    wiring.read_training(config)
     stages = Stages()
     own_files.check(
         workdir / "samples.png",

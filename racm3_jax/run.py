@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -97,6 +98,7 @@ def train(
     Raises:
       ValueError: if `workdir` holds a run of another config.
     """
+    settings = wiring.read_training(config).train
     join_processes()
     workdir = Path(workdir)
     own_files.check(workdir / "loss.png", change="give another --workdir")
@@ -108,8 +110,8 @@ def train(
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     saver = Checkpoints(
         workdir / "checkpoints",
-        keep=config.train.get("keep_checkpoints", 2),
-        save_interval=config.train.checkpoint_every,
+        keep=settings.keep_checkpoints,
+        save_interval=settings.checkpoint_every,
     )
     state = job.state
     found = saver.latest_good()
@@ -132,15 +134,15 @@ def train(
                     writer=writer,
                     checkpoints=saver,
                     checkpoint_extra={"config": fingerprint},
-                    log_every=config.train.log_every,
+                    log_every=settings.log_every,
                     progress=progress,
                     description=f"train {config.kind}",
                     with_stats=job.with_stats,
-                    max_skipped_steps=config.train.get("max_skipped_steps", 0),
+                    max_skipped_steps=settings.max_skipped_steps,
                     peak_flops=_peak_flops(),
                     flops_per_token=job.flops_per_token,
                     profile=profile,
-                    watchdog_seconds=config.train.get("watchdog_seconds", 0.0),
+                    watchdog_seconds=settings.watchdog_seconds,
                     signs=_make_signs(workdir),
                 )
         finally:
@@ -211,7 +213,8 @@ def given_back_if_refused(workdir: Path) -> Iterator[None]:
 def claim_workdir(config: Any, workdir: Path) -> str:
     """Writes the config into a new work directory, or checks that it is the same.
 
-    How it is computed and logged may differ (`_MAY_CHANGE`).
+    How it is computed and logged may differ (`_MAY_CHANGE`). A setting that the config of
+    an older run does not have yet is its default.
 
     Returns:
       The config's fingerprint.
@@ -224,6 +227,8 @@ def claim_workdir(config: Any, workdir: Path) -> str:
     path = workdir / "config.json"
     if path.exists():
         old, new = _read_config(path), json.loads(text)
+        with contextlib.suppress(ValueError):  # older runs may have had other settings
+            old, new = _complete(old), _complete(new)
         changed = sorted(
             name
             for name in _differences(old, new, "config")
@@ -252,6 +257,11 @@ def _read_config(path: Path) -> Any:
         raise ValueError(
             f"{path} is not the config of a training ({error}): give another --workdir"
         ) from None
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with all defaults, as JSON reads it."""
+    return json.loads(json.dumps(dataclasses.asdict(wiring.read_training(config))))
 
 
 def _differences(old: Any, new: Any, where: str) -> set[str]:
@@ -308,10 +318,7 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
     Raises:
       ValueError: for an unknown suite, or models and memories that do not fit.
     """
-    if config.suite not in SUITES:
-        raise ValueError(
-            f"config.suite is {config.suite!r}; allowed: {', '.join(SUITES)}"
-        )
+    wiring.read_evaluation(config)
     join_processes()
     workdir = Path(workdir)
     check_workdir(workdir)

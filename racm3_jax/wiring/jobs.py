@@ -58,12 +58,12 @@ from racm3_jax.wiring.parts import (
     build_retriever,
     build_tokenizer,
     build_world,
-    construct,
     read_memory_documents,
     resolve,
     use_table,
 )
 from racm3_jax.wiring.rows import find_main_rows
+from racm3_jax.wiring.sections import TrainConfig, construct, read_training
 
 # The choices of config.train_only; the first is the default.
 TRAIN_ONLY = ("all", "image_output_rows")
@@ -96,15 +96,14 @@ def build_job(config: Any, workdir: Path) -> Job:
     """The training that `config.kind` names.
 
     Raises:
-      ValueError: for an unknown kind.
+      ValueError: a config with an unknown kind or key, or a wrong value.
     """
+    read_training(config)
     builders = {
         "generator": build_generator_job,
         "clip": build_clip_job,
         "vqgan": build_vqgan_job,
     }
-    if config.kind not in builders:
-        raise ValueError(f"config.kind is {config.kind!r}; allowed: {sorted(builders)}")
     return builders[config.kind](config, workdir)
 
 
@@ -343,11 +342,12 @@ def _job(
     flops_per_token: float = 0.0,
     trained: TrainedColumns | None = None,
 ) -> Job:
+    train = construct(TrainConfig, config.train, "train")
     optimizer_config = construct(
         OptimizerConfig,
         config.optimizer,
         "optimizer",
-        num_steps=config.train.num_steps,
+        num_steps=train.num_steps,
     )
     optimizer = build_optimizer(optimizer_config)
     if trained is not None:
@@ -363,14 +363,14 @@ def _job(
         state,
         seed=config.seed,
         schedule=build_schedule(optimizer_config),
-        num_microbatches=config.train.get("num_microbatches", 1),
-        skip_nonfinite=config.train.get("max_skipped_steps", 0) > 0,
+        num_microbatches=train.num_microbatches,
+        skip_nonfinite=train.max_skipped_steps > 0,
     )
     return Job(
         state,
         step_fn,
         make,
-        config.train.num_steps,
+        train.num_steps,
         export,
         with_stats,
         flops_per_token,
