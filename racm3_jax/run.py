@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,9 @@ from racm3_jax.training.loop import Profile, fit
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState
 
+LOCK_NAME = "training.lock"
 # What a work directory holds that was claimed and not used.
-_CLAIM = {"config.json", "training.lock"}
+_CLAIM = {"config.json", LOCK_NAME}
 # What trainings write: in a directory without a config.json, it is somebody else's.
 _OUTPUTS = (
     "checkpoints",
@@ -96,17 +97,35 @@ def train(
       ended the training early, after a save.
 
     Raises:
-      ValueError: if `workdir` holds a run of another config.
+      ValueError: if the config has unknown settings, `workdir` holds a run of another
+        config, memory, tokenizer or embedder, or another training is under way there.
     """
     settings = wiring.read_training(config).train
     join_processes()
     workdir = Path(workdir)
     own_files.check(workdir / "loss.png", change="give another --workdir")
-    with given_back_if_refused(workdir):
-        with leader_first():
-            fingerprint = claim_workdir(config, workdir)
-        with _advice_when_memory_is_full(config):
-            job = wiring.build_job(config, workdir)
+    with contextlib.ExitStack() as held:
+        with given_back_if_refused(workdir):
+            with leader_first():
+                if jax.process_index() == 0:
+                    what = f"a training in {workdir}"
+                    held.enter_context(storage.claimed(workdir / LOCK_NAME, what))
+                fingerprint = claim_workdir(config, workdir)
+            with _advice_when_memory_is_full(config):
+                job = wiring.build_job(config, workdir)
+        return _train(config, settings, job, workdir, fingerprint, progress, profile_steps)
+
+
+def _train(
+    config: Any,
+    settings: wiring.TrainConfig,
+    job: wiring.Job,
+    workdir: Path,
+    fingerprint: str,
+    progress: bool,
+    profile_steps: tuple[int, int] | None,
+) -> TrainState:
+    """`train`, in a work directory that is this training's own."""
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     saver = Checkpoints(
         workdir / "checkpoints",
@@ -116,7 +135,8 @@ def train(
     state = job.state
     found = saver.latest_good()
     if found is not None:
-        state, _ = saver.restore(found, state)
+        state, extra = saver.restore(found, state)
+        check_inputs(extra, job, workdir)
         logging.info("resuming %s at step %d", workdir, found)
     start_step = int(state.step)
     if start_step < job.num_steps:
@@ -133,7 +153,11 @@ def train(
                     num_steps=job.num_steps,
                     writer=writer,
                     checkpoints=saver,
-                    checkpoint_extra={"config": fingerprint},
+                    checkpoint_extra={
+                        "config": fingerprint,
+                        "inputs": dict(job.inputs),
+                        "num_main_documents": job.num_main_documents,
+                    },
                     log_every=settings.log_every,
                     progress=progress,
                     description=f"train {config.kind}",
@@ -199,6 +223,8 @@ def given_back_if_refused(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         yield
+    except storage.BusyError:
+        raise  # all of it is another training's
     except Exception:
         with contextlib.suppress(OSError):
             names = set(os.listdir(workdir))
@@ -227,7 +253,7 @@ def claim_workdir(config: Any, workdir: Path) -> str:
     path = workdir / "config.json"
     if path.exists():
         old, new = _read_config(path), json.loads(text)
-        with contextlib.suppress(ValueError):  # older runs may have had other settings
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # older runs may have had other settings
             old, new = _complete(old), _complete(new)
         changed = sorted(
             name
@@ -257,6 +283,38 @@ def _read_config(path: Path) -> Any:
         raise ValueError(
             f"{path} is not the config of a training ({error}): give another --workdir"
         ) from None
+
+
+def check_inputs(extra: Mapping[str, Any], job: wiring.Job, workdir: Path) -> None:
+    """Refuses to resume over other data than the checkpoint was trained with.
+
+    The rows of another memory are other documents, whatever their numbers. Documents that
+    were removed since are no reason to refuse: the order of the rest changes, which is
+    said.
+
+    Args:
+      extra: of the checkpoint; older ones do not say what they were trained with.
+      job: of the resumed run.
+      workdir: for the sentence.
+
+    Raises:
+      ValueError: names what changed.
+    """
+    before = extra.get("inputs", {})
+    for name, now in job.inputs.items():
+        if before.get(name, now) != now:
+            raise ValueError(
+                f"{workdir} was trained with the {name} {before[name]}, but the config "
+                f"now names {now}: give it that {name} again, or train in another "
+                "--workdir"
+            )
+    num = extra.get("num_main_documents", job.num_main_documents)
+    if num != job.num_main_documents:
+        logging.warning(
+            "%d main documents were removed from the memory since the last checkpoint: "
+            "the others follow in another order than in an unbroken run",
+            num - job.num_main_documents,
+        )
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:

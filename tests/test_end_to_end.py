@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import socket
 
 import jax
 import numpy as np
 import pytest
 
-from racm3_jax import cli, run, wiring
+from racm3_jax import cli, run, storage, wiring
+from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.commands import configs
 from racm3_jax.documents.flagworld import read_flagworld
 from racm3_jax.memory.memory import Memory
@@ -66,6 +69,32 @@ def test_another_config_is_refused(unbroken):
     config.optimizer.learning_rate = 1.0
     with pytest.raises(ValueError, match=r"config.optimizer.learning_rate"):
         run.train(config, workdir, progress=False)
+
+
+def test_another_memory_is_refused(unbroken, monkeypatch):
+    """One that grew, say: its rows may be other documents."""
+    workdir, _ = unbroken
+    with Checkpoints(workdir / "checkpoints") as saver:
+        step = saver.latest_good()
+        _, extra = saver.restore(step, unbroken[1])
+    with Memory.load(workdir / "memory") as memory:
+        assert extra["inputs"]["memory"] == memory.fingerprint()
+        assert extra["num_main_documents"] == memory.num_allowed > 0
+    job = wiring.build_job(tiny(), workdir)
+    for name in job.inputs:
+        other = dataclasses.replace(job, inputs={**job.inputs, name: "another"})
+        monkeypatch.setattr(wiring, "build_job", lambda *_, other=other: other)
+        with pytest.raises(ValueError, match=f"was trained with the {name} .* another"):
+            run.train(tiny(), workdir, progress=False)
+
+
+def test_two_trainings_in_one_work_directory_are_refused(unbroken):
+    workdir, _ = unbroken
+    assert (workdir / run.LOCK_NAME).exists()  # its owner has ended, which is no matter
+    with storage.claimed(workdir / run.LOCK_NAME, "a training"):
+        own = f"host {socket.gethostname()}, process {os.getpid()}"
+        with pytest.raises(ValueError, match=f"a training in .* \\({own}\\): wait"):
+            run.train(tiny(), workdir, progress=False)
 
 
 @pytest.fixture(scope="module")

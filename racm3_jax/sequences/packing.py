@@ -91,13 +91,13 @@ def pack(
     while True:
         rows = _Rows(num_rows, row_length, max_trim)
         order = np.argsort(-lengths[:num], kind="stable")
-        if all(rows.place(int(i), lengths[i], spare[i]) for i in order):
+        if all(rows.place(int(i), int(lengths[i]), int(spare[i])) for i in order):
             break
         num -= 1
     waiting = [
         i
         for i in range(num, len(examples))
-        if not (overtake and rows.place(i, lengths[i], spare[i]))
+        if not (overtake and rows.place(i, int(lengths[i]), int(spare[i])))
     ]
     batch = _empty_batch(num_rows, row_length, pad)
     for row, members in enumerate(rows.members):

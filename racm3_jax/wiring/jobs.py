@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ class Job:
       export: writes the finished model into the work directory.
       with_stats: whether a batch comes as `(batch, statistics)`.
       flops_per_token: of a step, PaLM's count; 0 where nobody asks for it.
+      inputs: fingerprints of what a resumed run must find unchanged, by name.
+      num_main_documents: that are trained on; 0 where they are not a memory's.
     """
 
     state: TrainState
@@ -90,6 +92,8 @@ class Job:
     export: Callable[[TrainState], None]
     with_stats: bool = False
     flops_per_token: float = 0.0
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    num_main_documents: int = 0
 
 
 def build_job(config: Any, workdir: Path) -> Job:
@@ -263,7 +267,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             construct(StrategyConfig, config.strategy, "strategy"),
         )
 
-    return _job(
+    job = _job(
         config,
         mesh,
         lambda key: init_params(model_config, key, boxed=True),
@@ -283,6 +287,15 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             pipeline.row_length,
         ),
         trained=build_trained_columns(config, model_config, tokenizer.vocab),
+    )
+    return dataclasses.replace(
+        job,
+        inputs={
+            "memory": memory.fingerprint(),
+            "tokenizer": tokenizer.fingerprint(),
+            "embedder": embedder.fingerprint(),
+        },
+        num_main_documents=len(main_ids),
     )
 
 
@@ -323,7 +336,7 @@ def build_trained_columns(
 
 
 def _take_rows(
-    batches: Iterator[dict[str, np.ndarray]], rows: Int64[np.ndarray, " rows"]
+    batches: Iterator[Any], rows: Int64[np.ndarray, " rows"]
 ) -> Iterator[dict[str, np.ndarray]]:
     """What this process holds of batches that every process makes whole."""
     for batch in batches:
