@@ -41,6 +41,7 @@ from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.loop import Profile, fit
+from racm3_jax.training.mirror import Mirror, is_url, refuse_url
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState
 
@@ -88,7 +89,7 @@ def train(
 
     Args:
       config: from a file of `configs/`.
-      workdir: created if missing.
+      workdir: created if missing; may be a URL, see `training.mirror`.
       progress: show a progress bar.
       profile_steps: first and last step of a trace, written to `workdir/profile`.
 
@@ -101,8 +102,43 @@ def train(
         config, memory, tokenizer or embedder, or another training is under way there.
     """
     settings = wiring.read_training(config).train
-    join_processes()
-    workdir = Path(workdir)
+    num_processes = join_processes()
+    with _local_workdir(workdir, num_processes) as folder:
+        return _train_in(config, settings, folder, progress, profile_steps)
+
+
+@contextlib.contextmanager
+def _local_workdir(workdir: str | Path, num_processes: int) -> Iterator[Path]:
+    """The folder of a work directory; of one in a bucket, a folder that is copied there.
+
+    Raises:
+      ValueError: several processes and a bucket, or whatever is raised inside.
+    """
+    if not is_url(workdir):
+        yield Path(workdir)
+        return
+    if num_processes > 1:
+        raise ValueError(
+            f"--workdir={workdir} is a URL, which one process can write; these "
+            f"{num_processes} need a folder that all of them see: mount the bucket "
+            "(gcsfuse, s3fs) and give its path"
+        )
+    with Mirror(str(workdir)) as mirror:
+        try:
+            yield mirror.folder
+        except ValueError as error:
+            # Sentences name the folder, which nobody knows.
+            words = str(error).replace(str(mirror.folder), mirror.url)
+            raise ValueError(words) from error
+
+
+def _train_in(
+    config: Any,
+    settings: wiring.TrainConfig,
+    workdir: Path,
+    progress: bool,
+    profile_steps: tuple[int, int] | None,
+) -> TrainState:
     own_files.check(workdir / "loss.png", change="give another --workdir")
     with contextlib.ExitStack() as held:
         with given_back_if_refused(workdir):
@@ -377,6 +413,7 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
       ValueError: for an unknown suite, or models and memories that do not fit.
     """
     wiring.read_evaluation(config)
+    refuse_url(workdir, "the work directory of an evaluation")
     join_processes()
     workdir = Path(workdir)
     check_workdir(workdir)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import socket
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -50,6 +51,41 @@ def test_four_steps_equal_two_and_two(unbroken, tmp_path):
     assert int(resumed.step) == int(state.step) == 4
     for a, b in zip(leaves(state), leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_work_directory_in_a_bucket_is_resumed_elsewhere(unbroken, monkeypatch):
+    """By a process that finds nothing but the bucket; bit for bit, too."""
+    _, state = unbroken
+    url, build = "memory://runs/bucket", wiring.build_job
+
+    def half(*args):
+        return dataclasses.replace(build(*args), num_steps=2, export=lambda state: None)
+
+    monkeypatch.setattr(wiring, "build_job", half)
+    stopped = run.train(tiny(), url, progress=False)
+    monkeypatch.setattr(wiring, "build_job", build)
+    assert int(stopped.step) == 2
+    resumed = run.train(tiny(), url, progress=False)
+    for a, b in zip(leaves(state), leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    names = fsspec.filesystem("memory").find("/runs/bucket")
+    assert "/runs/bucket/model/model.safetensors" in names
+    config = tiny()
+    config.optimizer.learning_rate = 1.0
+    with pytest.raises(ValueError, match="memory://runs/bucket holds a run of another"):
+        run.train(config, url, progress=False)
+
+
+def test_urls_where_none_can_be_are_refused(capsys, tmp_path):
+    for command in (
+        ["quickstart", "--workdir=gs://a/b"],
+        ["evaluate", "--workdir=gs://a/b"],
+        ["train", f"--config={CONFIGS}/flagworld_tiny.py", f"--workdir={tmp_path}/run"]
+        + ["--config.embedder=s3://a/b"],
+    ):
+        assert cli.main(command) == 2
+        assert "is a URL, but" in capsys.readouterr().err
+    assert not pathlib.Path("gs:").exists()
 
 
 def test_metrics_name_both_modalities(unbroken):

@@ -27,6 +27,7 @@ from racm3_jax.sequences.episodes import EpisodeConfig, Episodes
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
+from racm3_jax.training.mirror import refuse_url
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
 from racm3_jax.wiring.rows import read_column
@@ -41,8 +42,13 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def resolve(path: str | Path) -> Path:
-    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path."""
+    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path.
+
+    Raises:
+      ValueError: a URL.
+    """
     text = str(path)
+    refuse_url(text, "what a config names")
     if text.startswith("shipped:"):
         return PACKAGE / "shipped" / text.removeprefix("shipped:")
     return Path(text).expanduser()
