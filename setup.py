@@ -29,6 +29,7 @@ setup(
         "clu>=0.0.12",
         "etils[epath]>=1.9",
         "flax>=0.12",
+        "fsspec>=2024.2",
         "grain>=0.2.15",
         "jax>=0.9",
         "jaxtyping>=0.3",

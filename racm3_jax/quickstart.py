@@ -22,6 +22,7 @@ from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.evaluation.report import CaptionRow, write_report
 from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
 from racm3_jax.generation.tasks import Generator
+from racm3_jax.training.mirror import refuse_url
 from racm3_jax.types import Document
 
 
@@ -43,6 +44,8 @@ def main(config: Any, workdir: Path) -> None:
     Raises:
       ValueError: if `workdir` holds a run of another config.
     """
+    wiring.read_training(config)
+    refuse_url(workdir, "the work directory of the quickstart")
     stages = Stages()
     own_files.check(
         workdir / "samples.png",

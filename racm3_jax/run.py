@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import Profile, fit
+from racm3_jax.training.mirror import Mirror, is_url, refuse_url
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState
 
+LOCK_NAME = "training.lock"
 # What a work directory holds that was claimed and not used.
-_CLAIM = {"config.json", "training.lock"}
+_CLAIM = {"config.json", LOCK_NAME}
 # What trainings write: in a directory without a config.json, it is somebody else's.
 _OUTPUTS = (
     "checkpoints",
@@ -87,7 +90,7 @@ def train(
 
     Args:
       config: from a file of `configs/`.
-      workdir: created if missing.
+      workdir: created if missing; may be a URL, see `training.mirror`.
       progress: show a progress bar.
       profile_steps: first and last step of a trace, written to `workdir/profile`.
 
@@ -96,27 +99,84 @@ def train(
       ended the training early, after a save.
 
     Raises:
-      ValueError: if `workdir` holds a run of another config.
+      ValueError: if the config has unknown settings, `workdir` holds a run of another
+        config, memory, tokenizer or embedder, or another training is under way there.
     """
+    settings = wiring.read_training(config).train
     prepare_host()
-    join_processes()
-    workdir = Path(workdir)
+    num_processes = join_processes()
+    with _local_workdir(workdir, num_processes) as folder:
+        return _train_in(config, settings, folder, progress, profile_steps)
+
+
+@contextlib.contextmanager
+def _local_workdir(workdir: str | Path, num_processes: int) -> Iterator[Path]:
+    """The folder of a work directory; of one in a bucket, a folder that is copied there.
+
+    Raises:
+      ValueError: several processes and a bucket, or whatever is raised inside.
+    """
+    if not is_url(workdir):
+        yield Path(workdir)
+        return
+    if num_processes > 1:
+        raise ValueError(
+            f"--workdir={workdir} is a URL, which one process can write; these "
+            f"{num_processes} need a folder that all of them see: mount the bucket "
+            "(gcsfuse, s3fs) and give its path"
+        )
+    with Mirror(str(workdir)) as mirror:
+        try:
+            yield mirror.folder
+        except ValueError as error:
+            # Sentences name the folder, which nobody knows.
+            words = str(error).replace(str(mirror.folder), mirror.url)
+            raise ValueError(words) from error
+
+
+def _train_in(
+    config: Any,
+    settings: wiring.TrainConfig,
+    workdir: Path,
+    progress: bool,
+    profile_steps: tuple[int, int] | None,
+) -> TrainState:
     own_files.check(workdir / "loss.png", change="give another --workdir")
-    with given_back_if_refused(workdir):
-        with leader_first():
-            fingerprint = claim_workdir(config, workdir)
-        with _advice_when_memory_is_full(config):
-            job = wiring.build_job(config, workdir)
+    with contextlib.ExitStack() as held:
+        with given_back_if_refused(workdir):
+            with leader_first():
+                if jax.process_index() == 0:
+                    what = f"a training in {workdir}"
+                    held.enter_context(storage.claimed(workdir / LOCK_NAME, what))
+                fingerprint = claim_workdir(config, workdir)
+            with _advice_when_memory_is_full(config):
+                job = wiring.build_job(config, workdir)
+        return _train(
+            config, settings, job, workdir, fingerprint, progress, profile_steps
+        )
+
+
+def _train(
+    config: Any,
+    settings: wiring.TrainConfig,
+    job: wiring.Job,
+    workdir: Path,
+    fingerprint: str,
+    progress: bool,
+    profile_steps: tuple[int, int] | None,
+) -> TrainState:
+    """`train`, in a work directory that is this training's own."""
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     saver = Checkpoints(
         workdir / "checkpoints",
-        keep=config.train.get("keep_checkpoints", 2),
-        save_interval=config.train.checkpoint_every,
+        keep=settings.keep_checkpoints,
+        save_interval=settings.checkpoint_every,
     )
     state = job.state
     found = saver.latest_good()
     if found is not None:
-        state, _ = saver.restore(found, state)
+        state, extra = saver.restore(found, state)
+        check_inputs(extra, job, workdir)
         logging.info("resuming %s at step %d", workdir, found)
     start_step = int(state.step)
     if start_step < job.num_steps:
@@ -133,16 +193,20 @@ def train(
                     num_steps=job.num_steps,
                     writer=writer,
                     checkpoints=saver,
-                    checkpoint_extra={"config": fingerprint},
-                    log_every=config.train.log_every,
+                    checkpoint_extra={
+                        "config": fingerprint,
+                        "inputs": dict(job.inputs),
+                        "num_main_documents": job.num_main_documents,
+                    },
+                    log_every=settings.log_every,
                     progress=progress,
                     description=f"train {config.kind}",
                     with_stats=job.with_stats,
-                    max_skipped_steps=config.train.get("max_skipped_steps", 0),
+                    max_skipped_steps=settings.max_skipped_steps,
                     peak_flops=_peak_flops(),
                     flops_per_token=job.flops_per_token,
                     profile=profile,
-                    watchdog_seconds=config.train.get("watchdog_seconds", 0.0),
+                    watchdog_seconds=settings.watchdog_seconds,
                     signs=_make_signs(workdir),
                 )
         finally:
@@ -199,6 +263,8 @@ def given_back_if_refused(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         yield
+    except storage.BusyError:
+        raise  # all of it is another training's
     except Exception:
         with contextlib.suppress(OSError):
             names = set(os.listdir(workdir))
@@ -213,7 +279,8 @@ def given_back_if_refused(workdir: Path) -> Iterator[None]:
 def claim_workdir(config: Any, workdir: Path) -> str:
     """Writes the config into a new work directory, or checks that it is the same.
 
-    How it is computed and logged may differ (`_MAY_CHANGE`).
+    How it is computed and logged may differ (`_MAY_CHANGE`). A setting that the config of
+    an older run does not have yet is its default.
 
     Returns:
       The config's fingerprint.
@@ -226,6 +293,10 @@ def claim_workdir(config: Any, workdir: Path) -> str:
     path = workdir / "config.json"
     if path.exists():
         old, new = _read_config(path), json.loads(text)
+        with contextlib.suppress(
+            ValueError, TypeError, AttributeError
+        ):  # older runs may have had other settings
+            old, new = _complete(old), _complete(new)
         changed = sorted(
             name
             for name in _differences(old, new, "config")
@@ -254,6 +325,43 @@ def _read_config(path: Path) -> Any:
         raise ValueError(
             f"{path} is not the config of a training ({error}): give another --workdir"
         ) from None
+
+
+def check_inputs(extra: Mapping[str, Any], job: wiring.Job, workdir: Path) -> None:
+    """Refuses to resume over other data than the checkpoint was trained with.
+
+    The rows of another memory are other documents, whatever their numbers. Documents that
+    were removed since are no reason to refuse: the order of the rest changes, which is
+    said.
+
+    Args:
+      extra: of the checkpoint; older ones do not say what they were trained with.
+      job: of the resumed run.
+      workdir: for the sentence.
+
+    Raises:
+      ValueError: names what changed.
+    """
+    before = extra.get("inputs", {})
+    for name, now in job.inputs.items():
+        if before.get(name, now) != now:
+            raise ValueError(
+                f"{workdir} was trained with the {name} {before[name]}, but the config "
+                f"now names {now}: give it that {name} again, or train in another "
+                "--workdir"
+            )
+    num = extra.get("num_main_documents", job.num_main_documents)
+    if num != job.num_main_documents:
+        logging.warning(
+            "%d main documents were removed from the memory since the last checkpoint: "
+            "the others follow in another order than in an unbroken run",
+            num - job.num_main_documents,
+        )
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with all defaults, as JSON reads it."""
+    return json.loads(json.dumps(dataclasses.asdict(wiring.read_training(config))))
 
 
 def _differences(old: Any, new: Any, where: str) -> set[str]:
@@ -310,10 +418,8 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
     Raises:
       ValueError: for an unknown suite, or models and memories that do not fit.
     """
-    if config.suite not in SUITES:
-        raise ValueError(
-            f"config.suite is {config.suite!r}; allowed: {', '.join(SUITES)}"
-        )
+    wiring.read_evaluation(config)
+    refuse_url(workdir, "the work directory of an evaluation")
     prepare_host()
     join_processes()
     workdir = Path(workdir)

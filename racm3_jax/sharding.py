@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int64
 
 MESH_AXES = ("dcn", "data", "fsdp", "tensor")
 
@@ -292,18 +293,63 @@ def constrain_rows(x: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def local_rows(
+    mesh: Mesh, num_rows: int, process_index: int | None = None
+) -> Int64[np.ndarray, " rows"]:
+    """The rows of a batch that this process holds and so has to make, ascending.
+
+    Rows belong to shards. Where `tensor` crosses processes, several hold the same rows,
+    and each of them makes all of these:
+
+        2 processes of 2 devices, 8 rows      process 0           process 1
+        data=4                                0 1 2 3             4 5 6 7
+        data=2, tensor=2, within a process    0 1 2 3             4 5 6 7
+        data=2, tensor=2, across              0 1 2 3 4 5 6 7     0 1 2 3 4 5 6 7
+
+    Args:
+      mesh: from `make_mesh`.
+      num_rows: of the whole batch.
+      process_index: of another process than this one.
+
+    Raises:
+      ShardingError: a number of rows that the mesh does not divide.
+    """
+    if process_index is None:
+        process_index = jax.process_index()
+    num_shards = count_row_shards(mesh)
+    if num_rows % num_shards:
+        raise ShardingError(
+            f"a batch of {num_rows} rows does not divide over {num_shards} "
+            f"devices ({' x '.join(BATCH_AXES)}): change the number of rows or the mesh"
+        )
+    places = batch_sharding(mesh).devices_indices_map((num_rows,))
+    held = {
+        rows.indices(num_rows)[:2]
+        for device, (rows,) in places.items()
+        if device.process_index == process_index
+    }
+    return np.concatenate(
+        [np.arange(*bounds, dtype=np.int64) for bounds in sorted(held)]
+    )
+
+
+def count_row_shards(mesh: Mesh) -> int:
+    """Into how many shards the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts a pytree of host arrays on the mesh: rows split, scalars copied.
 
-    With several processes each passes its own rows, and the global batch is their
-    concatenation. Arrays that are on the mesh already pass through.
+    With several processes each passes the rows that it holds, those of `local_rows`.
+    Arrays that are on the mesh already pass through.
 
     Raises:
       ShardingError: a number of rows that the mesh does not divide.
     """
     rows_sharding, scalar_sharding = batch_sharding(mesh), replicated(mesh)
-    num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    num_processes = jax.process_count()
+    num_shards = count_row_shards(mesh)
+    held = local_rows(mesh, num_shards)  # shards in place of rows
 
     def put(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(
@@ -313,13 +359,22 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         leaf = np.asarray(leaf)
         if leaf.ndim == 0:
             return jax.device_put(leaf, scalar_sharding)
-        if (leaf.shape[0] * num_processes) % num_shards:
+        size, rest = divmod(len(leaf), len(held))
+        if rest:
             raise ShardingError(
-                f"a batch of {leaf.shape[0]} rows does not divide over {num_shards} "
-                "devices (dcn x data x fsdp): change the number of rows or the mesh"
+                f"a batch of {len(leaf)} rows does not divide over {len(held)} "
+                f"devices ({' x '.join(BATCH_AXES)}) of this process: change the number "
+                "of rows or the mesh"
             )
-        if num_processes == 1:
+        if len(held) == num_shards and jax.process_count() == 1:
             return jax.device_put(leaf, rows_sharding)
-        return jax.make_array_from_process_local_data(rows_sharding, leaf)
+
+        def read(index: Any) -> np.ndarray:
+            shard = index[0].indices(size * num_shards)[0] // size
+            place = int(np.searchsorted(held, shard)) * size
+            return leaf[place : place + size]
+
+        shape = (size * num_shards, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, rows_sharding, read)
 
     return jax.tree.map(put, batch)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 from ml_collections import ConfigDict
 
-from racm3_jax.run import claim_workdir
+from racm3_jax.commands import configs
+from racm3_jax.run import check_inputs, claim_workdir
 
 
 def make_config(**train):
@@ -18,3 +21,24 @@ def test_a_resumed_run_may_change_how_it_is_computed_and_logged(tmp_path):
     claim_workdir(make_config(log_every=5, watchdog_seconds=9.0), tmp_path)
     with pytest.raises(ValueError, match=r"differs in config\.train\.num_steps"):
         claim_workdir(make_config(num_steps=5), tmp_path)
+
+
+def test_settings_that_an_older_run_does_not_know_are_their_defaults(tmp_path):
+    config = configs.load_config_file(configs.find_config("flagworld_tiny.py"))
+    older = config.copy_and_resolve_references()
+    config.pipeline.window_steps = 8
+    config.train.keep_checkpoints = 2
+    claim_workdir(older, tmp_path)
+    claim_workdir(config, tmp_path)
+    config.pipeline.window_steps = 4
+    with pytest.raises(ValueError, match=r"differs in config.pipeline.window_steps\)"):
+        claim_workdir(config, tmp_path)
+
+
+def test_removed_documents_are_said_and_older_checkpoints_taken(tmp_path, caplog):
+    job = types.SimpleNamespace(inputs={"memory": "m"}, num_main_documents=7)
+    check_inputs({}, job, tmp_path)
+    check_inputs({"inputs": {"memory": "m"}, "num_main_documents": 7}, job, tmp_path)
+    assert caplog.text == ""
+    check_inputs({"inputs": {"memory": "m"}, "num_main_documents": 9}, job, tmp_path)
+    assert "2 main documents were removed" in caplog.text

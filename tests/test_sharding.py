@@ -189,3 +189,56 @@ def test_batches_are_split_by_rows(mesh):
     np.testing.assert_array_equal(placed["x"], batch["x"])
     again = sharding.shard_batch(placed, mesh)
     assert again["x"] is placed["x"]
+
+
+class FakeDevice:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+def fake_mesh(sizes, order, num_processes):
+    """Devices of several processes, as many on each, in some order."""
+    num = len(order) // num_processes
+    devices = [FakeDevice(i // num) for i in order]
+    return np.array(devices).reshape(sizes)
+
+
+def rows_of(mesh, num_rows, monkeypatch, devices):
+    """`local_rows` of each process, as if the mesh's devices were these."""
+    shards = sharding.count_row_shards(mesh)
+    grid = devices.reshape(shards, -1)
+    size = num_rows // shards
+
+    def places(self, shape):
+        return {
+            device: (slice(i * size, (i + 1) * size),)
+            for i, row in enumerate(grid)
+            for device in row
+        }
+
+    monkeypatch.setattr(jax.sharding.NamedSharding, "devices_indices_map", places)
+    processes = sorted({d.process_index for d in devices.flat})
+    return [sharding.local_rows(mesh, num_rows, p).tolist() for p in processes]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "order", "expected"),
+    [
+        ((4, 1, 1), [0, 1, 2, 3], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ((2, 1, 2), [0, 1, 2, 3], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ((2, 1, 2), [0, 2, 1, 3], [[*range(8)], [*range(8)]]),
+        ((1, 4, 1), [0, 2, 1, 3], [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ((1, 1, 4), [0, 1, 2, 3], [[*range(8)], [*range(8)]]),
+    ],
+)
+def test_rows_belong_to_shards(monkeypatch, sizes, order, expected):
+    """The picture of `local_rows`, and a torus whose hosts' shards are no neighbours."""
+    mesh = make_mesh(*sizes, devices=jax.devices()[:4])
+    devices = fake_mesh(sizes, order, 2)
+    assert rows_of(mesh, 8, monkeypatch, devices) == expected
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused(mesh):
+    assert sharding.local_rows(mesh, 8).tolist() == list(range(8))
+    with pytest.raises(ShardingError, match="a batch of 6 rows does not divide over 4"):
+        sharding.local_rows(mesh, 6)

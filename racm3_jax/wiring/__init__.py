@@ -22,10 +22,17 @@ from racm3_jax.wiring.parts import (
     build_retriever,
     build_tokenizer,
     build_world,
-    construct,
     count_shards,
     read_memory_documents,
     resolve,
+)
+from racm3_jax.wiring.sections import (
+    SUITES,
+    TRAININGS,
+    TrainConfig,
+    construct,
+    read_evaluation,
+    read_training,
 )
 from racm3_jax.wiring.suites import (
     FlagworldSuite,
@@ -37,9 +44,12 @@ from racm3_jax.wiring.suites import (
 )
 
 __all__ = [
+    "SUITES",
+    "TRAININGS",
     "FlagworldSuite",
     "Job",
     "TasksSuite",
+    "TrainConfig",
     "build_clip_job",
     "build_coco_protocol",
     "build_embedder",
@@ -61,7 +71,9 @@ __all__ = [
     "construct",
     "count_shards",
     "load_generator",
+    "read_evaluation",
     "read_memory_documents",
+    "read_training",
     "resolve",
     "save_generator",
 ]

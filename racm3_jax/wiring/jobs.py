@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int64
 
 from racm3_jax import checkpoints
 from racm3_jax.documents import batches as image_data
@@ -30,6 +32,7 @@ from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
+from racm3_jax.sharding import local_rows
 from racm3_jax.tokenizers import vqgan as vqgan_model
 from racm3_jax.tokenizers import vqgan_loss as vqgan_objective
 from racm3_jax.tokenizers.bpe import TextTokenizer
@@ -55,11 +58,12 @@ from racm3_jax.wiring.parts import (
     build_retriever,
     build_tokenizer,
     build_world,
-    construct,
     read_memory_documents,
     resolve,
     use_table,
 )
+from racm3_jax.wiring.rows import find_main_rows
+from racm3_jax.wiring.sections import TrainConfig, construct, read_training
 
 # The choices of config.train_only; the first is the default.
 TRAIN_ONLY = ("all", "image_output_rows")
@@ -77,6 +81,8 @@ class Job:
       export: writes the finished model into the work directory.
       with_stats: whether a batch comes as `(batch, statistics)`.
       flops_per_token: of a step, PaLM's count; 0 where nobody asks for it.
+      inputs: fingerprints of what a resumed run must find unchanged, by name.
+      num_main_documents: that are trained on; 0 where they are not a memory's.
     """
 
     state: TrainState
@@ -86,21 +92,22 @@ class Job:
     export: Callable[[TrainState], None]
     with_stats: bool = False
     flops_per_token: float = 0.0
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    num_main_documents: int = 0
 
 
 def build_job(config: Any, workdir: Path) -> Job:
     """The training that `config.kind` names.
 
     Raises:
-      ValueError: for an unknown kind.
+      ValueError: a config with an unknown kind or key, or a wrong value.
     """
+    read_training(config)
     builders = {
         "generator": build_generator_job,
         "clip": build_clip_job,
         "vqgan": build_vqgan_job,
     }
-    if config.kind not in builders:
-        raise ValueError(f"config.kind is {config.kind!r}; allowed: {sorted(builders)}")
     return builders[config.kind](config, workdir)
 
 
@@ -110,6 +117,8 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
     loss_config = construct(
         vqgan_objective.VQGANLossConfig, config.vqgan_loss, "vqgan_loss"
     )
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, config.batch_size)
     images = np.stack(
         [d.images[0] for d in read_flagworld(build_world(config), "train")]
     )
@@ -124,16 +133,20 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
         )
 
     def make(start_step: int) -> Iterator[Any]:
-        return image_data.image_batches(
+        batches = image_data.image_batches(
             images, config.batch_size, seed=config.seed, start_step=start_step
         )
+        return _take_rows(batches, rows)
 
     def export(state: TrainState) -> None:
-        params = checkpoints.round_to_half(jax.device_get(state.params["vqgan"]))
+        params = checkpoints.round_to_half(fetch_all(state.params["vqgan"]))
+        if jax.process_index() != 0:
+            return
         ImageTokenizer(model_config, params).save(workdir / "vqgan", dtype="float16")
 
     return _job(
         config,
+        mesh,
         lambda key: vqgan_objective.init_vqgan(model_config, loss_config, key),
         vqgan_objective.vqgan_loss(model_config, loss_config),
         make,
@@ -144,11 +157,15 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
 
 def build_clip_job(config: Any, workdir: Path) -> Job:
     """Trains the text tokenizer and CLIP; exports `workdir/text` and `workdir/clip`."""
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, config.batch_size)
     documents = list(read_flagworld(build_world(config), "train"))
     texts = [d.text for d in documents]
     text_tokenizer = TextTokenizer.train(texts, config.text_tokenizer.vocab_size)
-    text_tokenizer.save(workdir / "text" / "tokenizer.json")
-    checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
+    with leader_first():
+        if jax.process_index() == 0:
+            text_tokenizer.save(workdir / "text" / "tokenizer.json")
+            checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
     tokenizer = clip_model.CLIPTokenizer(text_tokenizer, config.clip.context_length)
     model_config = construct(
         clip_model.CLIPConfig, config.clip, "clip", vocab_size=tokenizer.vocab_size
@@ -161,7 +178,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     groups = np.array([d.metadata["nation_id"] for d in documents])
 
     def make(start_step: int) -> Iterator[Any]:
-        return clip_objective.make_pair_batches(
+        batches = clip_objective.make_pair_batches(
             images,
             tokens,
             groups,
@@ -169,14 +186,18 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
             seed=config.seed,
             start_step=start_step,
         )
+        return _take_rows(batches, rows)
 
     def export(state: TrainState) -> None:
-        params = checkpoints.round_to_half(jax.device_get(state.params))
+        params = checkpoints.round_to_half(fetch_all(state.params))
+        if jax.process_index() != 0:
+            return
         embedder = DocumentEmbedder(model_config, params, text_tokenizer)
         embedder.save(workdir / "clip", dtype="float16")
 
     return _job(
         config,
+        mesh,
         lambda key: clip_model.init_params(model_config, key),
         clip_objective.clip_loss(model_config, loss_config),
         make,
@@ -186,6 +207,16 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
 
 def build_generator_job(config: Any, workdir: Path) -> Job:
     """Trains RA-CM3 (or its twin); exports a directory that `run.load` opens."""
+    pipeline = construct(
+        PipelineConfig,
+        config.pipeline,
+        "pipeline",
+        seed=config.seed,
+        num_query_variants=config.memory.num_query_variants,
+    )
+    # Before anything is loaded: refuses rows that the mesh does not divide.
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, pipeline.rows)
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
     if config.get("memory_path"):
         memory = Memory.load(resolve(config.memory_path), embedder, tokenizer)
@@ -197,20 +228,11 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             )
     with leader_first():
         use_table(config, memory)
-    rows = memory.allowed_ids()
-    is_main = [m.get("split", "train") == "train" for m in memory.metadata(rows)]
-    main_ids = rows[np.array(is_main)]
+    main_ids = find_main_rows(memory, workdir)
     model_config = build_model_config(config, tokenizer.vocab)
     masking = construct(CausalMaskingConfig, config.masking, "masking")
-    pipeline = construct(
-        PipelineConfig,
-        config.pipeline,
-        "pipeline",
-        seed=config.seed,
-        num_query_variants=config.memory.num_query_variants,
-    )
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
-    episodes = build_episodes(config, memory, tokenizer)
+    episodes = build_episodes(config, memory, tokenizer, workdir)
     model: Any = Transformer(model_config)
 
     def make(start_step: int) -> Iterator[Any]:
@@ -223,8 +245,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             pipeline,
             start_step=start_step,
             num_steps=config.train.num_steps - start_step,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            rows=rows,
             episodes=episodes,
         )
 
@@ -246,8 +267,9 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             construct(StrategyConfig, config.strategy, "strategy"),
         )
 
-    return _job(
+    job = _job(
         config,
+        mesh,
         lambda key: init_params(model_config, key, boxed=True),
         make_generator_loss(
             lambda params, *inputs: model.apply({"params": params}, *inputs),
@@ -265,6 +287,15 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             pipeline.row_length,
         ),
         trained=build_trained_columns(config, model_config, tokenizer.vocab),
+    )
+    return dataclasses.replace(
+        job,
+        inputs={
+            "memory": memory.fingerprint(),
+            "tokenizer": tokenizer.fingerprint(),
+            "embedder": embedder.fingerprint(),
+        },
+        num_main_documents=len(main_ids),
     )
 
 
@@ -304,8 +335,17 @@ def build_trained_columns(
     return TrainedColumns("head", vocab.image_range.start, vocab.image_range.stop)
 
 
+def _take_rows(
+    batches: Iterator[Any], rows: Int64[np.ndarray, " rows"]
+) -> Iterator[dict[str, np.ndarray]]:
+    """What this process holds of batches that every process makes whole."""
+    for batch in batches:
+        yield {name: values[rows] for name, values in batch.items()}
+
+
 def _job(
     config: Any,
+    mesh: Mesh,
     init_fn: Callable[[jax.Array], Any],
     loss_fn: LossFn,
     make: Callable[[int], Iterator[Any]],
@@ -315,12 +355,12 @@ def _job(
     flops_per_token: float = 0.0,
     trained: TrainedColumns | None = None,
 ) -> Job:
-    mesh = build_mesh(config)
+    train = construct(TrainConfig, config.train, "train")
     optimizer_config = construct(
         OptimizerConfig,
         config.optimizer,
         "optimizer",
-        num_steps=config.train.num_steps,
+        num_steps=train.num_steps,
     )
     boxed = jax.eval_shape(init_fn, jax.random.key(config.seed))
     optimizer = build_optimizer(optimizer_config, boxed)
@@ -337,14 +377,14 @@ def _job(
         state,
         seed=config.seed,
         schedule=build_schedule(optimizer_config),
-        num_microbatches=config.train.get("num_microbatches", 1),
-        skip_nonfinite=config.train.get("max_skipped_steps", 0) > 0,
+        num_microbatches=train.num_microbatches,
+        skip_nonfinite=train.max_skipped_steps > 0,
     )
     return Job(
         state,
         step_fn,
         make,
-        config.train.num_steps,
+        train.num_steps,
         export,
         with_stats,
         flops_per_token,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -27,37 +26,31 @@ from racm3_jax.sequences.episodes import EpisodeConfig, Episodes
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
+from racm3_jax.training.mirror import refuse_url
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
+from racm3_jax.wiring.rows import read_column
+from racm3_jax.wiring.sections import (
+    MemoryConfig,
+    MeshConfig,
+    TokenizerConfig,
+    construct,
+)
 
 PACKAGE = Path(__file__).parent.parent
-T = TypeVar("T")
 
 
 def resolve(path: str | Path) -> Path:
-    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path."""
+    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path.
+
+    Raises:
+      ValueError: a URL.
+    """
     text = str(path)
+    refuse_url(text, "what a config names")
     if text.startswith("shipped:"):
         return PACKAGE / "shipped" / text.removeprefix("shipped:")
     return Path(text).expanduser()
-
-
-def construct(cls: type[T], section: Mapping[str, Any], where: str, **more: Any) -> T:
-    """Calls a dataclass's constructor with a config section.
-
-    Raises:
-      ValueError: for a key that the dataclass does not have; names the nearest one.
-    """
-    allowed = {f.name for f in dataclasses.fields(cls)} - set(more)  # type: ignore[arg-type]
-    for key in section:
-        if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, 1, 0.0)
-            raise ValueError(
-                f"config.{where}.{key} is not a setting; did you mean "
-                f"config.{where}.{near[0]}?"
-            )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-    return cls(**values, **more)
 
 
 def build_world(config: Any) -> FlagworldConfig:
@@ -65,13 +58,14 @@ def build_world(config: Any) -> FlagworldConfig:
 
 
 def build_mesh(config: Any) -> Mesh:
-    return sharding.make_mesh(**config.mesh)
+    mesh = construct(MeshConfig, config.mesh, "mesh")
+    return sharding.make_mesh(**dataclasses.asdict(mesh))
 
 
 def build_tokenizer(config: Any) -> MixedTokenizer:
-    section = config.tokenizer
+    section = construct(TokenizerConfig, config.tokenizer, "tokenizer")
     for name in ("text", "image"):
-        if not section[name]:
+        if not getattr(section, name):
             raise ValueError(
                 f"config.tokenizer.{name} is empty: give the folder of a trained one, "
                 f"--config.tokenizer.{name}=FOLDER"
@@ -107,7 +101,7 @@ def build_memory(
       num_documents: how many there are, for the progress bar.
     """
     if not (path / "manifest.json").exists():
-        section = config.memory
+        section = construct(MemoryConfig, config.memory, "memory")
         with tqdm(
             total=num_documents, desc="build memory", unit="document", smoothing=0.1
         ) as bar:
@@ -133,7 +127,7 @@ def use_table(config: Any, memory: Memory) -> None:
 
     The table is made when it is not there; `racm3 memory neighbours` makes it ahead.
     """
-    if config.memory.get("index") != "table":
+    if construct(MemoryConfig, config.memory, "memory").index != "table":
         return
     path = memory.path / TABLE_DIRECTORY
     if not path.is_dir():
@@ -191,7 +185,7 @@ def build_retriever(config: Any, memory: Memory) -> Retriever:
 
 
 def build_episodes(
-    config: Any, memory: Memory, tokenizer: MixedTokenizer
+    config: Any, memory: Memory, tokenizer: MixedTokenizer, workdir: Path
 ) -> Episodes | None:
     """What turns main documents into k-shot questions; None if the config wants none.
 
@@ -202,12 +196,12 @@ def build_episodes(
         return None
     settings = construct(EpisodeConfig, config.episodes, "episodes")
     rows = memory.allowed_ids()
-    numbers: dict[str, int] = {}
+    names = read_column(memory, settings.class_key, workdir)[rows]
+    _, firsts, found = np.unique(names, return_index=True, return_inverse=True)
+    # Numbered in the order in which they appear; 0 is no name.
+    numbers = np.argsort(np.argsort(np.where(names[firsts] == 0, len(rows), firsts)))
     classes = np.full(len(memory), -1, np.int64)
-    for row, facts in zip(rows.tolist(), memory.metadata(rows), strict=True):
-        if settings.class_key in facts:
-            name = str(facts[settings.class_key])
-            classes[row] = numbers.setdefault(name, len(numbers))
+    classes[rows] = np.where(names == 0, -1, numbers[found])
     words = make_labels(settings.num_labels, np.random.default_rng(config.seed))
     labels = [tokenizer.encode_text(word) for word in words]
     return Episodes(settings, classes, labels)
@@ -216,6 +210,6 @@ def build_episodes(
 def read_memory_documents(config: Any) -> Iterator[Document]:
     """What the memory holds: the training documents, and held-out nations if wanted."""
     world = build_world(config)
-    if config.memory.include_heldout:
+    if construct(MemoryConfig, config.memory, "memory").include_heldout:
         yield from read_flagworld(world, "heldout_memory")
     yield from read_flagworld(world, "train")

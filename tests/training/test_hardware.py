@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import types
 
 import jax
 import pytest
@@ -126,6 +127,8 @@ def test_a_full_memory_ends_with_what_would_mend_it(monkeypatch, tmp_path):
         raise error
 
     monkeypatch.setattr(run.wiring, "build_job", fail)
+    read = types.SimpleNamespace(train=None)  # of a config that is not whole
+    monkeypatch.setattr(run.wiring, "read_training", lambda config: read)
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         run.train(make_config(), tmp_path, progress=False)
     advice = raised.value.__notes__[-1].splitlines()[1:]
