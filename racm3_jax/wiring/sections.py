@@ -318,8 +318,17 @@ def _computed(section: str, config: Any) -> dict[str, Any]:
         return {
             "seed": config["seed"],
             "num_query_variants": memory.num_query_variants,
+            "max_examples": count_examples(config),
         }
     return {}
+
+
+def count_examples(config: Any) -> int:
+    """Examples that a row may hold: the model's bound less one, for the padding."""
+    settings = construct(
+        ModelConfig, config["model"], "model", **_computed("model", {})
+    )
+    return settings.max_segments - 1
 
 
 def _section_class(hint: Any) -> type | None:
