@@ -70,11 +70,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """`config.mesh`: the devices, see `sharding.make_mesh`; one size may be -1."""
+    """`config.mesh`: the devices, see `sharding.mesh_sizes`."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    dcn: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
