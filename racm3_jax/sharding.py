@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int64
 
 MESH_AXES = ("dcn", "data", "fsdp", "tensor")
@@ -179,7 +179,10 @@ def current_device_kind() -> str:
 
 
 def partition_spec(
-    path: str, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    path: str,
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
 ) -> PartitionSpec:
     """Where one parameter lies, by the table.
 

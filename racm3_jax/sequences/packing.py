@@ -52,6 +52,7 @@ def pack(
     pad: int,
     max_trim: int = 0,
     *,
+    max_examples: int = 0,
     overtake: bool = False,
 ) -> Packed:
     """Pack examples into rows, best fit, longest first.
@@ -67,6 +68,7 @@ def pack(
       pad: the token that fills inputs and targets where a row is empty.
       max_trim: how many image tokens of retrieved documents a row's examples may lose,
         together, so that one more fits.
+      max_examples: of one row; 0: as many as fit. Some attention kernels need a bound.
       overtake: what is left of the rows then goes to later examples that happen to fit.
         For callers that put the waiting ones first next time, so that none waits long.
 
@@ -88,8 +90,9 @@ def pack(
     spare = np.array([_count_spare(e) for e in examples], np.int64)
     total = np.cumsum(lengths)
     num = int(np.searchsorted(total, num_rows * (row_length + max_trim), side="right"))
+    num = min(num, num_rows * max_examples) if max_examples else num
     while True:
-        rows = _Rows(num_rows, row_length, max_trim)
+        rows = _Rows(num_rows, row_length, max_trim, max_examples)
         order = np.argsort(-lengths[:num], kind="stable")
         if all(rows.place(int(i), int(lengths[i]), int(spare[i])) for i in order):
             break
@@ -140,20 +143,26 @@ def _count_spare(example: Example) -> int:
 class _Rows:
     """Which examples are in which row, so far."""
 
-    def __init__(self, num_rows: int, row_length: int, max_trim: int) -> None:
+    def __init__(
+        self, num_rows: int, row_length: int, max_trim: int, max_examples: int
+    ) -> None:
         self.members: list[list[int]] = [[] for _ in range(num_rows)]
         self._room = np.full(num_rows, row_length, np.int64)
         self._spare = np.zeros(num_rows, np.int64)
         self._max_trim = max_trim
+        # A row of n positions has no place for more than n examples.
+        self._places = np.full(num_rows, max_examples or row_length, np.int64)
 
     def place(self, member: int, length: int, spare: int) -> bool:
         """Puts one more example where it fits best; False if it fits nowhere."""
         left = self._room - length
         fits = left + np.minimum(self._spare + spare, self._max_trim) >= 0
+        fits &= self._places > 0
         if not fits.any():
             return False
         # The row that comes out fullest; of two that are cut, the one that loses less.
         row = int(np.where(fits, np.abs(left), np.iinfo(np.int64).max).argmin())
+        self._places[row] -= 1
         self._room[row] = left[row]
         self._spare[row] += spare
         self.members[row].append(member)

@@ -282,6 +282,7 @@ class _Windows:
                 config.row_length,
                 self._vocab.pad,
                 config.max_trim,
+                max_examples=config.max_examples,
                 overtake=not is_last,
             )
             waiting = [examples[i] for i in left]

@@ -40,6 +40,8 @@ class PipelineConfig:
         `pipeline`). A resumed run makes the steps before it in its window again.
       max_trim: image tokens of retrieved documents that the examples of a row may lose,
         so that one more fits (see `packing.pack`).
+      max_examples: of one row; 0: as many as fit. A training gives the bound of its
+        model, `model.max_segments` less the one segment that padding is.
       max_skipped_share: a step in which a larger share of the main documents cannot be
         used is an error.
     """
@@ -62,6 +64,7 @@ class PipelineConfig:
     groups: int = 1
     window_steps: int = 8
     max_trim: int = 0
+    max_examples: int = 0
 
     def __post_init__(self) -> None:
         least = {
@@ -72,6 +75,7 @@ class PipelineConfig:
             "min_documents": 0,
             "num_query_variants": 0,
             "max_trim": 0,
+            "max_examples": 0,
             "prefetch": 0,
             "threads": 1,
             "groups": 1,

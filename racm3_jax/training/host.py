@@ -46,7 +46,7 @@ def keep_compiled_programs() -> None:
         return
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         for name, value in settings.items():
             jax.config.update(name, value)
 

@@ -63,7 +63,12 @@ from racm3_jax.wiring.parts import (
     use_table,
 )
 from racm3_jax.wiring.rows import find_main_rows
-from racm3_jax.wiring.sections import TrainConfig, construct, read_training
+from racm3_jax.wiring.sections import (
+    TrainConfig,
+    construct,
+    count_examples,
+    read_training,
+)
 
 # The choices of config.train_only; the first is the default.
 TRAIN_ONLY = ("all", "image_output_rows")
@@ -213,6 +218,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         "pipeline",
         seed=config.seed,
         num_query_variants=config.memory.num_query_variants,
+        max_examples=count_examples(config),
     )
     # Before anything is loaded: refuses rows that the mesh does not divide.
     mesh = build_mesh(config)

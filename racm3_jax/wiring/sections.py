@@ -70,11 +70,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """`config.mesh`: the devices, see `sharding.make_mesh`; one size may be -1."""
+    """`config.mesh`: the devices, see `sharding.mesh_sizes`."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    dcn: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,8 +319,17 @@ def _computed(section: str, config: Any) -> dict[str, Any]:
         return {
             "seed": config["seed"],
             "num_query_variants": memory.num_query_variants,
+            "max_examples": count_examples(config),
         }
     return {}
+
+
+def count_examples(config: Any) -> int:
+    """Examples that a row may hold: the model's bound less one, for the padding."""
+    settings = construct(
+        ModelConfig, config["model"], "model", **_computed("model", {})
+    )
+    return settings.max_segments - 1
 
 
 def _section_class(hint: Any) -> type | None:

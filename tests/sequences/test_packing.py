@@ -121,6 +121,17 @@ def test_later_examples_may_take_what_is_left():
     assert (batch.segment_ids > 0).sum() == 18
 
 
+def test_a_row_takes_no_more_examples_than_its_bound():
+    examples = [of_length(3) for _ in range(7)]  # three positions each
+    batch, waiting = pack(examples, 2, 20, PAD, max_examples=3)
+    assert waiting == [6]
+    assert batch.segment_ids.max(axis=1).tolist() == [3, 3]
+    batch, waiting = pack(examples, 2, 20, PAD, max_examples=3, overtake=True)
+    assert waiting == [6]
+    batch, waiting = pack(examples, 2, 20, PAD)
+    assert not waiting and batch.segment_ids.max() == 6
+
+
 def test_weights_and_main_are_those_of_the_targets():
     batch, _ = pack([example([0, 1, 2, 3, 4], main_from=3)], 1, 5, PAD)
     np.testing.assert_array_equal(

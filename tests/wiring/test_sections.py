@@ -113,3 +113,9 @@ def test_a_typo_in_a_file_is_refused_before_the_work_directory_is_made(tmp_path)
 
 def test_every_suite_has_its_class():
     assert set(wiring.SUITES) == set(run.SUITES) == set(SUITES)
+
+
+def test_rows_are_packed_for_the_bound_of_the_model():
+    flag = "--config.model.max_segments=5"
+    assert read(load("racm3_2b7.py")).pipeline.max_examples == 15
+    assert read(load("racm3_2b7.py", flag)).pipeline.max_examples == 4
