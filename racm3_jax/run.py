@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +38,15 @@ from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import Profile, fit
-from racm3_jax.training.mirror import Mirror, is_url, refuse_url
+from racm3_jax.training.mirror import refuse_url
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState
-
-LOCK_NAME = "training.lock"
-# What a work directory holds that was claimed and not used.
-_CLAIM = {"config.json", LOCK_NAME}
-# What trainings write: in a directory without a config.json, it is somebody else's.
-_OUTPUTS = (
-    "checkpoints",
-    "clip",
-    "loss.png",
-    "metrics.jsonl",
-    "model",
-    "source",
-    "tensorboard",
-    "text",
-    "tokenizer",
-    "vqgan",
-)
-# Settings that a resumed run may change: what is learned from which data stays.
-_MAY_CHANGE = (
-    "config.mesh",
-    "config.model.remat",
-    "config.train.checkpoint_every",
-    "config.train.keep_checkpoints",
-    "config.train.log_every",
-    "config.train.num_microbatches",
-    "config.train.watchdog_seconds",
+from racm3_jax.wiring.workdirs import (
+    LOCK_NAME,
+    check_inputs,
+    claim_workdir,
+    given_back_if_refused,
+    local_workdir,
 )
 
 
@@ -105,33 +81,8 @@ def train(
     settings = wiring.read_training(config).train
     prepare_host()
     num_processes = join_processes()
-    with _local_workdir(workdir, num_processes) as folder:
+    with local_workdir(workdir, num_processes) as folder:
         return _train_in(config, settings, folder, progress, profile_steps)
-
-
-@contextlib.contextmanager
-def _local_workdir(workdir: str | Path, num_processes: int) -> Iterator[Path]:
-    """The folder of a work directory; of one in a bucket, a folder that is copied there.
-
-    Raises:
-      ValueError: several processes and a bucket, or whatever is raised inside.
-    """
-    if not is_url(workdir):
-        yield Path(workdir)
-        return
-    if num_processes > 1:
-        raise ValueError(
-            f"--workdir={workdir} is a URL, which one process can write; these "
-            f"{num_processes} need a folder that all of them see: mount the bucket "
-            "(gcsfuse, s3fs) and give its path"
-        )
-    with Mirror(str(workdir)) as mirror:
-        try:
-            yield mirror.folder
-        except ValueError as error:
-            # Sentences name the folder, which nobody knows.
-            words = str(error).replace(str(mirror.folder), mirror.url)
-            raise ValueError(words) from error
 
 
 def _train_in(
@@ -250,128 +201,6 @@ def _peak_flops() -> float:
     """Of all devices together; 0 for a kind that is not in the table, as CPUs."""
     device = find_device(jax.devices()[0].device_kind)
     return device.flops * jax.device_count() if device else 0.0
-
-
-@contextlib.contextmanager
-def given_back_if_refused(workdir: Path) -> Iterator[None]:
-    """Makes a work directory; one that holds its config alone is free after an error.
-
-    The corrected command has another config, which must not be refused then.
-    """
-    is_made = not workdir.exists()
-    is_new = not (workdir / "config.json").exists()
-    workdir.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except storage.BusyError:
-        raise  # all of it is another training's
-    except Exception:
-        with contextlib.suppress(OSError):
-            names = set(os.listdir(workdir))
-            if is_new and names <= _CLAIM:
-                for name in names:
-                    (workdir / name).unlink()
-            if is_made:
-                workdir.rmdir()  # if it is empty
-        raise
-
-
-def claim_workdir(config: Any, workdir: Path) -> str:
-    """Writes the config into a new work directory, or checks that it is the same.
-
-    How it is computed and logged may differ (`_MAY_CHANGE`). A setting that the config of
-    an older run does not have yet is its default.
-
-    Returns:
-      The config's fingerprint.
-
-    Raises:
-      ValueError: names the settings that differ.
-      FileExistsError: the directory holds results, but no config.
-    """
-    text = config.to_json(sort_keys=True)
-    path = workdir / "config.json"
-    if path.exists():
-        old, new = _read_config(path), json.loads(text)
-        with contextlib.suppress(
-            ValueError, TypeError, AttributeError
-        ):  # older runs may have had other settings
-            old, new = _complete(old), _complete(new)
-        changed = sorted(
-            name
-            for name in _differences(old, new, "config")
-            if not name.startswith(_MAY_CHANGE)
-        )
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config (it differs in "
-                f"{', '.join(changed[:5])}): use another --workdir, or remove this one"
-            )
-    else:
-        for name in _OUTPUTS:
-            if (workdir / name).exists():
-                raise FileExistsError(
-                    f"{workdir / name} is not of a training: there is no config.json "
-                    "beside it, so nothing is written there; give another --workdir"
-                )
-        storage.write_file(path, text.encode())
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _read_config(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not the config of a training ({error}): give another --workdir"
-        ) from None
-
-
-def check_inputs(extra: Mapping[str, Any], job: wiring.Job, workdir: Path) -> None:
-    """Refuses to resume over other data than the checkpoint was trained with.
-
-    The rows of another memory are other documents, whatever their numbers. Documents that
-    were removed since are no reason to refuse: the order of the rest changes, which is
-    said.
-
-    Args:
-      extra: of the checkpoint; older ones do not say what they were trained with.
-      job: of the resumed run.
-      workdir: for the sentence.
-
-    Raises:
-      ValueError: names what changed.
-    """
-    before = extra.get("inputs", {})
-    for name, now in job.inputs.items():
-        if before.get(name, now) != now:
-            raise ValueError(
-                f"{workdir} was trained with the {name} {before[name]}, but the config "
-                f"now names {now}: give it that {name} again, or train in another "
-                "--workdir"
-            )
-    num = extra.get("num_main_documents", job.num_main_documents)
-    if num != job.num_main_documents:
-        logging.warning(
-            "%d main documents were removed from the memory since the last checkpoint: "
-            "the others follow in another order than in an unbroken run",
-            num - job.num_main_documents,
-        )
-
-
-def _complete(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with all defaults, as JSON reads it."""
-    return json.loads(json.dumps(dataclasses.asdict(wiring.read_training(config))))
-
-
-def _differences(old: Any, new: Any, where: str) -> set[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {
-            name
-            for key in old.keys() | new.keys()
-            for name in _differences(old.get(key), new.get(key), f"{where}.{key}")
-        }
-    return set() if old == new else {where}
 
 
 def load(

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import jax
+from absl import logging
 
 # The exit status of a process whose step did not end in time.
 STUCK = 76
@@ -42,6 +43,7 @@ _NAMES = {
     "GkeTpuCluster": "a TPU pod (GKE)",
     "K8sCluster": "a Kubernetes job",
 }
+_NO_CLUSTER = "no cluster"
 # Set in the pods of an indexed job: those that JAX can number.
 _KUBERNETES_INDEX = "JOB_COMPLETION_INDEX"
 
@@ -62,7 +64,8 @@ def join_processes(
 ) -> int:
     """Joins the other processes of this training, before anything else uses jax.
 
-    Says on stderr how many there are and who started them. A second call does nothing.
+    Says how many there are and who started them: on stderr, or in the log for a process
+    that nobody did. A second call does nothing.
 
     Args:
       environment: variables.
@@ -105,13 +108,14 @@ def join_processes(
         found = _find_cluster(
             environment, _list_clusters() if clusters is None else clusters
         )
-        starter = _NAMES.get(found.__name__, found.__name__) if found else "no cluster"
+        starter = _NAMES.get(found.__name__, found.__name__) if found else _NO_CLUSTER
         if found is not None and found.get_process_count() > 1:
             _initialise(**limits)
-    print(
-        f"racm3: process {jax.process_index()} of {jax.process_count()} ({starter})",
-        file=sys.stderr,
-    )
+    words = f"process {jax.process_index()} of {jax.process_count()} ({starter})"
+    if starter == _NO_CLUSTER:
+        logging.info("%s", words)
+    else:
+        print(f"racm3: {words}", file=sys.stderr)
     return jax.process_count()
 
 

@@ -284,7 +284,11 @@ def read_evaluation(config: Any) -> Any:
 
 
 def _read(config: Any, key: str, classes: Mapping[str, type]) -> Any:
-    if config.get(key) not in classes:
+    if key not in config:
+        raise ValueError(
+            f"the config has no setting {key!r}; give one of {', '.join(sorted(classes))}"
+        )
+    if config[key] not in classes:
         raise ValueError(
             f"config.{key} is {config.get(key)!r}; allowed: {', '.join(sorted(classes))}"
         )

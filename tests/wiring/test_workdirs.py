@@ -7,8 +7,14 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
+from racm3_jax import storage
 from racm3_jax.commands import configs
-from racm3_jax.run import check_inputs, claim_workdir
+from racm3_jax.wiring.workdirs import (
+    LOCK_NAME,
+    check_inputs,
+    claim_workdir,
+    given_back_if_refused,
+)
 
 
 def make_config(**train):
@@ -42,3 +48,21 @@ def test_removed_documents_are_said_and_older_checkpoints_taken(tmp_path, caplog
     assert caplog.text == ""
     check_inputs({"inputs": {"memory": "m"}, "num_main_documents": 9}, job, tmp_path)
     assert "2 main documents were removed" in caplog.text
+
+
+def test_a_refused_training_leaves_no_lock_but_that_of_another(tmp_path):
+    def refuse(error):
+        with pytest.raises(type(error)), given_back_if_refused(tmp_path):
+            (tmp_path / LOCK_NAME).touch()
+            raise error
+
+    refuse(ValueError("no"))
+    assert not (tmp_path / LOCK_NAME).exists()
+    refuse(storage.BusyError("another training's"))
+    assert (tmp_path / LOCK_NAME).exists()
+    refuse(ValueError("no"))
+    assert not (tmp_path / LOCK_NAME).exists()  # claimed, and nothing else is there
+    (tmp_path / LOCK_NAME).touch()
+    (tmp_path / "mine").touch()
+    refuse(ValueError("no"))
+    assert (tmp_path / LOCK_NAME).exists()
