@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from absl import logging
 
 from racm3_jax import own_files, storage, wiring
 from racm3_jax.checkpoints import Checkpoints
+from racm3_jax.compilation import saved
 from racm3_jax.evaluation import (
     flagworld,
     flagworld_tasks,
@@ -40,7 +42,7 @@ from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import Profile, fit
 from racm3_jax.training.mirror import refuse_url
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
-from racm3_jax.training.step import TrainState
+from racm3_jax.training.step import TrainState, TrainStep
 from racm3_jax.wiring.workdirs import (
     LOCK_NAME,
     check_inputs,
@@ -56,6 +58,7 @@ def train(
     *,
     progress: bool = True,
     profile_steps: tuple[int, int] | None = None,
+    compiled: str | Path | None = None,
 ) -> TrainState:
     """Trains what `config.kind` names, in `workdir`; the same call resumes.
 
@@ -69,6 +72,7 @@ def train(
       workdir: created if missing; may be a URL, see `training.mirror`.
       progress: show a progress bar.
       profile_steps: first and last step of a trace, written to `workdir/profile`.
+      compiled: what `racm3 estimate --save` wrote; the step is read, not compiled.
 
     Returns:
       The last state; its step is below `config.train.num_steps` when SIGTERM or Ctrl-C
@@ -76,13 +80,16 @@ def train(
 
     Raises:
       ValueError: if the config has unknown settings, `workdir` holds a run of another
-        config, memory, tokenizer or embedder, or another training is under way there.
+        config, memory, tokenizer or embedder, or another training is under way there,
+        or `compiled` is the step of another training, machine or version.
     """
     settings = wiring.read_training(config).train
     prepare_host()
     num_processes = join_processes()
+    if compiled is not None:
+        _check_compiled(config, Path(compiled))
     with local_workdir(workdir, num_processes) as folder:
-        return _train_in(config, settings, folder, progress, profile_steps)
+        return _train_in(config, settings, folder, progress, profile_steps, compiled)
 
 
 def _train_in(
@@ -91,6 +98,7 @@ def _train_in(
     workdir: Path,
     progress: bool,
     profile_steps: tuple[int, int] | None,
+    compiled: str | Path | None,
 ) -> TrainState:
     own_files.check(workdir / "loss.png", change="give another --workdir")
     with contextlib.ExitStack() as held:
@@ -102,6 +110,8 @@ def _train_in(
                 fingerprint = claim_workdir(config, workdir)
             with _advice_when_memory_is_full(config):
                 job = wiring.build_job(config, workdir)
+            if compiled is not None:
+                job = _with_compiled_step(job, config, Path(compiled))
         return _train(
             config, settings, job, workdir, fingerprint, progress, profile_steps
         )
@@ -170,6 +180,23 @@ def _train(
     if int(state.step) == job.num_steps:
         job.export(state)
     return state
+
+
+def _check_compiled(config: Any, path: Path) -> None:
+    """What can be refused before the data are loaded."""
+    if config.kind != "generator":
+        raise ValueError(
+            f"--compiled={path} is for generators; config.kind is {config.kind!r}"
+        )
+    saved.check_step(path, wiring.build_mesh(config))
+
+
+def _with_compiled_step(job: wiring.Job, config: Any, path: Path) -> wiring.Job:
+    assert isinstance(job.step_fn, TrainStep)
+    shape = (config.pipeline.rows, config.pipeline.row_length)
+    batch = wiring.abstract_batch(shape, job.step_fn.mesh)
+    step = saved.load_step(path, job.step_fn, job.state, batch, config.to_dict())
+    return dataclasses.replace(job, step_fn=step)
 
 
 @contextlib.contextmanager

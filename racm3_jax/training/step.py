@@ -254,6 +254,8 @@ def make_train_step(
         in_shardings=(shardings, None),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        # A stored executable takes all leaves, whether the step reads them or not.
+        keep_unused=True,
         compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
     return TrainStep(compiled, mesh)

@@ -9,7 +9,6 @@ from racm3_jax.wiring.jobs import (
     build_clip_job,
     build_generator_job,
     build_job,
-    build_trained_columns,
     build_vqgan_job,
 )
 from racm3_jax.wiring.parts import (
@@ -34,6 +33,14 @@ from racm3_jax.wiring.sections import (
     read_evaluation,
     read_training,
 )
+from racm3_jax.wiring.steps import (
+    AbstractTraining,
+    abstract_batch,
+    build_abstract_training,
+    build_generator_loss,
+    build_trained_columns,
+    build_vocab,
+)
 from racm3_jax.wiring.suites import (
     FlagworldSuite,
     TasksSuite,
@@ -46,16 +53,20 @@ from racm3_jax.wiring.suites import (
 __all__ = [
     "SUITES",
     "TRAININGS",
+    "AbstractTraining",
     "FlagworldSuite",
     "Job",
     "TasksSuite",
     "TrainConfig",
+    "abstract_batch",
+    "build_abstract_training",
     "build_clip_job",
     "build_coco_protocol",
     "build_embedder",
     "build_episodes",
     "build_flagworld_suite",
     "build_generator_job",
+    "build_generator_loss",
     "build_job",
     "build_likelihood_protocol",
     "build_memory",
@@ -66,6 +77,7 @@ __all__ = [
     "build_tasks_suite",
     "build_tokenizer",
     "build_trained_columns",
+    "build_vocab",
     "build_vqgan_job",
     "build_world",
     "construct",

@@ -18,10 +18,8 @@ from racm3_jax.documents.flagworld import read_flagworld
 from racm3_jax.memory.memory import Memory
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import (
-    Transformer,
     abstract_params,
     count_params,
-    head_weights,
     init_params,
     stack_layers,
     unstack_layers,
@@ -38,16 +36,9 @@ from racm3_jax.tokenizers import vqgan_loss as vqgan_objective
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.training.hardware import flops_per_token
-from racm3_jax.training.loss import GeneratorLossConfig, make_generator_loss
-from racm3_jax.training.optimizer import (
-    OptimizerConfig,
-    TrainedColumns,
-    build_optimizer,
-    build_schedule,
-)
+from racm3_jax.training.optimizer import TrainedColumns
 from racm3_jax.training.processes import fetch_all, leader_first
-from racm3_jax.training.step import LossFn, TrainState, init_state, make_train_step
-from racm3_jax.vocab import Vocab
+from racm3_jax.training.step import LossFn, TrainState, init_state
 from racm3_jax.wiring.generators import carry_origin, save_generator
 from racm3_jax.wiring.parts import (
     build_embedder,
@@ -69,9 +60,11 @@ from racm3_jax.wiring.sections import (
     count_examples,
     read_training,
 )
-
-# The choices of config.train_only; the first is the default.
-TRAIN_ONLY = ("all", "image_output_rows")
+from racm3_jax.wiring.steps import (
+    build_generator_loss,
+    build_train_step,
+    build_trained_columns,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +232,6 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     masking = construct(CausalMaskingConfig, config.masking, "masking")
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
     episodes = build_episodes(config, memory, tokenizer, workdir)
-    model: Any = Transformer(model_config)
 
     def make(start_step: int) -> Iterator[Any]:
         return make_batches(
@@ -277,12 +269,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         config,
         mesh,
         lambda key: init_params(model_config, key, boxed=True),
-        make_generator_loss(
-            lambda params, *inputs: model.apply({"params": params}, *inputs),
-            lambda params: head_weights(params, model_config),
-            tokenizer.vocab,
-            construct(GeneratorLossConfig, config.loss, "loss"),
-        ),
+        build_generator_loss(config, model_config, tokenizer.vocab),
         make,
         export,
         params=_read_first_params(config, model_config),
@@ -315,32 +302,6 @@ def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
     return params if "layers" in params else stack_layers(params)
 
 
-def build_trained_columns(
-    config: Any, model_config: ModelConfig, vocab: Vocab
-) -> TrainedColumns | None:
-    """What `config.train_only` leaves to be trained; None is everything.
-
-    "image_output_rows" are the head's columns of the image codes: what gives a model
-    its image output back that reads images already, and changes nothing else in it.
-
-    Raises:
-      ValueError: for an unknown choice, or a head that is the embedding too.
-    """
-    choice = config.get("train_only", TRAIN_ONLY[0])
-    if choice not in TRAIN_ONLY:
-        raise ValueError(
-            f"config.train_only is {choice!r}; allowed: {', '.join(TRAIN_ONLY)}"
-        )
-    if choice == TRAIN_ONLY[0]:
-        return None
-    if model_config.tie_embeddings:
-        raise ValueError(
-            f"config.train_only is {choice!r}, but the output rows are the embedding's "
-            "too: it needs config.model.tie_embeddings=False"
-        )
-    return TrainedColumns("head", vocab.image_range.start, vocab.image_range.stop)
-
-
 def _take_rows(
     batches: Iterator[Any], rows: Int64[np.ndarray, " rows"]
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -361,36 +322,21 @@ def _job(
     flops_per_token: float = 0.0,
     trained: TrainedColumns | None = None,
 ) -> Job:
-    train = construct(TrainConfig, config.train, "train")
-    optimizer_config = construct(
-        OptimizerConfig,
-        config.optimizer,
-        "optimizer",
-        num_steps=train.num_steps,
-    )
-    boxed = jax.eval_shape(init_fn, jax.random.key(config.seed))
-    optimizer = build_optimizer(optimizer_config, boxed)
-    if trained is not None:
-        optimizer = trained.restrict(optimizer)
-        loss_fn = trained.restrict_loss(loss_fn)
-    state = init_state(
-        init_fn, optimizer, mesh, jax.random.key(config.seed), params=params
-    )
-    step_fn = make_train_step(
-        loss_fn,
-        optimizer,
+    state, step_fn = build_train_step(
+        config,
         mesh,
-        state,
-        seed=config.seed,
-        schedule=build_schedule(optimizer_config),
-        num_microbatches=train.num_microbatches,
-        skip_nonfinite=train.max_skipped_steps > 0,
+        loss_fn,
+        init_fn,
+        lambda optimizer: init_state(
+            init_fn, optimizer, mesh, jax.random.key(config.seed), params=params
+        ),
+        trained,
     )
     return Job(
         state,
         step_fn,
         make,
-        train.num_steps,
+        construct(TrainConfig, config.train, "train").num_steps,
         export,
         with_stats,
         flops_per_token,

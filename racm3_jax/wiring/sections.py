@@ -160,7 +160,7 @@ class GeneratorTraining(_Training):
       init_from: folder of weights to begin with; "" begins at random.
       memory_path: a memory that exists; "" builds flagworld's in the work directory.
       vocab: of a model whose tokenizer is not at hand (`racm3 estimate`).
-      train_only: see `jobs.TRAIN_ONLY`.
+      train_only: see `steps.TRAIN_ONLY`.
       num_train_documents: of the quickstart's memory.
       num_prompts: that the quickstart draws.
     """
