@@ -192,9 +192,9 @@ join_processes()
 import sys
 import jax, numpy as np
 from racm3_jax import sharding
-for sizes in ((1, 1, 4), (2, 1, 2), (2, 2, 1)):
+for sizes in ((1, 1, 1, 4), (1, 2, 1, 2), (1, 2, 2, 1), (2, 1, 1, 2)):
     devices = np.array(jax.devices())[[0, 2, 1, 3]]  # neighbours are on two processes
-    mesh = jax.sharding.Mesh(devices.reshape(sizes), sharding.MESH_AXES[-3:])
+    mesh = jax.sharding.Mesh(devices.reshape(sizes), sharding.MESH_AXES)
     rows = sharding.local_rows(mesh, 8)
     batch = sharding.shard_batch({"x": np.stack([rows, rows], 1)}, mesh)["x"]
     held = [int(x) for s in batch.addressable_shards for x in s.data[:, 0]]
