@@ -96,8 +96,9 @@ def test_a_training_that_was_stopped_says_so_and_has_its_own_status(
     """A scheduler can tell it from success (0) and from wrong input (2)."""
     given = {}
 
-    def train(config, workdir, profile_steps):
+    def train(config, workdir, profile_steps, compiled):
         given.update(workdir=workdir, profile_steps=profile_steps)
+        assert compiled is None
         return types.SimpleNamespace(step=3)
 
     monkeypatch.setattr(run, "train", train)

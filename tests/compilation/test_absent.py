@@ -20,7 +20,7 @@ import pytest
 pytestmark = pytest.mark.absent
 ROOT = pathlib.Path(__file__).parent.parent.parent
 DEVICES, LAYERS = 8, 2
-WIDTH, VOCABULARY, FFN = 2560, 65_536, 10_240
+WIDTH, VOCABULARY, FFN, LENGTH = 2560, 65_536, 10_240, 4096
 
 
 def needs(package, extra):
@@ -61,8 +61,8 @@ def test_a_training_step(device):
     layer = WIDTH * (4 * WIDTH + 2 * FFN)
     table = VOCABULARY * WIDTH
     # Weights and two moments, float32, a shard of each; vectors and the batch are small.
-    # The embedding is the head.
-    matrices = LAYERS * layer + table
+    # The embedding is the head; positions are learned.
+    matrices = LAYERS * layer + table + LENGTH * WIDTH
     assert part["argument_bytes"] == pytest.approx(12 * matrices / DEVICES, rel=0.01)
     assert part["peak_bytes"] < 4.5e9
     # A layer is gathered twice, forward and where it is computed again, in bfloat16; the

@@ -25,6 +25,9 @@ def make_config(**pipeline):
         "kind": "generator",
         "seed": 0,
         "init_from": "",
+        "tokenizer": {"text": "", "image": "", "num_sentinels": 4},
+        "embedder": "",
+        **{name: {} for name in ("memory", "strategy", "masking")},
         "vocab": {
             "num_text_ids": 300,
             "num_image_codes": 16,
@@ -42,7 +45,7 @@ def make_config(**pipeline):
         "loss": {"z_loss": 1e-5},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
         "mesh": {"data": 2, "fsdp": 2},
-        "pipeline": {"rows": 4, "row_length": 16} | pipeline,
+        "pipeline": {"rows": 4, "row_length": 16, "examples_per_batch": 4} | pipeline,
         "train": {"num_steps": 9, "checkpoint_every": 5, "log_every": 1},
     }
     return ConfigDict(sections)
