@@ -1,7 +1,10 @@
 """The order of tokens in a sequence, written down here and nowhere else.
 
     <eod> text <break> image <eod> text <break> image <eod> text <break> image <eod>
-    `-- retrieved, best first --'-- retrieved ------------'-- the main document ---'
+    `-- retrieved ------------'-- retrieved --------------'-- the main document ---'
+
+The order of the retrieved documents is the caller's: best first in generation, and in
+training unless `pipeline.document_order` or pairing shuffles them.
 
 With causal masking (`causal_masking`) spans move behind the last `<eod>`:
 
@@ -128,7 +131,7 @@ def infill_prompt(
         [a], t1 t2 t3 t4, [(1, 3)]  ->  <eod> a <eod> t1 <mask:0> t4 <eod> <mask:0>
 
     Args:
-      retrieved: documents of the memory, best first.
+      retrieved: documents of the memory, in the order of the sequence.
       tokens: the document as `document_tokens` makes it; what stands inside a span is
         not read.
       spans: half-open ranges of `tokens`, ascending, disjoint; an empty range

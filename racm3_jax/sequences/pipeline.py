@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, Self
 
 import grain
@@ -35,12 +35,13 @@ from racm3_jax.sequences.causal_masking import (
 from racm3_jax.sequences.distractors import mix_documents
 from racm3_jax.sequences.episodes import Episode, Episodes
 from racm3_jax.sequences.packing import pack
+from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
 from racm3_jax.types import Batch, Modality, Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 # Names of the random streams; a change of any changes every batch.
-MASKING, RETRIEVAL, EPISODES, DISTRACTORS = 0, 1, 2, 3
+MASKING, RETRIEVAL, EPISODES, DISTRACTORS, PAIRING, RENAMING = range(6)
 
 # Statistics of a step that are means over its groups; the others are sums.
 _SHARES = ("fill", "mean_retrieved", "mean_similarity", "share_starved")
@@ -119,6 +120,7 @@ def make_batches(
     host: int = 0,
     num_hosts: int = 1,
     episodes: Episodes | None = None,
+    pairing: Pairing | None = None,
 ) -> Batches:
     """Batches of steps `start_step`, `start_step + 1`, ..., `num_steps` of them.
 
@@ -141,6 +143,7 @@ def make_batches(
       num_hosts: into how many parts batches are split; divides `config.groups`.
       episodes: some main documents become questions about labelled demonstrations, if
         anything is retrieved at all.
+      pairing: some main documents are given documents by class, not by search.
 
     Raises:
       ValueError: no main documents, no retriever though one is needed, or sizes below 0.
@@ -168,7 +171,7 @@ def make_batches(
     own = range(host * share, (host + 1) * share)
     if not config.retrieval:
         episodes = None
-    steps = _Steps(memory, retriever, vocab, masking, config, own, episodes)
+    steps = _Steps(memory, retriever, vocab, masking, config, own, episodes, pairing)
     last_step = start_step + num_steps
     # Not `repeat()` without a number: its length overflows in Grain at batches of 1.
     num_epochs = -(-last_step * config.examples_per_batch // len(main_ids))
@@ -198,8 +201,10 @@ class _Steps:
         config: PipelineConfig,
         groups: range,
         episodes: Episodes | None,
+        pairing: Pairing | None,
     ) -> None:
         self.groups = groups
+        self.pairing = pairing
         self.memory = memory
         self.retriever = retriever
         self.vocab = vocab
@@ -258,7 +263,9 @@ class _Steps:
     ) -> tuple[Batch, dict[str, float]]:
         config = self.config
         mains = list(self.memory.documents(ids))
-        retrieved, found = self._retrieve(ids, mains, first)
+        paired = self._pair(ids, first)
+        retrieved, found = self._retrieve(ids, mains, first, paired)
+        self._show_pairs(paired, mains, retrieved, first)
         asked = self._ask(ids, mains, retrieved, first)
         examples, num_skipped = [], 0
         for i, (main, documents) in enumerate(zip(mains, retrieved, strict=True)):
@@ -299,6 +306,39 @@ class _Steps:
         }
         return batch, stats
 
+    def _pair(
+        self, ids: Int64[np.ndarray, " n"], first: int
+    ) -> dict[int, Int64[np.ndarray, " documents"]]:
+        """Which examples are given documents by class, and their rows."""
+        paired: dict[int, Int64[np.ndarray, " documents"]] = {}
+        if self.pairing is None:
+            return paired
+        for i, row in enumerate(ids.tolist()):
+            rng = np.random.default_rng([self.config.seed, PAIRING, first + i])
+            rows = self.pairing.sample(row, rng)
+            if rows is not None:
+                paired[i] = rows if self.config.retrieval else rows[:0]
+        return paired
+
+    def _show_pairs(
+        self,
+        paired: dict[int, Int64[np.ndarray, " documents"]],
+        mains: list[TokenizedDocument],
+        retrieved: list[tuple[TokenizedDocument, ...]],
+        first: int,
+    ) -> None:
+        """Puts the documents of pairs in place, with the names of their classes new."""
+        if self.pairing is None:
+            return
+        shown: dict[int, tuple[TokenizedDocument, ...]] = {}
+        if paired:
+            found = iter(self.memory.documents(np.concatenate([*paired.values()])))
+            shown = {i: tuple(next(found) for _ in rows) for i, rows in paired.items()}
+        for i, main in enumerate(mains):
+            rng = np.random.default_rng([self.config.seed, RENAMING, first + i])
+            documents = shown.get(i, retrieved[i])
+            mains[i], retrieved[i] = self.pairing.rename(main, documents, rng)
+
     def _ask(
         self,
         ids: Int64[np.ndarray, " n"],
@@ -334,6 +374,7 @@ class _Steps:
         ids: Int64[np.ndarray, " n"],
         mains: Sequence[TokenizedDocument],
         first: int,
+        paired: Collection[int] = (),
     ) -> tuple[list[tuple[TokenizedDocument, ...]], dict[str, float]]:
         """The documents of each example, by one search; and how the search went."""
         config = self.config
@@ -350,6 +391,7 @@ class _Steps:
             if config.num_query_variants:
                 variant = 1 + int(rng.integers(config.num_query_variants))
             parts.append((modality, variant))
+        nums[list(paired)] = 0
         asking = np.flatnonzero(nums).tolist()
         if not asking:
             return found, _describe([], nums)

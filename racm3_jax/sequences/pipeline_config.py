@@ -24,8 +24,11 @@ class PipelineConfig:
       query_modality: the part of the main document that is the query; "both" draws one.
         A document without that part is queried by the other one.
       num_query_variants: queries with dropout that the memory holds, numbered from 1, one
-        of which is drawn; with 0 the query without dropout is taken.
-      document_order: "relevance", the best one first, or "shuffled".
+        of which is drawn; with 0 the query without dropout is taken. They are embedded
+        once, when the memory is built, so that the pipeline needs no accelerator: a
+        document's query has these few forms in all epochs, where the paper drops other
+        tokens each time.
+      document_order: "relevance", the best one next to the first `<eod>`, or "shuffled".
       distractor_probability: share of the examples with two or more documents whose last
         one is exchanged for a document of another example (see `distractors`).
       seed: of order, masks, K and queries; 0..2^32-1.
@@ -35,7 +38,7 @@ class PipelineConfig:
       groups: parts of a step that are packed on their own, each into `rows / groups`
         rows. Hosts share the groups among them, so the batches do not depend on how many
         hosts there are, as long as their number divides this one.
-      max_trim: ids that packing may cut from the beginning of retrieved documents, so
+      max_trim: tokens that packing may cut from the beginning of retrieved documents, so
         that long examples fill their rows (see `packing.pack`).
       max_skipped_share: a step in which a larger share of the main documents cannot be
         used is an error.

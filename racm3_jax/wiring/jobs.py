@@ -52,6 +52,7 @@ from racm3_jax.wiring.parts import (
     build_memory,
     build_mesh,
     build_model_config,
+    build_pairing,
     build_retriever,
     build_tokenizer,
     build_world,
@@ -211,6 +212,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     )
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
     episodes = build_episodes(config, memory, tokenizer)
+    pairing = build_pairing(config, memory, tokenizer)
     model: Any = Transformer(model_config)
 
     def make(start_step: int) -> Iterator[Any]:
@@ -226,6 +228,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             host=jax.process_index(),
             num_hosts=jax.process_count(),
             episodes=episodes,
+            pairing=pairing,
         )
 
     def export(state: TrainState) -> None:

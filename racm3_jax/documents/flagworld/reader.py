@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
@@ -62,6 +63,20 @@ def _make_document(
             "box": placement.box,
         },
     )
+
+
+def redraw(config: FlagworldConfig, document: Document, nation: Nation) -> Document:
+    """The same scene, caption and placement with the name and flag of another nation.
+
+    Args:
+      config: the world that `document` comes from.
+      document: from `read_flagworld`.
+      nation: whose name and flag are shown; the document keeps its id.
+    """
+    facts = document.metadata
+    number = int(document.id.removesuffix("-copy").rsplit("-", 1)[1])
+    shown = dataclasses.replace(nation, id=facts["nation_id"])
+    return _make_document(config, shown, facts["split"], number, facts["scene"])
 
 
 def read_flagworld(config: FlagworldConfig, split: Split) -> Iterator[Document]:
