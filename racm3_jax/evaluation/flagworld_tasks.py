@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.evaluation.kshot import INVENTED, compute_auc
 from racm3_jax.evaluation.stages import Stages
 from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
 from racm3_jax.generation.classification import ClassifyBy
@@ -35,7 +36,6 @@ from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
 
-LABELS = ("dax", "wug")
 # Ends of the names of tasks, and how they differ.
 EDITS: dict[str, dict[str, Any]] = {
     "": {},
@@ -140,26 +140,33 @@ def evaluate_kshot(
     settings: TaskSettings,
     shots: int,
     by: ClassifyBy,
-) -> Share:
-    """Two-way classification; which nation has which label changes from item to item."""
+) -> tuple[Share, float]:
+    """Two-way classification: accuracy, and the area under the ROC curve.
+
+    The two labels are sampled for every question from `kshot.INVENTED`, and so is their
+    order, so that a model that always answers one of them is right half of the time.
+    """
     rng = np.random.default_rng([settings.seed, 1])
-    right = []
+    right, probabilities = [], []
     for i, test in enumerate(probes.tests):
-        labels = LABELS if rng.random() < 0.5 else LABELS[::-1]
+        own, other = (str(word) for word in rng.choice(INVENTED, 2, replace=False))
         support = [
             (document.images[0], label)
-            for item, label in zip((i, probes.partners[i]), labels, strict=True)
+            for item, label in ((i, own), (probes.partners[i], other))
             for document in probes.examples(item, shots)
         ]
         found = generator.classify(
             test.images[0],
             support,
-            LABELS,
+            (own, other) if rng.random() < 0.5 else (other, own),
             shots_per_pass=settings.shots_per_pass,
             by=by,
         )
-        right.append(found.label == labels[0])
-    return compute_share(right)
+        right.append(found.label == own)
+        of_own = float(found.probabilities[found.labels.index(own)])
+        probabilities.append([of_own, 1 - of_own])
+    area = compute_auc(np.array(probabilities), [0] * len(probabilities))
+    return compute_share(right), area
 
 
 def evaluate_drawing(
@@ -269,12 +276,14 @@ def evaluate_flagworld_tasks(
             way = "guided" if how else "plain"
             outputs.setdefault(f"controlled_{name}{kind}", {})[way] = drawn
     for by, shots in itertools.product(settings.classify_by, settings.shots):
-        results[f"kshot_{by}/{shots}"] = stages.run(
+        accuracy, area = stages.run(
             f"{shots}-shot by {by}",
             lambda shots=shots, by=by: evaluate_kshot(
                 generator, probes, settings, shots, by
             ),
         )
+        results[f"kshot_{by}/{shots}"] = accuracy
+        results[f"kshot_{by}_auc/{shots}"] = area
     for task, weights in (
         ("guidance", (1.0, *settings.guidance)),
         ("document_guidance", settings.document_guidance),
@@ -363,12 +372,17 @@ def format_table(results: dict[str, Any]) -> str:
     for name in results:
         task, _, value = name.partition("/")
         if task.startswith("kshot_"):
-            by = task.removeprefix("kshot_")
-            titles[name] = f"two-way classification by {by}, {value} examples a label"
+            by = task.removeprefix("kshot_").removesuffix("_auc")
+            title = f"two-way classification by {by}, {value} examples a label"
+            titles[name] = f"{title}: AUC" if task.endswith("_auc") else title
         if task == "guidance":
             titles[name] = f"drawn flag right, guidance {value}"
         if task == "document_guidance":
             titles[name] = f"drawn flag right, guidance {value} with documents"
     lines = ["| task | share [95% interval] |", "|---|---|"]
-    lines += [f"| {titles[n]} | {results[n]} |" for n in titles if n in results]
+    for name, title in titles.items():
+        if name in results:
+            value = results[name]
+            cell = f"{value:.3f}" if isinstance(value, float) else str(value)
+            lines.append(f"| {title} | {cell} |")
     return "\n".join(lines)

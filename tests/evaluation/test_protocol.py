@@ -159,6 +159,12 @@ def test_captioning_beside_its_baselines(coco, memory, tmp_path):
         assert results[f"{variant}/cider"].total == 150
         assert results[f"{variant}/bleu_1"].interval is not None
     assert results["no_retrieval/bleu_1"].value > results["copy/bleu_1"].value
+    # The prompt's words are not scored.
+    plain = make_settings("captioning")
+    without = run(StubGenerator(memory), coco, tmp_path / "plain", plain)
+    assert without is not None
+    for name in ("cider", "bleu_1", "rouge_l"):
+        assert results[f"random/{name}"] == without[f"random/{name}"]
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
