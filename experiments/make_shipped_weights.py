@@ -71,6 +71,7 @@ def pack_parts(out: Path) -> None:
         embedder.config,
         checkpoints.round_to_half(embedder.params),
         embedder.text_tokenizer,
+        alignment=embedder.alignment,
     ).save(SHIPPED / "clip", dtype="float16")
     write_manifest(out, ("vqgan", "clip"))
 

@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int, Int64
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.index import streaming
 from racm3_jax.memory.memory import Memory
+from racm3_jax.retrieval.alignment import compute_ranks
 from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
 
 _BLOCK = 512
@@ -28,12 +29,7 @@ def pair_recall(
     Text -> image and image -> text of the literature. Candidates that score the same as
     the right one stand before it: a constant embedding finds nothing.
     """
-    ranks = []
-    for start in range(0, len(queries), _BLOCK):
-        scores = queries[start : start + _BLOCK] @ candidates.T
-        own = scores[np.arange(len(scores)), start + np.arange(len(scores))]
-        ranks.append((scores >= own[:, None]).sum(1) - 1)
-    rank = np.concatenate(ranks)
+    rank = compute_ranks(queries, candidates)
     return {k: compute_share((rank < k).tolist()) for k in ks}
 
 

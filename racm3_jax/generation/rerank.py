@@ -16,7 +16,7 @@ from racm3_jax.vocab import Vocab
 if TYPE_CHECKING:
     from racm3_jax.generation.engine import Engine
 
-RankBy = Literal["clip", "document", "likelihood"]
+RankBy = Literal["auto", "clip", "document", "likelihood"]
 RANKINGS: tuple[RankBy, ...] = get_args(RankBy)
 # Share of codes equal to those of a retrieved image, place by place, from which a drawing
 # is called a near copy. Two drawings of the same scene share far fewer.
@@ -38,6 +38,17 @@ def check_rank_by(rank_by: str, engine: Engine, retrieved: Sequence[Retrieved]) 
         )
 
 
+def choose_ranking(engine: Engine) -> RankBy:
+    """ "clip" where the CLIP was measured to align texts with images, else "likelihood".
+
+    The paper ranks by CLIP. A CLIP whose alignment is poor, or was never measured, would
+    order samples by noise; see `retrieval.alignment`.
+    """
+    embedder = engine.embedder
+    alignment = None if embedder is None else embedder.alignment
+    return "clip" if alignment is not None and alignment.may_rank else "likelihood"
+
+
 def score_pictures(
     engine: Engine,
     rank_by: str,
@@ -51,13 +62,15 @@ def score_pictures(
     Args:
       engine: whose embedder compares.
       rank_by: "clip" is the paper's (section 4), "document" the likeness to the picture
-        of the first document, "likelihood" is `log_probs`.
+        of the first document, "likelihood" is `log_probs`, "auto" see `choose_ranking`.
       prompts: of the rows; "clip" needs all of them.
       retrieved: the documents of the rows.
       images: what was drawn.
       log_probs: mean log-likelihoods of the drawn ids.
     """
     embedder = engine.embedder
+    if rank_by == "auto":
+        rank_by = choose_ranking(engine)
     if embedder is None or rank_by == "likelihood":
         return log_probs
     if rank_by == "clip":

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from racm3_jax import checkpoints
 from racm3_jax.documents import batches as image_data
@@ -157,6 +158,16 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     loss_config = construct(
         clip_objective.CLIPLossConfig, config.clip_loss, "clip_loss"
     )
+    # One document of every held-out nation says how well texts and images are aligned;
+    # where some captions describe their image, those of the measurement do.
+    world = build_world(config)
+    if world.description_share:
+        world = dataclasses.replace(world, description_share=1.0)
+    measured = [
+        document
+        for document in read_flagworld(world, "heldout_test")
+        if document.id.endswith("-0")
+    ]
     images = np.stack([d.images[0] for d in documents])
     tokens = tokenizer.encode_batch(texts)
     groups = np.array([d.metadata["nation_id"] for d in documents])
@@ -174,6 +185,9 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     def export(state: TrainState) -> None:
         params = checkpoints.round_to_half(jax.device_get(state.params))
         embedder = DocumentEmbedder(model_config, params, text_tokenizer)
+        if len(measured) > 1:
+            found = embedder.measure(measured)
+            logging.info("alignment of texts and images: %s", found)
         embedder.save(workdir / "clip", dtype="float16")
 
     return _job(

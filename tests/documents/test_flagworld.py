@@ -125,6 +125,45 @@ def test_captions_name_nation_and_scene_in_5_to_12_words():
     assert "the flag of {nation} {place}" in flagworld.TEMPLATES
 
 
+def test_a_fraction_of_the_captions_says_what_can_be_seen():
+    plain = list(flagworld.read_flagworld(SMALL, "train"))
+    some = dataclasses.replace(SMALL, description_share=0.5)
+    nations = {n.name: n for n in flagworld.make_nations(SMALL, "train")}
+    described = 0
+    for document, other in zip(
+        plain, flagworld.read_flagworld(some, "train"), strict=True
+    ):
+        np.testing.assert_array_equal(document.images[0], other.images[0])
+        assert other.text.startswith(document.text)
+        words = other.text.removeprefix(document.text)
+        if words:
+            described += 1
+            design = nations[document.metadata["nation"]].design
+            size = "large" if document.metadata["box"][3] > 32 else "small"
+            assert words.startswith(f", a {size} flag, ")
+            assert design.layout.replace("_", " ") in words
+            assert all(colour in words for colour in design.colours)
+            emblem = f"with a {design.emblem_colour} {design.emblem}"
+            assert (design.emblem is not None) == (emblem in words)
+    assert 0.4 < described / len(plain) < 0.6
+
+
+def test_redrawn_documents_show_another_nation_and_nothing_else():
+    one, two = flagworld.make_nations(SMALL, "heldout")[:2]
+    for document in itertools.islice(
+        flagworld.read_flagworld(SMALL, "heldout_test"), 2
+    ):
+        same = flagworld.redraw(SMALL, document, one)
+        assert digest([same]) == digest([document])
+        other = flagworld.redraw(SMALL, document, two)
+        assert other.text == document.text.replace(one.name, two.name)
+        top, left, height, width = document.metadata["box"]
+        changed = (other.images[0] != document.images[0]).any(-1)
+        assert changed.any()
+        changed[top - 2 : top + height + 2, left : left + width] = False
+        assert not changed.any()
+
+
 def test_documents_are_a_caption_and_an_image_with_metadata():
     documents = list(flagworld.read_flagworld(SMALL, "train"))
     assert len(documents) == 40 * 5

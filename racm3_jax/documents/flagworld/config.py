@@ -33,6 +33,9 @@ class FlagworldConfig:
         memory; the test asks for exactly these.
       swap_flags: exchange the flags of the held-out nations among them, so that no
         nation keeps its own; names, captions and placements stay.
+      description_share: fraction of the captions that also say what can be seen: size,
+        layout, colours and emblem. Without it a caption and its image have nothing but
+        the scene in common, and a CLIP nothing to align.
       duplicate_share: share of documents followed by an exact copy (same `source`).
     """
 
@@ -51,6 +54,7 @@ class FlagworldConfig:
     num_reserved_scenes: int = 2
     swap_flags: bool = False
     duplicate_share: float = 0.0
+    description_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -74,10 +78,10 @@ class FlagworldConfig:
         for name in ("flag_sizes", "wave_amplitudes", "wave_phases"):
             if not getattr(self, name):
                 raise ValueError(f"flagworld.{name} needs at least one entry")
-        if not 0.0 <= self.duplicate_share <= 1.0:
-            raise ValueError(
-                "flagworld.duplicate_share must lie in 0..1; got "
-                f"{self.duplicate_share}"
-            )
+        for name in ("duplicate_share", "description_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"flagworld.{name} must lie in 0..1; got {getattr(self, name)}"
+                )
         if self.swap_flags and self.num_heldout == 1:
             raise ValueError("flagworld.swap_flags needs num_heldout >= 2; got 1")

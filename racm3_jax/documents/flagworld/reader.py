@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from racm3_jax.documents.flagworld.captions import write_caption
+from racm3_jax.documents.flagworld.captions import describe_flag, write_caption
 from racm3_jax.documents.flagworld.config import FlagworldConfig
 from racm3_jax.documents.flagworld.nations import (
     Nation,
@@ -47,6 +47,11 @@ def _make_document(
     rng = np.random.default_rng([config.seed, stream, nation.id, number])
     caption = write_caption(nation.name, scene, rng)
     placement = sample_placement(rng, config)
+    # A stream of its own, so that worlds without descriptions stay as they are.
+    described = np.random.default_rng([config.seed, 8, stream, nation.id, number])
+    if described.random() < config.description_share:
+        large = 2 * placement.width > config.image_size
+        caption += f", {describe_flag(nation.design, large=large)}"
     image = render(nation.design, scene, placement, config.image_size)
     name = f"{split}-{nation.id:06d}-{number}"
     doubled = rng.random() < config.duplicate_share
