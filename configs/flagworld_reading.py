@@ -29,7 +29,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.memory.index = "exact"
     config.memory.num_query_variants = 0
     config.episodes.probability = 0.0
-    config.pairing = dict(probability=1.0, num_documents=(2,), rename=True)
+    config.pairing = dict(
+        probability=1.0,
+        num_documents=(2,),
+        wrong_probability=1.0,
+        right_probability=1.0,
+        class_key="nation",
+        rename=True,
+        name_weight=6.0,
+    )
     config.masking.num_masks = "none"
     config.masking.rotation_probability = 0.5
     config.masking.text_weight = 1.0

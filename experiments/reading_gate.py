@@ -2,16 +2,20 @@
 
     python experiments/reading_gate.py WORKDIR
     python experiments/reading_gate.py WORKDIR --follow --every=2000
+    python experiments/reading_gate.py WORKDIR --export=FOLDER
 
 Asks held-out nations with one right and one wrong document, in both orders, and appends
 a line to WORKDIR/gate.jsonl: fractions of the questions that follow the right document,
 at the first token of the name and at the first code of the flag. Nothing of the training
-is changed. With `--follow` it waits for further checkpoints until the last step.
+is changed. With `--follow` it waits for further checkpoints until the last step. With
+`--export` it writes the checkpoint's weights in half precision instead, for
+`--config.init_from=FOLDER` of another training.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -21,7 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 from racm3_jax import wiring
-from racm3_jax.checkpoints import Checkpoints
+from racm3_jax.checkpoints import Checkpoints, save_weights
 from racm3_jax.evaluation.reading import make_reading_questions, measure_reading
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.model.transformer import init_params
@@ -73,6 +77,18 @@ class Gate:
                 }
         return line
 
+    def export(self, step: int, folder: Path) -> None:
+        """The weights alone, in half precision."""
+        state, _ = self.checkpoints.restore(step, self.like)
+        save_weights(
+            folder,
+            jax.device_get(state.params),
+            kind="generator",
+            config=dataclasses.asdict(self.model_config),
+            extra={"step": step},
+            dtype="float16",
+        )
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -81,8 +97,16 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=2)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--follow", action="store_true")
+    parser.add_argument("--export", type=Path)
     arguments = parser.parse_args()
     gate = Gate(arguments.workdir, arguments.questions, arguments.documents)
+    if arguments.export:
+        step = gate.checkpoints.latest_good(quarantine=False)
+        if step is None:
+            raise SystemExit(f"{arguments.workdir} has no whole checkpoint yet")
+        gate.export(step, arguments.export)
+        print(f"step {step} is in {arguments.export}")
+        return
     last, end = -1, int(gate.config.train.num_steps)
     while True:
         # Leave a checkpoint that is being written to the training.

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from racm3_jax.types import TokenizedDocument
+from racm3_jax.types import Example, TokenizedDocument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,9 @@ class PairingConfig:
       class_key: the metadata that says what a document shows.
       rename: the classes of an example are given new names. Their names are the values
         of `class_key` as they are spelled in the documents' texts.
+      name_weight: further loss weight of the main document's name. Which name it is, is
+        one bit that only reading gives; the words around it hold several that no
+        document tells.
     """
 
     probability: float = 0.0
@@ -50,6 +53,7 @@ class PairingConfig:
     right_probability: float = 1.0
     class_key: str = "nation"
     rename: bool = True
+    name_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("probability", "wrong_probability", "right_probability"):
@@ -57,6 +61,10 @@ class PairingConfig:
                 raise ValueError(
                     f"pairing.{name} must be in 0..1; got {getattr(self, name)}"
                 )
+        if not 0 < self.name_weight < float("inf"):
+            raise ValueError(
+                f"pairing.name_weight must be above 0; got {self.name_weight}"
+            )
         if not self.num_documents or min(self.num_documents) < 0:
             raise ValueError(
                 "pairing.num_documents must list at least one number, none below 0; got "
@@ -87,7 +95,8 @@ class Pairing:
       names: not needed where nothing is renamed.
 
     Raises:
-      ValueError: fewer than two classes, or no `names` though classes are renamed.
+      ValueError: fewer than two classes, or no `names` though classes are renamed or
+        weigh more.
     """
 
     def __init__(
@@ -107,8 +116,10 @@ class Pairing:
                 f"{len(self._found)} by {config.class_key!r}: set pairing.class_key to a "
                 "metadata key that the documents have"
             )
-        if config.rename and names is None:
-            raise ValueError("pairing.rename is on, but no names were given")
+        if (config.rename or config.name_weight != 1) and names is None:
+            raise ValueError(
+                "pairing.rename or pairing.name_weight is on, but no names were given"
+            )
         members = np.split(order, starts[1:])
         self._members = dict(zip(self._found.tolist(), members, strict=True))
         self._names = names
@@ -180,13 +191,47 @@ class Pairing:
             name = str(document.metadata.get(self.config.class_key, ""))
             if name and name not in new:
                 new[name] = self._names.sample(rng)
-            renamed.append(_replace(document, name, new.get(name, ""), self._names))
+            renamed.append(
+                _replace(document, name, new.get(name, ""), self.config, self._names)
+            )
         return renamed[0], tuple(renamed[1:])
+
+    def weigh(self, example: Example, main: TokenizedDocument) -> Example:
+        """The example with the main document's name weighing `name_weight` times more.
+
+        tokens    ... <mask:0> the flag of Ve lmoria <eoss>
+        weights   ... 0        1   1    1  5  5      1          name_weight 5
+
+        A name that a moved span cuts in two is left as it is.
+        """
+        name = str(main.metadata.get(self.config.class_key, ""))
+        if self.config.name_weight == 1 or not name:
+            return example
+        assert self._names is not None  # checked in __init__
+        weights = example.weights.copy()
+        # After a space, and at the beginning of a text.
+        for spelled in (f" {name}", name):
+            tokens = self._names.encode(spelled)
+            windows = np.lib.stride_tricks.sliding_window_view(
+                example.tokens, len(tokens)
+            )
+            found = np.flatnonzero((windows == tokens).all(-1))
+            places = (found[:, None] + np.arange(len(tokens))).ravel()
+            places = np.unique(places[example.is_main[places]])
+            if len(places):
+                weights[places] *= self.config.name_weight
+                break
+        return example._replace(weights=weights)
 
 
 def _replace(
-    document: TokenizedDocument, old: str, new: str, names: Names
+    document: TokenizedDocument,
+    old: str,
+    new: str,
+    config: PairingConfig,
+    names: Names,
 ) -> TokenizedDocument:
+    """With the new name in the texts and in the metadata."""
     if not old:
         return document
     segments = []
@@ -197,4 +242,5 @@ def _replace(
                 tokens = names.encode(text.replace(old, new))
                 segment = dataclasses.replace(segment, tokens=tokens)
         segments.append(segment)
-    return dataclasses.replace(document, segments=tuple(segments))
+    metadata = {**document.metadata, config.class_key: new}
+    return dataclasses.replace(document, segments=tuple(segments), metadata=metadata)

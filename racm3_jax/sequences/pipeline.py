@@ -287,6 +287,8 @@ class _Steps:
                         f"main documents cannot be used; the last one: {error}"
                     ) from error
                 continue
+            if self.pairing is not None:
+                example = self.pairing.weigh(example, main)
             examples.append(example)
         batch, num_dropped = pack(
             examples,

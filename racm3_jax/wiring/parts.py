@@ -228,8 +228,7 @@ def build_pairing(
     if "pairing" not in config or not config.pairing.probability:
         return None
     settings = construct(PairingConfig, config.pairing, "pairing")
-    text = tokenizer.text
-    names = Names(text.decode, text.encode, make_name) if settings.rename else None
+    names = Names(tokenizer.text.decode, tokenizer.text.encode, make_name)
     return Pairing(settings, _read_classes(memory, settings.class_key), names)
 
 

@@ -92,6 +92,30 @@ def test_names_are_at_least_two_edits_apart():
     assert all(n.isascii() and n.isalpha() and 4 <= len(n) <= 16 for n in names)
 
 
+def test_a_world_may_share_no_design_and_no_name_with_another():
+    """Experiments ask about flags that no training showed."""
+
+    def designs(**changes):
+        config = flagworld.FlagworldConfig(
+            num_nations=1500, num_heldout=50, num_colours=5, **changes
+        )
+        return [
+            nation
+            for split in ("train", "heldout")
+            for nation in flagworld.make_nations(config, split)
+        ]
+
+    known, plain = designs(), designs(seed=1)
+    apart = designs(seed=1, avoided_seed=0, avoided_nations=1550)
+    assert {n.design for n in plain} & {n.design for n in known}
+    assert not {n.design for n in apart} & {n.design for n in known}
+    assert not {n.name for n in apart} & {n.name for n in known}
+    assert len(apart) == 1550
+    # What is avoided does not change the rest.
+    kept = {n.design for n in plain} - {n.design for n in known}
+    assert len(kept & {n.design for n in apart}) > 0.7 * len(kept)
+
+
 def test_name_says_nothing_about_the_flag():
     nation = flagworld.make_nation(7)
     assert nation == flagworld.make_nation(7)

@@ -12,7 +12,7 @@ from test_pipeline import CONFIG, PLAIN, FakeMemory, FakeRetriever, assert_same
 from racm3_jax.documents.flagworld.names import make_name
 from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
 from racm3_jax.sequences.pipeline import make_batches
-from racm3_jax.types import TokenizedDocument, TokenizedSegment
+from racm3_jax.types import Example, TokenizedDocument, TokenizedSegment
 
 CLASSES = np.array([0, 0, 1, 1, 1, 2, 2, -1, 3, 0, 0])
 # Texts are their characters' codes.
@@ -109,6 +109,28 @@ def test_a_class_has_one_new_name_in_all_documents_of_an_example():
     assert len(seen) == 100
 
 
+def test_the_name_of_the_main_document_weighs_more():
+    pairing = make_pairing(rename=True, name_weight=5.0)
+    main = make_document("Velmoria", "the flag of Velmoria")
+    shown = SPELLED.encode("a Velmoria")
+    for text, first in (("the flag of Velmoria", 11), ("Velmoria is it", 0)):
+        tokens = np.concatenate([shown, SPELLED.encode(text)])
+        is_main = np.arange(len(tokens)) >= len(shown)
+        weights = np.where(is_main, 1.0, 0.1).astype(np.float32)
+        found = pairing.weigh(Example(tokens, weights, is_main), main)
+        expected = weights.copy()
+        first += len(shown)
+        expected[first : first + len("Velmoria") + (first > len(shown))] = 5
+        np.testing.assert_array_equal(found.weights, expected)
+    other = make_document("Ostrania", "the flag of Ostrania")
+    unchanged = pairing.weigh(Example(tokens, weights, is_main), other)
+    np.testing.assert_array_equal(unchanged.weights, weights)
+    plain = make_pairing(rename=True).weigh(Example(tokens, weights, is_main), main)
+    np.testing.assert_array_equal(plain.weights, weights)
+    renamed, _ = pairing.rename(main, (), np.random.default_rng(0))
+    assert text_of(renamed) == f"the flag of {renamed.metadata['nation']}"
+
+
 @pytest.fixture
 def collect(vocab):
     memory = FakeMemory(vocab, len(CLASSES))
@@ -158,6 +180,7 @@ def test_pairs_are_functions_of_the_step(collect):
     [
         ({"probability": 1.5}, "pairing.probability must be in 0..1; got 1.5"),
         ({"wrong_probability": -1}, "pairing.wrong_probability"),
+        ({"name_weight": 0.0}, "name_weight must be above 0; got 0.0"),
         ({"num_documents": ()}, "at least one number"),
         ({"num_documents": (2, -1)}, "none below 0"),
     ],
@@ -170,5 +193,9 @@ def test_configuration_is_checked(settings, message):
 def test_pairs_need_two_classes_and_names():
     with pytest.raises(ValueError, match="at least two classes; the memory has 1"):
         make_pairing(classes=np.array([0, 0, -1]))
-    with pytest.raises(ValueError, match="no names were given"):
-        Pairing(PairingConfig(1.0), CLASSES)
+    for settings in (
+        PairingConfig(1.0),
+        PairingConfig(1.0, rename=False, name_weight=2),
+    ):
+        with pytest.raises(ValueError, match="no names were given"):
+            Pairing(settings, CLASSES)

@@ -36,6 +36,10 @@ class FlagworldConfig:
       description_share: fraction of the captions that also say what can be seen: size,
         layout, colours and emblem. Without it a caption and its image have nothing but
         the scene in common, and a CLIP nothing to align.
+      avoided_seed: of a world whose first `avoided_nations` nations, held-out ones
+        first, share no name and no design with this one's. A model that was trained on
+        that world has then seen none of these flags.
+      avoided_nations: how many nations of that world are avoided; 0 avoids none.
       duplicate_share: share of documents followed by an exact copy (same `source`).
     """
 
@@ -55,11 +59,15 @@ class FlagworldConfig:
     swap_flags: bool = False
     duplicate_share: float = 0.0
     description_share: float = 0.0
+    avoided_seed: int = 0
+    avoided_nations: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (
             ("seed", 0),
             ("num_nations", 0),
+            ("avoided_seed", 0),
+            ("avoided_nations", 0),
             ("num_heldout", 0),
             ("documents_per_nation", 1),
             ("documents_per_heldout", 1),
@@ -78,6 +86,11 @@ class FlagworldConfig:
         for name in ("flag_sizes", "wave_amplitudes", "wave_phases"):
             if not getattr(self, name):
                 raise ValueError(f"flagworld.{name} needs at least one entry")
+        if self.avoided_nations and self.avoided_seed == self.seed:
+            raise ValueError(
+                f"flagworld.avoided_seed is {self.avoided_seed}, this world's own seed: "
+                "choose another flagworld.seed, or avoided_nations=0"
+            )
         for name in ("duplicate_share", "description_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(
