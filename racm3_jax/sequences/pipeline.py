@@ -37,11 +37,12 @@ from racm3_jax.sequences.episodes import Episode, Episodes
 from racm3_jax.sequences.packing import pack
 from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
+from racm3_jax.sequences.positions import shift_positions
 from racm3_jax.types import Batch, Modality, Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 # Names of the random streams; a change of any changes every batch.
-MASKING, RETRIEVAL, EPISODES, DISTRACTORS, PAIRING, RENAMING = range(6)
+MASKING, RETRIEVAL, EPISODES, DISTRACTORS, PAIRING, RENAMING, POSITIONS = range(7)
 
 # Statistics of a step that are means over its groups; the others are sums.
 _SHARES = ("fill", "mean_retrieved", "mean_similarity", "share_starved")
@@ -296,6 +297,13 @@ class _Steps:
             config.row_length,
             self.vocab.pad,
             max_trim=config.max_trim,
+        )
+        batch = shift_positions(
+            batch,
+            self.vocab.eod,
+            max_offset=config.max_position_offset,
+            max_gap=config.max_position_gap,
+            rng=np.random.default_rng([config.seed, POSITIONS, first]),
         )
         stats = {
             "examples": float(len(examples) - num_dropped),

@@ -40,6 +40,8 @@ class PipelineConfig:
         hosts there are, as long as their number divides this one.
       max_trim: tokens that packing may cut from the beginning of retrieved documents, so
         that long examples fill their rows (see `packing.pack`).
+      max_position_offset: examples begin at a position of 0 to so many; see `positions`.
+      max_position_gap: positions skipped after each retrieved document, at most.
       max_skipped_share: a step in which a larger share of the main documents cannot be
         used is an error.
     """
@@ -61,6 +63,8 @@ class PipelineConfig:
     max_skipped_share: float = 0.5
     groups: int = 1
     max_trim: int = 0
+    max_position_offset: int = 0
+    max_position_gap: int = 0
 
     def __post_init__(self) -> None:
         least = {
@@ -71,6 +75,8 @@ class PipelineConfig:
             "min_documents": 0,
             "num_query_variants": 0,
             "max_trim": 0,
+            "max_position_offset": 0,
+            "max_position_gap": 0,
             "prefetch": 0,
             "threads": 1,
         }
@@ -106,3 +112,8 @@ class PipelineConfig:
                 )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"pipeline.seed must be in 0..2^32-1; got {self.seed}")
+
+    def last_position(self, num_documents: int) -> int:
+        """The largest position of an example with so many documents before it."""
+        most = self.row_length - 1 + self.max_position_offset
+        return most + self.max_position_gap * num_documents

@@ -30,6 +30,8 @@ from racm3_jax.retrieval import clip_loss as clip_objective
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
+from racm3_jax.sequences.episodes import Episodes
+from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
 from racm3_jax.tokenizers import vqgan as vqgan_model
 from racm3_jax.tokenizers import vqgan_loss as vqgan_objective
@@ -227,6 +229,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
     episodes = build_episodes(config, memory, tokenizer)
     pairing = build_pairing(config, memory, tokenizer)
+    check_positions(model_config, pipeline, episodes, pairing)
     model: Any = Transformer(model_config)
 
     def make(start_step: int) -> Iterator[Any]:
@@ -283,6 +286,31 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         ),
         trained=build_trained_columns(config, model_config, tokenizer.vocab),
     )
+
+
+def check_positions(
+    model_config: ModelConfig,
+    pipeline: PipelineConfig,
+    episodes: Episodes | None,
+    pairing: Pairing | None,
+) -> None:
+    """Learned positions end somewhere; rotary ones do not.
+
+    Raises:
+      ValueError: a batch may hold positions that the model has no parameters for.
+    """
+    num_documents = pipeline.max_documents
+    if pairing is not None:
+        num_documents = max(num_documents, *pairing.config.num_documents)
+    if episodes is not None:
+        num_documents = max(num_documents, episodes.config.num_ways)
+    last = pipeline.last_position(num_documents)
+    if model_config.position == "learned" and last >= model_config.max_length:
+        raise ValueError(
+            f"config.model.max_length is {model_config.max_length}, but batches hold "
+            f"positions up to {last}: raise it, or lower pipeline.row_length, "
+            "pipeline.max_position_offset or pipeline.max_position_gap"
+        )
 
 
 def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
