@@ -4,11 +4,13 @@
              a document of Velmoria      the right one
     asked    a scene with the flag of Velmoria: its caption, or its image by the caption
 
-Both continuations are scored, the right one and the same one with the name (or the flag)
-of the wrong document; nothing is generated. A model that copies the first document gets
-all questions right where the right one is first, and none where it is last; a model that
-reads does not depend on the order. The figures are those of the first token in which the
-continuations differ (the first of the name, the first code of the flag) and of the whole.
+A model that copies the first document gets all questions right where the right one is
+first, and none where it is last; a model that reads does not depend on the order.
+
+`measure_reading`, the gate of a training, scores both continuations, the right one and
+the same one with the name (or the flag) of the wrong document; nothing is generated. Its
+figures are those of the first token in which they differ (the first of the name, the
+first code of the flag) and of the whole. `generate_answers`, for the suite, generates.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float32, Int
 
 from racm3_jax.documents.flagworld import (
+    FlagIdentifier,
     FlagworldConfig,
+    Nation,
     make_nations,
     read_flagworld,
     redraw,
@@ -30,7 +35,7 @@ from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.sequences.layout import caption_prompt, text_to_image_prompt
 from racm3_jax.tokenizers.mixed import MixedTokenizer
-from racm3_jax.types import Document, TokenizedDocument
+from racm3_jax.types import Document, Retrieved, TokenizedDocument
 
 Asked = Literal["name", "flag"]
 ASKED: tuple[Asked, ...] = ("name", "flag")
@@ -166,6 +171,97 @@ def measure_reading(
         )
         results[name] = _compare(asked_pairs, nats)
     return results
+
+
+class ShownDocuments:
+    """In place of a retriever: row i is given `shown[i]`, whatever it asks for."""
+
+    def __init__(self, shown: Sequence[Sequence[TokenizedDocument]]) -> None:
+        self._shown = [
+            Retrieved(
+                np.full(len(documents), -1, np.int64),
+                np.full(len(documents), np.nan, np.float32),
+                tuple(documents),
+            )
+            for documents in shown
+        ]
+
+    def retrieve(
+        self,
+        queries: Float32[np.ndarray, "queries d_embed"],
+        nums: Int[np.ndarray, " queries"],
+        mains: Sequence[TokenizedDocument | None],
+    ) -> list[Retrieved]:
+        """The documents of all rows.
+
+        Raises:
+          ValueError: for other rows than those that it was made for.
+        """
+        if len(queries) != len(self._shown):
+            raise ValueError(
+                f"{len(queries)} queries for the documents of {len(self._shown)} rows"
+            )
+        return self._shown
+
+
+def generate_answers(
+    generator: Generator,
+    questions: Sequence[ReadingQuestion],
+    nations: Sequence[Nation],
+    *,
+    right_place: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+) -> dict[Asked, Share]:
+    """How often what is generated has the right nation's name, and flag.
+
+    Captions are greedy; nothing is guided, ranked or chosen again.
+
+    Args:
+      generator: its memory is not used, its embedder is not asked.
+      questions: from `make_reading_questions`.
+      nations: all held-out ones, among which flags are identified.
+      right_place: where the right document is, 0 for first, -1 for last.
+      seed: of the images.
+      temperature: of the images.
+      top_p: of the images.
+    """
+    tokenizer = generator.tokenizer
+    shown = []
+    for question in questions:
+        documents = list(question.wrong)
+        place = right_place % (len(documents) + 1)
+        documents.insert(place, question.right)
+        shown.append(list(tokenizer.tokenize(documents)))
+    reader = generator.with_retriever(ShownDocuments(shown))
+    names = [question.asked.metadata["nation"] for question in questions]
+    how: dict[str, Any] = {"num_retrieved": len(shown[0]), "seed": seed}
+    images = reader.text_to_image_batch(
+        [question.asked.text for question in questions],
+        temperature=temperature,
+        top_p=top_p,
+        rank_by="likelihood",
+        **how,
+    )
+    found = FlagIdentifier(nations).identify([output.images[0] for output in images])
+    captions = reader.caption_batch(
+        [question.asked.images[0] for question in questions], temperature=0.0, **how
+    )
+    return {
+        "name": compute_share(
+            [
+                name.lower() in output.texts[0].lower()
+                for name, output in zip(names, captions, strict=True)
+            ]
+        ),
+        "flag": compute_share(
+            [
+                nation.name == name
+                for name, (nation, _) in zip(names, found, strict=True)
+            ]
+        ),
+    }
 
 
 def _continuations(
