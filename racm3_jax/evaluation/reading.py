@@ -234,7 +234,8 @@ def generate_answers(
         place = right_place % (len(documents) + 1)
         documents.insert(place, question.right)
         shown.append(list(tokenizer.tokenize(documents)))
-    reader = generator.with_retriever(ShownDocuments(shown))
+    documents_by_row: Any = ShownDocuments(shown)
+    reader = generator.with_retriever(documents_by_row)
     names = [question.asked.metadata["nation"] for question in questions]
     how: dict[str, Any] = {"num_retrieved": len(shown[0]), "seed": seed}
     images = reader.text_to_image_batch(
