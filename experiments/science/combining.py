@@ -56,7 +56,11 @@ def combine(figures: Sequence[Share | float]) -> Combined:
     values = [f.value if isinstance(f, Share) else float(f) for f in figures]
     interval = student_interval(values)
     if shares:
-        total = Share(sum(s.successes for s in shares), sum(s.total for s in shares))
+        total = Share(
+            sum(s.successes for s in shares),
+            sum(s.total for s in shares),
+            max(s.design_effect for s in shares),
+        )
         low, high = total.interval
         if interval is not None:
             low, high = min(low, interval[0]), max(high, interval[1])

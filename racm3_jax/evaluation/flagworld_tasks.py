@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.evaluation.intervals import Share, compute_grouped_share, compute_share
 from racm3_jax.evaluation.kshot import INVENTED, compute_auc
 from racm3_jax.evaluation.stages import Stages
 from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
@@ -103,9 +103,9 @@ def evaluate_edit(
     )
     names = [probes.donor(i).metadata["nation"] for i in items]
     facts = [output.documents[0].metadata for output in outputs]
-    kept = Share(
-        sum(fact["codes_outside_kept"] for fact in facts),
-        sum(fact["codes_outside"] for fact in facts),
+    kept = compute_grouped_share(
+        [fact["codes_outside_kept"] for fact in facts],
+        [fact["codes_outside"] for fact in facts],
     )
     return probes.right_flags(_first_images(outputs), names)[0], kept, outputs
 
@@ -172,7 +172,10 @@ def evaluate_kshot(
 def evaluate_drawing(
     generator: Generator, probes: TaskProbes, settings: TaskSettings, **options: Any
 ) -> tuple[Share, Share]:
-    """Share of best samples with the right flag, and of all samples."""
+    """Share of best samples with the right flag, and of all samples.
+
+    Samples for one prompt count as less than so many independent ones.
+    """
     outputs = generator.text_to_image_batch(
         [test.text for test in probes.tests],
         num_retrieved=settings.num_retrieved,
@@ -186,7 +189,8 @@ def evaluate_drawing(
     every = [image for output in outputs for image in output.images]
     found = np.array(probes.name_flags(every)).reshape(len(names), count)
     right = found == np.array(names)[:, None]
-    return compute_share(list(right[:, 0])), compute_share(list(right.reshape(-1)))
+    every_sample = compute_grouped_share(right.sum(1).tolist(), [count] * len(right))
+    return compute_share(list(right[:, 0])), every_sample
 
 
 def _evaluate_regions(

@@ -29,10 +29,17 @@ class Share:
 
     Source: Wilson (1927); it keeps its coverage near 0 and 1, where the normal
     interval does not.
+
+    Attributes:
+      successes: outcomes that are True.
+      total: all of them.
+      design_effect: how many outcomes tell as much as one independent one, from 1 (see
+        `compute_grouped_share`).
     """
 
     successes: int
     total: int
+    design_effect: float = 1.0
 
     @property
     def value(self) -> float:
@@ -40,7 +47,7 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        z, n, p = 1.96, self.total, self.value
+        z, n, p = 1.96, self.total / self.design_effect, self.value
         centre = p + z * z / (2 * n)
         spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         scale = 1 + z * z / n
@@ -59,7 +66,7 @@ class Share:
             "interval95": list(self.interval),
             "successes": self.successes,
             "total": self.total,
-        }
+        } | ({} if self.design_effect == 1 else {"design_effect": self.design_effect})
 
 
 def compute_share(outcomes: Sequence[bool]) -> Share:
@@ -71,6 +78,39 @@ def compute_share(outcomes: Sequence[bool]) -> Share:
     if len(outcomes) == 0:
         raise ValueError("a share of no outcomes is undefined")
     return Share(int(sum(bool(o) for o in outcomes)), len(outcomes))
+
+
+def compute_grouped_share(successes: Sequence[int], totals: Sequence[int]) -> Share:
+    """The share of True where several outcomes belong to the same question.
+
+    Samples for one question, or codes of one image, are not independent: of an easy one
+    all are right. The interval is that of fewer outcomes, by the design effect (Kish,
+    1965): the variance of the ratio over questions, over that of as many independent
+    outcomes.
+
+    Args:
+      successes: outcomes of each question that are True.
+      totals: all outcomes of each question.
+
+    Raises:
+      ValueError: if there are no outcomes, or more successes than outcomes.
+    """
+    right, count = np.asarray(successes, np.int64), np.asarray(totals, np.int64)
+    if right.shape != count.shape or right.ndim != 1 or not count.sum():
+        raise ValueError(
+            "grouped outcomes are counted question by question, at least one in all; "
+            f"got {len(right)} counts of successes and {len(count)} totals"
+        )
+    if (right < 0).any() or (right > count).any():
+        raise ValueError("a question has more successes than outcomes, or fewer than 0")
+    p, num_questions = float(right.sum() / count.sum()), len(right)
+    effect = 1.0
+    if num_questions > 1 and 0 < p < 1:
+        spread = float(np.square(right - p * count).sum())
+        spread *= num_questions / (num_questions - 1)
+        independent = p * (1 - p) * float(count.sum())
+        effect = min(max(1.0, spread / independent), float(count.max()))
+    return Share(int(right.sum()), int(count.sum()), effect)
 
 
 @dataclasses.dataclass(frozen=True)

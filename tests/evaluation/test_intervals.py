@@ -3,6 +3,7 @@ import pytest
 
 from racm3_jax.evaluation.intervals import (
     adjust_holm,
+    compute_grouped_share,
     compute_share,
     difference_of_shares,
     paired_difference,
@@ -135,3 +136,41 @@ def test_holm_keeps_the_chance_of_any_false_finding():
         for _ in range(1000)
     ]
     assert np.mean(false) < 0.07
+
+
+def test_samples_of_one_question_are_not_independent():
+    """Four samples that always agree are one; four that never care are four."""
+    rng = np.random.default_rng(4)
+    agree = np.repeat(rng.random(300) < 0.6, 4).reshape(300, 4)
+    found = compute_grouped_share(agree.sum(1), [4] * 300)
+    assert found.design_effect == pytest.approx(4.0, abs=0.05)
+    alone = compute_share(agree[:, 0])
+    assert found.value == alone.value and found.total == 1200
+    assert found.interval == pytest.approx(alone.interval, abs=2e-3)
+    assert found.to_json()["design_effect"] == found.design_effect
+    free = rng.random((300, 4)) < 0.6
+    found = compute_grouped_share(free.sum(1), [4] * 300)
+    assert 1.0 <= found.design_effect < 1.2
+    assert (
+        compute_grouped_share([4, 4], [4, 4]).interval
+        == compute_share([True] * 8).interval
+    )
+    assert "design_effect" not in compute_share([True]).to_json()
+
+
+def test_grouped_intervals_cover_the_true_share():
+    rng, covered = np.random.default_rng(5), []
+    for _ in range(400):
+        easy = rng.beta(1.2, 0.8, 100)  # mean 0.6, samples of a question much alike
+        totals = rng.integers(1, 9, 100)
+        found = compute_grouped_share(rng.binomial(totals, easy), totals)
+        low, high = found.interval
+        covered.append(low <= 0.6 <= high)
+    assert np.mean(covered) >= 0.92
+
+
+def test_grouped_outcomes_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="at least one in all"):
+        compute_grouped_share([0], [0])
+    with pytest.raises(ValueError, match="more successes than outcomes"):
+        compute_grouped_share([3], [2])
