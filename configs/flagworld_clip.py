@@ -23,7 +23,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0
     config.world = flagworld.world()
     config.world.documents_per_nation = 5
-    config.text_tokenizer = dict(vocab_size=1024)
+    # Trained on the captions, unless the folder of a trained one is given.
+    config.text_tokenizer = dict(vocab_size=1024, path="")
     config.clip = dict(
         image_size=64,
         patch_size=8,
@@ -68,7 +69,9 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg == "aligned":
         config.world.description_share = 0.5
-        config.clip.context_length = 64
+        # Generators that are trained already keep their vocabulary.
+        config.text_tokenizer.path = "shipped:flagworld/tokenizer/text"
+        config.clip.context_length = 80
         config.clip_loss.contrast_weight = 1.0
         config.clip_loss.separation_weight = 0.0
         config.train.num_steps = 3000

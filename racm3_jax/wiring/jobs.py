@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +147,13 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
 
 
 def build_clip_job(config: Any, workdir: Path) -> Job:
-    """Trains the text tokenizer and CLIP; exports `workdir/text` and `workdir/clip`."""
+    """Trains the text tokenizer, unless `config.text_tokenizer.path` names one, and CLIP.
+
+    Exports `workdir/text` and `workdir/clip`.
+    """
     documents = list(read_flagworld(build_world(config), "train"))
     texts = [d.text for d in documents]
-    text_tokenizer = TextTokenizer.train(texts, config.text_tokenizer.vocab_size)
+    text_tokenizer = _build_text_tokenizer(config, texts)
     text_tokenizer.save(workdir / "text" / "tokenizer.json")
     checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
     tokenizer = clip_model.CLIPTokenizer(text_tokenizer, config.clip.context_length)
@@ -199,6 +202,13 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
         make,
         export,
     )
+
+
+def _build_text_tokenizer(config: Any, texts: Sequence[str]) -> TextTokenizer:
+    """A trained one keeps the vocabulary of generators that exist already."""
+    if path := config.text_tokenizer.get("path", ""):
+        return TextTokenizer.load(resolve(path) / "tokenizer.json")
+    return TextTokenizer.train(texts, config.text_tokenizer.vocab_size)
 
 
 def build_generator_job(config: Any, workdir: Path) -> Job:

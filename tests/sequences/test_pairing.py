@@ -7,7 +7,14 @@ import itertools
 
 import numpy as np
 import pytest
-from test_pipeline import CONFIG, PLAIN, FakeMemory, FakeRetriever, assert_same
+from test_pipeline import (
+    CONFIG,
+    PLAIN,
+    FakeMemory,
+    FakeRetriever,
+    assert_same,
+    main_parts,
+)
 
 from racm3_jax.documents.flagworld.names import make_name
 from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
@@ -173,6 +180,18 @@ def test_pairs_are_functions_of_the_step(collect):
     assert retriever.queries
     threaded = dataclasses.replace(CONFIG, threads=1, prefetch=0)
     assert_same(whole, collect(pairing, threaded)[0])
+
+
+def test_the_twin_sees_the_same_main_documents_under_the_same_names(collect):
+    pairing = make_pairing(num_documents=(0, 1, 2))
+    roomy = dataclasses.replace(CONFIG, rows=8)
+    with_documents, _ = collect(pairing, roomy)
+    twin, retriever = collect(pairing, dataclasses.replace(roomy, retrieval=False))
+    assert not retriever.queries
+    for (batch, stats), (alone, twin_stats) in zip(with_documents, twin, strict=True):
+        assert stats["dropped"] == twin_stats["dropped"] == 0
+        assert twin_stats["retrieved"] == 0
+        assert sorted(main_parts(batch)) == sorted(main_parts(alone))
 
 
 @pytest.mark.parametrize(
