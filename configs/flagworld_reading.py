@@ -37,6 +37,8 @@ def get_config(arg: str = "third") -> ConfigDict:
     config = flagworld.get_config("twin" if arg == "twin" else "")
     config.world.num_nations = 8000
     config.world.documents_per_nation = 3
+    # The memory of another training of the same world, or "" to build one.
+    config.memory_path = ""
     # Documents come by class: the retriever is not asked.
     config.memory.index = "exact"
     config.memory.num_query_variants = 0
@@ -46,6 +48,7 @@ def get_config(arg: str = "third") -> ConfigDict:
         num_documents=(2,),
         wrong_probability=1.0,
         right_probability=1.0,
+        same_probability=0.0,
         class_key="nation",
         rename=True,
         name_weight=6.0,

@@ -39,6 +39,9 @@ class PairingConfig:
         least one is of another class.
       right_probability: fraction of the examples with two or more documents in which at
         least one is of the main document's class.
+      same_probability: fraction of the examples in which the main document itself is one
+        of the right ones, which is the easiest to find: for the beginning of a
+        curriculum.
       class_key: the metadata that says what a document shows.
       rename: the classes of an example are given new names. Their names are the values
         of `class_key` as they are spelled in the documents' texts.
@@ -51,12 +54,14 @@ class PairingConfig:
     num_documents: tuple[int, ...] = (2,)
     wrong_probability: float = 1.0
     right_probability: float = 1.0
+    same_probability: float = 0.0
     class_key: str = "nation"
     rename: bool = True
     name_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("probability", "wrong_probability", "right_probability"):
+        names = ("", "wrong_", "right_", "same_")
+        for name in (f"{prefix}probability" for prefix in names):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"pairing.{name} must be in 0..1; got {getattr(self, name)}"
@@ -143,6 +148,9 @@ class Pairing:
         num_wrong = self._sample_num_wrong(count, rng)
         num_right = min(count - num_wrong, len(same))
         right = rng.choice(same, num_right, replace=False) if num_right else same[:0]
+        right = right.copy()
+        if num_right and rng.random() < config.same_probability:
+            right[0] = row
         wrong = self._sample_wrong(own, num_wrong, rng)
         chosen = np.concatenate([right, wrong]).astype(np.int64)
         return chosen[rng.permutation(len(chosen))]

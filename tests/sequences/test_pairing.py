@@ -74,6 +74,17 @@ def test_all_right_and_all_wrong_are_configuration():
     assert abs(share - 0.7) < 0.06
 
 
+def test_the_main_document_itself_may_be_the_right_one():
+    pairing = make_pairing(same_probability=0.4, num_documents=(3,))
+    sampled = sample_many(pairing, count=1000)
+    shown = [0 in rows for rows in sampled]
+    assert abs(np.mean(shown) - 0.4) < 0.06
+    assert all(
+        len(set(rows.tolist())) == 3 for rows in sampled if CLASSES[rows][0] == 0
+    )
+    assert all((rows == 0).sum() <= 1 for rows in sampled)
+
+
 def test_what_has_no_class_or_is_not_drawn_is_left_to_the_retriever():
     assert make_pairing().sample(7, np.random.default_rng(0)) is None
     drawn = [rows is None for rows in sample_many(make_pairing(0.3), count=1000)]
@@ -199,6 +210,7 @@ def test_the_twin_sees_the_same_main_documents_under_the_same_names(collect):
     [
         ({"probability": 1.5}, "pairing.probability must be in 0..1; got 1.5"),
         ({"wrong_probability": -1}, "pairing.wrong_probability"),
+        ({"same_probability": 2}, "pairing.same_probability"),
         ({"name_weight": 0.0}, "name_weight must be above 0; got 0.0"),
         ({"num_documents": ()}, "at least one number"),
         ({"num_documents": (2, -1)}, "none below 0"),
