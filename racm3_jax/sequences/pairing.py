@@ -167,17 +167,22 @@ class Pairing:
     def _sample_wrong(
         self, own: int, count: int, rng: np.random.Generator
     ) -> Int64[np.ndarray, " count"]:
-        """Documents of one to `count` other classes, as the majority tells nothing."""
+        """Documents of one to `count` other classes, as the majority tells nothing.
+
+        None is shown twice: where a class has too few, there are fewer than `count`.
+        """
         if not count:
             return np.zeros(0, np.int64)
         num_classes = min(int(rng.integers(1, count + 1)), len(self._found) - 1)
         places = rng.choice(len(self._found) - 1, num_classes, replace=False)
         places += places >= np.searchsorted(self._found, own)
-        others = self._found[places].tolist()
-        rows = [rng.choice(self._members[c]) for c in others]
-        for _ in range(count - num_classes):
-            rows.append(rng.choice(self._members[others[rng.integers(num_classes)]]))
-        return np.array(rows, np.int64)
+        more = rng.integers(num_classes, size=count - num_classes)
+        counts = 1 + np.bincount(more, minlength=num_classes)
+        rows = []
+        for name, wanted in zip(self._found[places].tolist(), counts, strict=True):
+            members = self._members[name]
+            rows.append(rng.choice(members, min(wanted, len(members)), replace=False))
+        return np.concatenate(rows).astype(np.int64)
 
     def rename(
         self,

@@ -68,7 +68,9 @@ def test_all_right_and_all_wrong_are_configuration():
     right = sample_many(make_pairing(wrong_probability=0.0))
     assert all((CLASSES[rows] == 0).all() for rows in right)
     wrong = sample_many(make_pairing(right_probability=0.0))
-    assert all((CLASSES[rows] != 0).all() and len(rows) == 2 for rows in wrong)
+    assert all((CLASSES[rows] != 0).all() for rows in wrong)
+    # The class of one document is not shown twice.
+    assert {len(rows) for rows in wrong} == {1, 2}
     some = sample_many(make_pairing(wrong_probability=0.7), count=1000)
     share = np.mean([(CLASSES[rows] != 0).any() for rows in some])
     assert abs(share - 0.7) < 0.06
@@ -79,10 +81,7 @@ def test_the_main_document_itself_may_be_the_right_one():
     sampled = sample_many(pairing, count=1000)
     shown = [0 in rows for rows in sampled]
     assert abs(np.mean(shown) - 0.4) < 0.06
-    assert all(
-        len(set(rows.tolist())) == 3 for rows in sampled if CLASSES[rows][0] == 0
-    )
-    assert all((rows == 0).sum() <= 1 for rows in sampled)
+    assert all(len(set(rows.tolist())) == len(rows) for rows in sampled)
 
 
 def test_what_has_no_class_or_is_not_drawn_is_left_to_the_retriever():
