@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import special
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,30 +258,29 @@ def difference_of_shares(first: Sequence[Share], second: Sequence[Share]) -> Dif
     questions more often than by chance.
 
     Raises:
-      ValueError: no seeds, or other numbers of them or of outcomes.
+      ValueError: no seeds, or other numbers of them.
     """
-    totals = {share.total for share in (*first, *second)}
-    if not first or len(first) != len(second) or len(totals) != 1:
+    if not first or len(first) != len(second):
         raise ValueError(
-            "shares are compared seed by seed, of one number of outcomes; got "
-            f"{len(first)} and {len(second)} shares of {sorted(totals)} outcomes"
+            "shares are compared seed by seed, at least one; got "
+            f"{len(first)} and {len(second)}"
         )
-    (total,) = totals
     values = np.array([a.value - b.value for a, b in zip(first, second, strict=True)])
-    # Half an outcome more of each kind: 0 of 100 is no certainty.
-    of_questions = 0.0
+    of_questions, freedom = 0.0, 0.0
     for share in (*first, *second):
-        p = (share.successes + 0.5) / (total + 1)
-        of_questions += p * (1 - p) / total / len(values) ** 2
-    return _student_difference(
-        values, of_questions, max(1, len(values) * (total - 1)), total
-    )
+        # Half an outcome more of each kind: 0 of 100 is no certainty.
+        p = (share.successes + 0.5) / (share.total + 1)
+        independent = share.total / share.design_effect
+        of_questions += p * (1 - p) / independent / len(values) ** 2
+        freedom += max(1.0, independent - 1) / 2
+    num_questions = min(share.total for share in (*first, *second))
+    return _student_difference(values, of_questions, freedom, num_questions)
 
 
 def _student_difference(
     by_seed: Float[np.ndarray, " seeds"],
     of_questions: float,
-    question_freedom: int,
+    question_freedom: float,
     num_questions: int,
 ) -> Difference:
     """Adds both errors; see the top of the file."""
@@ -301,7 +303,7 @@ def _student_difference(
     )
 
 
-def adjust_holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def adjust_holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """p-values that may each be compared with 0.05 although there are many of them.
 
     Source: Holm (1979), step down: the i-th smallest of n is multiplied by n - i + 1, and
@@ -314,7 +316,8 @@ def adjust_holm(p_values: Mapping[str, float]) -> dict[str, float]:
     for name, p in p_values.items():
         if not 0 <= p <= 1:
             raise ValueError(f"the p-value of {name!r} is {p}; it lies in 0..1")
-    adjusted, largest = {}, 0.0
+    adjusted: dict[Name, float] = {}
+    largest = 0.0
     order = sorted(p_values, key=lambda name: p_values[name])
     for i, name in enumerate(order):
         largest = max(largest, min(1.0, (len(order) - i) * p_values[name]))

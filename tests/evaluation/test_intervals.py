@@ -65,6 +65,12 @@ def test_seeds_that_agree_keep_the_error_of_their_questions():
     counted = difference_of_shares(shares, [compute_share([False] * 100)] * 3)
     assert counted.value == pytest.approx(0.85)
     assert counted.interval[0] <= apart.interval[0]
+    # Questions may differ in number from seed to seed.
+    more = difference_of_shares(
+        [compute_share([True] * 8 + [False] * n) for n in (2, 3)],
+        [compute_share([False] * n) for n in (10, 11)],
+    )
+    assert more.value == pytest.approx((0.8 + 8 / 11) / 2) and more.num_questions == 10
 
 
 def test_three_seeds_are_three_however_many_questions():
