@@ -4,7 +4,7 @@
                     [image] blick
     asked           [image] ?       the label whose text the model finds most likely
 
-The labels' texts are invented words, drawn anew for each episode: only the demonstrations
+The labels' texts are invented words, sampled for each episode: only the demonstrations
 say what they stand for. Several episodes of one query set give the interval.
 """
 

@@ -8,9 +8,9 @@
 "label" compares how likely each label is after the image and after examples of all labels:
 the paper's way. A label's score is the mean over its tokens, so that long labels are not
 punished, less the same after a neutral grey image, so that a label is not favoured that
-the model likes anyway (contextual calibration, arXiv 2102.09690). "image" compares how likely the image is behind each label, after that
-label's own examples: a noisy channel (arXiv 2108.04106), with labels equally likely before
-the image is seen. Every likelihood is read off one forward pass. Examples that do not fit
+the model likes anyway (contextual calibration, arXiv 2102.09690). "image" compares how
+likely the image is after each label and that label's own examples: a noisy channel (arXiv
+2108.04106), with labels equally likely before the image is seen. Every likelihood is read off one forward pass. Examples that do not fit
 into the context are read in further passes, whose probabilities are averaged.
 """
 
@@ -33,7 +33,7 @@ NEUTRAL_LEVEL = 128
 Example = tuple[Image, str]
 ClassifyBy = Literal["label", "image"]
 CLASSIFY_BY: tuple[ClassifyBy, ...] = get_args(ClassifyBy)
-# By label: an example of each, and the known and the asked ids.
+# By label: an example of each, and the known and the asked tokens.
 Shot = dict[str, TokenizedDocument]
 Question = dict[str, tuple[Int32[np.ndarray, " known"], Int32[np.ndarray, " asked"]]]
 _Part = TypeVar("_Part")
@@ -185,7 +185,7 @@ def classify(
 
 
 def _order(by: ClassifyBy, label: _Part, image: _Part) -> tuple[_Part, _Part]:
-    """What is compared stands last."""
+    """What is compared comes last."""
     return (image, label) if by == "label" else (label, image)
 
 
@@ -195,7 +195,7 @@ def _question(
     labels: Mapping[str, Int32[np.ndarray, " length"]],
     by: ClassifyBy,
 ) -> Question:
-    """For each label the known ids, and those whose likelihood is asked for."""
+    """For each label the known tokens, and those whose likelihood is asked for."""
     vocab = engine.tokenizer.vocab
     break_, eod = np.array([vocab.break_], np.int32), np.array([vocab.eod], np.int32)
     question = {}
@@ -208,7 +208,7 @@ def _question(
 def _context(
     shots: Sequence[Shot], label: str, by: ClassifyBy
 ) -> list[TokenizedDocument]:
-    """What a label's likelihood is read behind: all examples, or the label's own."""
+    """What a label's likelihood is read after: all examples, or the label's own."""
     if by == "label":
         return [example for shot in shots for example in shot.values()]
     return [shot[label] for shot in shots if label in shot]
@@ -242,7 +242,7 @@ def _split_passes(
         full = len(passes[-1]) == shots_per_pass or needed > max_length
         if full and not passes[-1]:
             raise ValueError(
-                f"one shot does not fit: its examples and the image are {needed} ids, more "
+                f"one shot does not fit: its examples and the image are {needed} tokens, more "
                 f"than the model's max_length {max_length}; use fewer or shorter labels"
             )
         if full:

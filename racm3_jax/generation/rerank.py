@@ -65,8 +65,8 @@ def score_pictures(
         of the first document, "likelihood" is `log_probs`, "auto" see `choose_ranking`.
       prompts: of the rows; "clip" needs all of them.
       retrieved: the documents of the rows.
-      images: what was drawn.
-      log_probs: mean log-likelihoods of the drawn ids.
+      images: what was generated.
+      log_probs: mean log-likelihoods of the generated tokens.
     """
     embedder = engine.embedder
     if rank_by == "auto":
@@ -118,14 +118,14 @@ def rank_documents(
     candidates: Sequence[Retrieved],
     num: int,
 ) -> list[Retrieved]:
-    """Of each image's candidates the `num` behind which the image is likeliest.
+    """Of each image's candidates the `num` after which the image is likeliest.
 
     The generator itself judges what helps it, as in-context RALM re-ranks
     (arXiv 2302.00083, section 5): one forward pass a candidate.
 
     Args:
       engine: whose model reads.
-      images: their ids in the vocabulary.
+      images: their tokens.
       candidates: of each image, as retrieved.
       num: how many to keep, the likeliest first.
     """
@@ -160,7 +160,7 @@ def rank_documents(
 def find_nearest(
     tokens: Int[np.ndarray, "samples image_length"], retrieved: Retrieved, vocab: Vocab
 ) -> list[dict[str, Any]]:
-    """How close each drawn image is to the closest retrieved one.
+    """How close each generated image is to the closest retrieved one.
 
     Returns:
       For each sample `{"nearest": {"id", "equal_codes"}, "near_copy"}`; empty when no

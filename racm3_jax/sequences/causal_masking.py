@@ -159,7 +159,7 @@ def sample_spans(
 def apply_masks(
     tokens: Int32[np.ndarray, " length"], spans: Sequence[Span], vocab: Vocab
 ) -> Int32[np.ndarray, " masked_length"]:
-    """Replace each span by its sentinel and move it behind the last `<eod>`.
+    """Replace each span by its sentinel and move it after the last `<eod>`.
 
     index    0     1  2  3  4       5  6  7
     tokens   <eod> t1 t2 t3 <break> i1 i2 <eod>          spans [(2, 3), (5, 6)]
@@ -248,7 +248,7 @@ def build_example(
       main: the document to learn.
       retrieved: documents of the memory, in the order of the sequence.
       config: the masking distribution.
-      vocab: gives control ids and sentinels.
+      vocab: gives control tokens and sentinels.
       alpha: loss weight of retrieved documents (the paper: 0.1).
       max_length: most tokens of the result; a row of n positions holds n + 1.
       rng: the only source of randomness.
@@ -268,7 +268,7 @@ def build_example(
     sentinels_left = vocab.num_sentinels - len(main_spans)
     kept: list[TokenizedDocument] = []
     row_spans: list[Span] = []
-    start = 1  # behind the first <eod>
+    start = 1  # after the first <eod>
     for document in retrieved:
         tokens = layout.document_tokens(document, vocab)
         spans: list[Span] = []

@@ -8,10 +8,10 @@
     positions  0 1 0 1 2 3        0 1 2 0 0 0
 
 An example of n tokens takes n - 1 positions. No example may see another: attention masks
-by `segment_ids`, and positions start anew. Pure NumPy.
+by `segment_ids`, and positions start again. Pure NumPy.
 
-Where documents are a large part of a row (1024 ids an image in 4096), whole examples leave
-a quarter of it empty. Then `max_trim` lets a row's examples lose the first ids of their
+Where documents are a large part of a row (1024 tokens an image in 4096), whole examples leave
+a quarter of it empty. Then `max_trim` lets a row's examples lose the first tokens of their
 retrieved documents (here r s t and u v), never any of the main one, until they fit:
 
     examples   r s t m n o      u v p q w        row_length 7, 1 row, max_trim 2
@@ -47,8 +47,8 @@ def pack(
       examples: sequences of at least 2 tokens. Inside a row they keep this order.
       num_rows: rows of the batch.
       row_length: positions of a row.
-      pad: the id that fills inputs and targets where a row is empty.
-      max_trim: how many ids of retrieved documents a row's examples may lose, together,
+      pad: the token that fills inputs and targets where a row is empty.
+      max_trim: how many tokens of retrieved documents a row's examples may lose, together,
         so that one more fits.
 
     Returns:
@@ -67,7 +67,7 @@ def pack(
             f"example {int(lengths.argmin())} has {int(lengths.min()) + 1} tokens; "
             "there is nothing to predict below 2"
         )
-    # What precedes the main document, but for one id, of which its first is the target.
+    # What precedes the main document, but for one token, of which its first is the target.
     spare = np.array([int(np.argmax(e.is_main)) - 1 for e in examples], np.int64)
     spare = np.clip(spare, 0, max_trim)
     candidates = np.flatnonzero(lengths <= row_length)
@@ -124,7 +124,7 @@ def _best_fit(
 
 
 def _cut(lengths: np.ndarray, spare: np.ndarray, row_length: int) -> list[int]:
-    """How many first ids each example of a row loses, the largest share first."""
+    """How many first tokens each example of a row loses, the largest share first."""
     excess = max(0, int(lengths.sum()) - row_length)
     cuts = [0] * len(lengths)
     for i in np.argsort(-spare, kind="stable"):
