@@ -43,6 +43,7 @@ def get_config(arg: str = "third") -> ConfigDict:
     config.memory.index = "exact"
     config.memory.num_query_variants = 0
     config.episodes.probability = 0.0
+    config.episodes.label_weight = 1.0
     config.pairing = dict(
         probability=1.0,
         num_documents=(2,),
@@ -89,6 +90,7 @@ def get_config(arg: str = "third") -> ConfigDict:
         config.masking.mask_retrieved = True
         config.masking.rotation_probability = 0.35
         config.episodes.probability = 0.1
+        config.episodes.label_weight = 6.0
         config.optimizer.learning_rate = 2e-3
         config.optimizer.schedule = "cosine"
         config.pipeline.rows = 4 if arg == "twin" else 12

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from racm3_jax.types import TokenizedDocument, TokenizedSegment
+from racm3_jax.types import Example, TokenizedDocument, TokenizedSegment
+from racm3_jax.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class EpisodeConfig:
       class_key: the metadata that says what a document shows.
       num_labels: invented words that labels are sampled from.
       label_first: fraction of the episodes whose labels come before their images.
+      label_weight: further loss weight of the answer, a few tokens beside a whole image.
     """
 
     probability: float = 0.0
@@ -44,6 +46,7 @@ class EpisodeConfig:
     class_key: str = "nation"
     num_labels: int = 2000
     label_first: float = 0.5
+    label_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("probability", "label_first"):
@@ -51,6 +54,10 @@ class EpisodeConfig:
                 raise ValueError(
                     f"episodes.{name} must be in 0..1; got {getattr(self, name)}"
                 )
+        if not 0 < self.label_weight < float("inf"):
+            raise ValueError(
+                f"episodes.label_weight must be above 0; got {self.label_weight}"
+            )
         if not 2 <= self.num_ways <= self.num_labels:
             raise ValueError(
                 "episodes.num_ways must be in 2..num_labels; got "
@@ -138,3 +145,15 @@ class Episodes:
         words = TokenizedSegment("text", self._labels[label])
         segments = (words, image) if first else (image, words)
         return dataclasses.replace(document, segments=segments)
+
+    def weigh(self, example: Example, vocab: Vocab) -> Example:
+        """The sequence of an episode with its answer weighing `label_weight` times more.
+
+        tokens    ... i1 <break> dax <eod>
+        weights   ... 1  1       5   1            label_weight 5
+        """
+        if self.config.label_weight == 1:
+            return example
+        is_answer = example.is_main & vocab.is_text(example.tokens)
+        factor = np.where(is_answer, self.config.label_weight, 1)
+        return example._replace(weights=(example.weights * factor).astype(np.float32))

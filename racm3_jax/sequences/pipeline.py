@@ -288,7 +288,9 @@ class _Steps:
                         f"main documents cannot be used; the last one: {error}"
                     ) from error
                 continue
-            if self.pairing is not None:
+            if i in asked and self.episodes is not None:
+                example = self.episodes.weigh(example, self.vocab)
+            elif self.pairing is not None:
                 example = self.pairing.weigh(example, main)
             examples.append(example)
         batch, num_dropped = pack(
