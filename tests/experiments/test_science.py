@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import run_all
 from science import agreement, catalogue, cells, combining, report, sizes
 from science.experiment import FULL, TINY, Curve, Experiment, Panel, Place
-from science.page import format_page
+from science.page import ONE_PAIR, format_page
 
 from racm3_jax.evaluation.intervals import Share
 
@@ -275,6 +276,17 @@ def test_the_list_is_complete_and_fits_into_the_budget():
 def test_the_page_is_that_of_the_committed_results():
     page = format_page(catalogue.EXPERIMENTS, run_all.RESULTS)
     assert run_all.PAGE.read_text() == page, "run experiments/run_all.py --page"
+
+
+def test_the_page_says_where_seeds_share_one_trained_pair():
+    text = run_all.PAGE.read_text()
+    for experiment in catalogue.EXPERIMENTS:
+        start = text.index(f"\n## {experiment.number}. ")
+        section = text[start : text.index("\n## ", start + 4)]
+        asks_shipped = "open_shipped" in inspect.getsource(
+            sys.modules[experiment.measure.__module__]
+        )
+        assert (ONE_PAIR in section) == asks_shipped, experiment.name
 
 
 def test_the_page_says_plainly_what_was_not_run(tmp_path):
