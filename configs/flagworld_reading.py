@@ -37,6 +37,7 @@ def get_config(arg: str = "third") -> ConfigDict:
     config = flagworld.get_config("twin" if arg == "twin" else "")
     config.world.num_nations = 8000
     config.world.documents_per_nation = 3
+    config.world.name_share = 0.0
     # The memory of another training of the same world, or "" to build one.
     config.memory_path = ""
     # Documents come by class: the retriever is not asked.
@@ -71,6 +72,9 @@ def get_config(arg: str = "third") -> ConfigDict:
         config.world.image_size = 32
         config.world.flag_sizes = ((48, 32),)
         config.world.wave_amplitudes = (0.0,)
+        # Names alone, and sentences around them: a name by its flag comes later than a
+        # flag by its name.
+        config.world.name_share = 0.5
         config.tokenizer.image_size = 32
         config.pipeline.rows = 8
         config.pipeline.row_length = 304

@@ -172,6 +172,19 @@ def test_a_fraction_of_the_captions_says_what_can_be_seen():
     assert 0.4 < described / len(plain) < 0.6
 
 
+def test_a_fraction_of_the_captions_is_the_name_alone():
+    plain = list(flagworld.read_flagworld(SMALL, "train"))
+    some = dataclasses.replace(SMALL, name_share=0.5)
+    alone = 0
+    for document, other in zip(
+        plain, flagworld.read_flagworld(some, "train"), strict=True
+    ):
+        np.testing.assert_array_equal(document.images[0], other.images[0])
+        alone += other.text == document.metadata["nation"]
+        assert other.text in (document.text, document.metadata["nation"])
+    assert 0.4 < alone / len(plain) < 0.6
+
+
 def test_redrawn_documents_show_another_nation_and_nothing_else():
     one, two = flagworld.make_nations(SMALL, "heldout")[:2]
     for document in itertools.islice(

@@ -36,6 +36,8 @@ class FlagworldConfig:
       description_share: fraction of the captions that also say what can be seen: size,
         layout, colours and emblem. Without it a caption and its image have nothing but
         the scene in common, and a CLIP nothing to align.
+      name_share: fraction of the captions that are the nation's name and nothing else:
+        for the beginning of a curriculum, in which a flag and a name are all there is.
       avoided_seed: of a world whose first `avoided_nations` nations, held-out ones
         first, share no name and no design with this one's. A model that was trained on
         that world has then seen none of these flags.
@@ -59,6 +61,7 @@ class FlagworldConfig:
     swap_flags: bool = False
     duplicate_share: float = 0.0
     description_share: float = 0.0
+    name_share: float = 0.0
     avoided_seed: int = 0
     avoided_nations: int = 0
 
@@ -91,7 +94,7 @@ class FlagworldConfig:
                 f"flagworld.avoided_seed is {self.avoided_seed}, this world's own seed: "
                 "choose another flagworld.seed, or avoided_nations=0"
             )
-        for name in ("duplicate_share", "description_share"):
+        for name in ("duplicate_share", "description_share", "name_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(
                     f"flagworld.{name} must lie in 0..1; got {getattr(self, name)}"

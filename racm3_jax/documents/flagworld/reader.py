@@ -47,9 +47,12 @@ def _make_document(
     rng = np.random.default_rng([config.seed, stream, nation.id, number])
     caption = write_caption(nation.name, scene, rng)
     placement = sample_placement(rng, config)
-    # A stream of its own, so that worlds without descriptions stay as they are.
-    described = np.random.default_rng([config.seed, 8, stream, nation.id, number])
-    if described.random() < config.description_share:
+    # A stream of its own, so that worlds of plain captions stay as they are.
+    style = np.random.default_rng([config.seed, 8, stream, nation.id, number])
+    described, named = style.random(2)
+    if named < config.name_share:
+        caption = nation.name
+    if described < config.description_share:
         large = 2 * placement.width > config.image_size
         caption += f", {describe_flag(nation.design, large=large)}"
     image = render(nation.design, scene, placement, config.image_size)
