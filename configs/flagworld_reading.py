@@ -63,7 +63,7 @@ def get_config(arg: str = "third") -> ConfigDict:
     config.pipeline.max_documents = 2
     config.pipeline.max_position_gap = 0
     config.pipeline.rows = 12
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "constant"
     config.train.checkpoint_every = 500
     config.train.num_steps = 8000
@@ -79,6 +79,7 @@ def get_config(arg: str = "third") -> ConfigDict:
         config.pipeline.rows = 8
         config.pipeline.row_length = 304
     if arg == "pilot":
+        config.optimizer.learning_rate = 3e-3
         config.model.d_model = 128
         config.model.head_dim = 32
         config.model.d_ff = 512
@@ -95,7 +96,6 @@ def get_config(arg: str = "third") -> ConfigDict:
         config.masking.rotation_probability = 0.35
         config.episodes.probability = 0.1
         config.episodes.label_weight = 6.0
-        config.optimizer.learning_rate = 2e-3
         config.optimizer.schedule = "cosine"
         config.pipeline.rows = 4 if arg == "twin" else 12
     return config
