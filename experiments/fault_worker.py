@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from racm3_jax import run, sharding, wiring
+from racm3_jax.commands.configs import find_config, load_config_file
 from racm3_jax.model.config import tiny
 from racm3_jax.model.transformer import Transformer, head_weights, init_params
 from racm3_jax.training.loss import make_generator_loss
@@ -130,9 +130,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--stuck_step", type=int, default=-1)
     parser.add_argument("--without", default="", choices=["", "position", "skip"])
     arguments = parser.parse_args(argv)
-    config = ConfigDict()
-    config.kind = "generator"
-    config.seed = 0
+    # Of any generator: the job is made here.
+    config = load_config_file(find_config("flagworld_tiny.py"))
     config.train = {
         "num_steps": arguments.num_steps,
         "log_every": 1,

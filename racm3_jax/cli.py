@@ -27,6 +27,7 @@ from racm3_jax.commands import (
 )
 from racm3_jax.commands.configs import UsageError
 from racm3_jax.commands.failures import explain, is_missing_setting
+from racm3_jax.training.host import prepare_host
 
 # Each module registers its own subcommands.
 FAMILIES = (train, sweep, estimate, generate, demo, memory, convert, doctor)
@@ -100,7 +101,7 @@ def _run(words: Sequence[str]) -> int:
         )
     arguments.config_flags = rest
     _quiet_libraries()
-    _keep_freed_memory()
+    prepare_host()
     return arguments.command(arguments) or 0
 
 
@@ -139,26 +140,6 @@ def _quiet_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     for name in ("jax", "orbax", "etils"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc not to give large blocks back after every step.
-
-    XLA on CPU allocates and frees its buffers in each call; asking the kernel for fresh
-    pages every time took a seventh of a training step.
-    """
-    import ctypes
-
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # from malloc.h
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(arena_max, 1)
 
 
 def _parser() -> argparse.ArgumentParser:

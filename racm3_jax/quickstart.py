@@ -22,7 +22,9 @@ from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.evaluation.report import CaptionRow, write_report
 from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
 from racm3_jax.generation.tasks import Generator
+from racm3_jax.training.mirror import refuse_url
 from racm3_jax.types import Document
+from racm3_jax.wiring.workdirs import claim_workdir, given_back_if_refused
 
 
 class Stages:
@@ -43,14 +45,16 @@ def main(config: Any, workdir: Path) -> None:
     Raises:
       ValueError: if `workdir` holds a run of another config.
     """
+    wiring.read_training(config)
+    refuse_url(workdir, "the work directory of the quickstart")
     stages = Stages()
     own_files.check(
         workdir / "samples.png",
         workdir / "report.html",
         change="give another --workdir",
     )
-    with run.given_back_if_refused(workdir):
-        run.claim_workdir(config, workdir)
+    with given_back_if_refused(workdir):
+        claim_workdir(config, workdir)
         world = wiring.build_world(config)
         tests = choose_tests(world, config.num_prompts)
         prompts = [test.text for test in tests]

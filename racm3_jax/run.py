@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from absl import logging
 
 from racm3_jax import own_files, storage, wiring
 from racm3_jax.checkpoints import Checkpoints
+from racm3_jax.compilation import saved
 from racm3_jax.evaluation import (
     flagworld,
     flagworld_tasks,
@@ -39,34 +38,17 @@ from racm3_jax.memory.memory import Memory
 from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
+from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import Profile, fit
+from racm3_jax.training.mirror import refuse_url
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
-from racm3_jax.training.step import TrainState
-
-# What a work directory holds that was claimed and not used.
-_CLAIM = {"config.json", "training.lock"}
-# What trainings write: in a directory without a config.json, it is somebody else's.
-_OUTPUTS = (
-    "checkpoints",
-    "clip",
-    "loss.png",
-    "metrics.jsonl",
-    "model",
-    "source",
-    "tensorboard",
-    "text",
-    "tokenizer",
-    "vqgan",
-)
-# Settings that a resumed run may change: what is learned from which data stays.
-_MAY_CHANGE = (
-    "config.mesh",
-    "config.model.remat",
-    "config.train.checkpoint_every",
-    "config.train.keep_checkpoints",
-    "config.train.log_every",
-    "config.train.num_microbatches",
-    "config.train.watchdog_seconds",
+from racm3_jax.training.step import TrainState, TrainStep
+from racm3_jax.wiring.workdirs import (
+    LOCK_NAME,
+    check_inputs,
+    claim_workdir,
+    given_back_if_refused,
+    local_workdir,
 )
 
 
@@ -76,6 +58,7 @@ def train(
     *,
     progress: bool = True,
     profile_steps: tuple[int, int] | None = None,
+    compiled: str | Path | None = None,
 ) -> TrainState:
     """Trains what `config.kind` names, in `workdir`; the same call resumes.
 
@@ -86,35 +69,75 @@ def train(
 
     Args:
       config: from a file of `configs/`.
-      workdir: created if missing.
+      workdir: created if missing; may be a URL, see `training.mirror`.
       progress: show a progress bar.
       profile_steps: first and last step of a trace, written to `workdir/profile`.
+      compiled: what `racm3 estimate --save` wrote; the step is read, not compiled.
 
     Returns:
       The last state; its step is below `config.train.num_steps` when SIGTERM or Ctrl-C
       ended the training early, after a save.
 
     Raises:
-      ValueError: if `workdir` holds a run of another config.
+      ValueError: if the config has unknown settings, `workdir` holds a run of another
+        config, memory, tokenizer or embedder, or another training is under way there,
+        or `compiled` is the step of another training, machine or version.
     """
-    join_processes()
-    workdir = Path(workdir)
+    settings = wiring.read_training(config).train
+    prepare_host()
+    num_processes = join_processes()
+    if compiled is not None:
+        _check_compiled(config, Path(compiled))
+    with local_workdir(workdir, num_processes) as folder:
+        return _train_in(config, settings, folder, progress, profile_steps, compiled)
+
+
+def _train_in(
+    config: Any,
+    settings: wiring.TrainConfig,
+    workdir: Path,
+    progress: bool,
+    profile_steps: tuple[int, int] | None,
+    compiled: str | Path | None,
+) -> TrainState:
     own_files.check(workdir / "loss.png", change="give another --workdir")
-    with given_back_if_refused(workdir):
-        with leader_first():
-            fingerprint = claim_workdir(config, workdir)
-        with _advice_when_memory_is_full(config):
-            job = wiring.build_job(config, workdir)
+    with contextlib.ExitStack() as held:
+        with given_back_if_refused(workdir):
+            with leader_first():
+                if jax.process_index() == 0:
+                    what = f"a training in {workdir}"
+                    held.enter_context(storage.claimed(workdir / LOCK_NAME, what))
+                fingerprint = claim_workdir(config, workdir)
+            with _advice_when_memory_is_full(config):
+                job = wiring.build_job(config, workdir)
+            if compiled is not None:
+                job = _with_compiled_step(job, config, Path(compiled))
+        return _train(
+            config, settings, job, workdir, fingerprint, progress, profile_steps
+        )
+
+
+def _train(
+    config: Any,
+    settings: wiring.TrainConfig,
+    job: wiring.Job,
+    workdir: Path,
+    fingerprint: str,
+    progress: bool,
+    profile_steps: tuple[int, int] | None,
+) -> TrainState:
+    """`train`, in a work directory that is this training's own."""
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     saver = Checkpoints(
         workdir / "checkpoints",
-        keep=config.train.get("keep_checkpoints", 2),
-        save_interval=config.train.checkpoint_every,
+        keep=settings.keep_checkpoints,
+        save_interval=settings.checkpoint_every,
     )
     state = job.state
     found = saver.latest_good()
     if found is not None:
-        state, _ = saver.restore(found, state)
+        state, extra = saver.restore(found, state)
+        check_inputs(extra, job, workdir)
         logging.info("resuming %s at step %d", workdir, found)
     start_step = int(state.step)
     if start_step < job.num_steps:
@@ -131,16 +154,20 @@ def train(
                     num_steps=job.num_steps,
                     writer=writer,
                     checkpoints=saver,
-                    checkpoint_extra={"config": fingerprint},
-                    log_every=config.train.log_every,
+                    checkpoint_extra={
+                        "config": fingerprint,
+                        "inputs": dict(job.inputs),
+                        "num_main_documents": job.num_main_documents,
+                    },
+                    log_every=settings.log_every,
                     progress=progress,
                     description=f"train {config.kind}",
                     with_stats=job.with_stats,
-                    max_skipped_steps=config.train.get("max_skipped_steps", 0),
+                    max_skipped_steps=settings.max_skipped_steps,
                     peak_flops=_peak_flops(),
                     flops_per_token=job.flops_per_token,
                     profile=profile,
-                    watchdog_seconds=config.train.get("watchdog_seconds", 0.0),
+                    watchdog_seconds=settings.watchdog_seconds,
                     signs=_make_signs(workdir),
                 )
         finally:
@@ -153,6 +180,23 @@ def train(
     if int(state.step) == job.num_steps:
         job.export(state)
     return state
+
+
+def _check_compiled(config: Any, path: Path) -> None:
+    """What can be refused before the data are loaded."""
+    if config.kind != "generator":
+        raise ValueError(
+            f"--compiled={path} is for generators; config.kind is {config.kind!r}"
+        )
+    saved.check_step(path, wiring.build_mesh(config))
+
+
+def _with_compiled_step(job: wiring.Job, config: Any, path: Path) -> wiring.Job:
+    assert isinstance(job.step_fn, TrainStep)
+    shape = (config.pipeline.rows, config.pipeline.row_length)
+    batch = wiring.abstract_batch(shape, job.step_fn.mesh)
+    step = saved.load_step(path, job.step_fn, job.state, batch, config.to_dict())
+    return dataclasses.replace(job, step_fn=step)
 
 
 @contextlib.contextmanager
@@ -184,84 +228,6 @@ def _peak_flops() -> float:
     """Of all devices together; 0 for a kind that is not in the table, as CPUs."""
     device = find_device(jax.devices()[0].device_kind)
     return device.flops * jax.device_count() if device else 0.0
-
-
-@contextlib.contextmanager
-def given_back_if_refused(workdir: Path) -> Iterator[None]:
-    """Makes a work directory; one that holds its config alone is free after an error.
-
-    The corrected command has another config, which must not be refused then.
-    """
-    is_made = not workdir.exists()
-    is_new = not (workdir / "config.json").exists()
-    workdir.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except Exception:
-        with contextlib.suppress(OSError):
-            names = set(os.listdir(workdir))
-            if is_new and names <= _CLAIM:
-                for name in names:
-                    (workdir / name).unlink()
-            if is_made:
-                workdir.rmdir()  # if it is empty
-        raise
-
-
-def claim_workdir(config: Any, workdir: Path) -> str:
-    """Writes the config into a new work directory, or checks that it is the same.
-
-    How it is computed and logged may differ (`_MAY_CHANGE`).
-
-    Returns:
-      The config's fingerprint.
-
-    Raises:
-      ValueError: names the settings that differ.
-      FileExistsError: the directory holds results, but no config.
-    """
-    text = config.to_json(sort_keys=True)
-    path = workdir / "config.json"
-    if path.exists():
-        old, new = _read_config(path), json.loads(text)
-        changed = sorted(
-            name
-            for name in _differences(old, new, "config")
-            if not name.startswith(_MAY_CHANGE)
-        )
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config (it differs in "
-                f"{', '.join(changed[:5])}): use another --workdir, or remove this one"
-            )
-    else:
-        for name in _OUTPUTS:
-            if (workdir / name).exists():
-                raise FileExistsError(
-                    f"{workdir / name} is not of a training: there is no config.json "
-                    "beside it, so nothing is written there; give another --workdir"
-                )
-        storage.write_file(path, text.encode())
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _read_config(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not the config of a training ({error}): give another --workdir"
-        ) from None
-
-
-def _differences(old: Any, new: Any, where: str) -> set[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {
-            name
-            for key in old.keys() | new.keys()
-            for name in _differences(old.get(key), new.get(key), f"{where}.{key}")
-        }
-    return set() if old == new else {where}
 
 
 def load(
@@ -308,10 +274,9 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
     Raises:
       ValueError: for an unknown suite, or models and memories that do not fit.
     """
-    if config.suite not in SUITES:
-        raise ValueError(
-            f"config.suite is {config.suite!r}; allowed: {', '.join(SUITES)}"
-        )
+    wiring.read_evaluation(config)
+    refuse_url(workdir, "the work directory of an evaluation")
+    prepare_host()
     join_processes()
     workdir = Path(workdir)
     check_workdir(workdir)

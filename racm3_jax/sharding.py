@@ -1,8 +1,9 @@
 """The mesh, and the one table that says how every parameter lies on it.
 
-The mesh has three axes: `data` (batch is split, parameters are copied), `fsdp` (batch
-and parameters are split) and `tensor` (parameters are split, batch is copied). Modules
-name the *logical* axes of their parameters (`nn.with_logical_partitioning`);
+The mesh has four axes: `dcn` and `data` (batch is split, parameters are copied), `fsdp`
+(batch and parameters are split) and `tensor` (parameters are split, batch is copied).
+`dcn` is what a slow network connects, slices of a TPU pod: only gradients cross it.
+Modules name the *logical* axes of their parameters (`nn.with_logical_partitioning`);
 `LOGICAL_RULES` maps names to mesh axes. The table is total: an unknown name, a matrix
 without names, a mesh axis used twice or a size that does not divide is an error that
 names the parameter; nothing is replicated by accident.
@@ -10,15 +11,18 @@ names the parameter; nothing is replicated by accident.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int64
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("dcn", "data", "fsdp", "tensor")
 
 # Choices in order; the first mesh axis that no earlier dimension of the same parameter
 # took is used. An empty tuple means "replicated along this dimension". What is small in
@@ -40,55 +44,145 @@ LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "conv_out": (),
 }
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("dcn", "data", "fsdp")
 
 
 class ShardingError(ValueError):
     """A parameter or a batch that the mesh and the table cannot place."""
 
 
-def make_mesh(
+def mesh_sizes(
+    num_devices: int,
+    *,
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
-    devices: Sequence[Any] | None = None,
-) -> Mesh:
-    """Builds the mesh `(data, fsdp, tensor)`; one of the sizes may be -1 ("the rest").
+    dcn: int = 1,
+    platform: str = "",
+) -> dict[str, int]:
+    """The size of every mesh axis, with the -1 filled in.
+
+    Where `data` and `fsdp` are both -1, the weights are split as far as pays: over all
+    devices of a slice, but over half of them on a TPU slice of 16 or more. XLA sends
+    what all devices of a TPU slice reduce among themselves as one whole all-reduce,
+    and on a three-dimensional one what they gather, too: two to four times the bytes
+    of the reduce-scatters and all-gathers of any smaller group.
 
     Args:
-      data: copies of the model that read different rows.
-      fsdp: over how many devices parameters, optimizer state and rows are split.
-      tensor: over how many devices one layer's heads and width are split.
-      devices: the devices to use; all of them by default.
+      num_devices: of all slices.
+      data: copies of the model that read different rows; -1: the rest.
+      fsdp: over how many devices parameters, optimizer state and rows are split; -1:
+        the rest.
+      tensor: over how many devices one layer's heads and width are split; -1: the rest.
+      dcn: copies that a data-centre network connects: slices of a TPU pod.
+      platform: "tpu", "gpu" or "cpu".
 
     Raises:
       ShardingError: the sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, tensor]
-    wanted = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+    sizes = {"dcn": dcn, "data": data, "fsdp": fsdp, "tensor": tensor}
+    wanted = " x ".join(f"{name}={size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if (
+        any(size < 1 and size != -1 for size in sizes.values())
+        or "dcn" in free
+        or (len(free) > 1 and free != ["data", "fsdp"])
+    ):
         raise ShardingError(
-            f"mesh {wanted}: sizes are >= 1, and at most one is -1 (the rest)"
+            f"mesh {wanted}: sizes are >= 1, and one of data, fsdp and tensor may be "
+            "-1 (the rest), or data and fsdp both (as pays)"
         )
-    if -1 in sizes:
-        rest, remainder = divmod(len(devices), -int(np.prod(sizes)))
-        sizes[sizes.index(-1)] = 0 if remainder else rest
-    if int(np.prod(sizes)) != len(devices):
+    rest = num_devices // math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 2:
+        spare = platform == "tpu" and tensor == 1 and rest >= 16 and rest % 2 == 0
+        sizes["data"] = 2 if spare else 1
+        rest //= sizes["data"]
+    if free:
+        sizes[free[-1]] = rest
+    if math.prod(sizes.values()) != num_devices:
         raise ShardingError(
-            f"mesh {wanted} does not fit {len(devices)} devices: the sizes must "
+            f"mesh {wanted} does not fit {num_devices} devices: the sizes must "
             "multiply to the number of devices"
         )
-    return jax.make_mesh(
-        tuple(sizes),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
+    return sizes
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    dcn: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Builds the mesh `(dcn, data, fsdp, tensor)`; for the sizes see `mesh_sizes`.
+
+    Args:
+      data: see `mesh_sizes`.
+      fsdp: see `mesh_sizes`.
+      tensor: see `mesh_sizes`.
+      dcn: see `mesh_sizes`; where the devices are several TPU slices, their number.
+      devices: the devices to use; all of them by default.
+
+    Raises:
+      ShardingError: sizes that do not fit the devices or their slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    platform = devices[0].platform
+    sizes = mesh_sizes(
+        len(devices), data=data, fsdp=fsdp, tensor=tensor, dcn=dcn, platform=platform
     )
+    slices: dict[int, list[Any]] = {}
+    if platform == "tpu":
+        for device in devices:
+            slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    shape = tuple(sizes.values())
+    if len(slices) > 1:
+        if dcn != len(slices) or len({len(own) for own in slices.values()}) > 1:
+            raise ShardingError(
+                f"mesh dcn={dcn}, but the devices are {len(slices)} slices of "
+                f"{sorted(len(own) for own in slices.values())}: use slices of one "
+                f"size and --config.mesh.dcn={len(slices)}"
+            )
+        placed = np.stack(
+            [_on_the_torus(shape[1:], slices[index]) for index in sorted(slices)]
+        )
+    elif platform == "tpu":
+        placed = _on_the_torus(shape, devices)
+    else:
+        placed = np.asarray(devices).reshape(shape)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _on_the_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of one slice, neighbours along the axes that exchange most.
+
+    A size that is no product of the torus' own, as 2 on 4x4x4, takes a part of one.
+    """
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def current_platform() -> str:
+    """ "cpu", "gpu" or "tpu": where the program that is being traced will run.
+
+    The current mesh says it (`jax.set_mesh`), so that a program can be compiled for
+    devices that are not there. Without a mesh it is where JAX itself puts arrays.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def current_device_kind() -> str:
+    """What JAX calls the devices of the current mesh, or its own without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
 def partition_spec(
-    path: str, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    path: str,
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
 ) -> PartitionSpec:
     """Where one parameter lies, by the table.
 
@@ -182,7 +276,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over `data` and `fsdp`; all further dimensions whole."""
+    """Rows split over `dcn`, `data` and `fsdp`; all further dimensions whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -202,18 +296,63 @@ def constrain_rows(x: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def local_rows(
+    mesh: Mesh, num_rows: int, process_index: int | None = None
+) -> Int64[np.ndarray, " rows"]:
+    """The rows of a batch that this process holds and so has to make, ascending.
+
+    Rows belong to shards. Where `tensor` crosses processes, several hold the same rows,
+    and each of them makes all of these:
+
+        2 processes of 2 devices, 8 rows      process 0           process 1
+        data=4                                0 1 2 3             4 5 6 7
+        data=2, tensor=2, within a process    0 1 2 3             4 5 6 7
+        data=2, tensor=2, across              0 1 2 3 4 5 6 7     0 1 2 3 4 5 6 7
+
+    Args:
+      mesh: from `make_mesh`.
+      num_rows: of the whole batch.
+      process_index: of another process than this one.
+
+    Raises:
+      ShardingError: a number of rows that the mesh does not divide.
+    """
+    if process_index is None:
+        process_index = jax.process_index()
+    num_shards = count_row_shards(mesh)
+    if num_rows % num_shards:
+        raise ShardingError(
+            f"a batch of {num_rows} rows does not divide over {num_shards} "
+            f"devices ({' x '.join(BATCH_AXES)}): change the number of rows or the mesh"
+        )
+    places = batch_sharding(mesh).devices_indices_map((num_rows,))
+    held = {
+        rows.indices(num_rows)[:2]
+        for device, (rows,) in places.items()
+        if device.process_index == process_index
+    }
+    return np.concatenate(
+        [np.arange(*bounds, dtype=np.int64) for bounds in sorted(held)]
+    )
+
+
+def count_row_shards(mesh: Mesh) -> int:
+    """Into how many shards the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts a pytree of host arrays on the mesh: rows split, scalars copied.
 
-    With several processes each passes its own rows, and the global batch is their
-    concatenation. Arrays that are on the mesh already pass through.
+    With several processes each passes the rows that it holds, those of `local_rows`.
+    Arrays that are on the mesh already pass through.
 
     Raises:
       ShardingError: a number of rows that the mesh does not divide.
     """
     rows_sharding, scalar_sharding = batch_sharding(mesh), replicated(mesh)
-    num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    num_processes = jax.process_count()
+    num_shards = count_row_shards(mesh)
+    held = local_rows(mesh, num_shards)  # shards in place of rows
 
     def put(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(
@@ -223,13 +362,22 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         leaf = np.asarray(leaf)
         if leaf.ndim == 0:
             return jax.device_put(leaf, scalar_sharding)
-        if (leaf.shape[0] * num_processes) % num_shards:
+        size, rest = divmod(len(leaf), len(held))
+        if rest:
             raise ShardingError(
-                f"a batch of {leaf.shape[0]} rows does not divide over {num_shards} "
-                "devices (data x fsdp): change the number of rows or the mesh"
+                f"a batch of {len(leaf)} rows does not divide over {len(held)} "
+                f"devices ({' x '.join(BATCH_AXES)}) of this process: change the number "
+                "of rows or the mesh"
             )
-        if num_processes == 1:
+        if len(held) == num_shards and jax.process_count() == 1:
             return jax.device_put(leaf, rows_sharding)
-        return jax.make_array_from_process_local_data(rows_sharding, leaf)
+
+        def read(index: Any) -> np.ndarray:
+            shard = index[0].indices(size * num_shards)[0] // size
+            place = int(np.searchsorted(held, shard)) * size
+            return leaf[place : place + size]
+
+        shape = (size * num_shards, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, rows_sharding, read)
 
     return jax.tree.map(put, batch)

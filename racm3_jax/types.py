@@ -135,11 +135,14 @@ class Example(NamedTuple):
       weights: loss weight of each token *as a target*: 1 on the main document, alpha on
         retrieved ones, 0 on sentinels.
       is_main: True on the tokens of the main document and of its moved spans.
+      cuts: half-open ranges of `tokens`, images of retrieved documents, that packing may
+        shorten at their end; the first ones first. Each is followed by one more token.
     """
 
     tokens: Int32[np.ndarray, " length"]
     weights: Float32[np.ndarray, " length"]
     is_main: Bool[np.ndarray, " length"]
+    cuts: Int64[np.ndarray, "images 2"] = np.zeros((0, 2), np.int64)
 
 
 class Batch(NamedTuple):

@@ -19,6 +19,7 @@ FLOORS = [
     {"training", "generation"},
     {"evaluation", "porting"},
     {"wiring"},
+    {"compilation"},
     {"run"},
     {"quickstart", "sweeps", "doctor", "demo"},
     {"commands"},

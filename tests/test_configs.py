@@ -225,6 +225,13 @@ def test_the_shipped_suite_is_large_enough():
     assert held_out + world.num_nations * world.documents_per_nation >= 20_000
 
 
+def test_rows_that_the_mesh_does_not_divide_are_refused_before_anything_is_loaded():
+    config = load("racm3_2b7")  # whose tokenizer would be the next thing to miss
+    config.pipeline.update(rows=12, groups=4)
+    with pytest.raises(sharding.ShardingError, match="12 rows does not divide over 8"):
+        wiring.build_job(config, pathlib.Path("unused"))
+
+
 def test_unknown_key_names_the_nearest():
     with pytest.raises(ValueError, match=r"did you mean config.pipeline.row_length\?"):
         wiring.construct(

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import socket
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 
-from racm3_jax import cli, run, wiring
+from racm3_jax import cli, run, storage, wiring
+from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.commands import configs
 from racm3_jax.documents.flagworld import read_flagworld
 from racm3_jax.memory.memory import Memory
@@ -49,6 +53,41 @@ def test_four_steps_equal_two_and_two(unbroken, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_work_directory_in_a_bucket_is_resumed_elsewhere(unbroken, monkeypatch):
+    """By a process that finds nothing but the bucket; bit for bit, too."""
+    _, state = unbroken
+    url, build = "memory://runs/bucket", wiring.build_job
+
+    def half(*args):
+        return dataclasses.replace(build(*args), num_steps=2, export=lambda state: None)
+
+    monkeypatch.setattr(wiring, "build_job", half)
+    stopped = run.train(tiny(), url, progress=False)
+    monkeypatch.setattr(wiring, "build_job", build)
+    assert int(stopped.step) == 2
+    resumed = run.train(tiny(), url, progress=False)
+    for a, b in zip(leaves(state), leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    names = fsspec.filesystem("memory").find("/runs/bucket")
+    assert "/runs/bucket/model/model.safetensors" in names
+    config = tiny()
+    config.optimizer.learning_rate = 1.0
+    with pytest.raises(ValueError, match="memory://runs/bucket holds a run of another"):
+        run.train(config, url, progress=False)
+
+
+def test_urls_where_none_can_be_are_refused(capsys, tmp_path):
+    for command in (
+        ["quickstart", "--workdir=gs://a/b"],
+        ["evaluate", "--workdir=gs://a/b"],
+        ["train", f"--config={CONFIGS}/flagworld_tiny.py", f"--workdir={tmp_path}/run"]
+        + ["--config.embedder=s3://a/b"],
+    ):
+        assert cli.main(command) == 2
+        assert "is a URL, but" in capsys.readouterr().err
+    assert not pathlib.Path("gs:").exists()
+
+
 def test_metrics_name_both_modalities(unbroken):
     workdir, _ = unbroken
     lines = [
@@ -66,6 +105,32 @@ def test_another_config_is_refused(unbroken):
     config.optimizer.learning_rate = 1.0
     with pytest.raises(ValueError, match=r"config.optimizer.learning_rate"):
         run.train(config, workdir, progress=False)
+
+
+def test_another_memory_is_refused(unbroken, monkeypatch):
+    """One that grew, say: its rows may be other documents."""
+    workdir, _ = unbroken
+    with Checkpoints(workdir / "checkpoints") as saver:
+        step = saver.latest_good()
+        _, extra = saver.restore(step, unbroken[1])
+    with Memory.load(workdir / "memory") as memory:
+        assert extra["inputs"]["memory"] == memory.fingerprint()
+        assert extra["num_main_documents"] == memory.num_allowed > 0
+    job = wiring.build_job(tiny(), workdir)
+    for name in job.inputs:
+        other = dataclasses.replace(job, inputs={**job.inputs, name: "another"})
+        monkeypatch.setattr(wiring, "build_job", lambda *_, other=other: other)
+        with pytest.raises(ValueError, match=f"was trained with the {name} .* another"):
+            run.train(tiny(), workdir, progress=False)
+
+
+def test_two_trainings_in_one_work_directory_are_refused(unbroken):
+    workdir, _ = unbroken
+    assert (workdir / run.LOCK_NAME).exists()  # its owner has ended, which is no matter
+    with storage.claimed(workdir / run.LOCK_NAME, "a training"):
+        own = f"host {socket.gethostname()}, process {os.getpid()}"
+        with pytest.raises(ValueError, match=f"a training in .* \\({own}\\): wait"):
+            run.train(tiny(), workdir, progress=False)
 
 
 @pytest.fixture(scope="module")

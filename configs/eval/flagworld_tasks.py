@@ -12,6 +12,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" for the shipped models, or the folder of others (its `model`, `twin`)."""
     config = flagworld.get_config(arg)
     config.suite = "flagworld_tasks"
+    del config.num_scene_examples  # only `flagworld` judges scenes
     config.settings = ConfigDict(
         dict(
             num_items=0,

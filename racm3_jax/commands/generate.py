@@ -205,7 +205,7 @@ def _check_and_run(command: Callable, arguments: Arguments) -> None:
     """What is wrong in the options themselves is said before a model is loaded."""
     from racm3_jax.generation.settings import SamplingSettings, make_config
 
-    settings = {
+    settings: Any = {
         name: value
         for name in SamplingSettings.__annotations__
         if (value := getattr(arguments, name, None)) is not None

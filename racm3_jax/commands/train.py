@@ -31,6 +31,9 @@ def register(commands: Any) -> None:
     sub.add_argument(
         "--profile_steps", default="", help="first:last step of a trace to write"
     )
+    sub.add_argument(
+        "--compiled", default="", help="a step from racm3 estimate --compile --save"
+    )
     text = f"Run a suite{_CONFIG_HELP}."
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.set_defaults(command=_evaluate, takes_config=True)
@@ -43,7 +46,12 @@ def _train(arguments: Arguments) -> int:
 
     config = read_config(arguments.config_flags)
     steps = _parse_steps(arguments.profile_steps)
-    state = run.train(config, arguments.workdir, profile_steps=steps)
+    state = run.train(
+        config,
+        arguments.workdir,
+        profile_steps=steps,
+        compiled=arguments.compiled or None,
+    )
     if int(state.step) < config.train.num_steps:
         print(
             f"stopped and saved after step {int(state.step)} of "

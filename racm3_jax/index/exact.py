@@ -27,6 +27,7 @@ from racm3_jax.index.folder import Description
 from racm3_jax.index.rows import Rows
 
 MAX_QUERIES_PER_CALL = 256
+BLOCK_ROWS = 1 << 16
 _AXIS = "rows"
 
 
@@ -67,13 +68,14 @@ def _keep_best(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "k", "num_rows"))
-def _search_all(
+def search_all(
     blocks: Float[Array, "blocks block_rows d_embed"],
     queries: Float[Array, "queries d_embed"],
     mesh: Mesh,
     k: int,
     num_rows: int,
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
+    """Scores and ids, best first, over the devices of a mesh; see `split_rows`."""
     search = jax.shard_map(
         functools.partial(_search_device, k=k, num_rows=num_rows),
         mesh=mesh,
@@ -82,6 +84,15 @@ def _search_all(
         check_vma=False,
     )
     return search(blocks, queries)
+
+
+def split_rows(
+    num_rows: int, num_devices: int, block_rows: int = BLOCK_ROWS
+) -> tuple[int, int]:
+    """(blocks of all devices together, rows of a block); the last ones are padded."""
+    rows_per_device = -(-num_rows // num_devices)
+    block_rows = min(block_rows, rows_per_device)
+    return num_devices * -(-rows_per_device // block_rows), block_rows
 
 
 class ExactIndex(Backend):
@@ -99,15 +110,13 @@ class ExactIndex(Backend):
         self,
         embeddings: Float[np.ndarray, "rows d_embed"] | Rows,
         devices: Sequence[Any] | None = None,
-        block_rows: int = 1 << 16,
+        block_rows: int = BLOCK_ROWS,
     ):
         embeddings = check_embeddings(embeddings)
         super().__init__(*embeddings.shape, settings={})
         devices = devices or list(jnp.zeros(()).devices())
         self._mesh = Mesh(np.asarray(devices), (_AXIS,))
-        rows_per_device = -(-self._num_rows // len(devices))
-        block_rows = min(block_rows, rows_per_device)
-        num_blocks = len(devices) * -(-rows_per_device // block_rows)
+        num_blocks, block_rows = split_rows(self._num_rows, len(devices), block_rows)
 
         def make_blocks(index: Any) -> np.ndarray:
             """Of one device; what lies past the last row is zero."""
@@ -156,7 +165,7 @@ class ExactIndex(Backend):
             block = queries[start : start + MAX_QUERIES_PER_CALL]
             padding = _next_power_of_two(len(block)) - len(block)
             padded = np.pad(block, ((0, padding), (0, 0)))
-            found = _search_all(self._blocks, padded, self._mesh, width, self._num_rows)
+            found = search_all(self._blocks, padded, self._mesh, width, self._num_rows)
             scores.append(np.asarray(found[0])[: len(block), :k])
             ids.append(np.asarray(found[1])[: len(block), :k])
         return np.concatenate(ids), np.concatenate(scores)

@@ -84,6 +84,8 @@ class Columns:
         hashes = [hash_name(d.id) for d in chunk.documents]
         self._writers["id_hashes"].append(np.asarray(hashes, np.uint64))
         self._writers["source_hashes"].append(np.asarray(sources, np.uint64))
+        splits = [hash_name(str(d.metadata.get("split", ""))) for d in chunk.documents]
+        self._writers["split_hashes"].append(np.asarray(splits, np.uint64))
         self._writers["modalities"].append(modalities)
         for name in ("content_hashes", "image_hashes"):
             if name in self._writers:

@@ -41,6 +41,7 @@ COLUMN_TYPES: Mapping[str, str] = {
     "queries_image": "<f2",
     "id_hashes": "<u8",
     "source_hashes": "<u8",
+    "split_hashes": "<u8",
     "content_hashes": "<u8",
     "image_hashes": "<u8",
     "modalities": "|u1",

@@ -8,7 +8,7 @@
       embeddings_image-00000.npy       f32[n, d]     zero where there is no image
       queries_text-00000.npy           f16[n, v, d]  parts under query dropout
       queries_image-00000.npy          f16[n, v, d]
-      id_hashes-… source_hashes-… modalities-…  one number a document
+      id_hashes-… source_hashes-… split_hashes-… modalities-…   one number a document
       index/                           see `index`
       deny.json                        rows that are never returned
 
@@ -62,6 +62,7 @@ class Memory:
       image_embeddings: the image parts; zero rows where there is none.
       id_hashes: `hash_name` of every document's id.
       source_hashes: of its source, 0 where it has none.
+      split_hashes: of the `split` in its metadata, 0 where it has none; None if unknown.
       content_hashes: equal for equal text and pixels; None if unknown.
       image_hashes: perceptual, of the first image, 0 without; None if unknown.
       is_multimodal: True where a document has both text and an image.
@@ -81,7 +82,8 @@ class Memory:
         self.source_hashes: UInt64[np.ndarray, " n"] = np.asarray(
             self._rows("source_hashes")
         )
-        # Memories that were built from Python before version 0.2 have none of these.
+        # Older memories have none of these.
+        self.split_hashes = self._hashes("split_hashes")
         self.content_hashes = self._hashes("content_hashes")
         self.image_hashes = self._hashes("image_hashes")
         self._modalities = np.asarray(self._rows("modalities"))

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from racm3_jax.model import attention_kernels
 from racm3_jax.model.config import AttentionKind
 from racm3_jax.model.contract import contract
+from racm3_jax.sharding import current_platform
 
 # Finite, so that a fully masked row would still be a softmax without NaN.
 _MASKED = -1e30
@@ -45,7 +46,7 @@ IMPLEMENTATIONS = ("plain", "blocked", "cudnn", "splash")
 
 
 def choose_implementation(dtype: str = "bfloat16") -> str:
-    """What "auto" means here.
+    """What "auto" means where the program will run, see `sharding.current_platform`.
 
     - "blocked" on one CPU device, where it takes half the time of "plain". It loops over
       the rows of the batch, which would undo a sharding of that axis: under a mesh of
@@ -57,7 +58,7 @@ def choose_implementation(dtype: str = "bfloat16") -> str:
     Args:
       dtype: of the products.
     """
-    backend = jax.default_backend()
+    backend = current_platform()
     if backend == "cpu":
         mesh = jax.sharding.get_abstract_mesh()
         return "blocked" if mesh.empty or mesh.size == 1 else "plain"

@@ -6,16 +6,18 @@ and values that may have fewer heads. Neither ever forms the scores of a whole r
 
 from __future__ import annotations
 
-import functools
+import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from racm3_jax.sharding import BATCH_AXES
+from racm3_jax.sharding import BATCH_AXES, current_device_kind, current_platform
 
 _Q = Float[Array, "batch length heads head_dim"]
 _KV = Float[Array, "batch length kv_heads head_dim"]
@@ -26,13 +28,60 @@ _SPLASH_LEAST, _SPLASH_MOST = 128, 512
 _LANES = 128
 
 
+# NVIDIA's names for what has compute capability 9 or more, for GPUs that are not here.
+_PACKED_CUDNN_GPUS = ("h20", "h100", "h200", "h800", "gh200", "b100", "b200", "b300")
+
+
 def has_packed_cudnn() -> bool:
-    """Whether the GPUs here run cuDNN's packed attention: Hopper or newer."""
-    devices = jax.local_devices()
-    if devices[0].platform != "gpu":
+    """Whether the GPUs of the current mesh run cuDNN's packed attention: Hopper on.
+
+    False, with a line in the log, where the GPUs do and the software does not.
+    """
+    if current_platform() != "gpu":
         return False
-    capability = str(getattr(devices[0], "compute_capability", "0"))
-    return float(capability) >= 9.0
+    kind = current_device_kind()
+    local = [device for device in jax.local_devices() if device.device_kind == kind]
+    if local and hasattr(local[0], "compute_capability"):
+        is_hopper = float(local[0].compute_capability) >= 9.0
+    else:
+        is_hopper = any(name in kind.lower() for name in _PACKED_CUDNN_GPUS)
+    if not is_hopper:
+        return False
+    try:
+        cudnn = _import_packed_cudnn()
+        if local:
+            cudnn.check_cudnn_version()
+    except (ValueError, RuntimeError) as error:
+        logging.log_first_n(
+            logging.WARNING,
+            "attention is computed by the slower 'plain' implementation: %s",
+            1,
+            error,
+        )
+        return False
+    return True
+
+
+def _import_packed_cudnn() -> Any:
+    """JAX's module around cuDNN's packed attention, which it does not publish.
+
+    Raises:
+      ValueError: this version of JAX has none, or another one.
+    """
+    try:
+        cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+        parameters = inspect.signature(cudnn.dot_product_attention).parameters
+        known = {"q_offsets", "kv_offsets", "mask_type"} <= set(parameters)
+        known = known and hasattr(cudnn.MaskType, "PADDING_CAUSAL")
+    except (ImportError, AttributeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"jax {jax.__version__} has no packed cuDNN attention as this package knows "
+            'it (that of jax 0.9 and 0.10): set config.model.attention="plain", or '
+            "install such a jax"
+        )
+    return cudnn
 
 
 def find_segments(
@@ -85,9 +134,11 @@ def attend_cudnn(
       v: values.
       segment_ids: numbers the examples of each row; a segment is contiguous.
       max_segments: of one row, padding counted as one.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    Raises:
+      ValueError: this version of JAX has no such function.
+    """
+    cudnn = _import_packed_cudnn()
     group = q.shape[2] // k.shape[2]
     if group > 1:  # the offsets of keys are counted in heads of the queries
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
@@ -108,8 +159,8 @@ def attend_cudnn(
     return jnp.where(fits, out, jnp.asarray(jnp.nan, out.dtype))
 
 
-@functools.lru_cache(maxsize=16)
-def _make_splash(heads: int, length: int, interpret: bool) -> Callable[..., Any]:
+def _make_splash(heads: int, length: int) -> Callable[..., Any]:
+    """The kernel of one row. It holds arrays of the trace that makes it: never kept."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = next(b for b in (_SPLASH_MOST, 256, _SPLASH_LEAST) if length % b == 0)
@@ -122,15 +173,13 @@ def _make_splash(heads: int, length: int, interpret: bool) -> Callable[..., Any]
         block_kv_dq=block,
     )
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
-    # The mask's tables are constants of whatever program the kernel is used in.
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(
-            mask,
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
+    return splash.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=current_platform() != "tpu",
+    )
 
 
 def attend_splash(q: _Q, k: _KV, v: _KV, segment_ids: _Segments) -> _Q:
@@ -169,8 +218,6 @@ def _attend_splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     padded = [jnp.pad(x, (*rows, (0, 0), lanes)).swapaxes(1, 2) for x in (q, k, v)]
     # The rows' own padding is no segment of theirs.
     ids = jnp.pad(segment_ids, rows, constant_values=-1)
-    kernel = _make_splash(
-        q.shape[2], padded[0].shape[2], jax.default_backend() != "tpu"
-    )
+    kernel = _make_splash(q.shape[2], padded[0].shape[2])
     out = jax.vmap(kernel)(*padded, splash.SegmentIds(q=ids, kv=ids))
     return out.swapaxes(1, 2)[:, :length, :, :head_dim]

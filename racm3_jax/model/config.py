@@ -53,8 +53,8 @@ class ModelConfig:
       compute_dtype: of the matrix products; parameters, norms, softmax and sums stay
         float32.
       attention: "auto" chooses by platform, see `attention.choose_implementation`.
-      max_segments: most examples of one row, padding counted as one; where attention is
-        "cudnn" a row of more is NaN.
+      max_segments: most segments of one row: examples, and the padding after them. Rows
+        are packed with no more; where attention is "cudnn" a row of more is NaN.
       scan_layers: one compiled block and stacked parameters, instead of a copy a layer.
       remat: what the backward pass recomputes: nothing, all of each block, or all but
         the matrix products.
@@ -91,11 +91,15 @@ class ModelConfig:
                     f"model.{name} is {getattr(self, name)!r}; use one of "
                     + ", ".join(map(repr, allowed))
                 )
-        sizes = "vocab_size d_model num_layers num_heads head_dim d_ff max_length "
-        sizes += "max_segments"
+        sizes = "vocab_size d_model num_layers num_heads head_dim d_ff max_length"
         for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; use >= 1")
+        if self.max_segments < 2:
+            raise ValueError(
+                f"model.max_segments is {self.max_segments}; use >= 2: an example and "
+                "the padding after it"
+            )
         if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
             raise ValueError(
                 f"model.num_kv_heads is {self.num_kv_heads}; use a divisor of "

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from racm3_jax.model.attention import (
@@ -24,6 +25,8 @@ from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.contract import contract
 from racm3_jax.model.quantization import SCALE
 
+PRODUCT = "product"
+
 _Hidden = Float[Array, "batch length d_model"]
 # Cosines and sines of the rotary angles, or None with learned positions.
 Rotary = (
@@ -34,6 +37,14 @@ Rotary = (
 def partitioned(initializer: Any, *axes: str) -> Any:
     """An initializer whose parameter remembers the logical names of its axes."""
     return nn.with_logical_partitioning(initializer, axes)
+
+
+def as_product(x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
+    """Marks a matrix product's result, in the dtype in which `remat="dots"` keeps it.
+
+    By name, because no policy sees into the custom gradient of `contract`.
+    """
+    return checkpoint_name(x, PRODUCT)
 
 
 class Norm(nn.Module):
@@ -170,11 +181,13 @@ class Attention(nn.Module):
 
     def _project(self, x: _Hidden, rotary: Rotary) -> tuple[Array, Array, Array]:
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.config.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+        if self.config.qk_norm:  # whose gradient reads what it normalised
+            q, k = self.query_norm(as_product(q)), self.key_norm(as_product(k))
         dtype = self.config.compute_dtype
         q, k = rotate(q, rotary).astype(dtype), rotate(k, rotary).astype(dtype)
-        return q, k, v.astype(dtype)
+        if not self.config.qk_norm:
+            q, k = as_product(q), as_product(k)
+        return q, k, as_product(v.astype(dtype))
 
     def __call__(
         self, x: _Hidden, rotary: Rotary, segment_ids: Int[Array, "batch length"]
@@ -183,7 +196,7 @@ class Attention(nn.Module):
         q, k, v = self._project(x, rotary)
         c = self.config
         y = attention(q, k, v, segment_ids, c.attention, c.max_segments)
-        y = self.out(y)
+        y = as_product(self.out(y))
         return y, LayerCache(k=k.swapaxes(1, 2), v=v.swapaxes(1, 2))
 
     def extend(
@@ -228,7 +241,7 @@ class FeedForward(nn.Module):
                 "bld,df->blf", shape, 1, axes, c.use_bias, c.compute_dtype, name=name
             )
             # Kept for the backward pass: in the compute dtype it is half the memory.
-            return linear(x).astype(c.compute_dtype)
+            return as_product(linear(x).astype(c.compute_dtype))
 
         if c.activation == "swiglu":
             hidden = nn.silu(widen("gate")) * widen("up")

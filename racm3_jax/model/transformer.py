@@ -30,17 +30,26 @@ from jaxtyping import Array, Float, Int
 from racm3_jax.model.cache import Cache, LayerCache, Prefix, make_cache
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.contract import contract
-from racm3_jax.model.layers import Block, Norm, Rotary, make_rotary, partitioned
+from racm3_jax.model.embedding import look_up
+from racm3_jax.model.layers import (
+    PRODUCT,
+    Block,
+    Norm,
+    Rotary,
+    make_rotary,
+    partitioned,
+)
+from racm3_jax.sharding import current_platform
 
 Params = Mapping[str, Any]
 _Tokens = Int[Array, "batch length"]
 _Hidden = Float[Array, "batch length d_model"]
 _Logits = Float[Array, "batch vocab"]
 
-# Keeps the output of every matrix product; recomputes norms, activations, softmax.
+# "dots" keeps matrix products; it recomputes norms, activations and attention.
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -210,9 +219,9 @@ class Transformer(nn.Module):
         return self.extend(token[:, None], jnp.ones_like(token), cache, head)
 
     def _embed(self, tokens: _Tokens, positions: _Tokens) -> tuple[_Hidden, Rotary]:
-        x = self.embedding[tokens].astype(jnp.float32)
+        x = look_up(self.embedding, tokens).astype(jnp.float32)
         if self.config.position == "learned":
-            x = x + self.position_embedding[positions]
+            x = x + look_up(self.position_embedding, positions, "position")
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         return x, make_rotary(self.config, positions)
 
@@ -318,7 +327,7 @@ def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
     reads them once in that size. On CPU decoding is float32 whatever the training was:
     a bfloat16 product with one row is tens of times slower there.
     """
-    dtype = "float32" if jax.default_backend() == "cpu" else config.compute_dtype
+    dtype = "float32" if current_platform() == "cpu" else config.compute_dtype
     config = dataclasses.replace(
         config, scan_layers=False, remat="none", compute_dtype=dtype
     )

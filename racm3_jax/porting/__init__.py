@@ -2,7 +2,8 @@
 
 tensors    what a source of tensors is; safetensors, read one tensor at a time
 pickles    pickles without unpickling: tensors and plain containers only
-torch_files  `torch.save` archives on top of it; which of several sets of weights
+pickled    what comes out: tensors as views of storages, inert notes of all else
+torch_files  what `torch.save` writes; which of several sets of weights is taken
 files      a file, a folder or `hub:owner/name` -> one source, sharded or not
 rules      one rule a parameter: its name and form there and here; key differences
 writing    our weights directories and safetensors, streamed, sealed

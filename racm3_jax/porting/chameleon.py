@@ -121,13 +121,8 @@ def convert_chameleon(
             f"{root} holds no {' or '.join(_VQGANS)}: give the image tokenizer with "
             "--vqgan, without its decoder no image could be drawn"
         )
-    facts = {
-        "source": root.name,
-        "part": part,
-        "layout": LAYOUT_NAMES[layout],
-        "licence": LICENCE,
-        "licence_accepted": True,
-    }
+    facts = {"source": root.name, "part": part, "layout": LAYOUT_NAMES[layout]}
+    facts |= {"licence": LICENCE, "licence_accepted": True}
     with converted_folder(out, KIND, facts, overwrite=overwrite) as directory:
         image = _open_image_tokenizer(vqgan, directory, image_size)
         _check_codes(image, vocabulary, tensors)

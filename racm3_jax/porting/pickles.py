@@ -10,29 +10,21 @@ file that calls what acts on the machine is refused as a whole, by name.
 
 from __future__ import annotations
 
-import dataclasses
 import pickletools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
-import numpy as np
+from racm3_jax.porting.pickled import (
+    Inert,
+    Name,
+    PickledTensor,
+    Script,
+    make_tensor,
+    read_storage,
+)
+from racm3_jax.porting.tensors import PortingError
 
-from racm3_jax.porting.tensors import MAX_RANK, PortingError
-
-STORAGE_DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
 # No checkpoint needs these: such a file was made to do harm where it is unpickled.
 _ACTING_MODULES = frozenset(
     [
@@ -80,47 +72,6 @@ _ACTING_BUILTINS = frozenset(
 )
 # Instructions, and items that are copied: a few repeated bytes can ask for gigabytes.
 _MAX_STEPS = 2_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Name:
-    """A function or class that a pickle mentions; never imported, never called."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Inert:
-    """What a pickle wanted called: nothing was, and its arguments are gone."""
-
-    what: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """Bytes of the archive, and how many elements of what they are."""
-
-    dtype: np.dtype
-    key: str
-    num_elements: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PickledTensor:
-    """A view into a storage; offset and strides count elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class Script(dict[str, Any]):
-    """A TorchScript module (OpenAI's CLIP files): its attributes, none of its code."""
 
 
 class _Mark:
@@ -261,7 +212,7 @@ class _Machine:
             attribute, module = stack.pop(), stack.pop()
             stack.append(Name(str(module), str(attribute)))
         elif name == "BINPERSID":
-            stack.append(_read_storage(stack.pop()))
+            stack.append(read_storage(stack.pop()))
         elif name not in ("PROTO", "FRAME") and not self._join(name):
             self._make(name, argument)
 
@@ -337,7 +288,7 @@ class _Machine:
         if known in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
             storage, offset, shape, strides = arguments[:4]
             self.spend(len(shape) + len(strides))
-            return _make_tensor(storage, offset, tuple(shape), tuple(strides))
+            return make_tensor(storage, offset, tuple(shape), tuple(strides))
         if known in (
             "torch._utils._rebuild_parameter",
             "torch._utils._rebuild_parameter_with_state",
@@ -390,39 +341,17 @@ class _Machine:
 
 def refuse(wanted: Any, where: str) -> None:
     """Raises the error that names what a file asks for."""
+    if str(wanted).startswith("torch."):
+        advice = "save the state_dict alone, in float32, float16 or bfloat16"
+    else:
+        advice = (
+            "such a file runs code where it is unpickled, so it is refused; use a "
+            "safetensors file, or save its state_dict alone"
+        )
     raise PortingError(
         f"{where} asks for {wanted}, which is neither a tensor nor a plain container: "
-        "such a file runs code where it is unpickled, so it is refused; use a "
-        "safetensors file, or save its state_dict alone"
+        f"{advice}"
     )
-
-
-def _read_storage(identity: Any) -> Storage | Inert:
-    kind, dtype, key, _, num_elements = identity
-    if kind != "storage" or not isinstance(dtype, Name):
-        raise ValueError("an unknown kind of record")
-    if not isinstance(key, str) or type(num_elements) is not int or num_elements < 0:
-        raise ValueError("a storage without key or size")
-    if dtype.name not in STORAGE_DTYPES:
-        return Inert(str(dtype))
-    return Storage(STORAGE_DTYPES[dtype.name], key, num_elements)
-
-
-def _make_tensor(
-    storage: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> PickledTensor | Inert:
-    if isinstance(storage, Inert):
-        return storage
-    if not isinstance(storage, Storage) or len(shape) != len(strides):
-        raise ValueError("a tensor without storage or strides")
-    if len(shape) > MAX_RANK:
-        raise ValueError(f"a tensor of {len(shape)} axes")
-    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
-        raise ValueError("a size, offset or stride that is no number from 0 up")
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if 0 not in shape and last >= storage.num_elements:
-        raise ValueError("a tensor that reaches past its storage")
-    return PickledTensor(storage, offset, shape, strides)
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:

@@ -22,13 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.porting.pickles import (
-    Inert,
-    PickledTensor,
-    Script,
-    read_plain_pickle,
-    refuse,
-)
+from racm3_jax.porting.pickled import Inert, PickledTensor, Script
+from racm3_jax.porting.pickles import read_plain_pickle, refuse
 from racm3_jax.porting.tensors import PortingError, TensorInfo
 
 # What a zip file of another maker, an encrypted or a damaged one raises.
@@ -61,6 +56,7 @@ _STATE_KEYS = (
 # Moments and schedules have tensors too.
 _TRAINING_KEYS = ("optim", "sched", "scaler", "callback", "loop", "rng", "hyper_param")
 _MAX_DEPTH = 4
+_MAX_DICTS = 200_000
 _MAX_MODULES = 100_000
 
 
@@ -205,7 +201,7 @@ def find_state_dict(
     Raises:
       PortingError: there are none, or several and no `part`.
     """
-    parts = dict(_find_parts(value))
+    parts = dict(_find_parts(value)) if isinstance(value, dict) else {}
     chosen = [p for p in parts if not _mentions(p, _TRAINING_KEYS)]
     if len(chosen) > 1:
         chosen = [p for p in chosen if not _mentions(p, ("ema",))] or chosen
@@ -238,22 +234,25 @@ def find_state_dict(
 
 def _find_parts(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(path, dict) of every dict that holds named tensors; "." is the outermost."""
-    seen: set[int] = set()
-    waiting = [("", value, 0)]
-    while waiting:
-        path, values, depth = waiting.pop(0)
-        # A dict may be its own member.
-        if not isinstance(values, dict) or depth > _MAX_DEPTH or id(values) in seen:
-            continue
-        seen.add(id(values))
+    waiting: list[tuple[str, Any, tuple[int, ...]]] = [("", value, ())]
+    # It grows while it is walked, breadth first.
+    for number, (path, values, above) in enumerate(waiting):
+        if number > _MAX_DICTS:
+            raise PortingError(f"the file nests more than {_MAX_DICTS:,} dicts")
         if isinstance(values, Script):
             yield path or ".", _flatten_script(values)
+            continue
+        # A dict may be its own member.
+        if len(above) > _MAX_DEPTH or id(values) in above:
             continue
         named = {k: v for k, v in values.items() if isinstance(k, str)}
         if any(isinstance(item, PickledTensor) for item in named.values()):
             yield path or ".", named
-        for key, item in named.items():
-            waiting.append((f"{path}.{key}" if path else key, item, depth + 1))
+        waiting += [
+            (f"{path}.{key}" if path else key, item, (*above, id(values)))
+            for key, item in named.items()
+            if isinstance(item, dict)
+        ]
 
 
 def _find_part(

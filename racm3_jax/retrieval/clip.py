@@ -191,7 +191,12 @@ class VisionTower(nn.Module):
             x = layer(x, num_read=1 if is_last else None)
         x = norm("post_norm")(x[:, 0])
         return dense(
-            config.d_embed, ("embed", None), scale, "projection", use_bias=False
+            config.d_embed,
+            ("embed", None),
+            scale,
+            "projection",
+            use_bias=False,
+            is_last=True,
         )(x)
 
 
@@ -235,7 +240,12 @@ class TextTower(nn.Module):
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         x = norm("final_norm")(x)
         return dense(
-            config.d_embed, ("embed", None), width**-0.5, "projection", use_bias=False
+            config.d_embed,
+            ("embed", None),
+            width**-0.5,
+            "projection",
+            use_bias=False,
+            is_last=True,
         )(x)
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from racm3_jax.sharding import current_platform
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -72,7 +74,7 @@ class Attention(nn.Module):
         key, value = project("key", x), project("value", x)
         if may_attend is not None:
             may_attend = may_attend[:num_read]
-        if jax.default_backend() == "cpu" and query.shape[1] >= _HEAD_BY_HEAD_LENGTH:
+        if current_platform() == "cpu" and query.shape[1] >= _HEAD_BY_HEAD_LENGTH:
             mixed = attend_head_by_head(query, key, value, may_attend)
         else:
             mixed = attend(query, key, value, may_attend)
@@ -82,10 +84,13 @@ class Attention(nn.Module):
 
 def attend(query: _Heads, key: _Heads, value: _Heads, may_attend: _MayAttend) -> _Heads:
     """Softmax attention, all heads at once; the queries are scaled already."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    scores = jnp.einsum(
+        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
+    )
     if may_attend is not None:
         scores = jnp.where(may_attend, scores, jnp.finfo(scores.dtype).min)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
 def attend_head_by_head(
@@ -144,11 +149,18 @@ def dense(
     std: float,
     name: str,
     use_bias: bool = True,
+    is_last: bool = False,
 ) -> nn.Dense:
-    """A dense layer whose kernel has these logical axes; its bias has the last one."""
+    """A dense layer whose kernel has these logical axes; its bias has the last one.
+
+    It computes in bfloat16 on accelerators, where float32 takes twice the memory and
+    several times as long; the last layer, whose results are compared, never does.
+    """
+    half = not is_last and current_platform() != "cpu"
     return nn.Dense(
         features,
         use_bias=use_bias,
+        dtype=jnp.bfloat16 if half else None,
         kernel_init=normal(std, names),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, names[1:]),
         name=name,

@@ -125,7 +125,7 @@ class DocumentEmbedder:
         tokens = self.tokenizer.encode_batch(texts, drop, rng)
         length = 1 + int((tokens == self.config.end).argmax(axis=1).max(initial=0))
         length = -(-length // _LENGTH_BUCKET) * _LENGTH_BUCKET
-        return self._embed(_encode_texts, tokens[:, :length])
+        return self._embed(encode_texts, tokens[:, :length])
 
     def embed_images(
         self,
@@ -148,8 +148,8 @@ class DocumentEmbedder:
         images = _fit_images(images, self.config.image_size)
         kept = _sample_kept_patches(len(images), self.config.num_patches, drop, rng)
         if kept is None:
-            return self._embed(_encode_images, images)
-        return self._embed(_encode_images, images, kept)
+            return self._embed(encode_images, images)
+        return self._embed(encode_images, images, kept)
 
     def embed_documents(self, documents: Sequence[Document]) -> DocumentEmbeddings:
         """Embeds the text part, the image part and the whole of each document."""
@@ -251,21 +251,23 @@ class DocumentEmbedder:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_texts(
+def encode_texts(
     config: CLIPConfig, params: Any, tokens: Int[Array, "batch length"]
 ) -> Float32[Array, "batch d_embed"]:
+    """Unit embeddings of tokenized texts."""
     model: Any = CLIP(config)
     embeddings = model.apply({"params": params}, tokens, method=CLIP.encode_text)
     return _normalise_on_device(embeddings)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_images(
+def encode_images(
     config: CLIPConfig,
     params: Any,
     images: UInt8[Array, "batch height width 3"],
     kept_patches: Int[Array, "batch kept"] | None = None,
 ) -> Float32[Array, "batch d_embed"]:
+    """Unit embeddings of pixels 0..255, of all patches or of those that are kept."""
     model: Any = CLIP(config)
     embeddings = model.apply(
         {"params": params},

@@ -231,6 +231,7 @@ def build_example(
     alpha: float,
     max_length: int,
     rng: np.random.Generator,
+    ranks: Sequence[int] | None = None,
 ) -> Example:
     """One training sequence: retrieved documents, the main one, its moved spans.
 
@@ -252,6 +253,8 @@ def build_example(
       alpha: loss weight of retrieved documents (the paper: 0.1).
       max_length: most tokens of the result; a row of n positions holds n + 1.
       rng: the only source of randomness.
+      ranks: of each retrieved document, 0 for the most relevant one, where they do not
+        come in that order.
 
     Raises:
       ExampleTooLong: the moved spans alone do not fit into `max_length`.
@@ -267,9 +270,12 @@ def build_example(
     room = max_length - (len(main_tokens) + 2 + 3 * len(main_spans))
     sentinels_left = vocab.num_sentinels - len(main_spans)
     kept: list[TokenizedDocument] = []
+    kept_ranks: list[int] = []
+    starts: list[int] = []
     row_spans: list[Span] = []
     start = 1  # after the first <eod>
-    for document in retrieved:
+    ranks = range(len(retrieved)) if ranks is None else ranks
+    for document, rank in zip(retrieved, ranks, strict=True):
         tokens = layout.document_tokens(document, vocab)
         spans: list[Span] = []
         if config.mask_retrieved:
@@ -278,6 +284,8 @@ def build_example(
         if length > room:
             continue
         kept.append(document)
+        kept_ranks.append(rank)
+        starts.append(start)
         row_spans += [(start + i, start + j) for i, j in spans]
         room -= length
         sentinels_left -= len(spans)
@@ -294,7 +302,33 @@ def build_example(
     weights[vocab.is_sentinel(tokens)] *= config.sentinel_weight
     weights[is_main & vocab.is_text(tokens)] *= config.text_weight
     weights[0] = 0  # nothing comes before it, so it is never a target
-    return Example(tokens=tokens, weights=weights, is_main=is_main)
+    owners = np.searchsorted(starts, order.source, side="right") - 1
+    owners[is_main | (np.arange(len(tokens)) >= order.body_length)] = -1
+    cuts = _find_cuts(tokens, owners, np.array(kept_ranks, np.int64), vocab)
+    return Example(tokens=tokens, weights=weights, is_main=is_main, cuts=cuts)
+
+
+def _find_cuts(
+    tokens: Int32[np.ndarray, " length"],
+    owners: Int64[np.ndarray, " length"],
+    ranks: Int64[np.ndarray, " retrieved"],
+    vocab: Vocab,
+) -> Int64[np.ndarray, "images 2"]:
+    """Images of retrieved documents, the least relevant document's last image first.
+
+        tokens   <eod> t1 <break> i1 i2 <eod> i3 i4 <break> t2 <eod> ...      ranks 0 1
+        owners     -1   0      0  0  0     0   1  1       1  1     1 ...
+        cuts                     [3,    5)   [6,    8)                second, then first
+
+    Part of an image that ends in a sentinel is no cut: its tail was moved.
+    """
+    is_image = vocab.is_image(tokens) & (owners >= 0)
+    edges = np.diff(is_image.astype(np.int8), prepend=0, append=0)
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    whole = np.isin(tokens[ends], (vocab.eod, vocab.break_))
+    starts, ends = starts[whole], ends[whole]
+    order = np.lexsort((-starts, -ranks[owners[starts]]))
+    return np.stack([starts, ends], axis=1)[order].astype(np.int64)
 
 
 class _Order(NamedTuple):

@@ -26,7 +26,7 @@ def mix_documents(
     mains: Sequence[TokenizedDocument],
     config: PipelineConfig,
     rngs: Iterable[np.random.Generator],
-) -> list[Documents]:
+) -> tuple[list[Documents], list[tuple[int, ...]]]:
     """The documents of each example, with distractors, in the configured order.
 
     Examples of fewer than two documents stay as they are: a wrong document alone would
@@ -37,9 +37,13 @@ def mix_documents(
       mains: the examples' main documents, which are no distractors of their own.
       config: `distractor_probability` and `document_order`.
       rngs: one an example; not drawn from where nothing is to be mixed.
+
+    Returns:
+      The documents, and the rank of each by relevance, 0 first; distractors are last.
     """
+    ranks = [tuple(range(len(documents))) for documents in retrieved]
     if not config.distractor_probability and config.document_order == "relevance":
-        return list(retrieved)
+        return list(retrieved), ranks
     mixed = []
     for i, (documents, main, rng) in enumerate(
         zip(retrieved, mains, rngs, strict=True)
@@ -57,6 +61,7 @@ def mix_documents(
                 chosen = others[rng.integers(len(others))]
                 documents = (*documents[:-1], chosen)
         if config.document_order == "shuffled":
-            documents = tuple(documents[j] for j in rng.permutation(len(documents)))
+            ranks[i] = tuple(rng.permutation(len(documents)).tolist())
+            documents = tuple(documents[j] for j in ranks[i])
         mixed.append(documents)
-    return mixed
+    return mixed, ranks

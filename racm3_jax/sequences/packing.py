@@ -8,26 +8,41 @@
     positions  0 1 0 1 2 3        0 1 2 0 0 0
 
 An example of n tokens takes n - 1 positions. No example may see another: attention masks
-by `segment_ids`, and positions start again. Pure NumPy.
+by `segment_ids`, and positions restart at 0. Pure NumPy.
 
-Where documents are a large part of a row (1024 tokens an image in 4096), whole examples leave
-a quarter of it empty. Then `max_trim` lets a row's examples lose the first tokens of their
-retrieved documents (here r s t and u v), never any of the main one, until they fit:
+Where documents are a large part of a row (1024 tokens an image in 4096), whole examples
+leave a quarter of it empty. Then `max_trim` lets a row's examples lose the tails of their
+retrieved images (upper case here), those of the least relevant documents first, until
+they fit. No caption and no token of the main document is ever cut:
 
-    examples   r s t m n o      u v p q w        row_length 7, 1 row, max_trim 2
+    examples   . r S T . m n .      . u V . p .        row_length 11, 1 row, max_trim 1
 
-    inputs     t m n u v p q                     r and s are lost
-    targets    m n o v p q w
-    segments   1 1 1 2 2 2 2
+    inputs     . r S . m n . u V . p                   T is lost
+    targets    r S . m n . u V . p .
+    weights    a a 0 1 1 1 a a a 1 1                   what follows a cut is not learned
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 from racm3_jax.types import Batch, Example
+
+
+class Packed(NamedTuple):
+    """A batch, and what it has no room for.
+
+    Attributes:
+      batch: the rows.
+      waiting: positions of the examples that did not fit, ascending.
+    """
+
+    batch: Batch
+    waiting: list[int]
 
 
 def pack(
@@ -36,101 +51,147 @@ def pack(
     row_length: int,
     pad: int,
     max_trim: int = 0,
-) -> tuple[Batch, int]:
+    *,
+    max_examples: int = 0,
+    overtake: bool = False,
+) -> Packed:
     """Pack examples into rows, best fit, longest first.
 
     When not all of them fit, the last ones are left out until the rest fits. Which
-    examples are dropped thus does not depend on their length: dropping the shortest,
-    as best fit by itself would, starves the examples without retrieved documents.
+    examples wait thus does not depend on their length: leaving out the longest, or those
+    that best fit by itself has no place for, would starve some kind of example.
 
     Args:
       examples: sequences of at least 2 tokens. Inside a row they keep this order.
       num_rows: rows of the batch.
       row_length: positions of a row.
       pad: the token that fills inputs and targets where a row is empty.
-      max_trim: how many tokens of retrieved documents a row's examples may lose, together,
-        so that one more fits.
-
-    Returns:
-      The batch, and how many examples were dropped (those longer than a row included).
+      max_trim: how many image tokens of retrieved documents a row's examples may lose,
+        together, so that one more fits.
+      max_examples: of one row; 0: as many as fit. Some attention kernels need a bound.
+      overtake: what is left of the rows then goes to later examples that happen to fit.
+        For callers that put the waiting ones first next time, so that none waits long.
 
     Raises:
-      ValueError: an example has fewer than 2 tokens, or a size is below 1.
+      ValueError: an example has fewer than 2 tokens or is longer than a row, or a size
+        is below 1.
     """
     if num_rows < 1 or row_length < 1:
         raise ValueError(
             f"num_rows and row_length must be >= 1; got {num_rows} and {row_length}"
         )
     lengths = np.array([len(e.tokens) - 1 for e in examples], np.int64)
-    if (lengths < 1).any():
+    wrong = np.flatnonzero((lengths < 1) | (lengths > row_length))
+    if len(wrong):
         raise ValueError(
-            f"example {int(lengths.argmin())} has {int(lengths.min()) + 1} tokens; "
-            "there is nothing to predict below 2"
+            f"example {wrong[0]} has {lengths[wrong[0]] + 1} tokens: a row of "
+            f"{row_length} positions takes 2..{row_length + 1}"
         )
-    # What precedes the main document, but for one token, of which its first is the target.
-    spare = np.array([int(np.argmax(e.is_main)) - 1 for e in examples], np.int64)
-    spare = np.clip(spare, 0, max_trim)
-    candidates = np.flatnonzero(lengths <= row_length)
-    total = np.cumsum(lengths[candidates])
-    candidates = candidates[total <= num_rows * (row_length + max_trim)]
-
-    def fit() -> list[list[int]] | None:
-        chosen = lengths[candidates], spare[candidates]
-        return _best_fit(*chosen, num_rows, row_length, max_trim)
-
-    while (rows := fit()) is None:
-        candidates = candidates[:-1]
+    spare = np.array([_count_spare(e) for e in examples], np.int64)
+    total = np.cumsum(lengths)
+    num = int(np.searchsorted(total, num_rows * (row_length + max_trim), side="right"))
+    num = min(num, num_rows * max_examples) if max_examples else num
+    while True:
+        rows = _Rows(num_rows, row_length, max_trim, max_examples)
+        order = np.argsort(-lengths[:num], kind="stable")
+        if all(rows.place(int(i), int(lengths[i]), int(spare[i])) for i in order):
+            break
+        num -= 1
+    waiting = [
+        i
+        for i in range(num, len(examples))
+        if not (overtake and rows.place(i, int(lengths[i]), int(spare[i])))
+    ]
     batch = _empty_batch(num_rows, row_length, pad)
-    for row, members in enumerate(rows):
-        start = 0
-        chosen = candidates[members]
-        cuts = _cut(lengths[chosen], spare[chosen], row_length)
-        for number, (member, cut) in enumerate(zip(chosen, cuts, strict=True), start=1):
-            example = Example(*(field[cut:] for field in examples[member]))
-            end = start + len(example.tokens) - 1
-            batch.inputs[row, start:end] = example.tokens[:-1]
-            batch.targets[row, start:end] = example.tokens[1:]
-            batch.loss_weights[row, start:end] = example.weights[1:]
-            batch.is_main[row, start:end] = example.is_main[1:]
-            batch.segment_ids[row, start:end] = number
-            batch.positions[row, start:end] = np.arange(end - start)
-            start = end
-    return batch, len(examples) - len(candidates)
+    for row, members in enumerate(rows.members):
+        chosen = sorted(members)
+        cuts = _share_out(lengths[chosen].sum() - row_length, spare[chosen])
+        _write(
+            batch,
+            row,
+            [shorten(examples[i], c) for i, c in zip(chosen, cuts, strict=True)],
+        )
+    return Packed(batch, waiting)
 
 
-def _best_fit(
-    lengths: np.ndarray,
-    spare: np.ndarray,
-    num_rows: int,
-    row_length: int,
-    max_trim: int,
-) -> list[list[int]] | None:
-    """Members of each row, ascending; None when they do not all fit."""
-    room = np.full(num_rows, row_length, np.int64)
-    row_spare = np.zeros(num_rows, np.int64)
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
-    for member in np.argsort(-lengths, kind="stable"):
-        left = room - lengths[member]
-        allowed = np.minimum(row_spare + spare[member], max_trim)
-        fits = left + allowed >= 0
+def shorten(example: Example, num_tokens: int) -> Example:
+    """Leaves out the tails of retrieved images, `num_tokens` in all.
+
+    Args:
+      example: with `cuts`, in whose order images are shortened; each keeps its first
+        token.
+      num_tokens: at most what the images have to lose.
+    """
+    if num_tokens <= 0:
+        return example
+    keep = np.ones(len(example.tokens), bool)
+    weights = example.weights.copy()
+    for start, end in example.cuts.tolist():
+        cut = min(num_tokens, end - start - 1)
+        keep[end - cut : end] = False
+        # A sequence never ends within an image: this target would teach that it may.
+        weights[end] = 0 if cut else weights[end]
+        num_tokens -= cut
+    return Example(example.tokens[keep], weights[keep], example.is_main[keep])
+
+
+def _count_spare(example: Example) -> int:
+    lengths = example.cuts[:, 1] - example.cuts[:, 0]
+    return int((lengths - 1).sum())
+
+
+class _Rows:
+    """Which examples are in which row, so far."""
+
+    def __init__(
+        self, num_rows: int, row_length: int, max_trim: int, max_examples: int
+    ) -> None:
+        self.members: list[list[int]] = [[] for _ in range(num_rows)]
+        self._room = np.full(num_rows, row_length, np.int64)
+        self._spare = np.zeros(num_rows, np.int64)
+        self._max_trim = max_trim
+        # A row of n positions has no place for more than n examples.
+        self._places = np.full(num_rows, max_examples or row_length, np.int64)
+
+    def place(self, member: int, length: int, spare: int) -> bool:
+        """Puts one more example where it fits best; False if it fits nowhere."""
+        left = self._room - length
+        fits = left + np.minimum(self._spare + spare, self._max_trim) >= 0
+        fits &= self._places > 0
         if not fits.any():
-            return None
+            return False
         # The row that comes out fullest; of two that are cut, the one that loses less.
-        row = int(np.where(fits, np.abs(left), row_length + max_trim + 1).argmin())
-        room[row] = left[row]
-        row_spare[row] += spare[member]
-        rows[row].append(int(member))
-    return [sorted(members) for members in rows]
+        row = int(np.where(fits, np.abs(left), np.iinfo(np.int64).max).argmin())
+        self._places[row] -= 1
+        self._room[row] = left[row]
+        self._spare[row] += spare
+        self.members[row].append(member)
+        return True
 
 
-def _cut(lengths: np.ndarray, spare: np.ndarray, row_length: int) -> list[int]:
-    """How many first tokens each example of a row loses, the largest share first."""
-    excess = max(0, int(lengths.sum()) - row_length)
-    cuts = [0] * len(lengths)
+def _share_out(excess: int, spare: Int32[np.ndarray, " members"]) -> list[int]:
+    """How many tokens each example of a row loses: first those that have most to lose.
+
+    They have most documents, so that their least relevant one matters least.
+    """
+    cuts = [0] * len(spare)
     for i in np.argsort(-spare, kind="stable"):
-        cuts[i] = min(excess, int(spare[i]))
+        cuts[i] = min(max(0, int(excess)), int(spare[i]))
         excess -= cuts[i]
     return cuts
+
+
+def _write(batch: Batch, row: int, examples: Sequence[Example]) -> None:
+    start = 0
+    for number, example in enumerate(examples, start=1):
+        end = start + len(example.tokens) - 1
+        batch.inputs[row, start:end] = example.tokens[:-1]
+        batch.targets[row, start:end] = example.tokens[1:]
+        batch.loss_weights[row, start:end] = example.weights[1:]
+        batch.is_main[row, start:end] = example.is_main[1:]
+        batch.segment_ids[row, start:end] = number
+        batch.positions[row, start:end] = np.arange(end - start)
+        start = end
 
 
 def _empty_batch(num_rows: int, row_length: int, pad: int) -> Batch:

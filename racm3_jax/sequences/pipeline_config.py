@@ -16,8 +16,9 @@ class PipelineConfig:
     Attributes:
       rows: rows of a batch.
       row_length: positions of a row.
-      examples_per_batch: main documents of a step. Too many for the rows are dropped and
-        counted, too few leave padding; `stats["fill"]` shows which.
+      examples_per_batch: main documents of a step, in the mean. What does not fit waits
+        for the next step of its window; too many are dropped at a window's end, too few
+        leave padding. `stats["fill"]` and `stats["dropped"]` show which.
       max_documents: K ~ Uniform{min_documents..max_documents} documents are retrieved.
       min_documents: 0 as in the paper, so that the model learns to do without, too.
       alpha: loss weight of retrieved documents.
@@ -35,11 +36,15 @@ class PipelineConfig:
       prefetch: batches made ahead; 0 makes each when it is asked for.
       threads: that make them.
       retrieval: False for the twin: K is 0, all else is equal.
-      groups: parts of a step that are packed on their own, each into `rows / groups`
-        rows. Hosts share the groups among them, so the batches do not depend on how many
-        hosts there are, as long as their number divides this one.
-      max_trim: tokens that packing may cut from the beginning of retrieved documents, so
-        that long examples fill their rows (see `packing.pack`).
+      groups: parts of a step that are filled on their own, each `rows / groups` rows. A
+        host makes the groups that its rows are in: with more hosts than groups, several
+        hosts make the same ones. The batches do not depend on the hosts, but on this.
+      window_steps: steps over which a group's examples are planned together (see
+        `pipeline`). A resumed run makes the steps before it in its window again.
+      max_trim: image tokens of retrieved documents that the examples of a row may lose,
+        so that one more fits (see `packing.pack`).
+      max_examples: of one row; 0: as many as fit. A training gives the bound of its
+        model, `model.max_segments` less the one segment that padding is.
       max_position_offset: examples begin at a position of 0 to so many; see `positions`.
       max_position_gap: positions skipped after each retrieved document, at most.
       max_skipped_share: a step in which a larger share of the main documents cannot be
@@ -62,7 +67,9 @@ class PipelineConfig:
     retrieval: bool = True
     max_skipped_share: float = 0.5
     groups: int = 1
+    window_steps: int = 8
     max_trim: int = 0
+    max_examples: int = 0
     max_position_offset: int = 0
     max_position_gap: int = 0
 
@@ -75,10 +82,13 @@ class PipelineConfig:
             "min_documents": 0,
             "num_query_variants": 0,
             "max_trim": 0,
+            "max_examples": 0,
             "max_position_offset": 0,
             "max_position_gap": 0,
             "prefetch": 0,
             "threads": 1,
+            "groups": 1,
+            "window_steps": 1,
         }
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -104,14 +114,33 @@ class PipelineConfig:
                 "pipeline.distractor_probability must be in 0..1; got "
                 f"{self.distractor_probability}"
             )
-        for name in ("rows", "examples_per_batch"):
-            if self.groups < 1 or getattr(self, name) % self.groups:
-                raise ValueError(
-                    f"pipeline.groups must divide pipeline.{name}="
-                    f"{getattr(self, name)}; got {self.groups}"
-                )
+        if self.rows % self.groups:
+            raise ValueError(
+                f"pipeline.groups must divide pipeline.rows={self.rows}; got "
+                f"{self.groups}"
+            )
+        if self.examples_per_batch < self.groups:
+            raise ValueError(
+                f"pipeline.groups={self.groups} is more than "
+                f"pipeline.examples_per_batch={self.examples_per_batch}: every group "
+                "needs an example a step"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"pipeline.seed must be in 0..2^32-1; got {self.seed}")
+
+    def plan(self, window: int, group: int) -> tuple[int, int]:
+        """The global indices of a group's examples in a window: first, and one past.
+
+        They are split evenly, whatever divides them:
+
+            window_steps 2, examples_per_batch 5, groups 3
+
+            window 0    0 1 2 | 3 4 5 | 6 7 8 9
+            window 1    10 11 12 | 13 14 15 | 16 17 18 19
+        """
+        num = self.window_steps * self.examples_per_batch
+        first, last = (num * g // self.groups for g in (group, group + 1))
+        return window * num + first, window * num + last
 
     def last_position(self, num_documents: int) -> int:
         """The largest position of an example with so many documents before it."""

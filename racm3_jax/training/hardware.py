@@ -8,40 +8,80 @@ from typing import Any
 from racm3_jax.model.config import ModelConfig
 
 GB = 10**9
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator, by its vendor's data sheet.
+    """One accelerator as JAX counts them, by its vendor's data sheet.
 
     Attributes:
       flops: dense bfloat16 products and sums a second.
       memory: bytes.
       utilisation: share of `flops` that a well-built step of billions of parameters
         reaches (PaLM's count); what a plan assumes before anything was measured.
+      usable: bytes that a program may have, as the compiler for it says; None: not
+        known, 92% of `memory`.
     """
 
     flops: float
     memory: float
     utilisation: float = 0.4
+    usable: float | None = None
+
+    @property
+    def platform(self) -> str:
+        """What JAX calls it: "tpu" or "gpu"."""
+        return "tpu" if self in _TPUS else "gpu"
+
+    @property
+    def capacity(self) -> float:
+        """Bytes that a program may have; the runtime keeps the rest."""
+        return 0.92 * self.memory if self.usable is None else self.usable
 
 
 DEVICES: dict[str, Device] = {
+    "t4": Device(65e12, 16 * GB, 0.3),  # float16; it has no bfloat16
+    "l4": Device(121e12, 24 * GB),
+    "a10": Device(125e12, 24 * GB),
+    "a10g": Device(70e12, 24 * GB),
+    "a100-40gb": Device(312e12, 40 * GB),
     "a100": Device(312e12, 80 * GB),
+    "h100-pcie": Device(756e12, 80 * GB),
     "h100": Device(989e12, 80 * GB),
     "h200": Device(989e12, 141 * GB),
-    "b200": Device(2250e12, 192 * GB),
-    "v4": Device(275e12, 32 * GB, 0.5),
-    "v5e": Device(197e12, 16 * GB, 0.5),
-    "v5p": Device(459e12, 95 * GB, 0.5),
-    "v6e": Device(918e12, 32 * GB, 0.45),
+    "b200": Device(2250e12, 180 * GB),
+    "gb200": Device(2500e12, 186 * GB),
+    "b300": Device(2250e12, 270 * GB),
+    "gb300": Device(2500e12, 279 * GB),
+    "mi300x": Device(1307e12, 192 * GB),
+    "v4": Device(275e12, 32 * GIB, 0.5),
+    "v5e": Device(197e12, 16 * GIB, 0.5, 15.75 * GIB),
+    "v5p": Device(459e12, 96 * GIB, 0.5, 95.74 * GIB),
+    "v6e": Device(918e12, 32 * GIB, 0.45, 31.25 * GIB),
+    # JAX shows each half of a chip (Ironwood) as a device.
+    "tpu7x": Device(1153.5e12, 96 * GIB, 0.45),
 }
+_TPUS = [DEVICES[name] for name in ("v4", "v5e", "v5p", "v6e", "tpu7x")]
 # What jax calls them -> the names above; the first that is part of the kind wins.
-_KINDS = {
+_KINDS: dict[str, str | None] = {
+    "a100-sxm4-40gb": "a100-40gb",
+    "a100-pcie-40gb": "a100-40gb",
     "a100": "a100",
+    "a10g": "a10g",
+    "nvidia a10": "a10",
+    "h100 pcie": "h100-pcie",
     "h100": "h100",
     "h200": "h200",
+    "gb300": "gb300",
+    "gb200": "gb200",
+    "b300": "b300",
     "b200": "b200",
+    "nvidia l40": None,  # not in the table, and its name begins as the next one's
+    "nvidia l4": "l4",
+    "tesla t4": "t4",
+    "mi300x": "mi300x",
+    "tpu7x": "tpu7x",
     "v4": "v4",
     "v5 lite": "v5e",
     "v5e": "v5e",
@@ -77,29 +117,63 @@ def flops_per_token(config: ModelConfig, num_params: int, length: float) -> floa
     return 6.0 * (num_params - looked_up) + 6.0 * config.num_layers * width * length
 
 
-def activation_bytes(config: ModelConfig, tokens: int) -> float:
-    """Bytes that the forward pass keeps for the backward pass, a formula, not measured.
+def activation_bytes(
+    config: ModelConfig, tokens: float, tensor: int = 1
+) -> tuple[float, float]:
+    """Bytes of activations on one device: kept for the backward pass, and of a layer.
 
     A token and layer keep, without recomputation, the inputs of every product and of
-    every norm and activation; with `remat="full"` the block's input alone, and one block
-    at a time in full; with "dots" the products' outputs.
+    every norm and activation; with `remat="full"` the block's input alone; with "dots"
+    the products' outputs. The layer at work has all of them, and their gradients. The
+    factors were set by what XLA's compilers ask for, on TPUs and GPUs (the tests hold
+    them to it within 10%).
+
+    Args:
+      config: of the model.
+      tokens: positions of the rows that the device works on.
+      tensor: over how many devices heads and the inner width are split.
+
+    Returns:
+      (kept, at work).
     """
     size = 2 if config.compute_dtype == "bfloat16" else 4
-    width = config.num_heads * config.head_dim
-    kv = config.kv_heads * config.head_dim
+    heads = config.num_heads * config.head_dim / tensor
+    kv = config.kv_heads * config.head_dim / tensor
+    inner = config.d_ff / tensor
+    width = config.d_model
     matrices = 2 if config.activation == "swiglu" else 1
-    dots = size * (width + 2 * kv + config.d_model * 2 + config.d_ff * matrices)
-    rest = 4 * 3 * config.d_model + size * (width + config.d_ff + 2 * config.d_model)
-    block_input = 4 * config.d_model
+    dots = size * (heads + 2 * kv + 2 * width + inner * matrices)
+    rest = 4 * 2.5 * width + size * (heads + inner + 2 * width)
+    block_input = 4 * width
     per_layer = {
         "none": block_input + dots + rest,
         "dots": block_input + dots,
         "full": block_input,
     }[config.remat]
-    total = tokens * config.num_layers * per_layer
-    if config.remat != "none":
-        total += tokens * (dots + rest)
-    return total
+    last = 3 * 4 * width  # hidden states after the last layer, and their gradients
+    copies = 1 if config.remat == "none" else 2
+    kept = tokens * (config.num_layers * per_layer + last)
+    return kept, copies * tokens * (dots + rest)
+
+
+def gathered_bytes(
+    config: ModelConfig, num_params: int, tensor: int = 1
+) -> tuple[float, float]:
+    """Bytes of weights that a device holds whole while it uses them: a layer, the head.
+
+    A layer in the compute dtype and the next one, and its gradient in float32; the head
+    and its gradient, which exist once a step.
+
+    Args:
+      config: of the model.
+      num_params: of the model.
+      tensor: over how many devices both are split even so.
+    """
+    size = 2 if config.compute_dtype == "bfloat16" else 4
+    head = config.vocab_size * config.d_model
+    tables = head if config.tie_embeddings else 2 * head
+    layer = max(0, num_params - tables) / config.num_layers
+    return (2 * size + 4) * layer / tensor, (size + 4) * head / tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +185,13 @@ class Plan:
       weights: float32 master weights.
       optimizer: Adam's two moments.
       gradients: float32, alive between the backward pass and the update.
-      activations: of the rows that one device holds.
-      logits: of one chunk of the loss.
+      activations: kept of the rows that one device holds.
+      layer: of the layer at work: its activations, and its weights where they are
+        gathered from other devices.
+      loss: of the loss at work: logits of a chunk, and the head where it is gathered.
       memory: of the device.
-      largest_rows: rows a device that fit beside the weights.
+      capacity: of it, what a program may have.
+      largest_rows: rows at a time that fit on each device (on each `tensor` devices).
       tokens_per_second: of all devices, padding counted.
       hours: for all steps.
     """
@@ -124,17 +201,23 @@ class Plan:
     optimizer: float
     gradients: float
     activations: float
-    logits: float
+    layer: float
+    loss: float
     memory: float
+    capacity: float
     largest_rows: int
     tokens_per_second: float
     hours: float
 
     @property
     def total(self) -> float:
-        """Bytes of everything."""
-        parts = (self.weights, self.optimizer, self.gradients)
-        return sum(parts) + self.activations + self.logits
+        """Bytes at the peak; a layer and the loss are not at work together."""
+        parts = (self.weights, self.optimizer, self.gradients, self.activations)
+        return sum(parts) + max(self.layer, self.loss)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.capacity
 
 
 def plan_training(
@@ -147,6 +230,7 @@ def plan_training(
     row_length: int,
     num_steps: int,
     shards: int,
+    tensor: int = 1,
     num_microbatches: int = 1,
     chunk_length: int = 64,
     example_length: float | None = None,
@@ -163,6 +247,7 @@ def plan_training(
       row_length: positions of a row.
       num_steps: of the training.
       shards: over how many devices each weight is split (fsdp x tensor).
+      tensor: of `shards`, over how many devices a layer's heads and width are split.
       num_microbatches: see `make_train_step`.
       chunk_length: see `GeneratorLossConfig`.
       example_length: mean length of an example; a row's by default.
@@ -170,27 +255,43 @@ def plan_training(
     """
     moments = 4 + first_moment_bytes
     own = num_params / shards
-    rows_at_once = rows / num_devices / num_microbatches
+    rows_at_once = rows / (num_devices / tensor) / num_microbatches
+    # Parts of a batch add to sums that wait beside each part's own gradients.
+    gradients = 4 * own * (2 if num_microbatches > 1 else 1)
+    is_split = shards > tensor
+    gathered = gathered_bytes(config, num_params, tensor) if is_split else (0.0, 0.0)
+    chunk = min(chunk_length, row_length)
 
-    def for_rows(count: float) -> tuple[float, float]:
-        activations = activation_bytes(config, round(count * row_length))
-        logits = 2 * 4 * count * min(chunk_length, row_length) * config.vocab_size
-        return activations, logits
+    def for_rows(count: float) -> tuple[float, float, float]:
+        kept, work = activation_bytes(config, count * row_length, tensor)
+        logits = 2 * 4 * count * chunk * config.vocab_size / tensor
+        return kept, gathered[0] + work, gathered[1] + logits
 
-    activations, logits = for_rows(rows_at_once)
-    free = 0.92 * device.memory - (8 + moments) * own  # a tenth or so is the runtime's
-    per_row = sum(for_rows(1.0))
+    def needed(count: float) -> float:
+        kept, layer, loss = for_rows(count)
+        return kept + max(layer, loss)
+
+    activations, layer, loss = for_rows(rows_at_once)
+    free = device.capacity - (4 + moments) * own - gradients
+    largest = 0
+    if needed(1) <= free:  # a slope of two parts: the loss counts for the first rows
+        kept, work = activation_bytes(config, row_length, tensor)
+        largest = int((free - gathered[0]) // (kept + work))
+        while largest > 1 and needed(largest) > free:
+            largest -= 1
     flops = flops_per_token(config, num_params, example_length or row_length)
     tokens_per_second = num_devices * device.flops * device.utilisation / flops
     return Plan(
         num_params=num_params,
         weights=4 * own,
         optimizer=moments * own,
-        gradients=4 * own,
+        gradients=gradients,
         activations=activations,
-        logits=logits,
+        layer=layer,
+        loss=loss,
         memory=device.memory,
-        largest_rows=max(0, int(free // per_row)),
+        capacity=device.capacity,
+        largest_rows=largest,
         tokens_per_second=tokens_per_second,
         hours=num_steps * rows * row_length / tokens_per_second / 3600,
     )
@@ -255,12 +356,13 @@ def format_plan(plan: Plan, details: dict[str, Any]) -> str:
     """The plan as aligned lines."""
     lines = {
         "parameters": f"{plan.num_params / 1e6:,.1f} M",
-        "weights (f32)": _bytes(plan.weights),
-        "Adam moments": _bytes(plan.optimizer),
-        "gradients": _bytes(plan.gradients),
-        "activations": _bytes(plan.activations),
-        "logits of a chunk": _bytes(plan.logits),
-        "together, a device": f"{_bytes(plan.total)} of {_bytes(plan.memory)}",
+        "weights (f32)": format_bytes(plan.weights),
+        "Adam moments": format_bytes(plan.optimizer),
+        "gradients": format_bytes(plan.gradients),
+        "activations": format_bytes(plan.activations),
+        "a layer at work": format_bytes(plan.layer),
+        "the loss at work": format_bytes(plan.loss),
+        "together, a device": f"{format_bytes(plan.total)} of {format_bytes(plan.capacity)}",
         "largest rows a device": str(plan.largest_rows),
         "tokens/s, expected": f"{plan.tokens_per_second:,.0f}",
         "hours, expected": f"{plan.hours:,.1f}",
@@ -270,5 +372,6 @@ def format_plan(plan: Plan, details: dict[str, Any]) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines.items())
 
 
-def _bytes(number: float) -> str:
+def format_bytes(number: float) -> str:
+    """In GB of 10**9, or in MB."""
     return f"{number / GB:,.2f} GB" if number >= GB / 10 else f"{number / 1e6:,.1f} MB"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +11,8 @@ from typing import Any, Protocol
 import jax
 from absl import logging
 
-from racm3_jax.training.processes import SignsOfLife, Watchdog, any_process
-from racm3_jax.training.progress import StepLog, Writer
+from racm3_jax.training.processes import SignsOfLife, StopRequest, Watchdog
+from racm3_jax.training.progress import StepLog, Writer, report_parameters
 from racm3_jax.training.step import Metrics, TrainState
 
 
@@ -120,6 +118,7 @@ def fit(
         too many steps in a row were skipped for that.
       RuntimeError: `batches` ended early.
     """
+    report_parameters(state.params, progress)
     log = StepLog(int(state.step), num_steps, writer, progress, description)
     log.max_skipped_steps = max_skipped_steps
     log.peak_tokens = peak_flops / flops_per_token if flops_per_token else 0.0
@@ -136,17 +135,11 @@ def fit(
 
     with (
         log,
-        _stop_requested() as stop,
+        StopRequest() as stop,
         _tracing(profile) as trace,
         Watchdog(watchdog_seconds, signs=signs) as dog,
     ):
-        # Several processes must stop at one step: they ask each other at log points.
-        alone = jax.process_count() == 1
-        while step < num_steps:
-            if (alone or (log_every and step % log_every == 0)) and any_process(
-                stop.is_set()
-            ):
-                break
+        while step < num_steps and not stop.reached(step):
             trace(step, state)
             dog.doing = f"reads the batch of step {step + 1}"
             with log.waiting():
@@ -212,26 +205,3 @@ def _tracing(profile: Profile | None) -> Iterator[Callable[[int, TrainState], No
     finally:
         if running:
             jax.profiler.stop_trace()
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second signal acts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous: dict[int, Any] = {}
-
-    def request(signum: int, frame: Any) -> None:
-        event.set()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, request)
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

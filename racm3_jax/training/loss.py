@@ -8,14 +8,16 @@ in the same visit instead of computing the logits a second time in the backward 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from racm3_jax.sharding import constrain_rows
+from racm3_jax.sharding import BATCH_AXES, constrain_rows, partition_spec
 from racm3_jax.training.step import LossFn, Metrics
 from racm3_jax.vocab import Vocab
 
@@ -95,6 +97,58 @@ def chunked_cross_entropy(
     return TokenLosses(total, nll[:, :length], correct[:, :length])
 
 
+class _Place(NamedTuple):
+    """How the operands lie on the mesh, as mesh axes; all empty without a mesh.
+
+    ```
+    head [d_model, vocab] as P("fsdp", "tensor")
+      embed   ("fsdp",)    gathered, before the first chunk
+      vocab   ()           gathered likewise
+      split   ("tensor",)  every device computes the logits of its own ids
+    rows    ("data", "fsdp")
+    ```
+    """
+
+    rows: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
+
+
+def _find_place(head: Array) -> tuple[_Place, PartitionSpec]:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
+        return _Place(), PartitionSpec()
+    spec = partition_spec("head", ("embed", "vocab"), head.shape, mesh)
+    embed, vocab = (
+        () if a is None else (a,) if isinstance(a, str) else a for a in spec
+    )
+    split = tuple(axis for axis in vocab if axis not in BATCH_AXES)
+    vocab = tuple(axis for axis in vocab if axis in BATCH_AXES)
+    return _Place(BATCH_AXES, embed, vocab, split), spec
+
+
+def _over_the_mesh(
+    compute: Callable[..., Any], makes_gradients: bool, arrays: tuple[Array, ...]
+) -> Any:
+    """Runs `compute(place, *arrays)` on every device's own rows.
+
+    By hand, because the compiler would gather the head, and sum its gradient over the
+    devices, in every chunk: 64 times a step instead of once.
+    """
+    place, head = _find_place(arrays[1])
+    if not place.rows:
+        return compute(place, *arrays)
+    rows = PartitionSpec(place.rows)
+    losses = (PartitionSpec(), rows, rows)
+    return jax.shard_map(
+        functools.partial(compute, place),
+        in_specs=(rows, head, rows, rows),
+        out_specs=(losses, (rows, head)) if makes_gradients else losses,
+        check_vma=False,
+    )(*arrays)
+
+
 def _compute_losses(
     chunk: int,
     z_loss: float,
@@ -103,15 +157,19 @@ def _compute_losses(
     targets: Array,
     weights: Array,
 ) -> tuple[Array, Array, Array]:
-    matrix = head.astype(hidden.dtype)
+    def compute(place: _Place, *arrays: Array) -> tuple[Array, Array, Array]:
+        hidden, head, targets, weights = arrays
+        matrix = _gather(head.astype(hidden.dtype), place)
 
-    def visit(total: Array, xs: tuple[Array, ...]) -> tuple[Array, Any]:
-        loss, nll, correct, _, _ = _chunk_losses(xs, matrix, z_loss)
-        return total + loss, (nll, correct)
+        def visit(total: Array, xs: tuple[Array, ...]) -> tuple[Array, Any]:
+            loss, nll, correct, _, _, _ = _chunk_losses(xs, matrix, z_loss, place)
+            return total + loss, (nll, correct)
 
-    xs = _split((hidden, targets, weights), chunk)
-    total, stats = jax.lax.scan(visit, jnp.zeros((), jnp.float32), xs)
-    return (total, *_join(stats))
+        xs = _split((hidden, targets, weights), chunk)
+        total, stats = jax.lax.scan(visit, jnp.zeros((), jnp.float32), xs)
+        return (_sum(total, place.rows), *_join(stats))
+
+    return _over_the_mesh(compute, False, (hidden, head, targets, weights))
 
 
 def _compute_gradients(
@@ -123,33 +181,41 @@ def _compute_gradients(
     weights: Array,
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
     """The losses, and both gradients of `total` as residuals."""
-    matrix = head.astype(hidden.dtype)
 
-    def visit(carry: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
-        total, d_head = carry
-        x, ids, w = xs
-        loss, nll, correct, logits, log_partition = _chunk_losses(xs, matrix, z_loss)
-        probability = jnp.exp(logits - log_partition[..., None])
-        scale = w * (1.0 + 2.0 * z_loss * log_partition)
-        d_logits = probability * scale[..., None] - jnp.where(
-            _one_hot(ids, logits), w[..., None], 0.0
-        )
-        # Both operands in the matmul's dtype: a mixed dot is slow on every back end.
-        d_logits = d_logits.astype(x.dtype)
-        d_x = jnp.einsum(
-            "blv,dv->bld", d_logits, matrix, preferred_element_type=jnp.float32
-        )
-        d_head += jnp.einsum(
-            "bld,blv->dv", x, d_logits, preferred_element_type=jnp.float32
-        )
-        d_x = constrain_rows(d_x.astype(x.dtype))
-        return (total + loss, d_head), (nll, correct, d_x)
+    def compute(place: _Place, *arrays: Array) -> tuple[Any, Any]:
+        hidden, head, targets, weights = arrays
+        matrix = _gather(head.astype(hidden.dtype), place)
 
-    xs = _split((hidden, targets, weights), chunk)
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    (total, d_head), stats = jax.lax.scan(visit, start, xs)
-    nll, correct, d_hidden = _join(stats)
-    return (total, nll, correct), (d_hidden, d_head.astype(head.dtype))
+        def visit(carry: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
+            total, d_head = carry
+            x, _, w = xs
+            loss, nll, correct, logits, log_partition, is_target = _chunk_losses(
+                xs, matrix, z_loss, place
+            )
+            probability = jnp.exp(logits - log_partition[..., None])
+            scale = w * (1.0 + 2.0 * z_loss * log_partition)
+            d_logits = probability * scale[..., None] - jnp.where(
+                is_target, w[..., None], 0.0
+            )
+            # Both operands in the matmul's dtype: a mixed dot is slow on every back end.
+            d_logits = d_logits.astype(x.dtype)
+            d_x = jnp.einsum(
+                "blv,dv->bld", d_logits, matrix, preferred_element_type=jnp.float32
+            )
+            d_head += jnp.einsum(
+                "bld,blv->dv", x, d_logits, preferred_element_type=jnp.float32
+            )
+            d_x = _sum(d_x, place.split).astype(x.dtype)
+            return (total + loss, d_head), (nll, correct, d_x)
+
+        xs = _split((hidden, targets, weights), chunk)
+        start = (jnp.zeros((), jnp.float32), jnp.zeros(matrix.shape, jnp.float32))
+        (total, d_head), stats = jax.lax.scan(visit, start, xs)
+        nll, correct, d_hidden = _join(stats)
+        d_head = _scatter(d_head, place).astype(head.dtype)
+        return (_sum(total, place.rows), nll, correct), (d_hidden, d_head)
+
+    return _over_the_mesh(compute, True, (hidden, head, targets, weights))
 
 
 def _scale_gradients(
@@ -165,22 +231,55 @@ _cross_entropy = jax.custom_vjp(_compute_losses, nondiff_argnums=(0, 1))
 _cross_entropy.defvjp(_compute_gradients, _scale_gradients)
 
 
+def _gather(head: Array, place: _Place) -> Array:
+    """The whole head, or all of its width for this device's own ids."""
+    for axis, names in enumerate((place.embed, place.vocab)):
+        if names:
+            head = jax.lax.all_gather(head, names, axis=axis, tiled=True)
+    return head
+
+
+def _scatter(d_head: Array, place: _Place) -> Array:
+    """The sum over all rows of the gradient, of the part that this device holds.
+
+    The parts are the first axis while they are summed. Along the last one of a layout
+    a TPU would sum the whole and keep a slice, unless parts are multiples of 128.
+    """
+    for axis, names in enumerate((place.embed, place.vocab)):
+        if names:
+            size = jax.lax.axis_size(names)
+            shape = d_head.shape
+            parts = d_head.reshape(
+                *shape[:axis], size, shape[axis] // size, *shape[axis + 1 :]
+            )
+            d_head = jax.lax.psum_scatter(jnp.moveaxis(parts, axis, 0), names)
+    held = {*place.embed, *place.vocab}
+    return _sum(d_head, tuple(name for name in place.rows if name not in held))
+
+
+def _sum(x: Array, names: tuple[str, ...]) -> Array:
+    return jax.lax.psum(x, names) if names else x
+
+
 def _chunk_losses(
-    xs: tuple[Array, ...], matrix: Array, z_loss: float
-) -> tuple[Array, Array, Array, Array, Array]:
-    x, ids, weights = map(constrain_rows, xs)
+    xs: tuple[Array, ...], matrix: Array, z_loss: float, place: _Place
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    x, ids, weights = xs
     logits = jnp.einsum("bld,dv->blv", x, matrix, preferred_element_type=jnp.float32)
     highest = logits.max(axis=-1)
-    log_partition = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
-    # A masked sum instead of a gather, which would collect a sharded vocabulary.
-    target_logit = jnp.where(_one_hot(ids, logits), logits, 0.0).sum(axis=-1)
+    first = 0
+    if place.split:
+        highest = jax.lax.pmax(highest, place.split)
+        first = jax.lax.axis_index(place.split) * logits.shape[-1]
+    exponentials = jnp.exp(logits - highest[..., None]).sum(axis=-1)
+    log_partition = highest + jnp.log(_sum(exponentials, place.split))
+    # A masked sum instead of a gather: the target may be another device's.
+    own = first + jnp.arange(logits.shape[-1], dtype=ids.dtype)
+    is_target = ids[..., None] == own
+    target_logit = _sum(jnp.where(is_target, logits, 0.0).sum(axis=-1), place.split)
     nll = log_partition - target_logit
     loss = (weights * (nll + z_loss * jnp.square(log_partition))).sum()
-    return loss, nll, target_logit >= highest, logits, log_partition
-
-
-def _one_hot(ids: Array, logits: Array) -> Array:
-    return ids[..., None] == jnp.arange(logits.shape[-1], dtype=ids.dtype)
+    return loss, nll, target_logit >= highest, logits, log_partition, is_target
 
 
 def _split(arrays: Any, chunk: int) -> Any:

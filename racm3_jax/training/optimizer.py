@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -28,7 +29,7 @@ class OptimizerConfig:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled; only parameters of rank >= 2 decay.
+      weight_decay: decoupled; norms and biases do not decay, see `find_decayed`.
       clip_norm: the gradient's global norm is clipped to it; 0 turns clipping off.
       first_moment_dtype: "bfloat16" halves the memory of the mean of the gradients. The
         second moment stays float32: what a step adds to it, 2%, is near bfloat16's
@@ -90,11 +91,55 @@ def build_schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [config.warmup_steps])
 
 
-def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW without decay on vectors and scalars."""
+# An axis of stacked copies, and one that is part of another's width: neither makes a
+# matrix of a vector.
+_NO_SPACE = ("layers", "head_dim")
+
+
+def find_decayed(boxed_params: Any) -> dict[str, bool]:
+    """Which parameters decay, by name: those that map one space to another.
+
+    ```
+    embed, mlp                    decays     layers, heads, head_dim    a bias: no
+    layers, embed, heads, head_dim  decays   norm                       no
+    vocab, embed                  decays     layers, norm               no
+    ```
+
+    Args:
+      boxed_params: arrays or shapes with their logical axis names, as `module.init`
+        makes them; a parameter without names decays where it has two axes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(
+        boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+    return {
+        _name(path): sum(name not in _NO_SPACE for name in leaf.names) > 1
+        if isinstance(leaf, nn.Partitioned)
+        else len(leaf.shape) > 1
+        for path, leaf in leaves
+    }
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def build_optimizer(
+    config: OptimizerConfig, boxed_params: Any = None
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW without decay on norms and biases.
+
+    Args:
+      config: of the optimizer.
+      boxed_params: the parameters' shapes with their logical axis names, see
+        `find_decayed`; without them whatever has two axes decays.
+    """
+    decayed = {} if boxed_params is None else find_decayed(boxed_params)
 
     def decays(params: Any) -> Any:
-        return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: decayed.get(_name(path), jnp.ndim(p) > 1), params
+        )
 
     adamw = optax.adamw(
         build_schedule(config),

@@ -1,9 +1,12 @@
-"""Several processes, one training: joining, taking turns, noticing a stuck peer.
+"""Several processes, one training: joining, stopping together, noticing a stuck peer.
 
-Every process runs the same command. Where SLURM, a TPU pod, MPI or Kubernetes started
-them, `jax.distributed` finds out by itself; elsewhere three variables say it:
+Every process runs the same command. Where SLURM, Open MPI, a TPU pod (gcloud's or GKE's)
+or an indexed job of Kubernetes started them, JAX finds out by itself and a line at the
+start says which it was; elsewhere three variables do:
 
     RACM3_COORDINATOR=host:port RACM3_NUM_PROCESSES=2 RACM3_PROCESS_ID=0 racm3 train ...
+
+`RACM3_NUM_PROCESSES=1` by itself asks nobody.
 
 A peer that dies or is stopped is noticed after RACM3_HEARTBEAT_SECONDS (100), one that
 does not even start after RACM3_JOIN_SECONDS (300), and one that is alive but stuck by the
@@ -15,38 +18,67 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import jax
-import numpy as np
+from absl import logging
 
 # The exit status of a process whose step did not end in time.
 STUCK = 76
 _PLAIN = ("RACM3_COORDINATOR", "RACM3_NUM_PROCESSES", "RACM3_PROCESS_ID")
 # The first step compiles: it may take so many times the watchdog's seconds.
 _FIRST_STEP = 4
-# Each of them is set by a launcher that `jax.distributed` knows.
-_LAUNCHERS = {
-    "SLURM_NTASKS": "SLURM",
-    "OMPI_COMM_WORLD_SIZE": "Open MPI",
-    "TPU_WORKER_HOSTNAMES": "a TPU pod",
+# What JAX calls the environments that it knows, and what a reader does.
+_NAMES = {
+    "SlurmCluster": "SLURM",
+    "OmpiCluster": "Open MPI",
+    "GceTpuCluster": "a TPU pod (GCE)",
+    "GkeTpuCluster": "a TPU pod (GKE)",
+    "K8sCluster": "a Kubernetes job",
 }
+_NO_CLUSTER = "no cluster"
+# Set in the pods of an indexed job: those that JAX can number.
+_KUBERNETES_INDEX = "JOB_COMPLETION_INDEX"
 
 
-def join_processes(environment: Mapping[str, str] = os.environ) -> int:
+class Cluster(Protocol):
+    """An environment that starts processes; `jax._src.clusters.ClusterEnv` is one."""
+
+    __name__: str
+
+    def is_env_present(self) -> bool: ...
+
+    def get_process_count(self) -> int: ...
+
+
+def join_processes(
+    environment: Mapping[str, str] = os.environ,
+    clusters: Sequence[Cluster] | None = None,
+) -> int:
     """Joins the other processes of this training, before anything else uses jax.
+
+    Says how many there are and who started them: on stderr, or in the log for a process
+    that nobody did. A second call does nothing.
+
+    Args:
+      environment: variables.
+      clusters: that are asked whether they started this process; those that JAX knows
+        by default.
 
     Returns:
       How many there are.
 
     Raises:
-      ValueError: some of the three variables are set, but not all; or a number of
-        seconds that is none.
+      ValueError: some of the three variables are set, but not all; a number of seconds
+        that is none; or a pod of an indexed job without the package that finds the
+        others.
     """
     heartbeat = _read_seconds(environment, "RACM3_HEARTBEAT_SECONDS", 100)
     limits = {
@@ -55,11 +87,16 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> int:
         # How long a process that ends waits for peers, which may be dead.
         "shutdown_timeout_seconds": heartbeat,
     }
+    if jax.distributed.is_initialized():
+        return jax.process_count()
     given = [name for name in _PLAIN if environment.get(name)]
-    if given and len(given) < len(_PLAIN):
+    if given == ["RACM3_NUM_PROCESSES"] and environment["RACM3_NUM_PROCESSES"] == "1":
+        starter = "RACM3_NUM_PROCESSES"
+    elif given and len(given) < len(_PLAIN):
         missing = next(name for name in _PLAIN if name not in given)
         raise ValueError(f"{given[0]} is set but {missing} is not: set all of {_PLAIN}")
-    if given:
+    elif given:
+        starter = "RACM3_COORDINATOR"
         coordinator, number, own = (environment[name] for name in _PLAIN)
         _initialise(
             coordinator_address=coordinator,
@@ -67,9 +104,47 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> int:
             process_id=int(own),
             **limits,
         )
-    elif any(_is_several(environment.get(name, "")) for name in _LAUNCHERS):
-        _initialise(**limits)
+    else:
+        found = _find_cluster(
+            environment, _list_clusters() if clusters is None else clusters
+        )
+        starter = _NAMES.get(found.__name__, found.__name__) if found else _NO_CLUSTER
+        if found is not None and found.get_process_count() > 1:
+            _initialise(**limits)
+    words = f"process {jax.process_index()} of {jax.process_count()} ({starter})"
+    if starter == _NO_CLUSTER:
+        logging.info("%s", words)
+    else:
+        print(f"racm3: {words}", file=sys.stderr)
     return jax.process_count()
+
+
+def _list_clusters() -> Sequence[Cluster]:
+    """What `jax.distributed.initialize` asks, in its order; it has no public list."""
+    from jax._src.clusters import ClusterEnv
+
+    return [c for c in ClusterEnv._cluster_types if not c.opt_in_only_method]
+
+
+def _find_cluster(
+    environment: Mapping[str, str], clusters: Sequence[Cluster]
+) -> Cluster | None:
+    is_indexed = _KUBERNETES_INDEX in environment
+    for cluster in clusters:
+        if cluster.__name__ == "K8sCluster" and not is_indexed:
+            continue  # a pod by itself, which has no peers to ask for
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said in a sentence below
+            if cluster.is_env_present():
+                return cluster
+    if is_indexed and "KUBERNETES_SERVICE_HOST" in environment:
+        raise ValueError(
+            f"this is pod {environment[_KUBERNETES_INDEX]} of an indexed Kubernetes job, "
+            'but the package that finds the others is missing: pip install "jax[k8s]", '
+            f"or set {', '.join(_PLAIN)}, or RACM3_NUM_PROCESSES=1 for a training of its "
+            "own"
+        )
+    return None
 
 
 def _read_seconds(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -77,11 +152,6 @@ def _read_seconds(environment: Mapping[str, str], name: str, default: int) -> in
     if not (value.isdigit() and int(value)):
         raise ValueError(f"{name} is {value!r}: give whole seconds, 1 or more")
     return int(value)
-
-
-def _is_several(value: str) -> bool:
-    """ "4" processes, or a list of several host names."""
-    return int(value) > 1 if value.isdigit() else "," in value
 
 
 def _initialise(**settings: object) -> None:
@@ -107,13 +177,53 @@ def leader_first() -> Iterator[None]:
             multihost_utils.sync_global_devices("leader first")
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in some process; every process must ask."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
+class StopRequest:
+    """SIGTERM and Ctrl-C end a training after a step, in all processes after the same.
 
-    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+    A spot machine has seconds: with several processes, the notice of one reaches the
+    others through `jax.distributed` within the next steps, which agree on where to stop.
+    A second Ctrl-C acts as usual.
+
+    ```
+    with StopRequest() as stop:
+        while step < num_steps and not stop.reached(step):
+            ...
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._alone = jax.process_count() == 1
+        self._event = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            # With several, SIGTERM has a handler already: that of jax.distributed.
+            numbers = [signal.SIGINT, *([signal.SIGTERM] if self._alone else [])]
+            for number in numbers:
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._restore()
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop before this step; every process asks before each of its steps."""
+        if self._alone:
+            return self._event.is_set()
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _request(self, signum: int, frame: object) -> None:
+        self._event.set()
+        self._restore()
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def fetch_all(tree: Any) -> Any:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging as python_logging
 import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self
 
 import jax
 from absl import logging
+from clu import parameter_overview
 from tqdm import tqdm
 
 from racm3_jax.metrics import MetricSums
@@ -34,6 +36,49 @@ class Writer(Protocol):
 
 class TrainingDiverged(FloatingPointError):
     """The loss is no longer a finite number."""
+
+
+def report_parameters(params: Any, progress: bool) -> None:
+    """Prints and logs name, shape and number of every parameter, and their sum.
+
+    Args:
+      params: of the model that is trained.
+      progress: print it on stderr, unless logging does that.
+    """
+    if jax.process_index() > 0:
+        return
+    tree = dict(params) if isinstance(params, Mapping) else {"params": params}
+    table = parameter_overview.get_parameter_overview(tree, include_stats=False)
+    logging.info("parameters that are trained:\n%s", table)
+    if progress and not logging.level_info():
+        tqdm.write(table, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _log_above_the_bar() -> Iterator[None]:
+    """While a bar is drawn, a log line moves it down instead of ending up inside."""
+    consoles: list[Any] = [logging.get_absl_handler(), python_logging.lastResort]
+    consoles += [
+        handler
+        for handler in python_logging.getLogger().handlers
+        if isinstance(handler, python_logging.StreamHandler)
+        and handler.stream in (sys.stdout, sys.stderr)
+    ]
+
+    def above(emit: Callable[[Any], None]) -> Callable[[Any], None]:
+        def emit_above(record: Any) -> None:
+            with tqdm.external_write_mode(file=sys.stderr):
+                emit(record)
+
+        return emit_above
+
+    for handler in consoles:
+        handler.emit = above(handler.emit)
+    try:
+        yield
+    finally:
+        for handler in consoles:
+            del handler.emit  # the method of its class again
 
 
 class StepLog:
@@ -70,9 +115,13 @@ class StepLog:
         self._restart_clock()
 
     def __enter__(self) -> Self:
+        self._open = contextlib.ExitStack()
+        if not self._bar.disable:
+            self._open.enter_context(_log_above_the_bar())
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._open.close()
         self._bar.close()
 
     def _restart_clock(self) -> None:

@@ -15,6 +15,17 @@ from jaxtyping import Array, Float, Int
 
 from racm3_jax import sharding
 
+# Weights are gathered while the product before them is computed; without these options
+# libtpu waits for every gather on v5p.
+_COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
+    "tpu": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    }
+}
+
 Metrics = dict[str, tuple[Any, Any]]
 """`{name: (sum, weight)}`; see `racm3_jax.metrics`."""
 
@@ -243,6 +254,9 @@ def make_train_step(
         in_shardings=(shardings, None),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        # A stored executable takes all leaves, whether the step reads them or not.
+        keep_unused=True,
+        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
     return TrainStep(compiled, mesh)
 

@@ -9,7 +9,6 @@ from racm3_jax.wiring.jobs import (
     build_clip_job,
     build_generator_job,
     build_job,
-    build_trained_columns,
     build_vqgan_job,
 )
 from racm3_jax.wiring.parts import (
@@ -22,10 +21,25 @@ from racm3_jax.wiring.parts import (
     build_retriever,
     build_tokenizer,
     build_world,
-    construct,
     count_shards,
     read_memory_documents,
     resolve,
+)
+from racm3_jax.wiring.sections import (
+    SUITES,
+    TRAININGS,
+    TrainConfig,
+    construct,
+    read_evaluation,
+    read_training,
+)
+from racm3_jax.wiring.steps import (
+    AbstractTraining,
+    abstract_batch,
+    build_abstract_training,
+    build_generator_loss,
+    build_trained_columns,
+    build_vocab,
 )
 from racm3_jax.wiring.suites import (
     FlagworldSuite,
@@ -37,15 +51,22 @@ from racm3_jax.wiring.suites import (
 )
 
 __all__ = [
+    "SUITES",
+    "TRAININGS",
+    "AbstractTraining",
     "FlagworldSuite",
     "Job",
     "TasksSuite",
+    "TrainConfig",
+    "abstract_batch",
+    "build_abstract_training",
     "build_clip_job",
     "build_coco_protocol",
     "build_embedder",
     "build_episodes",
     "build_flagworld_suite",
     "build_generator_job",
+    "build_generator_loss",
     "build_job",
     "build_likelihood_protocol",
     "build_memory",
@@ -56,12 +77,15 @@ __all__ = [
     "build_tasks_suite",
     "build_tokenizer",
     "build_trained_columns",
+    "build_vocab",
     "build_vqgan_job",
     "build_world",
     "construct",
     "count_shards",
     "load_generator",
+    "read_evaluation",
     "read_memory_documents",
+    "read_training",
     "resolve",
     "save_generator",
 ]

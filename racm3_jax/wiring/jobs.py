@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Int64
 
 from racm3_jax import checkpoints
 from racm3_jax.documents import batches as image_data
@@ -17,10 +19,8 @@ from racm3_jax.documents.flagworld import read_flagworld
 from racm3_jax.memory.memory import Memory
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import (
-    Transformer,
     abstract_params,
     count_params,
-    head_weights,
     init_params,
     stack_layers,
     unstack_layers,
@@ -33,21 +33,15 @@ from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.episodes import Episodes
 from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
+from racm3_jax.sharding import local_rows
 from racm3_jax.tokenizers import vqgan as vqgan_model
 from racm3_jax.tokenizers import vqgan_loss as vqgan_objective
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.training.hardware import flops_per_token
-from racm3_jax.training.loss import GeneratorLossConfig, make_generator_loss
-from racm3_jax.training.optimizer import (
-    OptimizerConfig,
-    TrainedColumns,
-    build_optimizer,
-    build_schedule,
-)
+from racm3_jax.training.optimizer import TrainedColumns
 from racm3_jax.training.processes import fetch_all, leader_first
-from racm3_jax.training.step import LossFn, TrainState, init_state, make_train_step
-from racm3_jax.vocab import Vocab
+from racm3_jax.training.step import LossFn, TrainState, init_state
 from racm3_jax.wiring.generators import carry_origin, save_generator
 from racm3_jax.wiring.parts import (
     build_embedder,
@@ -59,14 +53,22 @@ from racm3_jax.wiring.parts import (
     build_retriever,
     build_tokenizer,
     build_world,
-    construct,
     read_memory_documents,
     resolve,
     use_table,
 )
-
-# The choices of config.train_only; the first is the default.
-TRAIN_ONLY = ("all", "image_output_rows")
+from racm3_jax.wiring.rows import find_main_rows
+from racm3_jax.wiring.sections import (
+    TrainConfig,
+    construct,
+    count_examples,
+    read_training,
+)
+from racm3_jax.wiring.steps import (
+    build_generator_loss,
+    build_train_step,
+    build_trained_columns,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Job:
       export: writes the finished model into the work directory.
       with_stats: whether a batch comes as `(batch, statistics)`.
       flops_per_token: of a step, PaLM's count; 0 where nobody asks for it.
+      inputs: fingerprints of what a resumed run must find unchanged, by name.
+      num_main_documents: that are trained on; 0 where they are not a memory's.
     """
 
     state: TrainState
@@ -90,21 +94,22 @@ class Job:
     export: Callable[[TrainState], None]
     with_stats: bool = False
     flops_per_token: float = 0.0
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    num_main_documents: int = 0
 
 
 def build_job(config: Any, workdir: Path) -> Job:
     """The training that `config.kind` names.
 
     Raises:
-      ValueError: for an unknown kind.
+      ValueError: a config with an unknown kind or key, or a wrong value.
     """
+    read_training(config)
     builders = {
         "generator": build_generator_job,
         "clip": build_clip_job,
         "vqgan": build_vqgan_job,
     }
-    if config.kind not in builders:
-        raise ValueError(f"config.kind is {config.kind!r}; allowed: {sorted(builders)}")
     return builders[config.kind](config, workdir)
 
 
@@ -114,6 +119,8 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
     loss_config = construct(
         vqgan_objective.VQGANLossConfig, config.vqgan_loss, "vqgan_loss"
     )
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, config.batch_size)
     images = np.stack(
         [d.images[0] for d in read_flagworld(build_world(config), "train")]
     )
@@ -128,16 +135,20 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
         )
 
     def make(start_step: int) -> Iterator[Any]:
-        return image_data.image_batches(
+        batches = image_data.image_batches(
             images, config.batch_size, seed=config.seed, start_step=start_step
         )
+        return _take_rows(batches, rows)
 
     def export(state: TrainState) -> None:
-        params = checkpoints.round_to_half(jax.device_get(state.params["vqgan"]))
+        params = checkpoints.round_to_half(fetch_all(state.params["vqgan"]))
+        if jax.process_index() != 0:
+            return
         ImageTokenizer(model_config, params).save(workdir / "vqgan", dtype="float16")
 
     return _job(
         config,
+        mesh,
         lambda key: vqgan_objective.init_vqgan(model_config, loss_config, key),
         vqgan_objective.vqgan_loss(model_config, loss_config),
         make,
@@ -151,11 +162,15 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
 
     Exports `workdir/text` and `workdir/clip`.
     """
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, config.batch_size)
     documents = list(read_flagworld(build_world(config), "train"))
     texts = [d.text for d in documents]
     text_tokenizer = _build_text_tokenizer(config, texts)
-    text_tokenizer.save(workdir / "text" / "tokenizer.json")
-    checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
+    with leader_first():
+        if jax.process_index() == 0:
+            text_tokenizer.save(workdir / "text" / "tokenizer.json")
+            checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
     tokenizer = clip_model.CLIPTokenizer(text_tokenizer, config.clip.context_length)
     model_config = construct(
         clip_model.CLIPConfig, config.clip, "clip", vocab_size=tokenizer.vocab_size
@@ -178,7 +193,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     groups = np.array([d.metadata["nation_id"] for d in documents])
 
     def make(start_step: int) -> Iterator[Any]:
-        return clip_objective.make_pair_batches(
+        batches = clip_objective.make_pair_batches(
             images,
             tokens,
             groups,
@@ -186,9 +201,12 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
             seed=config.seed,
             start_step=start_step,
         )
+        return _take_rows(batches, rows)
 
     def export(state: TrainState) -> None:
-        params = checkpoints.round_to_half(jax.device_get(state.params))
+        params = checkpoints.round_to_half(fetch_all(state.params))
+        if jax.process_index() != 0:
+            return
         embedder = DocumentEmbedder(model_config, params, text_tokenizer)
         if len(measured) > 1:
             found = embedder.measure(measured)
@@ -197,6 +215,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
 
     return _job(
         config,
+        mesh,
         lambda key: clip_model.init_params(model_config, key),
         clip_objective.clip_loss(model_config, loss_config),
         make,
@@ -213,6 +232,17 @@ def _build_text_tokenizer(config: Any, texts: Sequence[str]) -> TextTokenizer:
 
 def build_generator_job(config: Any, workdir: Path) -> Job:
     """Trains RA-CM3 (or its twin); exports a directory that `run.load` opens."""
+    pipeline = construct(
+        PipelineConfig,
+        config.pipeline,
+        "pipeline",
+        seed=config.seed,
+        num_query_variants=config.memory.num_query_variants,
+        max_examples=count_examples(config),
+    )
+    # Before anything is loaded: refuses rows that the mesh does not divide.
+    mesh = build_mesh(config)
+    rows = local_rows(mesh, pipeline.rows)
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
     if config.get("memory_path"):
         memory = Memory.load(resolve(config.memory_path), embedder, tokenizer)
@@ -224,23 +254,13 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             )
     with leader_first():
         use_table(config, memory)
-    rows = memory.allowed_ids()
-    is_main = [m.get("split", "train") == "train" for m in memory.metadata(rows)]
-    main_ids = rows[np.array(is_main)]
+    main_ids = find_main_rows(memory, workdir)
     model_config = build_model_config(config, tokenizer.vocab)
     masking = construct(CausalMaskingConfig, config.masking, "masking")
-    pipeline = construct(
-        PipelineConfig,
-        config.pipeline,
-        "pipeline",
-        seed=config.seed,
-        num_query_variants=config.memory.num_query_variants,
-    )
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
-    episodes = build_episodes(config, memory, tokenizer)
-    pairing = build_pairing(config, memory, tokenizer)
+    episodes = build_episodes(config, memory, tokenizer, workdir)
+    pairing = build_pairing(config, memory, tokenizer, workdir)
     check_positions(model_config, pipeline, episodes, pairing)
-    model: Any = Transformer(model_config)
 
     def make(start_step: int) -> Iterator[Any]:
         return make_batches(
@@ -252,8 +272,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             pipeline,
             start_step=start_step,
             num_steps=config.train.num_steps - start_step,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            rows=rows,
             episodes=episodes,
             pairing=pairing,
         )
@@ -276,15 +295,11 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             construct(StrategyConfig, config.strategy, "strategy"),
         )
 
-    return _job(
+    job = _job(
         config,
+        mesh,
         lambda key: init_params(model_config, key, boxed=True),
-        make_generator_loss(
-            lambda params, *inputs: model.apply({"params": params}, *inputs),
-            lambda params: head_weights(params, model_config),
-            tokenizer.vocab,
-            construct(GeneratorLossConfig, config.loss, "loss"),
-        ),
+        build_generator_loss(config, model_config, tokenizer.vocab),
         make,
         export,
         params=_read_first_params(config, model_config),
@@ -295,6 +310,15 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             pipeline.row_length,
         ),
         trained=build_trained_columns(config, model_config, tokenizer.vocab),
+    )
+    return dataclasses.replace(
+        job,
+        inputs={
+            "memory": memory.fingerprint(),
+            "tokenizer": tokenizer.fingerprint(),
+            "embedder": embedder.fingerprint(),
+        },
+        num_main_documents=len(main_ids),
     )
 
 
@@ -333,34 +357,17 @@ def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
     return params if "layers" in params else stack_layers(params)
 
 
-def build_trained_columns(
-    config: Any, model_config: ModelConfig, vocab: Vocab
-) -> TrainedColumns | None:
-    """What `config.train_only` leaves to be trained; None is everything.
-
-    "image_output_rows" are the head's columns of the image codes: what gives a model
-    its image output back that reads images already, and changes nothing else in it.
-
-    Raises:
-      ValueError: for an unknown choice, or a head that is the embedding too.
-    """
-    choice = config.get("train_only", TRAIN_ONLY[0])
-    if choice not in TRAIN_ONLY:
-        raise ValueError(
-            f"config.train_only is {choice!r}; allowed: {', '.join(TRAIN_ONLY)}"
-        )
-    if choice == TRAIN_ONLY[0]:
-        return None
-    if model_config.tie_embeddings:
-        raise ValueError(
-            f"config.train_only is {choice!r}, but the output rows are the embedding's "
-            "too: it needs config.model.tie_embeddings=False"
-        )
-    return TrainedColumns("head", vocab.image_range.start, vocab.image_range.stop)
+def _take_rows(
+    batches: Iterator[Any], rows: Int64[np.ndarray, " rows"]
+) -> Iterator[dict[str, np.ndarray]]:
+    """What this process holds of batches that every process makes whole."""
+    for batch in batches:
+        yield {name: values[rows] for name, values in batch.items()}
 
 
 def _job(
     config: Any,
+    mesh: Mesh,
     init_fn: Callable[[jax.Array], Any],
     loss_fn: LossFn,
     make: Callable[[int], Iterator[Any]],
@@ -370,35 +377,21 @@ def _job(
     flops_per_token: float = 0.0,
     trained: TrainedColumns | None = None,
 ) -> Job:
-    mesh = build_mesh(config)
-    optimizer_config = construct(
-        OptimizerConfig,
-        config.optimizer,
-        "optimizer",
-        num_steps=config.train.num_steps,
-    )
-    optimizer = build_optimizer(optimizer_config)
-    if trained is not None:
-        optimizer = trained.restrict(optimizer)
-        loss_fn = trained.restrict_loss(loss_fn)
-    state = init_state(
-        init_fn, optimizer, mesh, jax.random.key(config.seed), params=params
-    )
-    step_fn = make_train_step(
-        loss_fn,
-        optimizer,
+    state, step_fn = build_train_step(
+        config,
         mesh,
-        state,
-        seed=config.seed,
-        schedule=build_schedule(optimizer_config),
-        num_microbatches=config.train.get("num_microbatches", 1),
-        skip_nonfinite=config.train.get("max_skipped_steps", 0) > 0,
+        loss_fn,
+        init_fn,
+        lambda optimizer: init_state(
+            init_fn, optimizer, mesh, jax.random.key(config.seed), params=params
+        ),
+        trained,
     )
     return Job(
         state,
         step_fn,
         make,
-        config.train.num_steps,
+        construct(TrainConfig, config.train, "train").num_steps,
         export,
         with_stats,
         flops_per_token,

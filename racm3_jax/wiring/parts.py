@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -30,37 +28,31 @@ from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
+from racm3_jax.training.mirror import refuse_url
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
+from racm3_jax.wiring.rows import read_column
+from racm3_jax.wiring.sections import (
+    MemoryConfig,
+    MeshConfig,
+    TokenizerConfig,
+    construct,
+)
 
 PACKAGE = Path(__file__).parent.parent
-T = TypeVar("T")
 
 
 def resolve(path: str | Path) -> Path:
-    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path."""
+    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path.
+
+    Raises:
+      ValueError: a URL.
+    """
     text = str(path)
+    refuse_url(text, "what a config names")
     if text.startswith("shipped:"):
         return PACKAGE / "shipped" / text.removeprefix("shipped:")
     return Path(text).expanduser()
-
-
-def construct(cls: type[T], section: Mapping[str, Any], where: str, **more: Any) -> T:
-    """Calls a dataclass's constructor with a config section.
-
-    Raises:
-      ValueError: for a key that the dataclass does not have; names the nearest one.
-    """
-    allowed = {f.name for f in dataclasses.fields(cls)} - set(more)  # type: ignore[arg-type]
-    for key in section:
-        if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, 1, 0.0)
-            raise ValueError(
-                f"config.{where}.{key} is not a setting; did you mean "
-                f"config.{where}.{near[0]}?"
-            )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-    return cls(**values, **more)
 
 
 def build_world(config: Any) -> FlagworldConfig:
@@ -68,22 +60,23 @@ def build_world(config: Any) -> FlagworldConfig:
 
 
 def build_mesh(config: Any) -> Mesh:
-    return sharding.make_mesh(**config.mesh)
+    mesh = construct(MeshConfig, config.mesh, "mesh")
+    return sharding.make_mesh(**dataclasses.asdict(mesh))
 
 
 def build_tokenizer(config: Any) -> MixedTokenizer:
-    section = config.tokenizer
+    section = construct(TokenizerConfig, config.tokenizer, "tokenizer")
     for name in ("text", "image"):
-        if not section[name]:
+        if not getattr(section, name):
             raise ValueError(
                 f"config.tokenizer.{name} is empty: give the folder of a trained one, "
                 f"--config.tokenizer.{name}=FOLDER"
             )
     image = ImageTokenizer.load(resolve(section.image))
-    if size := section.get("image_size", 0):
+    if section.image_size:
         # The same codes of smaller images: cheap examples for the first part of a
         # curriculum.
-        image = image.resized(size)
+        image = image.resized(section.image_size)
     return MixedTokenizer(
         TextTokenizer.load(resolve(section.text) / "tokenizer.json"),
         image,
@@ -115,7 +108,7 @@ def build_memory(
       num_documents: how many there are, for the progress bar.
     """
     if not (path / "manifest.json").exists():
-        section = config.memory
+        section = construct(MemoryConfig, config.memory, "memory")
         with tqdm(
             total=num_documents, desc="build memory", unit="document", smoothing=0.1
         ) as bar:
@@ -141,7 +134,7 @@ def use_table(config: Any, memory: Memory) -> None:
 
     The table is made when it is not there; `racm3 memory neighbours` makes it ahead.
     """
-    if config.memory.get("index") != "table":
+    if construct(MemoryConfig, config.memory, "memory").index != "table":
         return
     path = memory.path / TABLE_DIRECTORY
     if not path.is_dir():
@@ -179,22 +172,19 @@ def build_model_shape(config: Any) -> tuple[ModelConfig, int]:
     return model_config, count_params(abstract_params(model_config))
 
 
-def count_shards(config: Any, num_devices: int) -> tuple[int, int]:
+def count_shards(config: Any, num_devices: int, platform: str = "") -> tuple[int, int]:
     """(devices that share one copy of the weights, copies) of `config.mesh`.
+
+    Args:
+      config: of a training.
+      num_devices: how many.
+      platform: "tpu", "gpu" or "cpu"; see `sharding.mesh_sizes`.
 
     Raises:
       ValueError: a mesh that does not fit so many devices.
     """
-    sizes = [config.mesh[name] for name in sharding.MESH_AXES]
-    if -1 in sizes:
-        known = math.prod([size for size in sizes if size != -1])
-        sizes[sizes.index(-1)] = num_devices // known
-    if math.prod(sizes) != num_devices:
-        raise ValueError(
-            f"config.mesh {dict(config.mesh)} does not fit {num_devices} devices"
-        )
-    data, fsdp, tensor = sizes
-    return fsdp * tensor, data
+    sizes = sharding.mesh_sizes(num_devices, platform=platform, **config.mesh)
+    return sizes["fsdp"] * sizes["tensor"], sizes["dcn"] * sizes["data"]
 
 
 def build_retriever(config: Any, memory: Memory) -> Retriever:
@@ -202,7 +192,7 @@ def build_retriever(config: Any, memory: Memory) -> Retriever:
 
 
 def build_episodes(
-    config: Any, memory: Memory, tokenizer: MixedTokenizer
+    config: Any, memory: Memory, tokenizer: MixedTokenizer, workdir: Path
 ) -> Episodes | None:
     """What turns main documents into k-shot questions; None if the config wants none.
 
@@ -212,14 +202,14 @@ def build_episodes(
     if "episodes" not in config or not config.episodes.probability:
         return None
     settings = construct(EpisodeConfig, config.episodes, "episodes")
-    classes = _read_classes(memory, settings.class_key)
+    classes = _read_classes(memory, settings.class_key, workdir)
     words = make_labels(settings.num_labels, np.random.default_rng(config.seed))
     labels = [tokenizer.encode_text(word) for word in words]
     return Episodes(settings, classes, labels)
 
 
 def build_pairing(
-    config: Any, memory: Memory, tokenizer: MixedTokenizer
+    config: Any, memory: Memory, tokenizer: MixedTokenizer, workdir: Path
 ) -> Pairing | None:
     """What gives main documents others by class; None if the config wants none.
 
@@ -229,23 +219,27 @@ def build_pairing(
         return None
     settings = construct(PairingConfig, config.pairing, "pairing")
     names = Names(tokenizer.text.decode, tokenizer.text.encode, make_name)
-    return Pairing(settings, _read_classes(memory, settings.class_key), names)
+    classes = _read_classes(memory, settings.class_key, workdir)
+    return Pairing(settings, classes, names)
 
 
-def _read_classes(memory: Memory, key: str) -> Int64[np.ndarray, " rows"]:
+def _read_classes(
+    memory: Memory, key: str, workdir: Path
+) -> Int64[np.ndarray, " rows"]:
     """Numbers for the values of a metadata key; -1 for rows without it."""
     rows = memory.allowed_ids()
-    numbers: dict[str, int] = {}
+    names = read_column(memory, key, workdir)[rows]
+    _, firsts, found = np.unique(names, return_index=True, return_inverse=True)
+    # Numbered in the order in which they appear; 0 is no name.
+    numbers = np.argsort(np.argsort(np.where(names[firsts] == 0, len(rows), firsts)))
     classes = np.full(len(memory), -1, np.int64)
-    for row, facts in zip(rows.tolist(), memory.metadata(rows), strict=True):
-        if key in facts:
-            classes[row] = numbers.setdefault(str(facts[key]), len(numbers))
+    classes[rows] = np.where(names == 0, -1, numbers[found])
     return classes
 
 
 def read_memory_documents(config: Any) -> Iterator[Document]:
     """What the memory holds: the training documents, and held-out nations if wanted."""
     world = build_world(config)
-    if config.memory.include_heldout:
+    if construct(MemoryConfig, config.memory, "memory").include_heldout:
         yield from read_flagworld(world, "heldout_memory")
     yield from read_flagworld(world, "train")

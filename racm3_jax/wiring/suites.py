@@ -41,9 +41,9 @@ from racm3_jax.wiring.generators import load_generator
 from racm3_jax.wiring.parts import (
     build_memory,
     build_world,
-    construct,
     resolve,
 )
+from racm3_jax.wiring.sections import construct
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,6 +176,7 @@ COMMANDS: dict[str, dict[str, Sequence[str]]] = {
     "memory plan --num_documents=1e6": {
         "--num_documents": (*NUMBER, "0", "-5"), "--d_embed": (*WHOLE, "0"),
         "--hosts": (*WHOLE, "0"), "--devices_per_host": (*WHOLE, "0"),
+        "--index": ("nothing", "--"),
     },
     "train --config={config} --workdir=new": {
         "--config": CONFIG, "--workdir": WORKDIR_OUT,

@@ -325,3 +325,15 @@ def test_building_needs_no_models(tmp_path, documents):
         assert memory.manifest["index"] == "exact"
         assert memory.vocab == FakeTokenizer.vocab
         assert "40 documents, 40 allowed" in repr(memory)
+
+
+def test_the_split_of_every_row_is_a_column(build, documents):
+    splits = ["train", "heldout", "", None]
+    for i, document in enumerate(documents):
+        split = splits[i % 4]
+        if split is not None:
+            document.metadata["split"] = split
+    memory = build(documents)
+    expected = [format_lib.hash_name(splits[i % 4] or "") for i in range(40)]
+    assert memory.split_hashes.tolist() == expected
+    assert expected[2] == expected[3] == 0

@@ -8,13 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from racm3_jax import sharding
-from racm3_jax.model import attention as attention_module
-from racm3_jax.model import attention_kernels
 from racm3_jax.model.attention import attention, choose_implementation
 from racm3_jax.model.attention_kernels import find_segments
+from racm3_jax.model.config import tiny
+from racm3_jax.model.transformer import (
+    Transformer,
+    abstract_params,
+    init_params,
+    prepare_decoding,
+)
 
 SEGMENTS = np.repeat([[1, 2, 3, 0], [1, 2, 2, 2]], 40, axis=1)
 
@@ -73,9 +79,11 @@ def test_splash_equals_plain_and_does_not_leak(mesh_shape):
         assert np.any(np.asarray(gradient)[kept])
 
 
-def read_packed(q, k, v, *, q_seqlen, q_offsets, kv_seqlen, kv_offsets, scale, **kind):
+def read_packed(
+    q, k, v, *, q_seqlen, q_offsets, kv_seqlen, kv_offsets, scale, mask_type, qkv_layout
+):
     """What cuDNN is documented to do: every segment is a sequence of its own."""
-    assert kind == {"mask_type": cudnn.MaskType.PADDING_CAUSAL, "qkv_layout": "BTNH"}
+    assert mask_type == cudnn.MaskType.PADDING_CAUSAL and qkv_layout == "BTNH"
     assert q.shape == k.shape == v.shape and scale == 1.0
     assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
     out = np.full(q.shape, 7.0, np.float32)
@@ -122,16 +130,60 @@ def test_cudnn_is_lowered_to_its_own_kernels(monkeypatch):
     assert "4096x4096" not in text
 
 
+def devices_elsewhere(platform, kind):
+    """A mesh of devices that this process has not."""
+    device = jax.sharding.AbstractDevice(kind, None, platform)
+    axes = {"abstract_device": device}
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), **axes)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 @pytest.mark.parametrize(
-    ("backend", "dtype", "hopper", "expected"),
+    ("platform", "kind", "dtype", "expected"),
     [
-        ("gpu", "bfloat16", True, "cudnn"),
-        ("gpu", "float32", True, "plain"),
-        ("gpu", "bfloat16", False, "plain"),
-        ("tpu", "float32", False, "splash"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", "cudnn"),
+        ("gpu", "NVIDIA GB200", "bfloat16", "cudnn"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "float32", "plain"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "bfloat16", "plain"),
+        ("tpu", "TPU v5 lite", "float32", "splash"),
+        ("cpu", "cpu", "float32", "plain"),
     ],
 )
-def test_the_platform_chooses(monkeypatch, backend, dtype, hopper, expected):
-    monkeypatch.setattr(attention_module.jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(attention_kernels, "has_packed_cudnn", lambda: hopper)
-    assert choose_implementation(dtype) == expected
+def test_the_devices_of_the_mesh_choose(platform, kind, dtype, expected):
+    with devices_elsewhere(platform, kind):
+        assert choose_implementation(dtype) == expected
+    assert choose_implementation(dtype) == "blocked"  # what this process runs on
+
+
+def test_a_jax_without_the_packed_kernel_falls_back(monkeypatch):
+    monkeypatch.delattr(cudnn, "dot_product_attention")
+    with devices_elsewhere("gpu", "NVIDIA H100 80GB HBM3"):
+        assert choose_implementation("bfloat16") == "plain"
+    q, k, v = make_qkv(dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match='set config.model.attention="plain"'):
+        attention(q, k, v, jnp.asarray(SEGMENTS), "cudnn", 4)
+
+
+def test_decoding_is_prepared_for_the_devices_of_the_mesh():
+    config = tiny(compute_dtype="bfloat16")
+    params = init_params(config, jax.random.key(0))
+    assert prepare_decoding(config, params)[0].compute_dtype == "float32"
+    with devices_elsewhere("tpu", "TPU v6 lite"):
+        assert prepare_decoding(config, params)[0].compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_splash_is_made_in_every_trace_again(scan_layers, remat):
+    """A kernel holds arrays of its trace: one that is kept is an error in the next."""
+    config = tiny(attention="splash", scan_layers=scan_layers, remat=remat)
+    ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+    def loss(params, ids):
+        hidden = Transformer(config).apply({"params": params}, ids, ids, ids)
+        return hidden.astype(jnp.float32).sum()
+
+    for _ in range(2):
+        params = nn.unbox(abstract_params(config))
+        gradients = jax.jit(jax.grad(loss)).trace(params, ids).out_info
+        assert jax.tree.structure(gradients) == jax.tree.structure(params)

@@ -123,7 +123,9 @@ def test_scanned_equals_unrolled(style):
     jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("full", True), ("dots", False)])
+@pytest.mark.parametrize(
+    ("remat", "scan"), [("full", True), ("dots", False), ("dots", True)]
+)
 def test_remat_changes_nothing(remat, scan):
     config = tiny(scan_layers=scan)
     params = make_params(config)
@@ -131,6 +133,42 @@ def test_remat_changes_nothing(remat, scan):
     assert_close(
         loss_and_gradient(recomputing, params), loss_and_gradient(config, params)
     )
+
+
+def kept_bytes(config):
+    """Of what the forward pass keeps for the backward pass."""
+    ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    params = nn.unbox(abstract_params(config))
+
+    def backward(params, ids):
+        def hidden(params):
+            return Transformer(config).apply({"params": params}, ids, ids, ids)
+
+        return jax.vjp(hidden, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, ids))
+    return sum(x.size * x.dtype.itemsize for x in kept)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dots_keeps_the_products_and_nothing_else(style, scan, dtype):
+    c = style(compute_dtype=dtype, scan_layers=scan, attention="plain")
+    full, dots, none = (
+        kept_bytes(dataclasses.replace(c, remat=remat))
+        for remat in ("full", "dots", "none")
+    )
+    size = 2 if dtype == "bfloat16" else 4
+    keys = (c.num_heads + c.kv_heads) * c.head_dim
+    gates = 2 if c.activation == "swiglu" else 1
+    # Queries and keys whose norm has a gradient are kept as they were before it.
+    token = keys * (4 if c.qk_norm else size)
+    token += size * (c.kv_heads * c.head_dim + gates * c.d_ff) + 4 * c.d_model
+    # Biases are read again only where the product is computed again.
+    biases = keys + c.kv_heads * c.head_dim + c.d_ff + c.d_model if c.use_bias else 0
+    assert dots - full == c.num_layers * (2 * 16 * token - 4 * biases)
+    assert dots < none
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -18,6 +18,7 @@ from porting_fakes import state_dict_program, write_torch_zip
 
 from racm3_jax.porting import pickles, torch_files
 from racm3_jax.porting.files import open_tensors, suggest_part
+from racm3_jax.porting.pickled import Inert
 from racm3_jax.porting.pickles import read_plain_pickle
 from racm3_jax.porting.tensors import PortingError
 
@@ -117,6 +118,29 @@ def test_one_of_several_is_chosen_by_its_path(tmp_path):
         assert read(path, part) == {"w": A.tolist()}
 
 
+def test_one_dict_under_two_paths_is_found_under_both():
+    """Before its first step an average is the model itself."""
+    tensor = read_plain_pickle(state_dict_program({"w": A}), "x")["w"]
+    state = {"w": tensor}
+    value = {"model": state, "ema": state}
+    for part in (None, "model", "ema"):
+        assert torch_files.find_state_dict(value, "x.pt", part) == state
+    value = {"generator": state, "discriminator": state}
+    assert "one of generator, disc" in refusal(
+        torch_files.find_state_dict, value, "x.pt"
+    )
+
+
+def test_dicts_of_dicts_without_end(monkeypatch):
+    monkeypatch.setattr(torch_files, "_MAX_DICTS", 1000)
+    value = {}
+    for _ in range(4):
+        value = {str(i): value for i in range(9)}
+    assert "nests more than 1,000 dicts" in refusal(
+        torch_files.find_state_dict, value, "x.pt"
+    )
+
+
 @pytest.mark.parametrize(
     "prefix",
     ["_orig_mod.", "module.", "model.", "module._orig_mod.", "model.module._orig_mod."],
@@ -174,7 +198,7 @@ def test_what_lies_beside_the_weights_is_left_inert(name, protocol):
     program = pickle.dumps({"beside": BESIDE[name], "after": 3}, protocol)
     found = read_plain_pickle(program, "x.ckpt")
     assert found["after"] == 3
-    assert isinstance(found["beside"], (pickles.Inert, list))
+    assert isinstance(found["beside"], (Inert, list))
 
 
 def test_a_lightning_checkpoint(tmp_path):

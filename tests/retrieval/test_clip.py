@@ -316,3 +316,27 @@ def test_a_layer_whose_first_position_is_read(monkeypatch, longest_at_once):
     np.testing.assert_allclose(
         apply(params, x, num_read=1), apply(params, x)[:, :1], atol=1e-6
     )
+
+
+def test_accelerators_compute_in_bfloat16(params, monkeypatch):
+    """Embeddings stay float32 and point where they pointed."""
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    tokens = jnp.asarray([[32, 1, 5, 33], [32, 4, 2, 33]])
+
+    def embed():
+        model = CLIP(SMALL)
+        both = (
+            model.apply({"params": params}, images, method="encode_image"),
+            model.apply({"params": params}, tokens, method="encode_text"),
+        )
+        return [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in both]
+
+    expected = embed()
+    monkeypatch.setattr(clip_layers, "current_platform", lambda: "tpu")
+    program = str(jax.make_jaxpr(embed)())
+    products = [line for line in program.splitlines() if " dot_general[" in line]
+    assert sum("bf16[" in line for line in products) > 0.7 * len(products)
+    for got, want in zip(embed(), expected, strict=True):
+        assert got.dtype == jnp.float32
+        assert ((got * want).sum(-1) > 0.999).all()
+        assert not np.array_equal(got, want)

@@ -24,7 +24,9 @@ ROTATED = CausalMaskingConfig(num_masks="none", rotation_probability=1.0)
 LONG = 10_000
 
 
-def build(main, retrieved, config, vocab, *, max_length=LONG, seed=0, alpha=0.1):
+def build(
+    main, retrieved, config, vocab, *, max_length=LONG, seed=0, alpha=0.1, ranks=None
+):
     return build_example(
         main,
         retrieved,
@@ -33,6 +35,7 @@ def build(main, retrieved, config, vocab, *, max_length=LONG, seed=0, alpha=0.1)
         alpha=alpha,
         max_length=max_length,
         rng=np.random.default_rng(seed),
+        ranks=ranks,
     )
 
 
@@ -89,6 +92,41 @@ def test_picture_of_build_example(vocab, make_document):
     assert example.tokens.dtype == np.int32
     assert example.weights.dtype == np.float32
     assert example.is_main.dtype == bool
+
+
+def test_cuts_are_the_images_of_retrieved_documents_least_relevant_first(
+    vocab, make_document
+):
+    retrieved = [
+        make_document("t1", "i1 i2"),
+        make_document("t2", "i3 i4", "t3 t3", "i5 i6"),
+    ]
+    main = make_document("t4", "i7 i8")
+
+    def pictures(ranks=None):
+        example = build(main, retrieved, ROTATED, vocab, ranks=ranks)
+        return [vocab.picture(example.tokens[a:b]) for a, b in example.cuts]
+
+    assert pictures() == ["i5 i6", "i3 i4", "i1 i2"]
+    assert pictures([1, 0]) == ["i1 i2", "i5 i6", "i3 i4"]
+    assert build(main, [], ROTATED, vocab).cuts.shape == (0, 2)
+
+
+def test_no_cut_touches_what_was_moved(vocab, sample_document):
+    rng = np.random.default_rng(3)
+    masking = CausalMaskingConfig(mean=2.0, max_masks=4, mask_retrieved=True)
+    num_cuts = 0
+    for seed in range(300):
+        documents = [sample_document(rng) for _ in range(4)]
+        example = build(documents[0], documents[1:], masking, vocab, seed=seed)
+        last_eod = np.flatnonzero(example.tokens == vocab.eod)[-1]
+        for start, end in example.cuts:
+            assert vocab.is_image(example.tokens[start:end]).all()
+            assert not example.is_main[start:end].any()
+            assert end < last_eod
+            assert example.tokens[end] in (vocab.eod, vocab.break_)
+            num_cuts += 1
+    assert num_cuts > 100
 
 
 def test_picture_of_a_plain_example(vocab, make_document):

@@ -26,7 +26,7 @@ FOUND = [documents("a0", "a1"), documents("b0", "b1"), documents("c0"), ()]
 def mix(seed, **changes):
     config = dataclasses.replace(CONFIG, **changes)
     rngs = [np.random.default_rng([seed, i]) for i in range(len(FOUND))]
-    mixed = mix_documents(FOUND, MAINS, config, rngs)
+    mixed, _ = mix_documents(FOUND, MAINS, config, rngs)
     return [[document.id for document in found] for found in mixed]
 
 
@@ -54,7 +54,7 @@ def test_an_example_is_not_given_its_own_main_document():
     config = dataclasses.replace(CONFIG, distractor_probability=1.0)
     found = [documents("a", "b"), documents("main")]
     rngs = [np.random.default_rng(i) for i in range(2)]
-    mixed = mix_documents(found, documents("main", "other"), config, rngs)
+    mixed, _ = mix_documents(found, documents("main", "other"), config, rngs)
     assert mixed == found  # there is no other document
 
 
@@ -62,6 +62,18 @@ def test_shuffled_is_every_order():
     orders = Counter(tuple(mix(s, document_order="shuffled")[0]) for s in range(400))
     assert set(orders) == {("a0", "a1"), ("a1", "a0")}
     assert 150 < orders["a0", "a1"] < 250
+
+
+def test_ranks_say_what_was_most_relevant():
+    config = dataclasses.replace(
+        CONFIG, document_order="shuffled", distractor_probability=1.0
+    )
+    for seed in range(20):
+        rngs = (np.random.default_rng([seed, i]) for i in range(4))
+        mixed, ranks = mix_documents(FOUND, MAINS, config, rngs)
+        assert mixed[0][ranks[0].index(0)].id == "a0"
+        assert mixed[0][ranks[0].index(1)].id != "a1"  # the distractor
+        assert ranks[2:] == [(0,), ()]
 
 
 @pytest.mark.parametrize(

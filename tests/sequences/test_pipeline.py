@@ -214,11 +214,58 @@ def test_one_search_a_step(collect, memory):
     assert len(retriever.queries) == 4
 
 
-def test_stats_count_what_was_dropped(collect):
-    for batch, stats in collect(with_(CONFIG, rows=2)):
-        assert stats["examples"] + stats["dropped"] == CONFIG.examples_per_batch
-        assert stats["dropped"] > 0
+def test_what_does_not_fit_waits_for_the_next_step(collect, memory):
+    """Rows of 3 documents; 2 * 3 + 1 in two steps: the seventh is dropped."""
+    config = with_(
+        CONFIG, retrieval=False, rows=1, examples_per_batch=4, window_steps=2
+    )
+    steps = collect(with_(config, row_length=30), num_steps=4, masking=PLAIN)
+    whole = collect(with_(config, rows=2, row_length=30), num_steps=4, masking=PLAIN)
+    assert [s["examples"] for _, s in whole] == [4.0] * 4
+    for first in (0, 2):
+        window, wanted = steps[first : first + 2], whole[first : first + 2]
+        assert [stats["examples"] for _, stats in window] == [3.0, 3.0]
+        assert [stats["waiting"] for _, stats in window] == [1.0, 0.0]
+        # Two in reserve would be one too many: the last one is never read.
+        assert [stats["dropped"] for _, stats in window] == [0.0, 2.0]
+        shown = [e for batch, _ in window for e in rows_of_examples(batch)]
+        expected = [sorted(rows_of_examples(batch)) for batch, _ in wanted]
+        assert sorted(shown[:3]) != expected[0] and shown[:3] != shown[3:]
+        assert all(e in expected[0] for e in shown[:3])
+        late = [e for e in expected[0] if e not in shown[:3]]
+        assert len(late) == 1 and late[0] in shown[3:]
+
+
+def test_what_will_find_no_room_is_not_retrieved(collect):
+    config = with_(CONFIG, rows=2, examples_per_batch=8, window_steps=6)
+    steps = collect(config, num_steps=12)
+    made = dropped = 0
+    for batch, stats in steps:
         assert stats["fill"] == (batch.segment_ids > 0).mean()
+        assert stats["examples"] + stats["waiting"] <= 9
+        made += stats["examples"]
+        dropped += stats["dropped"]
+    assert made + dropped == 12 * 8
+    assert dropped > 24
+
+
+@pytest.mark.parametrize("window_steps", [1, 3, 8])
+def test_resume_is_exact_within_a_window(collect, window_steps):
+    """Nothing but the step's number is known, and too much is offered."""
+    config = with_(CONFIG, rows=4, examples_per_batch=9, window_steps=window_steps)
+    whole = collect(config, num_steps=11)
+    assert sum(stats["waiting"] for _, stats in whole) > 0 or window_steps == 1
+    for start in range(11):
+        assert_same(
+            collect(config, start_step=start, num_steps=11 - start), whole[start:]
+        )
+    assert_same(collect(config, start_step=2, num_steps=2), whole[2:4])
+
+
+def test_the_plan_shares_all_examples_among_the_groups():
+    config = with_(CONFIG, rows=6, examples_per_batch=5, groups=3, window_steps=2)
+    spans = [config.plan(window, group) for window in (0, 1) for group in range(3)]
+    assert spans == [(0, 3), (3, 6), (6, 10), (10, 13), (13, 16), (16, 20)]
 
 
 def test_retriever_runs_ahead_in_background_threads(vocab, memory):
@@ -233,7 +280,7 @@ def test_retriever_runs_ahead_in_background_threads(vocab, memory):
         return result
 
     retriever.retrieve = count
-    config = with_(CONFIG, prefetch=3, threads=2)
+    config = with_(CONFIG, prefetch=3, threads=2, window_steps=1)
     ids = np.arange(NUM_DOCUMENTS)
     with make_batches(
         memory, retriever, ids, vocab, MASKING, config, num_steps=50
@@ -262,7 +309,7 @@ def test_close_waits_for_a_slow_retriever(vocab, memory):
         return retrieve(*args)
 
     retriever.retrieve = slow
-    config = with_(CONFIG, prefetch=2, threads=1)
+    config = with_(CONFIG, prefetch=2, threads=1, window_steps=1)
     ids = np.arange(NUM_DOCUMENTS)
     batches = make_batches(memory, retriever, ids, vocab, MASKING, config, num_steps=50)
     next(batches)
@@ -294,7 +341,9 @@ def test_errors_of_the_retriever_reach_the_consumer(vocab, memory):
 
 def test_documents_longer_than_a_row_are_skipped_then_refused(vocab):
     memory = FakeMemory(vocab, text_length=30)
-    config = with_(CONFIG, row_length=25, retrieval=False, max_skipped_share=1.0)
+    config = with_(
+        CONFIG, row_length=25, retrieval=False, max_skipped_share=1.0, window_steps=1
+    )
     masking = CausalMaskingConfig(num_masks="none", rotation_probability=0.5)
     args = (memory, None, np.arange(NUM_DOCUMENTS), vocab, masking)
     with make_batches(*args, config, num_steps=4) as batches:
@@ -305,7 +354,7 @@ def test_documents_longer_than_a_row_are_skipped_then_refused(vocab):
     strict = with_(config, max_skipped_share=0.1)
     with (
         make_batches(*args, strict, num_steps=4) as batches,
-        pytest.raises(ValueError, match="more than 10% of the main documents"),
+        pytest.raises(ValueError, match="step 0: more than 10% of the 8 main"),
     ):
         list(batches)
 
@@ -334,49 +383,48 @@ def test_configuration_is_checked(change, message):
         with_(CONFIG, **change)
 
 
-@pytest.mark.parametrize("num_hosts", [2, 4])
-def test_hosts_share_the_batches_of_one_host(vocab, memory, num_hosts):
-    """Groups fix what is packed together, so the number of hosts changes nothing."""
-    config = dataclasses.replace(CONFIG, rows=8, groups=4)
-
-    def batches(**hosts):
-        with make_batches(
-            memory,
-            FakeRetriever(memory),
-            np.arange(NUM_DOCUMENTS),
-            vocab,
-            MASKING,
-            config,
-            num_steps=3,
-            **hosts,
-        ) as made:
-            return [batch for batch, _ in made]
-
-    whole = batches()
-    parts = [batches(host=host, num_hosts=num_hosts) for host in range(num_hosts)]
-    for step, expected in enumerate(whole):
-        joined = [
-            np.concatenate(field)
-            for field in zip(*(p[step] for p in parts), strict=True)
-        ]
-        for got, want in zip(joined, expected, strict=True):
-            np.testing.assert_array_equal(got, want)
+def make_rows(vocab, memory, config, rows=None):
+    with make_batches(
+        memory,
+        FakeRetriever(memory),
+        np.arange(NUM_DOCUMENTS),
+        vocab,
+        MASKING,
+        config,
+        num_steps=3,
+        rows=rows,
+    ) as made:
+        return [batch for batch, _ in made]
 
 
-def test_hosts_must_divide_the_groups(vocab, memory):
-    with pytest.raises(ValueError, match="must divide pipeline.groups=1"):
-        make_batches(
-            memory,
-            FakeRetriever(memory),
-            np.arange(NUM_DOCUMENTS),
-            vocab,
-            MASKING,
-            CONFIG,
-            num_steps=1,
-            num_hosts=2,
-        )
+@pytest.mark.parametrize("groups", [1, 8, 96])
+@pytest.mark.parametrize("num_hosts", [2, 12, 32])
+def test_any_number_of_hosts_makes_the_batches_of_one(vocab, memory, num_hosts, groups):
+    """Also where it does not divide the groups, nor what is taken a step."""
+    config = with_(CONFIG, rows=96, groups=groups, examples_per_batch=110)
+    whole = make_rows(vocab, memory, config)
+    for rows in np.split(np.arange(96), num_hosts)[:: num_hosts // 2]:
+        part = make_rows(vocab, memory, config, rows)
+        for got, want in zip(part, whole, strict=True):
+            for field, expected in zip(got, want, strict=True):
+                np.testing.assert_array_equal(field, expected[rows])
+
+
+def test_a_host_may_hold_any_rows(vocab, memory):
+    config = with_(CONFIG, rows=12, groups=4, examples_per_batch=15)
+    rows = np.array([11, 0, 4, 5])
+    part = make_rows(vocab, memory, config, rows)
+    for got, want in zip(part, make_rows(vocab, memory, config), strict=True):
+        np.testing.assert_array_equal(got.inputs, want.inputs[rows])
+    with pytest.raises(ValueError, match=r"rows must be some of 0..11 .*got \[12\]"):
+        make_rows(vocab, memory, config, [12])
+
+
+def test_groups_divide_the_rows_and_have_examples():
     with pytest.raises(ValueError, match="groups must divide pipeline.rows=6; got 4"):
         dataclasses.replace(CONFIG, groups=4)
+    with pytest.raises(ValueError, match="every group needs an example"):
+        dataclasses.replace(CONFIG, groups=3, examples_per_batch=2)
 
 
 def test_distractors_and_orders_are_functions_of_the_step(collect):

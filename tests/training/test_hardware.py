@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import pathlib
+import types
 
 import jax
 import pytest
@@ -23,6 +26,7 @@ from racm3_jax.training.hardware import (
 )
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "training"
 SMALL = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, head_dim=16)
 
 
@@ -83,7 +87,7 @@ def test_what_does_not_fit_is_mended_by_what_is_suggested(paper):
 
 def test_recomputation_keeps_less():
     kept = [
-        activation_bytes(dataclasses.replace(racm3_2b7(), remat=remat), 4096)
+        activation_bytes(dataclasses.replace(racm3_2b7(), remat=remat), 4096)[0]
         for remat in ("none", "dots", "full")
     ]
     assert kept[0] > kept[1] > kept[2] > 0
@@ -93,6 +97,19 @@ def test_devices_are_found_by_jax_names():
     assert find_device("NVIDIA H200") is DEVICES["h200"]
     assert find_device("TPU v5 lite") is DEVICES["v5e"]
     assert find_device("TPU v5") is DEVICES["v5p"]
+    assert find_device("TPU v6 lite") is DEVICES["v6e"]
+    assert find_device("TPU7x") is DEVICES["tpu7x"]
+    assert find_device("NVIDIA A100-SXM4-40GB") is DEVICES["a100-40gb"]
+    assert find_device("NVIDIA A100-SXM4-80GB") is DEVICES["a100"]
+    assert find_device("NVIDIA A10G") is DEVICES["a10g"]
+    assert find_device("NVIDIA A10") is DEVICES["a10"]
+    assert find_device("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
+    assert find_device("NVIDIA H100 PCIe") is DEVICES["h100-pcie"]
+    assert find_device("NVIDIA GB200") is DEVICES["gb200"]
+    assert find_device("NVIDIA B300 SXM6 AC") is DEVICES["b300"]
+    assert find_device("NVIDIA L4") is DEVICES["l4"]
+    assert find_device("NVIDIA L40S") is None
+    assert find_device("Tesla T4") is DEVICES["t4"]
     assert find_device(jax.devices()[0].device_kind) is None  # a CPU
 
 
@@ -102,9 +119,50 @@ def test_the_command(capsys):
     text = capsys.readouterr().out
     assert "8 h200; weights split over 8, 1 copies" in text and "tokens/s" in text
     assert cli.main(["estimate", config, "--device=h900:8"]) == 2
-    assert "known are a100" in capsys.readouterr().err
+    assert "known are t4, l4" in capsys.readouterr().err
     assert cli.main(["estimate", config, "--device=h200:x"]) == 2
     assert "give a number" in capsys.readouterr().err
+
+
+COMPILED_PLANS = json.loads((GOLDEN / "compiled_plans.json").read_text())
+
+
+def read_cases():
+    spec = importlib.util.spec_from_file_location(
+        "compile_plans", GOLDEN / "compile_plans.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CASES = read_cases()
+
+
+@pytest.mark.parametrize("name", COMPILED_PLANS)
+def test_the_formula_is_within_a_tenth_of_the_compilers(capsys, name):
+    """Bytes of one device, for TPUs and GPUs, with and without recomputation."""
+    stored = COMPILED_PLANS[name]
+    arguments = [a for a in CASES.arguments_of(name) if a != "--slices=2"]
+    if "--slices=2" in CASES.arguments_of(name):
+        arguments = [a.replace("v5e:64", "v5e:128") for a in arguments]
+        arguments += ["--config.mesh.dcn=2"]
+    assert cli.main(["estimate", *arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["formula"]
+    weights = plan["weights"] + plan["optimizer"]
+    assert weights == pytest.approx(stored["argument_bytes"], rel=0.03)
+    assert plan["total"] == pytest.approx(stored["peak_bytes"], rel=0.1)
+
+
+def test_compiled_traffic_is_that_of_a_step_and_not_of_its_chunks():
+    """What the README says of the paper's model on 64 chips."""
+    for name in ("v5p_64", "v5e_64", "v6e_64"):
+        stored = COMPILED_PLANS[name]
+        assert stored["wire_bytes"] < 45e9
+        assert stored["collectives"]["reduce-scatter"]["count"] > 0
+        gathers = stored["collectives"]["all-gather"]
+        assert gathers["asynchronous_count"] > 0.8 * gathers["count"]
 
 
 def make_config():
@@ -126,6 +184,8 @@ def test_a_full_memory_ends_with_what_would_mend_it(monkeypatch, tmp_path):
         raise error
 
     monkeypatch.setattr(run.wiring, "build_job", fail)
+    read = types.SimpleNamespace(train=None)  # of a config that is not whole
+    monkeypatch.setattr(run.wiring, "read_training", lambda config: read)
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         run.train(make_config(), tmp_path, progress=False)
     advice = raised.value.__notes__[-1].splitlines()[1:]

@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from racm3_jax import sharding
+from racm3_jax.training.collectives import find_collectives
 from racm3_jax.training.loss import GeneratorLossConfig, chunked_cross_entropy
 
 BATCH, LENGTH, D_MODEL, VOCAB = 3, 11, 8, 40
@@ -50,6 +53,45 @@ def test_equals_plain(inputs, chunk_length, z_loss):
     for a, b in zip(got_gradients, want_gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
     np.testing.assert_array_equal(without_gradient[0], got[0])
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (2, 2, 2), (1, 2, 4)]
+)
+def test_every_mesh_computes_the_same(shape):
+    """And gathers the head, and reduces its gradient, once a step: not once a chunk."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    hidden = jax.random.normal(keys[0], (8, 12, 16))
+    head = jax.random.normal(keys[1], (16, 640))
+    targets = jax.random.randint(keys[2], (8, 12), 0, 640)
+    weights = jax.random.uniform(keys[3], (8, 12))
+
+    def total(hidden, head, targets, weights):
+        losses = chunked_cross_entropy(
+            hidden, head, targets, weights, chunk_length=5, z_loss=0.1
+        )
+        return losses.total / weights.sum(), losses
+
+    both = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    arrays = hidden, head, targets, weights
+    want = both(*arrays)
+    mesh = sharding.make_mesh(*shape)
+    rows = sharding.batch_sharding(mesh)
+    spec = sharding.partition_spec("head", ("embed", "vocab"), head.shape, mesh)
+    places = rows, NamedSharding(mesh, spec), rows, rows
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put(arrays, places)
+        got = both(*arrays)
+        without_gradient = jax.jit(total)(*arrays)
+        program = both.lower(*arrays).compile().as_text()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    for a, b in zip(without_gradient[1], got[0][1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    size = head.size * head.itemsize // shape[2]
+    moved = [c for c in find_collectives(program) if c.whole_bytes >= size]
+    assert all(c.trips == 1 for c in moved), moved
+    assert bool(moved) == (shape[0] * shape[1] > 1)
 
 
 def test_correct_counts_the_argmax(inputs):

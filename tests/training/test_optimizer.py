@@ -3,12 +3,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from racm3_jax.model.config import tiny, tiny_chameleon
+from racm3_jax.model.transformer import abstract_params, init_params, unstack_layers
 from racm3_jax.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
     build_schedule,
+    find_decayed,
 )
 
 
@@ -47,6 +51,37 @@ def test_only_matrices_decay():
     assert (updates["kernel"] < 0).all()
     assert not updates["bias"].any()
     assert not updates["scale"].any()
+
+
+@pytest.mark.parametrize("style", [tiny, tiny_chameleon])
+def test_scanned_equals_unrolled_after_steps_with_decay(style):
+    """Stacked norms and biases have two axes, and query biases have them anyway."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    scanned = init_params(style(scan_layers=True, num_layers=3), jax.random.key(0))
+    scanned = jax.tree.map(lambda p: p + 0.5, scanned)  # biases are zero at first
+
+    def train(model, params):
+        optimizer = build_optimizer(config, abstract_params(model))
+        state = optimizer.init(params)
+        for _ in range(5):
+            gradients = jax.tree.map(jnp.sin, params)
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    got = unstack_layers(train(style(scan_layers=True, num_layers=3), scanned))
+    want = train(style(num_layers=3), unstack_layers(scanned))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("style", [tiny, tiny_chameleon])
+def test_kernels_and_tables_decay_and_nothing_else(style, scan_layers):
+    decayed = find_decayed(abstract_params(style(scan_layers=scan_layers)))
+    for name, decays in decayed.items():
+        last = name.split("/")[-1]
+        assert decays == (last in ("kernel", "head") or "embedding" in last), name
+    assert set(decayed.values()) == {True, False}
 
 
 def test_gradients_are_clipped_by_global_norm():

@@ -120,7 +120,8 @@ class Folder:
         self.path = pathlib.Path(path)
         self.follow_links = follow_links
         self._start = pathlib.Path(os.path.abspath(path))
-        self._real = self._start.resolve()
+        # A link to itself has no end; whoever opens it says so.
+        self._real = pathlib.Path(os.path.realpath(self._start))
         blobs = {_find_blobs(self._start), _find_blobs(self._real)}
         self._allowed = [self._real, *(b for b in blobs if b is not None)]
 

@@ -1,0 +1,256 @@
+"""What the project runs on an accelerator, by shape: nothing is loaded, nothing allocated.
+
+train    the training step of a config           size: rows of a batch
+decode   reading prompts, then sampling images    size: prompts, on each device
+embed    CLIP's image tower and text tower        size: images, on each device
+search   exact search over all devices            size: documents of the memory
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from racm3_jax import checkpoints, sharding, wiring
+from racm3_jax.generation import decoding
+from racm3_jax.generation.grammar import image_grammar
+from racm3_jax.index import exact
+from racm3_jax.model.transformer import (
+    Transformer,
+    abstract_params,
+    prepare_decoding,
+)
+from racm3_jax.retrieval import clip, embedder
+from racm3_jax.training.step import TrainStep
+
+PROGRAMS = ("train", "decode", "embed", "search")
+DEFAULT_SIZES = {"decode": 8, "embed": 128, "search": 1_000_000}
+# A prompt's own tokens, and those of a retrieved caption.
+TEXT_LENGTH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One task of the project, to be compiled at any size.
+
+    Attributes:
+      name: one of `PROGRAMS`.
+      unit: what `size` counts.
+      size: that was asked for.
+      step: sizes are multiples of it.
+      trace: size -> its compiled parts by name, traced.
+      facts: what its shapes follow from, for the reader.
+    """
+
+    name: str
+    unit: str
+    size: int
+    step: int
+    trace: Callable[[int], Mapping[str, jax.stages.Traced]]
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def build_program(
+    what: str, config: Any, devices: Sequence[Any], size: int | None = None
+) -> Program:
+    """The program that `--what` names.
+
+    Args:
+      what: one of `PROGRAMS`.
+      config: of a generator.
+      devices: attached or not.
+      size: see `Program`; the config's or a usual one by default.
+
+    Raises:
+      ValueError: a config without what the program needs, or a size it cannot have.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"--size={size}: give a number above 0")
+    builders = {
+        "train": _build_training,
+        "decode": _build_decoding,
+        "embed": _build_embedding,
+        "search": _build_search,
+    }
+    return builders[what](config, devices, size)
+
+
+def _build_training(config: Any, devices: Sequence[Any], size: int | None) -> Program:
+    training = wiring.build_abstract_training(config, devices)
+    rows, length = training.batch.inputs.shape
+    mesh = training.mesh
+    step = sharding.count_row_shards(mesh) * config.train.get("num_microbatches", 1)
+
+    def trace(rows: int) -> dict[str, jax.stages.Traced]:
+        batch = wiring.abstract_batch((rows, length), mesh)
+        return {"training step": trace_step(training.step, training.state, batch)}
+
+    shape = " x ".join(f"{n}={size}" for n, size in mesh.shape.items() if size > 1)
+    return Program(
+        "train", "rows", size or rows, step, trace, {"mesh": shape or "one device"}
+    )
+
+
+def trace_step(step: TrainStep, state: Any, batch: Any) -> jax.stages.Traced:
+    """A training step over shapes, for the devices of its own mesh."""
+    compiled: Any = step.compiled
+    with jax.set_mesh(step.mesh):
+        return compiled.trace(state, batch)
+
+
+def _on_one_device(devices: Sequence[Any]) -> tuple[Mesh, Callable[[Any], Any]]:
+    """A mesh of the first device, and what puts shapes on it."""
+    mesh = sharding.make_mesh(data=1, devices=devices[:1])
+    place = sharding.replicated(mesh)
+
+    def put(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+        )
+
+    return mesh, put
+
+
+def _build_decoding(config: Any, devices: Sequence[Any], size: int | None) -> Program:
+    """Guided images behind retrieved documents: what `generation.sample` compiles."""
+    vocab = wiring.build_vocab(config)
+    model_config = wiring.build_model_config(config, vocab)
+    num_documents = config.pipeline.max_documents
+    documents_length = num_documents * (TEXT_LENGTH + vocab.image_length)
+    needed = documents_length + TEXT_LENGTH + vocab.image_length
+    if needed > model_config.max_length:
+        raise ValueError(
+            f"an image behind {num_documents} documents has {needed} tokens, more than "
+            f"config.model.max_length={model_config.max_length}; lower "
+            "config.pipeline.max_documents"
+        )
+    mesh, put = _on_one_device(devices)
+    forms: list[Any] = []
+
+    def prepare(params: Any) -> Any:
+        form, cast = prepare_decoding(model_config, params)
+        forms.append(form)
+        return cast
+
+    with jax.set_mesh(mesh):
+        params = meta.unbox(abstract_params(model_config))
+        params = put(jax.eval_shape(prepare, params))
+    model = Transformer(forms[0])
+    grammar = jax.tree.map(np.asarray, image_grammar(vocab))
+    only = (vocab.image_range.start, vocab.image_range.stop)
+    streams, room = 2, vocab.image_length
+
+    def shape(dimensions: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+        return put(jax.ShapeDtypeStruct(dimensions, dtype))
+
+    def trace(prompts: int) -> dict[str, jax.stages.Traced]:
+        count = prompts * streams
+        prefix = (prompts, documents_length)
+        shared = (shape(prefix), shape((prompts,)), shape((count,)))
+        if not documents_length:
+            shared = (None, None, None)
+        rows = decoding.Rows(shape((count, TEXT_LENGTH)), shape((count,)), *shared)
+        read = functools.partial(decoding.read_prompts, model, 1, room, only)
+        with jax.set_mesh(mesh):
+            cache, logits = put(jax.eval_shape(read, params, rows))
+            reading = decoding.read_prompts.trace(model, 1, room, only, params, rows)
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+            plan = decoding.Plan(
+                grammar=put(grammar),
+                limits=shape((prompts,)),
+                forced=None,
+                keys=put(keys),
+                temperature=shape((), jnp.float32),
+                top_k=shape(()),
+                top_p=shape((), jnp.float32),
+                guidance=shape((), jnp.float32),
+                contrastive_k=shape(()),
+                contrastive_alpha=shape((), jnp.float32),
+            )
+            state = put(
+                jax.eval_shape(lambda: decoding.start_drawing(prompts, room, 0))
+            )
+            sampling = decoding.draw_steps.trace(
+                model, 1, streams, only, room, params, plan, cache, logits, state,
+                shape(()), shape(()),
+            )  # fmt: skip
+        return {"read the prompts": reading, "sample images": sampling}
+
+    facts = {
+        "prompts": f"guided, behind {num_documents} documents of "
+        f"{TEXT_LENGTH + vocab.image_length} tokens",
+        "on": "each device for itself",
+    }
+    return Program(
+        "decode", "prompts", size or DEFAULT_SIZES["decode"], 1, trace, facts
+    )
+
+
+def _read_clip_config(config: Any) -> clip.CLIPConfig:
+    if not config.get("embedder"):
+        raise ValueError(
+            "config.embedder is empty: give the folder of a CLIP, "
+            "--config.embedder=FOLDER; only its sizes are read"
+        )
+    fields = checkpoints.read_config(wiring.resolve(config.embedder))["config"]
+    return clip.CLIPConfig(**fields)
+
+
+def _build_embedding(config: Any, devices: Sequence[Any], size: int | None) -> Program:
+    settings = _read_clip_config(config)
+    mesh, put = _on_one_device(devices)
+    params = put(
+        jax.eval_shape(
+            lambda: meta.unbox(clip.init_params(settings, jax.random.key(0)))
+        )
+    )
+    pixels = settings.image_size
+
+    def trace(count: int) -> dict[str, jax.stages.Traced]:
+        images = put(jax.ShapeDtypeStruct((count, pixels, pixels, 3), jnp.uint8))
+        tokens = put(jax.ShapeDtypeStruct((count, settings.context_length), jnp.int32))
+        with jax.set_mesh(mesh):
+            return {
+                "embed images": embedder.encode_images.trace(settings, params, images),
+                "embed texts": embedder.encode_texts.trace(settings, params, tokens),
+            }
+
+    facts = {
+        "images": f"{pixels} x {pixels}, patches of {settings.patch_size}",
+        "on": "each device for itself",
+    }
+    return Program("embed", "images", size or DEFAULT_SIZES["embed"], 1, trace, facts)
+
+
+def _build_search(config: Any, devices: Sequence[Any], size: int | None) -> Program:
+    d_embed = _read_clip_config(config).d_embed
+    found = config.strategy.num_candidates
+    mesh = Mesh(np.asarray(devices), ("rows",), axis_types=(AxisType.Auto,))
+    queries_per_call = exact.MAX_QUERIES_PER_CALL
+
+    def trace(documents: int) -> dict[str, jax.stages.Traced]:
+        def matrix(*shape: int, place: PartitionSpec) -> Any:
+            where = NamedSharding(mesh, place)
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+
+        split = exact.split_rows(documents, mesh.size)
+        blocks = matrix(*split, d_embed, place=PartitionSpec("rows"))
+        queries = matrix(queries_per_call, d_embed, place=PartitionSpec())
+        with jax.set_mesh(mesh):
+            traced = exact.search_all.trace(blocks, queries, mesh, found, documents)
+        return {"search": traced}
+
+    facts = {
+        "queries": f"{queries_per_call} of {d_embed} numbers, {found} found for each",
+        "on": f"all {mesh.size} devices, each with its own documents",
+    }
+    asked = size or DEFAULT_SIZES["search"]
+    return Program("search", "documents", asked, mesh.size, trace, facts)

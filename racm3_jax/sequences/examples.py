@@ -1,0 +1,302 @@
+"""From main documents to masked sequences: retrieve, mix, ask, mask; by one search.
+
+Every example is a function of the seed and its global index alone (and of what is
+retrieved with it, where distractors are wanted), whoever makes it and when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from racm3_jax.sequences.causal_masking import (
+    CausalMaskingConfig,
+    ExampleTooLong,
+    build_example,
+)
+from racm3_jax.sequences.distractors import mix_documents
+from racm3_jax.sequences.episodes import Episode, Episodes
+from racm3_jax.sequences.pairing import Pairing
+from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
+from racm3_jax.types import Example, Modality, Retrieved, TokenizedDocument
+from racm3_jax.vocab import Vocab
+
+# Names of the random streams; a change of any changes every batch.
+MASKING, RETRIEVAL, EPISODES, DISTRACTORS, PAIRING, RENAMING, POSITIONS = range(7)
+
+
+class DocumentStore(Protocol):
+    """What the pipeline asks of a memory; calls come from several threads."""
+
+    def documents(self, ids: Int64[np.ndarray, " n"]) -> Sequence[TokenizedDocument]:
+        """The documents of these rows, in order."""
+        ...
+
+    def queries(
+        self, ids: Int64[np.ndarray, " n"], modality: Modality, variant: int
+    ) -> Float32[np.ndarray, "n d_embed"]:
+        """Their text or image parts as queries; variant 0 is without query dropout."""
+        ...
+
+
+class DocumentRetriever(Protocol):
+    """What the pipeline asks of a retriever; calls come from several threads."""
+
+    def retrieve(
+        self,
+        queries: Float32[np.ndarray, "n d_embed"],
+        nums: Int64[np.ndarray, " n"],
+        mains: Sequence[TokenizedDocument | None],
+    ) -> Sequence[Retrieved]:
+        """At most `nums[i]` documents for query i, none of them `mains[i]`."""
+        ...
+
+
+class ExampleMaker:
+    """Makes examples; safe to use from threads.
+
+    Args:
+      memory: the documents, their queries.
+      retriever: not needed (None) when nothing is retrieved.
+      vocab: that the documents were tokenised with.
+      masking: the CM3 objective.
+      config: retrieval, sizes, seed.
+      episodes: see `pipeline.make_batches`.
+      pairing: see there.
+    """
+
+    def __init__(
+        self,
+        memory: DocumentStore,
+        retriever: DocumentRetriever | None,
+        vocab: Vocab,
+        masking: CausalMaskingConfig,
+        config: PipelineConfig,
+        episodes: Episodes | None = None,
+        pairing: Pairing | None = None,
+    ) -> None:
+        self._memory = memory
+        self._retriever = retriever
+        self._vocab = vocab
+        self._masking = masking
+        self._config = config
+        self._episodes = episodes
+        self._pairing = pairing
+        # What an episode asks is at its end already.
+        self._asking = dataclasses.replace(
+            masking, num_masks="none", rotation_probability=0.0
+        )
+
+    def make(
+        self, ids: Int64[np.ndarray, " n"], first: int
+    ) -> tuple[list[Example], dict[str, float]]:
+        """The examples of these main documents.
+
+        Args:
+          ids: rows of the memory.
+          first: global index of the first one; the others follow it.
+
+        Returns:
+          Examples, without those whose moved spans are longer than a row; and how many
+          were "skipped" for that, "retrieved" documents, "episodes", and more of the
+          search.
+
+        Raises:
+          ValueError: too many examples are too long.
+        """
+        config = self._config
+        mains = list(self._memory.documents(ids))
+        paired = self._pair(ids, first)
+        retrieved, ranks, found = self._retrieve(ids, mains, first, paired)
+        self._show_pairs(paired, mains, retrieved, ranks, first)
+        asked = self._ask(ids, mains, retrieved, ranks, first)
+        examples: list[Example] = []
+        num_skipped = 0
+        for i, (main, documents) in enumerate(zip(mains, retrieved, strict=True)):
+            try:
+                example = build_example(
+                    main,
+                    documents,
+                    self._asking if i in asked else self._masking,
+                    self._vocab,
+                    alpha=config.alpha,
+                    max_length=config.row_length + 1,
+                    rng=np.random.default_rng([config.seed, MASKING, first + i]),
+                    ranks=ranks[i],
+                )
+            except ExampleTooLong as error:
+                num_skipped += 1
+                if num_skipped > config.max_skipped_share * len(mains):
+                    raise ValueError(
+                        f"more than {config.max_skipped_share:.0%} of the {len(mains)} "
+                        f"main documents cannot be used; the last one: {error}"
+                    ) from error
+                continue
+            if i in asked and self._episodes is not None:
+                example = self._episodes.weigh(example, self._vocab)
+            elif self._pairing is not None:
+                example = self._pairing.weigh(example, main)
+            examples.append(example)
+        stats = {
+            "skipped": float(num_skipped),
+            "retrieved": float(sum(len(documents) for documents in retrieved)),
+            "episodes": float(len(asked)),
+            **found,
+        }
+        return examples, stats
+
+    def _pair(
+        self, ids: Int64[np.ndarray, " n"], first: int
+    ) -> dict[int, Int64[np.ndarray, " documents"]]:
+        """Which examples are given documents by class, and their rows."""
+        paired: dict[int, Int64[np.ndarray, " documents"]] = {}
+        if self._pairing is None:
+            return paired
+        for i, row in enumerate(ids.tolist()):
+            rng = np.random.default_rng([self._config.seed, PAIRING, first + i])
+            rows = self._pairing.sample(row, rng)
+            if rows is not None:
+                paired[i] = rows if self._config.retrieval else rows[:0]
+        return paired
+
+    def _show_pairs(
+        self,
+        paired: dict[int, Int64[np.ndarray, " documents"]],
+        mains: list[TokenizedDocument],
+        retrieved: list[tuple[TokenizedDocument, ...]],
+        ranks: list[tuple[int, ...]],
+        first: int,
+    ) -> None:
+        """Puts the documents of pairs in place, with the names of their classes new."""
+        if self._pairing is None:
+            return
+        shown: dict[int, tuple[TokenizedDocument, ...]] = {}
+        if paired:
+            found = iter(self._memory.documents(np.concatenate([*paired.values()])))
+            shown = {i: tuple(next(found) for _ in rows) for i, rows in paired.items()}
+        for i, main in enumerate(mains):
+            rng = np.random.default_rng([self._config.seed, RENAMING, first + i])
+            if i in shown:
+                ranks[i] = tuple(range(len(shown[i])))
+            documents = shown.get(i, retrieved[i])
+            mains[i], retrieved[i] = self._pairing.rename(main, documents, rng)
+
+    def _ask(
+        self,
+        ids: Int64[np.ndarray, " n"],
+        mains: list[TokenizedDocument],
+        retrieved: list[tuple[TokenizedDocument, ...]],
+        ranks: list[tuple[int, ...]],
+        first: int,
+    ) -> dict[int, Episode]:
+        """Turns some examples into episodes, in place; says which."""
+        if self._episodes is None:
+            return {}
+        drawn: dict[int, Episode] = {}
+        for i, row in enumerate(ids.tolist()):
+            rng = np.random.default_rng([self._config.seed, EPISODES, first + i])
+            episode = self._episodes.draw(row, rng)
+            if episode is not None and "image" in mains[i].modalities:
+                drawn[i] = episode
+        if not drawn:
+            return drawn
+        rows = np.concatenate([episode.rows for episode in drawn.values()])
+        shown = iter(self._memory.documents(rows))
+        for i, episode in drawn.items():
+            retrieved[i] = tuple(
+                self._episodes.label(next(shown), int(label), episode.label_first)
+                for label in episode.labels
+            )
+            ranks[i] = tuple(range(len(retrieved[i])))
+            mains[i] = self._episodes.label(
+                mains[i], episode.answer, episode.label_first
+            )
+        return drawn
+
+    def _retrieve(
+        self,
+        ids: Int64[np.ndarray, " n"],
+        mains: Sequence[TokenizedDocument],
+        first: int,
+        paired: Collection[int] = (),
+    ) -> tuple[
+        list[tuple[TokenizedDocument, ...]], list[tuple[int, ...]], dict[str, float]
+    ]:
+        """Documents of each example and their ranks, by one search; how that went."""
+        config = self._config
+        found: list[tuple[TokenizedDocument, ...]] = [()] * len(mains)
+        ranks: list[tuple[int, ...]] = [()] * len(mains)
+        if not config.retrieval or self._retriever is None:
+            return found, ranks, {}
+        nums = np.zeros(len(mains), np.int64)
+        parts: list[tuple[Modality, int]] = []
+        for i, main in enumerate(mains):
+            rng = np.random.default_rng([config.seed, RETRIEVAL, first + i])
+            nums[i] = rng.integers(config.min_documents, config.max_documents + 1)
+            modality = _query_modality(main, config.query_modality, rng)
+            variant = 0
+            if config.num_query_variants:
+                variant = 1 + int(rng.integers(config.num_query_variants))
+            parts.append((modality, variant))
+        nums[list(paired)] = 0
+        asking = np.flatnonzero(nums).tolist()
+        if not asking:
+            return found, ranks, _describe([], nums)
+        queries = self._queries(ids[asking], [parts[i] for i in asking])
+        results = self._retriever.retrieve(
+            queries, nums[asking], [mains[i] for i in asking]
+        )
+        for i, result in zip(asking, results, strict=True):
+            found[i] = tuple(result.documents)
+        rngs = (
+            np.random.default_rng([config.seed, DISTRACTORS, first + i])
+            for i in range(len(mains))
+        )
+        found, ranks = mix_documents(found, mains, config, rngs)
+        return found, ranks, _describe(results, nums)
+
+    def _queries(
+        self, ids: Int64[np.ndarray, " n"], parts: Sequence[tuple[Modality, int]]
+    ) -> Float32[np.ndarray, "n d_embed"]:
+        """One query a document, read with one call per (modality, variant)."""
+        groups: dict[tuple[Modality, int], list[int]] = {}
+        for i, part in enumerate(parts):
+            groups.setdefault(part, []).append(i)
+        pieces = [
+            self._memory.queries(ids[members], *part)
+            for part, members in groups.items()
+        ]
+        queries = np.concatenate(pieces).astype(np.float32)
+        order = np.concatenate(list(groups.values()))
+        return queries[np.argsort(order)]
+
+
+def _describe(
+    results: Sequence[Retrieved], nums: Int64[np.ndarray, " n"]
+) -> dict[str, float]:
+    """The mean K, the mean similarity, and the share of queries given too few."""
+    scores = [result.scores for result in results if len(result.documents)]
+    asked = nums[nums > 0]
+    short = sum(
+        len(result.documents) < num for result, num in zip(results, asked, strict=False)
+    )
+    return {
+        "mean_retrieved": float(sum(len(s) for s in scores) / max(1, len(nums))),
+        "mean_similarity": float(np.concatenate(scores).mean()) if scores else 0.0,
+        "share_starved": float(short / max(1, len(asked))),
+    }
+
+
+def _query_modality(
+    main: TokenizedDocument, wanted: QueryModality, rng: np.random.Generator
+) -> Modality:
+    drawn: Modality = "text" if rng.random() < 0.5 else "image"
+    if wanted != "both":
+        drawn = wanted
+    if drawn in main.modalities:
+        return drawn
+    return "image" if drawn == "text" else "text"

@@ -1,0 +1,196 @@
+"""The work directory of a training: whose it is, and what it may be resumed with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from racm3_jax import storage
+from racm3_jax.training.mirror import Mirror, is_url
+from racm3_jax.wiring.jobs import Job
+from racm3_jax.wiring.sections import read_training
+
+LOCK_NAME = "training.lock"
+# What a work directory holds that was claimed and not used.
+_CLAIM = {"config.json", LOCK_NAME}
+# What trainings write: in a directory without a config.json, it is somebody else's.
+_OUTPUTS = (
+    "checkpoints",
+    "clip",
+    "loss.png",
+    "metrics.jsonl",
+    "model",
+    "source",
+    "tensorboard",
+    "text",
+    "tokenizer",
+    "vqgan",
+)
+# Settings that a resumed run may change: what is learned from which data stays.
+_MAY_CHANGE = (
+    "config.mesh",
+    "config.model.remat",
+    "config.train.checkpoint_every",
+    "config.train.keep_checkpoints",
+    "config.train.log_every",
+    "config.train.num_microbatches",
+    "config.train.watchdog_seconds",
+)
+
+
+@contextlib.contextmanager
+def local_workdir(workdir: str | Path, num_processes: int) -> Iterator[Path]:
+    """The folder of a work directory; of one in a bucket, a folder that is copied there.
+
+    Raises:
+      ValueError: several processes and a bucket, or whatever is raised inside.
+    """
+    if not is_url(workdir):
+        yield Path(workdir)
+        return
+    if num_processes > 1:
+        raise ValueError(
+            f"--workdir={workdir} is a URL, which one process can write; these "
+            f"{num_processes} need a folder that all of them see: mount the bucket "
+            "(gcsfuse, s3fs) and give its path"
+        )
+    with Mirror(str(workdir)) as mirror:
+        try:
+            yield mirror.folder
+        except ValueError as error:
+            # Sentences name the folder, which nobody knows.
+            words = str(error).replace(str(mirror.folder), mirror.url)
+            raise ValueError(words) from error
+
+
+@contextlib.contextmanager
+def given_back_if_refused(workdir: Path) -> Iterator[None]:
+    """Makes a work directory; one that holds its config alone is free after an error.
+
+    The corrected command has another config, which must not be refused then.
+    """
+    is_made = not workdir.exists()
+    is_new = not (workdir / "config.json").exists()
+    had_lock = (workdir / LOCK_NAME).exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except storage.BusyError:
+        raise  # all of it is another training's
+    except Exception:
+        with contextlib.suppress(OSError):
+            if not had_lock:
+                (workdir / LOCK_NAME).unlink(missing_ok=True)
+            names = set(os.listdir(workdir))
+            if is_new and names <= _CLAIM:
+                for name in names:
+                    (workdir / name).unlink()
+            if is_made:
+                workdir.rmdir()  # if it is empty
+        raise
+
+
+def claim_workdir(config: Any, workdir: Path) -> str:
+    """Writes the config into a new work directory, or checks that it is the same.
+
+    How it is computed and logged may differ (`_MAY_CHANGE`). A setting that the config of
+    an older run does not have yet is its default.
+
+    Returns:
+      The config's fingerprint.
+
+    Raises:
+      ValueError: names the settings that differ.
+      FileExistsError: the directory holds results, but no config.
+    """
+    text = config.to_json(sort_keys=True)
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = _read_config(path), json.loads(text)
+        with contextlib.suppress(
+            ValueError, TypeError, AttributeError
+        ):  # older runs may have had other settings
+            old, new = _complete(old), _complete(new)
+        changed = sorted(
+            name
+            for name in _differences(old, new, "config")
+            if not name.startswith(_MAY_CHANGE)
+        )
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run of another config (it differs in "
+                f"{', '.join(changed[:5])}): use another --workdir, or remove this one"
+            )
+    else:
+        for name in _OUTPUTS:
+            if (workdir / name).exists():
+                raise FileExistsError(
+                    f"{workdir / name} is not of a training: there is no config.json "
+                    "beside it, so nothing is written there; give another --workdir"
+                )
+        storage.write_file(path, text.encode())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not the config of a training ({error}): give another --workdir"
+        ) from None
+
+
+def check_inputs(extra: Mapping[str, Any], job: Job, workdir: Path) -> None:
+    """Refuses to resume over other data than the checkpoint was trained with.
+
+    The rows of another memory are other documents, whatever their numbers. Documents that
+    were removed since are no reason to refuse: the order of the rest changes, which is
+    said.
+
+    Args:
+      extra: of the checkpoint; older ones do not say what they were trained with.
+      job: of the resumed run.
+      workdir: for the sentence.
+
+    Raises:
+      ValueError: names what changed.
+    """
+    before = extra.get("inputs", {})
+    for name, now in job.inputs.items():
+        if before.get(name, now) != now:
+            raise ValueError(
+                f"{workdir} was trained with the {name} {before[name]}, but the config "
+                f"now names {now}: give it that {name} again, or train in another "
+                "--workdir"
+            )
+    num = extra.get("num_main_documents", job.num_main_documents)
+    if num != job.num_main_documents:
+        logging.warning(
+            "%d main documents were removed from the memory since the last checkpoint: "
+            "the others follow in another order than in an unbroken run",
+            num - job.num_main_documents,
+        )
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with all defaults, as JSON reads it."""
+    return json.loads(json.dumps(dataclasses.asdict(read_training(config))))
+
+
+def _differences(old: Any, new: Any, where: str) -> set[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {
+            name
+            for key in old.keys() | new.keys()
+            for name in _differences(old.get(key), new.get(key), f"{where}.{key}")
+        }
+    return set() if old == new else {where}

@@ -1,0 +1,77 @@
+"""The paper's training step, two layers deep, compiled for machines that are not here.
+
+    pip install -e '.[tpu-compile,gpu-compile]' && pytest -n 0 -m absent
+
+Width, vocabulary and row length are those of `configs/racm3_2b7.py`. A compiler that is not
+installed is skipped. On one core the GPU's takes 10 seconds, the TPU's 85.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.absent
+ROOT = pathlib.Path(__file__).parent.parent.parent
+DEVICES, LAYERS = 8, 2
+WIDTH, VOCABULARY, FFN = 2560, 65_536, 10_240
+
+
+def needs(package, extra):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"needs racm3_jax[{extra}]")
+
+
+def compile_step(device):
+    """One part of `racm3 estimate --json`; a process of its own, as XLA reads its flags
+    once."""
+    command = [
+        *(sys.executable, "-m", "racm3_jax.cli", "estimate", "--compile", "--json"),
+        *("--max_compiles=1", f"--device={device}:{DEVICES}"),
+        f"--config={ROOT}/configs/racm3_2b7.py",
+        f"--config.model.num_layers={LAYERS}",
+        "--config.model.remat=full",
+        f"--config.pipeline.rows={DEVICES}",
+    ]
+    given = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=given, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)["compiled"]
+    assert found["fits"] and found["num_devices"] == DEVICES
+    return found["parts"][0]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("v5e", marks=needs("libtpu", "tpu-compile")),
+        pytest.param("h100", marks=needs("jax_cuda12_plugin", "gpu-compile")),
+    ],
+)
+def test_a_training_step(device):
+    part = compile_step(device)
+    layer = WIDTH * (4 * WIDTH + 2 * FFN)
+    table = VOCABULARY * WIDTH
+    # Weights and two moments, float32, a shard of each; vectors and the batch are small.
+    # The embedding is the head.
+    matrices = LAYERS * layer + table
+    assert part["argument_bytes"] == pytest.approx(12 * matrices / DEVICES, rel=0.01)
+    assert part["peak_bytes"] < 4.5e9
+    # A layer is gathered twice, forward and where it is computed again, in bfloat16; the
+    # table is gathered once as the head; gradients are scattered once, in float32. Once a
+    # chunk of the loss, of which there are 64, would be ten times as much.
+    kinds = part["collectives"]
+    assert kinds["reduce-scatter"]["count"] > 0
+    assert all(kind["trips_known"] for kind in kinds.values())
+    expected = 2 * 2 * LAYERS * layer + 2 * table + 4 * matrices
+    assert part["wire_bytes"] == pytest.approx(expected, rel=0.2)
+    gathers = kinds["all-gather"]
+    assert gathers["asynchronous_count"] > 0.5 * gathers["count"]

@@ -1,0 +1,132 @@
+"""A work directory in a bucket, which here is fsspec's memory."""
+
+from __future__ import annotations
+
+import fsspec
+import pytest
+
+from racm3_jax.training.mirror import Mirror, is_url, refuse_url
+
+URL = "memory://bucket/run"
+
+
+@pytest.fixture
+def bucket():
+    """The memory file system, empty; its files as `{name: content}`."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+
+    def read():
+        return {
+            path.removeprefix("/bucket/run/"): system.cat_file(path)
+            for path in system.find("/bucket/run")
+        }
+
+    yield read
+    system.store.clear()
+
+
+def write(mirror, name, content="x"):
+    path = mirror.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def test_what_is_written_is_there_and_comes_back(bucket):
+    with Mirror(URL) as mirror:
+        write(mirror, "config.json", "{}")
+        write(mirror, "model/config.json", "m")
+        folder = mirror.folder
+    assert not folder.exists()
+    assert bucket() == {"config.json": b"{}", "model/config.json": b"m"}
+    with Mirror(URL) as mirror:
+        assert (mirror.folder / "model" / "config.json").read_text() == "m"
+        write(mirror, "config.json", "changed")
+        (mirror.folder / "model" / "config.json").unlink()
+    assert bucket() == {"config.json": b"changed"}
+
+
+def test_it_is_copied_while_it_is_written(bucket):
+    """A killed process leaves what was pushed."""
+    mirror = Mirror(URL, seconds=0.01)
+    mirror.pull()
+    mirror._thread.start()
+    write(mirror, "metrics.jsonl", "a line")
+    for _ in range(1000):
+        if bucket():
+            break
+        mirror._closed.wait(0.01)
+    assert bucket() == {"metrics.jsonl": b"a line"}
+    mirror._closed.set()
+    mirror._thread.join()
+
+
+def test_only_what_is_of_use_elsewhere_is_copied(bucket):
+    with Mirror(URL) as mirror:
+        for name in (
+            "training.lock",
+            "processes/0",
+            "checkpoints/quarantine/1.0/state",
+            "checkpoints/3.orbax-checkpoint-tmp/state",
+            ".config.json.partial",
+        ):
+            write(mirror, name)
+    assert bucket() == {}
+
+
+def test_the_newest_whole_checkpoint_comes_back(bucket):
+    with Mirror(URL) as mirror:
+        for step in (1, 2, 3):
+            write(mirror, f"checkpoints/{step}/state/a")
+        for step in (1, 2):
+            write(mirror, f"checkpoints/{step}/manifest.json")
+    with Mirror(URL) as mirror:
+        found = {p.name for p in (mirror.folder / "checkpoints").iterdir()}
+        assert found == {"2"}
+    assert len(bucket()) == 5  # nothing was removed there
+
+
+def test_a_manifest_comes_last_and_goes_first(bucket, monkeypatch):
+    order = []
+    with Mirror(URL) as mirror:
+        system = mirror._system
+        for name in ("put_file", "rm_file"):
+            call = getattr(system, name)
+
+            def log(*args, call=call, name=name):
+                order.append((name[:2], args[-1].rsplit("/", 1)[-1]))
+                return call(*args)
+
+            monkeypatch.setattr(system, name, log)
+        write(mirror, "checkpoints/1/manifest.json")
+        write(mirror, "checkpoints/1/state/z")
+        mirror.push()
+        for path in mirror.folder.rglob("*"):
+            if path.is_file():
+                path.unlink()
+    assert order == [
+        ("pu", "z"),
+        ("pu", "manifest.json"),
+        ("rm", "manifest.json"),
+        ("rm", "z"),
+    ]
+
+
+def test_what_could_not_be_copied_is_kept(bucket, monkeypatch):
+    with pytest.raises(OSError, match="no more room.*it is kept in"), Mirror(URL) as m:
+        write(m, "config.json", "{}")
+
+        def fail(*_):
+            raise OSError("no more room")
+
+        monkeypatch.setattr(m._system, "put_file", fail)
+    assert (m.folder / "config.json").read_text() == "{}"
+
+
+def test_urls_are_known_and_refused_elsewhere():
+    assert is_url("gs://a/b") and is_url("gs:/a/b") and is_url("memory://x")
+    assert not any(map(is_url, ("a/b", "/a", "shipped:flagworld/clip", "c:\\a")))
+    with pytest.raises(ValueError, match=r"gs://a is a URL, but the memory must be on"):
+        refuse_url("gs://a", "the memory")
+    with pytest.raises(ValueError, match="cannot open nothing://a: "):
+        Mirror("nothing://a")

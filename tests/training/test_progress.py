@@ -1,0 +1,45 @@
+"""What a training says on a terminal."""
+
+from __future__ import annotations
+
+import io
+import logging as python_logging
+import re
+import sys
+
+import jax.numpy as jnp
+import pytest
+from absl import logging
+
+from racm3_jax.training.progress import StepLog, report_parameters
+
+
+@pytest.mark.parametrize("console", ["absl", "python"])
+def test_a_log_line_is_a_line_of_its_own(monkeypatch, console):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler = python_logging.StreamHandler(stream)
+    if console == "python":
+        monkeypatch.setattr(python_logging.getLogger(), "handlers", [handler])
+    else:
+        monkeypatch.setattr(
+            python_logging.getLogger(), "handlers", [logging.get_absl_handler()]
+        )
+    with StepLog(0, 3, None, True, "train") as log:
+        logging.warning("take care")
+        log.enqueue(1, {}, {})
+    logging.warning("no bar")
+    lines = re.split(r"[\r\n]", stream.getvalue())
+    assert any("train" in line and "1/3" in line for line in lines)
+    (said,) = [line for line in lines if "take care" in line]
+    assert "train" not in said and said.endswith("take care")
+    assert "emit" not in vars(handler)
+    assert "emit" not in vars(logging.get_absl_handler())
+
+
+def test_parameters_are_printed(capsys):
+    report_parameters({"up": {"kernel": jnp.ones((3, 5))}}, progress=False)
+    assert capsys.readouterr().err == ""
+    report_parameters({"up": {"kernel": jnp.ones((3, 5))}}, progress=True)
+    said = capsys.readouterr().err
+    assert "up/kernel" in said and "Total: 15" in said

@@ -1,0 +1,3 @@
+"""Memories of made-up documents."""
+
+from memory_fakes import build, documents  # noqa: F401

@@ -1,0 +1,68 @@
+"""What a work directory accepts as the same run."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+from ml_collections import ConfigDict
+
+from racm3_jax import storage
+from racm3_jax.commands import configs
+from racm3_jax.wiring.workdirs import (
+    LOCK_NAME,
+    check_inputs,
+    claim_workdir,
+    given_back_if_refused,
+)
+
+
+def make_config(**train):
+    return ConfigDict({"seed": 0, "train": {"num_steps": 4, "log_every": 1} | train})
+
+
+def test_a_resumed_run_may_change_how_it_is_computed_and_logged(tmp_path):
+    first = claim_workdir(make_config(), tmp_path)
+    assert claim_workdir(make_config(), tmp_path) == first
+    claim_workdir(make_config(log_every=5, watchdog_seconds=9.0), tmp_path)
+    with pytest.raises(ValueError, match=r"differs in config\.train\.num_steps"):
+        claim_workdir(make_config(num_steps=5), tmp_path)
+
+
+def test_settings_that_an_older_run_does_not_know_are_their_defaults(tmp_path):
+    config = configs.load_config_file(configs.find_config("flagworld_tiny.py"))
+    older = config.copy_and_resolve_references()
+    config.pipeline.window_steps = 8
+    config.train.keep_checkpoints = 2
+    claim_workdir(older, tmp_path)
+    claim_workdir(config, tmp_path)
+    config.pipeline.window_steps = 4
+    with pytest.raises(ValueError, match=r"differs in config.pipeline.window_steps\)"):
+        claim_workdir(config, tmp_path)
+
+
+def test_removed_documents_are_said_and_older_checkpoints_taken(tmp_path, caplog):
+    job = types.SimpleNamespace(inputs={"memory": "m"}, num_main_documents=7)
+    check_inputs({}, job, tmp_path)
+    check_inputs({"inputs": {"memory": "m"}, "num_main_documents": 7}, job, tmp_path)
+    assert caplog.text == ""
+    check_inputs({"inputs": {"memory": "m"}, "num_main_documents": 9}, job, tmp_path)
+    assert "2 main documents were removed" in caplog.text
+
+
+def test_a_refused_training_leaves_no_lock_but_that_of_another(tmp_path):
+    def refuse(error):
+        with pytest.raises(type(error)), given_back_if_refused(tmp_path):
+            (tmp_path / LOCK_NAME).touch()
+            raise error
+
+    refuse(ValueError("no"))
+    assert not (tmp_path / LOCK_NAME).exists()
+    refuse(storage.BusyError("another training's"))
+    assert (tmp_path / LOCK_NAME).exists()
+    refuse(ValueError("no"))
+    assert not (tmp_path / LOCK_NAME).exists()  # claimed, and nothing else is there
+    (tmp_path / LOCK_NAME).touch()
+    (tmp_path / "mine").touch()
+    refuse(ValueError("no"))
+    assert (tmp_path / LOCK_NAME).exists()
