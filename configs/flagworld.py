@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.embedder = "shipped:flagworld/clip"
     config.init_from = ""
+    # Query dropout is frozen: two variants of a document's query for all epochs.
     config.memory = dict(
         index="scann", num_query_variants=2, query_drop=0.2, include_heldout=False
     )

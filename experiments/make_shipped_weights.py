@@ -12,15 +12,23 @@ Runs these commands, in order; each resumes when it was interrupted:
 
 After the second, the stage `parts` puts tokenizers and CLIP into
 racm3_jax/shipped/flagworld, where the other two find them; the stage `generators` puts RA-CM3
-and its twin beside them. Both write `manifest.json`: sha256 sums, commands, hours. The
+and its twin next to them. Both write `manifest.json`: sha256 sums, commands, hours. The
 stage `seal` opens what is shipped and saves it again, for a new format of the folders.
+
+    python experiments/make_shipped_weights.py --out=out --recipe=reading
+
+takes the curriculum of configs/flagworld_reading.py and the CLIP that aligns texts with
+images, in three stages `first`, `second` and `racm3`, each from the weights of the one
+before.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +42,65 @@ from racm3_jax.tokenizers.mixed import MixedTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "racm3_jax" / "shipped" / "flagworld"
-CONFIGS = {
-    "vqgan": "flagworld_vqgan.py",
-    "clip": "flagworld_clip.py",
-    "racm3": "flagworld.py",
-    "cm3": "flagworld.py:twin",
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the weights are made.
+
+    Attributes:
+      configs: of each model that is trained, in order.
+      starts: whose weights a model starts from, where not from nothing.
+    """
+
+    configs: dict[str, str]
+    starts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stages(self) -> list[str]:
+        """The trainings, with `parts` after the CLIP and `generators` at the end."""
+        names = list(self.configs)
+        after = names.index("clip") + 1
+        return [*names[:after], "parts", *names[after:], "generators"]
+
+    def command(
+        self, name: str, configs: str = "configs", out: str = "out"
+    ) -> list[str]:
+        """The arguments of `racm3` that train one model."""
+        words = ["train", f"--config={configs}/{self.configs[name]}"]
+        words.append(f"--workdir={out}/{name}")
+        if name in self.starts:
+            words.append(f"--config.init_from={out}/{self.starts[name]}/model")
+        return words
+
+
+RECIPES = {
+    "copying": Recipe(
+        {
+            "vqgan": "flagworld_vqgan.py",
+            "clip": "flagworld_clip.py",
+            "racm3": "flagworld.py",
+            "cm3": "flagworld.py:twin",
+        }
+    ),
+    "reading": Recipe(
+        {
+            "vqgan": "flagworld_vqgan.py",
+            "clip": "flagworld_clip.py:aligned",
+            "first": "flagworld_reading.py:first",
+            "second": "flagworld_reading.py:second",
+            "racm3": "flagworld_reading.py:third",
+            "cm3": "flagworld_reading.py:twin",
+        },
+        {"second": "first", "racm3": "second"},
+    ),
 }
-STAGES = ("vqgan", "clip", "parts", "racm3", "cm3", "generators")
 
 
-def run_stage(name: str, out: Path) -> None:
-    """Trains one model; the hours it took are kept beside it."""
+def run_stage(recipe: Recipe, name: str, out: Path) -> None:
+    """Trains one model; the hours it took are kept next to it."""
     started = time.time()
-    config = f"--config={ROOT / 'configs' / CONFIGS[name]}"
-    status = cli.main(["train", config, f"--workdir={out / name}"])
+    status = cli.main(recipe.command(name, str(ROOT / "configs"), str(out)))
     if status:
         raise SystemExit(status)
     record = out / name / "hours.json"
@@ -56,11 +109,11 @@ def run_stage(name: str, out: Path) -> None:
     record.write_text(json.dumps({"hours": round(hours, 3)}))
 
 
-def pack_parts(out: Path) -> None:
+def pack_parts(recipe: Recipe, out: Path) -> None:
     """Writes both tokenizers and CLIP in half precision."""
     image = ImageTokenizer.load(out / "vqgan" / "vqgan")
     text = TextTokenizer.load(out / "clip" / "text" / "tokenizer.json")
-    config = load_config_file(str(ROOT / "configs" / CONFIGS["racm3"]))
+    config = load_config_file(str(ROOT / "configs" / recipe.configs["racm3"]))
     MixedTokenizer(
         text,
         ImageTokenizer(image.config, checkpoints.round_to_half(image.params)),
@@ -71,11 +124,12 @@ def pack_parts(out: Path) -> None:
         embedder.config,
         checkpoints.round_to_half(embedder.params),
         embedder.text_tokenizer,
+        alignment=embedder.alignment,
     ).save(SHIPPED / "clip", dtype="float16")
-    write_manifest(out, ("vqgan", "clip"))
+    write_manifest(recipe, out, ("vqgan", "clip"))
 
 
-def pack_generators(out: Path) -> None:
+def pack_generators(recipe: Recipe, out: Path) -> None:
     """Writes RA-CM3 and its twin in half precision, and how their losses fell."""
     for stage, name in (("racm3", "model"), ("cm3", "twin")):
         copy_generator(out / stage / "model", SHIPPED / name)
@@ -85,7 +139,8 @@ def pack_generators(out: Path) -> None:
         names=("image_loss", "text_loss"),
     )
     wiring.load_generator(SHIPPED, None)  # what is shipped opens
-    write_manifest(out, ("racm3", "cm3"))
+    trained = [name for name in recipe.configs if name not in ("vqgan", "clip")]
+    write_manifest(recipe, out, trained)
 
 
 def copy_generator(source: Path, target: Path) -> None:
@@ -101,7 +156,7 @@ def copy_generator(source: Path, target: Path) -> None:
     )
 
 
-def seal() -> None:
+def seal(recipe: Recipe) -> None:
     """Saves every shipped folder again, in the present format; no tensor changes."""
     MixedTokenizer.load(SHIPPED / "tokenizer").save(
         SHIPPED / "tokenizer", dtype="float16"
@@ -110,19 +165,18 @@ def seal() -> None:
     for name in ("model", "twin"):
         copy_generator(SHIPPED / name, SHIPPED / name)
         wiring.load_generator(SHIPPED, None, model=name)
-    write_manifest(Path(), ())
+    write_manifest(recipe, Path(), ())
 
 
-def write_manifest(out: Path, stages: tuple[str, ...]) -> None:
+def write_manifest(recipe: Recipe, out: Path, stages: Sequence[str]) -> None:
     """What each file is, and how long the stages took; other stages' hours stay."""
     path = SHIPPED / "manifest.json"
     before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    hours = {k: v for k, v in before.get("hours", {}).items() if k in CONFIGS}
+    hours = {k: v for k, v in before.get("hours", {}).items() if k in recipe.configs}
     for name in stages:
         hours[name] = json.loads((out / name / "hours.json").read_text())["hours"]
     commands = {
-        name: f"racm3 train --config=configs/{config} --workdir=out/{name}"
-        for name, config in CONFIGS.items()
+        name: " ".join(["racm3", *recipe.command(name)]) for name in recipe.configs
     }
     checkpoints.write_manifest(
         SHIPPED, {"kind": "shipped", "commands": commands, "hours": hours}
@@ -132,18 +186,24 @@ def write_manifest(out: Path, stages: tuple[str, ...]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--recipe", choices=RECIPES, default="copying")
+    parser.add_argument("--stages", default="", help="all of the recipe unless given")
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
-    for stage in arguments.stages.split(","):
+    out, recipe = arguments.out.resolve(), RECIPES[arguments.recipe]
+    stages = arguments.stages.split(",") if arguments.stages else recipe.stages
+    for stage in stages:
+        if stage not in (*recipe.stages, "seal"):
+            known = ", ".join((*recipe.stages, "seal"))
+            parser.error(f"stage {stage!r}: choose from {known}")
+    for stage in stages:
         if stage == "parts":
-            pack_parts(out)
+            pack_parts(recipe, out)
         elif stage == "generators":
-            pack_generators(out)
+            pack_generators(recipe, out)
         elif stage == "seal":
-            seal()
+            seal(recipe)
         else:
-            run_stage(stage, out)
+            run_stage(recipe, stage, out)
 
 
 if __name__ == "__main__":

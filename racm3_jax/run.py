@@ -293,6 +293,7 @@ def _evaluate_flagworld(config: Any, workdir: Path) -> dict[str, Any]:
         suite.judge,
         suite.swapped_judge,
         suite.settings,
+        questions=suite.questions,
     )
     settings = config.to_dict() | {"memory_documents": len(suite.memory)}
     write_results(workdir, results, settings)

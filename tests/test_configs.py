@@ -1,5 +1,6 @@
 """Every file of configs/ is built: small ones for real, the 2.7B by shape."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -15,13 +16,14 @@ from racm3_jax.evaluation.inception import VARIANTS
 from racm3_jax.evaluation.likelihood_protocol import LikelihoodSettings
 from racm3_jax.evaluation.protocol import ProtocolSettings
 from racm3_jax.evaluation.resizing import RESIZINGS
-from racm3_jax.model.config import chameleon_7b
+from racm3_jax.model.config import ModelConfig, chameleon_7b
 from racm3_jax.model.transformer import init_params
 from racm3_jax.retrieval.clip import CLIPConfig
 from racm3_jax.retrieval.clip import init_params as init_clip
 from racm3_jax.retrieval.clip_loss import CLIPLossConfig
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
+from racm3_jax.sequences.pairing import Pairing, PairingConfig
 from racm3_jax.sequences.pipeline import PipelineConfig
 from racm3_jax.sweeps import Hyper, as_flags, name_point
 from racm3_jax.tokenizers.vqgan import VQGANConfig
@@ -30,6 +32,7 @@ from racm3_jax.training.loss import GeneratorLossConfig
 from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer
 from racm3_jax.training.step import abstract_state
 from racm3_jax.vocab import Vocab
+from racm3_jax.wiring.jobs import check_positions
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 GENERATORS = [
@@ -38,6 +41,12 @@ GENERATORS = [
     ("flagworld", "twin"),
     ("flagworld_quickstart", ""),
     ("flagworld_quickstart", "short"),
+    ("flagworld_reading", ""),
+    ("flagworld_reading", "first"),
+    ("flagworld_reading", "second"),
+    ("flagworld_reading", "third"),
+    ("flagworld_reading", "twin"),
+    ("flagworld_reading", "pilot"),
     ("racm3_2b7", ""),
     ("racm3_2b7", "fidelity"),
     ("cm3_2b7", ""),
@@ -90,6 +99,9 @@ def test_generator_configs(name, arg):
     )
     assert pipeline.retrieval != (arg == "twin" or name.startswith("cm3"))
     assert pipeline.row_length <= model.max_length
+    if "pairing" in config:
+        wiring.construct(PairingConfig, config.pairing, "pairing")
+    check_positions(model, pipeline, None, None)
     mesh = sharding.make_mesh(fsdp=4, tensor=2, data=1)
     optimizer = build_optimizer(
         wiring.construct(
@@ -130,8 +142,23 @@ def test_vqgan_config():
     assert count(params) < 3e6
 
 
-def test_clip_config():
-    config = load("flagworld_clip")
+def test_learned_positions_end_somewhere():
+    model = ModelConfig(vocab_size=10, max_length=64, position="learned")
+    sizes = {"rows": 1, "row_length": 40, "examples_per_batch": 1}
+    fits = PipelineConfig(**sizes, max_position_offset=20, max_position_gap=2)
+    check_positions(model, fits, None, None)
+    pairing = Pairing(
+        PairingConfig(1.0, (0, 4), rename=False), np.array([0, 0, 1]), None
+    )
+    with pytest.raises(ValueError, match="hold positions up to 67: raise it"):
+        check_positions(model, fits, None, pairing)
+    rotary = dataclasses.replace(model, position="rope")
+    check_positions(rotary, fits, None, pairing)
+
+
+@pytest.mark.parametrize("arg", ["", "aligned"])
+def test_clip_config(arg):
+    config = load("flagworld_clip", arg)
     model = wiring.construct(CLIPConfig, config.clip, "clip", vocab_size=1026)
     wiring.construct(CLIPLossConfig, config.clip_loss, "clip_loss")
     params = jax.eval_shape(lambda key: init_clip(model, key), jax.random.key(0))

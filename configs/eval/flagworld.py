@@ -28,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
         caption_temperature=0.0,
         caption_guidance=2.0,
         caption_candidates=16,
+        num_reading=320,
         seed=0,
     )
     config.num_scene_examples = 4000

@@ -77,7 +77,7 @@ def restore_cells(experiment: Experiment, place: Place, results: Path) -> int:
 def read_figures(cell: Cell) -> Figures:
     """The figures as they were measured."""
     return {
-        name: Share(value["successes"], value["total"])
+        name: Share(value["successes"], value["total"], value.get("design_effect", 1.0))
         if isinstance(value, dict)
         else float(value)
         for name, value in cell["figures"].items()

@@ -3,6 +3,9 @@
 A share has two sources of chance, the nations of a seed and the seed itself. Its interval
 is the wider of two at each end: Student's t over the seeds, and Wilson's of the outcomes
 of all seeds together, which stays honest where all seeds say 0% or 100%.
+
+A difference of shares carries the error of the questions and that of the seeds (see
+`evaluation.intervals`): three seeds that happen to agree are no certainty.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from racm3_jax.evaluation.intervals import Share
+from racm3_jax.evaluation.intervals import Share, difference_of_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +29,15 @@ class Combined:
       interval: 95%; None of a single seed without outcomes.
       seeds: the figure of each seed.
       is_share: it counts outcomes.
+      p_value: of a difference, two-sided, not corrected for others; None where it is
+        none, or of fewer than two seeds.
     """
 
     value: float
     interval: tuple[float, float] | None
     seeds: tuple[float, ...]
     is_share: bool
+    p_value: float | None = None
 
     def __str__(self) -> str:
         if self.is_share:
@@ -56,7 +62,11 @@ def combine(figures: Sequence[Share | float]) -> Combined:
     values = [f.value if isinstance(f, Share) else float(f) for f in figures]
     interval = student_interval(values)
     if shares:
-        total = Share(sum(s.successes for s in shares), sum(s.total for s in shares))
+        total = Share(
+            sum(s.successes for s in shares),
+            sum(s.total for s in shares),
+            max(s.design_effect for s in shares),
+        )
         low, high = total.interval
         if interval is not None:
             low, high = min(low, interval[0]), max(high, interval[1])
@@ -67,11 +77,23 @@ def combine(figures: Sequence[Share | float]) -> Combined:
 def compare(
     figures: Sequence[Share | float], reference: Sequence[Share | float]
 ) -> Combined:
-    """The figure less that of the reference, of each seed; its t interval."""
-    pairs = zip(figures, reference, strict=True)
+    """The figure less that of the reference, of each seed, with its interval."""
+    pairs = list(zip(figures, reference, strict=True))
     values = [_value(a) - _value(b) for a, b in pairs]
+    mean = float(np.mean(values))
+    shares = [(a, b) for a, b in pairs if isinstance(a, Share) and isinstance(b, Share)]
+    if len(shares) == len(pairs):
+        found = difference_of_shares([a for a, _ in shares], [b for _, b in shares])
+        return Combined(mean, found.interval, tuple(values), False, found.p_value)
     interval = student_interval(values)
-    return Combined(float(np.mean(values)), interval, tuple(values), False)
+    p_value = None
+    if interval is not None:
+        error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+        if error:
+            p_value = 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1))
+        else:
+            p_value = float(mean == 0)
+    return Combined(mean, interval, tuple(values), False, p_value)
 
 
 def _value(figure: Share | float) -> float:

@@ -44,6 +44,11 @@ heights), so that all of them together take hours on two cores, not days.
 FID is computed on own features, and is comparable within a table only.
 """
 
+# Of experiments that ask the shipped models, whose weights are among their settings.
+ONE_PAIR = (
+    "The seeds of what asks the shipped models share that one trained pair: their "
+    "intervals are over worlds, questions and samples, not over trainings."
+)
 TAIL = """\
 ## The other files here
 
@@ -113,6 +118,8 @@ def _section(experiment: Experiment, results: Path) -> str:
         return "\n\n".join(parts) + "\n"
     text = (results / f"{experiment.name}.md").read_text()
     parts.append(text.split("\n", 2)[2].strip())
+    if "model" in experiment.settings:
+        parts.append(ONE_PAIR)
     folder = results.name
     for picture in sorted(results.glob(f"{experiment.name}*.png")):
         parts.append(f"![{experiment.title}](results/{folder}/{picture.name})")

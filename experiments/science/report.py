@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from racm3_jax.evaluation.intervals import adjust_holm
 from science.cells import (
     Cell,
     read_cells,
@@ -21,6 +22,7 @@ from science.combining import Combined, combine, compare
 from science.experiment import Experiment, Figures, Panel, Place
 
 Results = dict[str, dict[str, Combined]]
+_SIGNIFICANT = 0.05
 
 
 def combine_cells(
@@ -87,8 +89,37 @@ def format_table(experiment: Experiment, means: Results) -> str:
     return "\n".join(lines)
 
 
-def format_differences(experiment: Experiment, differences: Results) -> str:
-    """The differences from the reference whose interval leaves 0 out, in one list."""
+def adjust_differences(
+    differences: Mapping[str, Results],
+) -> dict[tuple[str, str, str], float]:
+    """Holm's p-values of all comparisons of an experiment.
+
+    By (reference, condition, figure). A table of many comparisons finds some differences
+    by chance alone: these may each be compared with 0.05.
+    """
+    return adjust_holm(
+        {
+            (reference, condition, name): found.p_value
+            for reference, rows in differences.items()
+            for condition, row in rows.items()
+            for name, found in row.items()
+            if found.p_value is not None
+        }
+    )
+
+
+def format_differences(
+    experiment: Experiment,
+    differences: Results,
+    adjusted: Mapping[tuple[str, str], float],
+) -> str:
+    """The differences that stay after Holm's correction, in one list.
+
+    Args:
+      experiment: names conditions and figures.
+      differences: from one reference.
+      adjusted: their p-values, by (condition, figure).
+    """
     lines = []
     for condition, row in differences.items():
         shown = []
@@ -97,7 +128,7 @@ def format_differences(experiment: Experiment, differences: Results) -> str:
             if found is None or found.interval is None:
                 continue
             low, high = found.interval
-            if low > 0 or high < 0:
+            if adjusted.get((condition, name), 1.0) < _SIGNIFICANT:
                 shown.append(f"{title} {found.value:+.3g} [{low:+.3g}, {high:+.3g}]")
         if shown:
             lines.append(f"- {experiment.conditions[condition]}: " + "; ".join(shown))
@@ -156,12 +187,16 @@ def _describe(
         state,
         format_table(experiment, means),
     ]
+    adjusted = adjust_differences(differences)
     for reference, rows in differences.items():
         parts.append(
-            f'Differences from "{experiment.conditions[reference]}", seed by seed, whose '
-            "95% interval leaves 0 out:"
+            f'Differences from "{experiment.conditions[reference]}", seed by seed, that '
+            f"are significant at 5% after Holm's correction for {len(adjusted)} "
+            "comparisons; brackets are 95% intervals of each alone, over questions and "
+            "seeds:"
         )
-        parts.append(format_differences(experiment, rows))
+        own = {(c, n): p for (r, c, n), p in adjusted.items() if r == reference}
+        parts.append(format_differences(experiment, rows, own))
     if experiment.notes:
         parts.append(experiment.notes)
     return "\n\n".join(parts) + "\n"
@@ -176,6 +211,7 @@ def _to_json(results: Results) -> dict[str, Any]:
                 "seeds": found.seeds,
                 "is_share": found.is_share,
             }
+            | ({} if found.p_value is None else {"p_value": found.p_value})
             for name, found in row.items()
         }
         for condition, row in results.items()

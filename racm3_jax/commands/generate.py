@@ -169,9 +169,11 @@ def _add_sampling(sub: Any, guided: bool = True) -> None:
 def _add_ranking(sub: Any) -> None:
     sub.add_argument(
         "--rank_by",
-        choices=("clip", "document", "likelihood"),
-        default="clip",
-        help="which of the samples is best: like the prompt, like the first document",
+        choices=("auto", "clip", "document", "likelihood"),
+        default="auto",
+        help="which of the samples is best: like the prompt (clip), like the first "
+        "document, the likeliest; auto is clip where it was measured to align texts with "
+        "images, else likelihood",
     )
 
 

@@ -58,6 +58,22 @@ class CaptionScores:
         }
 
 
+def strip_prefix(text: str, prefix: str) -> str:
+    """A caption without the words that its prompt began with.
+
+    "Photo of a dog", "Photo of"  ->  "a dog"
+
+    No person begins a caption so: scoring these words as caption costs CIDEr-D. Case and
+    spaces do not matter; a caption that does not begin with the prefix stays as it is.
+    """
+    words, start = text.split(), prefix.split()
+    if not start or [w.lower() for w in words[: len(start)]] != [
+        w.lower() for w in start
+    ]:
+        return text
+    return " ".join(words[len(start) :])
+
+
 def score_captions(
     candidates: Sequence[str], references: Sequence[Sequence[str]]
 ) -> CaptionScores:

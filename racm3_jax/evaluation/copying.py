@@ -1,10 +1,10 @@
 """Copying the top retrieved document, as a likelihood: the baseline that needs no model.
 
-Each id is the one that stands at the same place of the retrieved document with the share m
-with which that is so in the test set, and any other id alike:
+Each token is the one at the same place of the retrieved document with the share m
+with which that is so in the test set, and any other token alike:
 
     retrieved   7 7 3 9        nats   -log m              where they agree
-    document    7 1 3 9               -log (1-m)/(V-1)    elsewhere, of V ids
+    document    7 1 3 9               -log (1-m)/(V-1)    elsewhere, of V tokens
 
 m is fitted on the test set itself, for text and images apart, in the baseline's favour.
 """
@@ -25,7 +25,7 @@ _MODALITIES: tuple[Modality, ...] = ("text", "image")
 
 
 class CopyCounts(NamedTuple):
-    """Of each document: its ids, those that stand in the retrieved one too, its images."""
+    """Of each document: its tokens, those that are in the retrieved one too, its images."""
 
     text_tokens: Int[np.ndarray, " documents"]
     text_right: Int[np.ndarray, " documents"]

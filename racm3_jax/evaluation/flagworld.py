@@ -15,10 +15,14 @@ import numpy as np
 
 from racm3_jax.documents.flagworld import FlagIdentifier, FlagworldConfig, make_nations
 from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.evaluation.reading import ReadingQuestion, generate_answers
 from racm3_jax.evaluation.scenes import SceneClassifier
 from racm3_jax.evaluation.stages import Stages
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import Document, GenerationOutput
+
+# Where the right one of two documents is.
+READING_ORDERS = {"right_first": 0, "right_last": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,8 @@ class SuiteSettings:
         the documents; 1 is none.
       caption_candidates: documents retrieved for a caption, of which the `num_retrieved`
         behind which the image is likeliest are kept; 0 keeps the retriever's.
+      num_reading: questions with one right and one wrong document, in both orders (see
+        `reading`); at most the held-out nations.
       seed: of all sampling.
     """
 
@@ -45,6 +51,7 @@ class SuiteSettings:
     caption_temperature: float = 0.0
     caption_guidance: float = 1.0
     caption_candidates: int = 0
+    num_reading: int = 0
     seed: int = 0
 
 
@@ -160,6 +167,7 @@ def evaluate_flagworld(
     swapped_judge: FlagworldJudge,
     settings: SuiteSettings,
     log: Callable[[str], None] = print,
+    questions: Sequence[ReadingQuestion] = (),
 ) -> tuple[dict[str, Any], dict[str, list[GenerationOutput]]]:
     """Runs the whole suite.
 
@@ -171,6 +179,7 @@ def evaluate_flagworld(
       swapped_judge: of the world with exchanged flags.
       settings: of the sampling.
       log: receives one line a stage.
+      questions: with a right and a wrong document, of `settings.num_reading`.
 
     Returns:
       (results, outputs): results are `Share`s by name and seconds by stage; outputs hold
@@ -222,6 +231,22 @@ def evaluate_flagworld(
     moved = stages.run("swapped", lambda: draw(swapped, swapped_judge, settings, k))
     outputs["swapped"] = moved.outputs
     results["swapped/draw_flag"] = compute_share(moved.flags)
+
+    for order, place in READING_ORDERS.items() if questions else ():
+        answers = stages.run(
+            f"reading, {order}",
+            lambda place=place: generate_answers(
+                generator,
+                questions,
+                judge.nations,
+                right_place=place,
+                seed=settings.seed,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+            ),
+        )
+        for asked, share in answers.items():
+            results[f"reading_{order}/{asked}"] = share
 
     if twin is not None:
         alone = stages.run("twin draw", lambda: draw(twin, judge, settings, 0))
@@ -288,6 +313,14 @@ def format_table(results: dict[str, Any]) -> str:
             f"| {rows[2][0]}, documents as retrieved | "
             f"{cell('as_retrieved/caption_name')} | - | - |"
         )
+    for order in READING_ORDERS:
+        for asked in ("flag", "name"):
+            if (name := f"reading_{order}/{asked}") in results:
+                title = order.replace("_", " ")
+                lines.append(
+                    f"| {asked} of the right one of two documents, {title} | "
+                    f"{cell(name)} | - | - |"
+                )
     for name in (
         "retriever/text_to_nation@2",
         "retriever/image_to_nation@2",

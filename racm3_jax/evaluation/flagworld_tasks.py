@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.evaluation.intervals import Share, compute_grouped_share, compute_share
+from racm3_jax.evaluation.kshot import INVENTED, compute_auc
 from racm3_jax.evaluation.stages import Stages
 from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
 from racm3_jax.generation.classification import ClassifyBy
@@ -35,7 +36,6 @@ from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
 
-LABELS = ("dax", "wug")
 # Ends of the names of tasks, and how they differ.
 EDITS: dict[str, dict[str, Any]] = {
     "": {},
@@ -103,9 +103,9 @@ def evaluate_edit(
     )
     names = [probes.donor(i).metadata["nation"] for i in items]
     facts = [output.documents[0].metadata for output in outputs]
-    kept = Share(
-        sum(fact["codes_outside_kept"] for fact in facts),
-        sum(fact["codes_outside"] for fact in facts),
+    kept = compute_grouped_share(
+        [fact["codes_outside_kept"] for fact in facts],
+        [fact["codes_outside"] for fact in facts],
     )
     return probes.right_flags(_first_images(outputs), names)[0], kept, outputs
 
@@ -140,32 +140,42 @@ def evaluate_kshot(
     settings: TaskSettings,
     shots: int,
     by: ClassifyBy,
-) -> Share:
-    """Two-way classification; which nation has which label changes from item to item."""
+) -> tuple[Share, float]:
+    """Two-way classification: accuracy, and the area under the ROC curve.
+
+    The two labels are sampled for every question from `kshot.INVENTED`, and so is their
+    order, so that a model that always answers one of them is right half of the time.
+    """
     rng = np.random.default_rng([settings.seed, 1])
-    right = []
+    right, probabilities = [], []
     for i, test in enumerate(probes.tests):
-        labels = LABELS if rng.random() < 0.5 else LABELS[::-1]
+        own, other = (str(word) for word in rng.choice(INVENTED, 2, replace=False))
         support = [
             (document.images[0], label)
-            for item, label in zip((i, probes.partners[i]), labels, strict=True)
+            for item, label in ((i, own), (probes.partners[i], other))
             for document in probes.examples(item, shots)
         ]
         found = generator.classify(
             test.images[0],
             support,
-            LABELS,
+            (own, other) if rng.random() < 0.5 else (other, own),
             shots_per_pass=settings.shots_per_pass,
             by=by,
         )
-        right.append(found.label == labels[0])
-    return compute_share(right)
+        right.append(found.label == own)
+        of_own = float(found.probabilities[found.labels.index(own)])
+        probabilities.append([of_own, 1 - of_own])
+    area = compute_auc(np.array(probabilities), [0] * len(probabilities))
+    return compute_share(right), area
 
 
 def evaluate_drawing(
     generator: Generator, probes: TaskProbes, settings: TaskSettings, **options: Any
 ) -> tuple[Share, Share]:
-    """Share of best samples with the right flag, and of all samples."""
+    """Share of best samples with the right flag, and of all samples.
+
+    Samples for one prompt count as less than so many independent ones.
+    """
     outputs = generator.text_to_image_batch(
         [test.text for test in probes.tests],
         num_retrieved=settings.num_retrieved,
@@ -179,7 +189,8 @@ def evaluate_drawing(
     every = [image for output in outputs for image in output.images]
     found = np.array(probes.name_flags(every)).reshape(len(names), count)
     right = found == np.array(names)[:, None]
-    return compute_share(list(right[:, 0])), compute_share(list(right.reshape(-1)))
+    every_sample = compute_grouped_share(right.sum(1).tolist(), [count] * len(right))
+    return compute_share(list(right[:, 0])), every_sample
 
 
 def _evaluate_regions(
@@ -269,12 +280,14 @@ def evaluate_flagworld_tasks(
             way = "guided" if how else "plain"
             outputs.setdefault(f"controlled_{name}{kind}", {})[way] = drawn
     for by, shots in itertools.product(settings.classify_by, settings.shots):
-        results[f"kshot_{by}/{shots}"] = stages.run(
+        accuracy, area = stages.run(
             f"{shots}-shot by {by}",
             lambda shots=shots, by=by: evaluate_kshot(
                 generator, probes, settings, shots, by
             ),
         )
+        results[f"kshot_{by}/{shots}"] = accuracy
+        results[f"kshot_{by}_auc/{shots}"] = area
     for task, weights in (
         ("guidance", (1.0, *settings.guidance)),
         ("document_guidance", settings.document_guidance),
@@ -363,12 +376,17 @@ def format_table(results: dict[str, Any]) -> str:
     for name in results:
         task, _, value = name.partition("/")
         if task.startswith("kshot_"):
-            by = task.removeprefix("kshot_")
-            titles[name] = f"two-way classification by {by}, {value} examples a label"
+            by = task.removeprefix("kshot_").removesuffix("_auc")
+            title = f"two-way classification by {by}, {value} examples a label"
+            titles[name] = f"{title}: AUC" if task.endswith("_auc") else title
         if task == "guidance":
             titles[name] = f"drawn flag right, guidance {value}"
         if task == "document_guidance":
             titles[name] = f"drawn flag right, guidance {value} with documents"
     lines = ["| task | share [95% interval] |", "|---|---|"]
-    lines += [f"| {titles[n]} | {results[n]} |" for n in titles if n in results]
+    for name, title in titles.items():
+        if name in results:
+            value = results[name]
+            cell = f"{value:.3f}" if isinstance(value, float) else str(value)
+            lines.append(f"| {title} | {cell} |")
     return "\n".join(lines)

@@ -4,7 +4,7 @@
                     [image] blick
     asked           [image] ?       the label whose text the model finds most likely
 
-The labels' texts are invented words, drawn anew for each episode: only the demonstrations
+The labels' texts are invented words, sampled for each episode: only the demonstrations
 say what they stand for. Several episodes of one query set give the interval.
 """
 
@@ -14,11 +14,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from racm3_jax.documents.images import resize_image
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
+from racm3_jax.generation.classification import (
+    compute_label_probabilities,
+    neutral_image,
+    score_labels,
+)
 from racm3_jax.generation.tasks import Generator, Image
 from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import TokenizedDocument, TokenizedSegment
@@ -103,12 +108,12 @@ def classify_episodes(
     seed: int = 0,
     num_rows: int = 8,
     first: int = 0,
-) -> list[int]:
-    """The label that the model chooses in each episode.
+) -> Float[np.ndarray, "episodes labels"]:
+    """How probable the model finds each label in each episode.
 
-    Demonstrations stand in random order, each label behind its image (as in
-    `sequences.episodes`); the label's words are scored behind the asked image, by the
-    mean over their ids, so that long words are not punished.
+    Demonstrations are in random order, each label after its image (as in
+    `sequences.episodes`); labels are compared by `classification.score_labels`, as
+    `Generator.classify` does.
 
     Args:
       generator: its memory is not used.
@@ -122,14 +127,16 @@ def classify_episodes(
     used = sorted(
         {row for e in episodes for rows in (*e.shown, (e.asked,)) for row in rows}
     )
-    pixels = [resize_image(images[row], tokenizer.image.image_size) for row in used]
-    codes = tokenizer.image.encode(np.stack(pixels))
-    image_tokens = dict(zip(used, vocab.image_tokens(codes), strict=True))
+    size = tokenizer.image.image_size
+    pixels = [resize_image(images[row], size) for row in used]
+    codes = tokenizer.image.encode(np.stack([*pixels, neutral_image(size)]))
+    *found, neutral = vocab.image_tokens(codes)
+    image_tokens = dict(zip(used, found, strict=True))
     text_tokens = {
         word: tokenizer.encode_text(word) for e in episodes for word in e.words
     }
     end = np.array([vocab.eod], np.int32)
-    sequences, owners = [], []
+    sequences = []
     for i, episode in enumerate(episodes):
         pairs = [
             (row, word)
@@ -147,14 +154,20 @@ def classify_episodes(
             )
             for row, word in (pairs[j] for j in order)
         ]
-        asked = np.append(image_tokens[episode.asked], np.int32(vocab.break_))
-        context = beginning_prompt(shown, asked, vocab)
-        for word in episode.words:
-            sequences.append(Scored(context, np.concatenate([text_tokens[word], end])))
-            owners.append(i)
-    nats = score_tokens(generator, sequences, num_rows=num_rows)
-    means = np.array([x.mean() for x in nats])
-    return [int(means[np.array(owners) == i].argmin()) for i in range(len(episodes))]
+        for tokens in (image_tokens[episode.asked], neutral):
+            asked = np.append(tokens, np.int32(vocab.break_))
+            context = beginning_prompt(shown, asked, vocab)
+            for word in episode.words:
+                label = np.concatenate([text_tokens[word], end])
+                sequences.append(Scored(context, label))
+    scored = score_tokens(generator, sequences, num_rows=num_rows)
+    nats = iter([float(x.sum()) for x in scored])
+    scores = []
+    for episode in episodes:
+        found = np.array([[-next(nats) for _ in episode.words] for _ in range(2)])
+        num_tokens = [len(text_tokens[word]) + 1 for word in episode.words]
+        scores.append(score_labels(found[0], found[1], num_tokens))
+    return compute_label_probabilities(np.stack(scores))
 
 
 def mislead(
@@ -207,6 +220,32 @@ def copy_nearest(
         )
         for episode in episodes
     ]
+
+
+def compute_auc(
+    probabilities: Float[np.ndarray, "questions labels"], answers: Sequence[int]
+) -> float:
+    """Area under the ROC curve of all (question, label) pairs, one against the rest.
+
+    The probability that a right label is given more than a wrong one, of all questions
+    together; equal ones count half. 0.5 is chance, also for a model that likes one label
+    whatever is asked.
+
+    Raises:
+      ValueError: no questions, or fewer than two labels.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    if probabilities.ndim != 2 or not len(probabilities) or probabilities.shape[1] < 2:
+        raise ValueError(
+            "the area needs questions of at least two labels; got probabilities of "
+            f"shape {list(probabilities.shape)}"
+        )
+    is_right = np.zeros(probabilities.shape, bool)
+    is_right[np.arange(len(probabilities)), np.asarray(answers, int)] = True
+    right, wrong = probabilities[is_right], np.sort(probabilities[~is_right])
+    below = np.searchsorted(wrong, right, side="left")
+    not_above = np.searchsorted(wrong, right, side="right")
+    return float((below + not_above).sum() / (2 * len(right) * len(wrong)))
 
 
 def compute_accuracy(episodes: Sequence[Episode], chosen: Sequence[int]) -> Share:

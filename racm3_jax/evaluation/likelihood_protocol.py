@@ -176,6 +176,7 @@ class LikelihoodProtocol:
             "data": describe_documents(documents),
             "kshot_data": None if self._pool is None else describe_pool(self._pool),
             "class_key": class_key,
+            "label_score": "calibrated mean",
             "model": fingerprint_params(generator),
             "twin": None if twin is None else fingerprint_params(twin),
             "tokenizer": self.tokenizer.fingerprint(),
@@ -324,7 +325,7 @@ class LikelihoodProtocol:
         generator = self._replicas.on(device)
         used = {row for e in asked for rows in (*e.shown, (e.asked,)) for row in rows}
         images: Any = {row: self._pool.documents[row].images[0] for row in used}
-        chosen = classify_episodes(
+        probabilities = classify_episodes(
             generator,
             images,
             asked,
@@ -338,4 +339,8 @@ class LikelihoodProtocol:
             order = sorted(used)
             found = embed_any_size(generator.embedder, [images[r] for r in order])
             nearest = copy_nearest(dict(zip(order, found, strict=True)), asked)
-        return {"chosen": np.array(chosen), "nearest": np.array(nearest)}
+        return {
+            "chosen": probabilities.argmax(-1),
+            "probabilities": probabilities,
+            "nearest": np.array(nearest),
+        }

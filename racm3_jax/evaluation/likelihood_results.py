@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from racm3_jax.evaluation.copying import compute_copy_sums
 from racm3_jax.evaluation.intervals import bootstrap
-from racm3_jax.evaluation.kshot import compute_accuracy
+from racm3_jax.evaluation.kshot import compute_accuracy, compute_auc
 from racm3_jax.evaluation.likelihood_protocol import (
     EMBEDDED,
     RECALL,
@@ -96,6 +96,8 @@ def _shot_figures(protocol: LikelihoodProtocol) -> dict[str, Any]:
         found = protocol.shot_parts.load(f"kshot-{shots}")
         accuracy = compute_accuracy(episodes, found["chosen"].tolist())
         results[f"kshot/{shots}/model"] = accuracy
+        answers = [episode.answer for episode in episodes]
+        results[f"kshot/{shots}/auc"] = compute_auc(found["probabilities"], answers)
         if shots:
             nearest = compute_accuracy(episodes, found["nearest"].tolist())
             results[f"kshot/{shots}/copy"] = nearest
@@ -159,7 +161,7 @@ def format_table(protocol: LikelihoodProtocol, results: dict[str, Any]) -> str:
         {figure: [f"{v}/{figure}" for v in variants] for figure in figures},
     )
     if protocol.shot_parts is not None:
-        columns = ["model", "random", "copy"]
+        columns = ["model", "auc", "random", "copy"]
         lines += table(
             f"accuracy, {protocol.settings.num_ways} labels",
             [*columns, "chance"],

@@ -291,6 +291,7 @@ class CocoProtocol:
                 captions,
                 seed=self._seeds(items),
                 num_retrieved=self._num_retrieved(variant),
+                rank_by="clip",  # as the paper, whatever CLIP it is
                 **self._sampling(),
             )
             images = [output.images[0] for output in outputs]

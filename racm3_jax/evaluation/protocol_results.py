@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int
 
-from racm3_jax.evaluation.captions import score_captions, score_with_java
+from racm3_jax.evaluation.captions import score_captions, score_with_java, strip_prefix
 from racm3_jax.evaluation.features import kernel_distance, precision_and_recall
 from racm3_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from racm3_jax.evaluation.intervals import Estimate, bootstrap
@@ -59,7 +59,11 @@ def _caption_figures(protocol: CocoProtocol) -> dict[str, Any]:
     references = [item.captions for item in protocol.items]
     results: dict[str, Any] = {}
     for variant in settings.variants:
-        texts = protocol.parts.load(variant)["text"].tolist()
+        # The prompt's words are no caption, also where a copied caption has them.
+        texts = [
+            strip_prefix(text, settings.prefix)
+            for text in protocol.parts.load(variant)["text"].tolist()
+        ]
         scores = score_captions(texts, references)
         figures = bootstrap(
             scores.means,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int, Int64
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.index import streaming
 from racm3_jax.memory.memory import Memory
+from racm3_jax.retrieval.alignment import compute_ranks
 from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
 
 _BLOCK = 512
@@ -28,12 +29,7 @@ def pair_recall(
     Text -> image and image -> text of the literature. Candidates that score the same as
     the right one stand before it: a constant embedding finds nothing.
     """
-    ranks = []
-    for start in range(0, len(queries), _BLOCK):
-        scores = queries[start : start + _BLOCK] @ candidates.T
-        own = scores[np.arange(len(scores)), start + np.arange(len(scores))]
-        ranks.append((scores >= own[:, None]).sum(1) - 1)
-    rank = np.concatenate(ranks)
+    rank = compute_ranks(queries, candidates)
     return {k: compute_share((rank < k).tolist()) for k in ks}
 
 
@@ -128,21 +124,44 @@ class PurgedMemory:
         """As `Memory.search`, without the purged rows."""
         width = min(len(self), k + min(k, len(self.purged)))
         while True:
-            found = self._memory.search(queries, width, **how)
-            kept = found.valid & ~np.isin(found.ids, self.purged)
-            if width == len(self) or (kept.sum(1) >= k).all():
+            kept = self._without_purged(self._memory.search(queries, width, **how))
+            if width == len(self) or (kept.valid.sum(1) >= k).all():
                 break
             width = min(len(self), 4 * width)
-        order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
-        valid = np.take_along_axis(kept, order, 1)
-        ids = np.where(valid, np.take_along_axis(found.ids, order, 1), -1)
-        scores = np.where(valid, np.take_along_axis(found.scores, order, 1), -np.inf)
+        ids, scores, valid = (column[:, :k] for column in kept)
         short = k - ids.shape[1]
         if short > 0:
             wide = ((0, 0), (0, short))
             ids = np.pad(ids, wide, constant_values=-1)
             scores = np.pad(scores, wide, constant_values=-np.inf)
             valid = np.pad(valid, wide)
+        return Neighbours(ids, scores.astype(np.float32), valid)
+
+    def search_until(
+        self,
+        queries: Float32[np.ndarray, "queries d_embed"],
+        take: Callable[[Int64[np.ndarray, " asking"], Neighbours], np.ndarray],
+        width: int,
+        max_width: int,
+    ) -> None:
+        """As `Memory.search_until`; `take` never sees the purged rows.
+
+        Both widths are the caller's: to `num_allowed` purged rows count as denied ones.
+        """
+        self._memory.search_until(
+            queries,
+            lambda asking, found: take(asking, self._without_purged(found)),
+            width,
+            max_width,
+        )
+
+    def _without_purged(self, found: Neighbours) -> Neighbours:
+        """The same neighbours, purged ones made empty slots at the end."""
+        kept = found.valid & ~np.isin(found.ids, self.purged)
+        order = np.argsort(~kept, axis=1, kind="stable")
+        valid = np.take_along_axis(kept, order, 1)
+        ids = np.where(valid, np.take_along_axis(found.ids, order, 1), -1)
+        scores = np.where(valid, np.take_along_axis(found.scores, order, 1), -np.inf)
         return Neighbours(ids, scores.astype(np.float32), valid)
 
 

@@ -35,7 +35,7 @@ def make_caption_request(
     prompt: CaptionPrompt,
     guide_documents: bool = False,
 ) -> Request:
-    """A caption begins with `prefix` and goes on with what is drawn.
+    """A caption begins with `prefix` and goes on with what is sampled.
 
     Its prompt has no text to leave out: guidance can only leave out the documents.
     """
@@ -65,7 +65,7 @@ def caption(
     prompt: CaptionPrompt,
     num_kept: int | None = None,
 ) -> list[GenerationOutput]:
-    """Describes every image behind its documents, the likeliest caption first.
+    """Describes every image after its documents, the likeliest caption first.
 
     `num_kept` re-ranks the documents and keeps so many (see `rerank.rank_documents`).
     """
@@ -107,7 +107,7 @@ def decode_text(
     drawn: Int32[np.ndarray, " new"],
     after: Int32[np.ndarray, " after"] | Sequence[int] = (),
 ) -> str:
-    """Drawn text between what stood around it, without control ids."""
+    """Sampled text between what was around it, without control tokens."""
     kept = drawn[engine.tokenizer.vocab.is_text(drawn)]
     ids = np.concatenate([before, kept, np.asarray(after, np.int32)])
     return engine.tokenizer.text.decode(ids.astype(np.int32))

@@ -5,10 +5,12 @@
     "image"   <eod> dax <break> image <eod> dax <break> ? <eod>
               <eod> wug <break> image <eod> wug <break> ? <eod>
 
-"label" compares how likely each label is behind the image, after examples of all labels:
-the paper's way. "image" compares how likely the image is behind each label, after that
-label's own examples: a noisy channel (arXiv 2108.04106), with labels equally likely before
-the image is seen. Every likelihood is read off one forward pass. Examples that do not fit
+"label" compares how likely each label is after the image and after examples of all labels:
+the paper's way. A label's score is the mean over its tokens, so that long labels are not
+punished, less the same after a neutral grey image, so that a label is not favoured that
+the model likes anyway (contextual calibration, arXiv 2102.09690). "image" compares how
+likely the image is after each label and that label's own examples: a noisy channel (arXiv
+2108.04106), with labels equally likely before the image is seen. Every likelihood is read off one forward pass. Examples that do not fit
 into the context are read in further passes, whose probabilities are averaged.
 """
 
@@ -18,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32
 
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.requests import Image
@@ -26,10 +28,12 @@ from racm3_jax.generation.score import compute_log_likelihoods
 from racm3_jax.sequences.layout import beginning_prompt, retrieved_prefix
 from racm3_jax.types import Document, Segment, TokenizedDocument
 
+# Grey level of the image that says nothing.
+NEUTRAL_LEVEL = 128
 Example = tuple[Image, str]
 ClassifyBy = Literal["label", "image"]
 CLASSIFY_BY: tuple[ClassifyBy, ...] = get_args(ClassifyBy)
-# By label: an example of each, and the known and the asked ids.
+# By label: an example of each, and the known and the asked tokens.
 Shot = dict[str, TokenizedDocument]
 Question = dict[str, tuple[Int32[np.ndarray, " known"], Int32[np.ndarray, " asked"]]]
 _Part = TypeVar("_Part")
@@ -49,6 +53,38 @@ class Classification(NamedTuple):
     labels: tuple[str, ...]
     probabilities: Float32[np.ndarray, " labels"]
     num_passes: int
+
+
+def neutral_image(size: int) -> Image:
+    """A flat grey image, which shows none of the classes."""
+    return np.full((size, size, 3), NEUTRAL_LEVEL, np.uint8)
+
+
+def score_labels(
+    log_likelihoods: Float[np.ndarray, "*questions labels"],
+    neutral: Float[np.ndarray, "*questions labels"],
+    num_tokens: Sequence[int],
+) -> Float[np.ndarray, "*questions labels"]:
+    """What labels are compared by: the one score of `classify` and of all evaluations.
+
+        log p(label | context, image) - log p(label | context, neutral image)
+        ---------------------------------------------------------------------
+                              tokens of the label
+
+    Args:
+      log_likelihoods: of each label's tokens after the image, summed, in nats.
+      neutral: the same after the neutral image, in the same context.
+      num_tokens: of each label, `<eod>` included.
+    """
+    return (log_likelihoods - neutral) / np.asarray(num_tokens, np.float64)
+
+
+def compute_label_probabilities(
+    scores: Float[np.ndarray, "*questions labels"],
+) -> Float[np.ndarray, "*questions labels"]:
+    """Softmax over the labels."""
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def find_labels(
@@ -120,23 +156,28 @@ def classify(
     ]
     shots = group_shots(engine.tokenized(documents), [x for _, x in support], names)
     words = {name: engine.tokenizer.encode_text(name) for name in names}
+    asked = list(images)
+    if by == "label":
+        asked.append(neutral_image(engine.tokenizer.image.image_size))
     questions = [
         _question(engine, engine.tokenizer.encode_image(image), words, by)
-        for image in images
+        for image in asked
     ]
     passes = _split_passes(engine, shots, questions, shots_per_pass, by)
     prompts, continuations = [], []
     for question in questions:
         for shown in passes:
-            for label, (known, asked) in question.items():
+            for label, (known, continuation) in question.items():
                 context = _context(shown, label, by)
                 prompts.append(beginning_prompt(context, known, engine.tokenizer.vocab))
-                continuations.append(asked)
+                continuations.append(continuation)
     scores = compute_log_likelihoods(
         engine.model, engine.params, prompts, continuations, max_rows=engine.max_rows
-    ).reshape(len(images), len(passes), len(names))
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    probabilities = (weights / weights.sum(-1, keepdims=True)).mean(1)
+    ).reshape(len(asked), len(passes), len(names))
+    if by == "label":
+        num_tokens = [len(continuation) for _, continuation in questions[-1].values()]
+        scores = score_labels(scores[:-1], scores[-1:], num_tokens)
+    probabilities = compute_label_probabilities(scores).mean(1).astype(np.float32)
     return [
         Classification(names[int(row.argmax())], names, row, len(passes))
         for row in probabilities
@@ -144,7 +185,7 @@ def classify(
 
 
 def _order(by: ClassifyBy, label: _Part, image: _Part) -> tuple[_Part, _Part]:
-    """What is compared stands last."""
+    """What is compared comes last."""
     return (image, label) if by == "label" else (label, image)
 
 
@@ -154,7 +195,7 @@ def _question(
     labels: Mapping[str, Int32[np.ndarray, " length"]],
     by: ClassifyBy,
 ) -> Question:
-    """For each label the known ids, and those whose likelihood is asked for."""
+    """For each label the known tokens, and those whose likelihood is asked for."""
     vocab = engine.tokenizer.vocab
     break_, eod = np.array([vocab.break_], np.int32), np.array([vocab.eod], np.int32)
     question = {}
@@ -167,7 +208,7 @@ def _question(
 def _context(
     shots: Sequence[Shot], label: str, by: ClassifyBy
 ) -> list[TokenizedDocument]:
-    """What a label's likelihood is read behind: all examples, or the label's own."""
+    """What a label's likelihood is read after: all examples, or the label's own."""
     if by == "label":
         return [example for shot in shots for example in shot.values()]
     return [shot[label] for shot in shots if label in shot]
@@ -201,7 +242,7 @@ def _split_passes(
         full = len(passes[-1]) == shots_per_pass or needed > max_length
         if full and not passes[-1]:
             raise ValueError(
-                f"one shot does not fit: its examples and the image are {needed} ids, more "
+                f"one shot does not fit: its examples and the image are {needed} tokens, more "
                 f"than the model's max_length {max_length}; use fewer or shorter labels"
             )
         if full:

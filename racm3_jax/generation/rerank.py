@@ -16,7 +16,7 @@ from racm3_jax.vocab import Vocab
 if TYPE_CHECKING:
     from racm3_jax.generation.engine import Engine
 
-RankBy = Literal["clip", "document", "likelihood"]
+RankBy = Literal["auto", "clip", "document", "likelihood"]
 RANKINGS: tuple[RankBy, ...] = get_args(RankBy)
 # Share of codes equal to those of a retrieved image, place by place, from which a drawing
 # is called a near copy. Two drawings of the same scene share far fewer.
@@ -38,6 +38,17 @@ def check_rank_by(rank_by: str, engine: Engine, retrieved: Sequence[Retrieved]) 
         )
 
 
+def choose_ranking(engine: Engine) -> RankBy:
+    """ "clip" where the CLIP was measured to align texts with images, else "likelihood".
+
+    The paper ranks by CLIP. A CLIP whose alignment is poor, or was never measured, would
+    order samples by noise; see `retrieval.alignment`.
+    """
+    embedder = engine.embedder
+    alignment = None if embedder is None else embedder.alignment
+    return "clip" if alignment is not None and alignment.may_rank else "likelihood"
+
+
 def score_pictures(
     engine: Engine,
     rank_by: str,
@@ -51,13 +62,15 @@ def score_pictures(
     Args:
       engine: whose embedder compares.
       rank_by: "clip" is the paper's (section 4), "document" the likeness to the picture
-        of the first document, "likelihood" is `log_probs`.
+        of the first document, "likelihood" is `log_probs`, "auto" see `choose_ranking`.
       prompts: of the rows; "clip" needs all of them.
       retrieved: the documents of the rows.
-      images: what was drawn.
-      log_probs: mean log-likelihoods of the drawn ids.
+      images: what was generated.
+      log_probs: mean log-likelihoods of the generated tokens.
     """
     embedder = engine.embedder
+    if rank_by == "auto":
+        rank_by = choose_ranking(engine)
     if embedder is None or rank_by == "likelihood":
         return log_probs
     if rank_by == "clip":
@@ -105,14 +118,14 @@ def rank_documents(
     candidates: Sequence[Retrieved],
     num: int,
 ) -> list[Retrieved]:
-    """Of each image's candidates the `num` behind which the image is likeliest.
+    """Of each image's candidates the `num` after which the image is likeliest.
 
     The generator itself judges what helps it, as in-context RALM re-ranks
     (arXiv 2302.00083, section 5): one forward pass a candidate.
 
     Args:
       engine: whose model reads.
-      images: their ids in the vocabulary.
+      images: their tokens.
       candidates: of each image, as retrieved.
       num: how many to keep, the likeliest first.
     """
@@ -147,7 +160,7 @@ def rank_documents(
 def find_nearest(
     tokens: Int[np.ndarray, "samples image_length"], retrieved: Retrieved, vocab: Vocab
 ) -> list[dict[str, Any]]:
-    """How close each drawn image is to the closest retrieved one.
+    """How close each generated image is to the closest retrieved one.
 
     Returns:
       For each sample `{"nearest": {"id", "equal_codes"}, "near_copy"}`; empty when no

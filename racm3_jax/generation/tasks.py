@@ -53,7 +53,8 @@ class Generator(Engine):
         an empty list is the same as `num_retrieved=0`.
       rank_by: "clip" (similarity of prompt and image; without an embedder, or without a
         prompt, the likelihood), "document" (similarity to the picture of the first
-        document) or "likelihood" (mean log-likelihood of the drawn ids).
+        document), "likelihood" (mean log-likelihood of the sampled tokens) or "auto" (by
+        the CLIP if it was measured to align texts with images, else by likelihood).
       **settings: temperature, top_p (0.9 unless given), top_k, guidance, contrastive_k,
         contrastive_alpha, guide_documents: see `SamplingConfig`.
       **options: the further arguments of the batched form.
@@ -84,7 +85,7 @@ class Generator(Engine):
         num_retrieved: int = 2,
         seed: int | Sequence[int] = 0,
         documents: Documents | None = None,
-        rank_by: RankBy = "clip",
+        rank_by: RankBy = "auto",
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
@@ -124,7 +125,7 @@ class Generator(Engine):
         num_samples: int = 1,
         seed: int | Sequence[int] = 0,
         num_neighbours: int = 0,
-        rank_by: RankBy = "clip",
+        rank_by: RankBy = "auto",
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
@@ -242,7 +243,7 @@ class Generator(Engine):
         documents: Documents | None = None,
         max_spans: int = 1,
         region_prompt: RegionPrompt = "masked",
-        rank_by: RankBy = "clip",
+        rank_by: RankBy = "auto",
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
@@ -330,7 +331,7 @@ class Generator(Engine):
         max_spans: int = 1,
         region_prompt: RegionPrompt = "masked",
         num_neighbours: int = 0,
-        rank_by: RankBy = "clip",
+        rank_by: RankBy = "auto",
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, UInt8
 
 from racm3_jax import checkpoints
+from racm3_jax.retrieval.alignment import Alignment, measure_alignment
 from racm3_jax.retrieval.clip import (
     CLIP,
     CLIPConfig,
@@ -68,6 +69,7 @@ class DocumentEmbedder:
       params: their (unboxed) parameters.
       tokenizer: texts -> rows of ids.
       batch_size: rows of every call of the towers; the last batch is padded.
+      alignment: of texts with images, as far as it was measured; kept with the weights.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class DocumentEmbedder:
         params: Mapping[str, Any],
         tokenizer: TextTokenizer,
         batch_size: int = 128,
+        alignment: Alignment | None = None,
     ) -> None:
         """Puts the parameters on the device.
 
@@ -84,6 +87,7 @@ class DocumentEmbedder:
           params: as `clip.init_params` shapes them, unboxed.
           tokenizer: the text tokenizer that the text tower was trained with.
           batch_size: memory goes up with it.
+          alignment: what was measured of these weights.
 
         Raises:
           ValueError: the text tower is for another vocabulary.
@@ -93,6 +97,7 @@ class DocumentEmbedder:
         self.text_tokenizer = tokenizer
         self.tokenizer = CLIPTokenizer(tokenizer, config.context_length)
         self.batch_size = batch_size
+        self.alignment = alignment
         if self.tokenizer.vocab_size != config.vocab_size:
             raise ValueError(
                 f"clip.vocab_size is {config.vocab_size}, but the text tokenizer has "
@@ -196,6 +201,9 @@ class DocumentEmbedder:
                 jax.device_get(self.params),
                 kind=KIND,
                 config=dataclasses.asdict(self.config),
+                extra={}
+                if self.alignment is None
+                else {"alignment": self.alignment.to_json()},
                 dtype=dtype,
             )
             self.text_tokenizer.save(folder / TOKENIZER_NAME)
@@ -210,10 +218,25 @@ class DocumentEmbedder:
           CheckpointError: a missing or damaged directory, or another kind of model.
         """
         directory = Path(directory)
-        params, fields, _ = checkpoints.load_weights(directory, KIND)
+        params, fields, extra = checkpoints.load_weights(directory, KIND)
         tokenizer = TextTokenizer.load(directory / TOKENIZER_NAME)
         config = checkpoints.build_config(CLIPConfig, fields, directory)
-        return cls(config, params, tokenizer, batch_size)
+        alignment = Alignment.from_json(extra.get("alignment"))
+        return cls(config, params, tokenizer, batch_size, alignment)
+
+    def measure(self, documents: Sequence[Document]) -> Alignment:
+        """Measures how well texts and images of documents are aligned; kept by `save`.
+
+        Args:
+          documents: with a text and an image each, unseen in the training.
+
+        Raises:
+          ValueError: fewer than two of them.
+        """
+        found = self.embed_documents(documents)
+        both = found.has_text & found.has_image
+        self.alignment = measure_alignment(found.text[both], found.image[both])
+        return self.alignment
 
     def _embed(
         self, encode: Callable[..., Array], *columns: np.ndarray

@@ -7,7 +7,7 @@ retrieved with it, where distractors are wanted), whoever makes it and when.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,12 +20,13 @@ from racm3_jax.sequences.causal_masking import (
 )
 from racm3_jax.sequences.distractors import mix_documents
 from racm3_jax.sequences.episodes import Episode, Episodes
+from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
 from racm3_jax.types import Example, Modality, Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 # Names of the random streams; a change of any changes every batch.
-MASKING, RETRIEVAL, EPISODES, DISTRACTORS = 0, 1, 2, 3
+MASKING, RETRIEVAL, EPISODES, DISTRACTORS, PAIRING, RENAMING, POSITIONS = range(7)
 
 
 class DocumentStore(Protocol):
@@ -65,6 +66,7 @@ class ExampleMaker:
       masking: the CM3 objective.
       config: retrieval, sizes, seed.
       episodes: see `pipeline.make_batches`.
+      pairing: see there.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ExampleMaker:
         masking: CausalMaskingConfig,
         config: PipelineConfig,
         episodes: Episodes | None = None,
+        pairing: Pairing | None = None,
     ) -> None:
         self._memory = memory
         self._retriever = retriever
@@ -82,6 +85,7 @@ class ExampleMaker:
         self._masking = masking
         self._config = config
         self._episodes = episodes
+        self._pairing = pairing
         # What an episode asks is at its end already.
         self._asking = dataclasses.replace(
             masking, num_masks="none", rotation_probability=0.0
@@ -106,7 +110,9 @@ class ExampleMaker:
         """
         config = self._config
         mains = list(self._memory.documents(ids))
-        retrieved, ranks, found = self._retrieve(ids, mains, first)
+        paired = self._pair(ids, first)
+        retrieved, ranks, found = self._retrieve(ids, mains, first, paired)
+        self._show_pairs(paired, mains, retrieved, ranks, first)
         asked = self._ask(ids, mains, retrieved, ranks, first)
         examples: list[Example] = []
         num_skipped = 0
@@ -130,6 +136,10 @@ class ExampleMaker:
                         f"main documents cannot be used; the last one: {error}"
                     ) from error
                 continue
+            if i in asked and self._episodes is not None:
+                example = self._episodes.weigh(example, self._vocab)
+            elif self._pairing is not None:
+                example = self._pairing.weigh(example, main)
             examples.append(example)
         stats = {
             "skipped": float(num_skipped),
@@ -138,6 +148,42 @@ class ExampleMaker:
             **found,
         }
         return examples, stats
+
+    def _pair(
+        self, ids: Int64[np.ndarray, " n"], first: int
+    ) -> dict[int, Int64[np.ndarray, " documents"]]:
+        """Which examples are given documents by class, and their rows."""
+        paired: dict[int, Int64[np.ndarray, " documents"]] = {}
+        if self._pairing is None:
+            return paired
+        for i, row in enumerate(ids.tolist()):
+            rng = np.random.default_rng([self._config.seed, PAIRING, first + i])
+            rows = self._pairing.sample(row, rng)
+            if rows is not None:
+                paired[i] = rows if self._config.retrieval else rows[:0]
+        return paired
+
+    def _show_pairs(
+        self,
+        paired: dict[int, Int64[np.ndarray, " documents"]],
+        mains: list[TokenizedDocument],
+        retrieved: list[tuple[TokenizedDocument, ...]],
+        ranks: list[tuple[int, ...]],
+        first: int,
+    ) -> None:
+        """Puts the documents of pairs in place, with the names of their classes new."""
+        if self._pairing is None:
+            return
+        shown: dict[int, tuple[TokenizedDocument, ...]] = {}
+        if paired:
+            found = iter(self._memory.documents(np.concatenate([*paired.values()])))
+            shown = {i: tuple(next(found) for _ in rows) for i, rows in paired.items()}
+        for i, main in enumerate(mains):
+            rng = np.random.default_rng([self._config.seed, RENAMING, first + i])
+            if i in shown:
+                ranks[i] = tuple(range(len(shown[i])))
+            documents = shown.get(i, retrieved[i])
+            mains[i], retrieved[i] = self._pairing.rename(main, documents, rng)
 
     def _ask(
         self,
@@ -176,6 +222,7 @@ class ExampleMaker:
         ids: Int64[np.ndarray, " n"],
         mains: Sequence[TokenizedDocument],
         first: int,
+        paired: Collection[int] = (),
     ) -> tuple[
         list[tuple[TokenizedDocument, ...]], list[tuple[int, ...]], dict[str, float]
     ]:
@@ -195,6 +242,7 @@ class ExampleMaker:
             if config.num_query_variants:
                 variant = 1 + int(rng.integers(config.num_query_variants))
             parts.append((modality, variant))
+        nums[list(paired)] = 0
         asking = np.flatnonzero(nums).tolist()
         if not asking:
             return found, ranks, _describe([], nums)

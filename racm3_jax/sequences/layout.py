@@ -1,9 +1,12 @@
 """The order of tokens in a sequence, written down here and nowhere else.
 
     <eod> text <break> image <eod> text <break> image <eod> text <break> image <eod>
-    `-- retrieved, best first --'-- retrieved ------------'-- the main document ---'
+    `-- retrieved ------------'-- retrieved --------------'-- the main document ---'
 
-With causal masking (`causal_masking`) spans move behind the last `<eod>`:
+The order of the retrieved documents is the caller's: best first in generation, and in
+training unless `pipeline.document_order` or pairing shuffles them.
+
+With causal masking (`causal_masking`) spans move after the last `<eod>`:
 
     ... <eod> text <mask:0> text <break> image <eod> <mask:0> span <eoss>
 
@@ -31,8 +34,8 @@ def document_tokens(
         (t1 t2) (i3 i4)  ->  t1 t2 <break> i3 i4
 
     Raises:
-      ValueError: the document has no segments, a text segment holds an id that is no
-        text id, or an image segment is not exactly `vocab.image_length` image ids.
+      ValueError: the document has no segments, a text segment holds a token that is no
+        text token, or an image segment is not `vocab.image_length` image tokens.
     """
     if not document.segments:
         raise ValueError(f"document {document.id!r} has no segments")
@@ -43,13 +46,13 @@ def document_tokens(
             if len(tokens) != vocab.image_length or not vocab.is_image(tokens).all():
                 raise ValueError(
                     f"an image of document {document.id!r} has {len(tokens)} tokens, "
-                    f"{int(vocab.is_image(tokens).sum())} of them image ids; the "
-                    f"vocabulary wants {vocab.image_length} image ids: was the "
+                    f"{int(vocab.is_image(tokens).sum())} of them image tokens; the "
+                    f"vocabulary wants {vocab.image_length} image tokens: was the "
                     "document tokenised with another tokenizer?"
                 )
         elif ((tokens < 0) | ~vocab.is_text(tokens)).any():
             raise ValueError(
-                f"a text of document {document.id!r} holds ids outside 0.."
+                f"a text of document {document.id!r} holds tokens outside 0.."
                 f"{vocab.num_text_ids - 1}: was the document tokenised with another "
                 "tokenizer?"
             )
@@ -62,7 +65,7 @@ def document_tokens(
 def retrieved_prefix(
     retrieved: Sequence[TokenizedDocument], vocab: Vocab
 ) -> Int32[np.ndarray, " length"]:
-    """What stands before the main document; equal for all prompts with these documents.
+    """What comes before the main document; equal for all prompts with these documents.
 
     []      ->  <eod>
     [a, b]  ->  <eod> a <eod> b <eod>
@@ -128,8 +131,8 @@ def infill_prompt(
         [a], t1 t2 t3 t4, [(1, 3)]  ->  <eod> a <eod> t1 <mask:0> t4 <eod> <mask:0>
 
     Args:
-      retrieved: documents of the memory, best first.
-      tokens: the document as `document_tokens` makes it; what stands inside a span is
+      retrieved: documents of the memory, in the order of the sequence.
+      tokens: the document as `document_tokens` makes it; what is inside a span is
         not read.
       spans: half-open ranges of `tokens`, ascending, disjoint; an empty range
         (start = end) asks for an insertion.

@@ -43,12 +43,15 @@ from jaxtyping import Int64
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.episodes import Episodes
 from racm3_jax.sequences.examples import (
+    POSITIONS,
     DocumentRetriever,
     DocumentStore,
     ExampleMaker,
 )
 from racm3_jax.sequences.packing import pack
+from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline_config import PipelineConfig
+from racm3_jax.sequences.positions import shift_positions
 from racm3_jax.types import Batch, Example
 from racm3_jax.vocab import Vocab
 
@@ -112,6 +115,7 @@ def make_batches(
     num_steps: int,
     rows: Sequence[int] | Int64[np.ndarray, " rows"] | None = None,
     episodes: Episodes | None = None,
+    pairing: Pairing | None = None,
 ) -> Batches:
     """Batches of steps `start_step`, `start_step + 1`, ..., `num_steps` of them.
 
@@ -135,6 +139,7 @@ def make_batches(
         process of a training makes those of `sharding.local_rows`.
       episodes: some main documents become questions about labelled demonstrations, if
         anything is retrieved at all.
+      pairing: some main documents are given documents by class, not by search.
 
     Raises:
       ValueError: no main documents, no retriever though one is needed, sizes below 0, or
@@ -167,6 +172,7 @@ def make_batches(
         masking,
         config,
         episodes if config.retrieval else None,
+        pairing,
     )
     steps = range(start_step, start_step + num_steps)
     windows = _Windows(maker, _Order(main_ids, config.seed), config, own, steps, vocab)
@@ -286,6 +292,14 @@ class _Windows:
                 overtake=not is_last,
             )
             waiting = [examples[i] for i in left]
+            key = [config.seed, POSITIONS, window, group, number]
+            batch = shift_positions(
+                batch,
+                self._vocab.eod,
+                max_offset=config.max_position_offset,
+                max_gap=config.max_position_gap,
+                rng=np.random.default_rng(key),
+            )
             yield (
                 batch,
                 {

@@ -25,8 +25,11 @@ class PipelineConfig:
       query_modality: the part of the main document that is the query; "both" draws one.
         A document without that part is queried by the other one.
       num_query_variants: queries with dropout that the memory holds, numbered from 1, one
-        of which is drawn; with 0 the query without dropout is taken.
-      document_order: "relevance", the best one first, or "shuffled".
+        of which is drawn; with 0 the query without dropout is taken. They are embedded
+        once, when the memory is built, so that the pipeline needs no accelerator: a
+        document's query has these few forms in all epochs, where the paper drops other
+        tokens each time.
+      document_order: "relevance", the best one next to the first `<eod>`, or "shuffled".
       distractor_probability: share of the examples with two or more documents whose last
         one is exchanged for a document of another example (see `distractors`).
       seed: of order, masks, K and queries; 0..2^32-1.
@@ -42,6 +45,8 @@ class PipelineConfig:
         so that one more fits (see `packing.pack`).
       max_examples: of one row; 0: as many as fit. A training gives the bound of its
         model, `model.max_segments` less the one segment that padding is.
+      max_position_offset: examples begin at a position of 0 to so many; see `positions`.
+      max_position_gap: positions skipped after each retrieved document, at most.
       max_skipped_share: a step in which a larger share of the main documents cannot be
         used is an error.
     """
@@ -65,6 +70,8 @@ class PipelineConfig:
     window_steps: int = 8
     max_trim: int = 0
     max_examples: int = 0
+    max_position_offset: int = 0
+    max_position_gap: int = 0
 
     def __post_init__(self) -> None:
         least = {
@@ -76,6 +83,8 @@ class PipelineConfig:
             "num_query_variants": 0,
             "max_trim": 0,
             "max_examples": 0,
+            "max_position_offset": 0,
+            "max_position_gap": 0,
             "prefetch": 0,
             "threads": 1,
             "groups": 1,
@@ -132,3 +141,8 @@ class PipelineConfig:
         num = self.window_steps * self.examples_per_batch
         first, last = (num * g // self.groups for g in (group, group + 1))
         return window * num + first, window * num + last
+
+    def last_position(self, num_documents: int) -> int:
+        """The largest position of an example with so many documents before it."""
+        most = self.row_length - 1 + self.max_position_offset
+        return most + self.max_position_gap * num_documents

@@ -67,6 +67,15 @@ class ImageTokenizer:
         """Height and width of the images, in pixels."""
         return self.config.image_size
 
+    def resized(self, image_size: int) -> ImageTokenizer:
+        """The same weights for images of another size, with the same codebook.
+
+        Raises:
+          ValueError: a size that is not a multiple of what one code covers.
+        """
+        config = dataclasses.replace(self.config, image_size=image_size)
+        return ImageTokenizer(config, self.params, self.batch_size)
+
     def encode(
         self, images: UInt8[np.ndarray, "images height width 3"]
     ) -> Int32[np.ndarray, "images length"]:

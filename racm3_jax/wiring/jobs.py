@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int64
 
@@ -29,6 +30,8 @@ from racm3_jax.retrieval import clip_loss as clip_objective
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
+from racm3_jax.sequences.episodes import Episodes
+from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
 from racm3_jax.sharding import local_rows
 from racm3_jax.tokenizers import vqgan as vqgan_model
@@ -46,6 +49,7 @@ from racm3_jax.wiring.parts import (
     build_memory,
     build_mesh,
     build_model_config,
+    build_pairing,
     build_retriever,
     build_tokenizer,
     build_world,
@@ -154,12 +158,15 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
 
 
 def build_clip_job(config: Any, workdir: Path) -> Job:
-    """Trains the text tokenizer and CLIP; exports `workdir/text` and `workdir/clip`."""
+    """Trains the text tokenizer, unless `config.text_tokenizer.path` names one, and CLIP.
+
+    Exports `workdir/text` and `workdir/clip`.
+    """
     mesh = build_mesh(config)
     rows = local_rows(mesh, config.batch_size)
     documents = list(read_flagworld(build_world(config), "train"))
     texts = [d.text for d in documents]
-    text_tokenizer = TextTokenizer.train(texts, config.text_tokenizer.vocab_size)
+    text_tokenizer = _build_text_tokenizer(config, texts)
     with leader_first():
         if jax.process_index() == 0:
             text_tokenizer.save(workdir / "text" / "tokenizer.json")
@@ -171,6 +178,16 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     loss_config = construct(
         clip_objective.CLIPLossConfig, config.clip_loss, "clip_loss"
     )
+    # One document of every held-out nation says how well texts and images are aligned;
+    # where some captions describe their image, those of the measurement do.
+    world = build_world(config)
+    if world.description_share:
+        world = dataclasses.replace(world, description_share=1.0)
+    measured = [
+        document
+        for document in read_flagworld(world, "heldout_test")
+        if document.id.endswith("-0")
+    ]
     images = np.stack([d.images[0] for d in documents])
     tokens = tokenizer.encode_batch(texts)
     groups = np.array([d.metadata["nation_id"] for d in documents])
@@ -191,6 +208,9 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
         if jax.process_index() != 0:
             return
         embedder = DocumentEmbedder(model_config, params, text_tokenizer)
+        if len(measured) > 1:
+            found = embedder.measure(measured)
+            logging.info("alignment of texts and images: %s", found)
         embedder.save(workdir / "clip", dtype="float16")
 
     return _job(
@@ -201,6 +221,13 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
         make,
         export,
     )
+
+
+def _build_text_tokenizer(config: Any, texts: Sequence[str]) -> TextTokenizer:
+    """A trained one keeps the vocabulary of generators that exist already."""
+    if path := config.text_tokenizer.get("path", ""):
+        return TextTokenizer.load(resolve(path) / "tokenizer.json")
+    return TextTokenizer.train(texts, config.text_tokenizer.vocab_size)
 
 
 def build_generator_job(config: Any, workdir: Path) -> Job:
@@ -232,6 +259,8 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     masking = construct(CausalMaskingConfig, config.masking, "masking")
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
     episodes = build_episodes(config, memory, tokenizer, workdir)
+    pairing = build_pairing(config, memory, tokenizer, workdir)
+    check_positions(model_config, pipeline, episodes, pairing)
 
     def make(start_step: int) -> Iterator[Any]:
         return make_batches(
@@ -245,6 +274,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             num_steps=config.train.num_steps - start_step,
             rows=rows,
             episodes=episodes,
+            pairing=pairing,
         )
 
     def export(state: TrainState) -> None:
@@ -290,6 +320,31 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         },
         num_main_documents=len(main_ids),
     )
+
+
+def check_positions(
+    model_config: ModelConfig,
+    pipeline: PipelineConfig,
+    episodes: Episodes | None,
+    pairing: Pairing | None,
+) -> None:
+    """Learned positions end somewhere; rotary ones do not.
+
+    Raises:
+      ValueError: a batch may hold positions that the model has no parameters for.
+    """
+    num_documents = pipeline.max_documents
+    if pairing is not None:
+        num_documents = max(num_documents, *pairing.config.num_documents)
+    if episodes is not None:
+        num_documents = max(num_documents, episodes.config.num_ways)
+    last = pipeline.last_position(num_documents)
+    if model_config.position == "learned" and last >= model_config.max_length:
+        raise ValueError(
+            f"config.model.max_length is {model_config.max_length}, but batches hold "
+            f"positions up to {last}: raise it, or lower pipeline.row_length, "
+            "pipeline.max_position_offset or pipeline.max_position_gap"
+        )
 
 
 def _read_first_params(config: Any, model_config: ModelConfig) -> Any:

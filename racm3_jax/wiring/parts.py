@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int64
 from tqdm import tqdm
 
 from racm3_jax import checkpoints, sharding
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
-from racm3_jax.documents.flagworld.names import make_labels
+from racm3_jax.documents.flagworld.names import make_labels, make_name
 from racm3_jax.memory.format import TABLE_DIRECTORY
 from racm3_jax.memory.memory import Memory
 from racm3_jax.memory.neighbours import compute_neighbours
@@ -23,6 +24,7 @@ from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.episodes import EpisodeConfig, Episodes
+from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
@@ -70,9 +72,14 @@ def build_tokenizer(config: Any) -> MixedTokenizer:
                 f"config.tokenizer.{name} is empty: give the folder of a trained one, "
                 f"--config.tokenizer.{name}=FOLDER"
             )
+    image = ImageTokenizer.load(resolve(section.image))
+    if section.image_size:
+        # The same codes of smaller images: cheap examples for the first part of a
+        # curriculum.
+        image = image.resized(section.image_size)
     return MixedTokenizer(
         TextTokenizer.load(resolve(section.text) / "tokenizer.json"),
-        ImageTokenizer.load(resolve(section.image)),
+        image,
         section.num_sentinels,
     )
 
@@ -195,16 +202,39 @@ def build_episodes(
     if "episodes" not in config or not config.episodes.probability:
         return None
     settings = construct(EpisodeConfig, config.episodes, "episodes")
+    classes = _read_classes(memory, settings.class_key, workdir)
+    words = make_labels(settings.num_labels, np.random.default_rng(config.seed))
+    labels = [tokenizer.encode_text(word) for word in words]
+    return Episodes(settings, classes, labels)
+
+
+def build_pairing(
+    config: Any, memory: Memory, tokenizer: MixedTokenizer, workdir: Path
+) -> Pairing | None:
+    """What gives main documents others by class; None if the config wants none.
+
+    New names are invented ones.
+    """
+    if "pairing" not in config or not config.pairing.probability:
+        return None
+    settings = construct(PairingConfig, config.pairing, "pairing")
+    names = Names(tokenizer.text.decode, tokenizer.text.encode, make_name)
+    classes = _read_classes(memory, settings.class_key, workdir)
+    return Pairing(settings, classes, names)
+
+
+def _read_classes(
+    memory: Memory, key: str, workdir: Path
+) -> Int64[np.ndarray, " rows"]:
+    """Numbers for the values of a metadata key; -1 for rows without it."""
     rows = memory.allowed_ids()
-    names = read_column(memory, settings.class_key, workdir)[rows]
+    names = read_column(memory, key, workdir)[rows]
     _, firsts, found = np.unique(names, return_index=True, return_inverse=True)
     # Numbered in the order in which they appear; 0 is no name.
     numbers = np.argsort(np.argsort(np.where(names[firsts] == 0, len(rows), firsts)))
     classes = np.full(len(memory), -1, np.int64)
     classes[rows] = np.where(names == 0, -1, numbers[found])
-    words = make_labels(settings.num_labels, np.random.default_rng(config.seed))
-    labels = [tokenizer.encode_text(word) for word in words]
-    return Episodes(settings, classes, labels)
+    return classes
 
 
 def read_memory_documents(config: Any) -> Iterator[Document]:

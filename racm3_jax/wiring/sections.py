@@ -27,6 +27,7 @@ from racm3_jax.retrieval.clip_loss import CLIPLossConfig
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.episodes import EpisodeConfig
+from racm3_jax.sequences.pairing import PairingConfig
 from racm3_jax.sequences.pipeline_config import PipelineConfig
 from racm3_jax.tokenizers.vqgan import VQGANConfig
 from racm3_jax.tokenizers.vqgan_loss import VQGANLossConfig
@@ -85,13 +86,17 @@ class TokenizerConfig:
     text: str
     image: str
     num_sentinels: int
+    # Side of smaller images of the same codes; 0 is the image tokenizer's own.
+    image_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTokenizerConfig:
-    """`config.text_tokenizer`: of the one that CLIP's training makes."""
+    """`config.text_tokenizer`: the one that CLIP's training makes, or keeps."""
 
     vocab_size: int
+    # The folder of a trained one, or "" to train one on the captions.
+    path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +184,7 @@ class GeneratorTraining(_Training):
     world: FlagworldConfig | None = None
     vocab: Vocab | None = None
     episodes: EpisodeConfig | None = None
+    pairing: PairingConfig | None = None
     num_train_documents: int = 0
     num_prompts: int = 0
 

@@ -26,6 +26,7 @@ from racm3_jax.evaluation.likelihood_protocol import (
     LikelihoodSettings,
 )
 from racm3_jax.evaluation.protocol import CocoProtocol, ProtocolSettings
+from racm3_jax.evaluation.reading import ReadingQuestion, make_reading_questions
 from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
@@ -56,6 +57,7 @@ class FlagworldSuite:
     swapped_judge: FlagworldJudge
     settings: SuiteSettings
     memory: Memory
+    questions: list[ReadingQuestion]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +95,21 @@ def build_flagworld_suite(config: Any, workdir: Path) -> FlagworldSuite:
     memory = _open_memory(config, workdir / "memory", world, plain)
     swapped = _open_memory(config, workdir / "memory_swapped", swapped_world, plain)
     strategy = construct(StrategyConfig, config.strategy, "strategy")
+    settings = construct(SuiteSettings, config.settings, "settings")
+    questions = []
+    if settings.num_reading:
+        questions = make_reading_questions(
+            world, settings.num_reading, seed=settings.seed
+        )
     return FlagworldSuite(
         plain.with_retriever(Retriever(memory, strategy)),
         twin,
         plain.with_retriever(Retriever(swapped, strategy)),
         judge(world),
         judge(swapped_world),
-        construct(SuiteSettings, config.settings, "settings"),
+        settings,
         memory,
+        questions,
     )
 
 

@@ -74,6 +74,7 @@ class FakeEmbedder:
     """A direction a word; an image is its grey level's word."""
 
     d_embed = D_EMBED
+    alignment = None
     config = types.SimpleNamespace(image_size=SIZE)
 
     def fingerprint(self):

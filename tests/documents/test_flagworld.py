@@ -92,6 +92,30 @@ def test_names_are_at_least_two_edits_apart():
     assert all(n.isascii() and n.isalpha() and 4 <= len(n) <= 16 for n in names)
 
 
+def test_a_world_may_share_no_design_and_no_name_with_another():
+    """Experiments ask about flags that no training showed."""
+
+    def designs(**changes):
+        config = flagworld.FlagworldConfig(
+            num_nations=1500, num_heldout=50, num_colours=5, **changes
+        )
+        return [
+            nation
+            for split in ("train", "heldout")
+            for nation in flagworld.make_nations(config, split)
+        ]
+
+    known, plain = designs(), designs(seed=1)
+    apart = designs(seed=1, avoided_seed=0, avoided_nations=1550)
+    assert {n.design for n in plain} & {n.design for n in known}
+    assert not {n.design for n in apart} & {n.design for n in known}
+    assert not {n.name for n in apart} & {n.name for n in known}
+    assert len(apart) == 1550
+    # What is avoided does not change the rest.
+    kept = {n.design for n in plain} - {n.design for n in known}
+    assert len(kept & {n.design for n in apart}) > 0.7 * len(kept)
+
+
 def test_name_says_nothing_about_the_flag():
     nation = flagworld.make_nation(7)
     assert nation == flagworld.make_nation(7)
@@ -123,6 +147,58 @@ def test_captions_name_nation_and_scene_in_5_to_12_words():
             first_words.add(caption.split()[0])
     assert len(first_words) > 3
     assert "the flag of {nation} {place}" in flagworld.TEMPLATES
+
+
+def test_a_fraction_of_the_captions_says_what_can_be_seen():
+    plain = list(flagworld.read_flagworld(SMALL, "train"))
+    some = dataclasses.replace(SMALL, description_share=0.5)
+    nations = {n.name: n for n in flagworld.make_nations(SMALL, "train")}
+    described = 0
+    for document, other in zip(
+        plain, flagworld.read_flagworld(some, "train"), strict=True
+    ):
+        np.testing.assert_array_equal(document.images[0], other.images[0])
+        assert other.text.startswith(document.text)
+        words = other.text.removeprefix(document.text)
+        if words:
+            described += 1
+            design = nations[document.metadata["nation"]].design
+            size = "large" if document.metadata["box"][3] > 32 else "small"
+            assert words.startswith(f", a {size} flag, ")
+            assert design.layout.replace("_", " ") in words
+            assert all(colour in words for colour in design.colours)
+            emblem = f"with a {design.emblem_colour} {design.emblem}"
+            assert (design.emblem is not None) == (emblem in words)
+    assert 0.4 < described / len(plain) < 0.6
+
+
+def test_a_fraction_of_the_captions_is_the_name_alone():
+    plain = list(flagworld.read_flagworld(SMALL, "train"))
+    some = dataclasses.replace(SMALL, name_share=0.5)
+    alone = 0
+    for document, other in zip(
+        plain, flagworld.read_flagworld(some, "train"), strict=True
+    ):
+        np.testing.assert_array_equal(document.images[0], other.images[0])
+        alone += other.text == document.metadata["nation"]
+        assert other.text in (document.text, document.metadata["nation"])
+    assert 0.4 < alone / len(plain) < 0.6
+
+
+def test_redrawn_documents_show_another_nation_and_nothing_else():
+    one, two = flagworld.make_nations(SMALL, "heldout")[:2]
+    for document in itertools.islice(
+        flagworld.read_flagworld(SMALL, "heldout_test"), 2
+    ):
+        same = flagworld.redraw(SMALL, document, one)
+        assert digest([same]) == digest([document])
+        other = flagworld.redraw(SMALL, document, two)
+        assert other.text == document.text.replace(one.name, two.name)
+        top, left, height, width = document.metadata["box"]
+        changed = (other.images[0] != document.images[0]).any(-1)
+        assert changed.any()
+        changed[top - 2 : top + height + 2, left : left + width] = False
+        assert not changed.any()
 
 
 def test_documents_are_a_caption_and_an_image_with_metadata():

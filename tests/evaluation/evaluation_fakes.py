@@ -94,6 +94,7 @@ class Embedder:
     """Texts by their letters, images by their colours at 4 × 4 places; no model."""
 
     d_embed = 48
+    alignment = None
     params: ClassVar[dict] = {}
     config = types.SimpleNamespace(image_size=SIZE)
 

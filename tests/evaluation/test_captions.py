@@ -13,6 +13,7 @@ from racm3_jax.evaluation.captions import (
     rouge_l,
     score_captions,
     score_with_java,
+    strip_prefix,
 )
 from racm3_jax.evaluation.treebank import cut_tokens, tokenize_captions
 
@@ -90,6 +91,21 @@ def test_rouge_of_a_subsequence():
     # 2 of 3 words in order: precision 2/3, recall 2/4
     value = rouge_l(["a", "b", "c"], [["a", "x", "b", "y"]])
     assert value == pytest.approx(2.44 * (2 / 3) * 0.5 / (0.5 + 1.44 * 2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix", "expected"),
+    [
+        ("Photo of a dog", "Photo of", "a dog"),
+        ("photo  of a dog", "Photo of ", "a dog"),
+        ("Photo office", "Photo of", "Photo office"),
+        ("a Photo of a dog", "Photo of", "a Photo of a dog"),
+        ("Photo of", "Photo of", ""),
+        ("a dog", "", "a dog"),
+    ],
+)
+def test_the_words_of_the_prompt_are_no_caption(text, prefix, expected):
+    assert strip_prefix(text, prefix) == expected
 
 
 def test_wrong_lengths_and_missing_references_are_refused():

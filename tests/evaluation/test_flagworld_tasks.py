@@ -9,10 +9,11 @@ from PIL import Image
 from racm3_jax.documents.flagworld import FlagworldConfig, make_nations, read_flagworld
 from racm3_jax.evaluation import task_sheets
 from racm3_jax.evaluation.flagworld_tasks import (
-    LABELS,
     evaluate_flagworld_tasks,
+    evaluate_kshot,
     format_table,
 )
+from racm3_jax.evaluation.kshot import INVENTED
 from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
 from racm3_jax.generation.classification import Classification
 from racm3_jax.types import Document, GenerationOutput, Retrieved, Segment
@@ -88,7 +89,8 @@ class Oracle:
         (label,) = same or {labels[0]}
         if not self.right:
             label = labels[1 - labels.index(label)]
-        return Classification(label, labels, np.array([0.5, 0.5]), 1)
+        sure = np.array([0.9 if name == label else 0.1 for name in labels])
+        return Classification(label, labels, sure, 1)
 
 
 def test_right_answers_are_right_and_wrong_ones_wrong(probes):
@@ -108,6 +110,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
         assert good[name].value == 1.0, name
     assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
+    assert good["kshot_label_auc/2"] == 1.0
     assert good["kshot_image/2"].total == 5 and len(outputs["edit"]["masked"]) == 5
     assert len(lines) == 43
     bad, _ = evaluate_flagworld_tasks(
@@ -120,12 +123,15 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
         "kshot_image/2",
     ):
         assert bad[name].value == 0.0, name
+    assert bad["kshot_label_auc/2"] == 0.0
     assert (
         bad["edit_in_place/codes_kept"].value == 0.5 and "twin/infill_masked" not in bad
     )
     table = format_table(good)
     assert "| two-way classification by label, 2 examples a label | 100.0%" in table
-    assert len(table.splitlines()) == 2 + 68
+    line = "| two-way classification by label, 2 examples a label: AUC | 1.000 |"
+    assert line in table.splitlines()
+    assert len(table.splitlines()) == 2 + 72
 
 
 def test_a_sheet_shows_all_ways_of_a_task_beside_what_was_given(probes, tmp_path):
@@ -154,21 +160,32 @@ def test_a_sheet_shows_all_ways_of_a_task_beside_what_was_given(probes, tmp_path
     assert not (tmp_path / "none").exists()
 
 
-def test_without_context_labels_are_a_coin(probes):
-    """Always answering the first label is right about half of the time, not always."""
-    tests = probes.tests * 12
+def test_one_constant_answer_is_a_coin(probes):
+    """Labels and their order are sampled for each question: no fixed answer helps."""
+    tests = probes.tests * 24
     many = TaskProbes.__new__(TaskProbes)
     many.__dict__ |= probes.__dict__ | {"tests": tests}
-    many.partners = np.tile(probes.partners, 12)
-    from racm3_jax.evaluation.flagworld_tasks import evaluate_kshot
+    many.partners = np.tile(probes.partners, 24)
+    asked = set()
 
-    class First:
+    class Constant:
+        """The first label, or the first of the alphabet."""
+
+        def __init__(self, choose):
+            self.choose = choose
+
         def classify(self, image, support, labels, shots_per_pass, by):
-            assert labels == LABELS and support == []
-            return Classification(labels[0], labels, np.array([0.5, 0.5]), 1)
+            assert set(labels) <= set(INVENTED) and support == []
+            asked.add(labels)
+            label = self.choose(labels)
+            sure = np.array([0.9 if name == label else 0.1 for name in labels])
+            return Classification(label, labels, sure, 1)
 
-    share = evaluate_kshot(First(), many, SETTINGS, 0, "label")
-    assert 0.3 < share.value < 0.7
+    for choose in (min, lambda labels: labels[0]):
+        accuracy, area = evaluate_kshot(Constant(choose), many, SETTINGS, 0, "label")
+        assert 0.35 < accuracy.value < 0.65
+        assert 0.35 < area < 0.65
+    assert len(asked) > 30
 
 
 def test_the_hidden_half_is_inside_the_flag(probes):

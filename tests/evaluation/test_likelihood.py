@@ -9,6 +9,7 @@ from racm3_jax.evaluation.kshot import (
     Episode,
     classify_episodes,
     compute_accuracy,
+    compute_auc,
     copy_nearest,
     mislead,
     sample_episodes,
@@ -148,24 +149,55 @@ def test_copying_takes_the_label_of_the_most_alike():
     assert copy_nearest(embeddings, episodes) == [1]
 
 
-def test_classification_takes_the_likeliest_label(monkeypatch):
+def test_classification_compares_the_calibrated_means_of_labels(monkeypatch):
     generator = make_generator()
     images = [picture(i) for i in range(8)]
     episodes = sample_episodes(["a", "b"] * 4, num_episodes=4, num_shots=1)
     seen = []
 
     def score(generator, sequences, num_rows):
+        """The second label is liked everywhere; the image speaks for the answer."""
         seen.extend(sequences)
-        # the label of every episode's answer is the likeliest
-        answers = [label == e.answer for e in episodes for label in (0, 1)]
-        return [np.full(3, 1.0 if a else 2.0) for a in answers]
+        nats = []
+        for episode in episodes:
+            gained = [0.5 * (label == episode.answer) for label in (0, 1)]
+            nats += [9.0 - gained[0], 1.0 - gained[1], 9.0, 1.0]
+        return [
+            np.full(len(sequence.targets), x)
+            for sequence, x in zip(sequences, nats, strict=True)
+        ]
 
-    chosen = classify_episodes(generator, images, episodes)
-    assert len(chosen) == 4 and set(chosen) <= {0, 1}
+    found = classify_episodes(generator, images, episodes)
+    assert found.shape == (4, 2)
+    np.testing.assert_allclose(found.sum(-1), 1.0)
     monkeypatch.setattr("racm3_jax.evaluation.kshot.score_tokens", score)
-    chosen = classify_episodes(generator, images, episodes)
-    assert compute_accuracy(episodes, chosen).value == 1.0
-    for sequence in seen[:2]:
+    found = classify_episodes(generator, images, episodes)
+    assert compute_accuracy(episodes, found.argmax(-1).tolist()).value == 1.0
+    np.testing.assert_allclose(found.max(-1), 1 / (1 + np.exp(-0.5)))
+    for sequence in seen[:4]:
         words = bytes(sequence.context[VOCAB.is_text(sequence.context)].tolist())
         assert all(word.encode() in words for word in episodes[0].words)
         assert sequence.targets[-1] == VOCAB.eod
+    image, neutral = seen[0].context[-5:-1], seen[2].context[-5:-1]
+    np.testing.assert_array_equal(seen[0].context[:-5], seen[2].context[:-5])
+    assert len(set(neutral.tolist())) == 1 and image.tolist() != neutral.tolist()
+
+
+def test_the_area_is_that_of_the_definition():
+    rng = np.random.default_rng(0)
+    probabilities = rng.integers(0, 5, (30, 3)) / 4
+    answers = rng.integers(0, 3, 30).tolist()
+    right = [p[a] for p, a in zip(probabilities, answers, strict=True)]
+    wrong = [
+        p[j]
+        for p, a in zip(probabilities, answers, strict=True)
+        for j in range(3)
+        if j != a
+    ]
+    wins = [(r > w) + 0.5 * (r == w) for r in right for w in wrong]
+    assert compute_auc(probabilities, answers) == pytest.approx(np.mean(wins))
+    assert compute_auc(np.array([[0.9, 0.1], [0.2, 0.8]]), [0, 1]) == 1.0
+    # A model that likes the first label always is at chance.
+    assert compute_auc(np.array([[0.9, 0.1], [0.9, 0.1]]), [0, 1]) == 0.5
+    with pytest.raises(ValueError, match="at least two labels; got .* shape"):
+        compute_auc(np.zeros((3, 1)), [0, 0, 0])

@@ -144,9 +144,12 @@ def test_near_duplicates_are_counted_and_never_retrieved(coco, memory, tmp_path)
     protocol = make_protocol(StubGenerator(memory), coco, tmp_path, settings)
     results = evaluate_coco(protocol, log=lambda line: None)
     assert results is not None and results["num_near_duplicates_purged"] == 3
+    # Rows are the builder's choice; ids are not.
+    near = set(memory.find(["m0", "m1", "m2"]).tolist())
+    assert len(near) == 3
     for variant in settings.variants:
         rows = protocol.parts.load(variant)["retrieved"]
-        assert not set(rows.ravel().tolist()) & {0, 1, 2}
+        assert not set(rows.ravel().tolist()) & near
         assert (rows[:, 0] >= 0).all()
     assert memory.num_allowed == len(memory)
 
@@ -159,6 +162,12 @@ def test_captioning_beside_its_baselines(coco, memory, tmp_path):
         assert results[f"{variant}/cider"].total == 150
         assert results[f"{variant}/bleu_1"].interval is not None
     assert results["no_retrieval/bleu_1"].value > results["copy/bleu_1"].value
+    # The prompt's words are not scored.
+    plain = make_settings("captioning")
+    without = run(StubGenerator(memory), coco, tmp_path / "plain", plain)
+    assert without is not None
+    for name in ("cider", "bleu_1", "rouge_l"):
+        assert results[f"random/{name}"] == without[f"random/{name}"]
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
 

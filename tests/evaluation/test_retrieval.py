@@ -11,6 +11,9 @@ from racm3_jax.evaluation.retrieval import (
     find_near_duplicates,
     pair_recall,
 )
+from racm3_jax.memory.memory import Memory
+from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.strategy import StrategyConfig
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,19 @@ def test_purged_rows_never_come_back(memory):
     assert everything.ids.shape == (5, len(memory))
     assert everything.valid.sum(1).tolist() == [len(memory) - 7] * 5
     assert (everything.ids[~everything.valid] == -1).all()
+
+
+def test_the_retriever_never_sees_purged_rows(memory):
+    queries = np.asarray(memory.embeddings[:5])
+    rows = np.array([0, 2, 4, 5, 6, 7, 8])
+    retriever = Retriever(
+        PurgedMemory(memory, rows), StrategyConfig(max_similarity=2.0)
+    )
+    for result in retriever.retrieve(queries, np.full(5, 6), [None] * 5):
+        assert len(result.ids) == 6 and not np.isin(result.ids, rows).any()
+    # Whatever way there is to search a memory, this one has it too.
+    ways = {name for name in vars(Memory) if name.startswith("search")}
+    assert len(ways) > 1 and ways <= set(vars(PurgedMemory))
 
 
 def test_random_documents_depend_on_the_query_alone(memory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import run_all
 from science import agreement, catalogue, cells, combining, report, sizes
 from science.experiment import FULL, TINY, Curve, Experiment, Panel, Place
-from science.page import format_page
+from science.page import ONE_PAIR, format_page
 
 from racm3_jax.evaluation.intervals import Share
 
@@ -72,6 +73,34 @@ def test_differences_are_taken_seed_by_seed():
     found = combining.compare([1.0, 11.0, 31.0], [0.5, 10.5, 30.5])
     assert found.value == pytest.approx(0.5)
     assert found.interval == pytest.approx((0.5, 0.5))
+
+
+def test_seeds_that_agree_keep_the_error_of_their_questions():
+    sure = combining.compare([Share(85, 100)] * 3, [Share(0, 100)] * 3)
+    low, high = sure.interval
+    assert sure.value == pytest.approx(0.85) and 0.04 < 0.85 - low < 0.08
+    assert high - 0.85 == pytest.approx(0.85 - low)
+    assert sure.p_value < 1e-6
+    none = combining.compare([Share(51, 100)] * 3, [Share(49, 100)] * 3)
+    assert none.interval[0] < 0 < none.interval[1] and none.p_value > 0.5
+    numbers = combining.compare([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    assert numbers.p_value == pytest.approx(0.0742, abs=1e-3)
+    assert combining.compare([1.0], [0.0]).p_value is None
+
+
+def test_many_comparisons_are_corrected_together(place, tmp_path):
+    """Alone p = 0.03 is significant; of 20 comparisons it is not."""
+    found = combining.Combined(0.1, (0.01, 0.19), (0.1, 0.1), False, 0.03)
+    alone = {"without": {"with": {"flag": found}}}
+    assert report.adjust_differences(alone) == {("without", "with", "flag"): 0.03}
+    other = dataclasses.replace(found, p_value=0.9)
+    many = {"without": {"with": {"flag": found} | {f"x{i}": other for i in range(19)}}}
+    adjusted = report.adjust_differences(many)
+    assert adjusted["without", "with", "flag"] == pytest.approx(0.6)
+    for rows, expected in ((alone, "- with documents: flag"), (many, "- none")):
+        own = {(c, n): p for (_, c, n), p in report.adjust_differences(rows).items()}
+        text = report.format_differences(FAKE, rows["without"], own)
+        assert text.startswith(expected)
 
 
 def test_a_cell_is_measured_once_and_again_with_other_settings(place):
@@ -247,6 +276,17 @@ def test_the_list_is_complete_and_fits_into_the_budget():
 def test_the_page_is_that_of_the_committed_results():
     page = format_page(catalogue.EXPERIMENTS, run_all.RESULTS)
     assert run_all.PAGE.read_text() == page, "run experiments/run_all.py --page"
+
+
+def test_the_page_says_where_seeds_share_one_trained_pair():
+    text = run_all.PAGE.read_text()
+    for experiment in catalogue.EXPERIMENTS:
+        start = text.index(f"\n## {experiment.number}. ")
+        section = text[start : text.index("\n## ", start + 4)]
+        asks_shipped = "open_shipped" in inspect.getsource(
+            sys.modules[experiment.measure.__module__]
+        )
+        assert (ONE_PAIR in section) == asks_shipped, experiment.name
 
 
 def test_the_page_says_plainly_what_was_not_run(tmp_path):

@@ -87,6 +87,8 @@ class AsciiTokenizer:
 class MeanEmbedder:
     """Unit vectors from letters and grey levels."""
 
+    alignment = None
+
     def embed_texts(self, texts):
         rows = [np.bincount([ord(c) % 4 for c in t], minlength=4) for t in texts]
         return self.unit(np.array(rows))

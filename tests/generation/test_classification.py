@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from generation_standins import VOCAB, AsciiTokenizer, grey, pair
+from generation_standins import SIZE, VOCAB, AsciiTokenizer, grey, pair
 
+from racm3_jax.generation.classification import neutral_image, score_labels
 from racm3_jax.generation.score import compute_log_likelihoods
 from racm3_jax.sequences.layout import beginning_prompt, text_to_image_prompt
 
@@ -23,7 +24,8 @@ def text(characters):
 SUPPORT = [(grey(16), "dax"), (grey(200), "wug"), (grey(32), "dax"), (grey(184), "wug")]
 
 
-def test_classification_is_the_share_of_the_label_likelihoods(generator):
+def test_classification_compares_calibrated_means_of_the_labels(generator):
+    """Each label's mean over its tokens, less that after a neutral grey image."""
     out = generator.classify(grey(48), SUPPORT, shots_per_pass=1, by="label")
     assert out.labels == ("dax", "wug") and out.num_passes == 2
     documents = [  # the order turns
@@ -34,19 +36,28 @@ def test_classification_is_the_share_of_the_label_likelihoods(generator):
         tokenized(*(replace(d, segments=d.segments[::-1]) for d in shown))
         for shown in documents
     ]
-    asked = np.append(VOCAB.image_tokens(np.full(4, 3)), VOCAB.break_)
+    neutral = AsciiTokenizer().encode_image(neutral_image(SIZE))
+    answers = [np.append(text(x), VOCAB.eod) for x in out.labels]
     shares = []
     for shown in documents:
-        prompt = beginning_prompt(shown, asked, VOCAB)
-        answers = [np.append(text(x), VOCAB.eod) for x in out.labels]
-        likelihoods = np.exp(
-            compute_log_likelihoods(
+        means = []
+        for image in (VOCAB.image_tokens(np.full(4, 3)), neutral):
+            prompt = beginning_prompt(shown, np.append(image, VOCAB.break_), VOCAB)
+            nats = compute_log_likelihoods(
                 generator.model, generator.params, [prompt] * 2, answers
             )
-        )
-        shares.append(likelihoods / likelihoods.sum())
+            means.append(nats / 4)  # three letters and <eod>
+        calibrated = np.exp(means[0] - means[1])
+        shares.append(calibrated / calibrated.sum())
     np.testing.assert_allclose(out.probabilities, np.mean(shares, 0), rtol=1e-4)
     assert out.label == out.labels[int(np.argmax(out.probabilities))]
+
+
+def test_a_label_is_not_favoured_for_its_length_or_for_being_liked():
+    """Both labels gain two nats a token by the image: neither is preferred."""
+    liked = np.array([-3.0, -40.0])
+    gained = liked + [2.0 * 1, 2.0 * 5]
+    np.testing.assert_allclose(score_labels(gained, liked, [1, 5]), [2.0, 2.0])
 
 
 def test_classification_by_the_images_likelihood_behind_each_label(generator):

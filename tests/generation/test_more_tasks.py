@@ -17,6 +17,7 @@ from generation_standins import (
 
 from racm3_jax.generation import sample as sample_module
 from racm3_jax.model.config import tiny, tiny_chameleon
+from racm3_jax.retrieval.alignment import Alignment
 from racm3_jax.sequences.layout import (
     beginning_prompt,
     infill_prompt,
@@ -250,6 +251,27 @@ def test_ranking_by_likeness_to_the_first_document(generator, quick):
         )
         np.testing.assert_allclose(out.scores, similarities, rtol=1e-5)
         assert (np.diff(out.scores) <= 0).all() and len(set(out.scores.tolist())) > 1
+
+
+def test_the_clip_ranks_only_where_it_was_measured_to_align(generator, quick):
+    def measured(preference):
+        return Alignment(100, 0.7, 0.7, preference, 0.5, 0.0)
+
+    by = {
+        name: generator.text_to_image("a", 4, rank_by=name).scores.tolist()
+        for name in ("clip", "likelihood")
+    }
+    assert by["clip"] != by["likelihood"]
+    for alignment, expected in (
+        (None, "likelihood"),
+        (measured(0.5), "likelihood"),
+        (measured(0.99), "clip"),
+    ):
+        generator.embedder.alignment = alignment
+        try:
+            assert generator.text_to_image("a", 4).scores.tolist() == by[expected]
+        finally:
+            generator.embedder.alignment = None
 
 
 def test_ranking_by_likelihood_and_near_copies(generator, quick):

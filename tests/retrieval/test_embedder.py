@@ -210,3 +210,23 @@ def test_a_text_of_any_length_is_embedded_by_its_head(embedder, monkeypatch):
     rows = embedder.embed_texts([text, text[:2000]])
     assert max(longest) < 2000
     np.testing.assert_array_equal(rows[0], rows[1])
+
+
+def test_the_measured_alignment_is_kept_with_the_weights(embedder, images, tmp_path):
+    assert embedder.alignment is None
+    embedder.save(tmp_path / "before")
+    assert DocumentEmbedder.load(tmp_path / "before").alignment is None
+    documents = [
+        Document(str(i), (Segment(text=text), Segment(image=image)))
+        for i, (text, image) in enumerate(zip(TEXTS, images, strict=True))
+    ]
+    try:
+        found = embedder.measure([*documents, Document("t", (Segment(text="sea"),))])
+        assert found.num_pairs == 3
+        embedder.save(tmp_path / "after")
+    finally:
+        embedder.alignment = None
+    loaded = DocumentEmbedder.load(tmp_path / "after")
+    assert loaded.alignment == found
+    # A measurement changes no embedding, so memories stay valid.
+    assert loaded.fingerprint() == embedder.fingerprint()

@@ -210,7 +210,7 @@ def test_clipped_spans_alone_hardly_ever_rotate_a_caption(parse):
     hits = sum(
         (0, 32) in sample_spans(tokens, config, vocab, rng) for _ in range(10_000)
     )
-    assert 0 < hits < 80
+    assert hits < 10
 
 
 def test_rotation_draws_the_modality(vocab, make_document):
@@ -301,9 +301,7 @@ def test_masking_retrieved_documents_keeps_within_the_sentinels(sample_document)
     assert most == 4
 
 
-def test_overflow_drops_whole_retrieved_documents_less_relevant_first(
-    vocab, make_document
-):
+def test_overflow_drops_whole_retrieved_documents_that_do_not_fit(vocab, make_document):
     main = make_document("t1", "i1 i1")
     first, second = make_document("t2", "i2 i2"), make_document("t3", "i3 i3")
     long = make_document("t4 t4 t4 t4 t4 t4", "i4 i4")

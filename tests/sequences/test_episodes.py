@@ -117,3 +117,23 @@ def test_labels_are_words_without_meaning():
     words = make_labels(300, np.random.default_rng(0))
     assert len(set(words)) == 300 and all(w.isalpha() and w.islower() for w in words)
     assert words == make_labels(300, np.random.default_rng(0))
+
+
+def test_the_answer_may_weigh_more(vocab):
+    memory = FakeMemory(vocab, 9)
+    config = dataclasses.replace(CONFIG, examples_per_batch=1, rows=1)
+    arguments = (memory, FakeRetriever(memory), np.array([0]), vocab, PLAIN, config)
+    plain, heavy = make_episodes(), make_episodes()
+    heavy.config = dataclasses.replace(heavy.config, label_weight=5.0)
+    for (before, _), (after, _) in zip(
+        make_batches(*arguments, num_steps=5, episodes=plain),
+        make_batches(*arguments, num_steps=5, episodes=heavy),
+        strict=True,
+    ):
+        is_answer = before.is_main & vocab.is_text(before.targets)
+        assert is_answer.sum() == 1
+        ratio = after.loss_weights / np.maximum(before.loss_weights, 1e-9)
+        assert ratio[is_answer].tolist() == [5.0]
+        assert set(ratio[~is_answer].tolist()) <= {0.0, 1.0}
+    with pytest.raises(ValueError, match="label_weight must be above 0; got 0"):
+        EpisodeConfig(label_weight=0.0)

@@ -23,7 +23,7 @@ from racm3_jax.documents.flagworld.nations import (
     make_nations,
     reserved_scenes,
 )
-from racm3_jax.documents.flagworld.reader import SPLITS, read_flagworld
+from racm3_jax.documents.flagworld.reader import SPLITS, read_flagworld, redraw
 from racm3_jax.documents.flagworld.render import Placement, render, sample_placement
 from racm3_jax.documents.flagworld.scenes import SCENES
 
@@ -44,6 +44,7 @@ __all__ = [
     "make_nations",
     "num_designs",
     "read_flagworld",
+    "redraw",
     "render",
     "render_flag",
     "reserved_scenes",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from racm3_jax.documents.flagworld.designs import FlagDesign
+
 # Every phrase holds the scene's own name, so that asking for it by name always works.
 # Scene name -> (where the flag stands, the scene as a thing).
 PLACES: dict[str, tuple[str, str]] = {
@@ -35,6 +37,24 @@ TEMPLATES: tuple[str, ...] = (
     "photo of the flag of {nation}, taken {place}",
     "{nation} has its flag {place}",
 )
+
+
+def describe_flag(design: FlagDesign, *, large: bool) -> str:
+    """What can be seen of a flag, in words: size, layout, colours, emblem.
+
+    "a large flag, chevron of red, white and black with a blue star at the hoist"
+
+    Nothing of it follows from the name of the nation.
+    """
+    *others, last = design.colours
+    colours = f"{', '.join(others)} and {last}" if others else last
+    size = "large" if large else "small"
+    text = f"a {size} flag, {design.layout.replace('_', ' ')} of {colours}"
+    if design.emblem is not None:
+        text += f" with a {design.emblem_colour} {design.emblem}"
+        if design.emblem_place == "hoist":
+            text += " at the hoist"
+    return text
 
 
 def write_caption(nation_name: str, scene: str, rng: np.random.Generator) -> str:

@@ -33,6 +33,15 @@ class FlagworldConfig:
         memory; the test asks for exactly these.
       swap_flags: exchange the flags of the held-out nations among them, so that no
         nation keeps its own; names, captions and placements stay.
+      description_share: fraction of the captions that also say what can be seen: size,
+        layout, colours and emblem. Without it a caption and its image have nothing but
+        the scene in common, and a CLIP nothing to align.
+      name_share: fraction of the captions that are the nation's name and nothing else:
+        for the beginning of a curriculum, in which a flag and a name are all there is.
+      avoided_seed: of a world whose first `avoided_nations` nations, held-out ones
+        first, share no name and no design with this one's. A model that was trained on
+        that world has then seen none of these flags.
+      avoided_nations: how many nations of that world are avoided; 0 avoids none.
       duplicate_share: share of documents followed by an exact copy (same `source`).
     """
 
@@ -51,11 +60,17 @@ class FlagworldConfig:
     num_reserved_scenes: int = 2
     swap_flags: bool = False
     duplicate_share: float = 0.0
+    description_share: float = 0.0
+    name_share: float = 0.0
+    avoided_seed: int = 0
+    avoided_nations: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (
             ("seed", 0),
             ("num_nations", 0),
+            ("avoided_seed", 0),
+            ("avoided_nations", 0),
             ("num_heldout", 0),
             ("documents_per_nation", 1),
             ("documents_per_heldout", 1),
@@ -74,10 +89,15 @@ class FlagworldConfig:
         for name in ("flag_sizes", "wave_amplitudes", "wave_phases"):
             if not getattr(self, name):
                 raise ValueError(f"flagworld.{name} needs at least one entry")
-        if not 0.0 <= self.duplicate_share <= 1.0:
+        if self.avoided_nations and self.avoided_seed == self.seed:
             raise ValueError(
-                "flagworld.duplicate_share must lie in 0..1; got "
-                f"{self.duplicate_share}"
+                f"flagworld.avoided_seed is {self.avoided_seed}, this world's own seed: "
+                "choose another flagworld.seed, or avoided_nations=0"
             )
+        for name in ("duplicate_share", "description_share", "name_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"flagworld.{name} must lie in 0..1; got {getattr(self, name)}"
+                )
         if self.swap_flags and self.num_heldout == 1:
             raise ValueError("flagworld.swap_flags needs num_heldout >= 2; got 1")

@@ -55,8 +55,19 @@ def make_nation(seed: int | Sequence[int], num_colours: int = 8) -> Nation:
 
 
 @functools.lru_cache(maxsize=8)
-def _all_nations(seed: int, count: int, num_colours: int) -> tuple[Nation, ...]:
+def _all_nations(
+    seed: int,
+    count: int,
+    num_colours: int,
+    avoided_seed: int = 0,
+    avoided_nations: int = 0,
+) -> tuple[Nation, ...]:
     """The first `count` nations whose names and flags are all clearly different."""
+    avoided: tuple[Nation, ...] = ()
+    if avoided_nations:
+        avoided = _all_nations(avoided_seed, avoided_nations, num_colours)
+    avoided_designs = {nation.design for nation in avoided}
+    avoided_names = {nation.name for nation in avoided}
     register = NameRegister()
     nations: list[Nation] = []
     taken = np.empty((count, len(thumbnails([make_nation(0).design])[0])), np.float32)
@@ -64,6 +75,11 @@ def _all_nations(seed: int, count: int, num_colours: int) -> tuple[Nation, ...]:
     while len(nations) < count:
         stop = candidate + _CANDIDATES_AT_ONCE
         batch = [make_nation((seed, i), num_colours) for i in range(candidate, stop)]
+        batch = [
+            nation
+            for nation in batch
+            if nation.design not in avoided_designs and nation.name not in avoided_names
+        ]
         small = thumbnails([nation.design for nation in batch])
         before = len(nations)
         for i in select_different(small, taken[:before]):
@@ -89,7 +105,13 @@ def make_nations(config: FlagworldConfig, split: NationSplit) -> list[Nation]:
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout'; got {split!r}")
     count = config.num_heldout + config.num_nations
-    nations = _all_nations(config.seed, count, config.num_colours)
+    nations = _all_nations(
+        config.seed,
+        count,
+        config.num_colours,
+        config.avoided_seed,
+        config.avoided_nations,
+    )
     if split == "train":
         return list(nations[config.num_heldout :])
     heldout = nations[: config.num_heldout]

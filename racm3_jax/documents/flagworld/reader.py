@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 
-from racm3_jax.documents.flagworld.captions import write_caption
+from racm3_jax.documents.flagworld.captions import describe_flag, write_caption
 from racm3_jax.documents.flagworld.config import FlagworldConfig
 from racm3_jax.documents.flagworld.nations import (
     Nation,
@@ -46,6 +47,14 @@ def _make_document(
     rng = np.random.default_rng([config.seed, stream, nation.id, number])
     caption = write_caption(nation.name, scene, rng)
     placement = sample_placement(rng, config)
+    # A stream of its own, so that worlds of plain captions stay as they are.
+    style = np.random.default_rng([config.seed, 8, stream, nation.id, number])
+    described, named = style.random(2)
+    if named < config.name_share:
+        caption = nation.name
+    if described < config.description_share:
+        large = 2 * placement.width > config.image_size
+        caption += f", {describe_flag(nation.design, large=large)}"
     image = render(nation.design, scene, placement, config.image_size)
     name = f"{split}-{nation.id:06d}-{number}"
     doubled = rng.random() < config.duplicate_share
@@ -62,6 +71,20 @@ def _make_document(
             "box": placement.box,
         },
     )
+
+
+def redraw(config: FlagworldConfig, document: Document, nation: Nation) -> Document:
+    """The same scene, caption and placement with the name and flag of another nation.
+
+    Args:
+      config: the world that `document` comes from.
+      document: from `read_flagworld`.
+      nation: whose name and flag are shown; the document keeps its id.
+    """
+    facts = document.metadata
+    number = int(document.id.removesuffix("-copy").rsplit("-", 1)[1])
+    shown = dataclasses.replace(nation, id=facts["nation_id"])
+    return _make_document(config, shown, facts["split"], number, facts["scene"])
 
 
 def read_flagworld(config: FlagworldConfig, split: Split) -> Iterator[Document]:

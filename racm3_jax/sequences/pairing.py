@@ -1,0 +1,259 @@
+"""Documents by class in place of retrieved ones, so that a model must read them.
+
+    main document           the flag of Velmoria, on the moon
+    paired, in any order    a flag of Ostrania             a wrong document
+                            a flag of Velmoria, at sea     a right one
+    renamed                 Velmoria -> Kadrelia, Ostrania -> Bruvimar
+
+A retriever that is nearly always right teaches a small model to copy whatever document
+comes first. Here a document of another class is among those of an example (in all of
+them, or in a share), at any place, and only the class that the main document shows says
+which one is right. Renaming gives the classes of an example new names, the same ones in
+all of its documents, so that no name can be learned by heart: classes never end.
+
+Everything that is sampled depends on (seed, global index) alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from racm3_jax.types import Example, TokenizedDocument
+
+
+@dataclasses.dataclass(frozen=True)
+class PairingConfig:
+    """How many examples are given documents by class, and which.
+
+    Attributes:
+      probability: fraction of the main documents whose documents are chosen by class;
+        the others ask the retriever.
+      num_documents: how many, one of these values, each as likely as the others. A
+        document alone is always right.
+      wrong_probability: fraction of the examples with two or more documents in which at
+        least one is of another class.
+      right_probability: fraction of the examples with two or more documents in which at
+        least one is of the main document's class.
+      same_probability: fraction of the examples in which the main document itself is one
+        of the right ones, which is the easiest to find: for the beginning of a
+        curriculum.
+      class_key: the metadata that says what a document shows.
+      rename: the classes of an example are given new names. Their names are the values
+        of `class_key` as they are spelled in the documents' texts.
+      name_weight: further loss weight of the main document's name. Which name it is, is
+        one bit that only reading gives; the words around it hold several that no
+        document tells.
+    """
+
+    probability: float = 0.0
+    num_documents: tuple[int, ...] = (2,)
+    wrong_probability: float = 1.0
+    right_probability: float = 1.0
+    same_probability: float = 0.0
+    class_key: str = "nation"
+    rename: bool = True
+    name_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        names = ("", "wrong_", "right_", "same_")
+        for name in (f"{prefix}probability" for prefix in names):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"pairing.{name} must be in 0..1; got {getattr(self, name)}"
+                )
+        if not 0 < self.name_weight < float("inf"):
+            raise ValueError(
+                f"pairing.name_weight must be above 0; got {self.name_weight}"
+            )
+        if not self.num_documents or min(self.num_documents) < 0:
+            raise ValueError(
+                "pairing.num_documents must list at least one number, none below 0; got "
+                f"{list(self.num_documents)}"
+            )
+
+
+class Names(NamedTuple):
+    """How texts are read, written, and how new names are made.
+
+    Attributes:
+      decode: token ids of a text to its characters.
+      encode: the way back.
+      sample: a name that is not in use anywhere, from a random generator.
+    """
+
+    decode: Callable[[Int32[np.ndarray, " length"]], str]
+    encode: Callable[[str], Int32[np.ndarray, " length"]]
+    sample: Callable[[np.random.Generator], str]
+
+
+class Pairing:
+    """Chooses documents of a memory by class, and renames classes.
+
+    Args:
+      config: fractions and numbers.
+      classes: of every row of the memory that may be shown; -1 is never shown.
+      names: not needed where nothing is renamed.
+
+    Raises:
+      ValueError: fewer than two classes, or no `names` though classes are renamed or
+        weigh more.
+    """
+
+    def __init__(
+        self,
+        config: PairingConfig,
+        classes: Int64[np.ndarray, " rows"],
+        names: Names | None = None,
+    ) -> None:
+        self.config = config
+        self._classes = np.asarray(classes, np.int64)
+        order = np.argsort(self._classes, kind="stable")
+        order = order[self._classes[order] >= 0]
+        self._found, starts = np.unique(self._classes[order], return_index=True)
+        if len(self._found) < 2:
+            raise ValueError(
+                "pairing needs documents of at least two classes; the memory has "
+                f"{len(self._found)} by {config.class_key!r}: set pairing.class_key to a "
+                "metadata key that the documents have"
+            )
+        if (config.rename or config.name_weight != 1) and names is None:
+            raise ValueError(
+                "pairing.rename or pairing.name_weight is on, but no names were given"
+            )
+        members = np.split(order, starts[1:])
+        self._members = dict(zip(self._found.tolist(), members, strict=True))
+        self._names = names
+
+    def sample(
+        self, row: int, rng: np.random.Generator
+    ) -> Int64[np.ndarray, " documents"] | None:
+        """Rows of the memory for the main document `row`, in the order of the sequence.
+
+        None leaves the example to the retriever; so does a row without a class. Whether
+        it is left is drawn first, with the configured probability. A document that is the
+        only one of its class is given wrong documents only.
+        """
+        config = self.config
+        if rng.random() >= config.probability or self._classes[row] < 0:
+            return None
+        count = int(config.num_documents[rng.integers(len(config.num_documents))])
+        own = int(self._classes[row])
+        same = self._members[own]
+        same = same[same != row]
+        num_wrong = self._sample_num_wrong(count, rng)
+        num_right = min(count - num_wrong, len(same))
+        right = rng.choice(same, num_right, replace=False) if num_right else same[:0]
+        right = right.copy()
+        if num_right and rng.random() < config.same_probability:
+            right[0] = row
+        wrong = self._sample_wrong(own, num_wrong, rng)
+        chosen = np.concatenate([right, wrong]).astype(np.int64)
+        return chosen[rng.permutation(len(chosen))]
+
+    def _sample_num_wrong(self, count: int, rng: np.random.Generator) -> int:
+        wrong_wanted = rng.random() < self.config.wrong_probability
+        right_wanted = rng.random() < self.config.right_probability
+        if count < 2:
+            return 0
+        if not right_wanted:
+            return count
+        return int(rng.integers(1, count)) if wrong_wanted else 0
+
+    def _sample_wrong(
+        self, own: int, count: int, rng: np.random.Generator
+    ) -> Int64[np.ndarray, " count"]:
+        """Documents of one to `count` other classes, as the majority tells nothing.
+
+        None is shown twice: where a class has too few, there are fewer than `count`.
+        """
+        if not count:
+            return np.zeros(0, np.int64)
+        num_classes = min(int(rng.integers(1, count + 1)), len(self._found) - 1)
+        places = rng.choice(len(self._found) - 1, num_classes, replace=False)
+        places += places >= np.searchsorted(self._found, own)
+        more = rng.integers(num_classes, size=count - num_classes)
+        counts = 1 + np.bincount(more, minlength=num_classes)
+        rows = []
+        for name, wanted in zip(self._found[places].tolist(), counts, strict=True):
+            members = self._members[name]
+            rows.append(rng.choice(members, min(wanted, len(members)), replace=False))
+        return np.concatenate(rows).astype(np.int64)
+
+    def rename(
+        self,
+        main: TokenizedDocument,
+        documents: Sequence[TokenizedDocument],
+        rng: np.random.Generator,
+    ) -> tuple[TokenizedDocument, tuple[TokenizedDocument, ...]]:
+        """The same documents with a new name for each class, equal in all of them.
+
+        The main document's class is named first, so that its name does not depend on
+        the documents. A text that does not spell the name of its class stays as it is.
+        """
+        if not self.config.rename:
+            return main, tuple(documents)
+        assert self._names is not None  # checked in __init__
+        new: dict[str, str] = {}
+        renamed = []
+        for document in (main, *documents):
+            name = str(document.metadata.get(self.config.class_key, ""))
+            if name and name not in new:
+                new[name] = self._names.sample(rng)
+            renamed.append(
+                _replace(document, name, new.get(name, ""), self.config, self._names)
+            )
+        return renamed[0], tuple(renamed[1:])
+
+    def weigh(self, example: Example, main: TokenizedDocument) -> Example:
+        """The example with the main document's name weighing `name_weight` times more.
+
+        tokens    ... <mask:0> the flag of Ve lmoria <eoss>
+        weights   ... 0        1   1    1  5  5      1          name_weight 5
+
+        A name that a moved span cuts in two is left as it is.
+        """
+        name = str(main.metadata.get(self.config.class_key, ""))
+        if self.config.name_weight == 1 or not name:
+            return example
+        assert self._names is not None  # checked in __init__
+        weights = example.weights.copy()
+        # After a space, and at the beginning of a text.
+        for spelled in (f" {name}", name):
+            tokens = self._names.encode(spelled)
+            windows = np.lib.stride_tricks.sliding_window_view(
+                example.tokens, len(tokens)
+            )
+            found = np.flatnonzero((windows == tokens).all(-1))
+            places = (found[:, None] + np.arange(len(tokens))).ravel()
+            places = np.unique(places[example.is_main[places]])
+            if len(places):
+                weights[places] *= self.config.name_weight
+                break
+        return example._replace(weights=weights)
+
+
+def _replace(
+    document: TokenizedDocument,
+    old: str,
+    new: str,
+    config: PairingConfig,
+    names: Names,
+) -> TokenizedDocument:
+    """With the new name in the texts and in the metadata."""
+    if not old:
+        return document
+    segments = []
+    for segment in document.segments:
+        if segment.modality == "text":
+            text = names.decode(segment.tokens)
+            if old in text:
+                tokens = names.encode(text.replace(old, new))
+                segment = dataclasses.replace(segment, tokens=tokens)
+        segments.append(segment)
+    metadata = {**document.metadata, config.class_key: new}
+    return dataclasses.replace(document, segments=tuple(segments), metadata=metadata)

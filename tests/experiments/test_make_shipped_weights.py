@@ -1,0 +1,32 @@
+"""The recipes of the shipped weights: their order, and commands that exist."""
+
+from __future__ import annotations
+
+import make_shipped_weights
+import pytest
+
+from racm3_jax.commands import configs
+
+
+@pytest.mark.parametrize("name", make_shipped_weights.RECIPES)
+def test_every_command_of_a_recipe_is_one_that_racm3_takes(name):
+    recipe = make_shipped_weights.RECIPES[name]
+    folder = str(make_shipped_weights.ROOT / "configs")
+    for model in recipe.configs:
+        verb, *flags = recipe.command(model, folder, "out")
+        assert verb == "train" and f"--workdir=out/{model}" in flags
+        config = configs.read_config([f for f in flags if "--workdir" not in f])
+        start = recipe.starts.get(model)
+        expected = f"out/{start}/model" if start else ""
+        assert config.get("init_from", "") == expected
+
+
+def test_models_are_trained_before_what_starts_from_them():
+    reading = make_shipped_weights.RECIPES["reading"]
+    assert reading.stages == [
+        *("vqgan", "clip", "parts", "first", "second", "racm3", "cm3", "generators")
+    ]
+    for model, start in reading.starts.items():
+        assert reading.stages.index(start) < reading.stages.index(model)
+    shipped = make_shipped_weights.RECIPES["copying"]
+    assert shipped.stages == ["vqgan", "clip", "parts", "racm3", "cm3", "generators"]

@@ -1,0 +1,231 @@
+"""Documents by class: who is shown, in which order, under which names."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from test_pipeline import (
+    CONFIG,
+    PLAIN,
+    FakeMemory,
+    FakeRetriever,
+    assert_same,
+    main_parts,
+)
+
+from racm3_jax.documents.flagworld.names import make_name
+from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
+from racm3_jax.sequences.pipeline import make_batches
+from racm3_jax.types import Example, TokenizedDocument, TokenizedSegment
+
+CLASSES = np.array([0, 0, 1, 1, 1, 2, 2, -1, 3, 0, 0])
+# Texts are their characters' codes.
+SPELLED = Names(
+    lambda tokens: "".join(map(chr, tokens)),
+    lambda text: np.array([ord(c) for c in text], np.int32),
+    make_name,
+)
+
+
+def make_pairing(probability=1.0, classes=CLASSES, rename=False, **changes):
+    config = PairingConfig(probability, rename=rename, **changes)
+    return Pairing(config, classes, SPELLED if rename else None)
+
+
+def sample_many(pairing, row=0, count=400):
+    return [pairing.sample(row, np.random.default_rng(i)) for i in range(count)]
+
+
+def test_one_right_and_one_wrong_document_in_any_order():
+    places = set()
+    for rows in sample_many(make_pairing()):
+        right = CLASSES[rows] == 0
+        assert right.sum() == 1 and len(rows) == 2 and 0 not in rows and 7 not in rows
+        places.add(int(right.argmax()))
+    assert places == {0, 1}
+
+
+def test_the_majority_of_four_documents_tells_nothing():
+    num_right, num_other = set(), set()
+    for rows in sample_many(make_pairing(num_documents=(4,))):
+        found = CLASSES[rows]
+        num_right.add(int((found == 0).sum()))
+        num_other.add(int(np.unique(found[found != 0], return_counts=True)[1].max()))
+    assert num_right == {1, 2, 3} and num_other == {1, 2, 3}
+
+
+def test_numbers_of_documents_are_as_likely_as_each_other():
+    sampled = sample_many(make_pairing(num_documents=(0, 1, 2, 4)), count=2000)
+    counts = np.bincount([len(rows) for rows in sampled], minlength=5) / 2000
+    np.testing.assert_allclose(counts, [0.25, 0.25, 0.25, 0, 0.25], atol=0.04)
+    assert all(CLASSES[rows[0]] == 0 for rows in sampled if len(rows) == 1)
+
+
+def test_all_right_and_all_wrong_are_configuration():
+    right = sample_many(make_pairing(wrong_probability=0.0))
+    assert all((CLASSES[rows] == 0).all() for rows in right)
+    wrong = sample_many(make_pairing(right_probability=0.0))
+    assert all((CLASSES[rows] != 0).all() for rows in wrong)
+    # The class of one document is not shown twice.
+    assert {len(rows) for rows in wrong} == {1, 2}
+    some = sample_many(make_pairing(wrong_probability=0.7), count=1000)
+    share = np.mean([(CLASSES[rows] != 0).any() for rows in some])
+    assert abs(share - 0.7) < 0.06
+
+
+def test_the_main_document_itself_may_be_the_right_one():
+    pairing = make_pairing(same_probability=0.4, num_documents=(3,))
+    sampled = sample_many(pairing, count=1000)
+    shown = [0 in rows for rows in sampled]
+    assert abs(np.mean(shown) - 0.4) < 0.06
+    assert all(len(set(rows.tolist())) == len(rows) for rows in sampled)
+
+
+def test_what_has_no_class_or_is_not_drawn_is_left_to_the_retriever():
+    assert make_pairing().sample(7, np.random.default_rng(0)) is None
+    drawn = [rows is None for rows in sample_many(make_pairing(0.3), count=1000)]
+    assert abs(np.mean(drawn) - 0.7) < 0.06
+    # Alone in its class: the wrong document remains.
+    assert len(make_pairing().sample(8, np.random.default_rng(0))) == 1
+
+
+def make_document(name, text):
+    segments = (
+        TokenizedSegment("text", SPELLED.encode(text)),
+        TokenizedSegment("image", np.array([5, 6], np.int32)),
+    )
+    return TokenizedDocument(name, segments, metadata={"nation": name})
+
+
+def text_of(document):
+    return SPELLED.decode(document.segments[0].tokens)
+
+
+def test_a_class_has_one_new_name_in_all_documents_of_an_example():
+    main = make_document("Velmoria", "the flag of Velmoria")
+    shown = [
+        make_document("Ostrania", "Ostrania, at sea"),
+        make_document("Velmoria", "on the moon, Velmoria"),
+        make_document("Silent", "no name here"),
+    ]
+    pairing, seen = make_pairing(rename=True), set()
+    for seed in range(50):
+        new, documents = pairing.rename(main, shown, np.random.default_rng(seed))
+        name = text_of(new).removeprefix("the flag of ")
+        assert text_of(documents[1]) == f"on the moon, {name}"
+        other = text_of(documents[0]).removesuffix(", at sea")
+        assert other not in ("Ostrania", name)
+        assert text_of(documents[2]) == "no name here"
+        assert documents[0].segments[1] is shown[0].segments[1]
+        alone, _ = pairing.rename(main, (), np.random.default_rng(seed))
+        assert text_of(alone) == text_of(new)
+        seen |= {name, other}
+    assert len(seen) == 100
+
+
+def test_the_name_of_the_main_document_weighs_more():
+    pairing = make_pairing(rename=True, name_weight=5.0)
+    main = make_document("Velmoria", "the flag of Velmoria")
+    shown = SPELLED.encode("a Velmoria")
+    for text, first in (("the flag of Velmoria", 11), ("Velmoria is it", 0)):
+        tokens = np.concatenate([shown, SPELLED.encode(text)])
+        is_main = np.arange(len(tokens)) >= len(shown)
+        weights = np.where(is_main, 1.0, 0.1).astype(np.float32)
+        found = pairing.weigh(Example(tokens, weights, is_main), main)
+        expected = weights.copy()
+        first += len(shown)
+        expected[first : first + len("Velmoria") + (first > len(shown))] = 5
+        np.testing.assert_array_equal(found.weights, expected)
+    other = make_document("Ostrania", "the flag of Ostrania")
+    unchanged = pairing.weigh(Example(tokens, weights, is_main), other)
+    np.testing.assert_array_equal(unchanged.weights, weights)
+    plain = make_pairing(rename=True).weigh(Example(tokens, weights, is_main), main)
+    np.testing.assert_array_equal(plain.weights, weights)
+    renamed, _ = pairing.rename(main, (), np.random.default_rng(0))
+    assert text_of(renamed) == f"the flag of {renamed.metadata['nation']}"
+
+
+@pytest.fixture
+def collect(vocab):
+    memory = FakeMemory(vocab, len(CLASSES))
+    rows = np.array([0, 1, 2, 3, 5, 6])
+
+    def run(pairing, config=CONFIG, start_step=0, num_steps=6):
+        retriever = FakeRetriever(memory)
+        arguments = (memory, retriever, rows, vocab, PLAIN, config)
+        limits = {"start_step": start_step, "num_steps": num_steps}
+        with make_batches(*arguments, **limits, pairing=pairing) as batches:
+            return list(batches), retriever
+
+    return run
+
+
+def test_the_pipeline_shows_the_pairs_and_asks_no_retriever(collect, vocab):
+    """`<eod> t2 <break> i2 i0 <eod> t1 <break> i1 i0 <eod> t0 <break> i0 i0 <eod>`"""
+    config = dataclasses.replace(CONFIG, rows=8, max_documents=4)
+    found, retriever = collect(make_pairing(), config)
+    assert not retriever.queries
+    num_examples = 0
+    for batch, stats in found:
+        assert stats["dropped"] == 0 and stats["retrieved"] == 2 * stats["examples"]
+        for row, segments in zip(batch.inputs, batch.segment_ids, strict=True):
+            for number in range(1, segments.max() + 1):
+                texts = row[(segments == number) & vocab.is_text(row)].tolist()
+                shown = [key for key, _ in itertools.groupby(texts)]
+                classes = [CLASSES[text] for text in shown]
+                assert len(classes) == 3
+                assert (classes[0] == classes[2]) != (classes[1] == classes[2])
+                num_examples += 1
+    assert num_examples == 6 * CONFIG.examples_per_batch
+
+
+def test_pairs_are_functions_of_the_step(collect):
+    pairing = make_pairing(0.5)
+    whole, _ = collect(pairing)
+    resumed, retriever = collect(pairing, start_step=4, num_steps=2)
+    assert_same(whole[4:], resumed)
+    assert retriever.queries
+    threaded = dataclasses.replace(CONFIG, threads=1, prefetch=0)
+    assert_same(whole, collect(pairing, threaded)[0])
+
+
+def test_the_twin_sees_the_same_main_documents_under_the_same_names(collect):
+    pairing = make_pairing(num_documents=(0, 1, 2))
+    roomy = dataclasses.replace(CONFIG, rows=8)
+    with_documents, _ = collect(pairing, roomy)
+    twin, retriever = collect(pairing, dataclasses.replace(roomy, retrieval=False))
+    assert not retriever.queries
+    for (batch, stats), (alone, twin_stats) in zip(with_documents, twin, strict=True):
+        assert stats["dropped"] == twin_stats["dropped"] == 0
+        assert twin_stats["retrieved"] == 0
+        assert sorted(main_parts(batch)) == sorted(main_parts(alone))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"probability": 1.5}, "pairing.probability must be in 0..1; got 1.5"),
+        ({"wrong_probability": -1}, "pairing.wrong_probability"),
+        ({"same_probability": 2}, "pairing.same_probability"),
+        ({"name_weight": 0.0}, "name_weight must be above 0; got 0.0"),
+        ({"num_documents": ()}, "at least one number"),
+        ({"num_documents": (2, -1)}, "none below 0"),
+    ],
+)
+def test_configuration_is_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PairingConfig(**settings)
+
+
+def test_pairs_need_two_classes_and_names():
+    with pytest.raises(ValueError, match="at least two classes; the memory has 1"):
+        make_pairing(classes=np.array([0, 0, -1]))
+    for settings in (
+        PairingConfig(1.0),
+        PairingConfig(1.0, rename=False, name_weight=2),
+    ):
+        with pytest.raises(ValueError, match="no names were given"):
+            Pairing(settings, CLASSES)
