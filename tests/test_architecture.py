@@ -121,3 +121,9 @@ def test_importing_the_package_imports_no_jax():
 
     code = "import racm3_jax, sys; assert 'jax' not in sys.modules; dir(racm3_jax)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their names alone."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(names)
