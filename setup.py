@@ -35,6 +35,7 @@ setup(
         "jaxtyping>=0.3",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
+        "ml_dtypes>=0.4",
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
@@ -45,6 +46,7 @@ setup(
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.21",
+        "tqdm>=4.66",
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],

@@ -20,7 +20,7 @@ from racm3_jax.sequences.layout import caption_prompt, text_to_image_prompt
 
 
 def test_text_to_image_gives_images_best_first_and_names_documents(generator, quick):
-    out = generator.text_to_image("a flag", num_samples=2, seed=3)
+    out = generator.text_to_image("a flag", num_samples=2, seed=3, rank_by="clip")
     assert len(out.images) == 2 and out.images[0].shape == (SIZE, SIZE, 3)
     assert (np.diff(out.scores) <= 0).all()
     assert out.retrieved.ids.tolist() == [0, 1]
