@@ -1,4 +1,4 @@
-"""Tries to break a memory: crashes, corruption, removal, duplicates, shards, RAM.
+"""Tries to break it: crashes, corruption, removal, duplicates, shards, RAM, odd calls.
 
     python experiments/memory_faults.py --out=memory_faults --corruptions=200
 
@@ -10,6 +10,7 @@ runs some of the trials. Tiny form: --num_documents=400 --crash_every=25
 
 Crashes are injected, not timed: every write, rename and delete of a build, an overwriting
 build, an addition, a removal and a compaction is the last one once (`memory_crashes`).
+The table of odd calls of the command line is that of the tests.
 """
 
 from __future__ import annotations
@@ -25,26 +26,30 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import memory_crashes
 import numpy as np
 
-from racm3_jax import storage
+from racm3_jax import cli, storage, wiring
+from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.documents.images import resize_image
 from racm3_jax.index.scann import ScannIndex
 from racm3_jax.index.sharded import ShardedIndex, merge_neighbours
 from racm3_jax.memory import builder, edit
 from racm3_jax.memory.memory import Memory
+from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.types import Document, TokenizedDocument, TokenizedSegment
 from racm3_jax.vocab import Vocab
 
 FILES = 8
 NUM_WORDS = 2000
-TRIALS = ("ram", "crashes", "corruptions", "removal", "duplicates", "shards")
+TRIALS = ("ram", "crashes", "corruptions", "removal", "duplicates", "shards", "calls")
 
 
 class ByteTokenizer:
@@ -188,20 +193,80 @@ def try_crashes(out: Path, every: int) -> dict[str, Any]:
     return {name: outcome.as_dict() for name, outcome in found.items()}
 
 
+def open_weights(path: Path) -> None:
+    wiring.load_generator(path, None)
+    wiring.load_generator(path, None, model="twin")
+
+
+def open_training(path: Path) -> None:
+    """Restores the newest step, as a training that resumes does.
+
+    Raises:
+      ValueError: the newest step is not good, which is said and not used.
+    """
+    saver = Checkpoints(path / "checkpoints")
+    try:
+        newest = max(saver.steps())
+        if saver.latest_good(quarantine=False) != newest:
+            raise ValueError(f"step {newest} is not good")
+    finally:
+        saver.close()
+
+
+def make_folders(
+    memory: Path, out: Path
+) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
+    """A folder of every kind that is opened again, and what opens it."""
+    shipped = wiring.resolve("shipped:flagworld")
+    folders = {name: out / name for name in ("weights", "tokenizer", "training")}
+    shutil.copytree(shipped, folders["weights"])
+    # The package's own list of all its files, which only `racm3 doctor` reads.
+    (folders["weights"] / "manifest.json").unlink()
+    shutil.copytree(shipped / "tokenizer", folders["tokenizer"])
+    saver = Checkpoints(folders["training"] / "checkpoints")
+    saver.save(1, {"w": np.arange(512, dtype=np.float32)}, {"config": "x"})
+    saver.wait()
+    saver.close()
+    for words in (
+        ["export", str(shipped / "clip"), str(out / "public")],
+        ["convert", "clip", str(out / "public"), str(out / "converted")],
+    ):
+        if cli.main(words):
+            raise RuntimeError(f"racm3 {' '.join(words)} failed")
+    return {
+        "memory": (memory, lambda path: Memory.load(path).close()),
+        "weights": (folders["weights"], open_weights),
+        "tokenizer": (folders["tokenizer"], MixedTokenizer.load),
+        "converted": (out / "converted", DocumentEmbedder.load),
+        "training": (folders["training"], open_training),
+    }
+
+
 def try_corruptions(memory: Path, out: Path, number: int) -> dict[str, Any]:
-    """Bit flips, truncations and swapped files; each must be noticed on loading."""
+    """Bit flips, truncations and swapped files; each must be noticed on opening.
+
+    The folders take turns: a memory, the weights of a work directory, a tokenizer,
+    converted weights, the checkpoints of a training. Files that nothing opens again (logs,
+    pictures) are left out.
+    """
     rng, silent = random.Random(1), []
+    folders = make_folders(memory, out)
+    for path, open_folder in folders.values():
+        open_folder(path)  # whole, it opens
     for i in range(number):
+        kind, (whole, open_folder) = list(folders.items())[i % len(folders)]
         path = out / "damaged"
-        shutil.copytree(memory, path)
-        names = storage.list_files(path)
+        shutil.copytree(whole, path)
+        names = [n for n in storage.list_files(path) if not n.endswith(".png")]
         name = rng.choice(names)
         data = bytearray((path / name).read_bytes())
-        kind = ("flip", "truncate", "swap")[i % 3]
-        if kind == "flip":
+        change = rng.choice(("flip", "truncate", "swap")) if data else "grow"
+        if change == "flip":
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        elif kind == "truncate":
+        elif change == "truncate":
             del data[rng.randrange(len(data)) :]
+        elif change == "grow":
+            data += b"\0"
         else:
             other = rng.choice([n for n in names if n != name])
             data = bytearray((path / other).read_bytes())
@@ -209,12 +274,21 @@ def try_corruptions(memory: Path, out: Path, number: int) -> dict[str, Any]:
                 data += b"\0"
         (path / name).write_bytes(data)
         try:
-            Memory.load(path).close()
-            silent.append(f"{kind} {name}")
+            open_folder(path)
+            silent.append(f"{change} {kind}/{name}")
         except (ValueError, FileNotFoundError):
             pass
         shutil.rmtree(path)
-    return {"corruptions": number, "silent": silent}
+    return {"corruptions": number, "folders": sorted(folders), "silent": silent}
+
+
+def try_calls(out: Path) -> dict[str, Any]:
+    """Odd calls of the command line, from the table of the tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "commands"))
+    import odd_calls
+
+    (out / "calls").mkdir()
+    return odd_calls.run_odd_calls(out / "calls")
 
 
 def count_lists(memory: Memory, lists: int, forbidden: np.ndarray) -> dict[str, float]:
@@ -355,6 +429,8 @@ def run_trials(
             results["duplicates"] = {**found, **memory.manifest["report"]}
     if "shards" in chosen:
         results["shards"] = try_shards(out)
+    if "calls" in chosen:
+        results["calls"] = try_calls(out)
     return results
 
 
