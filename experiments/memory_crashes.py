@@ -1,4 +1,4 @@
-"""A memory's commands, each broken off at every change of the file system that it makes.
+"""Commands, each broken off at every change of the file system that it makes.
 
 `try_operation` runs one command again and again; the process dies at the first change,
 then at the second, and so on (`crash_points`). After every death the memory must be the
@@ -20,6 +20,8 @@ from crash_points import count_points, crashed
 from racm3_jax.memory import builder, edit
 from racm3_jax.memory.config import CorpusConfig, make_maker
 from racm3_jax.memory.memory import Memory
+from racm3_jax.porting.clip import convert_clip
+from racm3_jax.retrieval.embedder import DocumentEmbedder
 
 OPERATIONS = ("build", "overwrite", "add", "remove", "compact")
 
@@ -74,6 +76,17 @@ class Place:
         if self.before is not None:
             shutil.copytree(self.before, self.path)
 
+    def describe(self) -> tuple[Any, ...] | None:
+        """What a reader finds: ids of the documents that may be shown; None for none."""
+        try:
+            with Memory.load(self.path) as memory:
+                rows = memory.allowed_ids()
+                ids = [d.id for d in memory.documents(rows)]
+                found = memory.search(memory.embeddings[rows], 1).ids[:, 0]
+                return (*ids, bool(np.array_equal(found, rows)))
+        except FileNotFoundError:
+            return None
+
     def build(self, source: str, overwrite: bool = False) -> None:
         tokenizer, embedder = self.models
         builder.build_memory(
@@ -97,16 +110,30 @@ class Place:
         edit.compact(self.path)
 
 
-def describe(path: Path) -> tuple[Any, ...] | None:
-    """What a reader finds: ids of the documents that may be shown; None for no memory."""
-    try:
-        with Memory.load(path) as memory:
-            rows = memory.allowed_ids()
-            ids = [d.id for d in memory.documents(rows)]
-            found = memory.search(memory.embeddings[rows], 1).ids[:, 0]
-            return (*ids, bool(np.array_equal(found, rows)))
-    except FileNotFoundError:
-        return None
+@dataclasses.dataclass(frozen=True)
+class ConvertPlace:
+    """Where a conversion is broken off.
+
+    Attributes:
+      folder: holds the result alone, and is made anew for every crash.
+      public: weights in a public layout.
+    """
+
+    folder: Path
+    public: Path
+    before: Path | None = None
+
+    def reset(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+
+    def describe(self) -> str | None:
+        """The fingerprint of the result; None for none."""
+        out = self.folder / "clip"
+        return DocumentEmbedder.load(out).fingerprint() if out.exists() else None
+
+    def convert(self) -> None:
+        convert_clip(self.public, self.folder / "clip")
 
 
 def list_tree(folder: Path) -> list[str]:
@@ -119,7 +146,7 @@ def list_tree(folder: Path) -> list[str]:
 
 
 def try_operation(
-    place: Place,
+    place: Place | ConvertPlace,
     action: Callable[[], object],
     every: int = 1,
 ) -> Outcome:
@@ -132,9 +159,9 @@ def try_operation(
         always among them.
     """
     place.reset()
-    old = describe(place.path)
+    old = place.describe()
     action()
-    new, expected = describe(place.path), list_tree(place.folder)
+    new, expected = place.describe(), list_tree(place.folder)
     place.reset()
     num_points = count_points(action)
     outcome = Outcome()
@@ -146,17 +173,17 @@ def try_operation(
         outcome.points += 1
         where = f"point {point}"
         try:
-            state = describe(place.path)
+            state = place.describe()
             if state not in (old, new):
                 outcome.wrong.append(f"{where}: {state}")
         except (ValueError, OSError) as error:
             outcome.wrong.append(f"{where}: {error}")
         try:
-            if not (place.before is None and describe(place.path) == new):
+            if not (place.before is None and place.describe() == new):
                 action()
             else:
                 _run_again(action)
-            if describe(place.path) != new:
+            if place.describe() != new:
                 outcome.failed.append(f"{where}: another memory")
         except (ValueError, OSError) as error:
             outcome.failed.append(f"{where}: {error}")

@@ -190,6 +190,13 @@ def try_crashes(out: Path, every: int) -> dict[str, Any]:
         builder.CorpusConfig(index="exact", num_query_variants=1),
         every=every,
     )
+    public = out / "crash_public"
+    if cli.main(
+        ["export", str(wiring.resolve("shipped:flagworld") / "clip"), str(public)]
+    ):
+        raise RuntimeError("racm3 export failed")
+    place = memory_crashes.ConvertPlace(out / "crash_convert", public)
+    found["convert"] = memory_crashes.try_operation(place, place.convert, every)
     return {name: outcome.as_dict() for name, outcome in found.items()}
 
 

@@ -369,8 +369,8 @@ def check_target(
         )
     if not overwrite:
         raise FileExistsError(
-            f"there is a {what} at {path} already: use it, give another path, or pass "
-            "overwrite=True"
+            f"there is a {what} at {path} already: use it, give another path, or "
+            "replace it (--overwrite; overwrite=True from Python)"
         )
 
 

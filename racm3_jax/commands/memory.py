@@ -201,8 +201,7 @@ def _run(command: Callable, arguments: Arguments) -> None:
     try:
         command(arguments)
     except (ImportError, FileExistsError, IndexError) as error:
-        message = str(error).replace("pass overwrite=True", "give --overwrite")
-        raise UsageError(message) from error
+        raise UsageError(str(error)) from error
 
 
 def load_models(tokenizer: str, embedder: str) -> tuple[Any, Any]:

@@ -127,25 +127,27 @@ class OptOut:
 class HeldOut:
     """Evaluation documents, which must not be in a memory.
 
-    Known by their id, their source, the pixels of any image, or a near-equal image with
-    the same text.
+    Known by their source (a URL), their content, the pixels of any image, or a near-equal
+    image with the same text. Not by their id: two folders both have a `0001.jpg`.
     """
 
-    names: set[int] = dataclasses.field(default_factory=set)
+    sources: set[int] = dataclasses.field(default_factory=set)
+    contents: set[int] = dataclasses.field(default_factory=set)
     pixels: set[int] = dataclasses.field(default_factory=set)
     pairs: set[tuple[str, int]] = dataclasses.field(default_factory=set)
 
     def add(self, document: Document) -> None:
         """Holds one more document out."""
-        self.names |= {hash_name(document.id), hash_name(document.source)} - {0}
+        self.sources |= {hash_name(document.source)} - {0}
+        self.contents.add(hash_content(document))
         self.pixels |= {hash_pixels(image) for image in document.images}
         self.pairs |= self._pairs(document)
 
     def matches(self, document: Document) -> bool:
         """Whether this is an evaluation document."""
         return (
-            hash_name(document.id) in self.names
-            or hash_name(document.source) in self.names
+            hash_name(document.source) in self.sources
+            or hash_content(document) in self.contents
             or any(hash_pixels(image) in self.pixels for image in document.images)
             or bool(self._pairs(document) & self.pairs)
         )

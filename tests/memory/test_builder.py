@@ -308,6 +308,17 @@ def test_bad_and_filtered_records_are_counted(tmp_path):
     assert json.loads(bad)["record"].endswith("000.jsonl:4")
 
 
+def test_evaluation_documents_are_known_by_what_they_are(tmp_path):
+    """Not by their ids: two folders both have a picture 1."""
+    held_out = filters.HeldOut()
+    text = Document("notes/1", (Segment(text="a held-out text"),))
+    held_out.add(dataclasses.replace(text, source="http://site/1"))
+    assert held_out.matches(dataclasses.replace(text, id="other"))
+    other = Document("notes/1", (Segment(text="another text"),))
+    assert not held_out.matches(other)
+    assert held_out.matches(dataclasses.replace(other, source="http://site/1"))
+
+
 def test_too_many_bad_records_stop_the_build(tmp_path):
     source = write_corpus(tmp_path / "in", [[line(0), "{", "{"]])
     with pytest.raises(ValueError, match=r"2 of 3 records are bad \(2 damaged JSON\)"):

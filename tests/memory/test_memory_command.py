@@ -105,7 +105,9 @@ def test_from_build_to_removal(capsys, tmp_path):
 def test_wrong_input(tmp_path):
     path = build(tmp_path)
     memory = f"--memory={path}"
-    with pytest.raises(UsageError, match="use it, give another path, or give --over"):
+    with pytest.raises(
+        UsageError, match="use it, give another path, or replace it .--over"
+    ):
         run("build", f"--source=jsonl:{tmp_path}/in/*.jsonl", memory)
     with pytest.raises(UsageError, match="--text or --image"):
         run("search", memory)
