@@ -13,13 +13,10 @@ from typing import Any
 import numpy as np
 
 from racm3_jax import own_files
-from racm3_jax.commands import arguments as options
-from racm3_jax.commands import memory_pictures
+from racm3_jax.commands import memory_flags, memory_pictures
 from racm3_jax.commands.configs import UsageError
-from racm3_jax.index import registry
 
 Arguments = argparse.Namespace
-_SHIPPED = "shipped:flagworld"
 
 
 def register(commands: Any) -> None:
@@ -28,124 +25,19 @@ def register(commands: Any) -> None:
     family = commands.add_parser("memory", help=text, description=text)
     family.set_defaults(command=lambda _: family.print_help())
     actions = family.add_subparsers(metavar="ACTION", dest="action")
-
-    sub = _add(actions, "build", _build, "Index a corpus; the same call resumes.")
-    _source(sub)
-    _models(sub)
-    _filters(sub)
-    kinds = "|".join(registry.list_kinds())
-    sub.add_argument("--index", default="auto", help=f"auto|{kinds}")
-    sub.add_argument("--num_query_variants", type=options.whole(0, 1000), default=4)
-    sub.add_argument("--query_drop", type=options.number(0, 1), default=0.2)
-    sub.add_argument("--seed", type=options.whole(0, options.MAX_SEED), default=0)
-    sub.add_argument(
-        "--max_ram", type=options.number(), default=0.0, help="GB for the index build"
-    )
-    sub.add_argument(
-        "--recall_target",
-        type=options.number(0, 1),
-        default=0.95,
-        help="recall@10 of the index",
-    )
-    sub.add_argument("--deduplicate", default="exact", help="none|exact|near")
-    sub.add_argument("--overwrite", action="store_true")
-    sub.add_argument(
-        "--beam",
-        default=None,
-        metavar="OPTIONS",
-        help='run as an Apache Beam pipeline, as --beam="--runner=FlinkRunner …"',
-    )
-
-    sub = _add(actions, "search", _search, "Show what a query finds.")
-    _models(sub)
-    sub.add_argument("--text", type=options.filled, default=None)
-    sub.add_argument("--image", type=options.path, default=None)
-    sub.add_argument("--k", type=options.whole(1, 10_000), default=8)
-    sub.add_argument(
-        "--out", type=options.path, default="search.png", help="picture of the results"
-    )
-    _originals(sub)
-    sub.add_argument("--json", action="store_true", help="one line of JSON")
-
-    sub = _add(actions, "stats", _stats, "Counts, sizes, recall, latency, duplicates.")
-    _models(sub)
-    sub.add_argument("--num_queries", type=options.whole(1), default=200)
-    sub.add_argument(
-        "--out", type=options.path, default="memory.png", help="contact sheet"
-    )
-    _originals(sub)
-    sub.add_argument("--json", action="store_true", help="one line of JSON")
-
-    _add(actions, "verify", _verify, "Check every byte, and that removed is gone.")
-
-    sub = _add(actions, "remove", _remove, "Remove documents for good.")
-    _models(sub)
-    sub.add_argument(
-        "--ids",
-        type=options.path,
-        default=None,
-        help="a,b,c or a file of one id a line",
-    )
-    sub.add_argument(
-        "--url_pattern",
-        type=options.filled,
-        default=None,
-        help="as https://example.org/*",
-    )
-    sub.add_argument("--like", type=options.path, default=None, help="an image file")
-    sub.add_argument(
-        "--min_similarity", type=options.number(-1, 1), default=0.95, help="of --like"
-    )
-    sub.add_argument("--compact", action="store_true", help="also from the disk, now")
-    sub.add_argument("--dry_run", action="store_true", help="only list them")
-
-    sub = _add(actions, "add", _add_documents, "Add the documents of a source.")
-    _source(sub)
-    _models(sub)
-    _filters(sub)
-    sub.add_argument(
-        "--readmit", action="store_true", help="take back what was removed"
-    )
-
-    sub = _add(actions, "neighbours", _neighbours, "Precompute all training searches.")
-    sub.add_argument(
-        "--out", type=options.path, default=None, help="the table; default MEMORY/table"
-    )
-    sub.add_argument("--k", type=options.whole(1), default=512)
-    sub.add_argument("--engine", default="exact", help="exact (all devices)|memory")
-
-    text = "Disk, RAM, FLOPs and hours of a memory that does not exist yet."
-    sub = actions.add_parser("plan", help=text, description=text)
-    sub.set_defaults(command=_plan)
-    sub.add_argument(
-        "--num_documents", type=options.number(1, 1e15), required=True, help="150e6"
-    )
-    sub.add_argument("--d_embed", type=options.whole(1), default=768)
-    sub.add_argument("--hosts", type=options.whole(1), default=1)
-    sub.add_argument("--devices_per_host", type=options.whole(1), default=8)
-    sub.add_argument("--index", default="", help=f"{kinds}; default: the first sharded")
-    sub.add_argument("--json", action="store_true", help="one line of JSON")
-
-
-def _add(actions: Any, name: str, command: Callable, text: str) -> Any:
-    sub = actions.add_parser(name, help=text, description=text)
-    sub.set_defaults(command=lambda arguments: _run(command, arguments))
-    sub.add_argument("--memory", type=options.path, required=True, help="its directory")
-    return sub
-
-
-def _source(sub: Any) -> None:
-    sub.add_argument(
-        "--source",
-        type=options.filled,
-        required=True,
-        help="kind:path, see documents.readers",
-    )
-    sub.add_argument(
-        "--follow_links",
-        action="store_true",
-        help="read also what links point to outside of the source's folder",
-    )
+    handlers: dict[str, Callable[[Arguments], None]] = {
+        "build": _build,
+        "search": _search,
+        "stats": _stats,
+        "verify": _verify,
+        "remove": _remove,
+        "add": _add_documents,
+        "neighbours": _neighbours,
+        "plan": _plan,
+    }
+    for name, handler in handlers.items():
+        sub = memory_flags.add_action(actions, name)
+        sub.set_defaults(command=functools.partial(_run, handler))
 
 
 def _read_source(arguments: Arguments) -> str:
@@ -153,48 +45,6 @@ def _read_source(arguments: Arguments) -> str:
 
     source = arguments.source
     return with_links(source) if arguments.follow_links else source
-
-
-def _models(sub: Any) -> None:
-    sub.add_argument("--tokenizer", type=options.path, default=f"{_SHIPPED}/tokenizer")
-    sub.add_argument(
-        "--embedder",
-        type=options.path,
-        default=f"{_SHIPPED}/clip",
-        help="a folder, or name:ENCODER for a source that brings its embeddings",
-    )
-
-
-def _originals(sub: Any) -> None:
-    sub.add_argument(
-        "--originals",
-        type=options.path,
-        default=None,
-        metavar="FOLDER",
-        help="the image files, which are shown instead of what the memory keeps of them; "
-        "default: the folder that it was built from",
-    )
-
-
-def _filters(sub: Any) -> None:
-    sub.add_argument(
-        "--max_bad",
-        type=options.number(0, 1),
-        default=0.1,
-        help="share that may be bad",
-    )
-    sub.add_argument(
-        "--opt_out", type=options.path, help="file of ids and URL patterns"
-    )
-    sub.add_argument(
-        "--held_out",
-        type=options.filled,
-        action="append",
-        default=[],
-        help="source of evaluation documents",
-    )
-    sub.add_argument("--max_nsfw", type=options.number(), default=None)
-    sub.add_argument("--max_watermark", type=options.number(), default=None)
 
 
 def _run(command: Callable, arguments: Arguments) -> None:
