@@ -97,10 +97,10 @@ def build_flagworld_suite(config: Any, workdir: Path) -> FlagworldSuite:
     strategy = construct(StrategyConfig, config.strategy, "strategy")
     settings = construct(SuiteSettings, config.settings, "settings")
     questions = []
-    if settings.num_reading:
-        questions = make_reading_questions(
-            world, settings.num_reading, seed=settings.seed
-        )
+    # One nation a question: a small world has fewer.
+    num_reading = min(settings.num_reading, world.num_heldout)
+    if num_reading:
+        questions = make_reading_questions(world, num_reading, seed=settings.seed)
     return FlagworldSuite(
         plain.with_retriever(Retriever(memory, strategy)),
         twin,
