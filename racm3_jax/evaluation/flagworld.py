@@ -39,8 +39,7 @@ class SuiteSettings:
         the documents; 1 is none.
       caption_candidates: documents retrieved for a caption, of which the `num_retrieved`
         behind which the image is likeliest are kept; 0 keeps the retriever's.
-      num_reading: at most, questions with one right and one wrong document, in both
-        orders, one a held-out nation (see
+      num_reading: questions with one right and one wrong document, in both orders (see
         `reading`); at most the held-out nations.
       seed: of all sampling.
     """
