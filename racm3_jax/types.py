@@ -113,6 +113,10 @@ class Neighbours(NamedTuple):
     valid: Bool[np.ndarray, "queries k"]
 
 
+# Of a memory's usual score: below, a query finds nothing of its kind.
+FAR_BELOW = 0.8
+
+
 class Retrieved(NamedTuple):
     """The documents that one query was given, best first.
 
@@ -120,11 +124,14 @@ class Retrieved(NamedTuple):
       ids: rows of the memory.
       scores: inner product of the query with each document's embedding.
       documents: the documents themselves, in the same order.
+      usual_score: what the best document of nearly every ordinary query of this memory
+        scores at least; NaN where it is unknown, as for documents picked by hand.
     """
 
     ids: Int64[np.ndarray, " k"]
     scores: Float32[np.ndarray, " k"]
     documents: tuple[TokenizedDocument, ...]
+    usual_score: float = float("nan")
 
 
 class Example(NamedTuple):
@@ -192,3 +199,16 @@ class GenerationOutput:
     @property
     def texts(self) -> list[str]:
         return [d.text for d in self.documents]
+
+    @property
+    def note(self) -> str:
+        """What to know about the retrieved documents; "" if they are as usual."""
+        scores = self.retrieved.scores[np.isfinite(self.retrieved.scores)]
+        usual = self.retrieved.usual_score
+        if not len(scores) or not scores.max() < FAR_BELOW * usual:
+            return ""
+        return (
+            f"the memory seems to hold nothing like this: its best document scores "
+            f"{scores.max():.2f}, where others score {usual:.2f} or more; what was made "
+            "shows something else"
+        )

@@ -128,6 +128,7 @@ def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str
         "scores": [_number(score) for score in output.scores],
         "retrieved": retrieved,
         "near_copies": copies,
+        "note": output.note,
         "settings": settings,
         "versions": {
             "racm3_jax": __version__,
@@ -151,6 +152,8 @@ def _print(arguments: Arguments, record: dict[str, Any]) -> None:
     for entry in record["retrieved"]:
         score = "chosen" if entry["score"] is None else f"score {entry['score']:.3f}"
         print(f"  retrieved {entry['id']} ({score})")
+    if record["note"]:
+        print(f"  note: {record['note']}")
     for copy in record["near_copies"]:
         print(
             f"  warning: sample {copy['sample']} is nearly a copy of {copy['id']} "

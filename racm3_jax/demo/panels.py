@@ -133,8 +133,9 @@ def draw_output(output: GenerationOutput) -> str:
             f"<figure>{draw_image(image, output.prompt or 'drawn')}<figcaption>"
             f"{draw_note(words)}{draw_note(warning, 'warning')}</figcaption></figure>"
         )
+    note = draw_note(output.note, "warning") if output.note else ""
     return (
-        f'<div class="pictures done {_layout(figures)}" data-share="100">'
+        f'{note}<div class="pictures done {_layout(figures)}" data-share="100">'
         + "".join(figures)
         + "</div>"
     )

@@ -270,7 +270,7 @@ class Session:
         """Retrieved documents with their text and pixels."""
         return tuple(
             Given(tokens, self.generator.tokenizer.decode(tokens), int(row), float(s))
-            for row, s, tokens in zip(*found, strict=True)
+            for row, s, tokens in zip(*found[:3], strict=True)
         )
 
     def _needed_memory(self) -> Any:

@@ -151,11 +151,18 @@ class Engine:
             return [self.pick(documents)] * len(queries)
         if not num_retrieved or self.retriever is None:
             return [self.pick([])] * len(queries)
-        return self.retriever.retrieve(
+        found = self.retriever.retrieve(
             self._embed(queries),
             np.full(len(queries), num_retrieved),
             [None] * len(queries),
         )
+        usual = self.retriever.usual_score
+        return [
+            retrieved._replace(
+                usual_score=usual("text" if isinstance(query, str) else "image")
+            )
+            for query, retrieved in zip(queries, found, strict=True)
+        ]
 
     def _embed(
         self, queries: Sequence[str | Image]

@@ -153,7 +153,11 @@ def rank_documents(
     ):
         order = np.argsort(-likelihoods, kind="stable")[:num]
         documents = tuple(found.documents[i] for i in order)
-        kept.append(Retrieved(found.ids[order], found.scores[order], documents))
+        kept.append(
+            found._replace(
+                ids=found.ids[order], scores=found.scores[order], documents=documents
+            )
+        )
     return kept
 
 

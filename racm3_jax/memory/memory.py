@@ -40,6 +40,7 @@ from racm3_jax.types import Document, Modality, Neighbours, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 _WIDENING = 4
+_USUAL_QUERIES = 128
 
 
 class _Denied(NamedTuple):
@@ -98,6 +99,7 @@ class Memory:
         self._records = Records([f / format_lib.DOCUMENTS_FILE for f in folders])
         self._lock = threading.Lock()
         self._denied: _Denied | None = None
+        self._usual_scores: dict[Modality, float] = {}
         self._check_denied()
 
     @classmethod
@@ -320,6 +322,31 @@ class Memory:
         denied = self._check_denied().num
         self.search_until(queries, take, k + min(k, denied), len(self))
         return result
+
+    def usual_score(self, modality: Modality) -> float:
+        """What nearly every document's nearest other one scores at least.
+
+        The documents' own text or image parts ask (a sample of them, the same one every
+        time), and the 1st percentile of their best scores is taken: a prompt far below
+        asks for something that the memory does not hold. NaN for a memory too small to
+        tell. Computed once.
+        """
+        if modality not in self._usual_scores:
+            self._usual_scores[modality] = self._compute_usual_score(modality)
+        return self._usual_scores[modality]
+
+    def _compute_usual_score(self, modality: Modality) -> float:
+        rows = self.allowed_ids()
+        rows = rows[self.part(rows, modality).any(axis=1)]
+        if len(rows) < _USUAL_QUERIES // 4:
+            return float("nan")
+        rng = np.random.default_rng(0)
+        count = min(_USUAL_QUERIES, len(rows))
+        rows = np.sort(rng.choice(rows, count, replace=False))
+        found = self.search(self.queries(rows, modality), 4)
+        is_other = found.valid & (found.ids != rows[:, None])
+        best = np.where(is_other, found.scores, -np.inf).max(axis=1)
+        return float(np.percentile(best[np.isfinite(best)], 1))
 
     def search_until(
         self,

@@ -12,7 +12,7 @@ from racm3_jax.memory.filters import NEAR_SIMILARITY
 from racm3_jax.memory.memory import Memory, hash_name
 from racm3_jax.retrieval import strategy as strategy_lib
 from racm3_jax.retrieval.strategy import StrategyConfig
-from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
+from racm3_jax.types import Modality, Neighbours, Retrieved, TokenizedDocument
 
 
 class Retriever:
@@ -80,6 +80,12 @@ class Retriever:
                 done = take(places, self._sample(queries[asking[places]], width))
                 places = places[~done]
         return self._read(chosen)
+
+    def usual_score(self, modality: Modality) -> float:
+        """See `Memory.usual_score`; NaN where the strategy takes random documents."""
+        if self.strategy.ranking != "relevance":
+            return float("nan")
+        return self.memory.usual_score(modality)
 
     def _check_nums(self, nums: Int[np.ndarray, " queries"]) -> None:
         if not len(nums):

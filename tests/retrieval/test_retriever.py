@@ -10,7 +10,7 @@ from memory_fakes import FakeEmbedder, FakeTokenizer, make_document
 
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
-from racm3_jax.types import Retrieved
+from racm3_jax.types import GenerationOutput, Retrieved
 
 
 def _mains(documents):
@@ -195,3 +195,22 @@ def test_a_strategy_that_cannot_be():
         StrategyConfig(ranking="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs strategy.require_multimodal=True"):
         StrategyConfig(given="text", require_multimodal=False)
+
+
+def test_a_query_far_below_the_usual_score_is_noted(build, documents):
+    memory = build(documents)
+    retriever = Retriever(memory, StrategyConfig())
+    usual = retriever.usual_score("text")
+    assert 0.3 < usual <= 1 and usual == memory.usual_score("text")
+    embedder = FakeEmbedder()
+
+    def note(text):
+        (found,) = retriever.retrieve(embedder.embed_texts([text]), [2], [None])
+        found = found._replace(usual_score=usual)
+        return GenerationOutput([], np.zeros(0, np.float32), found, text, 0).note
+
+    assert note(documents[3].text) == ""
+    assert "holds nothing" in note("nation77 on scene99").replace("to hold", "holds")
+    random = Retriever(memory, StrategyConfig(ranking="random"))
+    assert np.isnan(random.usual_score("text"))
+    assert np.isnan(build(documents[:5], "small").usual_score("text"))
