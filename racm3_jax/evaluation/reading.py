@@ -35,7 +35,7 @@ from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.sequences.layout import caption_prompt, text_to_image_prompt
 from racm3_jax.tokenizers.mixed import MixedTokenizer
-from racm3_jax.types import Document, Retrieved, TokenizedDocument
+from racm3_jax.types import Document, Modality, Retrieved, TokenizedDocument
 
 Asked = Literal["name", "flag"]
 ASKED: tuple[Asked, ...] = ("name", "flag")
@@ -185,6 +185,21 @@ class ShownDocuments:
             )
             for documents in shown
         ]
+
+    @property
+    def memory(self) -> ShownDocuments:
+        """Of these documents alone."""
+        return self
+
+    @property
+    def num_allowed(self) -> int:
+        """Documents that every row can be given."""
+        return min(len(retrieved.documents) for retrieved in self._shown)
+
+    def usual_score(self, modality: Modality) -> float:
+        """Unknown: nothing was searched."""
+        del modality
+        return float("nan")
 
     def retrieve(
         self,

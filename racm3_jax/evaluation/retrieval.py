@@ -14,7 +14,7 @@ from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.index import streaming
 from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.alignment import compute_ranks
-from racm3_jax.types import Neighbours, Retrieved, TokenizedDocument
+from racm3_jax.types import Modality, Neighbours, Retrieved, TokenizedDocument
 
 _BLOCK = 512
 
@@ -71,6 +71,11 @@ class RandomRetriever:
     def __init__(self, memory: Any, seed: int = 0) -> None:
         self.memory = memory
         self._seed = seed
+
+    def usual_score(self, modality: Modality) -> float:
+        """Unknown: nothing was searched."""
+        del modality
+        return float("nan")
 
     def retrieve(
         self,

@@ -102,6 +102,22 @@ def test_copying_depends_on_the_order_and_reading_does_not(questions, tokenizer)
         assert found["flag"].total == 6
 
 
+def test_a_generator_takes_what_is_shown_for_its_memory(questions):
+    generator = wiring.load_generator(wiring.resolve("shipped:flagworld"), None)
+    rows = [
+        list(generator.tokenizer.tokenize([question.right, *question.wrong]))
+        for question in questions[:2]
+    ]
+    reader = generator.with_retriever(reading.ShownDocuments(rows))
+    reader.check_counts(1, 2, None)
+    found = reader.retrieve_for(["a flag", questions[0].asked.images[0]], 2, None)
+    assert [[d.id for d in f.documents] for f in found] == [
+        [d.id for d in row] for row in rows
+    ]
+    with pytest.raises(ValueError, match="holds only 2"):
+        reader.check_counts(1, 3, None)
+
+
 def test_the_first_token_that_differs_is_compared(questions, tokenizer, monkeypatch):
     """Scores are made up: 1 nat a token, and 0.5 at the first one of the right name."""
     seen = []
