@@ -468,6 +468,9 @@ def judge(results: dict[str, Any]) -> dict[str, bool]:
         judged["no self-hits"] = duplicates["self"] == 0
         judged["no repeats"] = duplicates["repeats"] == 0
         judged["99.9% of the lists are full"] = duplicates["full_share"] >= 0.999
+    if "calls" in results:
+        for kind in ("tracebacks", "hangs", "partial", "sentences"):
+            judged[f"odd calls: no {kind}"] = not results["calls"][kind]
     if "shards" in results:
         shards = results["shards"]
         judged["shards return what one index does"] = (
