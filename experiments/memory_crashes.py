@@ -53,7 +53,7 @@ class Place:
     """Where the crashes happen.
 
     Attributes:
-      folder: holds the memory alone, and is made anew for every crash.
+      folder: holds the memory alone, and is made again for every crash.
       before: a memory to begin with, copied there; None for none.
       models: tokenizer and embedder.
       sources: of the build, and of what is added.
@@ -115,7 +115,7 @@ class ConvertPlace:
     """Where a conversion is broken off.
 
     Attributes:
-      folder: holds the result alone, and is made anew for every crash.
+      folder: holds the result alone, and is made again for every crash.
       public: weights in a public layout.
     """
 

@@ -434,8 +434,8 @@ def delete_directory(path: pathlib.Path) -> None:
 def clean(path: pathlib.Path) -> None:
     """Ends what a dead writer of the folder `path` began; leaves live ones alone.
 
-    A swap that was broken off is rolled back; what was written aside, or was being
-    deleted, is deleted. Inside the folder, the same for its files.
+    A swap that was broken off is rolled back; what was half-written, or was
+    being deleted, is deleted. Inside the folder, the same for its files.
     """
     partial = leftover(path, "partial")
     with contextlib.ExitStack() as stack:

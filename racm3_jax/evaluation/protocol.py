@@ -26,8 +26,8 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from racm3_jax import storage
-from racm3_jax.documents.images import encode_png, read_image
+from racm3_jax import own_files
+from racm3_jax.documents.images import read_image
 from racm3_jax.evaluation.clip_score import CLIPScorer
 from racm3_jax.evaluation.coco import (
     CocoItem,
@@ -284,6 +284,8 @@ class CocoProtocol:
         self, variant: str, items: range, device: Any
     ) -> dict[str, np.ndarray]:
         captions = [self.items[i].caption for i in items]
+        paths = [self.image_path(variant, i) for i in items]
+        own_files.check(*paths, change="give another --workdir")
         if variant == "copy":
             images, rows = self._top_retrieved_images(captions, device)
         else:
@@ -296,10 +298,9 @@ class CocoProtocol:
             )
             images = [output.images[0] for output in outputs]
             rows = self._rows(outputs)
-        for i, image in zip(items, images, strict=True):
-            path = self.image_path(variant, i)
+        for path, image in zip(paths, images, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_file(path, encode_png(image))
+            own_files.write_png(path, image)
         return {"retrieved": rows, **self._judge(images, captions)}
 
     def _caption_chunk(

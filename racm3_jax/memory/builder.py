@@ -35,6 +35,8 @@ from racm3_jax.memory.parts import Maker
 from racm3_jax.types import Document
 
 PLAN_FILE = "plan.json"
+# Beside the plan of a build that was refused for what it was given.
+_REFUSED_FILE = "refused"
 # Documents from Python that make one part, and bytes of their images.
 PART_DOCUMENTS = 1024
 _PART_BYTES = 1 << 28
@@ -201,9 +203,6 @@ def claim_plan(work: pathlib.Path, plan: dict[str, Any]) -> None:
                 storage.delete_directory(part)
         storage.write_file(file, storage.encode_sealed(plan))
         (work / _REFUSED_FILE).unlink(missing_ok=True)
-
-
-_REFUSED_FILE = "refused"
 
 
 @contextlib.contextmanager

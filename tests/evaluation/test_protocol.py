@@ -154,6 +154,18 @@ def test_near_duplicates_are_counted_and_never_retrieved(coco, memory, tmp_path)
     assert memory.num_allowed == len(memory)
 
 
+def test_an_image_of_somebody_else_is_not_replaced(coco, memory, tmp_path):
+    protocol = make_protocol(
+        StubGenerator(memory), coco, tmp_path, make_settings(variants=("copy",))
+    )
+    mine = protocol.image_path("copy", 0)
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="give another --workdir"):
+        evaluate_coco(protocol, log=lambda line: None)
+    assert mine.read_bytes() == b"mine"
+
+
 def test_captioning_beside_its_baselines(coco, memory, tmp_path):
     settings = make_settings("captioning", prefix="Photo of ")
     results = run(StubGenerator(memory), coco, tmp_path, settings)
