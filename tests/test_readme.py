@@ -7,6 +7,8 @@ import json
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +16,14 @@ from racm3_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "experiments/results/README.md").read_text(encoding="utf-8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def sections():
+    """Headings of the README and their texts."""
+    parts = re.split(r"^## (.+)$", README, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def commands():
@@ -24,6 +33,8 @@ def commands():
         for line in block.splitlines():
             for part in line.split("#")[0].split("&&"):
                 words = shlex.split(part)
+                while words and re.fullmatch(r"[A-Z0-9_]+=.*", words[0]):
+                    words = words[1:]
                 if words[:1] == ["racm3"]:
                     lines.append(words[1:])
     return lines
@@ -47,14 +58,39 @@ def test_there_are_commands_to_check():
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_exists_and_ci_runs_it(words):
+def test_every_command_exists(words):
     parser, rest = subparser(list(words))
     known = {flag for action in parser._actions for flag in action.option_strings}
     given = {word.split("=")[0] for word in rest if word.startswith("--")}
-    unknown = {f for f in given - known if not f.startswith("--config")}
-    assert not unknown
-    name = parser.prog.removeprefix("racm3 ")
-    assert re.search(rf"racm3(_out)? {name}\b", CI), f"CI never runs racm3 {name}"
+    assert not {f for f in given - known if not f.startswith("--config")}
+
+
+def test_ci_runs_what_is_printed():
+    run = {a or b for a, b in re.findall(r'^readme (?:"(.+)"|(\w+))$', CI, re.MULTILINE)}
+    assert run == {name for name, text in sections().items() if "```bash" in text}
+    for name in run:
+        script = subprocess.run(
+            [sys.executable, ".ci/readme.py", "README.md", name],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        blocks = re.findall(r"```bash\n(.*?)```", sections()[name], flags=re.DOTALL)
+        assert script == "".join(blocks)
+    unknown = subprocess.run(
+        [sys.executable, ".ci/readme.py", "README.md", "Nothing"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert unknown.returncode and "there are: " in unknown.stderr
+
+
+def test_a_reader_has_two_minutes():
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    assert not [line for line in lines if len(line) > 400]
 
 
 def test_the_map_is_the_tree():
@@ -76,6 +112,8 @@ def test_every_config_is_named():
 def test_links_to_files_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", RESULTS):
+        assert (ROOT / "experiments/results" / target).exists(), target
     for path in re.findall(r"`((?:experiments|colab|configs)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
 
@@ -93,7 +131,7 @@ def ratios(record):
 
 def test_speeds_are_those_of_the_records():
     pattern = re.compile(r"^\|(.*×.*)`experiments/(bench_\w+)\.py` \|$", re.MULTILINE)
-    rows = pattern.findall(README)
+    rows = pattern.findall(RESULTS)
     assert len(rows) == 4
     for row, bench in rows:
         path = ROOT / "experiments" / "results" / f"{bench}.json"

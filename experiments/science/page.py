@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from science.conclusions import CONCLUSIONS
+from science.conclusions import ANSWERS, CONCLUSIONS
 from science.experiment import FULL, Experiment
 
 HEAD = """\
@@ -28,10 +28,10 @@ python experiments/run_all.py --run                       # what is missing, in 
 taskset -c 0 python experiments/run_all.py --run --seeds=1 # one core a seed: 1.3 times as fast
 python experiments/run_all.py --run --only=num_documents  # one of them
 python experiments/run_all.py --run --tiny --out=out/tiny # proves the code on a small world
-python experiments/run_all.py --page                      # writes this page anew
+python experiments/run_all.py --page                      # writes this page again
 ```
 
-A run that was stopped goes on. Every experiment is at least three seeds; a seed is a world
+A run that was stopped resumes. Every experiment is at least three seeds; a seed is a world
 of its own, with {num_heldout} held-out nations, {num_documents:,} documents in the memory
 unless a row says otherwise, and its own sampling; where a model is trained, also its own
 initialisation and order. Brackets are 95% intervals: Student's t over the seeds; for shares
@@ -68,16 +68,18 @@ def format_page(experiments: Sequence[Experiment], results: Path) -> str:
 
 
 def _overview(experiments: Sequence[Experiment], results: Path) -> str:
-    lines = ["| | question | state | hours |", "|---|---|---|---|"]
+    lines = ["| | question | answer | hours |", "|---|---|---|---|"]
     total = 0.0
     for experiment in experiments:
         record = _read(experiment, results)
         if record is None:
-            state, hours = "not run yet", f"{experiment.hours:.1f} estimated"
+            answer, hours = "not run yet", f"{experiment.hours:.1f} estimated"
             total += experiment.hours
         else:
             done, cells = record["cells_done"], record["cells"]
-            state = "done" if done == cells else f"{done} of {cells} cells"
+            answer = ANSWERS.get(experiment.name, "")
+            if done < cells or not answer:
+                answer = f"{done} of {cells} cells measured"
             taken = record["two_core_hours"]
             hours = f"{taken:.2f}"
             total += taken
@@ -86,7 +88,7 @@ def _overview(experiments: Sequence[Experiment], results: Path) -> str:
                 total += max(0.0, experiment.hours - taken)
         place = f"#{experiment.number}-{_anchor(experiment.title)}"
         lines.append(
-            f"| {experiment.number} | [{experiment.title}]({place}) | {state} | {hours} |"
+            f"| {experiment.number} | [{experiment.title}]({place}) | {answer} | {hours} |"
         )
     lines.append(f"| | all | | {total:.1f} |")
     return "\n".join(lines) + "\n"
