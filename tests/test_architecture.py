@@ -107,7 +107,8 @@ def test_only_wiring_reads_config_dicts():
 def test_top_level_is_fixed():
     visible = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     allowed = {
-        "setup.py", "README.md", "racm3_jax", "configs", "experiments", "tests", "colab"
+        "setup.py", "README.md", "racm3_jax", "configs", "experiments", "tests", "colab",
+        "LICENSE", "NOTICE", "CONTRIBUTING.md", "CHANGES.md",
     }  # fmt: skip
     assert {n for n in visible if not n.endswith(".egg-info")} <= allowed | {
         "racm3_out",
