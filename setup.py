@@ -64,6 +64,8 @@ setup(
         "rich>=13",
         "safetensors>=0.5",
         f"scann>=1.4.2; {LINUX}",
+        # `racm3 completion`
+        "shtab>=1.7",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.21",

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "racm3_jax"
 
 FLOORS = [
     {"types", "vocab", "storage"},
-    {"own_files"},
+    {"own_files", "progress"},
     {"documents", "sharding", "checkpoints", "metrics"},
     {"tokenizers", "model", "index"},
     {"memory"},
@@ -24,6 +24,7 @@ FLOORS = [
     {"quickstart", "sweeps", "doctor", "demo"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 NUMPY_ONLY = (
