@@ -104,7 +104,7 @@ def _broken_config(what: str, file: str | None, error: BaseException) -> UsageEr
         lines.append(error.lineno)
     where = f" (line {lines[-1]})" if lines else ""
     return UsageError(
-        f"{what} fails{where} with {type(error).__name__}: {error}; mend the file "
+        f"{what} fails{where} with {type(error).__name__}: {error}; correct the file "
         "(racm3 --traceback shows more)"
     )
 

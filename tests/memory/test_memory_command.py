@@ -65,7 +65,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     assert sheet.shape[0] > 2 * 128 and sheet.shape[1] > 6 * 128
 
     run(*words[:3], "--text=nation3 on scene1")
-    assert "8 of 8 pictures as the memory keeps them" in capsys.readouterr().out
+    assert "8 of 8 images as the memory keeps them" in capsys.readouterr().out
 
     Image.fromarray(make_document(22).images[0]).save(tmp_path / "q.png")
     image = f"--image={tmp_path}/q.png"
