@@ -13,8 +13,27 @@ setup(
     description="RA-CM3: retrieval-augmented multimodal language modelling in JAX",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    author="the racm3_jax authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2211.12561"},
+    keywords="retrieval multimodal language-model jax flax RA-CM3 image-generation",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.14",
-    # The folder configs/ stands beside the package in a clone, inside it in a wheel.
+    # The folder configs/ is next to the package in a clone, inside it in a wheel.
     packages=[
         *find_packages(include=["racm3_jax", "racm3_jax.*"]),
         "racm3_jax.configs",
@@ -22,7 +41,9 @@ setup(
         "racm3_jax.configs.sweeps",
     ],
     package_dir={"racm3_jax.configs": "configs"},
-    package_data={"racm3_jax": ["shipped/**/*", "demo/*.css", "demo/*.js"]},
+    package_data={
+        "racm3_jax": ["py.typed", "shipped/**/*", "demo/*.css", "demo/*.js"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
@@ -43,6 +64,8 @@ setup(
         "rich>=13",
         "safetensors>=0.5",
         f"scann>=1.4.2; {LINUX}",
+        # `racm3 completion`
+        "shtab>=1.7",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.21",
@@ -58,6 +81,9 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "pre-commit>=4",
+            # shapes of signatures (`pytest --check_shapes`)
+            "beartype>=0.22",
             "ruff>=0.9",
             "pyright>=1.1.390",
             # `jupyter execute`, for the notebooks

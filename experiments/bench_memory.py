@@ -218,7 +218,7 @@ def main() -> None:
     at_target = measure(search, queries, expected)
     scann = sweep(index, queries, expected, search)
     shutil.rmtree(out / "index")
-    del index, search
+    index = search = None  # frees the rows that ScaNN holds
     faiss = sweep_faiss(rows, queries, expected, arguments.threads, out)
     best = fastest([*scann, at_target], arguments.recall_target)
     # Where FAISS does not reach the target, both are compared at the most that it does.

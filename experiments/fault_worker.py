@@ -66,7 +66,7 @@ def digest(state: TrainState) -> str:
     return found.hexdigest()
 
 
-def make_job(arguments: argparse.Namespace, config: ConfigDict, workdir: Path) -> Job:
+def make_job(arguments: argparse.Namespace, config: Any, workdir: Path) -> Job:
     """What `wiring.build_job` would have made from a config of flagworld."""
     poisoned = {int(step) for step in arguments.nan_steps.split(",") if step}
     mesh = sharding.make_mesh()

@@ -1,7 +1,7 @@
 """The `racm3` command: one subcommand a task, thin over `run` and `build`.
 
 Configs are given as ml_collections users expect:
-`racm3 train --config=configs/flagworld.py:twin --config.optimizer.learning_rate=3e-4`.
+`racm3 train --config=flagworld:twin --config.optimizer.learning_rate=3e-4`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import racm3_jax
 from racm3_jax.commands import (
+    completion,
     convert,
     demo,
     doctor,
     estimate,
     generate,
     memory,
+    parser,
+    support,
     sweep,
     train,
 )
@@ -30,7 +32,9 @@ from racm3_jax.commands.failures import explain, is_missing_setting
 from racm3_jax.training.host import prepare_host
 
 # Each module registers its own subcommands.
-FAMILIES = (train, sweep, estimate, generate, demo, memory, convert, doctor)
+FAMILIES = (
+    train, sweep, estimate, generate, support, demo, memory, convert, doctor,
+)  # fmt: skip
 # Exit statuses as shells know them: 128 and the number of the signal.
 INTERRUPTED = 130
 READER_GONE = 141
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0, 2 after wrong input, 75 when a signal ended a training early
-      (it saved; the same command goes on), 130 after Ctrl-C, or 141 when whoever reads
+      (it saved; the same command resumes), 130 after Ctrl-C, or 141 when whoever reads
       the output has gone (`racm3 ... | head`).
     """
     given = list(sys.argv[1:] if argv is None else argv)
@@ -83,22 +87,14 @@ def _run(words: Sequence[str]) -> int:
     empty = next((w for w in words if w.startswith("--") and w.endswith("=--")), None)
     if empty:  # argparse takes the value away
         raise UsageError(f"{empty.removesuffix('--')} has the value '--': give another")
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(words)
-    if not hasattr(arguments, "command"):
-        if rest:
-            raise UsageError(f"unknown argument {rest[0]!r}; see racm3 --help")
-        parser.print_help()
-        return 2
+    arguments, rest = _parser().parse_known_args(parser.join_config_values(words))
     takes_config = getattr(arguments, "takes_config", False)
-    of_config = ("--config=", "--config.")
-    unknown = [a for a in rest if not (takes_config and a.startswith(of_config))]
-    if "--config" in unknown and takes_config:
-        raise UsageError("write --config=FILE.py, with = and without a space")
-    if unknown:
-        raise UsageError(
-            f"unknown argument {unknown[0]!r}; see racm3 {arguments.name} --help"
-        )
+    parser.check_unknown(rest, arguments.parser, takes_config)
+    if not hasattr(arguments, "command"):
+        arguments.parser.print_help()
+        return 2
+    if takes_config and arguments.config is not None:
+        rest = [f"--config={arguments.config}", *rest]
     arguments.config_flags = rest
     _quiet_libraries()
     prepare_host()
@@ -123,14 +119,6 @@ def _leave_output() -> None:
             os.close(null)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong, as everything else does."""
-
-    def error(self, message: str) -> NoReturn:
-        sentence = message.removeprefix("argument ")
-        raise UsageError(f"{sentence}; see {self.prog} --help")
-
-
 def _quiet_libraries() -> None:
     """Progress bars and our own sentences are what a user should see."""
     import logging
@@ -143,20 +131,22 @@ def _quiet_libraries() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    top = parser.Parser(
         prog="racm3",
         description="Retrieval-augmented multimodal language modelling (RA-CM3).",
     )
-    parser.add_argument(
+    top.add_argument(
         "--traceback", action="store_true", help="show where an error came from"
     )
-    parser.add_argument(
+    top.add_argument(
         "--version", action="version", version=f"racm3_jax {racm3_jax.__version__}"
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="name")
     for family in FAMILIES:
         family.register(commands)
-    return parser
+    completion.register(commands, _parser)
+    parser.complete(top)
+    return top
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ and training resumes.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,9 @@ class Stages:
     """Prints what happens, when, and where the results are."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        # https://no-color.org; rich alone would still dim.
+        colors = None if os.environ.get("NO_COLOR") else "auto"
+        self.console = Console(highlight=False, color_system=colors)
         self.started = time.monotonic()
 
     def say(self, text: str) -> None:

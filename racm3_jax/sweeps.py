@@ -24,7 +24,7 @@ Point = dict[str, Any]
 """Overrides by their dotted name, for example {"config.pipeline.alpha": 0.1}."""
 
 RESULT_FILE = "result.json"
-# A metric of a point is its mean over this last share of the log.
+# A metric of a point is its mean over this last fraction of the log.
 _LAST_SHARE = 0.1
 
 

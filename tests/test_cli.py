@@ -1,14 +1,17 @@
 """Wrong input ends in one clear sentence and exit status 2."""
 
+import argparse
 import errno
 import os
 import pathlib
+import runpy
 import types
 
 import pytest
 
 from racm3_jax import cli, run
 from racm3_jax.commands import configs
+from racm3_jax.commands.parser import find_parsers
 from racm3_jax.metrics import MetricsWriter
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -52,6 +55,7 @@ def test_missing_config(capsys, tmp_path):
     assert "none.py" in error
     error = sentence(capsys, "train", f"--workdir={tmp_path}")
     assert "give --config" in error
+    assert "--workdir" in sentence(capsys, "evaluate")
 
 
 def test_config_argument_that_does_not_exist(capsys, tmp_path):
@@ -60,9 +64,75 @@ def test_config_argument_that_does_not_exist(capsys, tmp_path):
     assert ":twin" in error
 
 
-def test_unknown_argument(capsys):
+def test_configs_have_names(capsys, monkeypatch):
+    """With = or a space, with an argument, with settings of either form."""
+    given = []
+
+    def train(config, *_, **__):
+        given.append(config)
+        return types.SimpleNamespace(step=0)
+
+    monkeypatch.setattr(run, "train", train)
+    for words in (
+        ["--config=flagworld:twin", "--config.train.num_steps=7"],
+        ["--config", "flagworld:twin", "--config.train.num_steps", "7"],
+    ):
+        assert cli.main(["train", *words, "--workdir=w"]) == 75
+        config = given.pop()
+        assert config.train.num_steps == 7
+        assert config == configs.read_config(
+            [f"--config={CONFIGS}/flagworld.py:twin", "--config.train.num_steps=7"]
+        )
+    capsys.readouterr()
+    error = sentence(capsys, "train", "--config=flagworld_tinny", "--workdir=x")
+    assert error.endswith("did you mean flagworld_tiny?")
+    assert {"flagworld", "eval/coco"} <= set(configs.list_configs())
+
+
+def test_near_misses_are_named(capsys):
     error = sentence(capsys, "generate", "--workdir=x", "--prompt=y", "--sampels=4")
-    assert "--sampels=4" in error
+    assert "'--sampels=4'; did you mean --num_samples?" in error
+    for words, near in [
+        (["trian"], "train"),
+        (["memory", "serach"], "search"),
+        (["evaluate", "--suite=likelyhood", "--workdir=x"], "likelihood"),
+        (["memory", "stats", "--memory=x", "--num_querys=3"], "--num_queries"),
+    ]:
+        assert f"did you mean {near}?" in sentence(capsys, *words)
+    error = sentence(capsys, "xyzzy")
+    assert "there is no 'xyzzy'; known are quickstart, train" in error
+
+
+def test_the_help_names_every_option_and_its_default():
+    shown = {}
+    for parser in find_parsers(cli._parser()):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                continue
+            assert action.help and "None" not in action.help, (parser.prog, action)
+        shown[parser.prog] = " ".join(parser.format_help().split())
+    assert "(nucleus) (default: 0.9)" in shown["racm3 generate"]
+    assert (
+        "PNG file of the results (default: search.png)" in shown["racm3 memory search"]
+    )
+    assert "(default: False)" not in "".join(shown.values())
+
+
+def test_the_package_is_the_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["racm3", "memory", "plan", "--num_documents=1e6"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("racm3_jax", run_name="__main__")
+    assert ended.value.code == 0
+    assert "1,000,000 documents" in capsys.readouterr().out
+
+
+def test_completion(capsys):
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh"):
+        assert cli.main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        for word in ("quickstart", "--num_samples", "flagworld_tiny", "_racm3_configs"):
+            assert word in script
 
 
 def test_missing_workdir(capsys, tmp_path):
@@ -206,9 +276,10 @@ def test_config_files_that_fail(capsys, tmp_path):
         assert not (tmp_path / "x").exists()
     words = ["train", f"--config={tmp_path}", f"--workdir={tmp_path}/x"]
     assert "is a folder: give --config=FILE.py" in sentence(capsys, *words)
-    assert "write --config=FILE.py" in sentence(
-        capsys, "train", "--config", "x.py", "--workdir=x"
-    )
+    for words in (["--config", "x.py"], ["--config=x.py"]):
+        error = sentence(capsys, "train", *words, "--workdir=x")
+        assert "there is no config x.py; names: " in error and "flagworld_tiny" in error
+    assert "expected one argument" in sentence(capsys, "train", "--config")
 
 
 def test_the_home_folder_is_found_after_an_equals_sign(monkeypatch, tmp_path, capsys):
@@ -244,7 +315,7 @@ def test_results_of_others_are_left_alone(capsys, tmp_path):
         ("metrics.jsonl", ["train", config]),
         ("samples.png", ["quickstart", "--short"]),
         ("report.html", ["quickstart", "--short"]),
-        ("table.md", ["evaluate"]),
+        ("table.md", ["evaluate", "--suite=flagworld"]),
         ("results.json", ["evaluate"]),
         ("samples/infill.png", ["evaluate", "--suite=flagworld_tasks"]),
         ("sweep.json", ["sweep", f"--config={CONFIGS}/sweeps/flagworld_alpha.py:tiny"]),

@@ -98,7 +98,7 @@ def test_the_map_is_the_tree():
     mapped = set(re.findall(r"`(\w+/|\w+\.py)`", section))
     package = ROOT / "racm3_jax"
     tree = {f"{p.name}/" for p in package.iterdir() if (p / "__init__.py").exists()}
-    tree |= {p.name for p in package.glob("*.py") if p.name != "__init__.py"}
+    tree |= {p.name for p in package.glob("[!_]*.py")}
     assert tree <= mapped, "not in the map"
     gone = {n for n in mapped if not (package / n).exists()}
     assert not gone, "in the map, not in the tree"

@@ -32,7 +32,7 @@ def read_config(flags: Sequence[str], default: str = "") -> Any:
 
     files = [f.removeprefix("--config=") for f in flags if f.startswith("--config=")]
     if files and not files[-1].strip() or not files and not default:
-        raise UsageError("give --config=configs/NAME.py (see the folder configs/)")
+        raise UsageError(f"give --config=NAME or FILE.py; names: {_names()}")
     config = load_config_file(files[-1] if files else default)
     values = absl_flags.FlagValues()
     overrides = [flag for flag in flags if flag.startswith("--config.")]
@@ -58,7 +58,7 @@ def read_config(flags: Sequence[str], default: str = "") -> Any:
 
 
 def load_config_file(path: str) -> Any:
-    """Calls `get_config(arg)` of `file.py:arg`.
+    """Calls `get_config(arg)` of `file.py:arg`, or of `name:arg`.
 
     Raises:
       UsageError: the file, or the function in it, is missing or fails.
@@ -104,13 +104,13 @@ def _broken_config(what: str, file: str | None, error: BaseException) -> UsageEr
         lines.append(error.lineno)
     where = f" (line {lines[-1]})" if lines else ""
     return UsageError(
-        f"{what} fails{where} with {type(error).__name__}: {error}; mend the file "
+        f"{what} fails{where} with {type(error).__name__}: {error}; correct the file "
         "(racm3 --traceback shows more)"
     )
 
 
 def load_config_module(path: str) -> tuple[types.ModuleType, str]:
-    """The module and the argument of `file.py:arg`.
+    """The module and the argument of `file.py:arg`, or of `name:arg`.
 
     Inside the file, `from configs import other` finds the files of the same `configs`
     folder, wherever that folder is.
@@ -119,11 +119,7 @@ def load_config_module(path: str) -> tuple[types.ModuleType, str]:
       UsageError: there is no such file, or it does not run.
     """
     name, _, argument = path.partition(":")
-    name = os.path.expanduser(name)
-    if Path(name).is_dir():
-        raise UsageError(f"{name} is a folder: give --config=FILE.py, a file in it")
-    if not Path(name).is_file():
-        raise UsageError(f"there is no config file {name}; see the folder configs/")
+    name = _find_file(os.path.expanduser(name))
     spec = importlib.util.spec_from_file_location("racm3_config", name)
     if spec is None or spec.loader is None:
         raise UsageError(f"{name} is not a Python file: a config ends in .py")
@@ -171,10 +167,58 @@ def _override_problem(config: Any, overrides: Sequence[str], error: Exception) -
     return "config: " + " ".join(str(error.args[0] if error.args else error).split())
 
 
+def _find_file(name: str) -> str:
+    """The path of a config that the user names: a file, or one of `list_configs`.
+
+    Raises:
+      UsageError: there is no such file or name; suggests the nearest name.
+    """
+    if Path(name).is_file():
+        return name
+    if name in list_configs():
+        return find_config(f"{name}.py")
+    if Path(name).is_dir():
+        raise UsageError(f"{name} is a folder: give --config=FILE.py, a file in it")
+    near = difflib.get_close_matches(Path(name).stem, list_configs(), 1)
+    hint = f"did you mean {near[0]}?" if near else f"names: {_names()}"
+    raise UsageError(f"there is no config {name}; {hint}")
+
+
+def list_configs() -> list[str]:
+    """The names of the configs of this installation, as `--config=NAME` takes them."""
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in _folders()
+        for path in folder.rglob("*.py")
+        if path.stem != "__init__"
+    )
+
+
+def _names() -> str:
+    return ", ".join(name for name in list_configs() if "/" not in name)
+
+
+def _folders() -> list[Path]:
+    """`configs/` next to the package (a clone), or inside it (a wheel)."""
+    package = Path(racm3_jax.__file__).parent
+    both = (package.parent / "configs", package / "configs")
+    return [folder for folder in both if (folder / "flagworld.py").is_file()][:1]
+
+
 def find_config(name: str) -> str:
     """The path of a file of `configs/`, in a clone or in an installed package."""
-    package = Path(racm3_jax.__file__).parent
-    for folder in (package.parent / "configs", package / "configs"):
+    for folder in _folders():
         if (folder / name).is_file():
             return str(folder / name)
     raise UsageError(f"the config {name} is not part of this installation")
+
+
+def add_config_option(sub: Any) -> None:
+    """Adds `--config`; `--config.key=value` is left to ml_collections."""
+    sub.set_defaults(takes_config=True)
+    sub.add_argument(
+        "--config",
+        metavar="NAME|FILE.py[:ARG]",
+        help="a config by its name (see configs/) or file, and the argument that it "
+        "takes; --config.key=value changes one of its settings",
+    )

@@ -35,7 +35,7 @@ def register(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.set_defaults(command=_convert)
-    sub.add_argument("kind", choices=["clip", "vqgan", "chameleon"])
+    sub.add_argument("kind", choices=["clip", "vqgan", "chameleon"], help="what it is")
     sub.add_argument("source", help="a file, a folder, or hub:owner/name[@revision]")
     sub.add_argument("out", help="new folder")
     sub.add_argument("--merges", help="clip: file of the BPE's merges")
@@ -69,7 +69,9 @@ def register(commands: Any) -> None:
     sub.set_defaults(command=_export)
     sub.add_argument("source", help="a folder of ours")
     sub.add_argument("out", help="new folder")
-    sub.add_argument("--format", choices=["hf"], default="hf")
+    sub.add_argument(
+        "--format", choices=["hf"], default="hf", help="hf: files of transformers"
+    )
     sub.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export at OUT"
     )
@@ -77,17 +79,18 @@ def register(commands: Any) -> None:
     text = "Encode an image to codes; with --roundtrip decode them and measure."
     sub = commands.add_parser("tokenize", help=text, description=text)
     sub.set_defaults(command=_tokenize)
-    sub.add_argument("image", type=options.path, help="a picture of any size")
+    sub.add_argument("image", type=options.path, help="an image file of any size")
     sub.add_argument(
         "--tokenizer",
         type=options.path,
         required=True,
-        help="folder of an image tokenizer",
+        help="folder of a tokenizer, or of its image part (shipped:flagworld/tokenizer is "
+        "inside racm3_jax)",
     )
     sub.add_argument(
         "--roundtrip",
         action="store_true",
-        help="print the PSNR and write both pictures side by side",
+        help="print the PSNR and write both images side by side",
     )
     sub.add_argument(
         "--out", type=options.path, default="roundtrip.png", help="of --roundtrip"
@@ -170,14 +173,17 @@ def _export(arguments: Arguments) -> None:
 def _tokenize(arguments: Arguments) -> None:
     import numpy as np
 
-    from racm3_jax import own_files
+    from racm3_jax import own_files, wiring
     from racm3_jax.documents.images import read_image, resize_image
     from racm3_jax.tokenizers.image import ImageTokenizer, compute_psnr
 
     if arguments.roundtrip:
         change = "give another --out"
         own_files.check_pictures(arguments.out, inputs=[arguments.image], change=change)
-    tokenizer = ImageTokenizer.load(arguments.tokenizer, batch_size=1)
+    folder = wiring.resolve(arguments.tokenizer)
+    if (folder / "image").is_dir():
+        folder = folder / "image"
+    tokenizer = ImageTokenizer.load(folder, batch_size=1)
     image = resize_image(read_image(arguments.image), tokenizer.image_size)[None]
     codes = tokenizer.encode(image)
     if not arguments.roundtrip:

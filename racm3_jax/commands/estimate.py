@@ -1,4 +1,4 @@
-"""estimate: memory, traffic, speed and hours of a training, before it is begun."""
+"""estimate: memory, traffic, speed and hours of a training, before it starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from racm3_jax.commands.configs import UsageError, read_config
+from racm3_jax.commands.configs import UsageError, add_config_option, read_config
 
 if TYPE_CHECKING:
     from racm3_jax.compilation.figures import Figures, Largest
@@ -32,7 +32,8 @@ def register(commands: Any) -> None:
         "--compile by the accelerator's own compiler, which needs no accelerator."
     )
     sub = commands.add_parser("estimate", help=text, description=text)
-    sub.set_defaults(command=_estimate, takes_config=True)
+    sub.set_defaults(command=_estimate)
+    add_config_option(sub)
     sub.add_argument(
         "--device", required=True, help="name:number, for example h200:8 or v5p:64"
     )
@@ -152,7 +153,7 @@ def _changes(config: Any, plan: Plan) -> list[str]:
 
 
 def _print_changes(changes: Any) -> None:
-    print("this does not fit; what would mend it, the mildest first:")
+    print("this does not fit; suggested fixes, least intrusive first:")
     for change in changes:
         print(f"  {change}")
 
@@ -194,8 +195,8 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
         sized = config.copy_and_resolve_references()
         sized.pipeline.rows = program.size
         plan = _make_plan(sized, name, machine.num_devices)
-    anew = saved.without_cache() if arguments.save else contextlib.nullcontext()
-    with anew:
+    cache = saved.without_cache() if arguments.save else contextlib.nullcontext()
+    with cache:
         first, parts = figures.compile_program(
             program, machine, program.size, capacity, _watch
         )
@@ -285,7 +286,7 @@ def _save(
 
 @contextlib.contextmanager
 def _watch(text: str) -> Iterator[None]:
-    """Seconds that pass, on standard error; one line each where that is no terminal."""
+    """Elapsed seconds on standard error; one line where that is not a terminal."""
     if not sys.stderr.isatty():
         started = time.monotonic()
         yield

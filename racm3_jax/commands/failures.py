@@ -30,7 +30,7 @@ _MAX_LENGTH = 2000
 
 
 def explain(error: BaseException) -> str:
-    """The sentence of an error that a user can mend."""
+    """The sentence of an error that a user can correct."""
     if isinstance(error, OSError) and error.errno is not None:
         words = _WORDS.get(error.errno) or f"{error.strerror}: check the path"
         paths = [p for p in (error.filename, error.filename2) if p not in (None, "")]

@@ -1,7 +1,7 @@
 """generate, caption, infill, edit, classify: what runs from a work directory.
 
 Every command prints what it made and from which documents; with `--json`, one line of
-JSON. Pictures carry the same record: in a file beside them, and inside the PNG.
+JSON. Images carry the same record: in a file next to them, and inside the PNG.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from racm3_jax.commands.outputs import (
     save_pictures,
     show_progress,
 )
+from racm3_jax.commands.support import KEY as EXAMPLES_KEY
 
 Arguments = argparse.Namespace
 
 
 def register(commands: Any) -> None:
     """Adds them to the parser's subcommands."""
-    sub = _add(commands, "generate", _generate, "Draw what a prompt says.")
+    sub = _add(
+        commands, "generate", _generate, "Generate images of what a prompt says."
+    )
     given = sub.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", type=options.filled, help="what to draw")
+    given.add_argument("--prompt", type=options.filled, help="what to generate")
     given.add_argument(
         "--parts",
         type=options.path,
-        help='a JSON file, [{"text": ...}, {"image": file}, ...]: go on freely after it',
+        help='a JSON file, [{"text": ...}, {"image": file}, ...]: continue it freely',
     )
     _add_retrieval(sub, "instead of retrieved ones: a demonstration to follow")
     _add_neighbours(sub)
@@ -40,14 +43,24 @@ def register(commands: Any) -> None:
     _add_ranking(sub)
     _add_preview(sub)
     sub.add_argument(
-        "--max_segments", type=options.whole(1, 1000), default=2, help="with --parts"
+        "--max_segments",
+        type=options.whole(1, 1000),
+        default=2,
+        help="with --parts: texts and images to write, at most",
     )
-    sub.add_argument("--out", type=options.path, default="sample.png")
+    sub.add_argument(
+        "--out", type=options.path, default="sample.png", help="PNG file to write"
+    )
 
     sub = _add(commands, "caption", _caption, "Describe an image.")
-    sub.add_argument("--image", type=options.path, required=True)
+    sub.add_argument("--image", type=options.path, required=True, help="image file")
     sub.add_argument("--prefix", default="", help='how it begins, as in "Photo of"')
-    sub.add_argument("--caption_prompt", choices=("masked", "last"), default="masked")
+    sub.add_argument(
+        "--caption_prompt",
+        choices=("masked", "last"),
+        default="masked",
+        help="masked: at a mask before the image; last: for a model of captions after images",
+    )
     _add_retrieval(sub, "instead of retrieved ones")
     sub.add_argument(
         "--num_candidates",
@@ -57,8 +70,10 @@ def register(commands: Any) -> None:
     )
     _add_sampling(sub)
 
-    sub = _add(commands, "infill", _infill, "Draw a region anew, or fill in a text.")
-    sub.add_argument("--image", type=options.path)
+    sub = _add(
+        commands, "infill", _infill, "Fill in a region of an image, or a gap in a text."
+    )
+    sub.add_argument("--image", type=options.path, help="image file")
     sub.add_argument(
         "--text",
         type=options.filled,
@@ -69,8 +84,10 @@ def register(commands: Any) -> None:
     _add_sampling(sub)
     _add_ranking(sub)
 
-    sub = _add(commands, "edit", _edit, "Draw a region as a chosen document shows it.")
-    sub.add_argument("--image", type=options.path, required=True)
+    sub = _add(
+        commands, "edit", _edit, "Fill in a region as a chosen document shows it."
+    )
+    sub.add_argument("--image", type=options.path, required=True, help="image file")
     _add_region(sub)
     sub.add_argument(
         "--memory", type=options.path, default=None, help="another memory directory"
@@ -81,24 +98,29 @@ def register(commands: Any) -> None:
     _add_ranking(sub)
 
     sub = _add(commands, "classify", _classify, "Choose a label from examples.")
-    sub.add_argument("--image", type=options.path, required=True)
+    sub.add_argument("--image", type=options.path, required=True, help="image file")
     sub.add_argument(
         "--support",
         type=options.path,
         required=True,
-        help='a JSON file, [{"image": file, "label": ...}]',
+        help='JSON file of racm3 support, or [{"image": file, "label": ...}]',
     )
     sub.add_argument(
         "--labels",
         type=options.filled,
-        help="separated by commas; else those of --support",
+        help="separated by commas; default: those of --support",
     )
-    sub.add_argument("--shots_per_pass", type=options.whole(1), default=None)
+    sub.add_argument(
+        "--shots_per_pass",
+        type=options.whole(1),
+        default=None,
+        help="examples of each label in the context at once; default: as many as fit",
+    )
     sub.add_argument(
         "--by",
         choices=("image", "label"),
         default="image",
-        help="compare how likely the image is behind each label, or the label behind it",
+        help="compare how likely the image is after each label, or each label after it",
     )
 
 
@@ -133,7 +155,12 @@ def _add_retrieval(sub: Any, text: str) -> None:
     sub.add_argument(
         "--memory", type=options.path, default=None, help="another memory directory"
     )
-    sub.add_argument("--num_retrieved", type=options.whole(0, 10_000), default=2)
+    sub.add_argument(
+        "--num_retrieved",
+        type=options.whole(0, 10_000),
+        default=2,
+        help="documents of the memory that are read",
+    )
     _add_documents(sub, text)
 
 
@@ -142,27 +169,57 @@ def _add_neighbours(sub: Any) -> None:
         "--num_neighbours",
         type=options.whole(0, 10_000),
         default=0,
-        help="documents of the memory most like --document, to stand behind it",
+        help="documents of the memory most similar to --document, to read after it",
     )
 
 
 def _add_sampling(sub: Any, guided: bool = True) -> None:
-    sub.add_argument("--num_samples", type=options.whole(1, 10_000), default=1)
-    sub.add_argument("--seed", type=options.whole(0, options.MAX_SEED), default=0)
-    sub.add_argument("--temperature", type=options.number(), default=1.0)
-    sub.add_argument("--top_p", type=options.number(0, 1), default=0.9)
-    sub.add_argument("--top_k", type=options.whole(), default=0)
+    sub.add_argument(
+        "--num_samples",
+        type=options.whole(1, 10_000),
+        default=1,
+        help="how many are made",
+    )
+    sub.add_argument(
+        "--seed",
+        type=options.whole(0, options.MAX_SEED),
+        default=0,
+        help="the same seed makes the same samples",
+    )
+    sub.add_argument(
+        "--temperature",
+        type=options.number(),
+        default=1.0,
+        help="divides the logits; 0 takes the most probable token",
+    )
+    sub.add_argument(
+        "--top_p",
+        type=options.number(0, 1),
+        default=0.9,
+        help="probability mass of the tokens that are kept (nucleus)",
+    )
+    sub.add_argument(
+        "--top_k",
+        type=options.whole(),
+        default=0,
+        help="number of tokens that are kept; 0 keeps all",
+    )
     if not guided:
         return
     sub.add_argument("--guidance", type=options.number(), default=1.0, help="1 is none")
     sub.add_argument(
         "--contrastive_k", type=options.whole(), default=0, help="0 is none"
     )
-    sub.add_argument("--contrastive_alpha", type=options.number(0, 1), default=0.6)
+    sub.add_argument(
+        "--contrastive_alpha",
+        type=options.number(0, 1),
+        default=0.6,
+        help="with --contrastive_k: smallest probability, as a fraction of the k-th largest",
+    )
     sub.add_argument(
         "--guide_documents",
         action="store_true",
-        help="guide away from what is drawn without the documents, too",
+        help="guide away from what is generated without the documents, too",
     )
 
 
@@ -179,7 +236,9 @@ def _add_ranking(sub: Any) -> None:
 
 def _add_preview(sub: Any) -> None:
     sub.add_argument(
-        "--preview", type=options.path, help="a PNG that is rewritten while it is drawn"
+        "--preview",
+        type=options.path,
+        help="PNG file, rewritten while the image is generated",
     )
 
 
@@ -191,14 +250,24 @@ def _add_region(sub: Any) -> None:
     sub.add_argument(
         "--mask",
         type=options.path,
-        help="an image of the same size, white where to draw",
+        help="image file of the same size, white where to fill in",
     )
     sub.add_argument("--prompt", default="", help="the caption of the image, if any")
-    sub.add_argument("--max_spans", type=options.whole(1, 10_000), default=1)
     sub.add_argument(
-        "--region_prompt", choices=("masked", "in_place"), default="masked"
+        "--max_spans",
+        type=options.whole(1, 10_000),
+        default=1,
+        help="masks that the region may take, at most",
     )
-    sub.add_argument("--out", type=options.path, default="sample.png")
+    sub.add_argument(
+        "--region_prompt",
+        choices=("masked", "in_place"),
+        default="masked",
+        help="masked: the image with a mask in the region; in_place: the image up to it",
+    )
+    sub.add_argument(
+        "--out", type=options.path, default="sample.png", help="PNG file to write"
+    )
 
 
 def _check_and_run(command: Callable, arguments: Arguments) -> None:
@@ -295,9 +364,9 @@ def _infill(arguments: Arguments) -> None:
         if arguments.box or arguments.mask:
             raise ValueError("--text fills in words: leave --box and --mask out")
         if arguments.rank_by == "document":
-            raise ValueError("--text writes no picture: leave --rank_by=document out")
+            raise ValueError("--text writes no image: leave --rank_by=document out")
         if arguments.preview:
-            raise ValueError("--text writes no picture: leave --preview out")
+            raise ValueError("--text writes no image: leave --preview out")
         output = _open(arguments).infill_text(
             arguments.text, image, **common, **_sampling(arguments, guided=False)
         )
@@ -426,6 +495,8 @@ def _read_list(path: Path, *forms: set[str]) -> list[dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if isinstance(entries, dict):  # a record of `racm3 support`
+        entries = entries.get(EXAMPLES_KEY)
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and any(keys <= entry.keys() for keys in forms)
         for entry in entries

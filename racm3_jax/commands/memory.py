@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ def _config(arguments: Arguments, **more: Any) -> Any:
 
 
 def _build(arguments: Arguments) -> None:
+    from racm3_jax.commands import memory_words
     from racm3_jax.memory import beam as beam_build
     from racm3_jax.memory import merge
     from racm3_jax.memory.format import read_manifest
@@ -116,36 +117,28 @@ def _build(arguments: Arguments) -> None:
             options=shlex.split(arguments.beam),
         )
     manifest = read_manifest(path)
-    report = manifest["report"]
     print(f"{path}: {manifest['num_documents']} documents, {manifest['index']} index")
-    print(f"  read {report['read']}, bad {sum(report['bad'].values())}")
-    for title in ("bad", "left_out", "filtered", "duplicates"):
-        for reason, count in report.get(title, {}).items():
-            print(f"  {title.replace('_', ' ')}: {count} {reason}")
-    _print_renamed(report["renamed"])
-    shared = ", ".join(f"{count} {what}" for what, count in report["leakage"].items())
-    print(f"  retrieval will withhold from documents: {shared}")
+    _say(memory_words.describe_build(manifest))
     bad = merge.bad_records_file(path)
     if bad.is_file():
         print(f"  bad records are listed in {bad}")
 
 
-def _print_renamed(count: int) -> None:
-    if count:
-        print(f"  renamed: {count} whose id another document has (id#content)")
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
-    from tqdm import tqdm
-
     from racm3_jax.memory import builder
+    from racm3_jax.progress import open_progress
 
     tokenizer, embedder = _load_models(arguments)
-    with tqdm(desc="build", unit="", unit_scale=True) as bar:
+    with open_progress(desc="build memory", unit="steps of work") as bar:
 
         def show(num_documents: int, done: int, total: int) -> None:
             bar.total = total
-            bar.set_postfix(documents=num_documents, refresh=False)
+            bar.set_postfix({"documents": num_documents}, refresh=False)
             bar.update(done - bar.n)
 
         builder.build_memory(
@@ -162,6 +155,7 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
 def _add_documents(arguments: Arguments) -> None:
     import dataclasses
 
+    from racm3_jax.commands import memory_words
     from racm3_jax.memory import config as config_lib
     from racm3_jax.memory import edit
     from racm3_jax.memory.format import read_manifest
@@ -182,9 +176,8 @@ def _add_documents(arguments: Arguments) -> None:
     )
     print(f"{arguments.memory}: added {counts['added']} documents")
     for title in ("bad", "left_out", "filtered"):
-        for reason, count in counts[title].items():
-            print(f"  {title.replace('_', ' ')}: {count} {reason}")
-    _print_renamed(counts["renamed"])
+        _say(memory_words.describe_counts(title, counts[title]))
+    _say(memory_words.describe_renamed(counts["renamed"]))
     if counts["filtered"].get("removed before"):
         print("  --readmit takes back what was removed")
 
@@ -225,6 +218,7 @@ def _search(arguments: Arguments) -> None:
 
 
 def _stats(arguments: Arguments) -> None:
+    from racm3_jax.commands import memory_words
     from racm3_jax.commands.originals import read_for_picture
     from racm3_jax.memory.memory import Memory
     from racm3_jax.memory.stats import compute_stats
@@ -241,8 +235,7 @@ def _stats(arguments: Arguments) -> None:
     if arguments.json:
         print(json.dumps({**stats, "out": arguments.out}))
         return
-    for name, value in stats.items():
-        print(f"{name}: {json.dumps(value)}")
+    _say(memory_words.describe_stats(stats, arguments.num_queries))
     print(f"wrote {arguments.out}{note}")
 
 
@@ -297,7 +290,7 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
             try:
                 lines = file.read_text(encoding="utf-8").splitlines()
             except UnicodeDecodeError:
-                raise UsageError(f"--ids={file} is no text in UTF-8") from None
+                raise UsageError(f"--ids={file} is not UTF-8 text") from None
         parts = lines if file.is_file() else lines[0].split(",")
         names = [name.strip() for name in parts if name.strip()]
         if not names:
@@ -320,17 +313,19 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
 
 
 def _neighbours(arguments: Arguments) -> None:
-    from tqdm import tqdm
-
     from racm3_jax.memory.format import TABLE_DIRECTORY
     from racm3_jax.memory.memory import Memory
     from racm3_jax.memory.neighbours import compute_neighbours
+    from racm3_jax.progress import open_progress
 
     own_place = Path(arguments.memory) / TABLE_DIRECTORY
     out = Path(arguments.out or own_place)
     if out.absolute() != own_place.absolute():
         own_files.check_place(out, "give another --out")
-    with Memory.load(arguments.memory) as memory, tqdm(desc="neighbours") as bar:
+    with (
+        Memory.load(arguments.memory) as memory,
+        open_progress(desc="neighbours") as bar,
+    ):
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -11,7 +11,7 @@ _SHIPPED = "shipped:flagworld"
 
 
 def add_action(actions: Any, name: str) -> Any:
-    """The parser of one action; all but `plan` are about a memory that is there."""
+    """The parser of one action; all but `plan` need a memory."""
     text, add_flags = ACTIONS[name]
     sub = actions.add_parser(name, help=text, description=text)
     if name != "plan":
@@ -31,20 +31,42 @@ def _add_build(sub: Any) -> None:
     _models(sub)
     _filters(sub)
     sub.add_argument("--index", default="auto", help=f"auto|{_kinds()}")
-    sub.add_argument("--num_query_variants", type=options.whole(0, 1000), default=4)
-    sub.add_argument("--query_drop", type=options.number(0, 1), default=0.2)
-    sub.add_argument("--seed", type=options.whole(0, options.MAX_SEED), default=0)
     sub.add_argument(
-        "--max_ram", type=options.number(), default=0.0, help="GB for the index build"
+        "--num_query_variants",
+        type=options.whole(0, 1000),
+        default=4,
+        help="training queries with dropout of every document",
+    )
+    sub.add_argument(
+        "--query_drop",
+        type=options.number(0, 1),
+        default=0.2,
+        help="fraction of its tokens that a training query drops",
+    )
+    sub.add_argument(
+        "--seed",
+        type=options.whole(0, options.MAX_SEED),
+        default=0,
+        help="of the tokens that queries drop",
+    )
+    sub.add_argument(
+        "--max_ram",
+        type=options.number(),
+        default=0.0,
+        help="GB of RAM that the index build may take; 0: no bound",
     )
     sub.add_argument(
         "--recall_target",
         type=options.number(0, 1),
         default=0.95,
-        help="recall@10 of the index",
+        help="fraction of the exact 10 nearest that the index must find",
     )
-    sub.add_argument("--deduplicate", default="exact", help="none|exact|near")
-    sub.add_argument("--overwrite", action="store_true")
+    sub.add_argument(
+        "--deduplicate", default="exact", help="none|exact|near: what is kept once"
+    )
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace a memory that is there"
+    )
     sub.add_argument(
         "--beam",
         default=None,
@@ -55,11 +77,15 @@ def _add_build(sub: Any) -> None:
 
 def _add_search(sub: Any) -> None:
     _models(sub)
-    sub.add_argument("--text", type=options.filled, default=None)
-    sub.add_argument("--image", type=options.path, default=None)
-    sub.add_argument("--k", type=options.whole(1, 10_000), default=8)
+    sub.add_argument("--text", type=options.filled, default=None, help="query")
     sub.add_argument(
-        "--out", type=options.path, default="search.png", help="picture of the results"
+        "--image", type=options.path, default=None, help="query, an image file"
+    )
+    sub.add_argument(
+        "--k", type=options.whole(1, 10_000), default=8, help="documents to find"
+    )
+    sub.add_argument(
+        "--out", type=options.path, default="search.png", help="PNG file of the results"
     )
     _originals(sub)
     sub.add_argument("--json", action="store_true", help="one line of JSON")
@@ -67,9 +93,17 @@ def _add_search(sub: Any) -> None:
 
 def _add_stats(sub: Any) -> None:
     _models(sub)
-    sub.add_argument("--num_queries", type=options.whole(1), default=200)
     sub.add_argument(
-        "--out", type=options.path, default="memory.png", help="contact sheet"
+        "--num_queries",
+        type=options.whole(1),
+        default=200,
+        help="documents sampled for recall, latency and near-duplicates",
+    )
+    sub.add_argument(
+        "--out",
+        type=options.path,
+        default="memory.png",
+        help="PNG file, a contact sheet",
     )
     _originals(sub)
     sub.add_argument("--json", action="store_true", help="one line of JSON")
@@ -95,7 +129,10 @@ def _add_remove(sub: Any) -> None:
     )
     sub.add_argument("--like", type=options.path, default=None, help="an image file")
     sub.add_argument(
-        "--min_similarity", type=options.number(-1, 1), default=0.95, help="of --like"
+        "--min_similarity",
+        type=options.number(-1, 1),
+        default=0.95,
+        help="cosine to --like",
     )
     sub.add_argument("--compact", action="store_true", help="also from the disk, now")
     sub.add_argument("--dry_run", action="store_true", help="only list them")
@@ -114,17 +151,37 @@ def _add_neighbours(sub: Any) -> None:
     sub.add_argument(
         "--out", type=options.path, default=None, help="the table; default MEMORY/table"
     )
-    sub.add_argument("--k", type=options.whole(1), default=512)
+    sub.add_argument(
+        "--k", type=options.whole(1), default=512, help="neighbours of each query"
+    )
     sub.add_argument("--engine", default="exact", help="exact (all devices)|memory")
 
 
 def _add_plan(sub: Any) -> None:
     sub.add_argument(
-        "--num_documents", type=options.number(1, 1e15), required=True, help="150e6"
+        "--num_documents",
+        type=options.number(1, 1e15),
+        required=True,
+        help="how many, as 150e6",
     )
-    sub.add_argument("--d_embed", type=options.whole(1), default=768)
-    sub.add_argument("--hosts", type=options.whole(1), default=1)
-    sub.add_argument("--devices_per_host", type=options.whole(1), default=8)
+    sub.add_argument(
+        "--d_embed",
+        type=options.whole(1),
+        default=768,
+        help="dimensions of an embedding",
+    )
+    sub.add_argument(
+        "--hosts",
+        type=options.whole(1),
+        default=1,
+        help="machines that build and search it",
+    )
+    sub.add_argument(
+        "--devices_per_host",
+        type=options.whole(1),
+        default=8,
+        help="accelerators of each",
+    )
     sub.add_argument(
         "--index", default="", help=f"{_kinds()}; default: the first sharded"
     )
@@ -146,7 +203,9 @@ def _source(sub: Any) -> None:
 
 
 def _models(sub: Any) -> None:
-    sub.add_argument("--tokenizer", type=options.path, default=f"{_SHIPPED}/tokenizer")
+    sub.add_argument(
+        "--tokenizer", type=options.path, default=f"{_SHIPPED}/tokenizer", help="folder"
+    )
     sub.add_argument(
         "--embedder",
         type=options.path,
@@ -171,7 +230,7 @@ def _filters(sub: Any) -> None:
         "--max_bad",
         type=options.number(0, 1),
         default=0.1,
-        help="share that may be bad",
+        help="fraction of the records that may be bad",
     )
     sub.add_argument(
         "--opt_out", type=options.path, help="file of ids and URL patterns"
@@ -183,20 +242,30 @@ def _filters(sub: Any) -> None:
         default=[],
         help="source of evaluation documents",
     )
-    sub.add_argument("--max_nsfw", type=options.number(), default=None)
-    sub.add_argument("--max_watermark", type=options.number(), default=None)
+    sub.add_argument(
+        "--max_nsfw",
+        type=options.number(),
+        default=None,
+        help="largest NSFW score (0 to 1) in the source's columns",
+    )
+    sub.add_argument(
+        "--max_watermark",
+        type=options.number(),
+        default=None,
+        help="largest watermark score (0 to 1) in the source's columns",
+    )
 
 
 ACTIONS = {
     "build": ("Index a corpus; the same call resumes.", _add_build),
     "search": ("Show what a query finds.", _add_search),
     "stats": ("Counts, sizes, recall, latency, duplicates.", _add_stats),
-    "verify": ("Check every byte, and that removed is gone.", _add_verify),
+    "verify": ("Check every byte, and that removed documents are gone.", _add_verify),
     "remove": ("Remove documents for good.", _add_remove),
     "add": ("Add the documents of a source.", _add_add),
     "neighbours": ("Precompute all training searches.", _add_neighbours),
     "plan": (
-        "Disk, RAM, FLOPs and hours of a memory that does not exist yet.",
+        "Disk, RAM, FLOPs and hours of a memory before it is built.",
         _add_plan,
     ),
 }

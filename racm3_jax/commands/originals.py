@@ -1,6 +1,6 @@
-"""The pictures that a memory was made from, where they still lie in a folder.
+"""The images that a memory was made from, where their files are still in a folder.
 
-A memory keeps what the model reads: codes, which look as the image tokenizer draws them.
+A memory keeps what the model reads: codes, which look as the image tokenizer decodes them.
 People who look at a memory of their own photographs want to see the photographs.
 """
 
@@ -30,7 +30,7 @@ def read_for_picture(
     rows: Int[np.ndarray, " n"],
     wanted: str | None,
 ) -> tuple[list[Document], str]:
-    """The documents of these rows, with their files as pictures where they are found.
+    """The documents of these rows, with their files as images where they are found.
 
     Args:
       memory: an open one.
@@ -52,7 +52,7 @@ def read_for_picture(
     if not rest:
         return documents, ""
     return documents, (
-        f": {rest} of {len(documents)} pictures as the memory keeps them "
+        f": {rest} of {len(documents)} images as the memory keeps them "
         "(--originals=FOLDER shows the files)"
     )
 
@@ -81,7 +81,7 @@ def show_originals(
     hashes: UInt64[np.ndarray, " documents"] | None,
     folder: Path | None,
 ) -> tuple[list[Document], int]:
-    """Exchanges decoded pictures for the files that they were made from.
+    """Replaces decoded images by the files that they were made from.
 
     Args:
       documents: as the tokenizer gives them back; a file is named by the document's id.

@@ -1,4 +1,4 @@
-"""What the generating commands leave: pictures, records beside and inside them, lines."""
+"""What the generating commands write: images, records next to and inside them, lines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
 
     Args:
       arguments: of a generating command.
-      writes_out: whether this call writes a picture at all.
+      writes_out: whether this call writes an image at all.
 
     Raises:
       OSError, ValueError: names the path and says what to do.
@@ -66,7 +66,7 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
 
 
 def save_pictures(arguments: Arguments, output: Any) -> None:
-    """The samples in one PNG, best first, with the record inside and beside it."""
+    """The samples in one PNG, best first, with the record inside and next to it."""
     from racm3_jax.evaluation.pictures import tile
 
     record = _record(arguments, output, {"out": arguments.out})
@@ -78,7 +78,7 @@ def save_pictures(arguments: Arguments, output: Any) -> None:
 
 
 def save_parts(out: str, output: Any) -> list[list[dict[str, str]]]:
-    """Free documents: their images as PNG files beside `out`, their texts as they are."""
+    """Free documents: their images as PNG files next to `out`, their texts as they are."""
     stem = Path(out).with_suffix("")
     written = []
     for i, document in enumerate(output.documents):
@@ -171,7 +171,7 @@ def _number(value: float) -> float | None:
 
 
 def show_progress(generator: Any, preview: str | None) -> Callable[[Any], None] | None:
-    """Shows the speed on a terminal, and the picture in a file."""
+    """Shows the speed on a terminal, and the image in a file."""
     if preview is None and not sys.stderr.isatty():
         return None
 
@@ -179,7 +179,7 @@ def show_progress(generator: Any, preview: str | None) -> Callable[[Any], None] 
         if sys.stderr.isatty():
             end = "\n" if progress.num_drawn == progress.max_new_tokens else ""
             print(
-                f"\r{progress.num_drawn}/{progress.max_new_tokens} ids, "
+                f"\r{progress.num_drawn}/{progress.max_new_tokens} tokens, "
                 f"{progress.tokens_per_second:.0f} tokens/s",
                 end=end,
                 file=sys.stderr,

@@ -10,6 +10,7 @@ from typing import Any
 from racm3_jax.commands import arguments as options
 from racm3_jax.commands.configs import (
     UsageError,
+    add_config_option,
     call_config,
     load_config_module,
     read_config,
@@ -29,10 +30,13 @@ _SHOWN = ("loss", "text_loss", "image_loss", "psnr", "image_query_accuracy")
 
 def register(commands: Any) -> None:
     """Adds `sweep` to the parser's subcommands."""
-    text = "Train every point of a config's get_hyper; run again to go on."
+    text = "Train every point of a config's get_hyper; the same command resumes."
     sub = commands.add_parser("sweep", help=text, description=text)
-    sub.set_defaults(command=_sweep, takes_config=True)
-    sub.add_argument("--workdir", type=options.path, required=True)
+    sub.set_defaults(command=_sweep)
+    add_config_option(sub)
+    sub.add_argument(
+        "--workdir", type=options.path, required=True, help="folder of the results"
+    )
     sub.add_argument(
         "--print_commands",
         action="store_true",
@@ -44,7 +48,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     flags = arguments.config_flags
     files = [f.removeprefix("--config=") for f in flags if f.startswith("--config=")]
     if not files:
-        raise UsageError("give --config=configs/sweeps/NAME.py")
+        raise UsageError("give --config=sweeps/NAME or FILE.py")
     module, _ = load_config_module(files[-1])
     if not hasattr(module, "get_hyper"):
         raise UsageError(

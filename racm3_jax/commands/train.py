@@ -8,37 +8,60 @@ from pathlib import Path
 from typing import Any
 
 from racm3_jax.commands import arguments as options
-from racm3_jax.commands.configs import UsageError, find_config, read_config
+from racm3_jax.commands.configs import (
+    UsageError,
+    add_config_option,
+    find_config,
+    read_config,
+)
 
 Arguments = argparse.Namespace
 # The exit status of a training that a signal ended, after a save (EX_TEMPFAIL).
 STOPPED_EARLY = 75
 SUITES = ("flagworld", "flagworld_tasks", "coco", "likelihood")
-_CONFIG_HELP = "; takes --config=FILE.py[:arg] and --config.key=value"
 
 
 def register(commands: Any) -> None:
     """Adds the three to the parser's subcommands."""
     text = "The main job on flagworld, in minutes."
     sub = commands.add_parser("quickstart", help=text, description=text)
-    sub.set_defaults(command=_quickstart, takes_config=True)
-    sub.add_argument("--workdir", type=options.path, default="racm3_out")
+    sub.set_defaults(command=_quickstart)
+    add_config_option(sub)
+    sub.add_argument(
+        "--workdir",
+        type=options.path,
+        default="racm3_out",
+        help="folder of the results",
+    )
     sub.add_argument("--short", action="store_true", help="under 90 seconds, for CI")
-    text = f"Train or resume{_CONFIG_HELP}."
+    text = "Train a config, or resume it: the same command."
     sub = commands.add_parser("train", help=text, description=text)
-    sub.set_defaults(command=_train, takes_config=True)
-    sub.add_argument("--workdir", type=options.path, required=True)
+    sub.set_defaults(command=_train)
+    add_config_option(sub)
     sub.add_argument(
-        "--profile_steps", default="", help="first:last step of a trace to write"
+        "--workdir",
+        type=options.path,
+        required=True,
+        help="folder or URL of the results",
     )
     sub.add_argument(
-        "--compiled", default="", help="a step from racm3 estimate --compile --save"
+        "--profile_steps",
+        default="",
+        help="FIRST:LAST step of a trace to write, as 10:12",
     )
-    text = f"Run a suite{_CONFIG_HELP}."
+    sub.add_argument(
+        "--compiled", default="", help="file of racm3 estimate --compile --save"
+    )
+    text = "Run a suite of measurements."
     sub = commands.add_parser("evaluate", help=text, description=text)
-    sub.set_defaults(command=_evaluate, takes_config=True)
-    sub.add_argument("--suite", default="flagworld", choices=SUITES)
-    sub.add_argument("--workdir", type=options.path, default="racm3_evaluation")
+    sub.set_defaults(command=_evaluate)
+    add_config_option(sub)
+    sub.add_argument(
+        "--suite", default="flagworld", choices=SUITES, help="what is measured"
+    )
+    sub.add_argument(
+        "--workdir", type=options.path, required=True, help="folder of the results"
+    )
 
 
 def _train(arguments: Arguments) -> int:
@@ -55,7 +78,7 @@ def _train(arguments: Arguments) -> int:
     if int(state.step) < config.train.num_steps:
         print(
             f"stopped and saved after step {int(state.step)} of "
-            f"{config.train.num_steps}; the same command goes on",
+            f"{config.train.num_steps}; the same command resumes",
             file=sys.stderr,
         )
         return STOPPED_EARLY

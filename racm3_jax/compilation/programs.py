@@ -120,7 +120,7 @@ def _on_one_device(devices: Sequence[Any]) -> tuple[Mesh, Callable[[Any], Any]]:
 
 
 def _build_decoding(config: Any, devices: Sequence[Any], size: int | None) -> Program:
-    """Guided images behind retrieved documents: what `generation.sample` compiles."""
+    """Guided images after retrieved documents: what `generation.sample` compiles."""
     vocab = wiring.build_vocab(config)
     model_config = wiring.build_model_config(config, vocab)
     num_documents = config.pipeline.max_documents
@@ -128,7 +128,7 @@ def _build_decoding(config: Any, devices: Sequence[Any], size: int | None) -> Pr
     needed = documents_length + TEXT_LENGTH + vocab.image_length
     if needed > model_config.max_length:
         raise ValueError(
-            f"an image behind {num_documents} documents has {needed} tokens, more than "
+            f"an image after {num_documents} documents has {needed} tokens, more than "
             f"config.model.max_length={model_config.max_length}; lower "
             "config.pipeline.max_documents"
         )
@@ -185,7 +185,7 @@ def _build_decoding(config: Any, devices: Sequence[Any], size: int | None) -> Pr
         return {"read the prompts": reading, "sample images": sampling}
 
     facts = {
-        "prompts": f"guided, behind {num_documents} documents of "
+        "prompts": f"guided, after {num_documents} documents of "
         f"{TEXT_LENGTH + vocab.image_length} tokens",
         "on": "each device for itself",
     }

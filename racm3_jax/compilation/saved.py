@@ -88,7 +88,7 @@ def save_step(
 
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
-    """Compiles anew what is to be saved.
+    """Compiles what is to be saved without the cache.
 
     What XLA's CPU compiler has read from JAX's compilation cache lacks its functions when
     it is written again, and fails when it is run.

@@ -1,4 +1,4 @@
-// Paints cells on the canvas over a picture; tells them after every stroke.
+// Paints cells on the canvas over an image; tells them after every stroke.
 let painting = false;
 let last = null;
 
@@ -41,7 +41,7 @@ function paint(canvas, x0, y0) {
   }
 }
 
-// A fast pointer jumps: what lies between two places is painted, too.
+// A fast pointer jumps: what is between two places is painted, too.
 function stroke(canvas, event) {
   const [x, y] = placeOf(canvas, event);
   const [fromX, fromY] = last ?? [x, y];
@@ -72,5 +72,5 @@ element.addEventListener("click", (event) => {
   clear();
   tell(element.querySelector("canvas"));
 });
-// Another picture keeps the canvas, as what is equal in the page is never made anew.
+// Another image keeps the canvas: the page does not rebuild what is equal in it.
 watch("value", clear);

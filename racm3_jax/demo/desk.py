@@ -50,7 +50,7 @@ class Given:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Earlier:
-    """A picture that was drawn before, and from what."""
+    """An image that was generated before, and from what."""
 
     image: UInt8[np.ndarray, "height width 3"]
     prompt: str
@@ -82,7 +82,7 @@ class Stage:
     Attributes:
       desk: the documents that it is drawn from; none before they are known.
       images: as far as they are drawn, grey where they are not.
-      share: how much is drawn, 0 to 1.
+      share: fraction that is generated, 0 to 1.
       output: the result, when it is done.
     """
 
@@ -93,7 +93,7 @@ class Stage:
 
 
 def remember(earlier: tuple[Earlier, ...], stage: Stage) -> tuple[Earlier, ...]:
-    """With the best picture of a finished drawing in front; the oldest go."""
+    """With the best image of the last call in front; the oldest go."""
     if stage.output is None:
         return earlier
     ids = tuple(g.id for g in stage.desk.given)

@@ -116,7 +116,7 @@ class Handlers:
     @explained
     def refuse_upload(self, event: gr.EventData) -> None:
         check_size(event.name, event.bytes)
-        raise ValueError(f"{event.name} is no picture: upload a PNG, JPEG or WEBP")
+        raise ValueError(f"{event.name} is not an image: upload a PNG, JPEG or WEBP")
 
     @explained
     def upload(self, content: bytes | None) -> tuple:
@@ -188,7 +188,7 @@ class Handlers:
     @explained
     def add_example(self, support: list, image: np.ndarray | None, label: str) -> tuple:
         if image is None:
-            raise ValueError("choose a picture for the example first")
+            raise ValueError("choose an image for the example first")
         if len(support) >= MAX_EXAMPLES:
             raise ValueError(f"{MAX_EXAMPLES} examples are the most")
         support = [*support, (image, check_text(label, "the label", "dax"))]
@@ -212,7 +212,7 @@ class Handlers:
     @explained
     def find_image(self, image: np.ndarray | None, num_results: float) -> tuple:
         if image is None:
-            raise ValueError("upload a picture to search by first")
+            raise ValueError("upload an image to search by first")
         return draw_results(self.session.find(image, int(num_results))), image
 
     @explained
@@ -258,7 +258,7 @@ def last_drawing(earlier: tuple[Earlier, ...]) -> np.ndarray:
 
 
 def draw_read(given: tuple[Given, ...]) -> str:
-    """The documents behind an answer."""
+    """The documents that an answer was made from."""
     return panels.draw_cards(given) if given else panels.draw_note("no documents")
 
 

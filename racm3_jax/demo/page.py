@@ -44,7 +44,7 @@ class Parts:
 
 
 def build_page(session: Session, notice: str = "") -> gr.Blocks:
-    """The page over a session; `notice` stands on top, if there is something to say."""
+    """The page over a session; `notice` is on top, if there is something to say."""
     title = "RA-CM3"
     # Uploads are read at once; their files go within the hour.
     with gr.Blocks(
@@ -165,12 +165,12 @@ def _infill_tab(parts: Parts) -> None:
     do = parts.handlers
     with gr.Row():
         with gr.Column(scale=2):
-            gr.Markdown("Paint over what is to be drawn anew.")
+            gr.Markdown("Paint over what to generate again.")
             cells = gr.State("")
             image, brush = _picture(parts, "infill", cells=cells)
             brush.input(do.keep_cells, None, cells, queue=False, **_QUICK)
         with gr.Column(scale=3):
-            prompt = gr.Textbox(label="caption of the picture", elem_id="infill_prompt")
+            prompt = gr.Textbox(label="caption of the image", elem_id="infill_prompt")
             follows = gr.Radio(
                 [
                     ("documents found for it (infill)", False),
@@ -183,7 +183,7 @@ def _infill_tab(parts: Parts) -> None:
                 num_documents = _documents_slider()
                 settings = _settings()
                 settings[1].render()
-            ask = gr.Button("Draw it anew", variant="primary", elem_id="infill_go")
+            ask = gr.Button("Generate it again", variant="primary", elem_id="infill_go")
             picture = _panel(panels.draw_stage(None), "infilled")
             gr.Markdown("### Documents that it read")
             cards = _panel(panels.draw_note("none yet"), "infill_documents")
@@ -235,9 +235,9 @@ def _memory_tab(parts: Parts) -> None:
         search = gr.Button(
             "Search", variant="primary", scale=1, elem_id="memory_search"
         )
-    with gr.Accordion("Search by a picture", open=False):
+    with gr.Accordion("Search by an image", open=False):
         image, _ = _picture(parts, "memory")
-        by_image = gr.Button("Search by this picture", size="sm")
+        by_image = gr.Button("Search by this image", size="sm")
     num_results = gr.Slider(
         1, MAX_RESULTS, value=6, step=1, label="results", elem_id="memory_results"
     )
@@ -275,7 +275,7 @@ def _panel(value: str, name: str, visible: bool = True) -> gr.HTML:
 def _picture(
     parts: Parts, name: str, *, cells: gr.State | None = None, with_last: bool = True
 ) -> tuple[gr.State, gr.HTML]:
-    """Where a picture is chosen: its state, and what shows it (a brush, with `cells`)."""
+    """Where an image is chosen: its state, and what shows it (a brush, with `cells`)."""
     do, image = parts.handlers, gr.State(None)
     upload, take_last = do.upload, do.take_last
     shown = panels.draw_picked(None)
@@ -291,7 +291,7 @@ def _picture(
         upload, take_last = do.upload_to_paint, do.take_last_to_paint
     with gr.Row():
         button = gr.UploadButton(
-            "Upload a picture",
+            "Upload an image",
             type="binary",
             file_types=["image"],
             size="sm",

@@ -16,11 +16,11 @@ from racm3_jax.generation.classification import Classification
 from racm3_jax.types import GenerationOutput
 
 Image = UInt8[np.ndarray, "height width 3"]
-_UNDRAWN = "the picture appears here while it is drawn"
+_UNDRAWN = "the image appears here while it is generated"
 
 
 def draw_image(image: Image, words: str) -> str:
-    """A picture inside the page; small ones are enlarged without smoothing."""
+    """An image inside the page; small ones are enlarged without smoothing."""
     data = base64.b64encode(encode_png(image)).decode()
     return (
         f'<img class="pixels" alt="{_text(words)}" src="data:image/png;base64,{data}">'
@@ -115,7 +115,7 @@ def draw_stage(stage: Stage | None) -> str:
 
 
 def draw_output(output: GenerationOutput) -> str:
-    """Drawn pictures, best first; near copies of a document are named."""
+    """Generated images, best first; near copies of a document are named."""
     figures = []
     for image, document, score in zip(
         output.images, output.documents, output.scores, strict=True
@@ -181,7 +181,7 @@ def draw_labels(found: Classification) -> str:
 
 
 def draw_examples(support: Sequence[tuple[Image, str]]) -> str:
-    """Labelled pictures."""
+    """Labelled images."""
     if not support:
         return draw_note("No examples yet: two labels are needed at least.")
     figures = "".join(
@@ -193,14 +193,14 @@ def draw_examples(support: Sequence[tuple[Image, str]]) -> str:
 
 
 def draw_picked(image: Image | None) -> str:
-    """The picture that a tab works on."""
+    """The image that a tab works on."""
     if image is None:
-        return '<div class="picked"><div class="blank">no picture yet</div></div>'
-    return f'<div class="picked">{draw_image(image, "the chosen picture")}</div>'
+        return '<div class="picked"><div class="blank">no image yet</div></div>'
+    return f'<div class="picked">{draw_image(image, "the chosen image")}</div>'
 
 
 def draw_brush(image: Image | None, side: int) -> str:
-    """A picture to paint on; one cell is one code of the image tokenizer."""
+    """An image to paint on; one cell is one code of the image tokenizer."""
     if image is None:
         return draw_picked(None)
     sizes = "".join(f"<option>{n}</option>" for n in range(1, 1 + max(1, side // 2)))

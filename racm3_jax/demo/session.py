@@ -40,12 +40,12 @@ _NO_ROWS = np.zeros(0, np.int64)
 
 
 class Session:
-    """A generator behind the page; safe to use from threads, one decode at a time.
+    """The generator of the page; safe to use from threads, one decode at a time.
 
     Attributes:
       generator: with or without a memory.
       memory: what is searched, or None.
-      image_size: side of the model's pictures, pixels.
+      image_size: side of the model's images, pixels.
       side: of their grid of codes.
     """
 
@@ -72,10 +72,10 @@ class Session:
         return list(dict.fromkeys(text for text in shown if text))
 
     def read_upload(self, content: bytes) -> Image:
-        """An uploaded picture; one at a time is decoded, and all together are counted.
+        """An uploaded image; one at a time is decoded, and all together are counted.
 
         Raises:
-          ValueError: too many bytes or pixels, or no picture.
+          ValueError: too many bytes or pixels, or not an image.
         """
         with self._reading:
             return self._kept.keep(read_upload(content))
@@ -125,7 +125,7 @@ class Session:
     def add_own(self, desk: Desk, image: Image | None, caption: str) -> Desk:
         """Puts the visitor's own document in front; no memory keeps it."""
         if image is None:
-            raise ValueError("upload a picture for your document first")
+            raise ValueError("upload an image for your document first")
         caption = check_text(caption, "the caption", "the flag of Velmoria")
         taken = {g.id for g in desk.given}
         name = next(n for i in range(1, 100) if (n := f"own-{i}") not in taken)
@@ -176,7 +176,7 @@ class Session:
     def caption(
         self, image: Image | None, num_documents: int, **settings: Any
     ) -> tuple[GenerationOutput, tuple[Given, ...]]:
-        """Describes a picture; and the documents that were found for it."""
+        """Describes an image; and the documents that were found for it."""
         image = check_picture(image)
         settings = check_settings(settings)
         if self.memory is None:
@@ -196,19 +196,19 @@ class Session:
         follow: Sequence[Given] | None = None,
         **settings: Any,
     ) -> Iterator[Stage]:
-        """Draws cells of a picture anew, stage by stage.
+        """Generates cells of an image again, stage by stage.
 
         Args:
-          image: the picture.
-          cells: True where it is drawn anew, in the order of the codes.
-          prompt: the picture's caption, or nothing.
+          image: the image.
+          cells: True where it is generated again, in the order of the codes.
+          prompt: the image's caption, or nothing.
           num_documents: how many are retrieved.
           follow: the documents to edit by, instead of retrieved ones.
           **settings: of `Generator.infill`.
         """
         image = resize_image(check_picture(image), self.image_size)
         if not cells.any():
-            raise ValueError("paint over what is to be drawn anew first")
+            raise ValueError("paint over what to generate again first")
         # In place: what models of the shipped size do better by far (see README.md).
         settings = check_settings(settings) | {"region_prompt": "in_place"}
         prompt = prompt.strip()
@@ -241,7 +241,7 @@ class Session:
             return self.generator.classify(image, list(support))
 
     def find(self, query: str | Image, num_results: int) -> tuple[Given, ...]:
-        """What the memory holds that is nearest to a text or a picture."""
+        """What the memory holds that is nearest to a text or an image."""
         memory = self._needed_memory()
         if isinstance(query, str):
             query = check_text(query, "the query", "a flag on the beach")
@@ -317,10 +317,10 @@ class Session:
 
 
 def read_upload(content: bytes) -> Image:
-    """An uploaded picture, cut to a square; measured before it is decoded.
+    """An uploaded image, cut to a square; measured before it is decoded.
 
     Raises:
-      ValueError: too many bytes or pixels, or no picture.
+      ValueError: too many bytes or pixels, or not an image.
     """
     check_size("the file", len(content))
     try:
@@ -353,9 +353,11 @@ def check_text(text: str, name: str, example: str) -> str:
 
 
 def check_picture(image: Image | None) -> Image:
-    """The picture, if there is one."""
+    """The image, if there is one."""
     if image is None:
-        raise ValueError("choose a picture first: upload one, or take the last drawing")
+        raise ValueError(
+            "choose an image first: upload one, or take the last one generated"
+        )
     return image
 
 

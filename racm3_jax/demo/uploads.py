@@ -160,7 +160,7 @@ async def refuse(send: Any, status: int, words: str) -> None:
 
 
 class KeptPixels:
-    """Counts the pixels of the pictures that all visitors hold, as long as they do."""
+    """Counts the pixels of the images that all visitors hold, as long as they do."""
 
     def __init__(self, max_pixels: int = MAX_TOTAL_PIXELS) -> None:
         self.max_pixels = max_pixels
@@ -180,7 +180,7 @@ class KeptPixels:
                 self._num_pixels -= self._forgotten.popleft()
             if self._num_pixels + size > self.max_pixels:
                 raise ValueError(
-                    "the demo holds too many pictures of its visitors: close other "
+                    "the demo holds too many images of its visitors: close other "
                     "pages of it, or try again later"
                 )
             self._num_pixels += size

@@ -22,7 +22,7 @@ class CLIPScorer:
     Attributes:
       embedder: the judge. The model that retrieved or re-ranked the pictures favours its
         own choices; the results must say so when it judges them (`settings`).
-      prompt: stands before every text, as in the paper.
+      prompt: text before every caption, as in the paper.
     """
 
     embedder: DocumentEmbedder

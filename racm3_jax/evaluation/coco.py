@@ -1,11 +1,11 @@
-"""MS-COCO as its own files lie, and the fixed lists of images that are evaluated.
+"""MS-COCO in its own layout, and the fixed lists of images that are evaluated.
 
     coco/annotations/captions_val2014.json     {"images": […], "annotations": […]}
     coco/val2014/COCO_val2014_000000391895.jpg
     coco/dataset_coco.json                     the Karpathy splits, for captioning
 
 A list is chosen by sha256 of what COCO numbers: the same on every machine, with no seed
-and no order of files behind it.
+and in whatever order the files are.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _sha256(number: int) -> str:
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: unpack COCO's annotations there (its images lie beside "
+            f"{path} is missing: unpack COCO's annotations there (its images are next to "
             "the folder annotations/)"
         )
     record = json.loads(path.read_text())

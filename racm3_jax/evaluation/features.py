@@ -78,7 +78,7 @@ def precision_and_recall(
 ) -> Coverage:
     """Improved precision and recall (arXiv 1904.06991).
 
-    An image is covered by a set if it lies within the distance of some image of the set to
+    An image is covered by a set if it is within the distance of some image of the set to
     that image's `num_neighbours`-th nearest neighbour in the set.
 
     Raises:

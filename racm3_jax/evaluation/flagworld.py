@@ -38,7 +38,7 @@ class SuiteSettings:
       caption_guidance: of the captions with retrieval, away from what is written without
         the documents; 1 is none.
       caption_candidates: documents retrieved for a caption, of which the `num_retrieved`
-        behind which the image is likeliest are kept; 0 keeps the retriever's.
+        after which the image is likeliest are kept; 0 keeps the retriever's.
       num_reading: questions with one right and one wrong document, in both orders (see
         `reading`); at most the held-out nations.
       seed: of all sampling.
@@ -287,20 +287,20 @@ def format_table(results: dict[str, Any]) -> str:
         return str(results[name]) if name in results else "-"
 
     rows = [
-        ("drawn flag is the right nation's", "draw_flag"),
-        ("drawn scene is the asked one", "draw_scene"),
+        ("generated flag is the right nation's", "draw_flag"),
+        ("generated scene is the requested one", "draw_scene"),
         ("caption names the right nation", "caption_name"),
     ]
     total = results["retrieval/draw_flag"].total
     lines = [
-        f"| {total} held-out nations | with retrieval | twin without | copy retrieved |",
+        f"| {total} held-out nations | with retrieval | no retrieval | copy retrieved |",
         "|---|---|---|---|",
     ]
     for title, key in rows:
         cells = " | ".join(cell(f"{m}/{key}") for m in ("retrieval", "twin", "copy"))
         lines.append(f"| {title} | {cells} |")
     lines.append(
-        f"| swapped memory: drawing follows the memory | {cell('swapped/draw_flag')} "
+        f"| swapped memory: the image follows the memory | {cell('swapped/draw_flag')} "
         "| - | - |"
     )
     if "unguided/draw_flag" in results:

@@ -4,15 +4,15 @@ Every figure is over held-out nations. Verdicts are made by the flag identifier,
 knows the world and no model.
 
     infill      the fly half of the flag is hidden; the caption names the nation
-    edit        the flag's box is drawn anew, a document of another nation is chosen: any,
+    edit        the flag's box is generated again, a document of another nation is chosen: any,
                 or one that shows its flag about as large as the box ("sized"), or any
-                and behind it what the memory holds like it ("beside")
+                and after it the most similar one of the memory ("beside")
                 (both by the CM3 mask, "masked", and in the image's order, "in_place")
     controlled  one document of another nation, or two ("two"), or one and what the memory
                 holds like it ("beside"), stand in front instead of retrieved ones; the
                 prompt names that nation ("named") or its own ("other")
     kshot       two nations, labels without meaning, k examples of each in context (by how
-                likely the "image" is behind a label and its examples, or by the "label")
+                likely the "image" is after a label and its examples, or by the "label")
     guidance    the plain drawing task at several weights
     int8        the plain drawing task with weights in 8 bits
     rerank      the plain drawing task, best of n by CLIP, by likelihood, and all n; and
@@ -338,25 +338,25 @@ def format_table(results: dict[str, Any]) -> str:
     titles = {}
     for prompt in REGION_PROMPTS:
         titles |= {
-            f"alone/infill_{prompt}": f"hidden half drawn {prompt}: no documents",
-            f"twin/infill_{prompt}": f"hidden half drawn {prompt}: the twin",
+            f"alone/infill_{prompt}": f"hidden half generated {prompt}: no documents",
+            f"twin/infill_{prompt}": f"hidden half generated {prompt}: trained without retrieval",
         }
     plain = {}
     for prompt in REGION_PROMPTS:
         plain |= {
-            f"infill_{prompt}/flag": f"hidden half drawn {prompt}: right flag",
-            f"edit_{prompt}/flag": f"region drawn {prompt}: the chosen document's flag",
-            f"edit_{prompt}/codes_kept": f"codes outside that stay, {prompt}",
+            f"infill_{prompt}/flag": f"hidden half generated {prompt}: right flag",
+            f"edit_{prompt}/flag": f"region generated {prompt}: the chosen document's flag",
+            f"edit_{prompt}/codes_kept": f"codes outside that are kept, {prompt}",
             f"edit_{prompt}_sized/flag": f"the same, a document of that size, {prompt}",
-            f"edit_{prompt}_sized/codes_kept": f"codes outside that stay, sized, {prompt}",
-            f"edit_{prompt}_beside/flag": f"any, with one like it beside, {prompt}",
-            f"edit_{prompt}_beside/codes_kept": f"codes outside that stay, beside, {prompt}",
+            f"edit_{prompt}_sized/codes_kept": f"codes outside that are kept, sized, {prompt}",
+            f"edit_{prompt}_beside/flag": f"any, with a similar one, {prompt}",
+            f"edit_{prompt}_beside/codes_kept": f"codes outside that are kept, similar one too, {prompt}",
         }
     for name, who in (("named", "prompt names it"), ("other", "prompt names another")):
         for end, what in (
             ("", "demonstration"),
             ("_two", "two demonstrations"),
-            ("_beside", "demonstration with one like it beside"),
+            ("_beside", "demonstration with a similar one"),
         ):
             for value in ("flag", "layout"):
                 title = f"{what} followed: {value} ({who})"
@@ -365,12 +365,12 @@ def format_table(results: dict[str, Any]) -> str:
         task, _, value = name.partition("/")
         titles |= {name: title, f"{task}_guided/{value}": f"{title}, guided"}
     titles |= {
-        "int8/flag": "drawn flag right, weights in 8 bits",
-        "rerank/none": "drawn flag right, any sample",
-        "rerank/clip": "drawn flag right, best by CLIP",
-        "rerank/likelihood": "drawn flag right, best by likelihood",
+        "int8/flag": "generated flag right, weights in 8 bits",
+        "rerank/none": "generated flag right, any sample",
+        "rerank/clip": "generated flag right, best by CLIP",
+        "rerank/likelihood": "generated flag right, best by likelihood",
         "rerank/document": (
-            "any, with one like it beside, in_place, guided: best by likeness to the document"
+            "any, with a similar one, in_place, guided: best by similarity to the document"
         ),
     }
     for name in results:
@@ -380,10 +380,10 @@ def format_table(results: dict[str, Any]) -> str:
             title = f"two-way classification by {by}, {value} examples a label"
             titles[name] = f"{title}: AUC" if task.endswith("_auc") else title
         if task == "guidance":
-            titles[name] = f"drawn flag right, guidance {value}"
+            titles[name] = f"generated flag right, guidance {value}"
         if task == "document_guidance":
-            titles[name] = f"drawn flag right, guidance {value} with documents"
-    lines = ["| task | share [95% interval] |", "|---|---|"]
+            titles[name] = f"generated flag right, guidance {value} with documents"
+    lines = ["| task | fraction [95% interval] |", "|---|---|"]
     for name, title in titles.items():
         if name in results:
             value = results[name]

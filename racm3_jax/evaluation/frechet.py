@@ -93,7 +93,7 @@ class FeatureStatistics:
         return digest.hexdigest()[:16]
 
     def save(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-        """Writes an .npz, aside and renamed.
+        """Writes an .npz atomically (temporary file, then rename).
 
         Args:
           path: ends in .npz.

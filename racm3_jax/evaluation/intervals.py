@@ -28,7 +28,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A share of successes with its 95% Wilson interval.
+    """A fraction of successes with its 95% Wilson interval.
 
     Source: Wilson (1927); it keeps its coverage near 0 and 1, where the normal
     interval does not.
@@ -73,18 +73,18 @@ class Share:
 
 
 def compute_share(outcomes: Sequence[bool]) -> Share:
-    """The share of True among `outcomes`.
+    """The fraction of True among `outcomes`.
 
     Raises:
       ValueError: if there are none.
     """
     if len(outcomes) == 0:
-        raise ValueError("a share of no outcomes is undefined")
+        raise ValueError("a fraction of no outcomes is undefined")
     return Share(int(sum(bool(o) for o in outcomes)), len(outcomes))
 
 
 def compute_grouped_share(successes: Sequence[int], totals: Sequence[int]) -> Share:
-    """The share of True where several outcomes belong to the same question.
+    """The fraction of True where several outcomes belong to the same question.
 
     Samples for one question, or codes of one image, are not independent: of an easy one
     all are right. The interval is that of fewer outcomes, by the design effect (Kish,
@@ -315,7 +315,7 @@ def adjust_holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """
     for name, p in p_values.items():
         if not 0 <= p <= 1:
-            raise ValueError(f"the p-value of {name!r} is {p}; it lies in 0..1")
+            raise ValueError(f"the p-value of {name!r} is {p}; it must be in 0..1")
     adjusted: dict[Name, float] = {}
     largest = 0.0
     order = sorted(p_values, key=lambda name: p_values[name])

@@ -228,7 +228,7 @@ def compute_auc(
     """Area under the ROC curve of all (question, label) pairs, one against the rest.
 
     The probability that a right label is given more than a wrong one, of all questions
-    together; equal ones count half. 0.5 is chance, also for a model that likes one label
+    together; equal ones count half. 0.5 is chance, also for a model that prefers one label
     whatever is asked.
 
     Raises:

@@ -29,7 +29,7 @@ _LENGTH_BUCKET = 64
 
 
 class Scored(NamedTuple):
-    """What stands before, and what is scored.
+    """The context, and what is scored.
 
     Attributes:
       context: vocabulary ids, at least one (a sequence begins with `<eod>`).

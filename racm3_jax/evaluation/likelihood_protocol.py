@@ -6,7 +6,7 @@ Nothing is sampled; every figure is read off forward passes over a set of docume
     k-shot               which of two invented words names an image, from demonstrations
     retriever            recall@k: text to image, image to text, to the right document
 
-Beside every figure stand those of
+Every figure is reported next to those of
 
     no_retrieval   the same model with nothing before the document (0 shots)
     random         documents that have nothing to do with it (demonstrations of others)
@@ -131,7 +131,7 @@ class LikelihoodProtocol:
         process_count: int = 1,
         devices: Sequence[Device] = (None,),
     ) -> None:
-        """Embeds the documents (in chunks too) and purges their likes.
+        """Embeds the documents (in chunks too) and removes near-duplicates of them.
 
         Args:
           generator: with a memory.

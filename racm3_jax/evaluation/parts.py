@@ -1,6 +1,6 @@
 """Work in numbered chunks that survive a kill: `workdir/parts/<variant>-<chunk>.npz`.
 
-A finished chunk is one file, written aside and renamed; what is there is not computed
+A finished chunk is one file, written atomically; what is there is not computed
 again. Process p of n does the chunks p, p + n, …; chunks do not depend on who made them,
 so any number of processes gives the same numbers. Each file names the settings of its
 run, and files of another run are refused.
@@ -73,7 +73,7 @@ class Parts:
             one thread a device, with that device as jax's default.
           process_index: 0 … process_count - 1.
           process_count: processes that share the work directory.
-          devices: of this process; None stands for whichever jax takes.
+          devices: of this process; None: those that jax finds.
 
         Returns:
           How many chunks were computed.

@@ -1,9 +1,9 @@
-"""The COCO protocols: from files to `results.json`, in chunks, beside its baselines.
+"""The COCO protocols: from files to `results.json`, in chunks, next to its baselines.
 
     text_to_image   30,000 captions are drawn; drawn and real images are compared
     captioning      the Karpathy test images are captioned; captions are compared
 
-Every figure stands beside the same figure of
+Every figure is reported next to the same figure of
 
     no_retrieval    the same model with nothing before the prompt
     copy            the top retrieved document's own image or caption
@@ -142,7 +142,7 @@ class CocoProtocol:
         process_count: int = 1,
         devices: Sequence[Any] = (None,),
     ) -> None:
-        """Embeds the test images (in chunks too) and purges their likes.
+        """Embeds the test images (in chunks too) and removes near-duplicates of them.
 
         Args:
           generator: with a memory.

@@ -106,7 +106,7 @@ def reference_statistics(
 ) -> FeatureStatistics:
     """Of the real images: the saved ones where they are of these pixels and network.
 
-    They lie beside the chunks that they sum up, in the folder that runs may share.
+    They are next to the chunks that they sum up, in the folder that runs may share.
 
     Raises:
       ValueError: a damaged file, or one of other pixels or another network.
@@ -132,7 +132,7 @@ def _distances(
 
     The real images are the fixed reference, so that only the drawn ones are resampled. A
     resample repeats images, which raises a Fréchet distance: the interval shows the
-    spread of the figure and may lie above it.
+    spread of the figure and may be above it.
     """
     settings = protocol.settings
 

@@ -27,7 +27,7 @@ class Replicas:
         self._generators = {d: place_generator(generator, d) for d in devices}
 
     def on(self, device: Any) -> Generator:
-        """The copy that lies on a device."""
+        """The copy on a device."""
         return self._generators[device]
 
 

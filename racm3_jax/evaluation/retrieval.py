@@ -27,7 +27,7 @@ def pair_recall(
     """Is a query's own candidate among the k best of all? (row i belongs to row i)
 
     Text -> image and image -> text of the literature. Candidates that score the same as
-    the right one stand before it: a constant embedding finds nothing.
+    the right one are ranked before it: a constant embedding finds nothing.
     """
     rank = compute_ranks(queries, candidates)
     return {k: compute_share((rank < k).tolist()) for k in ks}
@@ -46,7 +46,7 @@ def document_recall(
 
 
 def chance_recall(num_rows: int, right: Sequence[Sequence[int]], k: int) -> float:
-    """What `document_recall` of k rows drawn evenly without replacement is on average.
+    """What `document_recall` of k rows sampled uniformly without replacement is on average.
 
     A query with r right rows of n misses with probability C(n - r, k) / C(n, k).
     """
@@ -64,7 +64,7 @@ class RandomRetriever:
     Which ones depends on the query's bytes and the seed, not on the batch.
 
     Args:
-      memory: where they are drawn from, evenly, without those that it denies.
+      memory: where they are sampled from, uniformly, without those that it denies.
       seed: of the draw.
     """
 

@@ -32,7 +32,7 @@ class TaskSettings:
       num_samples: of re-ranking.
       shots: numbers of examples a label.
       classify_by: whose likelihood is compared (see `generation.classification`).
-      shots_per_pass: of them, how many stand in one context; passes are averaged.
+      shots_per_pass: of them, how many are in one context; passes are averaged.
       seed: of all sampling and of the choice of nations.
     """
 

@@ -1,6 +1,6 @@
-"""Pictures of what the tasks of flagworld drew: one sheet a task, all ways side by side.
+"""Images that the tasks of flagworld made: one sheet a task, all ways side by side.
 
-infill.png   prompt | documents | given | drawn: masked, twin; masked; in_place; ...
+infill.png   prompt | documents | given | generated: masked, twin; masked; in_place; ...
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from racm3_jax.evaluation.task_probes import Box, TaskProbes
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
 
-# Task -> way of asking -> what was drawn for each item.
+# Task -> way of asking -> what was generated for each item.
 TaskOutputs = Mapping[str, Mapping[str, Sequence[GenerationOutput]]]
 
-_HEADINGS = ("prompt", "documents", "given", "drawn")
+_HEADINGS = ("prompt", "documents", "given", "generated")
 
 
 def write_task_sheets(

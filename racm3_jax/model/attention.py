@@ -219,7 +219,9 @@ def _blocks(length: int, dtype: str) -> list[tuple[int, int]]:
     return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def _visible(segments: Int[Array, " length"], start: int, stop: int) -> Bool[Array, ""]:
+def _visible(
+    segments: Int[Array, " length"], start: int, stop: int
+) -> Bool[Array, "queries keys"]:
     causal = np.arange(start, stop)[:, None] >= np.arange(stop)
     return (segments[start:stop, None] == segments[:stop]) & causal
 

@@ -295,10 +295,10 @@ def _open_image_tokenizer(
     # A foreign folder may have a config.json too, but without a fingerprint.
     if config.is_file() and "fingerprint" in read_json(config):
         return ImageTokenizer.load(vqgan)
-    aside = directory / "image"
-    convert_vqgan(vqgan, aside, image_size=image_size)
-    image = ImageTokenizer.load(aside)
-    shutil.rmtree(aside)
+    folder = directory / "image"
+    convert_vqgan(vqgan, folder, image_size=image_size)
+    image = ImageTokenizer.load(folder)
+    shutil.rmtree(folder)
     return image
 
 

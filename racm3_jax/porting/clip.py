@@ -69,8 +69,8 @@ def convert_clip(
     Args:
       source: a weights file, or a folder with its config and tokenizer.
       out: new folder: `model.safetensors`, `config.json`, `tokenizer.json`, manifest.
-      merges: the BPE's merges, when they do not lie beside the weights.
-      activation: for a bare OpenCLIP file, whose activation stands nowhere.
+      merges: the BPE's merges, when they are not next to the weights.
+      activation: for a bare OpenCLIP file, which does not name its activation.
       licence: what the weights' model card says, for the manifest.
       part: of a larger checkpoint, which weights: see `files.open_tensors`.
       overwrite: `out` may be a CLIP's folder, which is replaced.
@@ -117,7 +117,7 @@ def detect_layout(source: TensorSource, folder: Path | None) -> Layout:
 
     Args:
       source: the checkpoint.
-      folder: where a config may lie; None for a single file.
+      folder: where a config may be; None for a single file.
 
     Raises:
       PortingError: none of the three.

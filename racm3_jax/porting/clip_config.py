@@ -118,7 +118,7 @@ def _section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _openai_fields(source: TensorSource) -> dict[str, Any]:
-    """Every size but the heads stands in a shape."""
+    """Every size but the number of heads is seen in a shape."""
     tensors = source.tensors
 
     def shape(name: str, rank: int) -> tuple[int, ...]:

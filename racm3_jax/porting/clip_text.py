@@ -48,7 +48,7 @@ def byte_symbols() -> list[str]:
 
 
 def find_merges(folder: Path, merges: str | Path | None) -> list[Merge]:
-    """Reads the merges that were given, or those that lie in `folder`.
+    """Reads the merges that were given, or those in `folder`.
 
     Raises:
       PortingError: there are none.

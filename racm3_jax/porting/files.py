@@ -46,7 +46,7 @@ def open_tensors(path: str | os.PathLike[str], part: str | None = None) -> Tenso
 
     Args:
       path: of the file or the folder.
-      part: of a larger checkpoint, which weights: the keys under which they lie, joined
+      part: of a larger checkpoint, which weights: the keys under which they are, joined
         by dots, or a prefix of the names ("ema", "state_dict", "model.clip").
 
     Raises:

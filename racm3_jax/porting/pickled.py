@@ -37,7 +37,7 @@ class Name:
 
 @dataclasses.dataclass(frozen=True)
 class Inert:
-    """What a pickle wanted called: nothing was, and its arguments are gone."""
+    """What a pickle wanted called: nothing was called, and its arguments are dropped."""
 
     what: str
 

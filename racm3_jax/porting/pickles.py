@@ -90,7 +90,7 @@ _EMPTY: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": set,
     "MARK": _Mark,
 }
-# These push the argument that stands in the program.
+# These push the argument that follows in the program.
 _LITERALS = frozenset(
     [
         "INT",
@@ -124,7 +124,7 @@ def read_plain_pickle(content: bytes, where: str) -> Any:
     """Builds the tensors and plain containers of a pickle.
 
     Args:
-      content: the program; later ones behind it are not read.
+      content: the program; later ones after it are not read.
       where: the file, for error messages.
 
     Raises:

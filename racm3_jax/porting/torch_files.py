@@ -278,7 +278,7 @@ def _mentions(path: str, words: tuple[str, ...]) -> bool:
 
 
 def _take(values: Mapping[str, Any], where: str) -> dict[str, PickledTensor]:
-    """The tensors of one part, without numbers and settings beside them."""
+    """The tensors of one part, without the numbers and settings among them."""
     tensors = {}
     for name, item in values.items():
         if isinstance(item, PickledTensor):

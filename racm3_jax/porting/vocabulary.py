@@ -6,7 +6,7 @@
 
     our ids:   text | images by codebook index | sentinels | pad eod break eoss | the rest
 
-Their image ids do not follow the codebook: the index stands in the name, in letters A..J
+Their image ids do not follow the codebook: the index is in the name, in letters A..J
 for digits. `<eod>` opens and closes a document with us; with Chameleon `<s>` opens and
 `</s>` closes. So it takes the input row of the one and the output row of the other, and
 the two rows that are left over change places among the rest: nothing is lost.
@@ -37,12 +37,12 @@ _RESERVED_NAME = re.compile(r"<reserved(\d+)>")
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Which of their ids stands at each of ours.
+    """Which of their ids is at each of ours.
 
     Attributes:
       text_ids: their ids of the text tokens, rising.
       num_codes: image codes.
-      num_sentinels: ids that may stand for a moved span.
+      num_sentinels: ids that may mark a moved span.
       inputs: for each of our ids, their row of the embedding.
       outputs: for each of our ids, their row of the head.
     """

@@ -5,7 +5,7 @@
     diffusers  encoder.down_blocks.0.resnets.0...     codebook
 
 Chameleon's image tokenizer is of taming's layout (512 pixels, factor 16, 8,192 codes).
-Sizes are read from the shapes; only the picture's size must be known.
+Sizes are read from the shapes; only the image's size must be known.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 
 Layout = Literal["taming", "diffusers"]
 LAYOUT_NAMES = {"taming": "taming VQGAN", "diffusers": "diffusers VQModel"}
-# What taming's training kept beside the network.
+# What taming's training kept besides the network.
 _IGNORED = (r"loss\..*", r"model_ema\..*", "colorize", r"quantize\.(used|re_embed)")
 _FIRST_NAMES = (
     "encoder.down.0.block.0.conv1.weight",
@@ -187,7 +187,7 @@ def read_vqgan_config(
 
 
 def _check_diffusers(record: Mapping[str, Any], folder: Path) -> None:
-    """Settings that change the computation and stand in no shape."""
+    """Settings that change the computation and are not seen in the shapes."""
     expected = {
         "act_fn": "silu",
         "in_channels": 3,

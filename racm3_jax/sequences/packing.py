@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int
 
 from racm3_jax.types import Batch, Example
 
@@ -169,7 +169,7 @@ class _Rows:
         return True
 
 
-def _share_out(excess: int, spare: Int32[np.ndarray, " members"]) -> list[int]:
+def _share_out(excess: int, spare: Int[np.ndarray, " members"]) -> list[int]:
     """How many tokens each example of a row loses: first those that have most to lose.
 
     They have most documents, so that their least relevant one matters least.

@@ -298,7 +298,7 @@ def plan_training(
 
 
 def suggest_changes(config: ModelConfig, plan: Plan, rows: int) -> list[str]:
-    """Config changes that would mend a plan that does not fit, the mildest first."""
+    """Suggested fixes of a plan that does not fit, least intrusive first."""
     changes = []
     if config.remat == "none":
         changes.append('config.model.remat="dots" (recomputes norms and activations)')
@@ -347,7 +347,7 @@ def explain_out_of_memory(error: BaseException, config: Any) -> str:
             changes.append(f"config.{name} below {section[last]}")
     lines = "\n".join(f"  --{change}" for change in changes)
     return (
-        "the device's memory is full; what would mend it, the mildest first (and "
+        "the device's memory is full; suggested fixes, least intrusive first (and "
         f"`racm3 estimate` says by how much):\n{lines}"
     )
 

@@ -18,6 +18,7 @@ from clu import parameter_overview
 from tqdm import tqdm
 
 from racm3_jax.metrics import MetricSums
+from racm3_jax.progress import open_progress
 from racm3_jax.training.step import Metrics
 
 # Steps that may be enqueued beyond the one that runs: enough to hide the host's work,
@@ -102,15 +103,12 @@ class StepLog:
         self.peak_tokens = 0.0
         self._skipped_in_a_row = 0
         self._recent: collections.deque[float] = collections.deque(maxlen=_SPIKE_WINDOW)
-        # A terminal is redrawn often; a log file gets a line every 30 s.
-        self._bar = tqdm(
+        self._bar = open_progress(
             total=num_steps,
             initial=step,
             desc=description,
-            unit="step",
+            unit="steps",
             disable=not progress,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
         self._restart_clock()
 

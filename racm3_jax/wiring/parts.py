@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int64
-from tqdm import tqdm
 
 from racm3_jax import checkpoints, sharding
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
@@ -20,6 +19,7 @@ from racm3_jax.memory.memory import Memory
 from racm3_jax.memory.neighbours import compute_neighbours
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import abstract_params, count_params
+from racm3_jax.progress import open_progress
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
@@ -109,8 +109,8 @@ def build_memory(
     """
     if not (path / "manifest.json").exists():
         section = construct(MemoryConfig, config.memory, "memory")
-        with tqdm(
-            total=num_documents, desc="build memory", unit="document", smoothing=0.1
+        with open_progress(
+            total=num_documents, desc="build memory", unit="documents"
         ) as bar:
 
             def show(done: int) -> None:

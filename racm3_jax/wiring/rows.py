@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, UInt64
-from tqdm import tqdm
 
 from racm3_jax import storage
 from racm3_jax.memory.format import hash_name
 from racm3_jax.memory.memory import Memory
+from racm3_jax.progress import open_progress
 from racm3_jax.training.processes import leader_first
 
 COLUMNS_DIRECTORY = "columns"
@@ -57,7 +57,7 @@ def read_column(memory: Memory, key: str, workdir: Path) -> UInt64[np.ndarray, "
 
 def _read_records(memory: Memory, key: str) -> UInt64[np.ndarray, " n"]:
     column = np.zeros(len(memory), np.uint64)
-    with tqdm(total=len(memory), desc=f"read {key}", unit="document") as bar:
+    with open_progress(total=len(memory), desc=f"read {key}", unit="documents") as bar:
         for start in range(0, len(memory), _RECORDS_PER_READ):
             rows = np.arange(start, min(start + _RECORDS_PER_READ, len(memory)))
             found = memory.metadata(rows)

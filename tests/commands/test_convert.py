@@ -63,6 +63,10 @@ def test_roundtrip_of_a_photo(tmp_path, capsys):
     codes = capsys.readouterr().out.split()
     assert len(codes) == VQGAN_CONFIG.image_length
     assert all(0 <= int(code) < VQGAN_CONFIG.num_codes for code in codes)
+    (tmp_path / "tokenizer").mkdir()  # the folder of a whole tokenizer
+    (tmp_path / "tokenizer" / "image").symlink_to(tmp_path / "v")
+    racm3(*tokenize[:-1], tmp_path / "tokenizer")
+    assert capsys.readouterr().out.split() == codes
     racm3(*tokenize, "--roundtrip", "--out", tmp_path / "both.png")
     out = capsys.readouterr().out
     assert out.startswith("PSNR ") and f"{len(set(codes))} different codes" in out

@@ -296,7 +296,7 @@ def test_mistakes_are_said_in_one_sentence(visitor, tmp_path):
     for name, content, sentence in (
         ("wrong.png", b"this is no picture", "the file is not an image"),
         ("large.png", bytes(9 << 20), "large.png has 9.0 MB; 8 MB are allowed"),
-        ("notes.txt", b"no picture either", "notes.txt is no picture"),
+        ("notes.txt", b"no picture either", "notes.txt is not an image"),
     ):
         (tmp_path / name).write_bytes(content)
         visitor.upload("caption_upload", tmp_path / name)
@@ -323,7 +323,7 @@ def test_infill_with_a_brush(visitor, prompt):
     visitor.open_tab("Infill and edit")
     visitor.click("#infill_go")
     visitor.wait(
-        lambda: any("choose a picture" in t for t in visitor.toasts()),
+        lambda: any("choose an image" in t for t in visitor.toasts()),
         "what is missing",
     )
     visitor.click("#infill_last")

@@ -47,7 +47,7 @@ def test_a_drawing_on_its_way_and_done(session):
     *stages, last = session.draw(
         Desk(), "flag nation1 scene2", 1, num_samples=2, seed=5
     )
-    assert "the picture appears here" in panels.draw_stage(None)
+    assert "the image appears here" in panels.draw_stage(None)
     assert "reading the documents" in panels.draw_stage(stages[0])
     assert 'data-share="50"' in panels.draw_stage(stages[1])
     done = panels.draw_stage(last)

@@ -133,7 +133,7 @@ def test_infilling_covers_whole_codes(session, desk):
 def test_classification_needs_a_picture(session):
     support = [(grey(10), "dax"), (grey(20), "wug")]
     assert session.classify(grey(10), support).label == "wug"
-    with pytest.raises(ValueError, match="choose a picture first"):
+    with pytest.raises(ValueError, match="choose an image first"):
         session.classify(None, support)
 
 
@@ -191,11 +191,11 @@ def test_uploads_are_measured_first():
         (lambda s: s.search(Desk(), "  ", 2), "the prompt is empty: write something"),
         (lambda s: s.search(Desk(), "x" * 501, 2), "has 501 characters; 500 are"),
         (lambda s: s.search(Desk(), "a", 9), "choose 0 to 4 documents; got 9"),
-        (lambda s: s.add_own(Desk(), None, "a"), "upload a picture for your document"),
+        (lambda s: s.add_own(Desk(), None, "a"), "upload an image for your document"),
         (lambda s: s.add_own(Desk(), grey(1), ""), "the caption is empty"),
-        (lambda s: s.infill(grey(1), np.zeros(4, bool), "", 2), "paint over what is"),
+        (lambda s: s.infill(grey(1), np.zeros(4, bool), "", 2), "paint over what to"),
         (lambda s: s.infill(grey(1), np.ones(4, bool), "", 2, ()), "no documents on"),
-        (lambda s: s.caption(None, 2), "choose a picture first"),
+        (lambda s: s.caption(None, 2), "choose an image first"),
         (lambda s: check_settings({"seed": None}), "give a seed"),
         (lambda s: check_settings({"num_samples": 9}), "draw 1 to 4 samples; got 9"),
     ],

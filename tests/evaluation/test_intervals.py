@@ -130,7 +130,7 @@ def test_holm_is_the_published_procedure():
         assert found[name] == pytest.approx(value)
     assert adjust_holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
     assert adjust_holm({}) == {}
-    with pytest.raises(ValueError, match=r"'a' is 1.5; it lies in 0..1"):
+    with pytest.raises(ValueError, match=r"'a' is 1.5; it must be in 0..1"):
         adjust_holm({"a": 1.5})
 
 

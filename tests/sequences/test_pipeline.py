@@ -366,7 +366,7 @@ def test_wrong_arguments_are_refused(vocab, memory):
     with pytest.raises(ValueError, match="start_step"):
         make_batches(memory, FakeRetriever(memory), *args, start_step=-1, num_steps=1)
     with pytest.raises(ValueError, match="main_ids"):
-        make_batches(memory, None, np.array([]), *args[1:], num_steps=1)
+        make_batches(memory, None, np.zeros(0, np.int64), *args[1:], num_steps=1)
 
 
 @pytest.mark.parametrize(

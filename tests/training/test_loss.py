@@ -144,7 +144,10 @@ def test_metrics_by_modality_and_origin(toy):
     main[0, :4] = True
     filled = (np.arange(12) < 9).astype(np.int32)[None]
     batch = batch._replace(
-        targets=targets, loss_weights=weights, is_main=main, segment_ids=filled
+        targets=jnp.asarray(targets),
+        loss_weights=jnp.asarray(weights),
+        is_main=jnp.asarray(main),
+        segment_ids=jnp.asarray(filled),
     )
     params = toy.make_trainer()[0].params
     loss, metrics = toy.loss_fn_with(GeneratorLossConfig())(params, batch, None, None)
