@@ -155,10 +155,9 @@ def open_run(options: argparse.Namespace) -> Run:
     generator = open_generator(options.model, drawings, options.out / "memory")
     baseline = racm3_jax.load(options.baseline) if options.baseline else None
     sampling = Sampling(options.temperature, options.top_p)
-    devices = jax.local_devices()
     asker = Asker(
         *(generator, baseline, drawings, items, sampling, options.out),
-        devices=devices if len(devices) > 1 else (None,),
+        devices=find_devices(),
     )
     settings = {
         "data": describe_documents(drawings.documents),
@@ -173,6 +172,12 @@ def open_run(options: argparse.Namespace) -> Run:
     parts = Parts(options.out, len(items), options.chunk_size, settings)
     seeds = tuple(range(1, options.seeds + 1))
     return Run(asker, parts, drawings, items, generator, seeds)
+
+
+def find_devices() -> tuple[Any, ...]:
+    """The devices that share the items; (None,) where there is one."""
+    devices = tuple(jax.local_devices())
+    return devices if len(devices) > 1 else (None,)
 
 
 def open_generator(model: str, drawings: Drawings, folder: Path) -> Generator:
@@ -199,8 +204,6 @@ class Parted(NamedTuple):
 
 def ask(run: Run, conditions: list[str]) -> None:
     """Asks what has not been answered yet, the main conditions first."""
-    devices = jax.local_devices()
-    how: dict[str, Any] = {"devices": devices if len(devices) > 1 else (None,)}
     with_baseline = run.parts.settings["baseline"] is not None
     wanted = [c for c in conditions if c != NEEDS_BASELINE or with_baseline]
     jobs: list[tuple[str, Any]] = []
@@ -217,7 +220,7 @@ def ask(run: Run, conditions: list[str]) -> None:
             jobs.append((f"bits-{condition}", one))
     for number, (variant, compute) in enumerate(jobs, 1):
         started = time.monotonic()
-        made = run.parts.make(variant, compute, **how)
+        made = run.parts.make(variant, compute, devices=find_devices())
         seconds = time.monotonic() - started
         print(
             f"{number} of {len(jobs)}, {variant}: {made} chunks, {seconds:.0f} s",

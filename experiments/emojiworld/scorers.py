@@ -34,6 +34,8 @@ HOUSES_3 = ("openmoji", "fluent-emoji", "twemoji")
 HOUSES_5 = ("noto", "twemoji", "openmoji", "fluent-emoji", "emojione")
 _COPIED = "noto"
 _NUM_PARTS = 200
+# Principal parts are computed from about this many drawings.
+_MOST_FOR_PARTS = 1200
 _RIDGE = 1e-4
 _TINY = 1e-6
 # Of the logistic regression: added to standard deviations, weight decay, steps.
@@ -121,9 +123,8 @@ class ThingScorer:
         features = shape_features(drawings.images)
         train = drawings.split == "train"
         mean = features[train].mean(0)
-        centred = features[train] - mean
-        values, vectors = np.linalg.eigh(centred.T.astype(np.float64) @ centred)
-        parts = vectors[:, np.argsort(-values)[:_NUM_PARTS]].astype(np.float32)
+        centred = (features[train] - mean)[:: max(1, train.sum() // _MOST_FOR_PARTS)]
+        parts = np.linalg.svd(centred, full_matrices=False)[2][:_NUM_PARTS].T
         rows = (features - mean) @ parts
         houses = {
             name: rows[train & (drawings.icon_set == name)].mean(0)
