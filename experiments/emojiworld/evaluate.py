@@ -206,20 +206,21 @@ def ask(run: Run, conditions: list[str]) -> None:
     """Asks what has not been answered yet, the main conditions first."""
     with_baseline = run.parts.settings["baseline"] is not None
     wanted = [c for c in conditions if c != NEEDS_BASELINE or with_baseline]
-    jobs: list[tuple[str, Any]] = []
+    jobs: list[tuple[str, str, Any]] = []
     for condition in wanted:
-        run.asker.prepare(condition)
         for seed in run.seeds_of(condition):
             one = functools.partial(run.asker.draw, condition, seed)
-            jobs.append((f"{condition}-seed{seed}", one))
+            jobs.append((condition, f"{condition}-seed{seed}", one))
         if condition in CAPTIONED:
             one = functools.partial(run.asker.caption, condition)
-            jobs.append((f"caption-{condition}", one))
+            jobs.append((condition, f"caption-{condition}", one))
         if condition in SCORED:
             one = functools.partial(run.asker.score, condition)
-            jobs.append((f"bits-{condition}", one))
-    for number, (variant, compute) in enumerate(jobs, 1):
+            jobs.append((condition, f"bits-{condition}", one))
+    for number, (condition, variant, compute) in enumerate(jobs, 1):
         started = time.monotonic()
+        if not run.has(variant):
+            run.asker.prepare(condition)
         made = run.parts.make(variant, compute, devices=find_devices())
         seconds = time.monotonic() - started
         print(
