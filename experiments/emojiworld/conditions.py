@@ -208,7 +208,7 @@ class Asker:
         if condition == "copy":
             found = model.retrieve_for(prompts, 1, None)
             images = [model.tokenizer.decode(r.documents[0]).images[-1] for r in found]
-            rows[:, 0] = [r.ids[0] for r in found]
+            rows[:, 0] = _first_rows(found)
             return {"images": np.stack(images), "retrieved": rows}
         settings: dict[str, Any] = {
             **dataclasses.asdict(self._sampling),
@@ -244,6 +244,19 @@ class Asker:
             )
             texts = [output.texts[0] for output in outputs]
         return {"text": np.array(texts, np.str_)}
+
+    def search(self, items: range, device: Any) -> dict[str, np.ndarray]:
+        """First rows of the memory for captions and pictures, and their embeddings."""
+        targets, images = [self.targets[i] for i in items], list(self._real[items])
+        model = self._open("retrieval", targets, device)
+        texts = [target.text for target in targets]
+        assert model.embedder is not None
+        return {
+            "by_text": _first_rows(model.retrieve_for(texts, 1, None)),
+            "by_image": _first_rows(model.retrieve_for(images, 1, None)),
+            "text": model.embedder.embed_texts(texts),
+            "image": model.embedder.embed_images(images),
+        }
 
     def score(self, condition: str, items: range, device: Any) -> dict[str, np.ndarray]:
         """Bits of the pictures of some items, after their captions."""
@@ -300,6 +313,11 @@ def open_memory(documents: Sequence[Document], generator: Any, folder: Path) -> 
 
 def _num_retrieved(condition: str) -> int:
     return 0 if condition in ("no_documents", "baseline") else NUM_RETRIEVED
+
+
+def _first_rows(found: Sequence[Retrieved]) -> Int[np.ndarray, " n"]:
+    """The best row of each query; -1 where none was found."""
+    return np.array([r.ids[0] if len(r.ids) else -1 for r in found], np.int64)
 
 
 def _read_rows(outputs: Sequence[GenerationOutput]) -> Int[np.ndarray, "n k"]:

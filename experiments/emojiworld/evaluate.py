@@ -48,12 +48,14 @@ from emojiworld.figures import (
     compute_distance,
     format_table,
     saved_bits,
+    text_to_image_ranks,
 )
 from emojiworld.scorers import Verdicts
 from emojiworld.world import BY_NAME
 from racm3_jax import own_files
 from racm3_jax.evaluation.clip_score import CLIPFeatures
 from racm3_jax.evaluation.document_sets import describe_documents
+from racm3_jax.evaluation.intervals import Share
 from racm3_jax.evaluation.parts import Parts
 from racm3_jax.evaluation.pictures import Panel, Row, draw_sheet
 from racm3_jax.evaluation.protocol import describe_memory, fingerprint_params
@@ -64,6 +66,7 @@ from racm3_jax.tokenizers.mixed import MixedTokenizer
 # Sampled with every seed; the others with the first.
 MAIN = ("retrieval", "guided", "baseline")
 _SHEET_ROWS = 12
+_SEARCH = "search"
 
 
 class Run(NamedTuple):
@@ -206,7 +209,7 @@ def ask(run: Run, conditions: list[str]) -> None:
     """Asks what has not been answered yet, the main conditions first."""
     with_baseline = run.parts.settings["baseline"] is not None
     wanted = [c for c in conditions if c != NEEDS_BASELINE or with_baseline]
-    jobs: list[tuple[str, str, Any]] = []
+    jobs: list[tuple[str, str, Any]] = [("retrieval", _SEARCH, run.asker.search)]
     for condition in wanted:
         for seed in run.seeds_of(condition):
             one = functools.partial(run.asker.draw, condition, seed)
@@ -236,6 +239,7 @@ def write_results(run: Run, folder: Path) -> None:
     real = run.drawings.images[run.items]
     nearest = Nearest(run.drawings.images[train], real)
     outcomes, rows = judge(run, verdicts, nearest)
+    clip = judge_search(run)
     assert run.generator.embedder is not None
     differences = {
         reference: compare_conditions(
@@ -259,13 +263,15 @@ def write_results(run: Run, folder: Path) -> None:
             }
             for condition, row in rows.items()
         },
+        "clip": {name: share.to_json() for name, share in clip.items()},
         "differences": differences,
         "bits_saved": _saved(run),
         "similarity_of_real": nearest.usual,
     }
     own_files.write_json(folder / "results.json", record)
-    table = format_table(rows, DRAWN)
-    own_files.write_markdown(folder / "results.md", table + "\n")
+    words = "; ".join(f"{name} {share}" for name, share in clip.items())
+    table = f"{format_table(rows, DRAWN)}\n\nCLIP: {words}.\n"
+    own_files.write_markdown(folder / "results.md", table)
     own_files.write_png(folder / "samples.png", draw_samples(run))
     own_files.write_png(folder / "memorised.png", draw_memorised(run, nearest))
     print(table)
@@ -307,6 +313,23 @@ def judge(
             row["bits"] = combine_bits(bits, run.things)
         all_outcomes[condition], rows[condition] = outcomes, row
     return all_outcomes, rows
+
+
+def judge_search(run: Run) -> dict[str, Share]:
+    """How well the CLIP retrieves, by what is asked."""
+    found = run.parts.load(_SEARCH)
+    ranks = text_to_image_ranks(found["text"], found["image"])
+    outcomes = {
+        "text query, right thing first": _shown(run, found["by_text"][:, None]),
+        "image query, right thing first": _shown(run, found["by_image"][:, None]),
+        "text to image, recall at 1": ranks < 1,
+        "text to image, recall at 5": ranks < 5,
+    }
+    shares = {
+        name: combine_outcomes(np.asarray(values, float)[None], run.things)
+        for name, values in outcomes.items()
+    }
+    return {name: share for name, share in shares.items() if share is not None}
 
 
 def judge_cell(

@@ -73,6 +73,15 @@ def thing_means(
     return np.stack(rows)[:, np.bincount(own, asked[0]) > 0]
 
 
+def text_to_image_ranks(
+    texts: Float32[np.ndarray, "items d_embed"],
+    images: Float32[np.ndarray, "items d_embed"],
+) -> Int[np.ndarray, " items"]:
+    """How many pictures are more like each caption than its own one."""
+    likeness = texts @ images.T
+    return (likeness > np.diag(likeness)[:, None]).sum(1)
+
+
 def combine_bits(
     bits: Float[np.ndarray, " items"], things: Sequence[str], seed: int = 0
 ) -> Estimate:

@@ -255,6 +255,10 @@ def test_shares_count_things_not_pictures():
     worse = {"top1": np.array([[0.0, 0, 0, 1, 0, 0]] * 2)}
     found = figures.compare_conditions({"retrieval": better}, worse, things)
     assert found["retrieval"]["top1"]["value"] == pytest.approx(2 / 3)
+    ranks = figures.text_to_image_ranks(
+        np.eye(3), np.array([[1, 0, 0], [2, 0, 1], [3, 1, 0]])
+    )
+    assert ranks.tolist() == [2, 1, 1]
     assert figures.saved_bits(np.ones(6), np.full(6, 2.0), things).value == 0.5
 
 
@@ -425,6 +429,10 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
     assert rows["no_documents"]["named"]["value"] == 0
     assert record["bits_saved"]["no_documents"]["value"] == pytest.approx(2 / 9)
     assert "baseline" not in rows
+    clip = {name: share["value"] for name, share in record["clip"].items()}
+    assert clip["text query, right thing first"] == 1
+    assert clip["image query, right thing first"] == 1
+    assert clip["text to image, recall at 1"] == 1  # ties are no misses
     # Neither the house's own drawing nor its twin set's is shown.
     targets = [d for d in drawings.documents if d.metadata["split"] == "held_out"]
     for chunk in range(2):
