@@ -55,6 +55,7 @@ TAIL = """\
 `bench_*.py` measure speed, `faults.py`, `memory_faults.py` and `checkpoint_faults.py` what
 survives faults; each says in its first lines what it does and how it is run.
 `make_shipped_weights.py` makes the shipped weights again, from nothing.
+`emojiworld/` asks for real drawings of things that no model saw: see its README.md.
 """
 
 

@@ -1,0 +1,328 @@
+"""What a model is asked under each condition, item by item.
+
+An item is a held-out drawing: its own caption is the prompt, its own picture is captioned.
+No condition shows a document of the item's source: neither what its house draws of the
+thing, nor the twin set of that house.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from emojiworld.drawings import Drawings
+from emojiworld.world import BY_NAME, SETS
+from racm3_jax.evaluation.perplexity import compute_likelihoods
+from racm3_jax.evaluation.replicas import Replicas
+from racm3_jax.generation.tasks import Generator
+from racm3_jax.memory.memory import Memory
+from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.types import (
+    Document,
+    GenerationOutput,
+    Retrieved,
+    Segment,
+    TokenizedDocument,
+)
+
+NUM_RETRIEVED = 2
+GUIDANCE = 2.0
+DRAWN = {
+    "retrieval": "RA-CM3, 2 documents",
+    "guided": "the same, guided by the documents",
+    "best_of_4": "the same, best of 4 samples by CLIP",
+    "oracle": "RA-CM3, 2 documents that show the thing",
+    "random": "RA-CM3, 2 random documents",
+    "no_documents": "RA-CM3, no documents",
+    "baseline": "baseline without retrieval",
+    "swapped": "each thing's documents show another thing",
+    "removed": "all documents of the things removed",
+    "copy": "return the nearest document",
+    "reconstruction": "the drawing itself through the tokenizer",
+}
+CAPTIONED = ("retrieval", "random", "no_documents", "baseline", "copy")
+SCORED = ("retrieval", "random", "no_documents", "baseline")
+NEEDS_BASELINE = "baseline"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How pictures are sampled: see `SamplingConfig`."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+
+
+class OwnExcluded:
+    """A retriever that knows which document each query of a call stands for.
+
+    Args:
+      retriever: searches.
+      mains: of the queries, in their order.
+    """
+
+    def __init__(
+        self, retriever: Retriever, mains: Sequence[TokenizedDocument]
+    ) -> None:
+        self._retriever, self._mains = retriever, list(mains)
+        self.memory, self.strategy = retriever.memory, retriever.strategy
+
+    def usual_score(self, modality: Any) -> float:
+        """See `Retriever.usual_score`."""
+        return self._retriever.usual_score(modality)
+
+    def retrieve(
+        self,
+        queries: Float32[np.ndarray, "queries d_embed"],
+        nums: Int[np.ndarray, " queries"],
+        mains: Sequence[TokenizedDocument | None],
+    ) -> list[Retrieved]:
+        """As `Retriever.retrieve`, for the documents given at the start."""
+        if len(queries) != len(self._mains):
+            raise ValueError(
+                f"{len(self._mains)} queries were announced; got {len(queries)}"
+            )
+        return self._retriever.retrieve(queries, nums, self._mains)
+
+
+def as_main(document: Document) -> TokenizedDocument:
+    """What says which document a query stands for: its id and source, no tokens."""
+    return TokenizedDocument(document.id, (), document.source)
+
+
+def swap_things(drawings: Drawings) -> tuple[list[Document], dict[str, str]]:
+    """A memory in which each held-out thing shows the next one's drawings.
+
+    Returns:
+      (documents, which thing is shown under each name). Texts, ids and sources stay; a
+      document whose house does not draw the other thing is left out.
+    """
+    held_out = drawings.split == "held_out"
+    things = list(dict.fromkeys(drawings.thing[held_out].tolist()))
+    shown = dict(zip(things, [*things[1:], *things[:1]], strict=True))
+    places = {
+        (drawings.thing[i], drawings.icon_set[i]): i for i in range(len(drawings.thing))
+    }
+    documents = []
+    for i, document in enumerate(drawings.documents):
+        if not held_out[i]:
+            documents.append(document)
+            continue
+        other = places.get((shown[drawings.thing[i]], drawings.icon_set[i]))
+        if other is not None:
+            image = drawings.images[other]
+            segments = (Segment(text=document.text), Segment(image=image))
+            documents.append(dataclasses.replace(document, segments=segments))
+    return documents, shown
+
+
+class Asker:
+    """Asks the models about the items of an evaluation.
+
+    Args:
+      generator: over the memory of all drawings.
+      baseline: the model without retrieval, or None.
+      drawings: all of them.
+      items: positions of the held-out drawings that are asked for.
+      sampling: how.
+      work: keeps changed memories.
+      devices: see `Parts.make`.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        baseline: Generator | None,
+        drawings: Drawings,
+        items: Int[np.ndarray, " items"],
+        sampling: Sampling,
+        work: Path,
+        devices: Sequence[Any] = (None,),
+    ) -> None:
+        assert generator.retriever is not None and generator.embedder is not None
+        self._models = Replicas(generator, devices)
+        self._baselines = None if baseline is None else Replicas(baseline, devices)
+        self._drawings, self._sampling, self._work = drawings, sampling, work
+        self.targets = [drawings.documents[i] for i in items]
+        self._real = drawings.images[items]
+        self._generator, self._retriever = generator, generator.retriever
+        self.memory: Memory = generator.retriever.memory
+        self._changed: dict[str, Retriever] = {}
+        self._rows = dict(
+            zip(
+                zip(drawings.thing.tolist(), drawings.icon_set.tolist(), strict=True),
+                self.memory.find([d.id for d in drawings.documents]).tolist(),
+                strict=True,
+            )
+        )
+
+    def prepare(self, condition: str) -> None:
+        """Builds the changed memory of a condition, once; before any thread asks."""
+        strategy = self._retriever.strategy
+        if condition in self._changed or condition not in (
+            *("random", "swapped", "removed"),
+        ):
+            return
+        if condition == "random":
+            strategy = dataclasses.replace(
+                strategy, ranking="random", max_similarity=2.0
+            )
+            memory = self.memory
+        elif condition == "swapped":
+            documents, _ = swap_things(self._drawings)
+            memory = open_memory(documents, self._generator, self._work / "swapped")
+        else:
+            memory = self._remove_things(self._work / "removed")
+        self._changed[condition] = Retriever(memory, strategy)
+
+    def _remove_things(self, folder: Path) -> Memory:
+        """A copy of the memory without the held-out things."""
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.memory.path, folder)
+        memory = Memory.load(folder)
+        held_out = np.flatnonzero(self._drawings.split == "held_out")
+        doomed = memory.find([self._drawings.documents[i].id for i in held_out])
+        memory.remove(doomed[doomed >= 0])
+        return memory
+
+    def draw(
+        self, condition: str, seed: int, items: range, device: Any
+    ) -> dict[str, np.ndarray]:
+        """Pictures of some items, and the rows of the memory that were shown."""
+        targets = [self.targets[i] for i in items]
+        model = self._open(condition, targets, device)
+        rows = np.full((len(targets), NUM_RETRIEVED), -1, np.int64)
+        if condition == "reconstruction":
+            codec = model.tokenizer.image
+            return {
+                "images": codec.decode(codec.encode(self._real[items])),
+                "retrieved": rows,
+            }
+        prompts = [target.text for target in targets]
+        if condition == "copy":
+            found = model.retrieve_for(prompts, 1, None)
+            images = [model.tokenizer.decode(r.documents[0]).images[-1] for r in found]
+            rows[:, 0] = _first_rows(found)
+            return {"images": np.stack(images), "retrieved": rows}
+        settings: dict[str, Any] = {
+            **dataclasses.asdict(self._sampling),
+            "seed": [100_000 * seed + i for i in items],
+        }
+        if condition == "best_of_4":
+            settings |= {"num_samples": 4, "rank_by": "clip"}
+        if condition == "guided":
+            settings |= {"guidance": GUIDANCE, "guide_documents": True}
+        if condition == "oracle":
+            rows = self._oracle_rows(targets)
+            documents = [list(self.memory.documents(own)) for own in rows]
+            outputs = model.continue_batch(prompts, documents, **settings)
+        else:
+            outputs = model.text_to_image_batch(
+                prompts, num_retrieved=_num_retrieved(condition), **settings
+            )
+            rows = _read_rows(outputs)
+        return {"images": np.stack([o.images[0] for o in outputs]), "retrieved": rows}
+
+    def caption(
+        self, condition: str, items: range, device: Any
+    ) -> dict[str, np.ndarray]:
+        """Greedy captions of some items."""
+        model = self._open(condition, [self.targets[i] for i in items], device)
+        images = list(self._real[items])
+        if condition == "copy":
+            found = model.retrieve_for(images, 1, None)
+            texts = [model.tokenizer.decode(r.documents[0]).text for r in found]
+        else:
+            outputs = model.caption_batch(
+                images, num_retrieved=_num_retrieved(condition), temperature=0.0
+            )
+            texts = [output.texts[0] for output in outputs]
+        return {"text": np.array(texts, np.str_)}
+
+    def search(self, items: range, device: Any) -> dict[str, np.ndarray]:
+        """First rows of the memory for captions and pictures, and their embeddings."""
+        targets, images = [self.targets[i] for i in items], list(self._real[items])
+        model = self._open("retrieval", targets, device)
+        texts = [target.text for target in targets]
+        assert model.embedder is not None
+        return {
+            "by_text": _first_rows(model.retrieve_for(texts, 1, None)),
+            "by_image": _first_rows(model.retrieve_for(images, 1, None)),
+            "text": model.embedder.embed_texts(texts),
+            "image": model.embedder.embed_images(images),
+        }
+
+    def score(self, condition: str, items: range, device: Any) -> dict[str, np.ndarray]:
+        """Bits of the pictures of some items, after their captions."""
+        targets = [self.targets[i] for i in items]
+        # Here the documents themselves say what is their own.
+        model = self._model(condition, device)
+        if condition in self._changed:
+            model = model.with_retriever(self._changed[condition])
+        found = compute_likelihoods(
+            model, targets, num_retrieved=_num_retrieved(condition)
+        )
+        return {"bits": found.sums.image_nats / np.log(2)}
+
+    def _model(self, condition: str, device: Any) -> Generator:
+        models = self._baselines if condition == NEEDS_BASELINE else self._models
+        if models is None:
+            raise ValueError("give --baseline=FOLDER to ask the baseline")
+        return models.on(device)
+
+    def _open(
+        self, condition: str, targets: Sequence[Document], device: Any
+    ) -> Generator:
+        """The model of a condition, over a memory that never shows the items' own."""
+        model = self._model(condition, device)
+        retriever = self._changed.get(condition, self._retriever)
+        mains = [as_main(target) for target in targets]
+        excluding: Any = OwnExcluded(retriever, mains)
+        return model.with_retriever(excluding)
+
+    def _oracle_rows(self, targets: Sequence[Document]) -> Int[np.ndarray, "n k"]:
+        """Two drawings of each item's thing: of the icon sets after its own, in turn."""
+        rows = []
+        for target in targets:
+            name = str(target.metadata["icon_set"])
+            start = next(i for i, s in enumerate(SETS) if s.name == name)
+            others = [*SETS[start:], *SETS[:start]]
+            others = [s for s in others if s.house != BY_NAME[name].house]
+            thing = str(target.metadata["thing"])
+            found = [self._rows.get((thing, s.name), -1) for s in others]
+            rows.append([row for row in found if row >= 0][:NUM_RETRIEVED])
+        return np.array(rows, np.int64)
+
+
+def open_memory(documents: Sequence[Document], generator: Any, folder: Path) -> Memory:
+    """The memory of these documents, built once; `generator` has their tokenizer."""
+    parts: Mapping[str, Any] = {
+        "tokenizer": generator.tokenizer,
+        "embedder": generator.embedder,
+    }
+    if not (folder / "manifest.json").exists():
+        Memory.build(documents, path=folder, index="exact", **parts).close()
+    return Memory.load(folder, **parts)
+
+
+def _num_retrieved(condition: str) -> int:
+    return 0 if condition in ("no_documents", "baseline") else NUM_RETRIEVED
+
+
+def _first_rows(found: Sequence[Retrieved]) -> Int[np.ndarray, " n"]:
+    """The best row of each query; -1 where none was found."""
+    return np.array([r.ids[0] if len(r.ids) else -1 for r in found], np.int64)
+
+
+def _read_rows(outputs: Sequence[GenerationOutput]) -> Int[np.ndarray, "n k"]:
+    """Rows of the memory; -1 where fewer documents were found."""
+    rows = np.full((len(outputs), NUM_RETRIEVED), -1, np.int64)
+    for row, output in zip(rows, outputs, strict=True):
+        row[: len(output.retrieved.ids)] = output.retrieved.ids
+    return rows
