@@ -45,7 +45,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init_from = ""
     # Query dropout is frozen: two variants of a document's query for all epochs.
     config.memory = dict(
-        index="scann", num_query_variants=2, query_drop=0.2, include_heldout=False
+        index="scann",
+        num_query_variants=2,
+        query_drop=0.2,
+        include_heldout=False,
+        cache="",
     )
     # The paper's 0.9 is for OpenAI's CLIP. Flagworld's puts a nation's documents 0.95 alike
     # (median); what is more alike than that shows the same flag at the same size.

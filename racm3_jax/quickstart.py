@@ -19,11 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from racm3_jax import own_files, run, wiring
+from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.evaluation.report import CaptionRow, write_report
 from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
 from racm3_jax.generation.tasks import Generator
-from racm3_jax.training.mirror import refuse_url
 from racm3_jax.types import Document
 from racm3_jax.wiring.workdirs import claim_workdir, given_back_if_refused
 

@@ -12,6 +12,7 @@ import jax
 from absl import logging
 
 from racm3_jax import own_files, storage, wiring
+from racm3_jax.buckets import Bucket, refuse_url
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.compilation import saved
 from racm3_jax.evaluation import (
@@ -40,7 +41,6 @@ from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import Profile, fit
-from racm3_jax.training.mirror import refuse_url
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState, TrainStep
 from racm3_jax.wiring.workdirs import (
@@ -85,17 +85,20 @@ def train(
     """
     settings = wiring.read_training(config).train
     prepare_host()
-    num_processes = join_processes()
+    join_processes()
     if compiled is not None:
         _check_compiled(config, Path(compiled))
-    with local_workdir(workdir, num_processes) as folder:
-        return _train_in(config, settings, folder, progress, profile_steps, compiled)
+    with local_workdir(workdir) as (folder, bucket):
+        return _train_in(
+            config, settings, folder, bucket, progress, profile_steps, compiled
+        )
 
 
 def _train_in(
     config: Any,
     settings: wiring.TrainConfig,
     workdir: Path,
+    bucket: Bucket | None,
     progress: bool,
     profile_steps: tuple[int, int] | None,
     compiled: str | Path | None,
@@ -113,7 +116,14 @@ def _train_in(
             if compiled is not None:
                 job = _with_compiled_step(job, config, Path(compiled))
         return _train(
-            config, settings, job, workdir, fingerprint, progress, profile_steps
+            config,
+            settings,
+            job,
+            workdir,
+            bucket,
+            fingerprint,
+            progress,
+            profile_steps,
         )
 
 
@@ -122,6 +132,7 @@ def _train(
     settings: wiring.TrainConfig,
     job: wiring.Job,
     workdir: Path,
+    bucket: Bucket | None,
     fingerprint: str,
     progress: bool,
     profile_steps: tuple[int, int] | None,
@@ -132,6 +143,7 @@ def _train(
         workdir / "checkpoints",
         keep=settings.keep_checkpoints,
         save_interval=settings.checkpoint_every,
+        bucket=None if bucket is None else bucket / "checkpoints",
     )
     state = job.state
     found = saver.latest_good()
@@ -168,7 +180,7 @@ def _train(
                     flops_per_token=job.flops_per_token,
                     profile=profile,
                     watchdog_seconds=settings.watchdog_seconds,
-                    signs=_make_signs(workdir),
+                    signs=_make_signs(workdir) if bucket is None else None,
                 )
         finally:
             close = getattr(batches, "close", None)

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "racm3_jax"
 
 FLOORS = [
-    {"types", "vocab", "storage"},
+    {"types", "vocab", "storage", "buckets"},
     {"own_files", "progress"},
     {"documents", "sharding", "checkpoints", "metrics"},
     {"tokenizers", "model", "index"},

@@ -66,7 +66,9 @@ def test_every_command_exists(words):
 
 
 def test_ci_runs_what_is_printed():
-    run = {a or b for a, b in re.findall(r'^readme (?:"(.+)"|(\w+))$', CI, re.MULTILINE)}
+    run = {
+        a or b for a, b in re.findall(r'^readme (?:"(.+)"|(\w+))$', CI, re.MULTILINE)
+    }
     assert run == {name for name, text in sections().items() if "```bash" in text}
     for name in run:
         script = subprocess.run(

@@ -36,12 +36,14 @@ def write_manifest(directory: Path, facts: Mapping[str, Any] | None = None) -> N
       facts: JSON-serialisable, kept under the seal: kind, origin, ….
     """
     names = [n for n in storage.list_files(directory) if n != MANIFEST_NAME]
-    record = {
-        **(facts or {}),
-        "format_version": FORMAT_VERSION,
-        "files": storage.describe_files(directory, names),
-    }
-    storage.write_file(directory / MANIFEST_NAME, storage.encode_sealed(record))
+    files = storage.describe_files(directory, names)
+    storage.write_file(directory / MANIFEST_NAME, encode(files, facts))
+
+
+def encode(files: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> bytes:
+    """The manifest of files as `storage.describe_files` describes them."""
+    record = {**(facts or {}), "format_version": FORMAT_VERSION, "files": dict(files)}
+    return storage.encode_sealed(record)
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +14,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from racm3_jax.buckets import Bucket
+from racm3_jax.checkpoints.bucket import BucketSteps
 from racm3_jax.checkpoints.manifest import (
     CheckpointError,
     verify_manifest,
@@ -38,6 +42,9 @@ class Checkpoints:
       directory: created when missing.
       keep: how many steps stay on disk.
       save_interval: `should_save` is true at its multiples.
+      bucket: where the checkpoints are kept (`checkpoints.bucket`); `directory` is then
+        this process's own, from which they are copied. None: `directory` is what all
+        processes see.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class Checkpoints:
         *,
         keep: int = 3,
         save_interval: int = 1000,
+        bucket: Bucket | None = None,
     ) -> None:
         # Imported here: loading weights should not wait seconds for Orbax.
         import orbax.checkpoint as ocp
@@ -58,14 +66,34 @@ class Checkpoints:
         self._ocp = ocp
         self.directory = Path(directory).absolute()
         self.save_interval = save_interval
+        self._keep = keep
+        self._remote = None
+        count = jax.process_count()
+        # Of processes that do not see one another's files, each is the first.
+        apart = bucket is not None and count > 1
+        options = ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "extra": ocp.JsonCheckpointHandler(),
+                # OCDBT would join the files of all processes on their common disk.
+                "state": ocp.StandardCheckpointHandler(
+                    multiprocessing_options=options, use_ocdbt=not apart
+                ),
+                "extra": ocp.JsonCheckpointHandler(multiprocessing_options=options),
             },
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=False, multiprocessing_options=options
+            ),
         )
+        if bucket is not None:
+            self._remote = BucketSteps(
+                bucket,
+                self.directory,
+                index=jax.process_index(),
+                count=count,
+                attempt=f"{_agree(secrets.randbits(31)):08x}",
+            )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "manifest")
         self._unfinished: concurrent.futures.Future[None] | None = None
         self._verified: set[int] = set()
@@ -112,7 +140,9 @@ class Checkpoints:
 
     def _finish(self, step: int) -> None:
         self._manager.wait_until_finished()
-        if jax.process_index() == 0:
+        if self._remote is not None:
+            self._remote.publish(step, self._keep)
+        elif jax.process_index() == 0:
             write_manifest(self.directory / str(step))
 
     def wait(self) -> None:
@@ -129,6 +159,17 @@ class Checkpoints:
             run that may still be writing.
         """
         self.wait()
+        if self._remote is not None:
+            good = self._fetch_good(self._remote, quarantine)
+        else:
+            good = self._find_good(quarantine)
+        self._manager.reload()
+        if good < 0:
+            return None
+        self._verified.add(good)
+        return good
+
+    def _find_good(self, quarantine: bool) -> int:
         good = -1
         if jax.process_index() == 0:
             for step in reversed(self.steps()):
@@ -139,15 +180,20 @@ class Checkpoints:
                 logging.error("checkpoint %d is not usable: %s", step, problem)
                 if quarantine:
                     self._quarantine(step)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+        return _agree(good)
 
-            good = int(multihost_utils.broadcast_one_to_all(np.int32(good)))
-        self._manager.reload()
-        if good < 0:
-            return None
-        self._verified.add(good)
-        return good
+    def _fetch_good(self, remote: BucketSteps, quarantine: bool) -> int:
+        """Every process fetches the whole step; all of them must get it undamaged."""
+        left = remote.steps() if jax.process_index() == 0 else []
+        while (step := _agree(left.pop() if left else -1)) >= 0:
+            problem = remote.fetch(step)
+            if _all_agree(problem is None):
+                break
+            logging.error("checkpoint %d is not usable: %s", step, problem)
+            shutil.rmtree(self.directory / str(step))
+            if quarantine and jax.process_index() == 0:
+                remote.set_aside(step)
+        return step
 
     def _quarantine(self, step: int) -> None:
         directory = self.directory / QUARANTINE_NAME
@@ -226,6 +272,24 @@ class Checkpoints:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _agree(value: int) -> int:
+    """What process 0 says; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _all_agree(value: bool) -> bool:
+    """Whether it is so in every process; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.int32(value)).all())
 
 
 def _shapes(state: Any) -> dict[str, str]:

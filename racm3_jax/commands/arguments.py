@@ -9,6 +9,9 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from typing import Any
+
+from racm3_jax.buckets import is_url, refuse_url
 
 # Above this, a number of things is a slip of the finger.
 MANY = 10**9
@@ -16,8 +19,44 @@ MAX_SEED = 2**32 - 1
 
 
 def path(text: str) -> str:
-    """A path; `~` is the home folder also after `=`, where shells leave it alone."""
+    """A path here; `~` is the home folder also after `=`, where shells leave it alone."""
+    try:
+        refuse_url(text, "this")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return os.path.expanduser(filled(text))
+
+
+def place(text: str) -> str:
+    """A path, or the URL of a place in a bucket."""
+    return text if is_url(text) else path(text)
+
+
+def add_memory(sub: Any, required: bool = False) -> None:
+    """`--memory` of a command that only reads it, and where one at a URL is copied to."""
+    sub.add_argument(
+        "--memory",
+        type=place,
+        default=None,
+        required=required,
+        help="its directory, or a URL" if required else "another one, or a URL of one",
+    )
+    sub.add_argument(
+        "--memory_cache",
+        type=path,
+        default=None,
+        metavar="FOLDER",
+        help="where a memory at a URL is copied to; default ~/.cache/racm3/memories",
+    )
+
+
+def local_memory(arguments: argparse.Namespace) -> Any:
+    """The folder of `--memory`, if any; of a URL, that of an up-to-date copy here."""
+    if arguments.memory is None or not is_url(arguments.memory):
+        return arguments.memory
+    from racm3_jax.memory.staging import stage
+
+    return str(stage(arguments.memory, arguments.memory_cache))
 
 
 def filled(text: str) -> str:

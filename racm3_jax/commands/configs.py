@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import racm3_jax
+from racm3_jax.buckets import refuse_url
 
 
 class UsageError(Exception):
@@ -118,6 +119,7 @@ def load_config_module(path: str) -> tuple[types.ModuleType, str]:
     Raises:
       UsageError: there is no such file, or it does not run.
     """
+    refuse_url(path, "a config file")
     name, _, argument = path.partition(":")
     name = _find_file(os.path.expanduser(name))
     spec = importlib.util.spec_from_file_location("racm3_config", name)

@@ -36,17 +36,27 @@ def register(commands: Any) -> None:
     )
     sub.set_defaults(command=_convert)
     sub.add_argument("kind", choices=["clip", "vqgan", "chameleon"], help="what it is")
-    sub.add_argument("source", help="a file, a folder, or hub:owner/name[@revision]")
-    sub.add_argument("out", help="new folder")
-    sub.add_argument("--merges", help="clip: file of the BPE's merges")
+    sub.add_argument(
+        "source",
+        type=options.path,
+        help="a file, a folder, or hub:owner/name[@revision]",
+    )
+    sub.add_argument("out", type=options.path, help="new folder")
+    sub.add_argument(
+        "--merges", type=options.path, help="clip: file of the BPE's merges"
+    )
     sub.add_argument(
         "--activation",
         choices=["quick_gelu", "gelu"],
         help="clip: of a file that does not say",
     )
     sub.add_argument("--image_size", type=int, help="vqgan, chameleon: pixels a side")
-    sub.add_argument("--vqgan", help="chameleon: its image tokenizer")
-    sub.add_argument("--clip", help="chameleon: folder of a converted CLIP")
+    sub.add_argument(
+        "--vqgan", type=options.path, help="chameleon: its image tokenizer"
+    )
+    sub.add_argument(
+        "--clip", type=options.path, help="chameleon: folder of a converted CLIP"
+    )
     sub.add_argument(
         "--accept_licence",
         action="store_true",
@@ -67,8 +77,8 @@ def register(commands: Any) -> None:
     text = "Write a CLIP or a converted Chameleon for other libraries."
     sub = commands.add_parser("export", help=text, description=text)
     sub.set_defaults(command=_export)
-    sub.add_argument("source", help="a folder of ours")
-    sub.add_argument("out", help="new folder")
+    sub.add_argument("source", type=options.path, help="a folder of ours")
+    sub.add_argument("out", type=options.path, help="new folder")
     sub.add_argument(
         "--format", choices=["hf"], default="hf", help="hf: files of transformers"
     )

@@ -23,9 +23,7 @@ def register(commands: Any) -> None:
     sub.add_argument(
         "--workdir", type=options.path, required=True, help="of quickstart or train"
     )
-    sub.add_argument(
-        "--memory", type=options.path, default=None, help="another memory directory"
-    )
+    options.add_memory(sub)
     sub.add_argument(
         "--port",
         type=options.whole(0, 2**16 - 1),
@@ -49,7 +47,7 @@ def _serve(arguments: argparse.Namespace, uploads: UploadFolder) -> None:
     from racm3_jax import run
     from racm3_jax.demo import server
 
-    generator = run.load(arguments.workdir, memory=arguments.memory)
+    generator = run.load(arguments.workdir, memory=options.local_memory(arguments))
     if arguments.int8:
         generator = generator.quantized()
     notice = ""

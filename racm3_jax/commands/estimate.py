@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from racm3_jax.commands import arguments as options
 from racm3_jax.commands.configs import UsageError, add_config_option, read_config
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def register(commands: Any) -> None:
         help="at most so many, to find the largest size that fits (4); 1 finds none",
     )
     sub.add_argument(
-        "--save", help="write the compiled step, for train --compiled=FILE"
+        "--save",
+        type=options.path,
+        help="write the compiled step, for train --compiled=FILE",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 

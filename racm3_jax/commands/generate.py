@@ -89,9 +89,7 @@ def register(commands: Any) -> None:
     )
     sub.add_argument("--image", type=options.path, required=True, help="image file")
     _add_region(sub)
-    sub.add_argument(
-        "--memory", type=options.path, default=None, help="another memory directory"
-    )
+    options.add_memory(sub)
     _add_documents(sub, "the document to follow", required=True)
     _add_neighbours(sub)
     _add_sampling(sub)
@@ -152,9 +150,7 @@ def _add_documents(sub: Any, text: str, required: bool = False) -> None:
 
 
 def _add_retrieval(sub: Any, text: str) -> None:
-    sub.add_argument(
-        "--memory", type=options.path, default=None, help="another memory directory"
-    )
+    options.add_memory(sub)
     sub.add_argument(
         "--num_retrieved",
         type=options.whole(0, 10_000),
@@ -448,7 +444,7 @@ def _open(arguments: Arguments) -> Any:
 
         folder = str(Path(arguments.compilation_cache).resolve())
         jax.config.update("jax_compilation_cache_dir", folder)
-    generator = run.load(arguments.workdir, memory=arguments.memory)
+    generator = run.load(arguments.workdir, memory=options.local_memory(arguments))
     return generator.quantized() if arguments.int8 else generator
 
 

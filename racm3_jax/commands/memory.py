@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from racm3_jax import own_files
+from racm3_jax.commands import arguments as options
 from racm3_jax.commands import memory_flags, memory_pictures
 from racm3_jax.commands.configs import UsageError
 
@@ -194,7 +195,8 @@ def _search(arguments: Arguments) -> None:
     tokenizer, embedder = _load_models(arguments)
     if isinstance(embedder, str):
         raise UsageError("a query needs an encoder: give --embedder=FOLDER")
-    with Memory.load(arguments.memory, embedder, tokenizer) as memory:
+    path = options.local_memory(arguments)
+    with Memory.load(path, embedder, tokenizer) as memory:
         if image is None:
             queries = embedder.embed_texts([arguments.text])
         else:
@@ -225,7 +227,8 @@ def _stats(arguments: Arguments) -> None:
 
     _check_out(arguments)
     tokenizer, _ = _load_models(arguments)
-    with Memory.load(arguments.memory, tokenizer=tokenizer) as memory:
+    path = options.local_memory(arguments)
+    with Memory.load(path, tokenizer=tokenizer) as memory:
         stats = compute_stats(memory, num_queries=arguments.num_queries)
         shown = memory_pictures.choose_rows(memory.allowed_ids())
         documents, note = read_for_picture(
@@ -249,7 +252,7 @@ def _check_out(arguments: Arguments) -> None:
 def _verify(arguments: Arguments) -> None:
     from racm3_jax.memory import edit
 
-    counts = edit.verify(arguments.memory)
+    counts = edit.verify(options.local_memory(arguments))
     print(
         f"{arguments.memory}: {counts['files']} files are whole, "
         f"{counts['documents']} documents, {counts['removed']} removed ones are not "

@@ -7,6 +7,8 @@ from typing import Any
 from racm3_jax.commands import arguments as options
 from racm3_jax.index import registry
 
+# Actions for which a memory at a URL is copied here.
+_READING = ("search", "stats", "verify")
 _SHIPPED = "shipped:flagworld"
 
 
@@ -14,7 +16,9 @@ def add_action(actions: Any, name: str) -> Any:
     """The parser of one action; all but `plan` need a memory."""
     text, add_flags = ACTIONS[name]
     sub = actions.add_parser(name, help=text, description=text)
-    if name != "plan":
+    if name in _READING:
+        options.add_memory(sub, required=True)
+    elif name != "plan":
         sub.add_argument(
             "--memory", type=options.path, required=True, help="its directory"
         )
@@ -117,7 +121,7 @@ def _add_remove(sub: Any) -> None:
     _models(sub)
     sub.add_argument(
         "--ids",
-        type=options.path,
+        type=options.place,
         default=None,
         help="a,b,c or a file of one id a line",
     )

@@ -40,7 +40,7 @@ def register(commands: Any) -> None:
     add_config_option(sub)
     sub.add_argument(
         "--workdir",
-        type=options.path,
+        type=options.place,
         required=True,
         help="folder or URL of the results",
     )
@@ -50,7 +50,7 @@ def register(commands: Any) -> None:
         help="FIRST:LAST step of a trace to write, as 10:12",
     )
     sub.add_argument(
-        "--compiled", default="", help="file of racm3 estimate --compile --save"
+        "--compiled", type=options.path, help="file of racm3 estimate --compile --save"
     )
     text = "Run a suite of measurements."
     sub = commands.add_parser("evaluate", help=text, description=text)
@@ -73,7 +73,7 @@ def _train(arguments: Arguments) -> int:
         config,
         arguments.workdir,
         profile_steps=steps,
-        compiled=arguments.compiled or None,
+        compiled=arguments.compiled,
     )
     if int(state.step) < config.train.num_steps:
         print(

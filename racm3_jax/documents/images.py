@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from racm3_jax.buckets import refuse_url
+
 # A 20 KB file can hold 500 MB of pixels: the header is checked first.
 DEFAULT_MAX_PIXELS = 64_000_000
 # Formats that Pillow decodes by itself; others (EPS) would start foreign programs.
@@ -56,7 +58,10 @@ def read_image(
     Raises:
       FileNotFoundError: there is no such file.
       ImageError: the file is not an image, is damaged, or is larger than allowed.
+      ValueError: a URL.
     """
+    if not isinstance(source, bytes):
+        refuse_url(source, "an image")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from racm3_jax import storage
+from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.readers import Shard, find_shards
 from racm3_jax.memory import builder, filters, merge
 from racm3_jax.memory import parts as parts_lib
@@ -114,6 +115,7 @@ def build_memory_with_beam(
     """
     beam = import_beam()
     config = config or CorpusConfig()
+    refuse_url(path, "a memory that is built")
     path = pathlib.Path(path).absolute()
     shards = find_shards(source)
     tokenizer, embedder = load_models()

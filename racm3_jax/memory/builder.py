@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from racm3_jax import storage
+from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.readers import ReadReport, Record, Shard, find_shards
 from racm3_jax.memory import filters, writer
 from racm3_jax.memory import format as format_lib
@@ -78,6 +79,7 @@ def build_memory(
       ValueError: another build is half done at `path`, or too many records are bad.
     """
     config = config or CorpusConfig()
+    refuse_url(path, "a memory that is built")
     path = pathlib.Path(path)
     shards = find_shards(source) if isinstance(source, str) else None
     maker = make_maker(config, tokenizer, embedder)

@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 
 from racm3_jax import storage
+from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.readers import ReadReport, find_shards, read_shard
 from racm3_jax.index import streaming
-from racm3_jax.memory import filters, writer
+from racm3_jax.memory import filters, staging, writer
 from racm3_jax.memory import format as format_lib
 from racm3_jax.memory import parts as parts_lib
 from racm3_jax.memory.chunks import CHUNK_SIZE, MemoryChunk
@@ -109,6 +110,8 @@ def add_documents(
 
 def _tidy(path: pathlib.Path) -> dict[str, Any]:
     """The manifest, once what a dead writer left is ended."""
+    refuse_url(path, "a memory that is changed")
+    staging.refuse_staged(path)
     format_lib.read_manifest(path)  # a sentence, if there is no memory
     with format_lib.locked(path):
         manifest = format_lib.read_manifest(path)

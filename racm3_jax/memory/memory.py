@@ -30,11 +30,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt64
 
 from racm3_jax import storage
+from racm3_jax.buckets import is_url
 from racm3_jax.documents import store
 from racm3_jax.index import contract, registry
 from racm3_jax.index.rows import Records, Rows
 from racm3_jax.index.table import TableIndex
 from racm3_jax.memory import format as format_lib
+from racm3_jax.memory import staging
 from racm3_jax.memory.format import MODALITY_BITS, Fingerprinted, hash_name
 from racm3_jax.types import Document, Modality, Neighbours, TokenizedDocument
 from racm3_jax.vocab import Vocab
@@ -154,21 +156,23 @@ class Memory:
         path: str | os.PathLike[str],
         embedder: Fingerprinted | str | None = None,
         tokenizer: Fingerprinted | str | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> Memory:
         """Opens a memory after verifying the sha256 of all its files.
 
         Args:
-          path: its directory.
+          path: its directory, or the URL of one in a bucket, which is staged first.
           embedder: what queries will be embedded with, or its fingerprint; compared
             with the memory's. None compares nothing.
           tokenizer: what its documents will be read with, or its fingerprint.
+          cache: where memories of URLs are staged, see `staging`.
 
         Raises:
           FileNotFoundError: if there is no memory at `path`.
           ValueError: if its format version, encoder or tokenizer is another.
           IntegrityError: if a file is missing or damaged; names it.
         """
-        path = pathlib.Path(path)
+        path = staging.stage(path, cache) if is_url(path) else pathlib.Path(path)
         manifest = format_lib.read_manifest(path)
         format_lib.check_fingerprints(path, manifest, embedder, tokenizer)
         format_lib.check_files(path)
@@ -401,8 +405,10 @@ class Memory:
 
         Raises:
           IndexError: if a row does not exist; then nothing is removed.
+          ValueError: this is a copy of a memory in a bucket.
         """
         rows = self._check_ids(np.asarray(ids, np.int64))
+        staging.refuse_staged(self.path)
         with format_lib.locked(self.path):
             # Of the memory as it is on disk: others may have added to it.
             manifest = format_lib.read_manifest(self.path)

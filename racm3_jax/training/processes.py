@@ -160,6 +160,28 @@ def _initialise(**settings: object) -> None:
     jax.distributed.initialize(**settings)  # type: ignore[arg-type]
 
 
+class SharedFolder(Protocol):
+    """A folder that each process has a copy of; `mirror.Mirror` is one."""
+
+    def push(self) -> None: ...
+
+    def pull(self) -> None: ...
+
+
+# Of the trainings of this process: one at most.
+_shared: list[SharedFolder] = []
+
+
+@contextlib.contextmanager
+def sharing(folder: SharedFolder) -> Iterator[None]:
+    """Inside, `leader_first` also carries over what process 0 wrote into `folder`."""
+    _shared.append(folder)
+    try:
+        yield
+    finally:
+        _shared.remove(folder)
+
+
 @contextlib.contextmanager
 def leader_first() -> Iterator[None]:
     """Process 0 runs the block, then all others do, who find what it made."""
@@ -170,11 +192,25 @@ def leader_first() -> Iterator[None]:
 
     if jax.process_index() != 0:
         multihost_utils.sync_global_devices("leader first")
+        for folder in _shared:
+            folder.pull()
     try:
         yield
     finally:
         if jax.process_index() == 0:
-            multihost_utils.sync_global_devices("leader first")
+            try:
+                for folder in _shared:
+                    folder.push()
+            finally:
+                multihost_utils.sync_global_devices("leader first")
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 class StopRequest:
@@ -356,6 +392,8 @@ class Watchdog:
         culprits = ""
         if self._signs is not None:
             culprits = self._signs.find_culprits(3 * self._pause, self.doing)
+        elif jax.process_count() > 1:
+            culprits = "what its peers do is not known, for want of a folder they share"
         print(
             f"racm3: process {jax.process_index()} of {jax.process_count()} has "
             f"not ended a step for {silent:.0f} s (config.train."

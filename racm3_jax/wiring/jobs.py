@@ -16,7 +16,6 @@ from jaxtyping import Int64
 from racm3_jax import checkpoints
 from racm3_jax.documents import batches as image_data
 from racm3_jax.documents.flagworld import read_flagworld
-from racm3_jax.memory.memory import Memory
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import (
     abstract_params,
@@ -53,6 +52,7 @@ from racm3_jax.wiring.parts import (
     build_retriever,
     build_tokenizer,
     build_world,
+    open_memory,
     read_memory_documents,
     resolve,
     use_table,
@@ -245,7 +245,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     rows = local_rows(mesh, pipeline.rows)
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
     if config.get("memory_path"):
-        memory = Memory.load(resolve(config.memory_path), embedder, tokenizer)
+        memory = open_memory(config, embedder, tokenizer)
     else:
         documents = read_memory_documents(config)
         with leader_first():

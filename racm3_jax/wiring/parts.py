@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int64
 
 from racm3_jax import checkpoints, sharding
+from racm3_jax.buckets import is_url, refuse_url
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.documents.flagworld.names import make_labels, make_name
 from racm3_jax.memory.format import TABLE_DIRECTORY
@@ -28,7 +29,6 @@ from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
-from racm3_jax.training.mirror import refuse_url
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
 from racm3_jax.wiring.rows import read_column
@@ -129,6 +129,16 @@ def build_memory(
     return Memory.load(path, embedder=embedder, tokenizer=tokenizer)
 
 
+def open_memory(
+    config: Any, embedder: DocumentEmbedder | None, tokenizer: MixedTokenizer | None
+) -> Memory:
+    """The memory of `config.memory_path`, which may be a URL (`memory.staging`)."""
+    path = config.memory_path
+    section = construct(MemoryConfig, config.memory, "memory")
+    place = path if is_url(path) else resolve(path)
+    return Memory.load(place, embedder, tokenizer, section.cache)
+
+
 def use_table(config: Any, memory: Memory) -> None:
     """With `config.memory.index="table"`, searches are look-ups in `memory/table`.
 
@@ -138,6 +148,12 @@ def use_table(config: Any, memory: Memory) -> None:
         return
     path = memory.path / TABLE_DIRECTORY
     if not path.is_dir():
+        if config.get("memory_path") and is_url(config.memory_path):
+            raise ValueError(
+                f'config.memory.index is "table", but {config.memory_path} has no '
+                f"{TABLE_DIRECTORY}/: make it where the memory was built (racm3 memory "
+                "neighbours), and copy it there, too"
+            )
         strategy = construct(StrategyConfig, config.strategy, "strategy")
         width = strategy.max_candidates
         compute_neighbours(memory, path, width, engine="memory")

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.flagworld import FlagworldConfig
 from racm3_jax.evaluation.flagworld import SuiteSettings
 from racm3_jax.evaluation.flagworld_tasks import TaskSettings
@@ -108,12 +109,14 @@ class MemoryConfig:
       num_query_variants: queries with dropout of each document.
       query_drop: share of a query's words or patches that are dropped.
       include_heldout: flagworld's held-out nations are in it as well.
+      cache: where a memory at a URL is copied to; "" is `~/.cache/racm3/memories`.
     """
 
     index: str = "auto"
     num_query_variants: int = 4
     query_drop: float = 0.2
     include_heldout: bool = False
+    cache: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +166,7 @@ class GeneratorTraining(_Training):
     Attributes:
       embedder: folder of the CLIP that made the memory.
       init_from: folder of weights to begin with; "" begins at random.
-      memory_path: a memory that exists; "" builds flagworld's in the work directory.
+      memory_path: a memory that exists, or the URL of one; "" builds flagworld's in the work directory.
       vocab: of a model whose tokenizer is not at hand (`racm3 estimate`).
       train_only: see `steps.TRAIN_ONLY`.
       num_train_documents: of the quickstart's memory.
@@ -267,6 +270,8 @@ SUITES: Mapping[str, type] = {
     "coco": CocoEvaluation,
     "likelihood": LikelihoodEvaluation,
 }
+# `memory` is a text in an evaluation on COCO; sources look at theirs by themselves.
+_MAY_BE_URLS = ("memory_path", "memory", "source", "kshot_source")
 # What only a tokenizer can tell; put in place when it is loaded.
 _UNKNOWN_VOCAB_SIZE = 1 << 16
 
@@ -300,6 +305,7 @@ def _read(config: Any, key: str, classes: Mapping[str, type]) -> Any:
         )
     cls = classes[config[key]]
     _check_keys(cls, config, "config", ())
+    _refuse_urls(config, "config")
     hints = typing.get_type_hints(cls)
     values = {}
     for name in config:
@@ -315,6 +321,16 @@ def _read(config: Any, key: str, classes: Mapping[str, type]) -> Any:
             )
         values[name] = construct(section, config[name], name, **_computed(name, config))
     return cls(**values)
+
+
+def _refuse_urls(section: Any, where: str) -> None:
+    """Refuses a URL in a setting that is no source and no memory."""
+    for name in section:
+        value, place = section[name], f"{where}.{name}"
+        if hasattr(value, "keys"):
+            _refuse_urls(value, place)
+        elif isinstance(value, str) and name not in _MAY_BE_URLS:
+            refuse_url(value, place)
 
 
 def _computed(section: str, config: Any) -> dict[str, Any]:

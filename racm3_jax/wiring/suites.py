@@ -41,6 +41,7 @@ from racm3_jax.wiring.generators import load_generator
 from racm3_jax.wiring.parts import (
     build_memory,
     build_world,
+    open_memory,
     resolve,
 )
 from racm3_jax.wiring.sections import construct
@@ -190,9 +191,7 @@ def build_likelihood_protocol(config: Any, workdir: Path) -> LikelihoodProtocol:
         documents = list(read_flagworld(world, "heldout_test"))
     shown = list(read_documents(config.kshot_source)) if config.kshot_source else []
     if config.memory_path:
-        memory = Memory.load(config.memory_path)
-        assert plain.embedder is not None  # load_generator always opens one
-        memory.check(embedder=plain.embedder, tokenizer=plain.tokenizer)
+        memory = open_memory(config, plain.embedder, plain.tokenizer)
     else:
         with leader_first():
             memory = _open_memory(config, workdir / "memory", world, plain)

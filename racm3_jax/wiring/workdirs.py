@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
 
 from racm3_jax import storage
-from racm3_jax.training.mirror import Mirror, is_url
+from racm3_jax.buckets import Bucket, is_url
+from racm3_jax.training.mirror import Mirror
+from racm3_jax.training.processes import sharing, wait_for_all
 from racm3_jax.wiring.jobs import Job
 from racm3_jax.wiring.sections import read_training
 
@@ -36,6 +39,7 @@ _OUTPUTS = (
 )
 # Settings that a resumed run may change: what is learned from which data stays.
 _MAY_CHANGE = (
+    "config.memory.cache",
     "config.mesh",
     "config.model.remat",
     "config.train.checkpoint_every",
@@ -47,28 +51,28 @@ _MAY_CHANGE = (
 
 
 @contextlib.contextmanager
-def local_workdir(workdir: str | Path, num_processes: int) -> Iterator[Path]:
-    """The folder of a work directory; of one in a bucket, a folder that is copied there.
+def local_workdir(workdir: str | Path) -> Iterator[tuple[Path, Bucket | None]]:
+    """The folder of a work directory, and the bucket that it is copied to, if any.
+
+    Of a URL, every process has a folder of its own, see `training.mirror`.
 
     Raises:
-      ValueError: several processes and a bucket, or whatever is raised inside.
+      ValueError: the bucket's client is not installed, or whatever is raised inside.
     """
     if not is_url(workdir):
-        yield Path(workdir)
+        yield Path(workdir), None
         return
-    if num_processes > 1:
-        raise ValueError(
-            f"--workdir={workdir} is a URL, which one process can write; these "
-            f"{num_processes} need a folder that all of them see: mount the bucket "
-            "(gcsfuse, s3fs) and give its path"
-        )
-    with Mirror(str(workdir)) as mirror:
+    leads = jax.process_index() == 0
+    with Mirror(str(workdir), leads=leads) as mirror, sharing(mirror):
         try:
-            yield mirror.folder
+            yield mirror.folder, mirror.bucket
         except ValueError as error:
             # Sentences name the folder, which nobody knows.
             words = str(error).replace(str(mirror.folder), mirror.url)
             raise ValueError(words) from error
+        if leads:
+            mirror.push()
+        wait_for_all("work directory is copied")
 
 
 @contextlib.contextmanager

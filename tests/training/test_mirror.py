@@ -5,7 +5,8 @@ from __future__ import annotations
 import fsspec
 import pytest
 
-from racm3_jax.training.mirror import Mirror, is_url, refuse_url
+from racm3_jax.buckets import is_url, refuse_url
+from racm3_jax.training.mirror import Mirror
 
 URL = "memory://bucket/run"
 
@@ -62,44 +63,31 @@ def test_it_is_copied_while_it_is_written(bucket):
 
 
 def test_only_what_is_of_use_elsewhere_is_copied(bucket):
+    """Checkpoints are copied by `checkpoints.bucket`, when they are whole."""
     with Mirror(URL) as mirror:
         for name in (
             "training.lock",
             "processes/0",
-            "checkpoints/quarantine/1.0/state",
-            "checkpoints/3.orbax-checkpoint-tmp/state",
+            "checkpoints/3/state/a",
             ".config.json.partial",
         ):
             write(mirror, name)
     assert bucket() == {}
 
 
-def test_the_newest_whole_checkpoint_comes_back(bucket):
-    with Mirror(URL) as mirror:
-        for step in (1, 2, 3):
-            write(mirror, f"checkpoints/{step}/state/a")
-        for step in (1, 2):
-            write(mirror, f"checkpoints/{step}/manifest.json")
-    with Mirror(URL) as mirror:
-        found = {p.name for p in (mirror.folder / "checkpoints").iterdir()}
-        assert found == {"2"}
-    assert len(bucket()) == 5  # nothing was removed there
-
-
 def test_a_manifest_comes_last_and_goes_first(bucket, monkeypatch):
     order = []
     with Mirror(URL) as mirror:
-        system = mirror._system
-        for name in ("put_file", "rm_file"):
-            call = getattr(system, name)
+        for name in ("put", "remove"):
+            call = getattr(mirror.bucket, name)
 
             def log(*args, call=call, name=name):
-                order.append((name[:2], args[-1].rsplit("/", 1)[-1]))
+                order.append((name[:2], args[0].rsplit("/", 1)[-1]))
                 return call(*args)
 
-            monkeypatch.setattr(system, name, log)
-        write(mirror, "checkpoints/1/manifest.json")
-        write(mirror, "checkpoints/1/state/z")
+            monkeypatch.setattr(mirror.bucket, name, log)
+        write(mirror, "model/manifest.json")
+        write(mirror, "model/z")
         mirror.push()
         for path in mirror.folder.rglob("*"):
             if path.is_file():
@@ -107,9 +95,26 @@ def test_a_manifest_comes_last_and_goes_first(bucket, monkeypatch):
     assert order == [
         ("pu", "z"),
         ("pu", "manifest.json"),
-        ("rm", "manifest.json"),
-        ("rm", "z"),
+        ("re", "manifest.json"),
+        ("re", "z"),
     ]
+
+
+def test_a_follower_gets_what_the_leader_makes_and_adds_only_its_traces(bucket):
+    with Mirror(URL) as leader, Mirror(URL, leads=False) as follower:
+        write(leader, "memory/manifest.json", "1")
+        leader.push()
+        assert not (follower.folder / "memory").exists()
+        follower.pull()
+        assert (follower.folder / "memory" / "manifest.json").read_text() == "1"
+        write(leader, "memory/manifest.json", "2")
+        leader.push()
+        follower.pull()
+        assert (follower.folder / "memory" / "manifest.json").read_text() == "2"
+        write(follower, "memory/manifest.json", "of a follower")
+        write(follower, "profile/host1.pb", "trace")
+        (follower.folder / "memory" / "manifest.json").unlink()
+    assert bucket() == {"memory/manifest.json": b"2", "profile/host1.pb": b"trace"}
 
 
 def test_what_could_not_be_copied_is_kept(bucket, monkeypatch):
@@ -119,7 +124,7 @@ def test_what_could_not_be_copied_is_kept(bucket, monkeypatch):
         def fail(*_):
             raise OSError("no more room")
 
-        monkeypatch.setattr(m._system, "put_file", fail)
+        monkeypatch.setattr(m.bucket.system, "put_file", fail)
     assert (m.folder / "config.json").read_text() == "{}"
 
 

@@ -12,7 +12,8 @@ flagworld     the built-in world
 
 A path may begin with `~`, and is a pattern where the kind reads files: `*/*.tar`,
 `s-{00000..00099}.tar`. Hidden files are never read, nor links that lead out of the folder
-(`;follow_links=true` reads those).
+(`;follow_links=true` reads those). webdataset, parquet and jsonl also read from buckets:
+`webdataset:gs://me/{0000..0099}.tar`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from racm3_jax.buckets import is_url
 from racm3_jax.documents.readers.coco import coco_shards
 from racm3_jax.documents.readers.embeddings import embedding_shards
 from racm3_jax.documents.readers.files import (
@@ -44,6 +46,7 @@ from racm3_jax.documents.readers.records_on_disk import (
     array_record_shards,
     tfds_shards,
 )
+from racm3_jax.documents.readers.remote import refuse_kind
 from racm3_jax.documents.readers.tar import tar_shards
 from racm3_jax.documents.readers.world import flagworld_shards
 from racm3_jax.types import Document
@@ -139,6 +142,8 @@ def find_shards(source: str, **options: Any) -> list[Shard]:
         default = allowed[name].default
         if isinstance(value, str):
             options[name] = _convert(kind, name, value, default)
+    for place in (path, *options.values()):
+        refuse_kind(kind, place)
     try:
         shards = reader(path, **options)
     except FileNotFoundError as error:
@@ -189,6 +194,8 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
     if colon and kind in READERS:
         return kind, expand_home(path), options
     place = expand_home(place)
+    if is_url(place):
+        return _guess_kind(place), place, options
     if colon and "/" not in kind and not pathlib.Path(place).exists():
         near = difflib.get_close_matches(kind, READERS, 1, 0.0)
         raise ValueError(

@@ -16,7 +16,9 @@ import re
 import stat
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
+from typing import IO
 
+from racm3_jax.buckets import BucketPath
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 from racm3_jax.types import Document
 
@@ -86,6 +88,16 @@ def expand_home(path: str) -> str:
         return str(pathlib.Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError as error:
         raise ValueError(f"the path {path!r} cannot be expanded: {error}") from None
+
+
+def open_file(path: pathlib.Path | BucketPath) -> IO[bytes]:
+    """A stream of a file of this machine or in a bucket, which can seek."""
+    return path.open() if isinstance(path, BucketPath) else open(path, "rb")
+
+
+def size_of(path: pathlib.Path | BucketPath) -> int:
+    """Bytes of a file of this machine or in a bucket."""
+    return path.size if isinstance(path, BucketPath) else path.stat().st_size
 
 
 def read_file(path: pathlib.Path) -> bytes:

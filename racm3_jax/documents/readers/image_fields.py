@@ -25,6 +25,7 @@ from racm3_jax.documents.readers.files import (
     Folder,
 )
 from racm3_jax.documents.readers.records import BadRecord
+from racm3_jax.documents.readers.remote import BucketFolder
 
 # Fields that hold images, in the order of preference.
 IMAGE_FIELDS = (
@@ -45,7 +46,9 @@ _MIN_BASE64 = 64
 
 
 def find_images(
-    fields: Mapping[str, Any], folder: Folder | None, name: str | None = None
+    fields: Mapping[str, Any],
+    folder: Folder | BucketFolder | None,
+    name: str | None = None,
 ) -> tuple[list[bytes], str | None]:
     """The images of a record.
 
@@ -87,7 +90,7 @@ def names_image(value: Any) -> bool:
     return suffix in IMAGE_SUFFIXES or suffix in UNSUPPORTED_SUFFIXES
 
 
-def read_images(value: Any, folder: Folder | None) -> list[bytes]:
+def read_images(value: Any, folder: Folder | BucketFolder | None) -> list[bytes]:
     """The encoded images of one field's value; see this module's picture.
 
     Raises:
@@ -117,7 +120,9 @@ def read_images(value: Any, folder: Folder | None) -> list[bytes]:
     )
 
 
-def _of_object(value: Mapping[str, Any], folder: Folder | None) -> list[bytes]:
+def _of_object(
+    value: Mapping[str, Any], folder: Folder | BucketFolder | None
+) -> list[bytes]:
     for name in ("bytes", *_BASE64_FIELDS, "path", "file_name", "image", "url"):
         inner = value.get(name)
         if inner is None or inner == "":
@@ -128,7 +133,7 @@ def _of_object(value: Mapping[str, Any], folder: Folder | None) -> list[bytes]:
     return []
 
 
-def _of_text(text: str, folder: Folder | None) -> list[bytes]:
+def _of_text(text: str, folder: Folder | BucketFolder | None) -> list[bytes]:
     if not text:
         return []
     data_url = _DATA_URL.match(text)

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from racm3_jax.buckets import BucketPath
 from racm3_jax.documents.images import DEFAULT_MAX_PIXELS
 from racm3_jax.documents.readers.fields import (
     ID_FIELDS,
@@ -31,11 +32,13 @@ from racm3_jax.documents.readers.files import (
     MAX_FILE_BYTES,
     RECORDS_PER_SHARD,
     Folder,
-    read_file,
+    open_file,
+    size_of,
 )
 from racm3_jax.documents.readers.image_fields import find_images, names_image
-from racm3_jax.documents.readers.patterns import SourceFile, cut_files
+from racm3_jax.documents.readers.patterns import SourceFile, cut_files, open_folder
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
+from racm3_jax.documents.readers.remote import BucketFolder
 
 _Make = Callable[[int, Any], Record]
 _KNOWN = ("segments", "texts", "images", "image", "image_base64", "metadata")
@@ -74,11 +77,11 @@ def jsonl_shards(
 
     def cut(file: SourceFile) -> Iterator[Shard]:
         _refuse_compressed(file.path)
-        folder = Folder(images or file.path.parent, follow_links)
+        folder = open_folder(images, file, follow_links)
         make = functools.partial(_make, file, folder, text, max_pixels)
         if _is_list(file.path):
             read = functools.partial(_read_list, file.path, make)
-            yield Shard(f"{file.path.as_posix()}@0", file.path.stat().st_size, read)
+            yield Shard(f"{file.path.as_posix()}@0", size_of(file.path), read)
             return
         offsets = _find_lines(file.path)
         for first, start in enumerate(offsets[:-1]):
@@ -91,8 +94,8 @@ def jsonl_shards(
     return cut_files(path, "*.jsonl", follow_links, cut)
 
 
-def _refuse_compressed(file: pathlib.Path) -> None:
-    with open(file, "rb") as stream:
+def _refuse_compressed(file: pathlib.Path | BucketPath) -> None:
+    with open_file(file) as stream:
         head = stream.read(6)
     for start, (name, command) in _COMPRESSED.items():
         if head.startswith(start):
@@ -102,9 +105,9 @@ def _refuse_compressed(file: pathlib.Path) -> None:
             )
 
 
-def _is_list(file: pathlib.Path) -> bool:
+def _is_list(file: pathlib.Path | BucketPath) -> bool:
     """Whether a file is one JSON list: its first line begins one, and is not all of it."""
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         head = stream.readline(_BLOCK_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
         while head == b"" and (line := stream.readline(_BLOCK_BYTES)):
             head = line.strip()
@@ -118,10 +121,10 @@ def _is_list(file: pathlib.Path) -> bool:
     return not more
 
 
-def _find_lines(file: pathlib.Path) -> list[int]:
+def _find_lines(file: pathlib.Path | BucketPath) -> list[int]:
     """Where every 4096th line starts, and where the file ends."""
     offsets, num_lines, place = [0], 0, 0
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         while block := stream.read(_BLOCK_BYTES):
             end = block.find(b"\n")
             while end >= 0:
@@ -133,14 +136,21 @@ def _find_lines(file: pathlib.Path) -> list[int]:
     return [*offsets, place] if offsets[-1] < place or place == 0 else offsets
 
 
-def _read_list(file: pathlib.Path, make: _Make) -> Iterator[RawRecord]:
+def _read_list(file: pathlib.Path | BucketPath, make: _Make) -> Iterator[RawRecord]:
     try:
-        entries = parse_json(read_file(file))
+        with open_file(file) as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise BadRecord(
+                "oversized file",
+                f"{file} is one JSON list of more than the {MAX_FILE_BYTES} bytes allowed",
+            )
+        entries = parse_json(data)
     except BadRecord as error:
         if error.reason == "oversized file":
             raise
         # Lines, of which the first is damaged.
-        yield from _read_lines(file, 0, 0, file.stat().st_size, make)
+        yield from _read_lines(file, 0, 0, size_of(file), make)
         return
     for number, entry in enumerate(entries):
         read = functools.partial(make, number, entry)
@@ -148,9 +158,9 @@ def _read_list(file: pathlib.Path, make: _Make) -> Iterator[RawRecord]:
 
 
 def _read_lines(
-    file: pathlib.Path, number: int, start: int, stop: int, make: _Make
+    file: pathlib.Path | BucketPath, number: int, start: int, stop: int, make: _Make
 ) -> Iterator[RawRecord]:
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         stream.seek(start)
         while stream.tell() < stop:
             line = stream.readline(MAX_FILE_BYTES)
@@ -177,7 +187,7 @@ def _parse(make: _Make, number: int, line: bytes) -> Record:
 
 def _make(
     file: SourceFile,
-    folder: Folder,
+    folder: Folder | BucketFolder,
     text: str | None,
     max_pixels: int,
     number: int,
@@ -199,7 +209,7 @@ def _make(
 
 
 def _parts(
-    fields: Mapping[str, Any], folder: Folder, text: str | None
+    fields: Mapping[str, Any], folder: Folder | BucketFolder, text: str | None
 ) -> tuple[list[str | bytes | None], list[str], list[str]]:
     """(segments, further captions, fields that are not metadata)."""
     if "segments" in fields:
@@ -217,7 +227,9 @@ def _parts(
     return [*captions[:1], *images], captions[1:], not_metadata
 
 
-def _of_segments(segments: Any, folder: Folder) -> list[str | bytes | None]:
+def _of_segments(
+    segments: Any, folder: Folder | BucketFolder
+) -> list[str | bytes | None]:
     parts: list[str | bytes | None] = []
     for segment in segments if isinstance(segments, list) else [None]:
         if not isinstance(segment, Mapping):
@@ -230,7 +242,7 @@ def _of_segments(segments: Any, folder: Folder) -> list[str | bytes | None]:
 
 
 def _of_columns(
-    texts: Sequence[Any], images: Any, folder: Folder
+    texts: Sequence[Any], images: Any, folder: Folder | BucketFolder
 ) -> list[str | bytes | None]:
     images = images if images else [None] * len(texts)
     if not isinstance(images, list) or len(images) != len(texts):

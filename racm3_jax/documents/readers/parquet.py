@@ -8,9 +8,11 @@ Needs pyarrow, which is not among the core dependencies.
 from __future__ import annotations
 
 import functools
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from racm3_jax.buckets import BucketPath
 from racm3_jax.documents.images import DEFAULT_MAX_PIXELS
 from racm3_jax.documents.readers.fields import (
     ID_FIELDS,
@@ -23,8 +25,9 @@ from racm3_jax.documents.readers.files import (
     Folder,
 )
 from racm3_jax.documents.readers.image_fields import find_images
-from racm3_jax.documents.readers.patterns import SourceFile, cut_files
+from racm3_jax.documents.readers.patterns import SourceFile, cut_files, open_folder
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
+from racm3_jax.documents.readers.remote import BucketFolder
 
 _ROWS_PER_READ = 64
 
@@ -73,7 +76,7 @@ def parquet_shards(
 
     def cut(file: SourceFile) -> Iterator[Shard]:
         try:
-            with parquet.ParquetFile(file.path) as opened:
+            with parquet.ParquetFile(_source(file.path)) as opened:
                 names = opened.schema_arrow.names
                 rows = [
                     opened.metadata.row_group(g).num_rows
@@ -88,7 +91,7 @@ def parquet_shards(
                 raise ValueError(
                     f"{file.path} has no column {column!r}; it has {', '.join(names)}"
                 )
-        folder = Folder(images or file.path.parent, follow_links)
+        folder = open_folder(images, file, follow_links)
         first = 0
         for group, num_rows in enumerate(rows):
             read = functools.partial(
@@ -98,6 +101,11 @@ def parquet_shards(
             first += num_rows
 
     return cut_files(path, "*.parquet", follow_links, cut)
+
+
+def _source(path: pathlib.Path | BucketPath) -> Any:
+    """What pyarrow opens: paths of this machine by itself, which it maps."""
+    return path.open() if isinstance(path, BucketPath) else path
 
 
 def read_rows(file: Any, group: int | None = None) -> Iterator[dict[str, Any] | None]:
@@ -117,12 +125,12 @@ def _read_group(
     file: SourceFile,
     group: int,
     first: int,
-    folder: Folder,
+    folder: Folder | BucketFolder,
     image: str | None,
     text: str | None,
     max_pixels: int,
 ) -> Iterator[RawRecord]:
-    for number, row in enumerate(read_rows(file.path, group), first):
+    for number, row in enumerate(read_rows(_source(file.path), group), first):
         read = functools.partial(
             _make, file, number, row, folder, image, text, max_pixels
         )
@@ -133,7 +141,7 @@ def _make(
     file: SourceFile,
     number: int,
     row: Mapping[str, Any] | None,
-    folder: Folder,
+    folder: Folder | BucketFolder,
     image: str | None,
     text: str | None,
     max_pixels: int,

@@ -4,6 +4,7 @@ train-*.tar            hidden files and __MACOSX never match
 s-{00000..00099}.tar   a hundred names, each of which must exist
 set [v1]/0.tar         a name that exists is that file
 */*.tar                cc3m/00000.tar gives the ids cc3m/00000/…
+gs://me/*.tar          files in a bucket, see `remote`
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
+from racm3_jax.buckets import BucketPath, is_url
 from racm3_jax.documents.readers.files import Folder, is_hidden
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Shard
+from racm3_jax.documents.readers.remote import BucketFolder, match_urls
 
 _MAX_NAMES = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
@@ -28,12 +31,12 @@ class SourceFile:
     """A file that a source names.
 
     Attributes:
-      path: of the file.
+      path: of the file, which may be in a bucket.
       name: begins the ids of its documents: its path below the part of the pattern that
         is fixed, `cc3m/00000` for `cc3m/00000.tar` and `*/*.tar`.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path | BucketPath
     name: str
 
     def name_record(self, given: object, number: int) -> str:
@@ -46,6 +49,17 @@ class SourceFile:
             return f"{self.name}/{number:08d}"
         folder, slash, _ = self.name.rpartition("/")
         return f"{folder}{slash}{given}"
+
+
+def open_folder(
+    images: str | None, file: SourceFile, follow_links: bool
+) -> Folder | BucketFolder:
+    """Where a file's names of images lead: to `images`, or to its own folder."""
+    if isinstance(file.path, BucketPath):
+        place = images or file.path.url.rpartition("/")[0]
+    else:
+        place = images or file.path.parent
+    return BucketFolder(str(place)) if is_url(place) else Folder(place, follow_links)
 
 
 def cut_files(
@@ -66,6 +80,11 @@ def cut_files(
       FileNotFoundError: nothing matches, or a name in braces does not exist.
       ValueError: a folder.
     """
+    if is_url(pattern):
+        place, found = match_urls(pattern, expand_braces(pattern), usual)
+        names = _shorten([path.url.removeprefix(f"{place}/") for path in found])
+        named = zip(found, names, strict=True)
+        return [shard for path, name in named for shard in cut(SourceFile(path, name))]
     fixed, paths = _match(pattern, usual)
     folder = Folder(fixed, follow_links)
     alone = pathlib.Path(pattern).is_file()
@@ -90,8 +109,11 @@ def _refused(path: pathlib.Path, error: BadRecord) -> Shard:
 
 
 def _name_files(fixed: pathlib.Path, paths: list[pathlib.Path]) -> list[str]:
-    """Paths below `fixed`, without suffixes where these are not needed."""
-    whole = [path.relative_to(fixed).as_posix() for path in paths]
+    return _shorten([path.relative_to(fixed).as_posix() for path in paths])
+
+
+def _shorten(whole: list[str]) -> list[str]:
+    """Paths below a folder, without suffixes where these are not needed."""
     short = [pathlib.PurePath(name).with_suffix("").as_posix() for name in whole]
     return short if max(Counter(short).values()) == 1 else whole
 

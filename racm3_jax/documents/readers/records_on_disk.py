@@ -47,7 +47,7 @@ def array_record_shards(path: str, *, follow_links: bool = False) -> list[Shard]
     """
 
     def cut(file: SourceFile) -> Iterator[Shard]:
-        with store.RecordFile(file.path) as records:
+        with store.RecordFile(str(file.path)) as records:
             num_records = len(records)
         for start in range(0, num_records, RECORDS_PER_SHARD):
             stop = min(num_records, start + RECORDS_PER_SHARD)

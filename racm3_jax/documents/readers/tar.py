@@ -5,11 +5,13 @@
 A key is a member's name up to the first dot of its last part, as webdataset cuts it.
 Members are streamed and never unpacked to disk, so names cannot lead anywhere. A first
 pass reads the headers alone: it counts the members of each key, so that the second can
-wait for those that lie apart, and no document is ever half of one.
+wait for those that lie apart, and no document is ever half of one. A tar in a bucket is
+read by ranges, and is transferred twice if its members are small.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import lzma
@@ -21,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Self
 
+from racm3_jax.buckets import BucketPath
 from racm3_jax.documents.images import DEFAULT_MAX_PIXELS
 from racm3_jax.documents.readers.fields import (
     decode_sidecar,
@@ -35,6 +38,8 @@ from racm3_jax.documents.readers.files import (
     UNSUPPORTED_SUFFIXES,
     VIDEO_SUFFIXES,
     is_hidden,
+    open_file,
+    size_of,
 )
 from racm3_jax.documents.readers.image_fields import find_images
 from racm3_jax.documents.readers.patterns import SourceFile, cut_files
@@ -74,7 +79,7 @@ def tar_shards(
 
     def cut(file: SourceFile) -> list[Shard]:
         read = functools.partial(_read_tar, file, text, max_pixels)
-        return [Shard(file.path.as_posix(), file.path.stat().st_size, read)]
+        return [Shard(file.path.as_posix(), size_of(file.path), read)]
 
     return cut_files(path, "*.tar", follow_links, cut)
 
@@ -106,10 +111,19 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _open(path: pathlib.Path, mode: Any) -> tuple[tarfile.TarFile, type[_Header]]:
+@contextlib.contextmanager
+def _opened(
+    path: pathlib.Path | BucketPath, mode: Any
+) -> Iterator[tuple[tarfile.TarFile, type[_Header]]]:
     """A tar, or several in one file, and the class of its headers alone."""
     header = type("_OwnHeader", (_Header,), {})
-    return tarfile.open(path, mode, tarinfo=header, ignore_zeros=True), header
+    with (
+        open_file(path) as stream,
+        tarfile.open(
+            fileobj=stream, mode=mode, tarinfo=header, ignore_zeros=True
+        ) as archive,
+    ):
+        yield archive, header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +202,7 @@ def _read_tar(
         raise BadRecord("damaged file", f"{file.path} is a tar without members")
 
 
-def _read_layout(path: pathlib.Path) -> _Layout:
+def _read_layout(path: pathlib.Path | BucketPath) -> _Layout:
     """Reads the headers; of a compressed file also what is between them.
 
     The last document before a break is given one member more: it may not be whole.
@@ -196,8 +210,7 @@ def _read_layout(path: pathlib.Path) -> _Layout:
     layout = _Layout()
     last, ended, broken = None, False, "its end is missing"
     try:
-        archive, header = _open(path, "r:*")
-        with archive:
+        with _opened(path, "r:*") as (archive, header):
             try:
                 for number, member in enumerate(_walk(archive)):
                     layout.apart |= member.key != last and member.key in layout.counts
@@ -249,8 +262,7 @@ def _stream(
 ) -> Iterator[RawRecord]:
     waiting: dict[tuple[str, int], _Waiting] = {}
     num_bytes = 0
-    archive, _ = _open(file.path, "r|*")
-    with archive:
+    with _opened(file.path, "r|*") as (archive, _):
         try:
             for member in _walk(archive):
                 key = member.key

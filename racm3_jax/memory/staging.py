@@ -1,0 +1,279 @@
+"""A memory in a bucket, which is searched from a copy on this machine's disk.
+
+    gs://me/memory/               only read from
+    ~/.cache/racm3/memories/
+      5f0c…/                      one URL
+        staged.json               the URL, and which copies racm3 made here
+        9b1e….partial/            being copied; a killed copy goes on there
+        9b1e…/                    a memory: the name is of its manifest's bytes
+        9b1e….used                locked by every process that has it open
+
+The first process of a machine copies, the others wait. Sizes and checksums are those of
+the manifest. What a memory changes without a new manifest, its deny list and its table of
+neighbours, is copied again when it is another one there. When the memory at the URL has
+another manifest it is staged beside the old copy, which is then removed, unless a process
+has it open or racm3 did not make it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from racm3_jax import storage
+from racm3_jax.buckets import COPY_BYTES, Bucket, Found, each
+from racm3_jax.memory import format as format_lib
+from racm3_jax.memory.format import MANIFEST_FILE, TABLE_DIRECTORY
+
+RECORD_FILE = "staged.json"
+_FORMAT = "racm3-staged-memories"
+_COPY_NAME = re.compile(r"[0-9a-f]{32}")
+# Shared locks on the copies that this process may have open; they end with it.
+_in_use: dict[pathlib.Path, int] = {}
+
+
+def cache_directory(chosen: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """`chosen`, or `memories` in RACM3_CACHE, or `~/.cache/racm3/memories`."""
+    if chosen:
+        return pathlib.Path(chosen).expanduser().absolute()
+    base = os.environ.get("RACM3_CACHE", "")
+    base = "~/.cache/racm3" if base.lower() in ("", "off") else base
+    return (pathlib.Path(base).expanduser() / "memories").absolute()
+
+
+def stage(
+    url: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None
+) -> pathlib.Path:
+    """The folder of an up-to-date copy of a memory in a bucket.
+
+    Args:
+      url: of the memory's folder.
+      cache: where copies lie; see `cache_directory`.
+
+    Raises:
+      FileNotFoundError: there is no memory at `url`.
+      IntegrityError: what is there is damaged.
+      OSError: the bucket cannot be read, or the disk is full.
+      ValueError: the bucket's client is not installed, or the format is another.
+    """
+    bucket = Bucket(str(url))
+    top = cache_directory(cache)
+    try:
+        data = bucket.read(MANIFEST_FILE)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no memory at {bucket.url} (it has no {MANIFEST_FILE}): give "
+            "another URL, or copy a memory there"
+        ) from error
+    place = top / hashlib.sha256(bucket.url.encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(data).hexdigest()[:32]
+    copy = place / name
+    with storage.locked(place / "lock"):
+        record = _read_record(place, bucket.url)
+        if not copy.is_dir():
+            record["copies"].setdefault(name, {})
+            _write_record(place, record)
+            _copy_all(bucket, data, copy)
+        _refresh(bucket, copy, record["copies"].setdefault(name, {}))
+        _use(copy)
+        for old in [n for n in record["copies"] if n != name]:
+            if _remove(place / old):
+                del record["copies"][old]
+        _write_record(place, record)
+    return copy
+
+
+def refuse_staged(path: pathlib.Path) -> None:
+    """Refuses to change a copy that `stage` made: the next staging would undo it.
+
+    Raises:
+      ValueError: names the URL.
+    """
+    if not _COPY_NAME.fullmatch(path.name):
+        return
+    try:
+        url = json.loads((path.parent / RECORD_FILE).read_bytes())["url"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise ValueError(
+        f"{path} is a copy of {url}, and a change of it would be lost: change the memory "
+        "that was copied there, and copy it there again"
+    )
+
+
+def _read_record(place: pathlib.Path, url: str) -> dict[str, Any]:
+    try:
+        record = json.loads((place / RECORD_FILE).read_bytes())
+        known = record["copies"]
+        if record["format"] == _FORMAT and record["url"] == url:
+            copies = {n: dict(v) for n, v in known.items() if _COPY_NAME.fullmatch(n)}
+            return {**record, "copies": copies}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {"format": _FORMAT, "url": url, "copies": {}}
+
+
+def _write_record(place: pathlib.Path, record: Mapping[str, Any]) -> None:
+    storage.write_file(
+        place / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode()
+    )
+
+
+def _partial(copy: pathlib.Path) -> pathlib.Path:
+    return copy.with_name(f"{copy.name}.partial")
+
+
+def _copy_all(bucket: Bucket, data: bytes, copy: pathlib.Path) -> None:
+    """Copies the files that a manifest lists; they appear at `copy` all at once."""
+    partial = _partial(copy)
+    partial.mkdir(exist_ok=True)
+    storage.write_file(partial / MANIFEST_FILE, data)
+    try:
+        files = format_lib.read_manifest(partial)["files"]
+        # Types and names, which `verify_files` would look at when all is copied.
+        if not all(
+            storage.is_inside(name) and _is_size(entry) for name, entry in files.items()
+        ):
+            raise storage.IntegrityError("its list of files is no such list")
+    except ValueError as error:
+        shutil.rmtree(partial)
+        words = str(error).replace(str(partial), bucket.url)
+        raise type(error)(f"{words} (of the memory at {bucket.url})") from None
+    sizes = {name: entry["bytes"] for name, entry in files.items()}
+    there = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
+    wanted = sum(sizes.values()) - there
+    free = shutil.disk_usage(partial).free
+    if wanted > free:
+        raise OSError(
+            f"the memory at {bucket.url} needs {wanted / 1e9:.1f} GB more, and the disk "
+            f"of {partial} has {free / 1e9:.1f} GB: make room there, or give another "
+            "--memory_cache (config.memory.cache)"
+        )
+    lock = threading.Lock()
+    with tqdm(
+        total=sum(sizes.values()), desc=f"copy {bucket.url}", unit="B", unit_scale=True
+    ) as bar:
+
+        def show(num_bytes: int) -> None:
+            with lock:
+                bar.update(num_bytes)
+
+        each(
+            lambda name: _copy_file(bucket, name, files[name], partial / name, show),
+            sorted(sizes, key=lambda name: -sizes[name]),
+        )
+    for name in files:
+        storage.sync_file(partial / name)
+    os.rename(partial, copy)
+    storage.sync_directory(copy.parent)
+
+
+def _is_size(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int)
+
+
+def _copy_file(
+    bucket: Bucket, name: str, entry: Mapping[str, Any], path: pathlib.Path, show: Any
+) -> None:
+    """Copies by ranges, from where a killed copy ended; its checksum says if it is right.
+
+    Raises:
+      IntegrityError: the file there is not the one of the manifest.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = path.stat().st_size if path.exists() else 0
+    for start in dict.fromkeys((started, 0)):
+        with open(path, "r+b" if start else "wb") as file:
+            at = min(start, entry["bytes"])
+            file.truncate(at)
+            file.seek(at)
+            show(at)
+            while at < entry["bytes"]:
+                stop = min(at + COPY_BYTES, entry["bytes"])
+                block = bucket.read(name, at, stop)
+                file.write(block)
+                show(len(block))
+                at += len(block)
+                if len(block) == 0:
+                    break
+        try:
+            storage.verify_files(path.parent, {path.name: entry}, "")
+            return
+        except storage.IntegrityError:
+            show(-at)
+    path.unlink()
+    raise storage.IntegrityError(
+        f"{bucket.url}/{name} is not the file that the memory's manifest names: it is "
+        "damaged, or the memory was being replaced; try again, or copy the memory there "
+        "again"
+    )
+
+
+def _refresh(bucket: Bucket, copy: pathlib.Path, known: dict[str, Any]) -> None:
+    """Copies the deny list and the table again if they are others there.
+
+    Args:
+      bucket: the memory's.
+      copy: the copy here.
+      known: versions of these files when they were copied; changed in place.
+    """
+    manifest = format_lib.read_manifest(copy)
+    deny = format_lib.deny_path(copy, manifest).name
+    found = {name: f for name, f in bucket.find().items() if _is_loose(name, deny)}
+    new = {name: _version(facts) for name, facts in found.items()}
+    changed = [n for n in new if known.get(n) != new[n] or not (copy / n).is_file()]
+    for name in changed:
+        (copy / name).parent.mkdir(exist_ok=True)
+        with storage.replacing(copy / name) as partial:
+            bucket.get(name, partial)
+    _unlink(copy / name for name in known.keys() - new.keys())
+    known.clear()
+    known.update(new)
+
+
+def _is_loose(name: str, deny: str) -> bool:
+    folder, _, rest = name.partition("/")
+    return name == deny or (
+        folder == TABLE_DIRECTORY and storage.is_inside(rest) and "/" not in rest
+    )
+
+
+def _version(facts: Found) -> list[str]:
+    return [str(facts.size), *facts.version]
+
+
+def _unlink(paths: Iterable[pathlib.Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _use(copy: pathlib.Path) -> None:
+    """Keeps other processes from removing a copy as long as this one runs."""
+    if copy in _in_use:
+        return
+    descriptor = os.open(copy.with_name(f"{copy.name}.used"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    _in_use[copy] = descriptor
+
+
+def _remove(copy: pathlib.Path) -> bool:
+    """Removes an old copy of ours, whole or half; False while a process has it open."""
+    used = copy.with_name(f"{copy.name}.used")
+    with storage.locked(used, wait=False) as is_free:
+        if not is_free:
+            return False
+        shutil.rmtree(_partial(copy), ignore_errors=True)
+        storage.delete_directory(copy)
+        used.unlink(missing_ok=True)
+    return True

@@ -1,0 +1,107 @@
+"""Buckets on this disk, which several processes see: fsspec's `gs://` for tests.
+
+    $RACM3_TEST_BUCKETS/me/run/config.json      gs://me/run/config.json
+
+As in an object store a file appears whole, is replaced whole and has no folders; a bucket
+must be there before anything is written to it. Nobody may read the bucket `closed`.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+
+import fsspec
+from fsspec.spec import AbstractFileSystem
+
+VARIABLE = "RACM3_TEST_BUCKETS"
+
+
+class FolderBuckets(AbstractFileSystem):
+    """Every bucket is a folder of the folder that the variable names."""
+
+    protocol = "gs"
+    cachable = False
+    # (method, path) of every call that reads, for tests.
+    log: list[tuple[str, str, int | None, int | None]] = []  # noqa: RUF012
+
+    def _path(self, path):
+        path = self._strip_protocol(path)
+        top = pathlib.Path(os.environ[VARIABLE])
+        bucket = path.partition("/")[0]
+        if bucket == "closed":
+            raise PermissionError(f"Forbidden: {path}")
+        if not (top / bucket).is_dir():
+            raise FileNotFoundError(
+                f"b/{bucket}/o: The specified bucket does not exist"
+            )
+        return top / path
+
+    def info(self, path, **_):
+        local, name = self._path(path), self._strip_protocol(path)
+        self.log.append(("info", name, None, None))
+        if local.is_file():
+            status = local.stat()
+            return {
+                "name": name,
+                "type": "file",
+                "size": status.st_size,
+                "generation": f"{status.st_mtime_ns}-{status.st_ino}",
+            }
+        if local.is_dir() and any(p.is_file() for p in local.rglob("*")):
+            return {"name": name, "type": "directory", "size": 0}
+        raise FileNotFoundError(path)
+
+    def ls(self, path, detail=True, **_):
+        local, name = self._path(path), self._strip_protocol(path)
+        if local.is_file():
+            found = [self.info(name)]
+        elif local.is_dir():
+            found = [
+                self.info(f"{name}/{p.name}")
+                for p in sorted(local.iterdir())
+                if not p.name.startswith(".writing-")
+            ]
+        else:
+            raise FileNotFoundError(path)
+        return found if detail else [entry["name"] for entry in found]
+
+    def cat_file(self, path, start=None, end=None, **_):
+        self.log.append(("cat_file", self._strip_protocol(path), start, end))
+        return self._path(path).read_bytes()[start:end]
+
+    def pipe_file(self, path, value, **_):
+        local = self._path(path)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        writing = local.with_name(f".writing-{os.getpid()}-{local.name}")
+        writing.write_bytes(value)
+        os.replace(writing, local)
+
+    def put_file(self, lpath, rpath, **_):
+        self.pipe_file(rpath, pathlib.Path(lpath).read_bytes())
+
+    def get_file(self, rpath, lpath, **_):
+        pathlib.Path(lpath).write_bytes(self.cat_file(rpath))
+
+    def rm_file(self, path):
+        local = self._path(path)
+        local.unlink()
+        while local.parent.parent != pathlib.Path(os.environ[VARIABLE]):
+            local = local.parent
+            if any(local.iterdir()):
+                break
+            local.rmdir()
+
+
+def install() -> None:
+    """From now on, `gs://` is this; for a process that reads the variable."""
+    fsspec.register_implementation("gs", FolderBuckets, clobber=True)
+
+
+if __name__ == "__main__":
+    # `python fake_bucket.py train --workdir=gs://…` is `racm3 train …` with such buckets.
+    install()
+    from racm3_jax import cli
+
+    sys.exit(cli.main())
