@@ -3,7 +3,7 @@
     Bucket("gs://me/run").put("checkpoints/5/state/0.0", path)     whole files, by name
     BucketPath("gs://me/train-0000.tar").open()                    a stream of ranges
 
-What a client raises comes out as an `OSError` whose sentence names the URL. Nothing is
+What a client raises comes out as a `BucketError` whose sentence names the URL. Nothing is
 remembered of a listing: other machines write there, too.
 """
 
@@ -62,17 +62,31 @@ def refuse_url(path: object, what: str) -> None:
         )
 
 
+class BucketError(OSError):
+    """A bucket that cannot be read or written, in a sentence that names the URL."""
+
+
+class MissingError(BucketError, FileNotFoundError):
+    """Nothing is there."""
+
+
+class ForbiddenError(BucketError, PermissionError):
+    """It may not be read or written."""
+
+
 @contextlib.contextmanager
 def explained(url: str) -> Iterator[None]:
     """Turns the errors of any client into sentences.
 
     Raises:
-      FileNotFoundError: nothing is at `url`.
-      PermissionError: it may not be read or written.
-      OSError: anything else that went wrong there.
+      MissingError: nothing is at `url`.
+      ForbiddenError: it may not be read or written.
+      BucketError: anything else that went wrong there.
     """
     try:
         yield
+    except BucketError:
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _absent(url) from error
     except Exception as error:
@@ -80,17 +94,17 @@ def explained(url: str) -> Iterator[None]:
         status = getattr(error, "code", None) or getattr(error, "status", None)
         if isinstance(error, PermissionError) or _FORBIDDEN.search(words):
             login = _LOGIN.get(_extra(url) or "", "the login of its client")
-            raise PermissionError(
+            raise ForbiddenError(
                 f"no permission for {url} ({words}): check its access rights, and the "
                 f"login of this machine ({login})"
             ) from error
         if status in (404, "404") or _ABSENT.search(words):
             raise _absent(url) from error
-        raise OSError(f"{url} cannot be reached ({words})") from error
+        raise BucketError(f"{url} cannot be reached ({words})") from error
 
 
-def _absent(url: str) -> FileNotFoundError:
-    return FileNotFoundError(f"there is no {url}: check the bucket and the name in it")
+def _absent(url: str) -> MissingError:
+    return MissingError(f"there is no {url}: check the bucket and the name in it")
 
 
 def _extra(url: str) -> str | None:
@@ -163,7 +177,10 @@ class Bucket:
         """
         with explained(self.url):
             try:
-                found = self.system.find(self.root, maxdepth=depth, detail=True)
+                if depth is None:
+                    found = self.system.find(self.root, detail=True)
+                else:
+                    found = self._list(self.root, depth)
             except FileNotFoundError:
                 return {}
         return {
@@ -173,6 +190,16 @@ class Bucket:
             )
             for path, facts in found.items()
         }
+
+    def _list(self, place: str, depth: int) -> dict[str, Any]:
+        """As `find` of a client, which takes what it may not list for empty."""
+        found = {}
+        for facts in self.system.ls(place, detail=True):
+            if facts["type"] != "directory":
+                found[facts["name"]] = facts
+            elif depth > 1:
+                found |= self._list(facts["name"], depth - 1)
+        return found
 
     def read(
         self, name: str, start: int | None = None, stop: int | None = None
@@ -268,7 +295,7 @@ class BucketPath:
         with explained(self.url):
             data = self._system.cat_file(self._place, start=start, end=stop)
         if len(data) != stop - start:
-            raise OSError(f"{self.url} gave {len(data)} bytes of {stop - start}")
+            raise BucketError(f"{self.url} gave {len(data)} bytes of {stop - start}")
         return data
 
 

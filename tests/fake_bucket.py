@@ -13,6 +13,8 @@ import pathlib
 import sys
 
 import fsspec
+import pytest
+from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
 VARIABLE = "RACM3_TEST_BUCKETS"
@@ -67,6 +69,13 @@ class FolderBuckets(AbstractFileSystem):
             raise FileNotFoundError(path)
         return found if detail else [entry["name"] for entry in found]
 
+    def find(self, path, maxdepth=None, withdirs=False, detail=False, **_):
+        assert maxdepth is None and not withdirs and detail
+        local, name = self._path(path), self._strip_protocol(path)
+        found = sorted(p for p in local.rglob("*") if p.is_file())
+        names = [f"{name}/{p.relative_to(local).as_posix()}" for p in found]
+        return {n: self.info(n) for n in names if "/.writing-" not in n}
+
     def cat_file(self, path, start=None, end=None, **_):
         self.log.append(("cat_file", self._strip_protocol(path), start, end))
         return self._path(path).read_bytes()[start:end]
@@ -97,6 +106,17 @@ class FolderBuckets(AbstractFileSystem):
 def install() -> None:
     """From now on, `gs://` is this; for a process that reads the variable."""
     fsspec.register_implementation("gs", FolderBuckets, clobber=True)
+
+
+@pytest.fixture
+def gs(tmp_path, monkeypatch):
+    """The folder of `gs://`, with one bucket in it, `me`."""
+    top = tmp_path / "buckets"
+    (top / "me").mkdir(parents=True)
+    monkeypatch.setenv(VARIABLE, str(top))
+    monkeypatch.setitem(_registry, "gs", FolderBuckets)
+    FolderBuckets.log.clear()
+    return top
 
 
 if __name__ == "__main__":

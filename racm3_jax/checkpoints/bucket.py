@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,7 +124,8 @@ class BucketSteps:
           OSError: the bucket cannot be read.
         """
         folder = self.directory / str(step)
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         storage.write_file(
             folder / MANIFEST_NAME, self.bucket.read(f"{step}/{MANIFEST_NAME}")
         )

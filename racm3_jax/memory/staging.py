@@ -4,15 +4,16 @@
     ~/.cache/racm3/memories/
       5f0c…/                      one URL
         staged.json               the URL, and which copies racm3 made here
+        manifest/                 of the URL, as it was last seen
         9b1e….partial/            being copied; a killed copy goes on there
-        9b1e…/                    a memory: the name is of its manifest's bytes
+        9b1e…/                    a memory; the name is its fingerprint
         9b1e….used                locked by every process that has it open
 
 The first process of a machine copies, the others wait. Sizes and checksums are those of
-the manifest. What a memory changes without a new manifest, its deny list and its table of
-neighbours, is copied again when it is another one there. When the memory at the URL has
-another manifest it is staged beside the old copy, which is then removed, unless a process
-has it open or racm3 did not make it.
+the manifest. A fingerprint is of all that the manifest says, but for removals: those, and
+a table of neighbours, are copied again when they are others there. When the memory at the
+URL has another fingerprint it is staged beside the old copy, which is then removed, unless
+a process has it open or racm3 did not make it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import pathlib
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -37,7 +38,8 @@ from racm3_jax.memory.format import MANIFEST_FILE, TABLE_DIRECTORY
 
 RECORD_FILE = "staged.json"
 _FORMAT = "racm3-staged-memories"
-_COPY_NAME = re.compile(r"[0-9a-f]{32}")
+_COPY_NAME = re.compile(r"[0-9a-f]{16}")
+_SEEN_DIRECTORY = "manifest"
 # Shared locks on the copies that this process may have open; they end with it.
 _in_use: dict[pathlib.Path, int] = {}
 
@@ -77,21 +79,33 @@ def stage(
         ) from error
     place = top / hashlib.sha256(bucket.url.encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(data).hexdigest()[:32]
-    copy = place / name
     with storage.locked(place / "lock"):
+        manifest = _read_manifest(place / _SEEN_DIRECTORY, data, bucket.url)
+        copy = place / format_lib.fingerprint(manifest)
         record = _read_record(place, bucket.url)
+        known = record["copies"].setdefault(copy.name, {})
         if not copy.is_dir():
-            record["copies"].setdefault(name, {})
+            known.clear()
             _write_record(place, record)
-            _copy_all(bucket, data, copy)
-        _refresh(bucket, copy, record["copies"].setdefault(name, {}))
+            _copy_all(bucket, data, manifest["files"], copy)
+        _refresh(bucket, data, copy, known)
         _use(copy)
-        for old in [n for n in record["copies"] if n != name]:
+        for old in [n for n in record["copies"] if n != copy.name]:
             if _remove(place / old):
                 del record["copies"][old]
         _write_record(place, record)
     return copy
+
+
+def _read_manifest(folder: pathlib.Path, data: bytes, url: str) -> dict[str, Any]:
+    """A manifest that came from a bucket, judged as one of a folder is."""
+    folder.mkdir(exist_ok=True)
+    storage.write_file(folder / MANIFEST_FILE, data)
+    try:
+        return format_lib.read_manifest(folder)
+    except ValueError as error:
+        words = str(error).replace(format_lib.rebuild_remedy(folder), "copy it again")
+        raise type(error)(words.replace(str(folder), url)) from None
 
 
 def refuse_staged(path: pathlib.Path) -> None:
@@ -134,22 +148,16 @@ def _partial(copy: pathlib.Path) -> pathlib.Path:
     return copy.with_name(f"{copy.name}.partial")
 
 
-def _copy_all(bucket: Bucket, data: bytes, copy: pathlib.Path) -> None:
+def _copy_all(
+    bucket: Bucket, data: bytes, files: Mapping[str, Any], copy: pathlib.Path
+) -> None:
     """Copies the files that a manifest lists; they appear at `copy` all at once."""
+    if not all(storage.is_inside(n) and _is_size(e) for n, e in files.items()):
+        raise storage.IntegrityError(
+            f"{bucket.url}/{MANIFEST_FILE} is damaged: its list of files is no such list"
+        )
     partial = _partial(copy)
     partial.mkdir(exist_ok=True)
-    storage.write_file(partial / MANIFEST_FILE, data)
-    try:
-        files = format_lib.read_manifest(partial)["files"]
-        # Types and names, which `verify_files` would look at when all is copied.
-        if not all(
-            storage.is_inside(name) and _is_size(entry) for name, entry in files.items()
-        ):
-            raise storage.IntegrityError("its list of files is no such list")
-    except ValueError as error:
-        shutil.rmtree(partial)
-        words = str(error).replace(str(partial), bucket.url)
-        raise type(error)(f"{words} (of the memory at {bucket.url})") from None
     sizes = {name: entry["bytes"] for name, entry in files.items()}
     there = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
     wanted = sum(sizes.values()) - there
@@ -175,6 +183,7 @@ def _copy_all(bucket: Bucket, data: bytes, copy: pathlib.Path) -> None:
         )
     for name in files:
         storage.sync_file(partial / name)
+    storage.write_file(partial / MANIFEST_FILE, data)
     os.rename(partial, copy)
     storage.sync_directory(copy.parent)
 
@@ -220,16 +229,18 @@ def _copy_file(
     )
 
 
-def _refresh(bucket: Bucket, copy: pathlib.Path, known: dict[str, Any]) -> None:
-    """Copies the deny list and the table again if they are others there.
+def _refresh(
+    bucket: Bucket, data: bytes, copy: pathlib.Path, known: dict[str, Any]
+) -> None:
+    """Copies removals and the table again if they are others there.
 
     Args:
       bucket: the memory's.
+      data: its manifest, which counts the removals.
       copy: the copy here.
       known: versions of these files when they were copied; changed in place.
     """
-    manifest = format_lib.read_manifest(copy)
-    deny = format_lib.deny_path(copy, manifest).name
+    deny = format_lib.deny_path(copy, format_lib.read_manifest(copy)).name
     found = {name: f for name, f in bucket.find().items() if _is_loose(name, deny)}
     new = {name: _version(facts) for name, facts in found.items()}
     changed = [n for n in new if known.get(n) != new[n] or not (copy / n).is_file()]
@@ -237,7 +248,10 @@ def _refresh(bucket: Bucket, copy: pathlib.Path, known: dict[str, Any]) -> None:
         (copy / name).parent.mkdir(exist_ok=True)
         with storage.replacing(copy / name) as partial:
             bucket.get(name, partial)
-    _unlink(copy / name for name in known.keys() - new.keys())
+    if (copy / MANIFEST_FILE).read_bytes() != data:
+        storage.write_file(copy / MANIFEST_FILE, data)
+    for name in known.keys() - new.keys():
+        (copy / name).unlink(missing_ok=True)
     known.clear()
     known.update(new)
 
@@ -251,11 +265,6 @@ def _is_loose(name: str, deny: str) -> bool:
 
 def _version(facts: Found) -> list[str]:
     return [str(facts.size), *facts.version]
-
-
-def _unlink(paths: Iterable[pathlib.Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
 
 
 def _use(copy: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from racm3_jax.buckets import BucketPath
+from racm3_jax.buckets import BucketError, BucketPath
 from racm3_jax.documents.images import DEFAULT_MAX_PIXELS
 from racm3_jax.documents.readers.fields import (
     ID_FIELDS,
@@ -82,6 +82,8 @@ def parquet_shards(
                     opened.metadata.row_group(g).num_rows
                     for g in range(opened.metadata.num_row_groups)
                 ]
+        except BucketError:
+            raise
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{file.path} cannot be read as parquet: {error}"

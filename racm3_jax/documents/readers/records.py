@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from racm3_jax.buckets import BucketError, MissingError
 from racm3_jax.documents.images import ImageError
 from racm3_jax.types import Document
 
@@ -188,11 +189,14 @@ def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
 
     Raises:
       ValueError: more is bad than `report.max_bad` allows.
+      BucketError: a bucket cannot be read any more; the rest of a file is no bad record.
     """
     raws = _open(shard)
     while True:
         try:
             raw = next(raws, None)
+        except BucketError:
+            raise
         except _RECORD_ERRORS as error:
             report.add_bad(shard.name, _named("damaged file", error))
             report.check()
@@ -204,6 +208,8 @@ def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
         except LeftOut as error:
             report.add_left_out(error.reason)
         except _RECORD_ERRORS as error:
+            if isinstance(error, BucketError) and not isinstance(error, MissingError):
+                raise
             report.add_bad(raw.name, _named("unreadable", error))
         else:
             record = record if isinstance(record, Record) else Record(record)

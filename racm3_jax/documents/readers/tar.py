@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Self
 
-from racm3_jax.buckets import BucketPath
+from racm3_jax.buckets import BucketError, BucketPath
 from racm3_jax.documents.images import DEFAULT_MAX_PIXELS
 from racm3_jax.documents.readers.fields import (
     decode_sidecar,
@@ -225,7 +225,9 @@ def _read_layout(path: pathlib.Path | BucketPath) -> _Layout:
             finally:
                 ended = header.ended
     except (*_DAMAGED, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, BucketError) or (
+            isinstance(error, OSError) and error.errno is not None
+        ):
             raise
         broken = str(error).splitlines()[0]
     else:
