@@ -107,6 +107,9 @@ setup(
         # HEIC, in which telephones save photographs.
         "heic": ["pillow-heif>=0.21"],
         "hub": ["huggingface_hub>=0.34"],
+        # Work directories, sources and memories at gs:// and s3://.
+        "gcs": ["gcsfs>=2024.2"],
+        "s3": ["s3fs>=2024.2"],
         # A page in the browser.
         "demo": ["gradio>=6.31"],
         # What `pytest -m browser` needs beside Chromium, its driver and [demo].

@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from racm3_jax import own_files, storage, wiring
-from racm3_jax.buckets import Bucket, refuse_url
+from racm3_jax.buckets import refuse_url
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.compilation import saved
 from racm3_jax.evaluation import (
@@ -41,6 +41,7 @@ from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import Profile, fit
+from racm3_jax.training.mirror import Mirror
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
 from racm3_jax.training.step import TrainState, TrainStep
 from racm3_jax.wiring.workdirs import (
@@ -88,9 +89,9 @@ def train(
     join_processes()
     if compiled is not None:
         _check_compiled(config, Path(compiled))
-    with local_workdir(workdir) as (folder, bucket):
+    with local_workdir(workdir) as (folder, mirror):
         return _train_in(
-            config, settings, folder, bucket, progress, profile_steps, compiled
+            config, settings, folder, mirror, progress, profile_steps, compiled
         )
 
 
@@ -98,7 +99,7 @@ def _train_in(
     config: Any,
     settings: wiring.TrainConfig,
     workdir: Path,
-    bucket: Bucket | None,
+    mirror: Mirror | None,
     progress: bool,
     profile_steps: tuple[int, int] | None,
     compiled: str | Path | None,
@@ -120,7 +121,7 @@ def _train_in(
             settings,
             job,
             workdir,
-            bucket,
+            mirror,
             fingerprint,
             progress,
             profile_steps,
@@ -132,7 +133,7 @@ def _train(
     settings: wiring.TrainConfig,
     job: wiring.Job,
     workdir: Path,
-    bucket: Bucket | None,
+    mirror: Mirror | None,
     fingerprint: str,
     progress: bool,
     profile_steps: tuple[int, int] | None,
@@ -143,7 +144,8 @@ def _train(
         workdir / "checkpoints",
         keep=settings.keep_checkpoints,
         save_interval=settings.checkpoint_every,
-        bucket=None if bucket is None else bucket / "checkpoints",
+        bucket=None if mirror is None else mirror.bucket / "checkpoints",
+        before_finished=None if mirror is None else mirror.push,
     )
     state = job.state
     found = saver.latest_good()
@@ -180,7 +182,7 @@ def _train(
                     flops_per_token=job.flops_per_token,
                     profile=profile,
                     watchdog_seconds=settings.watchdog_seconds,
-                    signs=_make_signs(workdir) if bucket is None else None,
+                    signs=_make_signs(workdir) if mirror is None else None,
                 )
         finally:
             close = getattr(batches, "close", None)

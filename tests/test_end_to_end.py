@@ -76,18 +76,6 @@ def test_a_work_directory_in_a_bucket_is_resumed_elsewhere(unbroken, monkeypatch
         run.train(config, url, progress=False)
 
 
-def test_urls_where_none_can_be_are_refused(capsys, tmp_path):
-    for command in (
-        ["quickstart", "--workdir=gs://a/b"],
-        ["evaluate", "--workdir=gs://a/b"],
-        ["train", f"--config={CONFIGS}/flagworld_tiny.py", f"--workdir={tmp_path}/run"]
-        + ["--config.embedder=s3://a/b"],
-    ):
-        assert cli.main(command) == 2
-        assert "is a URL, but" in capsys.readouterr().err
-    assert not pathlib.Path("gs:").exists()
-
-
 def test_metrics_name_both_modalities(unbroken):
     workdir, _ = unbroken
     lines = [

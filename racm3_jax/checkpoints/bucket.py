@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,15 @@ class BucketSteps:
         found = map(_WHOLE.fullmatch, self.bucket.find())
         return sorted(int(m[1]) for m in found if m)
 
-    def publish(self, step: int, keep: int) -> None:
+    def publish(
+        self, step: int, keep: int, before: Callable[[], None] | None = None
+    ) -> None:
         """Copies what this process saved; process 0 returns when the step is finished.
 
         Args:
           step: lies in `directory`.
           keep: so many finished steps are left in the bucket.
+          before: called by process 0 before the step is a finished one.
 
         Raises:
           OSError: the bucket cannot be written.
@@ -90,6 +93,8 @@ class BucketSteps:
             return
         for index in range(1, self._count):
             files |= self._read_part(step, index)
+        if before is not None:
+            before()
         self.bucket.write(f"{step}/{MANIFEST_NAME}", manifest_lib.encode(files))
         self._prune(keep)
 

@@ -6,7 +6,7 @@ import concurrent.futures
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +45,8 @@ class Checkpoints:
       bucket: where the checkpoints are kept (`checkpoints.bucket`); `directory` is then
         this process's own, from which they are copied. None: `directory` is what all
         processes see.
+      before_finished: called by process 0 before a checkpoint in the bucket is whole: to
+        copy there what a run that resumes from it should find.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Checkpoints:
         keep: int = 3,
         save_interval: int = 1000,
         bucket: Bucket | None = None,
+        before_finished: Callable[[], None] | None = None,
     ) -> None:
         # Imported here: loading weights should not wait seconds for Orbax.
         import orbax.checkpoint as ocp
@@ -67,6 +70,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.save_interval = save_interval
         self._keep = keep
+        self._before_finished = before_finished
         self._remote = None
         count = jax.process_count()
         # Of processes that do not see one another's files, each is the first.
@@ -141,7 +145,7 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         self._manager.wait_until_finished()
         if self._remote is not None:
-            self._remote.publish(step, self._keep)
+            self._remote.publish(step, self._keep, self._before_finished)
         elif jax.process_index() == 0:
             write_manifest(self.directory / str(step))
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import jax
 from absl import logging
 
 from racm3_jax import storage
-from racm3_jax.buckets import Bucket, is_url
-from racm3_jax.training.mirror import Mirror
+from racm3_jax.buckets import is_url
+from racm3_jax.training.mirror import PUSH_SECONDS, Mirror
 from racm3_jax.training.processes import sharing, wait_for_all
 from racm3_jax.wiring.jobs import Job
 from racm3_jax.wiring.sections import read_training
@@ -51,8 +52,8 @@ _MAY_CHANGE = (
 
 
 @contextlib.contextmanager
-def local_workdir(workdir: str | Path) -> Iterator[tuple[Path, Bucket | None]]:
-    """The folder of a work directory, and the bucket that it is copied to, if any.
+def local_workdir(workdir: str | Path) -> Iterator[tuple[Path, Mirror | None]]:
+    """The folder of a work directory, and its mirror in a bucket, if it is a URL.
 
     Of a URL, every process has a folder of its own, see `training.mirror`.
 
@@ -64,8 +65,16 @@ def local_workdir(workdir: str | Path) -> Iterator[tuple[Path, Bucket | None]]:
         return
     leads = jax.process_index() == 0
     with Mirror(str(workdir), leads=leads) as mirror, sharing(mirror):
+        if leads:
+            seconds = f"{PUSH_SECONDS:g} s"
+            print(
+                f"racm3: the work directory is {mirror.url}; it is written in "
+                f"{mirror.folder} and copied there every {seconds}, checkpoints when "
+                "they are whole",
+                file=sys.stderr,
+            )
         try:
-            yield mirror.folder, mirror.bucket
+            yield mirror.folder, mirror
         except ValueError as error:
             # Sentences name the folder, which nobody knows.
             words = str(error).replace(str(mirror.folder), mirror.url)

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import fake_bucket
 import fsspec
 import pytest
 
@@ -135,3 +145,61 @@ def test_urls_are_known_and_refused_elsewhere():
         refuse_url("gs://a", "the memory")
     with pytest.raises(ValueError, match="cannot open nothing://a: "):
         Mirror("nothing://a")
+
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def start(total: int, workdir: str) -> list[subprocess.Popen]:
+    """A training of 12 steps by so many processes, in `fake_bucket`'s buckets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, fake_bucket.__file__, "train", f"--workdir={workdir}"),
+        f"--config={ROOT}/configs/flagworld_tiny.py",
+        *("--config.train.num_steps=12", "--config.train.checkpoint_every=3"),
+        *("--config.train.log_every=1", "--config.mesh.data=1"),
+        f"--config.mesh.fsdp={total}",
+    ]
+    names = ("RACM3_COORDINATOR", "RACM3_NUM_PROCESSES", "RACM3_PROCESS_ID")
+    common = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            command,
+            env=common
+            | dict(zip(names, (f"localhost:{port}", str(total), str(n)), strict=True)),
+            stderr=subprocess.PIPE,
+        )
+        for n in range(total)
+    ]
+
+
+def finish(running: list[subprocess.Popen]) -> None:
+    for process in running:
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors.decode()[-2000:]
+
+
+@pytest.mark.slow
+def test_two_killed_processes_resume_from_a_bucket_bit_for_bit(gs):
+    """They share no folder: each has its own, and the bucket."""
+    finish(start(2, "gs://me/whole"))
+    running = start(2, "gs://me/broken")
+    deadline = time.monotonic() + 900
+    while not (gs / "me" / "broken" / "checkpoints" / "3" / "manifest.json").exists():
+        assert all(p.poll() is None for p in running) and time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in running:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start(2, "gs://me/broken"))
+    losses = []
+    for name in ("whole", "broken"):
+        lines = (gs / "me" / name / "metrics.jsonl").read_text().splitlines()
+        found = {line["step"]: line["objective"] for line in map(json.loads, lines)}
+        losses.append([found[step] for step in range(1, 13)])
+    assert losses[0] == losses[1]
+    model = "model/model.safetensors"
+    whole, broken = (gs / "me" / n / model for n in ("whole", "broken"))
+    assert whole.read_bytes() == broken.read_bytes()
