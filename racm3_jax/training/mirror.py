@@ -11,6 +11,7 @@ they wait for what it makes (`processes.leader_first`), and push only their trac
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from racm3_jax import storage
 from racm3_jax.buckets import Bucket, Found, each
 
 PUSH_SECONDS = 30.0
+_PREFIX = "racm3-mirror-"
 # What is of no use to another machine, or is copied by others.
 _NOT_COPIED = re.compile(r"(^|/)(processes/|training\.lock$)|^checkpoints/")
 # Every process writes its own.
@@ -46,7 +48,7 @@ class Mirror:
     Attributes:
       url: of the folder.
       bucket: the folder there.
-      folder: where to write; removed at the end, once all of it was copied.
+      folder: where to write, in TMPDIR; removed at the end, once all of it was copied.
 
     Raises:
       ValueError: the package that speaks to such buckets is not installed.
@@ -58,7 +60,8 @@ class Mirror:
     ) -> None:
         self.url = url
         self.bucket = Bucket(url)
-        self.folder = Path(tempfile.mkdtemp(prefix="racm3-workdir-"))
+        self._held = contextlib.ExitStack()
+        self.folder = _make_folder(self._held)
         self._leads = leads
         self._seconds = seconds
         # Of every file that is the same here and there: its size and time here.
@@ -72,7 +75,7 @@ class Mirror:
         try:
             self.pull()
         except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
             raise
         self._thread.start()
         return self
@@ -83,11 +86,19 @@ class Mirror:
         try:
             self.push()
         except Exception as error:
+            # Under a name that no later run removes.
+            kept = self.folder.with_name(f"{self.folder.name}-kept")
+            self.folder = self.folder.rename(kept)
+            self._held.close()
             raise OSError(
                 f"could not copy all of the work directory to {self.url} ({error}): it "
-                f"is kept in {self.folder}"
+                f"is kept in {kept}"
             ) from error
+        self._remove()
+
+    def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._held.close()
 
     def pull(self) -> None:
         """Copies into the folder what is new there since the last time."""
@@ -155,6 +166,19 @@ class Mirror:
                 logging.warning(
                     "could not copy to %s (%s); tried again", self.url, error
                 )
+
+
+def _make_folder(held: contextlib.ExitStack) -> Path:
+    """A locked folder; what killed processes left is removed, as it is in their buckets."""
+    top = Path(tempfile.gettempdir())
+    for left in top.glob(f"{_PREFIX}*"):
+        if not left.name.endswith("-kept"):
+            with contextlib.suppress(OSError), storage.locked(left, wait=False) as free:
+                if free:
+                    shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix="racm3-new-"))
+    held.enter_context(storage.locked(new))
+    return new.rename(top / f"{_PREFIX}{new.name.rpartition('-')[2]}")
 
 
 def _is_manifest(name: str) -> bool:

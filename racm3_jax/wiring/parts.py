@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,11 @@ def open_memory(
     """The memory of `config.memory_path`, which may be a URL (`memory.staging`)."""
     path = config.memory_path
     section = construct(MemoryConfig, config.memory, "memory")
-    place = path if is_url(path) else resolve(path)
-    return Memory.load(place, embedder, tokenizer, section.cache)
+    if not is_url(path):
+        return Memory.load(resolve(path), embedder, tokenizer)
+    memory = Memory.load(path, embedder, tokenizer, section.cache)
+    print(f"racm3: the memory {path} is read from {memory.path}", file=sys.stderr)
+    return memory
 
 
 def use_table(config: Any, memory: Memory) -> None:

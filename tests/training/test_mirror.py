@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import fake_bucket
@@ -22,8 +23,9 @@ URL = "memory://bucket/run"
 
 
 @pytest.fixture
-def bucket():
+def bucket(tmp_path, monkeypatch):
     """The memory file system, empty; its files as `{name: content}`."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     system = fsspec.filesystem("memory")
     system.store.clear()
 
@@ -55,6 +57,18 @@ def test_what_is_written_is_there_and_comes_back(bucket):
         write(mirror, "config.json", "changed")
         (mirror.folder / "model" / "config.json").unlink()
     assert bucket() == {"config.json": b"changed"}
+
+
+def test_folders_of_killed_processes_are_removed_and_no_others(bucket, tmp_path):
+    (tmp_path / "racm3-mirror-dead" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "racm3-mirror-dead-kept").mkdir()
+    with Mirror(URL) as first, Mirror(URL, leads=False) as second:
+        assert first.folder.is_dir() and second.folder.is_dir()
+        names = {p.name for p in tmp_path.iterdir()}
+        assert names == {
+            *(first.folder.name, second.folder.name),
+            "racm3-mirror-dead-kept",
+        }
 
 
 def test_it_is_copied_while_it_is_written(bucket):
@@ -136,6 +150,7 @@ def test_what_could_not_be_copied_is_kept(bucket, monkeypatch):
 
         monkeypatch.setattr(m.bucket.system, "put_file", fail)
     assert (m.folder / "config.json").read_text() == "{}"
+    assert m.folder.name.endswith("-kept")
 
 
 def test_urls_are_known_and_refused_elsewhere():
