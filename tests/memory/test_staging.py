@@ -11,10 +11,12 @@ import shutil
 import fake_bucket
 import pytest
 from memory_fakes import FakeEmbedder, FakeTokenizer, make_document
+from ml_collections import ConfigDict
 
-from racm3_jax import buckets, storage
+from racm3_jax import buckets, cli, storage
 from racm3_jax.memory import edit, staging
 from racm3_jax.memory.memory import Memory
+from racm3_jax.wiring import parts
 
 URL = "gs://me/memory"
 
@@ -156,3 +158,19 @@ def test_of_two_at_a_time_one_copies(there):
     ]
     assert log.count("me/memory/manifest.json") == 2
     assert log.count("me/memory/documents.array_record") == 1
+
+
+def test_commands_and_configs_name_the_cache(there, tmp_path, capsys):
+    chosen = tmp_path / "chosen"
+    flags = [f"--memory={URL}", f"--memory_cache={chosen}"]
+    assert cli.main(["memory", "verify", *flags]) == 0
+    assert f"{URL}: " in capsys.readouterr().out
+    assert cli.main(["memory", "remove", f"--memory={URL}", "--ids=doc-1"]) == 2
+    config = ConfigDict({"memory_path": URL, "memory": {"cache": str(chosen)}})
+    config.memory.index = "table"
+    with parts.open_memory(config, FakeEmbedder(), FakeTokenizer()) as memory:
+        (copy,) = {p for p in chosen.glob("*/*") if (p / "index").is_dir()}
+        assert memory.path == copy and not copies(tmp_path)
+        assert f"{URL} is read from {copy}" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=f"{URL} has no table/: make it where"):
+            parts.use_table(config, memory)
