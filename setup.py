@@ -120,6 +120,7 @@ setup(
             "diffusers>=0.35",
             "faiss-cpu>=1.10",
             "ftfy>=6.3",
+            "gcsfs>=2024.2",
             "huggingface_hub>=0.34",
             "pycocoevalcap>=1.2",
             "regex>=2024.11.6",
