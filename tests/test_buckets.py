@@ -147,6 +147,19 @@ def test_older_steps_go_and_a_damaged_one_is_set_aside(pair):
     assert other.steps() == [7]
     leader.bucket.remove("7/extra/metadata")
     assert "there is no gs://me/run/checkpoints/7/extra/metadata" in other.fetch(7)
+    for process in pair[::-1]:
+        save(process, 11, OWN[0])
+        process.publish(11, keep=1)
+    # For inspection.
+    assert {"9/state/a/1.0", "9/manifest.json.damaged"} <= leader.bucket.find().keys()
+    assert leader.steps() == [11]
+
+
+def test_only_process_0_gives_what_is_no_chunk(pair):
+    leader = pair[0]
+    for process, files in zip(pair[::-1], OWN[::-1], strict=True):
+        save(process, 7, files)
+        process.publish(7, keep=1)
     names = json.loads(leader.bucket.read("7/manifest.json"))["files"]
     assert "_CHECKPOINT_METADATA" not in names
     assert not checkpoint_bucket._OF_ALL.fullmatch("state/_METADATA")

@@ -29,6 +29,7 @@ from racm3_jax.checkpoints.manifest import MANIFEST_NAME
 _OF_ALL = re.compile(r"state/(?:.+/\d+(?:\.\d+)*|array_metadatas/[^/]+)")
 _WHOLE = re.compile(rf"(\d+)/{re.escape(MANIFEST_NAME)}")
 _DAMAGED_NAME = f"{MANIFEST_NAME}.damaged"
+_DAMAGED = re.compile(rf"(\d+)/{re.escape(_DAMAGED_NAME)}")
 _POLL_SECONDS = 1.0
 
 
@@ -96,6 +97,7 @@ class BucketSteps:
         if before is not None:
             before()
         self.bucket.write(f"{step}/{MANIFEST_NAME}", manifest_lib.encode(files))
+        self.bucket.remove(f"{step}/{_DAMAGED_NAME}")
         self._prune(keep)
 
     def _part(self, step: int, index: int) -> str:
@@ -110,10 +112,14 @@ class BucketSteps:
                 time.sleep(self._poll_seconds)
 
     def _prune(self, keep: int) -> None:
-        """Removes older steps, finished or not; a manifest before what it names."""
+        """Removes older steps, finished or not, but for damaged ones.
+
+        A manifest goes before what it names.
+        """
         found = sorted(self.bucket.find(), key=lambda n: not _WHOLE.fullmatch(n))
         whole = sorted(int(m[1]) for m in map(_WHOLE.fullmatch, found) if m)
         kept = set(whole[-keep:])
+        kept |= {int(m[1]) for m in map(_DAMAGED.fullmatch, found) if m}
         for name in found:
             step = name.partition("/")[0]
             if step.isdecimal() and int(step) < whole[-1] and int(step) not in kept:
