@@ -18,12 +18,16 @@ MANY = 10**9
 MAX_SEED = 2**32 - 1
 
 
+class UrlError(argparse.ArgumentTypeError, ValueError):
+    """A URL where a path is wanted: wrong input, of an option or inside of one."""
+
+
 def path(text: str) -> str:
     """A path here; `~` is the home folder also after `=`, where shells leave it alone."""
     try:
         refuse_url(text, "this")
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise UrlError(str(error)) from None
     return os.path.expanduser(filled(text))
 
 

@@ -29,12 +29,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm import tqdm
-
 from racm3_jax import storage
 from racm3_jax.buckets import COPY_BYTES, Bucket, Found, each
 from racm3_jax.memory import format as format_lib
 from racm3_jax.memory.format import MANIFEST_FILE, TABLE_DIRECTORY
+from racm3_jax.progress import open_progress
 
 RECORD_FILE = "staged.json"
 _FORMAT = "racm3-staged-memories"
@@ -169,8 +168,8 @@ def _copy_all(
             "--memory_cache (config.memory.cache)"
         )
     lock = threading.Lock()
-    with tqdm(
-        total=sum(sizes.values()), desc=f"copy {bucket.url}", unit="B", unit_scale=True
+    with open_progress(
+        total=sum(sizes.values()), desc=f"copy {bucket.url}", unit="bytes"
     ) as bar:
 
         def show(num_bytes: int) -> None:

@@ -25,7 +25,9 @@ URLS = {
 TEXTS = {
     *("prompt", "text", "prefix", "labels", "box", "url_pattern", "licence", "part"),
     *("index", "engine", "beam", "deduplicate", "device", "topology"),
-    *("profile_steps", "document"),
+    *("profile_steps", "document", "example"),
+    # Refused by its reader (`configs.load_config_module`).
+    "config",
     # Sources, of which each kind looks at its own path.
     *("source", "held_out"),
 }
@@ -64,6 +66,8 @@ def test_every_path_is_of_a_type_that_knows_urls():
         "memory neighbours --memory=gs://a/b",
         "memory build --source=folder:gs://a/b --memory=here",
         "convert clip gs://a/b here",
+        "support --example gs://a/b.png cat",
+        "support --folder=gs://a/b",
         "train --config=gs://a/b.py --workdir=here",
         f"train --config={TINY} --workdir=here --config.embedder=s3://a/b",
         f"train --config={TINY} --workdir=gs://a/b --config.tokenizer.text=s3://a/b",
