@@ -201,12 +201,17 @@ def _read_clip_config(config: Any) -> clip.CLIPConfig:
             "--config.embedder=FOLDER; only its sizes are read"
         )
     fields = checkpoints.read_config(wiring.resolve(config.embedder))["config"]
-    return clip.CLIPConfig(**fields)
+    dtype = config.get("embedder_dtype", "auto")
+    return clip.CLIPConfig(**fields, compute_dtype=dtype)
 
 
 def _build_embedding(config: Any, devices: Sequence[Any], size: int | None) -> Program:
     settings = _read_clip_config(config)
-    mesh, put = _on_one_device(devices)
+    mesh = sharding.make_mesh(devices=_of_one_process(devices))
+    put = functools.partial(_put, place=sharding.replicated(mesh))
+    rows = functools.partial(
+        jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)
+    )
     params = put(
         jax.eval_shape(
             lambda: meta.unbox(clip.init_params(settings, jax.random.key(0)))
@@ -215,8 +220,9 @@ def _build_embedding(config: Any, devices: Sequence[Any], size: int | None) -> P
     pixels = settings.image_size
 
     def trace(count: int) -> dict[str, jax.stages.Traced]:
-        images = put(jax.ShapeDtypeStruct((count, pixels, pixels, 3), jnp.uint8))
-        tokens = put(jax.ShapeDtypeStruct((count, settings.context_length), jnp.int32))
+        whole = count * mesh.size
+        images = rows((whole, pixels, pixels, 3), jnp.uint8)
+        tokens = rows((whole, settings.context_length), jnp.int32)
         with jax.set_mesh(mesh):
             return {
                 "embed images": embedder.encode_images.trace(settings, params, images),
@@ -225,7 +231,8 @@ def _build_embedding(config: Any, devices: Sequence[Any], size: int | None) -> P
 
     facts = {
         "images": f"{pixels} x {pixels}, patches of {settings.patch_size}",
-        "on": "each device for itself",
+        "on": f"each of a host's {mesh.size} devices for itself, in "
+        f"{'bfloat16' if settings.compute_dtype == 'auto' else settings.compute_dtype}",
     }
     return Program("embed", "images", size or DEFAULT_SIZES["embed"], 1, trace, facts)
 

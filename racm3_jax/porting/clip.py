@@ -106,7 +106,7 @@ def convert_clip(
             rules,
             clip_shapes(config),
             kind=KIND,
-            config=dataclasses.asdict(config),
+            config=config.of_weights(),
         )
         tokenizer.save(directory / TOKENIZER_NAME)
     return config
