@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
 from racm3_jax.generation.grammar import DONE, START, Grammar, advance
 from racm3_jax.generation.logits import contrast, guide, sample_tokens
+from racm3_jax.generation.placement import constrain_cache
 from racm3_jax.model.cache import Prefix
 from racm3_jax.model.transformer import slice_head
 
@@ -133,7 +134,8 @@ def read_prompts(
         )
     if ids is not None:
         logits = logits[:, ids[0] : ids[1]]
-    return cache.repeat(num_samples), jnp.repeat(logits, num_samples, axis=0)
+    cache = constrain_cache(cache.repeat(num_samples))
+    return cache, jnp.repeat(logits, num_samples, axis=0)
 
 
 def _draw(

@@ -10,7 +10,6 @@ The towers must be OpenAI's: ViT with a class token, MLPs four times as wide.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from racm3_jax.porting.clip_config import Layout, read_clip_config
