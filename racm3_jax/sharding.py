@@ -337,7 +337,7 @@ def local_rows(
     )
 
 
-def count_row_shards(mesh: Mesh) -> int:
+def count_row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many shards the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

@@ -25,6 +25,7 @@ from racm3_jax.generation.logits import contrast, guide, sample_tokens
 from racm3_jax.generation.placement import constrain_cache
 from racm3_jax.model.cache import Prefix
 from racm3_jax.model.transformer import slice_head
+from racm3_jax.sharding import constrain_rows
 
 
 class Rows(NamedTuple):
@@ -151,7 +152,8 @@ def _draw(
 ) -> Drawing:
     """One id of every sample; `first` is the id that column 0 is of."""
     # [prompt, stream, sample, id] -> one row a sample, in each stream.
-    streams = logits.astype(jnp.float32).reshape(
+    # Whole on each device: the filters look at all ids again and again.
+    streams = constrain_rows(logits).astype(jnp.float32).reshape(
         -1, num_streams, num_samples, logits.shape[1]
     )
     given = streams[:, 0].reshape(-1, logits.shape[1])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from racm3_jax import sharding
 from racm3_jax.model.cache import Cache
@@ -187,16 +187,17 @@ def constrain_cache(cache: Cache) -> Cache:
     mesh = jax.sharding.get_abstract_mesh()
     if not set(BATCH_AXES) <= set(mesh.axis_names):
         return cache
-    copies = sharding.count_row_shards(mesh)
+    return jax.lax.with_sharding_constraint(cache, cache_specs(cache, mesh))
 
-    def constrain(x: jax.Array) -> jax.Array:
-        sizes = (copies, mesh.shape["tensor"])  # of the axes rows, heads
-        axes = [
-            axis if length % size == 0 else None
-            for axis, size, length in zip(
-                (BATCH_AXES, "tensor"), sizes, x.shape, strict=False
-            )
-        ]
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
-    return jax.tree.map(constrain, cache)
+def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Any:
+    """Where each array of a cache lies: `[rows, heads, ...]` or `[rows]`."""
+    copies, tensor = sharding.count_row_shards(mesh), mesh.shape["tensor"]
+
+    def place(x: Any) -> PartitionSpec:
+        rows = BATCH_AXES if len(x) % copies == 0 else None
+        if x.ndim == 1:
+            return PartitionSpec(rows)
+        return PartitionSpec(rows, "tensor" if x.shape[1] % tensor == 0 else None)
+
+    return jax.tree.map(place, cache)

@@ -303,14 +303,13 @@ def _make_plan(
     num_samples: int,
 ) -> Plan:
     """What may be drawn: limits and forced ids of rows become those of samples."""
-    drawn = (
-        jnp.asarray(np.repeat(limits, num_samples), jnp.int32),
-        None if forced is None else jnp.asarray(np.repeat(forced, num_samples, axis=0)),
-        keys,
-    )
+    if forced is not None:
+        forced = split_rows(jnp.asarray(np.repeat(forced, num_samples, axis=0)))
     return Plan(
         grammar,
-        *split_rows(drawn),
+        split_rows(jnp.asarray(np.repeat(limits, num_samples), jnp.int32)),
+        forced,
+        split_rows(keys),
         jnp.asarray(config.temperature, jnp.float32),
         jnp.asarray(config.top_k, jnp.int32),
         jnp.asarray(config.top_p, jnp.float32),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from generation_standins import FirstDocuments, VOCAB, grey, make_generator
+from generation_standins import VOCAB, FirstDocuments, grey, make_generator
 
 from racm3_jax import sharding
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
-from racm3_jax.generation import placement
-from racm3_jax.model.config import chameleon_7b, racm3_2b7, tiny_chameleon
-from racm3_jax.model.transformer import abstract_params, count_params
+from racm3_jax.model.config import tiny_chameleon
 
 PROMPTS = ["a red flag", "the sea", "snow"]
 MESHES = {
