@@ -153,8 +153,10 @@ def _draw(
     """One id of every sample; `first` is the id that column 0 is of."""
     # [prompt, stream, sample, id] -> one row a sample, in each stream.
     # Whole on each device: the filters look at all ids again and again.
-    streams = constrain_rows(logits).astype(jnp.float32).reshape(
-        -1, num_streams, num_samples, logits.shape[1]
+    streams = (
+        constrain_rows(logits)
+        .astype(jnp.float32)
+        .reshape(-1, num_streams, num_samples, logits.shape[1])
     )
     given = streams[:, 0].reshape(-1, logits.shape[1])
     may_follow = allowed[drawing.state]

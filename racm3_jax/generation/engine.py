@@ -110,6 +110,13 @@ class Engine:
         other.params = placement.place_params(self.model.config, self.params, mesh)
         return other
 
+    def devices_with_a_copy(self) -> list[Any]:
+        """Those that could decode by themselves; none where the model is split."""
+        if self.mesh is None:
+            return list(jax.tree.leaves(self.params)[0].devices())
+        split = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
+        return [] if split else list(self.mesh.devices.flat)
+
     def with_retriever(self, retriever: Retriever | None) -> Self:
         """The same model over another memory; shares parameters and compiled code."""
         other = copy.copy(self)

@@ -303,12 +303,11 @@ def _make_plan(
     num_samples: int,
 ) -> Plan:
     """What may be drawn: limits and forced ids of rows become those of samples."""
-    if forced is not None:
-        forced = split_rows(jnp.asarray(np.repeat(forced, num_samples, axis=0)))
+    fixed = None if forced is None else np.repeat(forced, num_samples, axis=0)
     return Plan(
         grammar,
         split_rows(jnp.asarray(np.repeat(limits, num_samples), jnp.int32)),
-        forced,
+        None if fixed is None else split_rows(jnp.asarray(fixed)),
         split_rows(keys),
         jnp.asarray(config.temperature, jnp.float32),
         jnp.asarray(config.top_k, jnp.int32),
