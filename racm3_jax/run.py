@@ -250,6 +250,8 @@ def load(
     path: str | Path,
     memory: Memory | str | Path | None = None,
     strategy: StrategyConfig | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> Generator:
     """Opens a trained model for generation.
 
@@ -259,6 +261,7 @@ def load(
         generator works without retrieval.
       strategy: which of the found documents are used; None takes the one of the
         model's training.
+      mesh: of devices that decode, from `sharding.make_mesh`; see `Engine`.
 
     Raises:
       ValueError: if there is no model at `path`, or the memory was built with another
@@ -274,7 +277,7 @@ def load(
         memory = directory / "memory"
     if memory is not None and not isinstance(memory, Memory):
         memory = Memory.load(memory)
-    return wiring.load_generator(directory, memory, strategy)
+    return wiring.load_generator(directory, memory, strategy, mesh=mesh)
 
 
 def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
