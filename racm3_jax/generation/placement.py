@@ -26,9 +26,9 @@ from racm3_jax.sharding import BATCH_AXES
 MOST_ROWS = 64
 # A guided prompt is two rows.
 _LEAST_ROWS = 2
-# Reading prompts and sampling need more than weights and caches: what XLA's compilers
-# ask for beside a cache of the same size (the tests hold the formula to their figures).
-_WORK = 0.35
+# What the TPU's compiler asks for beside weights and caches: a share of the caches, and
+# two copies of the table of the vocabulary (a test holds the formula to its figures).
+_WORK = 0.4
 
 
 def decoding_bytes(
@@ -42,12 +42,13 @@ def decoding_bytes(
       tensor: over how many devices it is split.
 
     Returns:
-      (weights, a row of `max_length` tokens with what is needed to read it).
+      (weights and what is made of them, a row of `max_length` tokens and its work).
     """
     size = 2 if config.compute_dtype == "bfloat16" else 4
     token = 2 * config.num_layers * config.kv_heads * config.head_dim * size
     row = (1 + _WORK) * token * config.max_length
-    return size * num_params / tensor, row / tensor
+    table = config.vocab_size * config.d_model
+    return size * (num_params + 2 * table) / tensor, row / tensor
 
 
 def choose_mesh(
