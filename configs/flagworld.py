@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         num_sentinels=16,
     )
     config.embedder = "shipped:flagworld/clip"
+    config.embedder_dtype = "auto"  # bfloat16 on accelerators, or "float32"
     config.init_from = ""
     # Query dropout is frozen: two variants of a document's query for all epochs.
     config.memory = dict(

@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.tokenizer = dict(text="", image="", num_sentinels=512)
     config.embedder = ""
+    config.embedder_dtype = "auto"  # bfloat16 on accelerators, or "float32"
     config.init_from = ""
     config.memory_path = ""
     # Query dropout is frozen: four variants of a document's query for all epochs.

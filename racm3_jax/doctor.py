@@ -153,12 +153,12 @@ def _check_processes() -> Finding:
 
 
 def _check_devices() -> Finding:
-    import jax
+    from racm3_jax import sharding
 
-    devices = jax.devices()
-    kind = devices[0].device_kind
-    words = f"{len(devices)} x {kind} ({jax.default_backend()})"
-    if jax.default_backend() == "cpu":
+    mesh = sharding.make_mesh()
+    device = mesh.devices.flat[0]
+    words = f"{mesh.size} x {device.device_kind} ({device.platform})"
+    if device.platform == "cpu":
         if shutil.which("nvidia-smi"):
             words += "; there is an NVIDIA GPU: pip install -e '.[gpu]' lets jax use it"
             return Finding("devices", "note", words)

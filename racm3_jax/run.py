@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from racm3_jax import own_files, storage, wiring
 from racm3_jax.buckets import refuse_url
@@ -40,10 +41,10 @@ from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.host import prepare_host
-from racm3_jax.training.loop import Profile, fit
+from racm3_jax.training.loop import FitSettings, Profile, fit
 from racm3_jax.training.mirror import Mirror
 from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
-from racm3_jax.training.step import TrainState, TrainStep
+from racm3_jax.training.step import TrainState
 from racm3_jax.wiring.workdirs import (
     LOCK_NAME,
     check_inputs,
@@ -165,24 +166,26 @@ def _train(
                     state,
                     job.step_fn,
                     batches,
-                    num_steps=job.num_steps,
-                    writer=writer,
-                    checkpoints=saver,
-                    checkpoint_extra={
-                        "config": fingerprint,
-                        "inputs": dict(job.inputs),
-                        "num_main_documents": job.num_main_documents,
-                    },
-                    log_every=settings.log_every,
-                    progress=progress,
-                    description=f"train {config.kind}",
-                    with_stats=job.with_stats,
-                    max_skipped_steps=settings.max_skipped_steps,
-                    peak_flops=_peak_flops(),
-                    flops_per_token=job.flops_per_token,
-                    profile=profile,
-                    watchdog_seconds=settings.watchdog_seconds,
-                    signs=_make_signs(workdir) if mirror is None else None,
+                    FitSettings(
+                        num_steps=job.num_steps,
+                        writer=writer,
+                        checkpoints=saver,
+                        checkpoint_extra={
+                            "config": fingerprint,
+                            "inputs": dict(job.inputs),
+                            "num_main_documents": job.num_main_documents,
+                        },
+                        log_every=settings.log_every,
+                        progress=progress,
+                        description=f"train {config.kind}",
+                        with_stats=job.with_stats,
+                        max_skipped_steps=settings.max_skipped_steps,
+                        peak_flops=_peak_flops(job.step_fn.mesh),
+                        flops_per_token=job.flops_per_token,
+                        profile=profile,
+                        watchdog_seconds=settings.watchdog_seconds,
+                        signs=_make_signs(workdir) if mirror is None else None,
+                    ),
                 )
         finally:
             close = getattr(batches, "close", None)
@@ -206,7 +209,6 @@ def _check_compiled(config: Any, path: Path) -> None:
 
 
 def _with_compiled_step(job: wiring.Job, config: Any, path: Path) -> wiring.Job:
-    assert isinstance(job.step_fn, TrainStep)
     shape = (config.pipeline.rows, config.pipeline.row_length)
     batch = wiring.abstract_batch(shape, job.step_fn.mesh)
     step = saved.load_step(path, job.step_fn, job.state, batch, config.to_dict())
@@ -238,16 +240,18 @@ def _make_signs(workdir: Path) -> SignsOfLife | None:
     return SignsOfLife(workdir / "processes", jax.process_index(), count)
 
 
-def _peak_flops() -> float:
-    """Of all devices together; 0 for a kind that is not in the table, as CPUs."""
-    device = find_device(jax.devices()[0].device_kind)
-    return device.flops * jax.device_count() if device else 0.0
+def _peak_flops(mesh: Mesh) -> float:
+    """Of a mesh's devices together; 0 for a kind that is not in the table, as CPUs."""
+    device = find_device(mesh.devices.flat[0].device_kind)
+    return device.flops * mesh.size if device else 0.0
 
 
 def load(
     path: str | Path,
     memory: Memory | str | Path | None = None,
     strategy: StrategyConfig | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> Generator:
     """Opens a trained model for generation.
 
@@ -257,6 +261,7 @@ def load(
         generator works without retrieval.
       strategy: which of the found documents are used; None takes the one of the
         model's training.
+      mesh: of devices that decode, from `sharding.make_mesh`; see `Engine`.
 
     Raises:
       ValueError: if there is no model at `path`, or the memory was built with another
@@ -272,7 +277,7 @@ def load(
         memory = directory / "memory"
     if memory is not None and not isinstance(memory, Memory):
         memory = Memory.load(memory)
-    return wiring.load_generator(directory, memory, strategy)
+    return wiring.load_generator(directory, memory, strategy, mesh=mesh)
 
 
 def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:

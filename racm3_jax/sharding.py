@@ -11,8 +11,9 @@ names the parameter; nothing is replicated by accident.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -336,7 +337,7 @@ def local_rows(
     )
 
 
-def count_row_shards(mesh: Mesh) -> int:
+def count_row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many shards the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -381,3 +382,91 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(shape, rows_sharding, read)
 
     return jax.tree.map(put, batch)
+
+
+def local_mesh() -> Mesh | None:
+    """A mesh of this process's own devices, each with a copy of the model and own rows.
+
+    None where that is one device. CPU devices share the same cores, so that several of
+    them compute no faster: they count as one.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1 or devices[0].platform == "cpu":
+        return None
+    return make_mesh(devices=devices)
+
+
+def put_copies(tree: Any, mesh: Mesh | None) -> Any:
+    """A full copy on every device of a mesh; without one on JAX's default device."""
+    return jax.device_put(tree, None if mesh is None else replicated(mesh))
+
+
+def current_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """`with current_mesh(mesh):` is `jax.set_mesh`; without a mesh nothing changes."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def on_each_device(compute: Callable[..., Any], shared: Any, *rows: Any) -> Any:
+    """`compute(shared, *rows)`, by each device of the current mesh on its own rows.
+
+    For programs whose rows have nothing to do with each other: no device sends anything
+    or waits. Without a mesh, or on one device, it is the call itself.
+
+    Args:
+      compute: `compute(shared, *rows)` -> an array with as many rows.
+      shared: lies on every device.
+      rows: arrays that are split as a batch is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
+        return compute(shared, *rows)
+    split = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        compute,
+        in_specs=(PartitionSpec(), *[split] * len(rows)),
+        out_specs=split,
+        check_vma=False,
+    )(shared, *rows)
+
+
+def map_batches(
+    compute: Callable[..., Any],
+    columns: Sequence[np.ndarray],
+    batch_size: int,
+    mesh: Mesh | None = None,
+) -> list[np.ndarray]:
+    """`compute(*columns)` batch by batch, so that two compiled programs serve any number.
+
+    The last row fills the last batch up; what is left for one device is split even so:
+
+        a b c d e, batch_size 2       one device    a b / c d / e e
+                                      two devices   a b | c d / e | e
+
+    Args:
+      compute: of a batch; as many rows come out.
+      columns: arrays with the same number of rows.
+      batch_size: rows that a device has at a time.
+      mesh: whose devices share the rows.
+
+    Returns:
+      What came out of each batch, without the padding.
+    """
+    num_shards = 1 if mesh is None else count_row_shards(mesh)
+    whole = batch_size * num_shards
+    small = -(-batch_size // num_shards) * num_shards
+    total, start = len(columns[0]), 0
+    parts: list[np.ndarray] = []
+    running: list[tuple[Any, int]] = []
+    with current_mesh(mesh):
+        while start < total:
+            size = whole if total - start > batch_size else small
+            index = np.arange(start, start + size).clip(max=total - 1)
+            batch = [column[index] for column in columns]
+            if mesh is not None:
+                batch = jax.device_put(batch, batch_sharding(mesh))
+            running.append((compute(*batch), min(size, total - start)))
+            if len(running) > 1:  # one is fetched while the next is computed
+                out, num_rows = running.pop(0)
+                parts.append(np.asarray(out)[:num_rows])
+            start += size
+    return [*parts, *(np.asarray(out)[:num_rows] for out, num_rows in running)]

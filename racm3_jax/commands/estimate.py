@@ -190,9 +190,9 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
     if machine.num_slices > 1:
         config = config.copy_and_resolve_references().unlock()
         config.mesh.dcn = machine.num_slices
-    program = programs.build_program(what, config, devices, arguments.size)
     device = hardware.DEVICES.get(name)
     capacity = device.capacity if device else None
+    program = programs.build_program(what, config, devices, arguments.size, capacity)
     plan = None
     if what == "train" and device is not None:
         sized = config.copy_and_resolve_references()

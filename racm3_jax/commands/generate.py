@@ -135,6 +135,11 @@ def _add(commands: Any, name: str, command: Callable, text: str) -> Any:
         help="a folder that keeps compiled programs between runs",
     )
     sub.add_argument("--int8", action="store_true", help="weights in 8 bits")
+    sub.add_argument(
+        "--tensor",
+        type=options.whole(1, 10_000),
+        help="devices that share a copy of the model; as many as hold one by default",
+    )
     return sub
 
 
@@ -444,7 +449,16 @@ def _open(arguments: Arguments) -> Any:
 
         folder = str(Path(arguments.compilation_cache).resolve())
         jax.config.update("jax_compilation_cache_dir", folder)
-    generator = run.load(arguments.workdir, memory=options.local_memory(arguments))
+    mesh = None
+    if arguments.tensor is not None:
+        import jax
+
+        from racm3_jax import sharding
+
+        devices = jax.local_devices()
+        mesh = sharding.make_mesh(tensor=arguments.tensor, devices=devices)
+    memory = options.local_memory(arguments)
+    generator = run.load(arguments.workdir, memory=memory, mesh=mesh)
     return generator.quantized() if arguments.int8 else generator
 
 

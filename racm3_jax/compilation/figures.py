@@ -156,9 +156,10 @@ def read_figures(name: str, compiled: Any, seconds: float) -> PartFigures:
 def find_needed_bytes(words: str) -> float:
     """What a compiler that ran out of memory would have needed; 0 if it does not say.
 
-    "Used 25.06G of 15.75G hbm" is in units of 2**30 bytes.
+    "Used 25.06G of 15.75G hbm" is in units of 2**30 bytes, as is "temporaries (16.00G)
+    exceeds available", where temporaries alone are too large.
     """
-    match = re.search(r"Used ([\d.]+)([KMGT]) of", words)
+    match = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", words)
     if match is None:
         return 0.0
     return float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)

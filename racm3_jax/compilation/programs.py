@@ -1,7 +1,7 @@
 """What the project runs on an accelerator, by shape: nothing is loaded, nothing allocated.
 
 train    the training step of a config           size: rows of a batch
-decode   reading prompts, then sampling images    size: prompts, on each device
+decode   reading prompts, then sampling images    size: prompts, on a host's devices
 embed    CLIP's image tower and text tower        size: images, on each device
 search   exact search over all devices            size: documents of the memory
 """
@@ -20,7 +20,7 @@ from flax.core import meta
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from racm3_jax import checkpoints, sharding, wiring
-from racm3_jax.generation import decoding
+from racm3_jax.generation import decoding, placement
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.index import exact
 from racm3_jax.model.transformer import (
@@ -59,7 +59,11 @@ class Program:
 
 
 def build_program(
-    what: str, config: Any, devices: Sequence[Any], size: int | None = None
+    what: str,
+    config: Any,
+    devices: Sequence[Any],
+    size: int | None = None,
+    capacity: float | None = None,
 ) -> Program:
     """The program that `--what` names.
 
@@ -68,6 +72,7 @@ def build_program(
       config: of a generator.
       devices: attached or not.
       size: see `Program`; the config's or a usual one by default.
+      capacity: bytes that a program may use on one device, if known.
 
     Raises:
       ValueError: a config without what the program needs, or a size it cannot have.
@@ -76,7 +81,7 @@ def build_program(
         raise ValueError(f"--size={size}: give a number above 0")
     builders = {
         "train": _build_training,
-        "decode": _build_decoding,
+        "decode": functools.partial(_build_decoding, capacity=capacity),
         "embed": _build_embedding,
         "search": _build_search,
     }
@@ -106,20 +111,21 @@ def trace_step(step: TrainStep, state: Any, batch: Any) -> jax.stages.Traced:
         return compiled.trace(state, batch)
 
 
-def _on_one_device(devices: Sequence[Any]) -> tuple[Mesh, Callable[[Any], Any]]:
-    """A mesh of the first device, and what puts shapes on it."""
-    mesh = sharding.make_mesh(data=1, devices=devices[:1])
-    place = sharding.replicated(mesh)
-
-    def put(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
-        )
-
-    return mesh, put
+def _of_one_process(devices: Sequence[Any]) -> list[Any]:
+    """What one process decodes and embeds on: the devices of its host."""
+    return [d for d in devices if d.process_index == devices[0].process_index]
 
 
-def _build_decoding(config: Any, devices: Sequence[Any], size: int | None) -> Program:
+def _put(tree: Any, place: NamedSharding) -> Any:
+    """Shapes that lie somewhere."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
+
+
+def _build_decoding(
+    config: Any, devices: Sequence[Any], size: int | None, capacity: float | None
+) -> Program:
     """Guided images after retrieved documents: what `generation.sample` compiles."""
     vocab = wiring.build_vocab(config)
     model_config = wiring.build_model_config(config, vocab)
@@ -132,7 +138,16 @@ def _build_decoding(config: Any, devices: Sequence[Any], size: int | None) -> Pr
             f"config.model.max_length={model_config.max_length}; lower "
             "config.pipeline.max_documents"
         )
-    mesh, put = _on_one_device(devices)
+    devices = _of_one_process(devices)
+    tensor = config.mesh.tensor
+    mesh = (
+        placement.choose_mesh(model_config, devices, capacity)
+        if tensor == 1
+        else sharding.make_mesh(tensor=tensor, devices=devices)
+    )
+    copies = sharding.count_row_shards(mesh)
+    put = functools.partial(_put, place=sharding.replicated(mesh))
+    split = functools.partial(_put, place=sharding.batch_sharding(mesh))
     forms: list[Any] = []
 
     def prepare(params: Any) -> Any:
@@ -142,56 +157,64 @@ def _build_decoding(config: Any, devices: Sequence[Any], size: int | None) -> Pr
 
     with jax.set_mesh(mesh):
         params = meta.unbox(abstract_params(model_config))
-        params = put(jax.eval_shape(prepare, params))
+        params = jax.eval_shape(prepare, params)
+    table = sharding.shardings_for(abstract_params(forms[0]), mesh)
+    params = jax.tree.map(_put, params, table)
     model = Transformer(forms[0])
     grammar = jax.tree.map(np.asarray, image_grammar(vocab))
     only = (vocab.image_range.start, vocab.image_range.stop)
     streams, room = 2, vocab.image_length
 
-    def shape(dimensions: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
-        return put(jax.ShapeDtypeStruct(dimensions, dtype))
+    def shape(*dimensions: int, dtype: Any = jnp.int32) -> Any:
+        place = split if dimensions else put
+        return place(jax.ShapeDtypeStruct(dimensions, dtype))
 
     def trace(prompts: int) -> dict[str, jax.stages.Traced]:
         count = prompts * streams
-        prefix = (prompts, documents_length)
-        shared = (shape(prefix), shape((prompts,)), shape((count,)))
+        shared = (shape(prompts, documents_length), shape(prompts), shape(count))
         if not documents_length:
             shared = (None, None, None)
-        rows = decoding.Rows(shape((count, TEXT_LENGTH)), shape((count,)), *shared)
+        rows = decoding.Rows(shape(count, TEXT_LENGTH), shape(count), *shared)
         read = functools.partial(decoding.read_prompts, model, 1, room, only)
         with jax.set_mesh(mesh):
-            cache, logits = put(jax.eval_shape(read, params, rows))
+            cache, logits = jax.eval_shape(read, params, rows)
+            cache = jax.tree.map(
+                lambda x, spec: _put(x, NamedSharding(mesh, spec)),
+                cache,
+                placement.cache_specs(cache, mesh),
+            )
+            logits = split(logits)
             reading = decoding.read_prompts.trace(model, 1, room, only, params, rows)
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
             plan = decoding.Plan(
                 grammar=put(grammar),
-                limits=shape((prompts,)),
+                limits=shape(prompts),
                 forced=None,
-                keys=put(keys),
-                temperature=shape((), jnp.float32),
-                top_k=shape(()),
-                top_p=shape((), jnp.float32),
-                guidance=shape((), jnp.float32),
-                contrastive_k=shape(()),
-                contrastive_alpha=shape((), jnp.float32),
+                keys=split(keys),
+                temperature=shape(dtype=jnp.float32),
+                top_k=shape(),
+                top_p=shape(dtype=jnp.float32),
+                guidance=shape(dtype=jnp.float32),
+                contrastive_k=shape(),
+                contrastive_alpha=shape(dtype=jnp.float32),
             )
-            state = put(
+            state = split(
                 jax.eval_shape(lambda: decoding.start_drawing(prompts, room, 0))
             )
             sampling = decoding.draw_steps.trace(
                 model, 1, streams, only, room, params, plan, cache, logits, state,
-                shape(()), shape(()),
+                shape(), shape(),
             )  # fmt: skip
         return {"read the prompts": reading, "sample images": sampling}
 
     facts = {
         "prompts": f"guided, after {num_documents} documents of "
         f"{TEXT_LENGTH + vocab.image_length} tokens",
-        "on": "each device for itself",
+        "on": f"a host's {mesh.size} devices: {copies} copies of the model, each over "
+        f"{mesh.size // copies}",
     }
-    return Program(
-        "decode", "prompts", size or DEFAULT_SIZES["decode"], 1, trace, facts
-    )
+    prompts = -(-(size or DEFAULT_SIZES["decode"]) // copies) * copies
+    return Program("decode", "prompts", prompts, copies, trace, facts)
 
 
 def _read_clip_config(config: Any) -> clip.CLIPConfig:
@@ -201,12 +224,17 @@ def _read_clip_config(config: Any) -> clip.CLIPConfig:
             "--config.embedder=FOLDER; only its sizes are read"
         )
     fields = checkpoints.read_config(wiring.resolve(config.embedder))["config"]
-    return clip.CLIPConfig(**fields)
+    dtype = config.get("embedder_dtype", "auto")
+    return clip.CLIPConfig(**fields, compute_dtype=dtype)
 
 
 def _build_embedding(config: Any, devices: Sequence[Any], size: int | None) -> Program:
     settings = _read_clip_config(config)
-    mesh, put = _on_one_device(devices)
+    mesh = sharding.make_mesh(devices=_of_one_process(devices))
+    put = functools.partial(_put, place=sharding.replicated(mesh))
+    rows = functools.partial(
+        jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)
+    )
     params = put(
         jax.eval_shape(
             lambda: meta.unbox(clip.init_params(settings, jax.random.key(0)))
@@ -215,17 +243,20 @@ def _build_embedding(config: Any, devices: Sequence[Any], size: int | None) -> P
     pixels = settings.image_size
 
     def trace(count: int) -> dict[str, jax.stages.Traced]:
-        images = put(jax.ShapeDtypeStruct((count, pixels, pixels, 3), jnp.uint8))
-        tokens = put(jax.ShapeDtypeStruct((count, settings.context_length), jnp.int32))
+        whole = count * mesh.size
+        images = rows((whole, pixels, pixels, 3), jnp.uint8)
+        tokens = rows((whole, settings.context_length), jnp.int32)
         with jax.set_mesh(mesh):
             return {
                 "embed images": embedder.encode_images.trace(settings, params, images),
                 "embed texts": embedder.encode_texts.trace(settings, params, tokens),
             }
 
+    with jax.set_mesh(mesh):
+        dtype = settings.dtype
     facts = {
-        "images": f"{pixels} x {pixels}, patches of {settings.patch_size}",
-        "on": "each device for itself",
+        "images": f"{pixels} x {pixels}, patches of {settings.patch_size}, {dtype}",
+        "on": f"each of a host's {mesh.size} devices for itself",
     }
     return Program("embed", "images", size or DEFAULT_SIZES["embed"], 1, trace, facts)
 

@@ -130,8 +130,9 @@ def suggest_smaller(program: Program, largest: Largest | None) -> Sequence[str]:
     found = f"{fits:,} {program.unit} fit" if fits else f"fewer {program.unit}"
     return {
         "decode": [
-            f"{found} at a time: max_rows of Engine, --max_rows of the commands",
-            "weights in 8 bits (Engine.quantized)",
+            f"{found} at a time: max_rows of Generator (by itself it takes what fits)",
+            "config.mesh.tensor over more devices (--tensor of the commands)",
+            "weights in 8 bits (--int8 of the commands)",
         ],
         "embed": [f"{found} at a time: batch_size of DocumentEmbedder"],
         "search": [

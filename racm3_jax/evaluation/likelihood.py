@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int32
 
+from racm3_jax.generation.placement import mesh_of, split_rows
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import Transformer, head_weights
+from racm3_jax.sharding import count_row_shards, current_mesh
 from racm3_jax.training.loss import chunked_cross_entropy
 
 if TYPE_CHECKING:
@@ -48,12 +50,15 @@ def score_tokens(
     Args:
       generator: its model and parameters are used, its memory is not.
       sequences: in any order; each is scored alone.
-      num_rows: sequences in one pass.
+      num_rows: sequences in one pass, on each copy of the model.
 
     Raises:
       ValueError: a context is empty, or a sequence is longer than the model reads.
     """
     config = generator.model.config
+    mesh = mesh_of(generator.params)
+    if mesh is not None:
+        num_rows *= count_row_shards(mesh)
     lengths = [len(s.context) + len(s.targets) - 1 for s in sequences]
     for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         if not len(sequence.context):
@@ -77,11 +82,10 @@ def score_tokens(
             inputs[row, : lengths[i]] = tokens[:-1]
             targets[row, : lengths[i]] = tokens[1:]
             segments[row, : lengths[i]] = 1
-        found = np.asarray(
-            _negative_log_likelihood(
-                config, generator.params, inputs, targets, segments
-            )
-        )
+        with current_mesh(mesh):
+            columns = split_rows((inputs, targets, segments))
+            found = _negative_log_likelihood(config, generator.params, *columns)
+        found = np.asarray(found)
         for row, i in enumerate(members):
             first = len(sequences[i].context) - 1
             scores[i] = found[row, first : lengths[i]].astype(np.float64)

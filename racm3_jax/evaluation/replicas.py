@@ -35,14 +35,24 @@ def place_generator(generator: Generator, device: Any) -> Generator:
     """The same generator with all parameters on a device; None changes nothing."""
     if device is None:
         return generator
-    placed = copy.copy(generator)
-    placed.params = jax.device_put(generator.params, device)
+    placed = _on_device(generator, device)
     if generator.embedder is not None:
-        placed.embedder = copy.copy(generator.embedder)
-        placed.embedder.params = jax.device_put(generator.embedder.params, device)
+        placed.embedder = _on_device(generator.embedder, device)
     placed.tokenizer = copy.copy(generator.tokenizer)
-    placed.tokenizer.image = copy.copy(generator.tokenizer.image)
-    placed.tokenizer.image.params = jax.device_put(
-        generator.tokenizer.image.params, device
-    )
+    placed.tokenizer.image = _on_device(generator.tokenizer.image, device)
+    return placed
+
+
+def _on_device(model: Any, device: Any) -> Any:
+    """The same model with its parameters on one device, where a copy may lie already."""
+
+    def put(x: Any) -> Any:
+        if isinstance(x, jax.Array) and x.is_fully_replicated:
+            for shard in x.addressable_shards:
+                if shard.device == device:
+                    return shard.data
+        return jax.device_put(x, device)
+
+    placed = copy.copy(model)
+    placed.params, placed.mesh = jax.tree.map(put, model.params), None
     return placed

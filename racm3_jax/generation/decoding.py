@@ -22,8 +22,10 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
 from racm3_jax.generation.grammar import DONE, START, Grammar, advance
 from racm3_jax.generation.logits import contrast, guide, sample_tokens
+from racm3_jax.generation.placement import constrain_cache
 from racm3_jax.model.cache import Prefix
 from racm3_jax.model.transformer import slice_head
+from racm3_jax.sharding import constrain_rows
 
 
 class Rows(NamedTuple):
@@ -133,7 +135,8 @@ def read_prompts(
         )
     if ids is not None:
         logits = logits[:, ids[0] : ids[1]]
-    return cache.repeat(num_samples), jnp.repeat(logits, num_samples, axis=0)
+    cache = constrain_cache(cache.repeat(num_samples))
+    return cache, jnp.repeat(logits, num_samples, axis=0)
 
 
 def _draw(
@@ -149,8 +152,11 @@ def _draw(
 ) -> Drawing:
     """One id of every sample; `first` is the id that column 0 is of."""
     # [prompt, stream, sample, id] -> one row a sample, in each stream.
-    streams = logits.astype(jnp.float32).reshape(
-        -1, num_streams, num_samples, logits.shape[1]
+    # Whole on each device: the filters look at all ids again and again.
+    streams = (
+        constrain_rows(logits)
+        .astype(jnp.float32)
+        .reshape(-1, num_streams, num_samples, logits.shape[1])
     )
     given = streams[:, 0].reshape(-1, logits.shape[1])
     may_follow = allowed[drawing.state]

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 
+from racm3_jax import sharding
+from racm3_jax.generation import placement
 from racm3_jax.generation.grammar import Grammar
 from racm3_jax.generation.requests import (
     Documents,
@@ -47,11 +50,12 @@ class Engine:
 
     Attributes:
       model: the form that decodes fastest.
-      params: its parameters, on the device.
+      params: its parameters, on the devices that decode.
       tokenizer: the one that it was trained with.
       retriever: finds documents, or None.
       embedder: embeds queries and scores images, or None.
-      max_rows: rows decoded at once.
+      max_rows: rows decoded at once by each copy of the model.
+      mesh: the devices that decode; None is JAX's default device.
     """
 
     def __init__(
@@ -62,7 +66,8 @@ class Engine:
         retriever: Retriever | None = None,
         embedder: DocumentEmbedder | None = None,
         *,
-        max_rows: int = 64,
+        max_rows: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """Puts the parts together; nothing is compiled yet.
 
@@ -72,7 +77,10 @@ class Engine:
           tokenizer: the one that the model was trained with.
           retriever: finds documents; None leaves `num_retrieved=0` and `documents`.
           embedder: embeds queries and scores images; needed with a retriever.
-          max_rows: rows decoded at once: samples, twice as many with guidance.
+          max_rows: rows decoded at once by each copy of the model: samples, twice as
+            many with guidance; as many as have room, 64 at most, by default.
+          mesh: of devices that decode, from `sharding.make_mesh`. By default all of this
+            process, with a copy of the model on each, or on each few that hold one.
         """
         if model_config.vocab_size < tokenizer.vocab.size:
             raise ValueError(
@@ -83,13 +91,31 @@ class Engine:
             raise ValueError(
                 "a generator with a retriever needs the embedder of its memory too"
             )
-        model_config, params = prepare_decoding(model_config, params)
+        if mesh is None:
+            mesh = placement.choose_local_mesh(model_config)
+        with sharding.current_mesh(mesh):
+            model_config, params = prepare_decoding(model_config, params)
         self.model = Transformer(model_config)
-        self.params = jax.device_put(params)
+        self.mesh = mesh
+        self.params = placement.place_params(model_config, params, mesh)
         self.tokenizer = tokenizer
         self.retriever = retriever
         self.embedder = embedder
-        self.max_rows = max_rows
+        self.max_rows = max_rows or placement.choose_max_rows(model_config, self.params)
+
+    def on_mesh(self, mesh: Mesh) -> Self:
+        """The same model on other devices."""
+        other = copy.copy(self)
+        other.mesh = mesh
+        other.params = placement.place_params(self.model.config, self.params, mesh)
+        return other
+
+    def devices_with_a_copy(self) -> list[Any]:
+        """Those that could decode by themselves; none where the model is split."""
+        if self.mesh is None:
+            return list(jax.tree.leaves(self.params)[0].devices())
+        split = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
+        return [] if split else list(self.mesh.devices.flat)
 
     def with_retriever(self, retriever: Retriever | None) -> Self:
         """The same model over another memory; shares parameters and compiled code."""
@@ -308,7 +334,8 @@ class Engine:
                     row[: len(request.forced)] = request.forced
         seeds = np.asarray([r.seed for r in requests], np.uint32)
         streams = 2 if second is not None else 1
-        chunk = max(1, self.max_rows // (num_samples * streams))
+        copies = 1 if self.mesh is None else sharding.count_row_shards(self.mesh)
+        chunk = copies * max(1, self.max_rows // (num_samples * streams))
         whole = -(-len(requests) // chunk) * chunk if len(requests) > chunk else 0
         # The last chunk is filled up with the last request.
         order = np.minimum(np.arange(max(whole, len(requests))), len(requests) - 1)

@@ -29,6 +29,7 @@ from racm3_jax.generation.decoding import (
     start_drawing,
 )
 from racm3_jax.generation.grammar import DONE, Grammar
+from racm3_jax.generation.placement import count_copies, split_rows, where_params_lie
 from racm3_jax.generation.settings import SamplingConfig
 
 PROMPT_BUCKET = 64
@@ -92,6 +93,7 @@ class Progress(NamedTuple):
 OnProgress = Callable[[Progress], None]
 
 
+@where_params_lie
 def sample(
     model: Any,
     params: Any,
@@ -162,7 +164,7 @@ def sample(
     limits = np.minimum(limits, max_length - longest)
 
     # Padding rows repeat the last one: they end when it ends.
-    rows = 1 << (num_rows - 1).bit_length()
+    rows = round_up(1 << (num_rows - 1).bit_length(), count_copies())
     fill = np.minimum(np.arange(rows), num_rows - 1)
     prompts = [_Stream(*(x[fill] for x in stream)) for stream in prompts]
     room = most if config.fixed_length else round_up(most, NEW_TOKENS_BUCKET)
@@ -175,10 +177,10 @@ def sample(
         num_samples,
     )
     only = None if ids is None else (ids.start, ids.stop)
-    arranged = _arrange(prompts, num_samples, max_length)
+    arranged = split_rows(_arrange(prompts, num_samples, max_length))
     cache, logits = read_prompts(model, num_samples, room, only, params, arranged)
     pad = int(np.argmax(np.asarray(grammar.allowed[DONE])))
-    drawing = start_drawing(rows * num_samples, room, pad)
+    drawing = split_rows(start_drawing(rows * num_samples, room, pad))
     constant = config.fixed_length and on_progress is None and row_lengths is None
     last = most if config.fixed_length else int(limits.max())
     stride = last if on_progress is None else PROGRESS_EVERY
@@ -301,11 +303,12 @@ def _make_plan(
     num_samples: int,
 ) -> Plan:
     """What may be drawn: limits and forced ids of rows become those of samples."""
+    fixed = None if forced is None else np.repeat(forced, num_samples, axis=0)
     return Plan(
         grammar,
-        jnp.asarray(np.repeat(limits, num_samples), jnp.int32),
-        None if forced is None else jnp.asarray(np.repeat(forced, num_samples, axis=0)),
-        keys,
+        split_rows(jnp.asarray(np.repeat(limits, num_samples), jnp.int32)),
+        None if fixed is None else split_rows(jnp.asarray(fixed)),
+        split_rows(keys),
         jnp.asarray(config.temperature, jnp.float32),
         jnp.asarray(config.top_k, jnp.int32),
         jnp.asarray(config.top_p, jnp.float32),

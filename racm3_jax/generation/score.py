@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
+from racm3_jax.generation.placement import count_copies, split_rows, where_params_lie
 from racm3_jax.generation.sample import PROMPT_BUCKET, round_up
 from racm3_jax.model.transformer import compute_logits
 
 _CONTINUATION_BUCKET = 8
 
 
+@where_params_lie
 def compute_log_likelihoods(
     model: Any,
     params: Any,
@@ -32,7 +34,7 @@ def compute_log_likelihoods(
       params: its parameters.
       prompts: one a row, not empty.
       continuations: what follows each, not empty.
-      max_rows: rows read at once.
+      max_rows: rows read at once by each copy of the model.
 
     Raises:
       ValueError: a row that is longer than the model reads.
@@ -47,14 +49,17 @@ def compute_log_likelihoods(
         )
     width = round_up(int((ends - starts).max()), _CONTINUATION_BUCKET)
     length = min(round_up(int(ends.max()), PROMPT_BUCKET), max_length)
-    rows = min(max_rows, 1 << (len(starts) - 1).bit_length())
+    copies = count_copies()
+    rows = min(max_rows * copies, 1 << (len(starts) - 1).bit_length())
+    rows = round_up(rows, copies)
     tokens = np.zeros((round_up(len(starts), rows), length), np.int32)
     for row, prompt, continuation in zip(tokens, prompts, continuations, strict=False):
         row[: len(prompt) + len(continuation)] = [*prompt, *continuation]
     fill = [(0, len(tokens) - len(starts))]
     starts, ends = np.pad(starts, fill, mode="edge"), np.pad(ends, fill, mode="edge")
+    columns = (tokens, starts, ends)
     parts = [
-        np.asarray(_read(model, width, params, tokens[part], starts[part], ends[part]))
+        np.asarray(_read(model, width, params, *split_rows([x[part] for x in columns])))
         for part in (slice(i, i + rows) for i in range(0, len(tokens), rows))
     ]
     return np.concatenate(parts)[: len(prompts)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -199,11 +200,13 @@ def attend_splash(q: _Q, k: _KV, v: _KV, segment_ids: _Segments) -> _Q:
     if not set(BATCH_AXES) <= set(mesh.axis_names):
         return _attend_splash(q, k, v, segment_ids)
     tensor = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
-    rows = PartitionSpec(BATCH_AXES, None, tensor, None)
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    batch = BATCH_AXES if len(q) % shards == 0 else None  # one prefix for all prompts
+    rows = PartitionSpec(batch, None, tensor, None)
     return jax.shard_map(
         _attend_splash,
         mesh=mesh,
-        in_specs=(rows, rows, rows, PartitionSpec(BATCH_AXES)),
+        in_specs=(rows, rows, rows, PartitionSpec(batch)),
         out_specs=rows,
         check_vma=False,
     )(q, k, v, segment_ids)

@@ -37,11 +37,19 @@ class LayerCache:
         write_at: Int[Array, "batch length"],
     ) -> LayerCache:
         """Puts each row's tokens at its own places; places past the end are dropped."""
-        rows = jnp.arange(k.shape[0])[:, None]
-        return LayerCache(
-            k=self.k.at[rows, :, write_at].set(k, mode="drop", unique_indices=True),
-            v=self.v.at[rows, :, write_at].set(v, mode="drop", unique_indices=True),
-        )
+
+        # Row by row, so that the compiler sees that no row's places are another's: it
+        # would send all new tokens to all devices that hold some of the rows.
+        @jax.vmap
+        def put(
+            row: Float[Array, "kv_heads max_length head_dim"],
+            new: Float[Array, "length kv_heads head_dim"],
+            places: Int[Array, " length"],
+        ) -> Float[Array, "kv_heads max_length head_dim"]:
+            new = new.swapaxes(0, 1)
+            return row.at[:, places].set(new, mode="drop", unique_indices=True)
+
+        return LayerCache(k=put(self.k, k, write_at), v=put(self.v, v, write_at))
 
     def pad(self, max_length: int) -> LayerCache:
         """Room for `max_length` tokens a row."""

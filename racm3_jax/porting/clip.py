@@ -10,7 +10,6 @@ The towers must be OpenAI's: ViT with a class token, MLPs four times as wide.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from racm3_jax.porting.clip_config import Layout, read_clip_config
@@ -106,7 +105,7 @@ def convert_clip(
             rules,
             clip_shapes(config),
             kind=KIND,
-            config=dataclasses.asdict(config),
+            config=config.of_weights(),
         )
         tokenizer.save(directory / TOKENIZER_NAME)
     return config

@@ -28,6 +28,7 @@ class Layer(nn.Module):
     num_heads: int
     num_layers: int
     activation: str
+    dtype: str
 
     @nn.compact
     def __call__(
@@ -43,11 +44,12 @@ class Layer(nn.Module):
         """
         width = x.shape[-1]
         out_std = width**-0.5 * (2 * self.num_layers) ** -0.5
-        mixed = Attention(self.num_heads, out_std, name="attention")(
+        mixed = Attention(self.num_heads, out_std, self.dtype, name="attention")(
             norm("norm_1")(x), may_attend, num_read
         )
         x = x[:, :num_read] + mixed
-        return x + MLP(self.activation, out_std, name="mlp")(norm("norm_2")(x))
+        mlp = MLP(self.activation, out_std, self.dtype, name="mlp")
+        return x + mlp(norm("norm_2")(x))
 
 
 class Attention(nn.Module):
@@ -55,6 +57,7 @@ class Attention(nn.Module):
 
     num_heads: int
     out_std: float
+    dtype: str
 
     @nn.compact
     def __call__(
@@ -67,7 +70,8 @@ class Attention(nn.Module):
         head_dim = width // self.num_heads
 
         def project(name: str, x: Float[Array, "batch n width"]) -> _Heads:
-            y = dense(width, ("embed", "heads"), width**-0.5, name)(as_rows(x))
+            std = width**-0.5
+            y = dense(width, ("embed", "heads"), std, name, self.dtype)(as_rows(x))
             return y.reshape(batch, -1, self.num_heads, head_dim)
 
         query = project("query", x[:, :num_read]) * head_dim**-0.5
@@ -78,7 +82,8 @@ class Attention(nn.Module):
             mixed = attend_head_by_head(query, key, value, may_attend)
         else:
             mixed = attend(query, key, value, may_attend)
-        out = dense(width, ("heads", "embed"), self.out_std, "out")(as_rows(mixed))
+        axes = ("heads", "embed")
+        out = dense(width, axes, self.out_std, "out", self.dtype)(as_rows(mixed))
         return out.reshape(batch, -1, width)
 
 
@@ -104,10 +109,10 @@ def attend_head_by_head(
 
     def one_head(parts: tuple[Array, Array, Array]) -> Array:
         q, k, v = parts
-        scores = q @ k.T
+        scores = jnp.dot(q, k.T, preferred_element_type=jnp.float32)
         if may_attend is not None:
             scores = jnp.where(may_attend, scores, jnp.finfo(scores.dtype).min)
-        return jax.nn.softmax(scores, axis=-1) @ v
+        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
 
     def split(x: Array) -> Array:
         return x.swapaxes(1, 2).reshape(batch * heads, -1, head_dim)
@@ -121,15 +126,17 @@ class MLP(nn.Module):
 
     activation: str
     out_std: float
+    dtype: str
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length width"]
     ) -> Float[Array, "batch length width"]:
         width = x.shape[-1]
-        y = dense(4 * width, ("embed", "mlp"), (2 * width) ** -0.5, "up")(as_rows(x))
+        std, dtype = (2 * width) ** -0.5, self.dtype
+        y = dense(4 * width, ("embed", "mlp"), std, "up", dtype)(as_rows(x))
         y = ACTIVATIONS[self.activation](y)
-        y = dense(width, ("mlp", "embed"), self.out_std, "down")(y)
+        y = dense(width, ("mlp", "embed"), self.out_std, "down", dtype)(y)
         return y.reshape(x.shape)
 
 
@@ -148,19 +155,17 @@ def dense(
     names: tuple[str | None, str | None],
     std: float,
     name: str,
+    dtype: str,
     use_bias: bool = True,
-    is_last: bool = False,
 ) -> nn.Dense:
     """A dense layer whose kernel has these logical axes; its bias has the last one.
 
-    It computes in bfloat16 on accelerators, where float32 takes twice the memory and
-    several times as long; the last layer, whose results are compared, never does.
+    It computes in `dtype`; the norms' results and the sums of the layers are float32.
     """
-    half = not is_last and current_platform() != "cpu"
     return nn.Dense(
         features,
         use_bias=use_bias,
-        dtype=jnp.bfloat16 if half else None,
+        dtype=jnp.dtype(dtype),
         kernel_init=normal(std, names),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, names[1:]),
         name=name,

@@ -9,21 +9,23 @@ A query is a text part or an image part; its score with a document is the inner 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int, UInt8
 
-from racm3_jax import checkpoints
+from racm3_jax import checkpoints, sharding
 from racm3_jax.retrieval.alignment import Alignment, measure_alignment
 from racm3_jax.retrieval.clip import (
     CLIP,
@@ -66,10 +68,11 @@ class DocumentEmbedder:
 
     Attributes:
       config: sizes of the towers.
-      params: their (unboxed) parameters.
+      params: their (unboxed) parameters, on every device that computes.
       tokenizer: texts -> rows of ids.
-      batch_size: rows of every call of the towers; the last batch is padded.
+      batch_size: rows that a device computes at a time; the last batch is padded.
       alignment: of texts with images, as far as it was measured; kept with the weights.
+      mesh: the devices that share the rows; None is JAX's default device.
     """
 
     def __init__(
@@ -79,8 +82,9 @@ class DocumentEmbedder:
         tokenizer: TextTokenizer,
         batch_size: int = 128,
         alignment: Alignment | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        """Puts the parameters on the device.
+        """Puts the parameters on the devices.
 
         Args:
           config: sizes of the towers.
@@ -88,12 +92,14 @@ class DocumentEmbedder:
           tokenizer: the text tokenizer that the text tower was trained with.
           batch_size: memory goes up with it.
           alignment: what was measured of these weights.
+          mesh: of devices that share the rows; all of this process by default.
 
         Raises:
           ValueError: the text tower is for another vocabulary.
         """
         self.config = config
-        self.params = jax.device_put(params)
+        self.mesh = sharding.local_mesh() if mesh is None else mesh
+        self.params = sharding.put_copies(params, self.mesh)
         self.text_tokenizer = tokenizer
         self.tokenizer = CLIPTokenizer(tokenizer, config.context_length)
         self.batch_size = batch_size
@@ -104,6 +110,12 @@ class DocumentEmbedder:
                 f"{tokenizer.vocab_size} ids and <start> and <end> make "
                 f"{self.tokenizer.vocab_size}; use the tokenizer of the CLIP's training"
             )
+
+    def on_mesh(self, mesh: Mesh) -> Self:
+        """The same embedder on other devices."""
+        other = copy.copy(self)
+        other.mesh, other.params = mesh, sharding.put_copies(self.params, mesh)
+        return other
 
     @property
     def d_embed(self) -> int:
@@ -176,7 +188,7 @@ class DocumentEmbedder:
     @functools.cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        fields = dataclasses.asdict(self.config)
+        fields = self.config.of_weights()
         digest.update(json.dumps(fields, sort_keys=True).encode())
         digest.update(self.text_tokenizer.fingerprint().encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
@@ -200,7 +212,7 @@ class DocumentEmbedder:
                 folder,
                 jax.device_get(self.params),
                 kind=KIND,
-                config=dataclasses.asdict(self.config),
+                config=self.config.of_weights(),
                 extra={}
                 if self.alignment is None
                 else {"alignment": self.alignment.to_json()},
@@ -210,9 +222,17 @@ class DocumentEmbedder:
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike[str], batch_size: int = 128
+        cls,
+        directory: str | os.PathLike[str],
+        batch_size: int = 128,
+        compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> DocumentEmbedder:
         """Opens what `save` wrote.
+
+        Args:
+          directory: that `save` wrote.
+          batch_size: memory goes up with it.
+          compute_dtype: see `CLIPConfig`.
 
         Raises:
           CheckpointError: a missing or damaged directory, or another kind of model.
@@ -221,6 +241,7 @@ class DocumentEmbedder:
         params, fields, extra = checkpoints.load_weights(directory, KIND)
         tokenizer = TextTokenizer.load(directory / TOKENIZER_NAME)
         config = checkpoints.build_config(CLIPConfig, fields, directory)
+        config = dataclasses.replace(config, compute_dtype=compute_dtype)
         alignment = Alignment.from_json(extra.get("alignment"))
         return cls(config, params, tokenizer, batch_size, alignment)
 
@@ -241,23 +262,27 @@ class DocumentEmbedder:
     def _embed(
         self, encode: Callable[..., Array], *columns: np.ndarray
     ) -> Float32[np.ndarray, "rows d_embed"]:
-        rows = [
-            (encode(self.config, self.params, *padded), num_rows)
-            for padded, num_rows in _cut_batches(columns, self.batch_size)
-        ]
-        if not rows:
-            return np.zeros((0, self.d_embed), np.float32)
-        return np.concatenate([np.asarray(x)[:num_rows] for x, num_rows in rows])
+        parts = sharding.map_batches(
+            lambda *rows: encode(self.config, self.params, *rows),
+            columns,
+            self.batch_size,
+            self.mesh,
+        )
+        return np.concatenate([np.zeros((0, self.d_embed), np.float32), *parts])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_texts(
     config: CLIPConfig, params: Any, tokens: Int[Array, "batch length"]
 ) -> Float32[Array, "batch d_embed"]:
-    """Unit embeddings of tokenized texts."""
+    """Unit embeddings of tokenized texts; see `sharding.on_each_device`."""
     model: Any = CLIP(config)
-    embeddings = model.apply({"params": params}, tokens, method=CLIP.encode_text)
-    return _normalise_on_device(embeddings)
+
+    def encode(params: Any, tokens: Array) -> Array:
+        found = model.apply({"params": params}, tokens, method=CLIP.encode_text)
+        return _normalise_on_device(found)
+
+    return sharding.on_each_device(encode, params, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -269,13 +294,14 @@ def encode_images(
 ) -> Float32[Array, "batch d_embed"]:
     """Unit embeddings of pixels 0..255, of all patches or of those that are kept."""
     model: Any = CLIP(config)
-    embeddings = model.apply(
-        {"params": params},
-        normalise_images(images, config),
-        kept_patches,
-        method=CLIP.encode_image,
-    )
-    return _normalise_on_device(embeddings)
+
+    def encode(params: Any, images: Array, kept: Array | None = None) -> Array:
+        pixels = normalise_images(images, config)
+        found = model.apply({"params": params}, pixels, kept, method=CLIP.encode_image)
+        return _normalise_on_device(found)
+
+    rows = (images,) if kept_patches is None else (images, kept_patches)
+    return sharding.on_each_device(encode, params, *rows)
 
 
 def _normalise_on_device(
@@ -324,17 +350,3 @@ def _sample_kept_patches(
         raise ValueError("drop > 0 needs an rng; pass np.random.default_rng(seed)")
     order = rng.random((num_images, num_patches)).argsort(axis=1)
     return np.sort(order[:, : count_kept_patches(num_patches, drop)], axis=1)
-
-
-def _cut_batches(
-    columns: Sequence[np.ndarray], batch_size: int
-) -> Iterator[tuple[list[np.ndarray], int]]:
-    """Batches of exactly `batch_size` rows, and how many of them are not padding.
-
-    ```
-    [a b c], batch_size 2  ->  ([a b], 2), ([c c], 1)
-    ```
-    """
-    for start in range(0, len(columns[0]), batch_size):
-        rows = np.arange(start, start + batch_size).clip(max=len(columns[0]) - 1)
-        yield [x[rows] for x in columns], min(batch_size, len(columns[0]) - start)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int, Int32, UInt8
 
+from racm3_jax import sharding
 from racm3_jax.checkpoints import build_config, load_weights, save_weights
 from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from racm3_jax.tokenizers.vqgan_loss import normalize_images
@@ -27,17 +31,31 @@ class ImageTokenizer:
 
     Attributes:
       config: shape of the network.
-      params: unboxed parameters of `VQGAN`.
-      batch_size: images a device call; the last batch is padded.
+      params: unboxed parameters of `VQGAN`, on every device that computes.
+      batch_size: images that a device has at a time; the last batch is padded.
+      mesh: the devices that share the images; None is JAX's default device.
     """
 
     def __init__(
-        self, config: VQGANConfig, params: Mapping[str, Any], batch_size: int = 64
+        self,
+        config: VQGANConfig,
+        params: Mapping[str, Any],
+        batch_size: int = 64,
+        mesh: Mesh | None = None,
     ) -> None:
+        """Puts the parameters on the devices.
+
+        Args:
+          config: shape of the network.
+          params: of `VQGAN`, boxed or not.
+          batch_size: memory goes up with it.
+          mesh: of devices that share the images; all of this process by default.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1; got {batch_size}")
         self.config = config
-        self.params = jax.tree.map(jnp.asarray, nn.meta.unbox(dict(params)))
+        self.mesh = sharding.local_mesh() if mesh is None else mesh
+        self.params = sharding.put_copies(nn.meta.unbox(dict(params)), self.mesh)
         self.batch_size = batch_size
         model: Any = VQGAN(config)
 
@@ -51,7 +69,15 @@ class ImageTokenizer:
             pixels = jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5)
             return pixels.astype(jnp.uint8)
 
-        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+        each = sharding.on_each_device
+        self._encode = jax.jit(lambda params, rows: each(encode, params, rows))
+        self._decode = jax.jit(lambda params, rows: each(decode, params, rows))
+
+    def on_mesh(self, mesh: Mesh) -> Self:
+        """The same tokenizer on other devices; shares compiled code."""
+        other = copy.copy(self)
+        other.mesh, other.params = mesh, sharding.put_copies(self.params, mesh)
+        return other
 
     @property
     def num_codes(self) -> int:
@@ -74,7 +100,7 @@ class ImageTokenizer:
           ValueError: a size that is not a multiple of what one code covers.
         """
         config = dataclasses.replace(self.config, image_size=image_size)
-        return ImageTokenizer(config, self.params, self.batch_size)
+        return ImageTokenizer(config, self.params, self.batch_size, self.mesh)
 
     def encode(
         self, images: UInt8[np.ndarray, "images height width 3"]
@@ -150,13 +176,10 @@ class ImageTokenizer:
     def _in_batches(
         self, compute: Callable, rows: np.ndarray, empty: np.ndarray
     ) -> np.ndarray:
-        parts = [empty]
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            fill = [(0, self.batch_size - len(part))] + [(0, 0)] * (rows.ndim - 1)
-            out = compute(self.params, np.pad(part, fill))
-            parts.append(np.asarray(out)[: len(part)])
-        return np.concatenate(parts)
+        parts = sharding.map_batches(
+            functools.partial(compute, self.params), [rows], self.batch_size, self.mesh
+        )
+        return np.concatenate([empty, *parts])
 
 
 def compute_psnr(

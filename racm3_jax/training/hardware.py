@@ -336,8 +336,13 @@ def explain_out_of_memory(error: BaseException, config: Any) -> str:
     if "num_microbatches" in train:
         twice = 2 * train["num_microbatches"]
         changes.append(f"config.train.num_microbatches={twice}  (the same gradients)")
-    if "fsdp" in sections.get("mesh", {}):
-        changes.append("config.mesh.fsdp=-1 --config.mesh.data=1  (splits the weights)")
+    mesh = sections.get("mesh", {})
+    if "fsdp" in mesh and (mesh["fsdp"], mesh.get("data")) != (-1, -1):
+        # Both free is what `sharding.mesh_sizes` chooses by the machine.
+        changes.append(
+            "config.mesh.fsdp=-1 --config.mesh.data=-1  (splits the weights as far as "
+            "pays)"
+        )
     if sections.get("optimizer", {}).get("first_moment_dtype") == "float32":
         changes.append('config.optimizer.first_moment_dtype="bfloat16"')
     for name in ("pipeline.rows", "batch_size"):

@@ -50,45 +50,11 @@ class Profile:
             )
 
 
-def fit(
-    state: TrainState,
-    step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
-    batches: Iterator[Any],
-    *,
-    num_steps: int,
-    writer: Writer | None = None,
-    checkpoints: Saver | None = None,
-    checkpoint_extra: Mapping[str, Any] | None = None,
-    log_every: int = 50,
-    eval_fn: Callable[[TrainState], Mapping[str, float]] | None = None,
-    eval_every: int = 0,
-    progress: bool = True,
-    description: str = "train",
-    batch_to_device: Callable[[Any], Any] | None = None,
-    with_stats: bool = False,
-    max_skipped_steps: int = 0,
-    peak_flops: float = 0.0,
-    flops_per_token: float = 0.0,
-    profile: Profile | None = None,
-    watchdog_seconds: float = 0.0,
-    signs: SignsOfLife | None = None,
-) -> TrainState:
-    """Trains from `state.step` up to `num_steps`.
+@dataclasses.dataclass(frozen=True)
+class FitSettings:
+    """How long `fit` trains, and what it does beside the steps.
 
-    The host never waits for a step except at log, evaluation and save points: while
-    the device computes step t, the host already fetches and transfers batch t+1.
-
-    To resume, restore the state and start the iterator at `state.step`: the loop takes
-    exactly one batch a step and none in advance of a save, so a state at step t means
-    that batches 0..t-1 were used. SIGTERM and Ctrl-C save (when `checkpoints` is
-    given) and return early; compare `state.step` with `num_steps`.
-
-    Args:
-      state: is donated; use the returned one.
-      step_fn: from `make_train_step`.
-      batches: one pytree of arrays a step; with `with_stats`, pairs
-        `(batch, {name: number})` whose numbers are averaged into the log. Its `close`
-        is left to the caller.
+    Attributes:
       num_steps: the last step's number, counted from the run's very start.
       writer: receives every log line.
       checkpoints: asked `should_save(step)` after each step, and saved at the end.
@@ -98,9 +64,8 @@ def fit(
       eval_every: steps between two evaluations, which also runs at the end; 0: never.
       progress: a progress bar on stderr.
       description: its label.
-      batch_to_device: applied to each batch before the step; `step_fn` does the
-        transfer itself when None.
-      with_stats: see `batches`.
+      with_stats: whether batches come as pairs `(batch, {name: number})`, whose numbers
+        are averaged into the log.
       max_skipped_steps: how many steps in a row may be skipped as not finite (see
         `make_train_step`) before training ends.
       peak_flops: of all devices together, a second; with `flops_per_token` it gives the
@@ -109,6 +74,57 @@ def fit(
       profile: steps to trace.
       watchdog_seconds: ends the process when no step ends for so long; see `Watchdog`.
       signs: of several processes, for the watchdog to name the one that is stuck.
+    """
+
+    num_steps: int
+    writer: Writer | None = None
+    checkpoints: Saver | None = None
+    checkpoint_extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    log_every: int = 50
+    eval_fn: Callable[[TrainState], Mapping[str, float]] | None = None
+    eval_every: int = 0
+    progress: bool = True
+    description: str = "train"
+    with_stats: bool = False
+    max_skipped_steps: int = 0
+    peak_flops: float = 0.0
+    flops_per_token: float = 0.0
+    profile: Profile | None = None
+    watchdog_seconds: float = 0.0
+    signs: SignsOfLife | None = None
+
+    def open_log(self, step: int) -> StepLog:
+        """The log of a training that begins after `step`."""
+        log = StepLog(
+            step, self.num_steps, self.writer, self.progress, self.description
+        )
+        log.max_skipped_steps = self.max_skipped_steps
+        if self.flops_per_token:
+            log.peak_tokens = self.peak_flops / self.flops_per_token
+        return log
+
+
+def fit(
+    state: TrainState,
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    batches: Iterator[Any],
+    settings: FitSettings,
+) -> TrainState:
+    """Trains from `state.step` up to `settings.num_steps`.
+
+    The host never waits for a step except at log, evaluation and save points: while
+    the device computes step t, the host already fetches and transfers batch t+1.
+
+    To resume, restore the state and start the iterator at `state.step`: the loop takes
+    exactly one batch a step and none in advance of a save, so a state at step t means
+    that batches 0..t-1 were used. SIGTERM and Ctrl-C save (when there are `checkpoints`)
+    and return early; compare `state.step` with `num_steps`.
+
+    Args:
+      state: is donated; use the returned one.
+      step_fn: from `make_train_step`; it transfers the batch itself.
+      batches: one pytree of arrays a step. Its `close` is left to the caller.
+      settings: see `FitSettings`.
 
     Returns:
       The state after the last step.
@@ -118,10 +134,10 @@ def fit(
         too many steps in a row were skipped for that.
       RuntimeError: `batches` ended early.
     """
-    report_parameters(state.params, progress)
-    log = StepLog(int(state.step), num_steps, writer, progress, description)
-    log.max_skipped_steps = max_skipped_steps
-    log.peak_tokens = peak_flops / flops_per_token if flops_per_token else 0.0
+    num_steps, checkpoints = settings.num_steps, settings.checkpoints
+    eval_fn, eval_every = settings.eval_fn, settings.eval_every
+    report_parameters(state.params, settings.progress)
+    log = settings.open_log(int(state.step))
     step = saved_step = log.step
 
     def save() -> None:
@@ -130,30 +146,29 @@ def fit(
         dog.doing = f"saves step {step}"
         with log.paused():
             assert checkpoints is not None
-            checkpoints.save(step, state, {**(checkpoint_extra or {}), "step": step})
+            checkpoints.save(step, state, {**settings.checkpoint_extra, "step": step})
         saved_step = step
 
     with (
         log,
         StopRequest() as stop,
-        _tracing(profile) as trace,
-        Watchdog(watchdog_seconds, signs=signs) as dog,
+        _tracing(settings.profile) as trace,
+        Watchdog(settings.watchdog_seconds, signs=settings.signs) as dog,
     ):
         while step < num_steps and not stop.reached(step):
             trace(step, state)
             dog.doing = f"reads the batch of step {step + 1}"
             with log.waiting():
-                batch, stats = _next_batch(batches, step, with_stats)
-                if batch_to_device is not None:
-                    batch = batch_to_device(batch)
+                batch, stats = _next_batch(batches, step, settings.with_stats)
             step += 1
             dog.doing = f"computes step {step}"
             state, metrics = step_fn(state, batch)
             log.enqueue(step, metrics, stats)
             dog.pat()
-            if step == num_steps or (log_every and step % log_every == 0):
+            is_last = step == num_steps
+            if is_last or (settings.log_every and step % settings.log_every == 0):
                 log.write()
-            if eval_fn and eval_every and (step % eval_every == 0 or step == num_steps):
+            if eval_fn and eval_every and (step % eval_every == 0 or is_last):
                 log.flush()
                 with log.paused():
                     log.write_evaluation(eval_fn(state))

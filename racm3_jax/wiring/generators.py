@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from racm3_jax import checkpoints, storage
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
@@ -89,6 +91,7 @@ def load_generator(
     strategy: StrategyConfig | None = None,
     *,
     model: str = "model",
+    mesh: Mesh | None = None,
 ) -> Generator:
     """Opens what `save_generator` wrote.
 
@@ -98,6 +101,7 @@ def load_generator(
       strategy: which of the found documents are used; None takes the one of the
         model's training.
       model: the folder of the weights ("twin" for the shipped model without retrieval).
+      mesh: of devices that decode; see `Engine`.
 
     Raises:
       ValueError: a missing or damaged directory, parts of different models, or a memory
@@ -126,4 +130,4 @@ def load_generator(
         )
         retriever = Retriever(memory, strategy)
     config = checkpoints.build_config(ModelConfig, fields, directory / model)
-    return Generator(config, params, tokenizer, retriever, embedder)
+    return Generator(config, params, tokenizer, retriever, embedder, mesh=mesh)

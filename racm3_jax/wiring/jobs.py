@@ -40,7 +40,7 @@ from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.training.hardware import flops_per_token
 from racm3_jax.training.optimizer import TrainedColumns
 from racm3_jax.training.processes import fetch_all, leader_first
-from racm3_jax.training.step import LossFn, TrainState, init_state
+from racm3_jax.training.step import LossFn, TrainState, TrainStep, init_state
 from racm3_jax.wiring.generators import carry_origin, save_generator
 from racm3_jax.wiring.parts import (
     build_embedder,
@@ -88,7 +88,7 @@ class Job:
     """
 
     state: TrainState
-    step_fn: Callable[..., Any]
+    step_fn: TrainStep
     make_batches: Callable[[int], Iterator[Any]]
     num_steps: int
     export: Callable[[TrainState], None]

@@ -86,7 +86,8 @@ def build_tokenizer(config: Any) -> MixedTokenizer:
 
 
 def build_embedder(config: Any) -> DocumentEmbedder:
-    return DocumentEmbedder.load(resolve(config.embedder))
+    dtype = config.get("embedder_dtype", "auto")
+    return DocumentEmbedder.load(resolve(config.embedder), compute_dtype=dtype)
 
 
 def build_memory(

@@ -165,6 +165,7 @@ class GeneratorTraining(_Training):
 
     Attributes:
       embedder: folder of the CLIP that made the memory.
+      embedder_dtype: what it computes in, see `CLIPConfig.compute_dtype`.
       init_from: folder of weights to begin with; "" begins at random.
       memory_path: a memory that exists, or the URL of one; "" builds flagworld's in the work directory.
       vocab: of a model whose tokenizer is not at hand (`racm3 estimate`).
@@ -181,6 +182,7 @@ class GeneratorTraining(_Training):
     pipeline: PipelineConfig
     model: ModelConfig
     loss: GeneratorLossConfig
+    embedder_dtype: str = "auto"
     init_from: str = ""
     memory_path: str = ""
     train_only: str = "all"

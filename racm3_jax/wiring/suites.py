@@ -172,7 +172,7 @@ def build_coco_protocol(config: Any, workdir: Path) -> CocoProtocol:
         extractors=extractors,
         scorer=CLIPScorer(judge),
         reference=Path(config.reference).expanduser() if config.reference else None,
-        **_share_of_work(),
+        **_share_of_work(generator),
     )
 
 
@@ -205,16 +205,16 @@ def build_likelihood_protocol(config: Any, workdir: Path) -> LikelihoodProtocol:
         twin=twin,
         pool=choose_pool(shown or documents, config.class_key),
         class_key=config.class_key,
-        **_share_of_work(),
+        **_share_of_work(plain),
     )
 
 
-def _share_of_work() -> dict[str, Any]:
-    """Of this process, among all of them."""
+def _share_of_work(generator: Generator) -> dict[str, Any]:
+    """Of this process, among all of them, and of the devices that hold the model."""
     return {
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
-        "devices": jax.local_devices(),
+        "devices": generator.devices_with_a_copy() or (None,),
     }
 
 

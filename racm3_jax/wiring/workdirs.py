@@ -40,6 +40,8 @@ _OUTPUTS = (
 )
 # Settings that a resumed run may change: what is learned from which data stays.
 _MAY_CHANGE = (
+    "config.clip.compute_dtype",
+    "config.embedder_dtype",
     "config.memory.cache",
     "config.mesh",
     "config.model.remat",

@@ -73,7 +73,12 @@ class Recorder:
 @pytest.fixture
 def generator(monkeypatch, tmp_path):
     recorder = Recorder()
-    monkeypatch.setattr("racm3_jax.run.load", lambda path, memory: recorder)
+
+    def load(path, memory, mesh):
+        recorder.mesh = mesh
+        return recorder
+
+    monkeypatch.setattr("racm3_jax.run.load", load)
     monkeypatch.chdir(tmp_path)
     for name, level in (("a.png", 10), ("b.png", 20)):
         Image.fromarray(picture(level)).save(tmp_path / name)
@@ -115,7 +120,7 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
 
 
 def test_near_copies_are_named_and_previews_written(generator, capsys):
-    drawing = ("--document", "a.png", "red", "--preview=p.png", "--int8")
+    drawing = ("--document", "a.png", "red", "--preview=p.png", "--int8", "--tensor=2")
     run("generate", "--prompt=a", *drawing)
     out = capsys.readouterr().out
     assert "wrote sample.png" in out and "retrieved m1 (score 0.500)" in out
@@ -124,6 +129,7 @@ def test_near_copies_are_named_and_previews_written(generator, capsys):
     )
     assert (np.asarray(Image.open("p.png")) == 77).all()
     assert generator.is_quantized
+    assert generator.mesh.shape["tensor"] == 2 and generator.mesh.size == 8
     task, (prompt, (shown,)), options = generator.calls[0]
     assert task == "continue_" and prompt == "a" and options["num_neighbours"] == 0
     assert shown.text == "red" and (shown.images[0] == 10).all()

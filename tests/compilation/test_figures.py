@@ -88,6 +88,8 @@ def test_what_to_change():
 def test_the_words_of_a_compiler_that_found_no_room():
     words = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.5G of "
     assert find_needed_bytes(words + "15.75G hbm.") == 25.5 * 2**30
+    words = "total memory required for HLO temporaries (16.00G) exceeds available HBM"
+    assert find_needed_bytes(words + " (15.75G).") == 2**34
     assert find_needed_bytes("RESOURCE_EXHAUSTED: another reason") == 0
 
 

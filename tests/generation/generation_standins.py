@@ -138,8 +138,8 @@ def pair(name, text, level):
     return Document(name, (Segment(text=text), Segment(image=grey(16 * level))))
 
 
-def make_generator(style=tiny, times=3, **changes):
-    config = style(vocab_size=VOCAB.size, max_length=128, num_layers=1)
+def make_generator(style=tiny, times=3, vocab_size=VOCAB.size, **changes):
+    config = style(vocab_size=vocab_size, max_length=128, num_layers=1)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     parts = {"retriever": FirstDocuments(), "embedder": MeanEmbedder()} | changes
     return Generator(config, widen(params, times), AsciiTokenizer(), **parts)

@@ -309,7 +309,7 @@ def test_attention_head_by_head_is_attention(causal):
 def test_a_layer_whose_first_position_is_read(monkeypatch, longest_at_once):
     """The same row, whatever else is left out, in both forms of attention."""
     monkeypatch.setattr(clip_layers, "_HEAD_BY_HEAD_LENGTH", longest_at_once)
-    layer = clip_layers.Layer(num_heads=2, num_layers=1, activation="gelu")
+    layer = clip_layers.Layer(2, 1, "gelu", "float32")
     x = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
     params = jax.jit(layer.init)(jax.random.key(0), x)
     apply = jax.jit(layer.apply, static_argnames="num_read")
@@ -318,13 +318,13 @@ def test_a_layer_whose_first_position_is_read(monkeypatch, longest_at_once):
     )
 
 
-def test_accelerators_compute_in_bfloat16(params, monkeypatch):
+def test_accelerators_compute_in_bfloat16(params):
     """Embeddings stay float32 and point where they pointed."""
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
     tokens = jnp.asarray([[32, 1, 5, 33], [32, 4, 2, 33]])
 
-    def embed():
-        model = CLIP(SMALL)
+    def embed(dtype="auto"):
+        model = CLIP(dataclasses.replace(SMALL, compute_dtype=dtype))
         both = (
             model.apply({"params": params}, images, method="encode_image"),
             model.apply({"params": params}, tokens, method="encode_text"),
@@ -332,11 +332,31 @@ def test_accelerators_compute_in_bfloat16(params, monkeypatch):
         return [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in both]
 
     expected = embed()
-    monkeypatch.setattr(clip_layers, "current_platform", lambda: "tpu")
-    program = str(jax.make_jaxpr(embed)())
+    program = str(jax.make_jaxpr(functools.partial(embed, "bfloat16"))())
     products = [line for line in program.splitlines() if " dot_general[" in line]
     assert sum("bf16[" in line for line in products) > 0.7 * len(products)
-    for got, want in zip(embed(), expected, strict=True):
+    for got, want in zip(embed("bfloat16"), expected, strict=True):
         assert got.dtype == jnp.float32
         assert ((got * want).sum(-1) > 0.999).all()
         assert not np.array_equal(got, want)
+    with pytest.raises(ValueError, match="compute_dtype is 'half'"):
+        embed("half")
+
+
+def test_where_a_program_will_run_says_in_what_it_computes():
+    """By the mesh, as for machines that are not here; also inside of `shard_map`."""
+    found = []
+    device = jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu")
+    mesh = jax.sharding.AbstractMesh(
+        (1, 2, 1, 1), sharding.MESH_AXES, abstract_device=device
+    )
+
+    def note(_, rows):
+        found.append((SMALL.dtype, len(rows)))
+        return rows
+
+    call = functools.partial(sharding.on_each_device, note, None)
+    jax.eval_shape(call, jnp.zeros(4))
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(call, jnp.zeros(4))
+    assert found == [("float32", 4), ("bfloat16", 2)]

@@ -12,6 +12,7 @@ from crash_checks import check_every_crash
 from flax import linen as nn
 from PIL import Image
 
+from racm3_jax import sharding
 from racm3_jax.checkpoints import CheckpointError, write_manifest
 from racm3_jax.retrieval.clip import CLIPConfig, init_params
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -59,6 +60,28 @@ def test_unit_rows_that_do_not_depend_on_their_batch(embedder, images):
             np.testing.assert_allclose(
                 embed(inputs[i : i + 1])[0], together[i], atol=1e-5
             )
+
+
+def test_several_devices_share_the_rows(embedder, images):
+    """7 rows: two whole batches of 2 on each of 3 devices; 2 rows: one a device."""
+    mesh = sharding.make_mesh(devices=jax.devices()[1:4])
+    shared = embedder.on_mesh(mesh)
+    many = np.concatenate([images, images[::-1], images[:1]])
+    for embed, alone, inputs in (
+        (shared.embed_texts, embedder.embed_texts, TEXTS * 2 + TEXTS[:1]),
+        (shared.embed_images, embedder.embed_images, many),
+    ):
+        for count in (7, 2, 0):
+            found = embed(inputs[:count])
+            np.testing.assert_allclose(found, alone(inputs[:count]), atol=1e-6)
+    rng = np.random.default_rng
+    np.testing.assert_allclose(
+        shared.embed_images(many, 0.5, rng(0)),
+        embedder.embed_images(many, 0.5, rng(0)),
+        atol=1e-6,
+    )
+    assert shared.fingerprint() == embedder.fingerprint()
+    assert embedder.mesh is None  # CPU devices share their cores
 
 
 def test_nothing_in_nothing_out(embedder, images):

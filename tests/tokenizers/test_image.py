@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from vqgan_standins import make_params
 
+from racm3_jax import sharding
 from racm3_jax.checkpoints import CheckpointError, save_weights
 from racm3_jax.tokenizers.image import (
     ImageTokenizer,
@@ -54,6 +55,13 @@ def test_any_number_of_images_compiles_once(tokenizer, images):
     assert tokenizer.encode(images[:0]).shape == (0, tokenizer.image_length)
     assert tokenizer.decode(codes[:0]).shape == (0, 16, 16, 3)
     assert tokenizer._encode._cache_size() == tokenizer._decode._cache_size() == 1
+
+
+def test_several_devices_share_the_images(tokenizer, images):
+    shared = tokenizer.on_mesh(sharding.make_mesh(devices=jax.devices()[:3]))
+    codes = tokenizer.encode(images)
+    np.testing.assert_array_equal(shared.encode(images), codes)
+    np.testing.assert_array_equal(shared.decode(codes), tokenizer.decode(codes))
 
 
 def test_save_and_load(tokenizer, images, tmp_path):

@@ -196,4 +196,8 @@ def test_a_full_memory_ends_with_what_would_mend_it(monkeypatch, tmp_path):
         "--config.mesh.fsdp",
         "--config.pipeline.rows below 16",
     ]
+    assert "--config.mesh.fsdp=-1 --config.mesh.data=-1" in raised.value.__notes__[-1]
     assert explain_out_of_memory(ValueError("another"), make_config()) == ""
+    config = make_config()
+    config.mesh.update(data=-1, fsdp=-1)  # nothing is left to be split by itself
+    assert "config.mesh" not in explain_out_of_memory(error, config)

@@ -10,7 +10,7 @@ import pytest
 
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.metrics import MetricsWriter, read_jsonl
-from racm3_jax.training.loop import fit
+from racm3_jax.training.loop import FitSettings, fit
 from racm3_jax.training.progress import MAX_STEPS_AHEAD, TrainingDiverged
 from racm3_jax.training.step import TrainState
 
@@ -51,7 +51,7 @@ def counting_state(step=0):
 
 
 def quiet(state, step_fn, batches, **settings):
-    return fit(state, step_fn, batches, progress=False, **settings)
+    return fit(state, step_fn, batches, FitSettings(progress=False, **settings))
 
 
 def test_log_lines_hold_means_since_the_last_line():
@@ -234,9 +234,7 @@ def test_real_training_lowers_the_loss_and_logs_it(toy, tmp_path):
             state,
             step_fn,
             iter([batch] * 8),
-            num_steps=8,
-            writer=writer,
-            log_every=4,
+            FitSettings(num_steps=8, writer=writer, log_every=4),
         )
     first, last = read_jsonl(tmp_path)
     assert last["loss"] < first["loss"]

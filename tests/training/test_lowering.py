@@ -63,13 +63,22 @@ def test_a_tpu_step_sends_what_it_must_and_no_more(machine):
     assert found["collectives"]["reduce-scatter"]["bytes_on_wire"] > 0
 
 
+# Beside a product, what it needs next is gathered at once; with a tensor axis (v6e) it is
+# passed on in a ring, and what is gathered, nothing of a layer, is waited for.
+WAITED_FOR = {("v6e:4x4", "all-gather")}
+
+
 @pytest.mark.parametrize("machine", sorted(set(STORED) - {"8"}))
 def test_what_the_stored_programs_send(machine):
     """The head's gradient once a step: a sum a chunk would be 86 GB. Gathers overlap."""
     collectives = STORED[machine]["collectives"]
-    assert sum(t["bytes_on_wire"] for t in collectives.values()) < 8e9
+    total = sum(t["bytes_on_wire"] for t in collectives.values())
+    assert total < 8e9
     assert collectives["reduce-scatter"]["count"] > 0
-    # Beside a product, what it needs next is gathered at once or passed on in a ring.
-    kinds = [k for k in ("all-gather", "collective-permute") if k in collectives]
-    count = sum(collectives[kind]["count"] for kind in kinds)
-    assert sum(collectives[kind]["asynchronous"] for kind in kinds) > count / 2
+    for kind in {"all-gather", "collective-permute"} & set(collectives):
+        traffic = collectives[kind]
+        if (machine, kind) in WAITED_FOR:
+            assert traffic["asynchronous"] == 0
+            assert traffic["bytes_on_wire"] < 0.05 * total
+        else:
+            assert traffic["asynchronous"] > 0.8 * traffic["count"], kind

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from racm3_jax.training.loop import Profile, fit
+from racm3_jax.training.loop import FitSettings, Profile, fit
 from racm3_jax.training.loss import GeneratorLossConfig
 from racm3_jax.training.progress import TrainingDiverged
 from racm3_jax.training.step import TrainState, make_train_step
@@ -79,9 +79,7 @@ def fit_with(pattern, limit):
         state,
         skip_odd_runs,
         batches,
-        num_steps=len(pattern),
-        max_skipped_steps=limit,
-        progress=False,
+        FitSettings(len(pattern), max_skipped_steps=limit, progress=False),
     )
 
 
@@ -97,9 +95,7 @@ def test_a_trace_is_written_of_the_steps_asked_for(toy, tmp_path):
         state,
         step_fn,
         toy.make_batches(),
-        num_steps=3,
-        progress=False,
-        profile=Profile(2, 2, tmp_path),
+        FitSettings(3, progress=False, profile=Profile(2, 2, tmp_path)),
     )
     assert list(tmp_path.rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match="profile_steps=a:b needs"):
@@ -118,11 +114,13 @@ def test_mfu_is_the_share_of_the_peak(toy):
         state,
         step_fn,
         toy.make_batches(),
-        num_steps=3,
-        writer=Writer(),
-        progress=False,
-        peak_flops=1e6,
-        flops_per_token=50.0,
+        FitSettings(
+            num_steps=3,
+            writer=Writer(),
+            progress=False,
+            peak_flops=1e6,
+            flops_per_token=50.0,
+        ),
     )
     assert lines[-1]["mfu"] == pytest.approx(
         lines[-1]["tokens_per_second"] * 50.0 / 1e6

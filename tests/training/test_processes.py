@@ -213,7 +213,7 @@ from racm3_jax.training.processes import join_processes
 join_processes()
 import itertools, time, types
 import jax, jax.numpy as jnp
-from racm3_jax.training.loop import fit
+from racm3_jax.training.loop import FitSettings, fit
 from racm3_jax.training.step import TrainState
 def step_fn(state, batch):
     time.sleep(0.02)
@@ -228,8 +228,8 @@ class Saver:
     def wait(self):
         pass
 state = TrainState(step=jnp.int32(0), params={}, opt_state={})
-fit(state, step_fn, itertools.repeat({}), num_steps=5000, log_every=5000,
-    checkpoints=Saver(), progress=False)
+fit(state, step_fn, itertools.repeat({}), FitSettings(
+    num_steps=5000, log_every=5000, checkpoints=Saver(), progress=False))
 """
 
 
