@@ -294,8 +294,7 @@ def cut_patches(
     """
     batch, height, width, channels = images.shape
     rows, columns = height // patch_size, width // patch_size
-    # Pixels and their channels as one axis: a TPU gives an axis of 3 the room of 128.
-    x = images.reshape(batch, rows, patch_size, columns, patch_size * channels)
+    x = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
     return x.swapaxes(2, 3).reshape(
         batch, rows * columns, patch_size * patch_size * channels
     )
@@ -305,11 +304,9 @@ def normalise_images(
     images: Int[Array, "batch height width 3"], config: CLIPConfig
 ) -> Float[Array, "batch height width 3"]:
     """Pixels 0..255 -> what the vision tower reads."""
-    # One axis of pixels and channels, as in `cut_patches`.
-    lines = images.reshape(*images.shape[:2], -1).astype(jnp.float32)
-    mean = jnp.tile(jnp.asarray(config.image_mean, jnp.float32), images.shape[2])
-    std = jnp.tile(jnp.asarray(config.image_std, jnp.float32), images.shape[2])
-    return ((lines / 255 - mean) / std).reshape(images.shape)
+    mean = jnp.asarray(config.image_mean, jnp.float32)
+    std = jnp.asarray(config.image_std, jnp.float32)
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def count_kept_patches(num_patches: int, drop: float) -> int:

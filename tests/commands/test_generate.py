@@ -193,7 +193,7 @@ def test_classify_reads_a_support_set(generator, tmp_path, capsys):
         (["infill", "--text=a <mask>", "--box=1,2,3,4"], "--text fills in words"),
         (
             ["infill", "--text=a <mask>", "--rank_by=document"],
-            "--text writes no picture",
+            "--text writes no image",
         ),
         (["infill", "--text=a <mask>", "--preview=p.png"], "leave --preview out"),
         (["generate", "--parts=b.json", "--preview=p.png"], "leave --preview out"),
