@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init_from = ""
     config.memory_path = ""
     # Query dropout is frozen: four variants of a document's query for all epochs.
-    config.memory = dict(num_query_variants=4, cache="")
+    config.memory = dict(index="auto", num_query_variants=4, verify_share=1.0, cache="")
     config.strategy = dict(max_similarity=0.9, num_candidates=64)
     config.masking = dict(num_masks="poisson_clamp1", rotation_probability=0.1)
     config.pipeline = dict(

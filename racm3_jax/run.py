@@ -39,11 +39,12 @@ from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.sharding import leader_first
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
 from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import FitSettings, Profile, fit
 from racm3_jax.training.mirror import Mirror
-from racm3_jax.training.processes import SignsOfLife, join_processes, leader_first
+from racm3_jax.training.processes import SignsOfLife, join_processes
 from racm3_jax.training.step import TrainState
 from racm3_jax.wiring.workdirs import (
     LOCK_NAME,

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -295,6 +295,51 @@ def constrain_rows(x: Any) -> Any:
     if not set(BATCH_AXES) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+class SharedFolder(Protocol):
+    """A folder that each process has a copy of; `mirror.Mirror` is one."""
+
+    def push(self) -> None: ...
+
+    def pull(self) -> None: ...
+
+
+# Of the trainings of this process: one at most.
+_shared: list[SharedFolder] = []
+
+
+@contextlib.contextmanager
+def sharing(folder: SharedFolder) -> Iterator[None]:
+    """Inside, `leader_first` also carries over what process 0 wrote into `folder`."""
+    _shared.append(folder)
+    try:
+        yield
+    finally:
+        _shared.remove(folder)
+
+
+@contextlib.contextmanager
+def leader_first() -> Iterator[None]:
+    """Process 0 runs the block, then all others do, who find what it made."""
+    if jax.process_count() == 1:
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() != 0:
+        multihost_utils.sync_global_devices("leader first")
+        for folder in _shared:
+            folder.pull()
+    try:
+        yield
+    finally:
+        if jax.process_index() == 0:
+            try:
+                for folder in _shared:
+                    folder.push()
+            finally:
+                multihost_utils.sync_global_devices("leader first")
 
 
 def local_rows(

@@ -28,6 +28,9 @@ from typing import Any
 CHUNK_BYTES = 1 << 20
 HASHING_THREADS = 4
 THREADS_FROM_BYTES = 1 << 24
+# As `describe_files`.
+Describe = Callable[[pathlib.Path, Iterable[str]], dict[str, dict[str, Any]]]
+CACHE_VARIABLE = "RACM3_CACHE"
 LEFTOVERS = ("partial", "replaced", "deleted")
 # Of a file name, in bytes: Linux allows 255, a leftover's name is longer than its path's.
 _MAX_STEM_BYTES = 200
@@ -35,6 +38,31 @@ _MAX_STEM_BYTES = 200
 
 class IntegrityError(ValueError):
     """A file of ours is missing, damaged, or not where it should be."""
+
+
+def cache_directory(name: str) -> pathlib.Path | None:
+    """A folder, made if missing, for what this machine can make again.
+
+    `~/.cache/racm3/NAME`, or in the folder that RACM3_CACHE names; None with
+    RACM3_CACHE=off, and on a machine without a home.
+
+    Raises:
+      ValueError: RACM3_CACHE names a place where no folder can be made.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE, "")
+    if chosen.lower() == "off":
+        return None
+    try:
+        root = pathlib.Path(chosen or "~/.cache/racm3").expanduser()
+        (root / name).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        if not chosen:
+            return None
+        raise ValueError(
+            f"{CACHE_VARIABLE} is {chosen!r}, where no folder can be made ({error}): "
+            f"give one that can, or {CACHE_VARIABLE}=off"
+        ) from error
+    return root / name
 
 
 def compute_sha256(path: pathlib.Path) -> str:
@@ -73,7 +101,10 @@ def describe_files(
 
 
 def verify_files(
-    directory: pathlib.Path, files: Mapping[str, Mapping[str, Any]], remedy: str
+    directory: pathlib.Path,
+    files: Mapping[str, Mapping[str, Any]],
+    remedy: str,
+    describe: Describe = describe_files,
 ) -> None:
     """Compares every file with its recorded size and sha256.
 
@@ -81,6 +112,8 @@ def verify_files(
       directory: where the files lie.
       files: as `describe_files` returned it.
       remedy: what the reader of an error should do; ends its sentence.
+      describe: reads the files; `checksums` has ways that read less. Files that it
+        leaves out are compared by their sizes alone.
 
     Raises:
       IntegrityError: names the first file that is missing or differs.
@@ -105,13 +138,12 @@ def verify_files(
                 f"{path} is corrupt: it has {size} bytes instead of "
                 f"{expected['bytes']}; {remedy}"
             )
-    found = describe_files(directory, files)
-    for name, expected in files.items():
-        if found[name]["sha256"] != expected["sha256"]:
+    for name, found in describe(directory, files).items():
+        expected = files[name]["sha256"]
+        if found["sha256"] != expected:
             raise IntegrityError(
                 f"{directory / name} is corrupt: its sha256 is "
-                f"{found[name]['sha256'][:12]}… instead of "
-                f"{expected['sha256'][:12]}…; {remedy}"
+                f"{found['sha256'][:12]}… instead of {expected[:12]}…; {remedy}"
             )
 
 

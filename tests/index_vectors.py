@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
+
+from racm3_jax.index.exact import ExactIndex
+from racm3_jax.index.table import TableIndex, TablePart
 
 NUM_ROWS, D_EMBED = 300, 16
 
@@ -22,3 +27,12 @@ def clustered(num_rows=NUM_ROWS, num_queries=20):
 
 
 ROWS, QUERIES = clustered()
+
+
+def make_table(path, rows, blocks, k):
+    """The exact neighbours of blocks of queries."""
+    path.mkdir(parents=True, exist_ok=True)
+    exact = ExactIndex(rows)
+    parts = [functools.partial(TablePart.find, exact, block, k) for block in blocks]
+    TableIndex.join(parts, path, *rows.shape, settings={})
+    return TableIndex.load(path)

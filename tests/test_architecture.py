@@ -10,7 +10,7 @@ PACKAGE = ROOT / "racm3_jax"
 
 FLOORS = [
     {"types", "vocab", "storage", "buckets"},
-    {"own_files", "progress"},
+    {"own_files", "progress", "checksums"},
     {"documents", "sharding", "checkpoints", "metrics"},
     {"tokenizers", "model", "index"},
     {"memory"},

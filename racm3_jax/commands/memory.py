@@ -252,9 +252,10 @@ def _check_out(arguments: Arguments) -> None:
 def _verify(arguments: Arguments) -> None:
     from racm3_jax.memory import edit
 
-    counts = edit.verify(options.local_memory(arguments))
+    counts = edit.verify(options.local_memory(arguments), arguments.share)
+    whole = "are whole" if arguments.share == 1 else "were sampled (see above)"
     print(
-        f"{arguments.memory}: {counts['files']} files are whole, "
+        f"{arguments.memory}: {counts['files']} files {whole}, "
         f"{counts['documents']} documents, {counts['removed']} removed ones are not "
         f"found, {counts['on_disk']} of them on disk until compaction"
     )
@@ -316,18 +317,28 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
 
 
 def _neighbours(arguments: Arguments) -> None:
+    import jax
+
+    from racm3_jax.checksums import describe_together
     from racm3_jax.memory.format import TABLE_DIRECTORY
     from racm3_jax.memory.memory import Memory
     from racm3_jax.memory.neighbours import compute_neighbours
     from racm3_jax.progress import open_progress
+    from racm3_jax.training.processes import join_processes
 
+    join_processes()
+    is_leader = jax.process_index() == 0
     own_place = Path(arguments.memory) / TABLE_DIRECTORY
     out = Path(arguments.out or own_place)
     if out.absolute() != own_place.absolute():
         own_files.check_place(out, "give another --out")
     with (
-        Memory.load(arguments.memory) as memory,
-        open_progress(desc="neighbours") as bar,
+        Memory.load(
+            arguments.memory,
+            describe=describe_together,
+            later=("index",) if arguments.engine == "exact" else (),
+        ) as memory,
+        open_progress(desc="neighbours", disable=not is_leader) as bar,
     ):
 
         def show(done: int, total: int) -> None:
@@ -337,7 +348,8 @@ def _neighbours(arguments: Arguments) -> None:
         table = compute_neighbours(
             memory, out, arguments.k, engine=arguments.engine, progress=show
         )
-    print(f"wrote {table.width} neighbours of {table.num_queries} queries to {out}")
+    if is_leader:
+        print(f"wrote {table.width} neighbours of {table.num_queries} queries to {out}")
 
 
 def _plan(arguments: Arguments) -> None:

@@ -114,7 +114,12 @@ def _add_stats(sub: Any) -> None:
 
 
 def _add_verify(sub: Any) -> None:
-    del sub  # the memory alone
+    sub.add_argument(
+        "--share",
+        type=options.number(0, 1),
+        default=1.0,
+        help="of its bytes; below 1 only files chosen at random are read",
+    )
 
 
 def _add_remove(sub: Any) -> None:
@@ -158,7 +163,9 @@ def _add_neighbours(sub: Any) -> None:
     sub.add_argument(
         "--k", type=options.whole(1), default=512, help="neighbours of each query"
     )
-    sub.add_argument("--engine", default="exact", help="exact (all devices)|memory")
+    sub.add_argument(
+        "--engine", default="exact", help="exact (all devices of all processes)|memory"
+    )
 
 
 def _add_plan(sub: Any) -> None:

@@ -123,15 +123,20 @@ def fill_slots(
 def score_rows(
     queries: Float32[np.ndarray, "queries d_embed"],
     found: Neighbours,
-    embeddings: Rows,
+    embeddings: Rows | None,
     denied: Bool[np.ndarray, " rows"],
 ) -> Neighbours:
-    """What was found, without denied rows, with exact scores, by (-score, id)."""
+    """What was found, without denied rows, with exact scores, by (-score, id).
+
+    Without `embeddings`, the scores are exact already.
+    """
     rows = np.maximum(found.ids, 0)
     valid = found.valid & ~denied[rows]
-    # einsum, not a matrix product: a score depends on its two vectors alone, not on
-    # the batch that they came in.
-    scores = np.einsum("qd,qkd->qk", queries, embeddings[rows])
+    scores = found.scores
+    if embeddings is not None:
+        # einsum, not a matrix product: a score depends on its two vectors alone, not
+        # on the batch that they came in.
+        scores = np.einsum("qd,qkd->qk", queries, embeddings[rows])
     scores = np.where(valid, scores, -np.inf).astype(np.float32)
     ids = np.where(valid, found.ids, -1)
     order = np.lexsort((ids, -scores), axis=1)

@@ -112,7 +112,8 @@ class ExactIndex(Backend):
         devices: Sequence[Any] | None = None,
         block_rows: int = BLOCK_ROWS,
     ):
-        embeddings = check_embeddings(embeddings)
+        if 0 in embeddings.shape or len(embeddings.shape) != 2:
+            check_embeddings(embeddings)
         super().__init__(*embeddings.shape, settings={})
         devices = devices or list(jnp.zeros(()).devices())
         self._mesh = Mesh(np.asarray(devices), (_AXIS,))
@@ -122,7 +123,10 @@ class ExactIndex(Backend):
             """Of one device; what lies past the last row is zero."""
             start, stop, _ = index[0].indices(num_blocks)
             blocks = np.zeros((stop - start, block_rows, self._d_embed), np.float32)
-            rows = embeddings[start * block_rows : stop * block_rows]
+            rows = np.asarray(embeddings[start * block_rows : stop * block_rows])
+            if not np.isfinite(rows.sum(axis=1, dtype=np.float64)).all():
+                # The whole array names the row as the caller counts.
+                check_embeddings(embeddings)
             blocks.reshape(-1, self._d_embed)[: len(rows)] = rows
             return blocks
 

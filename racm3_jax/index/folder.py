@@ -202,10 +202,14 @@ def _walk(
                 yield name, entry
 
 
-def verify(path: pathlib.Path, description: Description) -> None:
+def verify(
+    path: pathlib.Path,
+    description: Description,
+    describe: storage.Describe = storage.describe_files,
+) -> None:
     """Compares the files of an index with its description.
 
     Raises:
       IntegrityError: names the first that is missing or differs.
     """
-    storage.verify_files(path, description.files, REMEDY)
+    storage.verify_files(path, description.files, REMEDY, describe)

@@ -169,28 +169,62 @@ def open_index(
     return backend.load(path, embeddings, verify=verify)
 
 
+def share_parts(
+    paths: Sequence[pathlib.Path], process: int, num_processes: int
+) -> list[list[int] | None]:
+    """Which shards of each part's index are for a process; None is a whole index.
+
+    They are dealt out one by one, over the parts; `[]` is nothing of a part.
+    """
+    shared: list[list[int] | None] = []
+    first = 0
+    for path in paths:
+        num = len(folder.read_description(path).settings.get("starts", ()))
+        own = [n for n in range(num or 1) if (first + n) % num_processes == process]
+        first += num or 1
+        shared.append(None if own and not num else own)
+    return shared
+
+
 def open_parts(
-    paths: Sequence[pathlib.Path], counts: Sequence[int], embeddings: Rows
-) -> Index:
+    paths: Sequence[pathlib.Path],
+    counts: Sequence[int],
+    embeddings: Rows,
+    shared: Sequence[list[int] | None] | None = None,
+) -> Index | None:
     """Opens the indexes of a memory's parts as one; their files are verified already.
 
     Args:
       paths: of the indexes.
       counts: rows of each.
       embeddings: the rows of all.
+      shared: the shards of this process, see `share_parts`; None is all.
+
+    Returns:
+      None if this process has no shard.
 
     Raises:
       IntegrityError: if an index has another number of rows than its part.
     """
-    shards, first = [], 0
-    for path, count in zip(paths, counts, strict=True):
-        rows = embeddings if len(paths) == 1 else embeddings[first : first + count]
-        index = open_index(path, rows, verify=False)
-        if len(index) != count:
+    shards: list[tuple[int, Index]] = []
+    first = 0
+    owned = [None] * len(paths) if shared is None else shared
+    for path, count, own in zip(paths, counts, owned, strict=True):
+        description = folder.read_description(path)
+        if description.num_rows != count:
             raise storage.IntegrityError(
-                f"the index at {path} has {len(index)} rows instead of {count}; "
-                f"{folder.REMEDY}"
+                f"the index at {path} has {description.num_rows} rows instead of "
+                f"{count}; {folder.REMEDY}"
             )
-        shards.append((first, index))
+        if own is None:
+            rows = embeddings if len(paths) == 1 else embeddings[first : first + count]
+            shards.append((first, open_index(path, rows, verify=False)))
+        elif own:
+            _import_library(description.kind)
+            backend = get_backend(description.kind)
+            index = ShardedIndex.load(backend, path, verify=False, only=own)
+            shards.append((first, index))
         first += count
-    return shards[0][1] if len(shards) == 1 else ShardedIndex(shards)
+    if len(shards) == 1 and len(paths) == 1:
+        return shards[0][1]
+    return ShardedIndex(shards) if shards else None

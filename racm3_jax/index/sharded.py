@@ -4,8 +4,7 @@
     shard 1: rows R .. 2R-1       -> (.9, R) (.8, R+2)
     merged by (-score, id), k = 3 -> (.9, 4) (.9, R) (.8, R+2)
 
-One process may hold all shards, or each its own: `search` of each, then
-`merge_neighbours` over the processes, gives what one process would. Builds of several
+One process may hold all shards, or each its own (`hosts`). Builds of several
 million rows peak at many times the rows' size; shards bound that.
 """
 
@@ -14,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -190,6 +190,12 @@ def _check_starts(path: pathlib.Path, description: folder.Description) -> list[i
 
 def _name(number: int) -> str:
     return f"shard-{number:05d}"
+
+
+def shard_of(name: str) -> int | None:
+    """The number of the shard that a file of an index is of; None if of none."""
+    match = re.match(r"shard-(\d{5})/", name)
+    return int(match[1]) if match else None
 
 
 def _names(backend: type[Backend], num_shards: int) -> set[str]:

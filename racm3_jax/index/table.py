@@ -12,17 +12,16 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, UInt64
+from jaxtyping import Float, Float32, Int, Int64, UInt64
 
 from racm3_jax import storage
 from racm3_jax.index.contract import Backend, Index
 from racm3_jax.index.folder import REMEDY, Description
 from racm3_jax.index.rows import Rows
-from racm3_jax.types import Neighbours
 
 _KEYS, _IDS, _SCORES = "keys.npy", "ids.npy", "scores.npy"
 
@@ -36,12 +35,29 @@ def hash_queries(
     return np.frombuffer(b"".join(digests), "<u8")
 
 
+class TablePart(NamedTuple):
+    """Some queries of a table, by their keys, and what they found."""
+
+    keys: UInt64[np.ndarray, " queries"]
+    ids: Int64[np.ndarray, "queries width"]
+    scores: Float32[np.ndarray, "queries width"]
+
+    @classmethod
+    def find(
+        cls, index: Index, queries: Float32[np.ndarray, "queries d_embed"], k: int
+    ) -> TablePart:
+        """Asks `index` for the `k` neighbours of some queries."""
+        found = index.search(queries, k)
+        return cls(hash_queries(queries), found.ids, found.scores)
+
+
 class TableIndex(Backend):
     """Neighbours of known queries.
 
     Args:
       keys: `hash_queries` of the known queries, ascending.
-      found: their neighbours; the width is the largest `k` that the table answers.
+      ids: their neighbours; the width is the largest `k` that the table answers.
+      scores: of the neighbours, best first; -inf where a slot is not filled.
       num_rows: of the memory.
       d_embed: of the queries.
       fallback: answers other queries, and larger `k`; without one the first is an
@@ -55,7 +71,8 @@ class TableIndex(Backend):
     def __init__(
         self,
         keys: UInt64[np.ndarray, " known"],
-        found: Neighbours,
+        ids: Int64[np.ndarray, "known width"],
+        scores: Float32[np.ndarray, "known width"],
         num_rows: int,
         d_embed: int,
         fallback: Index | None = None,
@@ -63,33 +80,49 @@ class TableIndex(Backend):
     ):
         super().__init__(num_rows, d_embed, settings or {})
         self._keys = keys
-        self._found = found
+        self._ids = ids
+        self._scores = scores
         self.fallback = fallback
 
     @classmethod
-    def compute(
+    def join(
         cls,
-        index: Index,
-        queries: Iterable[Float32[np.ndarray, "queries d_embed"]],
-        k: int,
+        parts: Sequence[Callable[[], TablePart]],
+        path: pathlib.Path,
+        num_rows: int,
         d_embed: int,
-        settings: dict | None = None,
-    ) -> TableIndex:
-        """Asks `index` for the neighbours of blocks of queries.
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Writes the table of all parts into the directory `path`, one part in RAM.
 
-        Raises:
-          ValueError: no queries, or some that an index refuses.
+        A query that is in several parts is that of the first.
+
+        Args:
+          parts: each is read twice.
+          path: of the table.
+          num_rows: of the memory.
+          d_embed: of the queries.
+          settings: see the class.
         """
-        keys, parts = [], []
-        for block in queries:
-            keys.append(hash_queries(block))
-            parts.append(index.search(block, k))
-        if not keys:
-            raise ValueError("a table needs at least one query")
+        keys = [read().keys for read in parts]
         unique, first = np.unique(np.concatenate(keys), return_index=True)
-        columns = (np.concatenate(c)[first] for c in zip(*parts, strict=True))
-        found = Neighbours(*columns)
-        return cls(unique, found, len(index), d_embed, index, settings)
+        places = np.full(sum(map(len, keys)), -1)
+        places[first] = np.arange(len(unique))
+        np.save(path / _KEYS, np.asarray(unique, "<u8"))
+        shape, start = (len(unique), parts[0]().ids.shape[1]), 0
+        ids, scores = (
+            np.lib.format.open_memmap(path / name, "w+", dtype, shape)
+            for name, dtype in ((_IDS, "<i8"), (_SCORES, "<f4"))
+        )
+        for read in parts:
+            part = read()
+            own = places[start : start + len(part.keys)]
+            start += len(own)
+            ids[own[own >= 0]] = part.ids[own >= 0]
+            scores[own[own >= 0]] = part.scores[own >= 0]
+        ids.flush()
+        scores.flush()
+        cls(unique, ids, scores, num_rows, d_embed, settings=settings).describe(path)
 
     @classmethod
     def load(
@@ -140,13 +173,18 @@ class TableIndex(Backend):
                 f"{path} holds arrays of other shapes or types than a table has "
                 f"({found}); {REMEDY}"
             )
-        neighbours = Neighbours(ids, scores, np.isfinite(scores))
-        return cls(keys, neighbours, *description[1:3], settings=description.settings)
+        sizes = (description.num_rows, description.d_embed)
+        return cls(keys, ids, scores, *sizes, settings=description.settings)
 
     @property
     def width(self) -> int:
         """Neighbours kept for a query."""
-        return self._found.ids.shape[1]
+        return self._ids.shape[1]
+
+    @property
+    def has_exact_scores(self) -> bool:
+        """Whether the scores are inner products, as `contract.score_rows` computes."""
+        return self.settings.get("scores") == "exact"
 
     @property
     def num_queries(self) -> int:
@@ -163,7 +201,7 @@ class TableIndex(Backend):
         keys = hash_queries(queries)
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         known = self._keys[places] == keys
-        ids, scores = (np.array(column[places][:, :k]) for column in self._found[:2])
+        ids, scores = (np.array(x[places][:, :k]) for x in (self._ids, self._scores))
         if not known.all():
             if self.fallback is None:
                 raise ValueError(
@@ -176,7 +214,4 @@ class TableIndex(Backend):
         return ids, scores
 
     def _write(self, path: pathlib.Path) -> None:
-        scores = np.where(self._found.valid, self._found.scores, -np.inf)
-        np.save(path / _KEYS, np.asarray(self._keys, "<u8"))
-        np.save(path / _IDS, np.asarray(self._found.ids, "<i8"))
-        np.save(path / _SCORES, np.asarray(scores, "<f4"))
+        """Nothing: a table is written by `join` alone."""

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 
-from racm3_jax import storage
+from racm3_jax import checksums, storage
 from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.readers import ReadReport, find_shards, read_shard
 from racm3_jax.index import streaming
@@ -328,11 +328,20 @@ def _compacted(
     return new
 
 
-def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+def verify(
+    path: str | os.PathLike[str],
+    share: float = 1.0,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
     """Proves a memory: every byte, no leftovers, and that what was removed is gone.
 
     Every removed document is searched for with its own embedding, and must not come
     back.
+
+    Args:
+      path: of the memory.
+      share: of its bytes; below 1, files chosen at random are read.
+      say: called with the sentence about what was chosen.
 
     Returns:
       Counts: "documents", "removed" (searched for and not found), "on_disk" (removed,
@@ -343,7 +352,8 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
       IntegrityError: names what is wrong.
     """
     path = pathlib.Path(path)
-    with Memory.load(path) as memory:
+    describe = checksums.sample(share, say, storage.describe_files)
+    with Memory.load(path, describe=describe) as memory:
         left = format_lib.find_untracked(path, memory.manifest)
         left += [p.name for p in path.iterdir() if storage.is_leftover(p.name)]
         if left:

@@ -46,6 +46,8 @@ COLUMN_TYPES: Mapping[str, str] = {
     "image_hashes": "<u8",
     "modalities": "|u1",
 }
+# Columns that older memories do not have.
+OPTIONAL_COLUMNS = frozenset({"split_hashes", "content_hashes", "image_hashes"})
 _PART = r"(?:(?:added|compacted)-\d{5}/)?"
 _PREFIX = re.compile(r"|(?:added|compacted)-\d{5}/")
 _DENY_NAME = re.compile(r"deny(?:-\d{5})?\.json")
@@ -206,6 +208,14 @@ def _check_types(file: pathlib.Path, manifest: Mapping[str, Any], remedy: str) -
         raise storage.IntegrityError(
             f"{file} lists {strange[0]!r}, which is no file of a memory; {remedy}"
         )
+
+
+def kind_of(name: str) -> str:
+    """What a listed file is of: "index", "documents", "removed", or its column."""
+    *folders, last = name.split("/")
+    if INDEX_DIRECTORY in folders:
+        return INDEX_DIRECTORY
+    return last.split("-")[0].split(".")[0]
 
 
 def list_files(path: pathlib.Path) -> list[str]:

@@ -23,24 +23,30 @@ import functools
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt64
 
-from racm3_jax import storage
+from racm3_jax import checksums, storage
 from racm3_jax.buckets import is_url
 from racm3_jax.documents import store
-from racm3_jax.index import contract, registry
+from racm3_jax.index import contract, folder
+from racm3_jax.index.contract import Index
 from racm3_jax.index.rows import Records, Rows
 from racm3_jax.index.table import TableIndex
 from racm3_jax.memory import format as format_lib
 from racm3_jax.memory import staging
+from racm3_jax.memory.files import MemoryFiles
 from racm3_jax.memory.format import MODALITY_BITS, Fingerprinted, hash_name
 from racm3_jax.types import Document, Modality, Neighbours, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
+# What a training needs seldom, or not at all, when a table answers its queries.
+UNUSED_WITH_TABLE = frozenset(
+    {"index", "embeddings_document", "embeddings_text", "embeddings_image"}
+)
 _WIDENING = 4
 _USUAL_QUERIES = 128
 
@@ -72,33 +78,34 @@ class Memory:
       index: proposes neighbours; `search` scores them anew.
     """
 
-    def __init__(self, path: pathlib.Path, manifest: dict[str, Any]):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        manifest: dict[str, Any],
+        later: Collection[str] = (),
+    ):
         self.path = path
         self.manifest = manifest
         self._fingerprint = format_lib.fingerprint(manifest)
+        self._files = MemoryFiles(path, manifest, later)
+        self._table: TableIndex | None = None
         self.vocab = _read_vocab(path, manifest)
-        self.embeddings = self._rows("embeddings_document")
-        self.text_embeddings = self._rows("embeddings_text")
-        self.image_embeddings = self._rows("embeddings_image")
-        self._queries = {m: self._rows(f"queries_{m}") for m in MODALITY_BITS}
-        self.id_hashes: UInt64[np.ndarray, " n"] = np.asarray(self._rows("id_hashes"))
+        column = self._files.column
+        self.id_hashes: UInt64[np.ndarray, " n"] = np.asarray(column("id_hashes"))
         self.source_hashes: UInt64[np.ndarray, " n"] = np.asarray(
-            self._rows("source_hashes")
+            column("source_hashes")
         )
         # Older memories have none of these.
         self.split_hashes = self._hashes("split_hashes")
         self.content_hashes = self._hashes("content_hashes")
         self.image_hashes = self._hashes("image_hashes")
-        self._modalities = np.asarray(self._rows("modalities"))
+        self._modalities = np.asarray(column("modalities"))
         self.is_multimodal: Bool[np.ndarray, " n"] = self._modalities == sum(
             MODALITY_BITS.values()
         )
-        folders = [path / p for p in format_lib.prefixes(manifest)]
-        counts = format_lib.part_counts(manifest)
-        self._check_rows()
-        places = [folder / format_lib.INDEX_DIRECTORY for folder in folders]
-        self.index = registry.open_parts(places, counts, self.embeddings)
-        self._records = Records([f / format_lib.DOCUMENTS_FILE for f in folders])
+        self._records = Records(
+            [f / format_lib.DOCUMENTS_FILE for f in self._files.folders]
+        )
         self._lock = threading.Lock()
         self._denied: _Denied | None = None
         self._usual_scores: dict[Modality, float] = {}
@@ -157,8 +164,14 @@ class Memory:
         embedder: Fingerprinted | str | None = None,
         tokenizer: Fingerprinted | str | None = None,
         cache: str | os.PathLike[str] | None = None,
+        *,
+        describe: storage.Describe = checksums.recall,
+        later: Collection[str] = (),
     ) -> Memory:
         """Opens a memory after verifying the sha256 of all its files.
+
+        What was read on this machine before, and has not changed since, is not read
+        again: see `checksums` about what that means.
 
         Args:
           path: its directory, or the URL of one in a bucket, which is staged first.
@@ -166,6 +179,10 @@ class Memory:
             with the memory's. None compares nothing.
           tokenizer: what its documents will be read with, or its fingerprint.
           cache: where memories of URLs are staged, see `staging`.
+          describe: how files are read for that; `storage.describe_files` reads all.
+          later: kinds of files ("index", "embeddings_text", …; see `format.kind_of`)
+            that are verified and opened when they are first used; now only their sizes
+            are compared.
 
         Raises:
           FileNotFoundError: if there is no memory at `path`.
@@ -176,8 +193,15 @@ class Memory:
         manifest = format_lib.read_manifest(path)
         format_lib.check_fingerprints(path, manifest, embedder, tokenizer)
         format_lib.check_files(path)
-        storage.verify_files(path, manifest["files"], format_lib.rebuild_remedy(path))
-        return cls(path, manifest)
+        storage.verify_files(
+            path,
+            manifest["files"],
+            format_lib.rebuild_remedy(path),
+            lambda directory, names: describe(
+                directory, [n for n in names if format_lib.kind_of(n) not in later]
+            ),
+        )
+        return cls(path, manifest, later)
 
     def check(
         self,
@@ -194,6 +218,7 @@ class Memory:
     def close(self) -> None:
         """Closes the record file; the memory cannot be read afterwards."""
         self._records.close()
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +227,7 @@ class Memory:
         self.close()
 
     def __len__(self) -> int:
-        return len(self.embeddings)
+        return self.manifest["num_documents"]
 
     def __repr__(self) -> str:
         return (
@@ -212,7 +237,23 @@ class Memory:
 
     @property
     def d_embed(self) -> int:
-        return self.embeddings.shape[1]
+        return self.manifest["d_embed"]
+
+    @property
+    def embeddings(self) -> Rows:
+        return self._files.column("embeddings_document")
+
+    @property
+    def text_embeddings(self) -> Rows:
+        return self._files.column("embeddings_text")
+
+    @property
+    def image_embeddings(self) -> Rows:
+        return self._files.column("embeddings_image")
+
+    @property
+    def index(self) -> Index:
+        return self._files.open_index() if self._table is None else self._table
 
     @property
     def num_query_variants(self) -> int:
@@ -252,25 +293,35 @@ class Memory:
     def _id_order(self) -> Int64[np.ndarray, " n"]:
         return np.argsort(self.id_hashes)
 
-    def use_table(self, path: str | os.PathLike[str], *, fallback: bool = True) -> None:
+    def use_table(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fallback: bool = True,
+        describe: storage.Describe = checksums.recall,
+    ) -> None:
         """Answers known queries from precomputed neighbours.
 
         Args:
           path: of the table that `racm3 memory neighbours` made.
-          fallback: ask the index about other queries; False makes them an error.
+          fallback: ask the index about other queries, or for more neighbours than the
+            table has; it is opened then. False makes such queries an error.
+          describe: see `load`.
 
         Raises:
           FileNotFoundError: no table there.
           ValueError: it was made of another memory.
         """
-        live = self.index if fallback else None
-        table = TableIndex.load(path, fallback=live)
+        path = pathlib.Path(path)
+        folder.verify(path, folder.read_description(path), describe)
+        live = _OwnIndex(self) if fallback else None
+        table = TableIndex.load(path, verify=False, fallback=live)
         if table.settings.get("memory") != self.fingerprint():
             raise ValueError(
                 f"the table at {path} was made of another memory, or of this one before "
                 "it changed: make it anew (racm3 memory neighbours)"
             )
-        self.index = table
+        self._table = table
 
     def queries(
         self, ids: Int[np.ndarray, " n"], modality: Modality, variant: int = 0
@@ -380,11 +431,13 @@ class Memory:
         """
         max_width = min(max_width, len(self))
         width = min(width, max_width)
+        has_scores = self._table is not None and self._table.has_exact_scores
+        embeddings = None if has_scores else self.embeddings
         asking = np.arange(len(queries))
         while len(asking):
             found = self.index.search(queries[asking], width)
             kept = contract.score_rows(
-                queries[asking], found, self.embeddings, self._check_denied().mask
+                queries[asking], found, embeddings, self._check_denied().mask
             )
             done = np.asarray(take(asking, kept), bool)
             # An index that left slots unfilled has no more to give.
@@ -426,70 +479,21 @@ class Memory:
         """The rows that are not denied, ascending."""
         return np.flatnonzero(~self._check_denied().mask).astype(np.int64)
 
-    def _rows(self, name: str) -> Rows:
-        files = [
-            self.path / file
-            for prefix in format_lib.prefixes(self.manifest)
-            for file in sorted(self.manifest["files"])
-            if file.startswith(f"{prefix}{name}-")
-        ]
-        try:
-            return Rows(files)
-        except (ValueError, EOFError) as error:
-            raise storage.IntegrityError(
-                f"the column {name} of {self.path} cannot be read ({error}); "
-                f"{format_lib.rebuild_remedy(self.path)}"
-            ) from error
-
-    def _check_rows(self) -> None:
-        """Refuses columns of another type, width or length than the manifest says.
-
-        Raises:
-          IntegrityError: names the column.
-        """
-        num, width = self.manifest["num_documents"], self.d_embed
-        variants = self.num_query_variants
-        shapes = {
-            "embeddings": (num, self.manifest["d_embed"]),
-            "queries": (num, variants, width),
-            "modalities": (num,),
-        }
-        wrong = sum(format_lib.part_counts(self.manifest)) != num
-        for name, dtype in format_lib.COLUMN_TYPES.items():
-            if wrong or not self._has_column(name):
-                continue
-            rows = self._rows(name)
-            expected = shapes.get(name.split("_")[0], (num,))
-            if (rows.shape, rows.dtype.str) != (expected, dtype):
-                raise storage.IntegrityError(
-                    f"the column {name} of {self.path} is {rows.dtype.str}"
-                    f"{list(rows.shape)} instead of {dtype}{list(expected)}; "
-                    f"{format_lib.rebuild_remedy(self.path)}"
-                )
-        if wrong:
-            raise storage.IntegrityError(
-                f"the parts of {self.path} do not hold {num} documents together; "
-                f"{format_lib.rebuild_remedy(self.path)}"
-            )
-
-    def _has_column(self, name: str) -> bool:
-        """Whether every part has it."""
-        return all(
-            any(f.startswith(f"{prefix}{name}-") for f in self.manifest["files"])
-            for prefix in format_lib.prefixes(self.manifest)
-        )
+    def share_index(self) -> None:
+        """All processes together: see `MemoryFiles.share_index`."""
+        self._files.share_index()
 
     def _hashes(self, name: str) -> UInt64[np.ndarray, " n"] | None:
-        return np.asarray(self._rows(name)) if self._has_column(name) else None
+        has_all = self._files.has_column(name)
+        return np.asarray(self._files.column(name)) if has_all else None
 
     def part(
         self, rows: Int64[np.ndarray, " n"], modality: Modality, variant: int = 0
     ) -> Float[np.ndarray, "n d_embed"]:
         """The text or image parts of these rows; zero where a document has none."""
         if variant:
-            return self._queries[modality][rows][:, variant - 1]
-        parts = {"text": self.text_embeddings, "image": self.image_embeddings}
-        return parts[modality][rows]
+            return self._files.column(f"queries_{modality}")[rows][:, variant - 1]
+        return self._files.column(f"embeddings_{modality}")[rows]
 
     def _check_ids(self, ids: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         rows = np.asarray(ids, np.int64).reshape(-1)
@@ -518,6 +522,26 @@ class Memory:
                 mask[rows] = True
                 denied = self._denied = _Denied(stamp, mask, len(rows))
         return denied
+
+
+class _OwnIndex:
+    """What a table asks when it does not know: the memory's index, with exact scores."""
+
+    def __init__(self, memory: Memory):
+        self._memory = memory
+        self._none_denied = np.zeros(len(memory), bool)
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def search(
+        self, queries: Float32[np.ndarray, "queries d_embed"], k: int
+    ) -> Neighbours:
+        """See `Index.search`."""
+        found = self._memory._files.open_index().search(queries, k)
+        return contract.score_rows(
+            queries, found, self._memory.embeddings, self._none_denied
+        )
 
 
 def _read_vocab(path: pathlib.Path, manifest: Mapping[str, Any]) -> Vocab:

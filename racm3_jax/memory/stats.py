@@ -9,6 +9,7 @@ import numpy as np
 
 from racm3_jax.index.streaming import find_exact
 from racm3_jax.index.tuning import compute_recall
+from racm3_jax.memory.format import kind_of
 from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Modality
 
@@ -76,10 +77,7 @@ def count_bytes(memory: Memory) -> dict[str, int]:
     """Bytes on disk by kind of file."""
     sizes: dict[str, int] = {}
     for name, entry in memory.manifest["files"].items():
-        parts = name.split("/")
-        kind = (
-            "index" if "index" in parts[:-1] else parts[-1].split("-")[0].split(".")[0]
-        )
+        kind = kind_of(name)
         sizes[kind] = sizes.get(kind, 0) + entry["bytes"]
     return dict(sorted(sizes.items()))
 

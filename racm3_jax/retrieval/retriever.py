@@ -109,11 +109,11 @@ class Retriever:
         config, memory = self.strategy, self.memory
         # Unfilled slots read row 0; they are excluded.
         rows = np.maximum(found.ids, 0)
-        embeddings = memory.embeddings[rows]
         excluded = ~found.valid
         if config.require_multimodal:
             excluded |= ~memory.is_multimodal[rows]
         excluded |= self._find_copies(rows, [mains[i] for i in asking])
+        compares = config.max_similarity < 1
         chosen = []
         for j, i in enumerate(asking):
             main = mains[i]
@@ -127,7 +127,7 @@ class Retriever:
                 )
             taken = strategy_lib.select(
                 found.scores[j],
-                embeddings[j],
+                memory.embeddings[rows[j]] if nums[i] > 1 and compares else None,
                 num=int(nums[i]),
                 excluded=excluded[j],
                 max_similarity=config.max_similarity,
@@ -167,12 +167,14 @@ class Retriever:
         own, rows = own[asking, None], rows[asking]
         images = memory.image_hashes[own]
         near = (memory.image_hashes[rows] == images) & (images > 0)
-        similarities = np.einsum(
-            "qd,qkd->qk",
-            memory.image_embeddings[own[:, 0]],
-            memory.image_embeddings[rows],
-        )
-        near &= similarities >= NEAR_SIMILARITY
+        queries, places = np.nonzero(near)
+        if len(queries):
+            similarities = np.einsum(
+                "pd,pd->p",
+                memory.image_embeddings[own[queries, 0]],
+                memory.image_embeddings[rows[queries, places]],
+            )
+            near[queries, places] = similarities >= NEAR_SIMILARITY
         copies[asking] = near | (
             memory.content_hashes[rows] == memory.content_hashes[own]
         )

@@ -92,7 +92,7 @@ def find_own(
 
 def select(
     scores: Float[np.ndarray, " k"],
-    embeddings: Float[np.ndarray, "k d_embed"],
+    embeddings: Float[np.ndarray, "k d_embed"] | None,
     *,
     num: int,
     excluded: Bool[np.ndarray, " k"],
@@ -107,7 +107,8 @@ def select(
 
     Args:
       scores: inner products of the query with the candidates, best first.
-      embeddings: unit rows of the candidates.
+      embeddings: unit rows of the candidates; None compares them with nothing but the
+        query.
       num: how many to take.
       excluded: True drops a candidate outright: itself, same source, denied, unfilled
         slot, or without the wanted modalities.
@@ -120,9 +121,11 @@ def select(
     for position in np.flatnonzero(~excluded & (scores <= max_similarity)):
         if len(taken) == num:
             break
-        similarities = embeddings[taken] @ embeddings[position]
-        if (similarities <= max_similarity).all():
-            taken.append(int(position))
+        if embeddings is not None:
+            similarities = embeddings[taken] @ embeddings[position]
+            if (similarities > max_similarity).any():
+                continue
+        taken.append(int(position))
     return np.asarray(taken, np.int64)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
-CACHE_VARIABLE = "RACM3_CACHE"
+from racm3_jax import storage
+
 _JAX_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -22,19 +22,11 @@ def keep_compiled_programs() -> None:
     In `~/.cache/racm3/programs`, or in the folder that RACM3_CACHE names;
     RACM3_CACHE=off keeps nothing. Where JAX was told of a folder, that one is used.
     """
-    chosen = os.environ.get(CACHE_VARIABLE, "")
-    if chosen.lower() == "off" or os.environ.get(_JAX_VARIABLE):
+    if os.environ.get(_JAX_VARIABLE):
         return
-    folder = Path(chosen or Path.home() / ".cache" / "racm3").expanduser() / "programs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if not chosen:
-            return  # a machine without a home
-        raise ValueError(
-            f"{CACHE_VARIABLE} is {chosen!r}, where no folder can be made ({error}): "
-            f"give one that can, or {CACHE_VARIABLE}=off"
-        ) from error
+    folder = storage.cache_directory("programs")
+    if folder is None:
+        return
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.1,

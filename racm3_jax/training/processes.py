@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -158,51 +158,6 @@ def _initialise(**settings: object) -> None:
     # Collectives between CPU processes are off unless an implementation is named.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**settings)  # type: ignore[arg-type]
-
-
-class SharedFolder(Protocol):
-    """A folder that each process has a copy of; `mirror.Mirror` is one."""
-
-    def push(self) -> None: ...
-
-    def pull(self) -> None: ...
-
-
-# Of the trainings of this process: one at most.
-_shared: list[SharedFolder] = []
-
-
-@contextlib.contextmanager
-def sharing(folder: SharedFolder) -> Iterator[None]:
-    """Inside, `leader_first` also carries over what process 0 wrote into `folder`."""
-    _shared.append(folder)
-    try:
-        yield
-    finally:
-        _shared.remove(folder)
-
-
-@contextlib.contextmanager
-def leader_first() -> Iterator[None]:
-    """Process 0 runs the block, then all others do, who find what it made."""
-    if jax.process_count() == 1:
-        yield
-        return
-    from jax.experimental import multihost_utils
-
-    if jax.process_index() != 0:
-        multihost_utils.sync_global_devices("leader first")
-        for folder in _shared:
-            folder.pull()
-    try:
-        yield
-    finally:
-        if jax.process_index() == 0:
-            try:
-                for folder in _shared:
-                    folder.push()
-            finally:
-                multihost_utils.sync_global_devices("leader first")
 
 
 def wait_for_all(name: str) -> None:

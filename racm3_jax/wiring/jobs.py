@@ -32,14 +32,14 @@ from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.episodes import Episodes
 from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
-from racm3_jax.sharding import local_rows
+from racm3_jax.sharding import leader_first, local_rows
 from racm3_jax.tokenizers import vqgan as vqgan_model
 from racm3_jax.tokenizers import vqgan_loss as vqgan_objective
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.training.hardware import flops_per_token
 from racm3_jax.training.optimizer import TrainedColumns
-from racm3_jax.training.processes import fetch_all, leader_first
+from racm3_jax.training.processes import fetch_all
 from racm3_jax.training.step import LossFn, TrainState, TrainStep, init_state
 from racm3_jax.wiring.generators import carry_origin, save_generator
 from racm3_jax.wiring.parts import (
@@ -53,9 +53,9 @@ from racm3_jax.wiring.parts import (
     build_tokenizer,
     build_world,
     open_memory,
+    prepare_search,
     read_memory_documents,
     resolve,
-    use_table,
 )
 from racm3_jax.wiring.rows import find_main_rows
 from racm3_jax.wiring.sections import (
@@ -245,15 +245,13 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     rows = local_rows(mesh, pipeline.rows)
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
     if config.get("memory_path"):
-        memory = open_memory(config, embedder, tokenizer)
+        memory = open_memory(config, config.memory_path, tokenizer, embedder)
     else:
         documents = read_memory_documents(config)
-        with leader_first():
-            memory = build_memory(
-                config, workdir / "memory", documents, tokenizer, embedder
-            )
-    with leader_first():
-        use_table(config, memory)
+        memory = build_memory(
+            config, workdir / "memory", documents, tokenizer, embedder
+        )
+    prepare_search(config, memory)
     main_ids = find_main_rows(memory, workdir)
     model_config = build_model_config(config, tokenizer.vocab)
     masking = construct(CausalMaskingConfig, config.masking, "masking")

@@ -8,16 +8,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int64
 
-from racm3_jax import checkpoints, sharding
+from racm3_jax import checkpoints, checksums, sharding, storage
 from racm3_jax.buckets import is_url, refuse_url
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.documents.flagworld.names import make_labels, make_name
+from racm3_jax.index.sharded import SUFFIX
 from racm3_jax.memory.format import TABLE_DIRECTORY
-from racm3_jax.memory.memory import Memory
+from racm3_jax.memory.memory import UNUSED_WITH_TABLE, Memory
 from racm3_jax.memory.neighbours import compute_neighbours
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import abstract_params, count_params
@@ -27,6 +30,7 @@ from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.episodes import EpisodeConfig, Episodes
 from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
+from racm3_jax.sharding import leader_first
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
@@ -101,6 +105,8 @@ def build_memory(
 ) -> Memory:
     """Opens the memory at `path`, or builds it there from `documents`.
 
+    With several processes the first builds it; all call this.
+
     Args:
       config: its section `memory`.
       path: of the memory's directory.
@@ -109,47 +115,80 @@ def build_memory(
       embedder: of the documents and their queries.
       num_documents: how many there are, for the progress bar.
     """
-    if not (path / "manifest.json").exists():
-        section = construct(MemoryConfig, config.memory, "memory")
-        with open_progress(
-            total=num_documents, desc="build memory", unit="documents"
-        ) as bar:
+    with leader_first():
+        if not (path / "manifest.json").exists():
+            section = construct(MemoryConfig, config.memory, "memory")
+            with open_progress(
+                total=num_documents, desc="build memory", unit="documents"
+            ) as bar:
 
-            def show(done: int) -> None:
-                bar.update(done - bar.n)
+                def show(done: int) -> None:
+                    bar.update(done - bar.n)
 
-            Memory.build(
-                documents,
-                tokenizer=tokenizer,
-                embedder=embedder,
-                path=path,
-                index="auto" if section.index == "table" else section.index,
-                num_query_variants=section.num_query_variants,
-                query_drop=section.query_drop,
-                progress=show,
-            ).close()
-    return Memory.load(path, embedder=embedder, tokenizer=tokenizer)
+                Memory.build(
+                    documents,
+                    tokenizer=tokenizer,
+                    embedder=embedder,
+                    path=path,
+                    index="auto" if section.index == "table" else section.index,
+                    num_query_variants=section.num_query_variants,
+                    query_drop=section.query_drop,
+                    progress=show,
+                ).close()
+    return open_memory(config, path, tokenizer, embedder)
 
 
 def open_memory(
-    config: Any, embedder: DocumentEmbedder | None, tokenizer: MixedTokenizer | None
+    config: Any,
+    path: str | Path,
+    tokenizer: MixedTokenizer,
+    embedder: DocumentEmbedder | None,
 ) -> Memory:
-    """The memory of `config.memory_path`, which may be a URL (`memory.staging`)."""
-    path = config.memory_path
+    """Opens the memory at `path`, which all processes do at once.
+
+    Every process maps all records: any document may be a neighbour of any other. What
+    each reads at the start, for the checksums, is its share of the files that all see.
+    Where a table answers the queries, the index and the embeddings are not opened before
+    they are needed: the index for what the table does not know, the documents' embeddings
+    to compare two documents of one example (`strategy.max_similarity`), those of parts
+    for queries without dropout.
+
+    Args:
+      config: its section `memory`.
+      path: of the memory's directory, or its URL (`memory.staging`).
+      tokenizer: of the documents.
+      embedder: of the documents and their queries.
+    """
     section = construct(MemoryConfig, config.memory, "memory")
-    if not is_url(path):
-        return Memory.load(resolve(path), embedder, tokenizer)
-    memory = Memory.load(path, embedder, tokenizer, section.cache)
-    print(f"racm3: the memory {path} is read from {memory.path}", file=sys.stderr)
+    place = str(path) if is_url(path) else resolve(path)
+    later = {"index"} if jax.process_count() > 1 else set()
+    if section.index == "table":
+        later = UNUSED_WITH_TABLE
+    memory = Memory.load(
+        place,
+        embedder,
+        tokenizer,
+        section.cache,
+        describe=_describe(section),
+        later=later,
+    )
+    if is_url(path):
+        print(f"racm3: the memory {path} is read from {memory.path}", file=sys.stderr)
     return memory
 
 
-def use_table(config: Any, memory: Memory) -> None:
-    """With `config.memory.index="table"`, searches are look-ups in `memory/table`.
+def prepare_search(config: Any, memory: Memory) -> None:
+    """How the queries of a training are answered; all processes call it.
 
-    The table is made when it is not there; `racm3 memory neighbours` makes it ahead.
+    With `config.memory.index="table"`, searches are look-ups in `memory/table`. All
+    processes together make the table when it is not there, by exact search on their
+    accelerators, or on CPUs with the memory's own index; `racm3 memory neighbours` makes
+    it ahead. Otherwise several processes open a sharded index once, each some shards.
     """
-    if construct(MemoryConfig, config.memory, "memory").index != "table":
+    section = construct(MemoryConfig, config.memory, "memory")
+    if section.index != "table":
+        if jax.process_count() > 1 and memory.manifest["index"].endswith(SUFFIX):
+            memory.share_index()
         return
     path = memory.path / TABLE_DIRECTORY
     if not path.is_dir():
@@ -160,9 +199,18 @@ def use_table(config: Any, memory: Memory) -> None:
                 "neighbours), and copy it there, too"
             )
         strategy = construct(StrategyConfig, config.strategy, "strategy")
-        width = strategy.max_candidates
-        compute_neighbours(memory, path, width, engine="memory")
-    memory.use_table(path)
+        # Removed documents take slots of the lists.
+        width = strategy.max_candidates + len(memory) - memory.num_allowed
+        is_slow = jax.devices()[0].platform == "cpu"
+        engine = "memory" if is_slow else "exact"
+        compute_neighbours(memory, path, width, engine=engine)
+    memory.use_table(path, describe=_describe(section))
+
+
+def _describe(section: MemoryConfig) -> storage.Describe:
+    return checksums.sample(
+        section.verify_share, logging.info, checksums.describe_together
+    )
 
 
 def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:

@@ -15,7 +15,7 @@ from racm3_jax import storage
 from racm3_jax.memory.format import hash_name
 from racm3_jax.memory.memory import Memory
 from racm3_jax.progress import open_progress
-from racm3_jax.training.processes import leader_first
+from racm3_jax.sharding import leader_first
 
 COLUMNS_DIRECTORY = "columns"
 _RECORDS_PER_READ = 1 << 12

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from racm3_jax import checksums
 from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.flagworld import FlagworldConfig
 from racm3_jax.evaluation.flagworld import SuiteSettings
@@ -105,11 +106,14 @@ class MemoryConfig:
     """`config.memory`: of the memory that a work directory gets.
 
     Attributes:
-      index: back end of searches; "table" looks them up (see `parts.use_table`).
+      index: back end of searches; "table" looks them up (see `parts.prepare_search`).
       num_query_variants: queries with dropout of each document.
       query_drop: share of a query's words or patches that are dropped.
       include_heldout: flagworld's held-out nations are in it as well.
       cache: where a memory at a URL is copied to; "" is `~/.cache/racm3/memories`.
+      verify_share: share of its bytes that is compared with their checksums when it is
+        opened, in files chosen at random; what this machine has read before is not read
+        again.
     """
 
     index: str = "auto"
@@ -117,6 +121,10 @@ class MemoryConfig:
     query_drop: float = 0.2
     include_heldout: bool = False
     cache: str = ""
+    verify_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        checksums.sample(self.verify_share, print)  # refuses what is no share
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,6 @@ from racm3_jax.porting.tensors import read_finite
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
-from racm3_jax.training.processes import leader_first
 from racm3_jax.types import Document
 from racm3_jax.wiring.generators import load_generator
 from racm3_jax.wiring.parts import (
@@ -191,10 +190,11 @@ def build_likelihood_protocol(config: Any, workdir: Path) -> LikelihoodProtocol:
         documents = list(read_flagworld(world, "heldout_test"))
     shown = list(read_documents(config.kshot_source)) if config.kshot_source else []
     if config.memory_path:
-        memory = open_memory(config, plain.embedder, plain.tokenizer)
+        memory = open_memory(
+            config, config.memory_path, plain.tokenizer, plain.embedder
+        )
     else:
-        with leader_first():
-            memory = _open_memory(config, workdir / "memory", world, plain)
+        memory = _open_memory(config, workdir / "memory", world, plain)
         shown = shown or list(read_flagworld(world, "heldout_memory"))
     strategy = construct(StrategyConfig, config.strategy, "strategy")
     return LikelihoodProtocol(

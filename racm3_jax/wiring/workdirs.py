@@ -17,8 +17,9 @@ from absl import logging
 
 from racm3_jax import storage
 from racm3_jax.buckets import is_url
+from racm3_jax.sharding import sharing
 from racm3_jax.training.mirror import PUSH_SECONDS, Mirror
-from racm3_jax.training.processes import sharing, wait_for_all
+from racm3_jax.training.processes import wait_for_all
 from racm3_jax.wiring.jobs import Job
 from racm3_jax.wiring.sections import read_training
 
@@ -43,6 +44,7 @@ _MAY_CHANGE = (
     "config.clip.compute_dtype",
     "config.embedder_dtype",
     "config.memory.cache",
+    "config.memory.verify_share",
     "config.mesh",
     "config.model.remat",
     "config.train.checkpoint_every",

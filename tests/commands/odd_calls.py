@@ -158,7 +158,7 @@ COMMANDS: dict[str, dict[str, Sequence[str]]] = {
     "memory stats --memory={memory}": {
         **_MEMORY, "--num_queries": WHOLE, "--out": PICTURE_OUT, **_MODELS,
     },
-    "memory verify --memory={memory}": _MEMORY,
+    "memory verify --memory={memory}": {**_MEMORY, "--share": (*NUMBER, "0", "2")},
     "memory remove --memory={memory} --ids=none": {
         **_MEMORY, "--ids": (*READ_FILE, ",", "a,b"), "--url_pattern": ("x",),
         "--like": ("{image}",),

@@ -25,7 +25,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from index_vectors import D_EMBED, NUM_ROWS, QUERIES, ROWS
+from index_vectors import D_EMBED, NUM_ROWS, QUERIES, ROWS, make_table
 
 from racm3_jax import storage
 from racm3_jax.index import registry
@@ -33,7 +33,6 @@ from racm3_jax.index.contract import Backend
 from racm3_jax.index.exact import ExactIndex
 from racm3_jax.index.faiss import FaissConfig, FaissIndex
 from racm3_jax.index.scann import ScannConfig, ScannIndex
-from racm3_jax.index.table import TableIndex
 
 KINDS = list(dict.fromkeys([*registry.TABLE, *registry.list_kinds()]))
 
@@ -44,10 +43,7 @@ def _build(kind, rows, path):
 
 
 def _compute_table(rows, path):
-    blocks = [QUERIES[:7], QUERIES[7:]]
-    table = TableIndex.compute(ExactIndex(rows), blocks, len(rows), D_EMBED)
-    table.save(path)
-    return table
+    return make_table(path, rows, [QUERIES[:7], QUERIES[7:]], len(rows))
 
 
 def _exact(rows, path, **settings):

@@ -106,6 +106,9 @@ def test_from_build_to_removal(capsys, tmp_path):
     run("add", f"--memory={path}", f"--source={more}", "--max_bad=0.5")
     shown = capsys.readouterr().out
     assert "added 2 documents" in shown and "filtered: 1 exact duplicate" in shown
+    run("verify", f"--memory={path}", "--share=0.01")
+    shown = capsys.readouterr().out
+    assert "of 27 files chosen at random" in shown and "files were sampled" in shown
     run("neighbours", f"--memory={path}", "--k=8")
     assert "wrote 8 neighbours of 112 queries" in capsys.readouterr().out
     run("verify", f"--memory={path}")

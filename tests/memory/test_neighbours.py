@@ -7,10 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 from corpus_files import forty, line, write_corpus
+from joined_processes import started_together
 from memory_fakes import FakeEmbedder, FakeTokenizer
 
+from racm3_jax import checksums, storage
+from racm3_jax.index import sharded
+from racm3_jax.memory import format as format_lib
+from racm3_jax.memory import neighbours
 from racm3_jax.memory.builder import CorpusConfig, build_memory
-from racm3_jax.memory.memory import Memory
+from racm3_jax.memory.memory import UNUSED_WITH_TABLE, Memory
 from racm3_jax.memory.neighbours import compute_neighbours
 from racm3_jax.memory.plan import PlanConfig, compute_plan, format_plan
 from racm3_jax.memory.stats import compute_stats
@@ -20,26 +25,26 @@ from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
 
 
+def batches(opened, start, **strategy):
+    config = PipelineConfig(8, 64, 6, num_query_variants=2, prefetch=0)
+    with make_batches(
+        opened,
+        Retriever(opened, StrategyConfig(num_candidates=8, **strategy)),
+        np.arange(40),
+        opened.vocab,
+        CausalMaskingConfig(max_masks=4),
+        config,
+        start_step=start,
+        num_steps=4,
+    ) as made:
+        return list(made)
+
+
 def test_training_with_a_table_gives_the_batches_of_a_live_search(
     build, documents, tmp_path
 ):
     memory = build(documents, index="scann")
     compute_neighbours(memory, tmp_path / "table", 40, engine="memory")
-    config = PipelineConfig(8, 64, 6, num_query_variants=2, prefetch=0)
-
-    def batches(opened, start):
-        with make_batches(
-            opened,
-            Retriever(opened, StrategyConfig(num_candidates=8)),
-            np.arange(40),
-            opened.vocab,
-            CausalMaskingConfig(max_masks=4),
-            config,
-            start_step=start,
-            num_steps=4,
-        ) as made:
-            return list(made)
-
     with Memory.load(memory.path) as tabled:
         tabled.use_table(tmp_path / "table", fallback=False)
         for removed in ([], [3, 17, 20]):
@@ -55,6 +60,194 @@ def test_training_with_a_table_gives_the_batches_of_a_live_search(
             tabled.search(np.eye(128, dtype=np.float32)[:1], 2)
 
 
+def damage(path, *kinds):
+    """Other bytes in the files of these kinds."""
+    for name in format_lib.read_manifest(path)["files"]:
+        if format_lib.kind_of(name) in kinds:
+            data = (path / name).read_bytes()
+            (path / name).write_bytes(data[:-9] + bytes(9))
+
+
+@pytest.mark.parametrize("comparing", [True, False])
+def test_a_table_spares_index_and_embeddings(build, documents, tmp_path, comparing):
+    """They may be damaged, as long as nobody opens them."""
+    memory = build(documents, index="scann")
+    compute_neighbours(memory, tmp_path / "table", 40)
+    strategy = {} if comparing else {"max_similarity": 1.0}
+    expected = batches(memory, 4, **strategy)
+    later = UNUSED_WITH_TABLE
+    # Documents of one example are compared by their embeddings, and those alone.
+    damage(memory.path, *(later - {"embeddings_document"} if comparing else later))
+    with pytest.raises(storage.IntegrityError, match="is corrupt"):
+        Memory.load(memory.path)
+    with Memory.load(memory.path, later=later) as tabled:
+        tabled.use_table(tmp_path / "table")
+        for (a, a_stats), (b, b_stats) in zip(
+            expected, batches(tabled, 4, **strategy), strict=True
+        ):
+            assert a_stats == b_stats and a_stats["retrieved"] > 0
+            for x, y in zip(a, b, strict=True):
+                np.testing.assert_array_equal(x, y)
+        for use in (
+            lambda: tabled.image_embeddings,
+            lambda: tabled.queries(np.arange(3), "text", 0),
+            lambda: tabled.search(np.eye(128, dtype=np.float32)[:1], 2),
+        ):
+            with pytest.raises(storage.IntegrityError, match="is corrupt"):
+                use()
+
+
+def test_four_hosts_read_their_share_of_what_a_table_needs(
+    build, documents, tmp_path, reading, four_hosts, monkeypatch
+):
+    memory = build(documents)
+    compute_neighbours(memory, memory.path / "table", 8)
+    monkeypatch.setenv("RACM3_CACHE", str(tmp_path / "cache"))
+    describe = checksums.describe_together
+    files = memory.manifest["files"].items()
+    needed = [
+        f["bytes"] for n, f in files if format_lib.kind_of(n) not in UNUSED_WITH_TABLE
+    ]
+    tables = [
+        (memory.path / "table" / f"{n}.npy").stat() for n in ("ids", "keys", "scores")
+    ]
+    total = sum(needed) + sum(status.st_size for status in tables)
+    reading.take()
+
+    def open_and_search(_):
+        opened = Memory.load(memory.path, describe=describe, later=UNUSED_WITH_TABLE)
+        opened.use_table(memory.path / "table", describe=describe)
+        found = opened.search(opened.queries(np.arange(40), "image", 1), 8)
+        opened.close()
+        return found.ids.tolist(), opened._files
+
+    found = four_hosts(open_and_search)
+    expected = memory.search(memory.queries(np.arange(40), "image", 1), 8).ids
+    for ids, opened in found:
+        assert ids == expected.tolist()
+        assert opened._index is None and not UNUSED_WITH_TABLE & set(opened._columns)
+    # Each file once, by one of the four.
+    assert sum(reading.bytes.values()) == total and len(reading.bytes) == 4
+
+
+def stop_after(num_queries):
+    """Progress that ends the work where more are done."""
+
+    def progress(done, total):
+        if done > num_queries:
+            raise RuntimeError("no more")
+
+    return progress
+
+
+def test_a_table_that_was_broken_off_resumes(build, documents, tmp_path, monkeypatch):
+    memory = build(documents)
+    whole, again = tmp_path / "whole", memory.path / "table"
+    compute_neighbours(memory, whole, 5)
+    monkeypatch.setattr(neighbours, "ROWS_PER_PART", 16)
+    monkeypatch.setattr(neighbours, "QUERIES_PER_BLOCK", 10)
+
+    for done, num_folders in ((0, 0), (100, 1)):  # without a part nothing is left
+        with pytest.raises(RuntimeError, match="no more"):
+            compute_neighbours(memory, again, 5, progress=stop_after(done))
+        assert len(list(memory.path.glob(".table-parts.*"))) == num_folders
+    (work,) = memory.path.glob(".table-parts.*")
+    parts = {p.name: p.stat().st_ino for p in work.glob("*.npz")}
+    assert len(parts) == 7
+    Memory.load(memory.path).close()  # readers do not see it
+    with (
+        storage.locked(work),
+        pytest.raises(storage.BusyError, match="are being computed already"),
+    ):
+        compute_neighbours(memory, again, 5)
+    counts = []
+    damaged = work / "00002.npz"
+    good, _ = damaged.read_bytes(), damaged.write_bytes(b"PK")
+    with pytest.raises(storage.IntegrityError, match=r"00002.npz is damaged .* remove"):
+        compute_neighbours(memory, again, 5, progress=lambda *c: counts.append(c))
+    assert counts[0][0] > 96 and counts[-1] == (240, 240)
+    damaged.write_bytes(good)
+    assert {
+        p.name: p.stat().st_ino for p in work.glob("*.npz")
+    }.items() >= parts.items()
+    compute_neighbours(memory, again, 5)
+    for name in storage.list_files(whole):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    assert not work.exists()
+    work.mkdir()
+    (work / "00000.npz").write_bytes(b"of another table")
+    assert compute_neighbours(memory, again, 4).width == 4
+
+
+# What two processes read to open a memory; its table; and what they find together.
+TOGETHER = """
+from racm3_jax.training.processes import join_processes
+join_processes()
+import pathlib, sys
+import jax, numpy as np
+from racm3_jax import checksums, storage
+from racm3_jax.memory import neighbours
+from racm3_jax.memory.memory import Memory
+from racm3_jax.sharding import leader_first
+path, out = map(pathlib.Path, sys.argv[1:])
+hashed = {}
+compute = storage.compute_sha256
+def count(path):
+    hashed[str(path)] = path.stat().st_size
+    return compute(path)
+storage.compute_sha256 = count
+own = out / str(jax.process_index())
+with Memory.load(path, describe=checksums.describe_together, later={"index"}) as memory:
+    (own / "hashed").write_text(str(sum(hashed.values())))
+    neighbours.ROWS_PER_PART, neighbours.QUERIES_PER_BLOCK = 30, 20
+    neighbours.compute_neighbours(memory, out / "two", 5)
+    hashed.clear()
+    memory.share_index()
+    (own / "shards").write_text("\\n".join(hashed))
+    for start in range(0, 10 * (2 - jax.process_index()), 10):  # one asks more often
+        found = memory.index.search(memory.queries(np.arange(40), "text"), 7)
+    np.savez(own / "found.npz", **found._asdict())
+    with leader_first():
+        pass  # the others have asked
+"""
+
+
+def test_two_processes_do_what_one_does(build, documents, tmp_path, monkeypatch):
+    """Each reads its share of the files, its share of the queries, its shards."""
+    monkeypatch.setattr(sharded, "ROWS_PER_SHARD", 15)
+    memory = build(documents, index="scann_sharded")
+    compute_neighbours(memory, tmp_path / "one", 5)
+    # An odd number of parts is left to make, of one block and of two.
+    monkeypatch.setattr(neighbours, "ROWS_PER_PART", 30)
+    with pytest.raises(RuntimeError, match="no more"):
+        compute_neighbours(memory, tmp_path / "two", 5, progress=stop_after(30))
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    monkeypatch.setenv("RACM3_CACHE", str(tmp_path / "cache"))
+    arguments = (TOGETHER, memory.path, tmp_path)
+    with started_together(*arguments, total=2, devices=2) as running:
+        done = [process.communicate(timeout=300) for process in running]
+    for process, (_, errors) in zip(running, done, strict=True):
+        assert process.returncode == 0, errors.decode()[-2000:]
+    for name in storage.list_files(tmp_path / "one"):
+        assert (tmp_path / "two" / name).read_bytes() == (
+            tmp_path / "one" / name
+        ).read_bytes()
+    files = memory.manifest["files"]
+    total = sum(f["bytes"] for n, f in files.items() if "index/" not in n)
+    hashed = [int((tmp_path / n / "hashed").read_text()) for n in "01"]
+    assert sum(hashed) == total and max(hashed) < 0.6 * total
+    expected = memory.index.search(memory.queries(np.arange(40), "text"), 7)
+    for number, own in (("0", {0, 2}), ("1", {1})):
+        opened = (tmp_path / number / "shards").read_text().split("\n")
+        names = [name.partition("/index/")[2] for name in opened]
+        # The description of all is known once one process of a machine has read it.
+        assert set(map(sharded.shard_of, names)) - {None} == own
+        found = np.load(tmp_path / number / "found.npz")
+        for name, values in expected._asdict().items():
+            np.testing.assert_array_equal(found[name], values)
+
+
 def test_the_config_s_table_is_made_once_and_read(build, documents, monkeypatch):
     from ml_collections import ConfigDict
 
@@ -64,17 +257,25 @@ def test_the_config_s_table_is_made_once_and_read(build, documents, monkeypatch)
     config = ConfigDict(
         {"memory": {"index": "exact"}, "strategy": {"max_candidates": 64}}
     )
-    parts.use_table(config, memory)
+    parts.prepare_search(config, memory)
     assert not (memory.path / "table").exists()
     config.memory.index = "table"
     queries = memory.queries(np.arange(40), "text", 1)
     expected = memory.search(queries, 5)
-    parts.use_table(config, memory)
+    parts.prepare_search(config, memory)
     assert memory.index.width == 40 and memory.index.num_queries == 240
     monkeypatch.setattr(parts, "compute_neighbours", None)  # not made again
-    with Memory.load(memory.path) as again:
-        parts.use_table(config, again)
-        np.testing.assert_array_equal(again.search(queries, 5).ids, expected.ids)
+    damage(memory.path, *UNUSED_WITH_TABLE)
+    said = []
+    monkeypatch.setattr(parts.logging, "info", said.append)
+    for share in (1.0, 0.1):
+        config.memory.verify_share = share
+        models = (FakeTokenizer(), FakeEmbedder())
+        with parts.open_memory(config, memory.path, *models) as again:
+            parts.prepare_search(config, again)
+            np.testing.assert_array_equal(again.search(queries, 5).ids, expected.ids)
+        assert len(said) == (2 if share < 1 else 0)
+    assert f"of {memory.path}, " in said[0] and f"of {memory.path / 'table'}" in said[1]
 
 
 def test_exact_neighbours_on_the_mesh(build, documents, tmp_path):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,11 +12,10 @@ import time
 
 import numpy as np
 import pytest
+from joined_processes import ROOT, free_port, started_together
 
 from racm3_jax.training import processes
 from racm3_jax.training.processes import STUCK, SignsOfLife, Watchdog, join_processes
-
-ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 class FakeCluster:
@@ -247,36 +243,6 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(number):
     assert steps[0] == steps[1] < 1000
 
 
-@contextlib.contextmanager
-def started_together(code: str, total: int, devices: int):
-    """A script that runs in several processes, which join."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={
-                **os.environ,
-                "RACM3_COORDINATOR": f"localhost:{port}",
-                "RACM3_NUM_PROCESSES": str(total),
-                "RACM3_PROCESS_ID": str(number),
-                "JAX_NUM_CPU_DEVICES": str(devices),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-        )
-        for number in range(total)
-    ]
-    try:
-        yield running
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-
-
 def test_a_tensor_axis_across_processes_gets_the_same_rows_on_both():
     with started_together(SHARDING, total=2, devices=2) as running:
         for process in running:
@@ -298,9 +264,7 @@ def test_several_processes_give_the_loss_curve_of_one(tmp_path, total, mesh):
 
     With a tensor axis, here across processes, two of them make the same rows.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     alone = [start(0, 1, 0, tmp_path / "one")]
     flags = [
         f"--config.mesh.{k}={n}" for k, n in zip(("data", "tensor"), mesh, strict=True)
