@@ -6,7 +6,7 @@
 
 Any URL that fsspec knows will do (`gs://` with the package gcsfs, `s3://` with s3fs). Of
 several processes each has a folder of its own. Process 0 pushes; the others pull where
-they wait for what it makes (`processes.leader_first`), and push only their traces.
+they wait for what it makes (`sharding.leader_first`), and push only their traces.
 """
 
 from __future__ import annotations

@@ -168,9 +168,9 @@ def test_commands_and_configs_name_the_cache(there, tmp_path, capsys):
     assert cli.main(["memory", "remove", f"--memory={URL}", "--ids=doc-1"]) == 2
     config = ConfigDict({"memory_path": URL, "memory": {"cache": str(chosen)}})
     config.memory.index = "table"
-    with parts.open_memory(config, FakeEmbedder(), FakeTokenizer()) as memory:
+    with parts.open_memory(config, URL, FakeTokenizer(), FakeEmbedder()) as memory:
         (copy,) = {p for p in chosen.glob("*/*") if (p / "index").is_dir()}
         assert memory.path == copy and not copies(tmp_path)
         assert f"{URL} is read from {copy}" in capsys.readouterr().err
         with pytest.raises(ValueError, match=f"{URL} has no table/: make it where"):
-            parts.use_table(config, memory)
+            parts.prepare_search(config, memory)
