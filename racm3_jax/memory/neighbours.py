@@ -107,7 +107,8 @@ def compute_neighbours(
             else:
                 live = memory.index
             _make_parts(_Finder(memory, live, k), parts, missing, progress)
-            if _find_missing(parts):  # once the others are here
+            multihost_utils.sync_global_devices("parts of neighbours")
+            if _find_missing(parts):
                 raise ValueError(
                     f"the processes do not all see {work}: compute the neighbours where "
                     "one folder is theirs together, or with one process"
