@@ -22,7 +22,9 @@ def read_commands(text: str, heading: str) -> str:
     found = dict(zip(sections[1::2], sections[2::2], strict=True))
     if heading not in found:
         raise SystemExit(f"no section {heading!r}; there are: {', '.join(found)}")
-    blocks = re.findall(r"^```bash\n(.*?)^```", found[heading], re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```", found[heading], re.DOTALL | re.MULTILINE
+    )
     if not blocks:
         raise SystemExit(f"section {heading!r} has no bash block")
     return "".join(blocks)

@@ -15,6 +15,7 @@ from typing import Any
 from racm3_jax.commands import arguments as options
 from racm3_jax.commands.outputs import (
     check_outputs,
+    explain_sheet,
     report,
     save_parts,
     save_pictures,
@@ -51,6 +52,7 @@ def register(commands: Any) -> None:
     sub.add_argument(
         "--out", type=options.path, default="sample.png", help="PNG file to write"
     )
+    _add_scale(sub)
 
     sub = _add(commands, "caption", _caption, "Describe an image.")
     sub.add_argument("--image", type=options.path, required=True, help="image file")
@@ -238,6 +240,15 @@ def _add_preview(sub: Any) -> None:
     )
 
 
+def _add_scale(sub: Any) -> None:
+    sub.add_argument(
+        "--scale",
+        type=options.whole(1, 16),
+        default=1,
+        help="times the size at which pictures are written",
+    )
+
+
 def _add_region(sub: Any) -> None:
     _add_preview(sub)
     sub.add_argument(
@@ -264,6 +275,7 @@ def _add_region(sub: Any) -> None:
     sub.add_argument(
         "--out", type=options.path, default="sample.png", help="PNG file to write"
     )
+    _add_scale(sub)
 
 
 def _check_and_run(command: Callable, arguments: Arguments) -> None:
@@ -332,6 +344,7 @@ def _caption(arguments: Arguments) -> None:
     from racm3_jax.documents.images import read_image
 
     image = read_image(arguments.image)
+    arguments.notes = (explain_sheet(arguments.image),)
     documents = _documents(arguments)
     output = _open(arguments).caption(
         image,
@@ -445,6 +458,13 @@ def _open(arguments: Arguments) -> Any:
         folder = str(Path(arguments.compilation_cache).resolve())
         jax.config.update("jax_compilation_cache_dir", folder)
     generator = run.load(arguments.workdir, memory=options.local_memory(arguments))
+    if generator.retriever is not None and getattr(arguments, "num_retrieved", 0):
+        from racm3_jax.retrieval.misfit import explain_misfit
+
+        misfit = explain_misfit(
+            generator.retriever.memory, generator.tokenizer, generator.embedder
+        )
+        arguments.notes = (*getattr(arguments, "notes", ()), misfit)
     return generator.quantized() if arguments.int8 else generator
 
 
