@@ -13,7 +13,7 @@ from jaxtyping import Int64
 
 from racm3_jax.training.heldout import Evaluate
 from racm3_jax.training.optimizer import TrainedColumns
-from racm3_jax.training.step import LossFn, TrainState, init_state
+from racm3_jax.training.step import LossFn, TrainState, TrainStep, init_state
 from racm3_jax.wiring.sections import TrainConfig, construct
 from racm3_jax.wiring.steps import build_train_step
 
