@@ -47,6 +47,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
+        "bm25s>=0.2.6",
         "clu>=0.0.12",
         "etils[epath]>=1.9",
         "flax>=0.12",

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from racm3_jax import own_files, storage, wiring
+from racm3_jax import checkpoints, own_files, storage, wiring
 from racm3_jax.buckets import refuse_url
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.compilation import saved
@@ -41,10 +41,11 @@ from racm3_jax.metrics import MetricsWriter, plot_curves
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sharding import leader_first
 from racm3_jax.training.hardware import explain_out_of_memory, find_device
+from racm3_jax.training.heldout import HeldOut
 from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import FitSettings, Profile, fit
 from racm3_jax.training.mirror import Mirror
-from racm3_jax.training.processes import SignsOfLife, join_processes
+from racm3_jax.training.processes import SignsOfLife, fetch_all, join_processes
 from racm3_jax.training.step import TrainState
 from racm3_jax.wiring.workdirs import (
     LOCK_NAME,
@@ -54,19 +55,40 @@ from racm3_jax.wiring.workdirs import (
     local_workdir,
 )
 
+# Weights of the lowest held-out loss, where a training has a patience.
+BEST_NAME = "best"
 
-def train(
+
+class Training(NamedTuple):
+    """What a call of `run_training` leaves.
+
+    Attributes:
+      state: the last one.
+      has_ended: False where SIGTERM or Ctrl-C stopped it, after a save.
+    """
+
+    state: TrainState
+    has_ended: bool
+
+
+def train(config: Any, workdir: str | Path, **options: Any) -> TrainState:
+    """`run_training` for its last state alone."""
+    return run_training(config, workdir, **options).state
+
+
+def run_training(
     config: Any,
     workdir: str | Path,
     *,
     progress: bool = True,
     profile_steps: tuple[int, int] | None = None,
     compiled: str | Path | None = None,
-) -> TrainState:
+) -> Training:
     """Trains what `config.kind` names, in `workdir`; the same call resumes.
 
     Writes `config.json`, `metrics.jsonl` (and TensorBoard event files), `loss.png`,
-    `checkpoints/` and, at the end, the exported model. A step's batch depends on the
+    `checkpoints/` and, at the end, the exported model; with `train.eval_every` also
+    `samples/`, and with `train.patience` it ends once the held-out loss no longer falls. A step's batch depends on the
     seed and the step's number alone, so that a resumed run equals an unbroken one, bit
     for bit.
 
@@ -76,10 +98,6 @@ def train(
       progress: show a progress bar.
       profile_steps: first and last step of a trace, written to `workdir/profile`.
       compiled: what `racm3 estimate --save` wrote; the step is read, not compiled.
-
-    Returns:
-      The last state; its step is below `config.train.num_steps` when SIGTERM or Ctrl-C
-      ended the training early, after a save.
 
     Raises:
       ValueError: if the config has unknown settings, `workdir` holds a run of another
@@ -105,7 +123,7 @@ def _train_in(
     progress: bool,
     profile_steps: tuple[int, int] | None,
     compiled: str | Path | None,
-) -> TrainState:
+) -> Training:
     own_files.check(workdir / "loss.png", change="give another --workdir")
     with contextlib.ExitStack() as held:
         with given_back_if_refused(workdir):
@@ -139,8 +157,8 @@ def _train(
     fingerprint: str,
     progress: bool,
     profile_steps: tuple[int, int] | None,
-) -> TrainState:
-    """`train`, in a work directory that is this training's own."""
+) -> Training:
+    """`run_training`, in a work directory that is this training's own."""
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     saver = Checkpoints(
         workdir / "checkpoints",
@@ -149,14 +167,16 @@ def _train(
         bucket=None if mirror is None else mirror.bucket / "checkpoints",
         before_finished=None if mirror is None else mirror.push,
     )
-    state = job.state
+    state, history = job.state, []
     found = saver.latest_good()
     if found is not None:
         state, extra = saver.restore(found, state)
         check_inputs(extra, job, workdir)
+        history = [e for e in extra.get("evaluations", ()) if e[0] <= found]
         logging.info("resuming %s at step %d", workdir, found)
+    judged = _make_heldout(job, settings, workdir, history)
     start_step = int(state.step)
-    if start_step < job.num_steps:
+    if start_step < job.num_steps and not judged.is_over:
         batches = job.make_batches(start_step)
         try:
             with (
@@ -175,7 +195,11 @@ def _train(
                             "config": fingerprint,
                             "inputs": dict(job.inputs),
                             "num_main_documents": job.num_main_documents,
+                            "evaluations": judged.history,
                         },
+                        eval_fn=judged,
+                        eval_every=settings.eval_every,
+                        should_end=lambda: judged.is_over,
                         log_every=settings.log_every,
                         progress=progress,
                         description=f"train {config.kind}",
@@ -193,11 +217,46 @@ def _train(
             if close is not None:
                 close()
         if jax.process_index() == 0:
-            plot_curves([workdir / "metrics.jsonl"], workdir / "loss.png")
+            _plot(workdir, bool(settings.eval_every))
     saver.close()
-    if int(state.step) == job.num_steps:
-        job.export(state)
-    return state
+    has_ended = int(state.step) == job.num_steps or judged.is_over
+    if has_ended:
+        job.export(_best(state, workdir) if settings.patience else state)
+    return Training(state, has_ended)
+
+
+def _make_heldout(
+    job: wiring.Job,
+    settings: wiring.TrainConfig,
+    workdir: Path,
+    history: list[list[float]],
+) -> HeldOut:
+    def keep(state: TrainState) -> None:
+        params = fetch_all(state.params)
+        if jax.process_index() == 0:
+            checkpoints.save_weights(
+                workdir / BEST_NAME,
+                params,
+                kind=BEST_NAME,
+                config={},
+                extra={"step": int(state.step)},
+            )
+
+    evaluate = job.evaluate or (lambda state: {})
+    return HeldOut(evaluate, settings.patience, keep, history)
+
+
+def _best(state: TrainState, workdir: Path) -> TrainState:
+    """The state with the weights of the lowest held-out loss."""
+    best, _, extra = checkpoints.load_weights(workdir / BEST_NAME, BEST_NAME)
+    logging.info("the held-out loss was lowest at step %s", extra["step"])
+    places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    return state.replace(params=jax.device_put(best, places))
+
+
+def _plot(workdir: Path, is_judged: bool) -> None:
+    names = ("loss", "eval/loss") if is_judged else ("loss",)
+    plot_curves([workdir / "metrics.jsonl"], workdir / "loss.png", names=names)
 
 
 def _check_compiled(config: Any, path: Path) -> None:

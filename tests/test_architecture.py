@@ -21,7 +21,7 @@ FLOORS = [
     {"wiring"},
     {"compilation"},
     {"run"},
-    {"quickstart", "sweeps", "doctor", "demo"},
+    {"quickstart", "fit", "sweeps", "doctor", "demo"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -15,6 +15,7 @@ from typing import Any
 from racm3_jax.commands import arguments as options
 from racm3_jax.commands.outputs import (
     check_outputs,
+    explain_sheet,
     report,
     save_parts,
     save_pictures,
@@ -51,6 +52,7 @@ def register(commands: Any) -> None:
     sub.add_argument(
         "--out", type=options.path, default="sample.png", help="PNG file to write"
     )
+    _add_scale(sub)
 
     sub = _add(commands, "caption", _caption, "Describe an image.")
     sub.add_argument("--image", type=options.path, required=True, help="image file")
@@ -243,6 +245,15 @@ def _add_preview(sub: Any) -> None:
     )
 
 
+def _add_scale(sub: Any) -> None:
+    sub.add_argument(
+        "--scale",
+        type=options.whole(1, 16),
+        default=1,
+        help="times the size at which pictures are written",
+    )
+
+
 def _add_region(sub: Any) -> None:
     _add_preview(sub)
     sub.add_argument(
@@ -269,6 +280,7 @@ def _add_region(sub: Any) -> None:
     sub.add_argument(
         "--out", type=options.path, default="sample.png", help="PNG file to write"
     )
+    _add_scale(sub)
 
 
 def _check_and_run(command: Callable, arguments: Arguments) -> None:
@@ -337,6 +349,7 @@ def _caption(arguments: Arguments) -> None:
     from racm3_jax.documents.images import read_image
 
     image = read_image(arguments.image)
+    arguments.notes = (explain_sheet(arguments.image),)
     documents = _documents(arguments)
     output = _open(arguments).caption(
         image,
@@ -459,6 +472,13 @@ def _open(arguments: Arguments) -> Any:
         mesh = sharding.make_mesh(tensor=arguments.tensor, devices=devices)
     memory = options.local_memory(arguments)
     generator = run.load(arguments.workdir, memory=memory, mesh=mesh)
+    if generator.retriever is not None and getattr(arguments, "num_retrieved", 0):
+        from racm3_jax.retrieval.misfit import explain_misfit
+
+        misfit = explain_misfit(
+            generator.retriever.memory, generator.tokenizer, generator.embedder
+        )
+        arguments.notes = (*getattr(arguments, "notes", ()), misfit)
     return generator.quantized() if arguments.int8 else generator
 
 

@@ -123,6 +123,19 @@ def _build(arguments: Arguments) -> None:
     bad = merge.bad_records_file(path)
     if bad.is_file():
         print(f"  bad records are listed in {bad}")
+    _print_misfit(arguments)
+
+
+def _print_misfit(arguments: Arguments) -> None:
+    """Says so if the embedder was not made for what the memory holds."""
+    from racm3_jax.memory.memory import Memory
+    from racm3_jax.retrieval.misfit import explain_misfit
+
+    tokenizer, embedder = _load_models(arguments)
+    known = None if isinstance(embedder, str) else embedder
+    with Memory.load(arguments.memory) as memory:
+        if misfit := explain_misfit(memory, tokenizer, known):
+            print(f"  note: {misfit}")
 
 
 def _say(lines: Iterable[str]) -> None:
@@ -187,24 +200,34 @@ def _search(arguments: Arguments) -> None:
     from racm3_jax.commands.originals import read_for_picture
     from racm3_jax.documents.images import read_image
     from racm3_jax.memory.memory import Memory
+    from racm3_jax.retrieval.misfit import explain_misfit
 
-    if (arguments.text is None) == (arguments.image is None):
-        raise UsageError("give --text or --image, one of them")
+    given = (arguments.text, arguments.image, arguments.words)
+    if sum(value is not None for value in given) != 1:
+        raise UsageError("give --text, --image or --words, one of them")
     _check_out(arguments)
     image = None if arguments.image is None else read_image(arguments.image)
     tokenizer, embedder = _load_models(arguments)
-    if isinstance(embedder, str):
+    if arguments.words is not None:
+        embedder = None  # any memory has captions
+    elif isinstance(embedder, str):
         raise UsageError("a query needs an encoder: give --embedder=FOLDER")
+    misfit = ""
     path = options.local_memory(arguments)
     with Memory.load(path, embedder, tokenizer) as memory:
-        if image is None:
-            queries = embedder.embed_texts([arguments.text])
+        if embedder is None:
+            rows, scores = _find_words(memory, tokenizer, arguments)
         else:
-            queries = embedder.embed_images(image[None])
-        found = memory.search(queries, arguments.k)
-        rows, scores = found.ids[found.valid], found.scores[found.valid]
+            queries = (
+                embedder.embed_texts([arguments.text])
+                if image is None
+                else embedder.embed_images(image[None])
+            )
+            found = memory.search(queries, arguments.k)
+            rows, scores = found.ids[found.valid], found.scores[found.valid]
+            misfit = explain_misfit(memory, tokenizer, embedder)
         documents, note = read_for_picture(memory, tokenizer, rows, arguments.originals)
-    asked = arguments.text if image is None else image
+    asked: Any = image if image is not None else arguments.text or arguments.words
     picture = memory_pictures.draw_results(asked, documents, scores.tolist())
     own_files.write_png(arguments.out, picture)
     results = [
@@ -212,11 +235,34 @@ def _search(arguments: Arguments) -> None:
         for d, s in zip(documents, scores, strict=True)
     ]
     if arguments.json:
-        print(json.dumps({"results": results, "out": arguments.out}))
+        record = {"results": results, "out": arguments.out, "note": misfit}
+        print(json.dumps(record))
         return
     for result in results:
         print(f"{result['score']:.3f}  {result['id']}  {result['text'][:80]}")
     print(f"wrote {arguments.out}{note}")
+    if misfit:
+        print(f"note: {misfit}")
+
+
+def _find_words(
+    memory: Any, tokenizer: Any, arguments: Arguments
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose captions say the words, best first, with their scores.
+
+    Raises:
+      UsageError: no caption does.
+    """
+    from racm3_jax.retrieval.words import search_words
+
+    rows = memory.allowed_ids()
+    texts = [tokenizer.decode_text(document) for document in memory.documents(rows)]
+    places, scores = search_words(texts, arguments.words, arguments.k)
+    if not len(places):
+        raise UsageError(
+            f"no caption of {arguments.memory} has a word of --words={arguments.words!r}"
+        )
+    return rows[places], scores
 
 
 def _stats(arguments: Arguments) -> None:

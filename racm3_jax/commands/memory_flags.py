@@ -83,6 +83,9 @@ def _add_search(sub: Any) -> None:
     _models(sub)
     sub.add_argument("--text", type=options.filled, default=None, help="query")
     sub.add_argument(
+        "--words", type=options.filled, default=None, help="rank captions by BM25"
+    )
+    sub.add_argument(
         "--image", type=options.path, default=None, help="query, an image file"
     )
     sub.add_argument(

@@ -31,6 +31,7 @@ _SETTINGS = (
     "max_spans",
     "region_prompt",
     "int8",
+    "scale",
 )
 
 
@@ -58,6 +59,8 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
         else:
             record = out.with_suffix(".json")
             own_files.check(record, inputs=inputs, change=change, key="prompt")
+            samples = sample_paths(out, getattr(arguments, "num_samples", 1))
+            own_files.check(*samples, inputs=inputs, change=change)
     if preview := getattr(arguments, "preview", None):
         if writes_out and os.path.abspath(preview) == os.path.abspath(arguments.out):
             raise ValueError("--preview and --out are the same file: give two")
@@ -65,16 +68,47 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
         own_files.check_pictures(preview, inputs=inputs, change=change)
 
 
-def save_pictures(arguments: Arguments, output: Any) -> None:
-    """The samples in one PNG, best first, with the record inside and next to it."""
-    from racm3_jax.evaluation.pictures import tile
+def sample_paths(out: Path, num_samples: int) -> list[Path]:
+    """`x.png` -> `x-0.png`, `x-1.png`, …; none where the sheet is the only sample."""
+    if num_samples == 1:
+        return []
+    return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(num_samples)]
 
-    record = _record(arguments, output, {"out": arguments.out})
+
+def save_pictures(arguments: Arguments, output: Any) -> None:
+    """The samples in one PNG, best first, and each in its own; records in all of them."""
+    from racm3_jax.evaluation.pictures import enlarge, tile
+
     path = Path(arguments.out)
+    samples = sample_paths(path, len(output.images))
+    more = {"out": arguments.out, "samples": [str(sample) for sample in samples]}
+    record = _record(arguments, output, more)
     check_outputs(arguments)  # again: a drawing takes its time
-    own_files.write_png(path, tile(output.images), record)
+    images = [enlarge(image, arguments.scale) for image in output.images]
+    own_files.write_png(path, tile(images), record)
+    for i, sample in enumerate(samples):
+        own_files.write_png(sample, images[i], record | {"sample": i})
     own_files.write_json(path.with_suffix(".json"), record)
     _print(arguments, record)
+
+
+def explain_sheet(path: str) -> str:
+    """Says so if a picture is a sheet of several samples; "" for any other."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        chunks = getattr(image, "text", {})  # of a PNG
+    try:
+        record = json.loads(chunks.get(own_files.PNG_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return ""
+    samples = record.get("samples") if isinstance(record, dict) else None
+    if not samples or "sample" in record:
+        return ""
+    return (
+        f"{path} is a sheet of {len(samples)} samples: give one of them, the best is "
+        f"{samples[0]}"
+    )
 
 
 def save_parts(out: str, output: Any) -> list[list[dict[str, str]]]:
@@ -128,7 +162,9 @@ def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str
         "scores": [_number(score) for score in output.scores],
         "retrieved": retrieved,
         "near_copies": copies,
-        "note": output.note,
+        "note": "; ".join(
+            filter(None, (output.note, *getattr(arguments, "notes", ())))
+        ),
         "settings": settings,
         "versions": {
             "racm3_jax": __version__,
@@ -149,6 +185,8 @@ def _print(arguments: Arguments, record: dict[str, Any]) -> None:
         print(_line(parts))
     if "out" in record:
         print(f"wrote {record['out']}")
+        if record.get("samples"):
+            print(f"  each sample in {record['samples'][0]}, …")
     for entry in record["retrieved"]:
         score = "chosen" if entry["score"] is None else f"score {entry['score']:.3f}"
         print(f"  retrieved {entry['id']} ({score})")

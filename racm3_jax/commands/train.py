@@ -1,4 +1,4 @@
-"""quickstart, train, evaluate: what runs from a config."""
+"""quickstart, fit, train, evaluate: what runs from a config."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from racm3_jax.commands.configs import (
     UsageError,
     add_config_option,
     find_config,
+    load_config_file,
     read_config,
 )
 
@@ -19,10 +20,15 @@ Arguments = argparse.Namespace
 # The exit status of a training that a signal ended, after a save (EX_TEMPFAIL).
 STOPPED_EARLY = 75
 SUITES = ("flagworld", "flagworld_tasks", "coco", "likelihood")
+# Fields of `fit.Plan`, which is imported when it is needed.
+_PLAN_FLAGS = (
+    *("image_size", "num_codes", "d_model", "num_layers", "batch_size"),
+    *("num_variants", "tokenizer_steps", "clip_steps", "generator_steps"),
+)
 
 
 def register(commands: Any) -> None:
-    """Adds the three to the parser's subcommands."""
+    """Adds them to the parser's subcommands."""
     text = "The main job on flagworld, in minutes."
     sub = commands.add_parser("quickstart", help=text, description=text)
     sub.set_defaults(command=_quickstart)
@@ -34,6 +40,7 @@ def register(commands: Any) -> None:
         help="folder of the results",
     )
     sub.add_argument("--short", action="store_true", help="under 90 seconds, for CI")
+    _register_fit(commands)
     text = "Train a config, or resume it: the same command."
     sub = commands.add_parser("train", help=text, description=text)
     sub.set_defaults(command=_train)
@@ -64,24 +71,71 @@ def register(commands: Any) -> None:
     )
 
 
+def _register_fit(commands: Any) -> None:
+    text = "Train all models on your own pictures, from files to drawings; resumes."
+    sub = commands.add_parser("fit", help=text, description=text)
+    sub.set_defaults(command=_fit)
+    sub.add_argument(
+        "--source", type=options.filled, required=True, help="as in folder:photos"
+    )
+    sub.add_argument("--workdir", type=options.path, required=True)
+    sub.add_argument(
+        "--group_key", default="", help='the column that says "the same thing"'
+    )
+    sub.add_argument(
+        "--holdout", default="", help="a share, names of groups, or column=value"
+    )
+    for name in _PLAN_FLAGS:
+        sub.add_argument(f"--{name}", type=options.whole(), help="else chosen, printed")
+
+
+def _fit(arguments: Arguments) -> int:
+    from racm3_jax import fit
+
+    def load(name: str, argument: str) -> Any:
+        return load_config_file(find_config(name) + (argument and f":{argument}"))
+
+    given = {name: getattr(arguments, name) for name in _PLAN_FLAGS}
+    try:
+        fit.main(
+            arguments.source,
+            Path(arguments.workdir),
+            load,
+            group_key=arguments.group_key,
+            holdout=arguments.holdout,
+            sizes={name: value for name, value in given.items() if value is not None},
+        )
+    except fit.StoppedEarly as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED_EARLY
+    return 0
+
+
 def _train(arguments: Arguments) -> int:
     from racm3_jax import run
 
     config = read_config(arguments.config_flags)
     steps = _parse_steps(arguments.profile_steps)
-    state = run.train(
+    state, has_ended = run.run_training(
         config,
         arguments.workdir,
         profile_steps=steps,
         compiled=arguments.compiled,
     )
-    if int(state.step) < config.train.num_steps:
+    if not has_ended:
         print(
             f"stopped and saved after step {int(state.step)} of "
             f"{config.train.num_steps}; the same command resumes",
             file=sys.stderr,
         )
         return STOPPED_EARLY
+    if int(state.step) < config.train.num_steps:
+        print(
+            f"ended after step {int(state.step)} of {config.train.num_steps}: the "
+            f"held-out loss has not fallen in {config.train.patience} evaluations; its "
+            "best weights are kept",
+            file=sys.stderr,
+        )
     return 0
 
 

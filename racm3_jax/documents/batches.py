@@ -10,6 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from racm3_jax.documents.augmentation import (
+    NO_AUGMENTATION,
+    AugmentationConfig,
+    augment_each,
+)
+
 
 def scale_pixels(
     images: UInt8[np.ndarray, "batch height width 3"],
@@ -24,11 +30,13 @@ def image_batches(
     *,
     seed: int,
     start_step: int = 0,
+    augmentation: AugmentationConfig = NO_AUGMENTATION,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields `{"images": f32[batch_size, height, width, 3]}` without end."""
+    """Yields `{"images": f32[batch_size, height, width, 3]}` without end, augmented."""
     step = start_step
     while True:
         rng = np.random.default_rng([seed, step])
         rows = rng.choice(len(images), batch_size, replace=len(images) < batch_size)
-        yield {"images": scale_pixels(images[rows])}
+        changed = augment_each(images[rows], augmentation, rng)
+        yield {"images": scale_pixels(changed)}
         step += 1

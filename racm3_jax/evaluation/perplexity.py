@@ -74,6 +74,13 @@ class Likelihoods:
         return figures
 
 
+class Prepared(NamedTuple):
+    """Documents as a model scores them, with what was retrieved for each."""
+
+    sequences: list[Scored]
+    retrieved: Int64[np.ndarray, "documents k"]
+
+
 def compute_likelihoods(
     generator: Generator,
     documents: Sequence[Document],
@@ -95,6 +102,20 @@ def compute_likelihoods(
       ValueError: no memory to retrieve from, a document without the query's part, or one
         that does not fit the model.
     """
+    prepared = prepare_documents(
+        generator, documents, num_retrieved=num_retrieved, query=query
+    )
+    return score_documents(generator, prepared, num_rows=num_rows)
+
+
+def prepare_documents(
+    generator: Generator,
+    documents: Sequence[Document],
+    *,
+    num_retrieved: int = 2,
+    query: Modality = "text",
+) -> Prepared:
+    """The first half of `compute_likelihoods`, which no weights of the model change."""
     tokenized = list(generator.tokenizer.tokenize(documents))
     vocab = generator.tokenizer.vocab
     given = _retrieve(generator, documents, tokenized, num_retrieved, query)
@@ -102,10 +123,20 @@ def compute_likelihoods(
         Scored(retrieved_prefix(found.documents, vocab), document_tokens(main, vocab))
         for found, main in zip(given, tokenized, strict=True)
     ]
+    retrieved = np.full((len(given), num_retrieved), -1, np.int64)
+    for row, found in zip(retrieved, given, strict=True):
+        row[: len(found.ids)] = found.ids
+    return Prepared(sequences, retrieved)
+
+
+def score_documents(
+    generator: Generator, prepared: Prepared, *, num_rows: int = 8
+) -> Likelihoods:
+    """The second half of `compute_likelihoods`."""
+    vocab = generator.tokenizer.vocab
     rows: list[tuple[Any, ...]] = []
-    for sequence, nats in zip(
-        sequences, score_tokens(generator, sequences, num_rows=num_rows), strict=True
-    ):
+    scores = score_tokens(generator, prepared.sequences, num_rows=num_rows)
+    for sequence, nats in zip(prepared.sequences, scores, strict=True):
         text, image = vocab.is_text(sequence.targets), vocab.is_image(sequence.targets)
         rows.append(
             (
@@ -117,10 +148,7 @@ def compute_likelihoods(
             )
         )
     columns = (np.array(column) for column in zip(*rows, strict=True))
-    retrieved = np.full((len(given), num_retrieved), -1, np.int64)
-    for row, found in zip(retrieved, given, strict=True):
-        row[: len(found.ids)] = found.ids
-    return Likelihoods(ModalitySums(*columns), retrieved)
+    return Likelihoods(ModalitySums(*columns), prepared.retrieved)
 
 
 def _retrieve(

@@ -35,6 +35,15 @@ class Row:
     groups: Sequence[Sequence[Panel]]
 
 
+def enlarge(image: Pixels, times: int) -> Pixels:
+    """The image at so many times its size, smoothly, for people to look at."""
+    if times == 1:
+        return image
+    height, width, _ = image.shape
+    size = (times * width, times * height)
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
 def tile(images: Sequence[Pixels]) -> Pixels:
     """Pictures of one size, side by side in a grid that is about square.
 
@@ -96,7 +105,8 @@ def draw_sheet(
     panel_size: int = 128,
     prompt_width: int = 190,
 ) -> Pixels:
-    """A table of pictures; small ones are enlarged without smoothing.
+    """A table of pictures; small ones are enlarged without smoothing,
+    large ones shrunk by means.
 
     A row is as high as its longest text.
 
@@ -145,8 +155,10 @@ def draw_sheet(
         for left, group in zip(lefts[1:], row.groups, strict=True):
             for p, panel in enumerate(group):
                 place = (int(left) + _GAP + p * (panel_size + _GAP), int(top) + 2)
+                is_larger = len(panel.image) > panel_size
                 picture = Image.fromarray(panel.image).resize(
-                    (panel_size, panel_size), Image.Resampling.NEAREST
+                    (panel_size, panel_size),
+                    Image.Resampling.BOX if is_larger else Image.Resampling.NEAREST,
                 )
                 sheet.paste(picture, place)
                 pen.multiline_text(

@@ -37,10 +37,10 @@ class CaptionRow:
 
     image: UInt8[np.ndarray, "height width 3"]
     truth: str
-    nation: str
     retrieved: Sequence[Panel]
     with_retrieval: str
     without: str
+    nation: str = ""
 
 
 def _inline(png: bytes, alt: str, small: bool = False) -> str:
@@ -71,6 +71,8 @@ def _caption_table(rows: Sequence[CaptionRow]) -> str:
 def write_report(
     path: Path,
     *,
+    title: str = "RA-CM3 on flagworld",
+    explanation: str = _EXPLANATION,
     sheet: Path,
     captions: Sequence[CaptionRow],
     loss_curves: Mapping[str, Path],
@@ -80,6 +82,8 @@ def write_report(
 
     Args:
       path: of the HTML file.
+      title: of the page.
+      explanation: what its pictures are.
       sheet: the sample sheet, a PNG.
       captions: the captioned pictures.
       loss_curves: PNGs by heading; one that does not exist is left out.
@@ -90,8 +94,8 @@ def write_report(
         for name, value in facts.items()
     )
     parts = [
-        "<h1>RA-CM3 on flagworld</h1>",
-        f"<p>{_EXPLANATION}</p>",
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{html.escape(explanation)}</p>",
         f"<table>{items}</table>",
         "<h2>Drawn from a prompt</h2>",
         _inline(sheet.read_bytes(), "prompts, retrieved documents and drawings"),

@@ -24,6 +24,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Int32, Shaped, UInt8
 
+from racm3_jax.documents.augmentation import (
+    NO_AUGMENTATION,
+    AugmentationConfig,
+    augment_each,
+)
 from racm3_jax.retrieval.clip import (
     CLIP,
     CLIPConfig,
@@ -224,6 +229,7 @@ def make_pair_batches(
     seed: int,
     start_step: int = 0,
     num_steps: int | None = None,
+    augmentation: AugmentationConfig = NO_AUGMENTATION,
 ) -> Iterator[PairBatch]:
     """Draws pairs of two documents of one group; step t depends on `seed` and t alone.
 
@@ -238,6 +244,7 @@ def make_pair_batches(
       seed: of order and choice.
       start_step: the step to begin with (resuming).
       num_steps: ends after the batch of step `num_steps - 1`; None goes on for ever.
+      augmentation: changes of each image.
 
     Raises:
       ValueError: `num_pairs` is larger than the number of groups.
@@ -260,9 +267,9 @@ def make_pair_batches(
         rng = np.random.default_rng((seed, 1, step))
         pairs = np.stack([_sample_pair(members[group], rng) for group in chosen])
         yield {
-            "images_a": images[pairs[:, 0]],
+            "images_a": augment_each(images[pairs[:, 0]], augmentation, rng),
             "tokens_a": tokens[pairs[:, 0]],
-            "images_b": images[pairs[:, 1]],
+            "images_b": augment_each(images[pairs[:, 1]], augmentation, rng),
             "tokens_b": tokens[pairs[:, 1]],
         }
         step += 1

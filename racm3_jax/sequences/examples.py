@@ -22,11 +22,13 @@ from racm3_jax.sequences.distractors import mix_documents
 from racm3_jax.sequences.episodes import Episode, Episodes
 from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
+from racm3_jax.sequences.variants import Variants
 from racm3_jax.types import Example, Modality, Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 # Names of the random streams; a change of any changes every batch.
 MASKING, RETRIEVAL, EPISODES, DISTRACTORS, PAIRING, RENAMING, POSITIONS = range(7)
+AUGMENTATION = 7
 
 
 class DocumentStore(Protocol):
@@ -67,6 +69,7 @@ class ExampleMaker:
       config: retrieval, sizes, seed.
       episodes: see `pipeline.make_batches`.
       pairing: see there.
+      variants: see there.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ExampleMaker:
         config: PipelineConfig,
         episodes: Episodes | None = None,
         pairing: Pairing | None = None,
+        variants: Variants | None = None,
     ) -> None:
         self._memory = memory
         self._retriever = retriever
@@ -86,6 +90,7 @@ class ExampleMaker:
         self._config = config
         self._episodes = episodes
         self._pairing = pairing
+        self._variants = variants
         # What an episode asks is at its end already.
         self._asking = dataclasses.replace(
             masking, num_masks="none", rotation_probability=0.0
@@ -114,6 +119,7 @@ class ExampleMaker:
         retrieved, ranks, found = self._retrieve(ids, mains, first, paired)
         self._show_pairs(paired, mains, retrieved, ranks, first)
         asked = self._ask(ids, mains, retrieved, ranks, first)
+        self._change_images(mains, retrieved, first)
         examples: list[Example] = []
         num_skipped = 0
         for i, (main, documents) in enumerate(zip(mains, retrieved, strict=True)):
@@ -148,6 +154,23 @@ class ExampleMaker:
             **found,
         }
         return examples, stats
+
+    def _change_images(
+        self,
+        mains: list[TokenizedDocument],
+        retrieved: list[tuple[TokenizedDocument, ...]],
+        first: int,
+    ) -> None:
+        """Puts all images of an example under one change, in place."""
+        if self._variants is None:
+            return
+        for i, main in enumerate(mains):
+            rng = np.random.default_rng([self._config.seed, AUGMENTATION, first + i])
+            number = self._variants.sample(rng)
+            mains[i] = self._variants.change(main, number)
+            retrieved[i] = tuple(
+                self._variants.change(document, number) for document in retrieved[i]
+            )
 
     def _pair(
         self, ids: Int64[np.ndarray, " n"], first: int

@@ -52,6 +52,7 @@ from racm3_jax.sequences.packing import pack
 from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline_config import PipelineConfig
 from racm3_jax.sequences.positions import shift_positions
+from racm3_jax.sequences.variants import Variants
 from racm3_jax.types import Batch, Example
 from racm3_jax.vocab import Vocab
 
@@ -116,6 +117,7 @@ def make_batches(
     rows: Sequence[int] | Int64[np.ndarray, " rows"] | None = None,
     episodes: Episodes | None = None,
     pairing: Pairing | None = None,
+    variants: Variants | None = None,
 ) -> Batches:
     """Batches of steps `start_step`, `start_step + 1`, ..., `num_steps` of them.
 
@@ -140,6 +142,7 @@ def make_batches(
       episodes: some main documents become questions about labelled demonstrations, if
         anything is retrieved at all.
       pairing: some main documents are given documents by class, not by search.
+      variants: changed images, of which each example draws one change for all of its own.
 
     Raises:
       ValueError: no main documents, no retriever though one is needed, sizes below 0, or
@@ -173,6 +176,7 @@ def make_batches(
         config,
         episodes if config.retrieval else None,
         pairing,
+        variants,
     )
     steps = range(start_step, start_step + num_steps)
     windows = _Windows(maker, _Order(main_ids, config.seed), config, own, steps, vocab)

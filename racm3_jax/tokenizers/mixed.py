@@ -89,6 +89,14 @@ class MixedTokenizer:
         """Ids of an image of any size (cropped to a square and resized)."""
         return self._encode_images([image])[0]
 
+    def decode_text(self, document: TokenizedDocument) -> str:
+        """All text of a document, joined by one space; its images are not decoded."""
+        return " ".join(
+            self.text.decode(segment.tokens)
+            for segment in document.segments
+            if segment.modality == "text"
+        )
+
     def decode(self, document: TokenizedDocument) -> Document:
         """Ids back to text and pixels; the pixels are those of the VQGAN, so only close.
 

@@ -155,6 +155,7 @@ class Quantized(NamedTuple):
       codebook_loss: squared distance that moves the codes towards the encoder's output.
       entropy_loss: mean entropy of a latent's soft choice minus the entropy of the mean
         choice, in nats: low when choices are sharp and all codes are in use.
+      latents: what was quantized.
     """
 
     z_q: Float[Array, "batch height width d_code"]
@@ -162,6 +163,7 @@ class Quantized(NamedTuple):
     commitment_loss: Float[Array, ""]
     codebook_loss: Float[Array, ""]
     entropy_loss: Float[Array, ""]
+    latents: Float[Array, "batch height width d_code"]
 
 
 def _res_block(features: int, config: VQGANConfig, name: str) -> ResBlock:
@@ -326,7 +328,7 @@ class VQGAN(nn.Module):
             z_q = round_to_grid(z, self.config.fsq_levels)
             codes = codes_of_grid(z_q, self.config.fsq_levels).reshape(z.shape[0], -1)
             zero = jnp.zeros(())
-            return Quantized(z_q, codes, zero, zero, zero)
+            return Quantized(z_q, codes, zero, zero, zero, z)
         similarities = self._similarities(z)
         codes = jnp.argmax(similarities, axis=-1)
         chosen = self._comparable(self.codebook)[codes]
@@ -344,6 +346,7 @@ class VQGAN(nn.Module):
             commitment_loss=jnp.square(z - stop(chosen)).sum(-1).mean(),
             codebook_loss=jnp.square(stop(z) - chosen).sum(-1).mean(),
             entropy_loss=own_entropy - mean_entropy,
+            latents=z,
         )
 
     def _comparable(self, x: Array) -> Array:

@@ -40,6 +40,11 @@ class VQGANLossConfig:
       codebook_weight: pulls codes to latents.
       commitment_weight: pulls latents to codes (0.25 in arXiv 1711.00937).
       entropy_weight: keeps all codes in use (arXiv 2310.05737, section 3).
+      codebook_decay: codes follow the mean of their latents, of which a step keeps this
+        share (0.99 in arXiv 1711.00937, A.1), in place of the codebook's term; 0 learns
+        them by gradient.
+      revive_below: with a decay, a code that is chosen less often than this share of the
+        mean moves to a latent of the batch; 0 moves none.
       adversarial_weight: patch discriminator (arXiv 2012.09841); 0 builds none.
       adversarial_start: the step at which the discriminator and its term begin.
       discriminator_channels: width of the discriminator's first layer.
@@ -52,6 +57,8 @@ class VQGANLossConfig:
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     entropy_weight: float = 0.0
+    codebook_decay: float = 0.0
+    revive_below: float = 0.05
     adversarial_weight: float = 0.0
     adversarial_start: int = 0
     discriminator_channels: int = 64
@@ -63,6 +70,11 @@ class VQGANLossConfig:
                 raise ValueError(
                     f"vqgan_loss.{field.name} must be >= 0; got "
                     f"{getattr(self, field.name)}"
+                )
+        for name in ("codebook_decay", "revive_below"):
+            if getattr(self, name) >= 1:
+                raise ValueError(
+                    f"vqgan_loss.{name} must be below 1; got {getattr(self, name)}"
                 )
 
 
@@ -93,8 +105,17 @@ def init_vqgan(
     """Fresh parameters, boxed with their logical axis names.
 
     Returns:
-      {"vqgan": ...} and, if the adversarial weight is not 0, "discriminator".
+      {"vqgan": ...}; if the adversarial weight is not 0, "discriminator"; and with a
+      codebook decay "codebook_means", the running counts and sums of codes' latents.
+
+    Raises:
+      ValueError: a codebook decay of a quantizer that has no codebook to move.
     """
+    if loss.codebook_decay and config.quantizer not in ("euclidean", "cosine"):
+        raise ValueError(
+            f"vqgan_loss.codebook_decay={loss.codebook_decay} moves a codebook's codes, "
+            f"but vqgan.quantizer is {config.quantizer!r}: set it to 0"
+        )
     vqgan_key, discriminator_key = jax.random.split(key)
     images = jnp.zeros((1, config.image_size, config.image_size, 3))
     params = {"vqgan": VQGAN(config).init(vqgan_key, images)["params"]}
@@ -102,6 +123,8 @@ def init_vqgan(
         discriminator = _build_discriminator(loss)
         variables = discriminator.init(discriminator_key, images)
         params["discriminator"] = variables["params"]
+    if loss.codebook_decay:
+        params["codebook_means"] = start_means(config, params["vqgan"]["codebook"])
     return params
 
 
@@ -124,6 +147,9 @@ def init_vqgan_from_images(
     params["vqgan"]["codebook"] = jnp.asarray(
         fit_codebook(latents.reshape(-1, config.d_code), config.num_codes)
     )
+    if loss.codebook_decay:
+        codebook = params["vqgan"]["codebook"]
+        params["codebook_means"] = start_means(config, jnp.array(codebook, copy=True))
     return params
 
 
@@ -135,7 +161,9 @@ def vqgan_loss(config: VQGANConfig, loss: VQGANLossConfig) -> VQGANLossFn:
       loss: weights of the terms.
 
     Returns:
-      `loss_fn(params, batch, key, step) -> (loss, metrics)`. `params` as `init_vqgan`
+      `loss_fn(params, batch, key, step) -> (loss, metrics)`. With a codebook decay, the
+      gradient of `ASSIGNED` parameters is what is to be taken off them, see
+      `training.step.make_train_step`. `params` as `init_vqgan`
       returns them (unboxed); `batch["images"]` is uint8[b, h, w, 3] or floats in
       [-1, 1]; metrics are (sum, weight) pairs.
     """
@@ -169,11 +197,63 @@ def vqgan_loss(config: VQGANConfig, loss: VQGANLossConfig) -> VQGANLossFn:
         means = {name: value for name, (_, value) in terms.items()}
         means |= {"loss": total, "psnr": jnp.mean(_psnr(recon, images))}
         means |= _codebook_metrics(codes, config.num_codes)
+        if loss.codebook_decay:
+            moved, counts = _move_codes(loss, params, quantized, key)
+            total += moved
+            means |= counts
         num_images = jnp.asarray(images.shape[0], jnp.float32)
         metrics = {n: (v * num_images, num_images) for n, v in means.items()}
         return total, jax.lax.stop_gradient(metrics)
 
     return loss_fn
+
+
+# Parameters that a step moves by their "gradient" itself: nothing is learned of them.
+ASSIGNED = ("vqgan/codebook", "codebook_means")
+# A revived code counts as if it were chosen this share of the mean.
+_REVIVED_COUNT = 0.2
+
+
+def start_means(config: VQGANConfig, codebook: Any) -> dict[str, Any]:
+    """Counts (1 is the mean) and sums of a codebook, boxed or not, as it is at first."""
+    return {"counts": jnp.ones(config.num_codes), "sums": codebook}
+
+
+def _move_codes(
+    loss: VQGANLossConfig, params: Any, quantized: Any, key: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Codes to the running means of their latents; unused ones to latents of the batch.
+
+    Returns:
+      0 whose gradient is the old parameters less the new ones, and how many codes are in
+      use and were revived.
+    """
+    stop = jax.lax.stop_gradient
+    old = stop({"codebook": params["vqgan"]["codebook"], **params["codebook_means"]})
+    num_codes, d_code = old["codebook"].shape
+    latents = stop(quantized.latents).reshape(-1, d_code)
+    codes = quantized.codes.reshape(-1)
+    # Counts are measured in the mean count of a code, whatever the batch's size.
+    share = num_codes / len(codes)
+    counts = jnp.zeros(num_codes).at[codes].add(share)
+    sums = jnp.zeros_like(old["sums"]).at[codes].add(share * latents)
+    keep = loss.codebook_decay
+    counts = keep * old["counts"] + (1 - keep) * counts
+    sums = keep * old["sums"] + (1 - keep) * sums
+    is_dead = counts < loss.revive_below
+    places = jax.random.randint(key, (num_codes,), 0, len(latents))
+    counts = jnp.where(is_dead, _REVIVED_COUNT, counts)
+    sums = jnp.where(is_dead[:, None], _REVIVED_COUNT * latents[places], sums)
+    new = {"codebook": sums / counts[:, None], "counts": counts, "sums": sums}
+    live = {"codebook": params["vqgan"]["codebook"], **params["codebook_means"]}
+    zero = sum(
+        (((live[name] - old[name]) * (old[name] - new[name])).sum() for name in new),
+        start=jnp.zeros(()),
+    )
+    return zero, {
+        "codes_in_use": 1.0 - is_dead.mean(),
+        "codes_revived": is_dead.sum().astype(jnp.float32),
+    }
 
 
 def normalize_images(images: Array) -> Float[Array, "b h w 3"]:

@@ -62,6 +62,7 @@ class FitSettings:
       log_every: steps between two log lines.
       eval_fn: `eval_fn(state) -> {name: number}`, logged as `eval/<name>`.
       eval_every: steps between two evaluations, which also runs at the end; 0: never.
+      should_end: asked before every step; True ends the training there, after a save.
       progress: a progress bar on stderr.
       description: its label.
       with_stats: whether batches come as pairs `(batch, {name: number})`, whose numbers
@@ -83,6 +84,7 @@ class FitSettings:
     log_every: int = 50
     eval_fn: Callable[[TrainState], Mapping[str, float]] | None = None
     eval_every: int = 0
+    should_end: Callable[[], bool] = lambda: False
     progress: bool = True
     description: str = "train"
     with_stats: bool = False
@@ -155,7 +157,7 @@ def fit(
         _tracing(settings.profile) as trace,
         Watchdog(settings.watchdog_seconds, signs=settings.signs) as dog,
     ):
-        while step < num_steps and not stop.reached(step):
+        while step < num_steps and not settings.should_end() and not stop.reached(step):
             trace(step, state)
             dog.doing = f"reads the batch of step {step + 1}"
             with log.waiting():
@@ -179,7 +181,7 @@ def fit(
             if step > saved_step:
                 save()
             checkpoints.wait()
-    if step < num_steps:
+    if step < num_steps and not settings.should_end():
         logging.warning("stopped by a signal after step %d of %d", step, num_steps)
     return jax.block_until_ready(state)
 

@@ -203,6 +203,7 @@ def make_train_step(
     schedule: optax.Schedule | None = None,
     num_microbatches: int = 1,
     skip_nonfinite: bool = False,
+    assigned: tuple[str, ...] = (),
 ) -> TrainStep:
     """Compiles forward, backward and update into one function.
 
@@ -222,14 +223,33 @@ def make_train_step(
         hold fewer activations; the gradient is that of the whole batch.
       skip_nonfinite: a step whose loss or gradient is not finite changes neither
         parameters nor optimizer state, on any host; its metrics weigh nothing.
+      assigned: parameters, by name or the folder they are in, that the optimizer does not
+        see: the step subtracts their gradient, which the loss makes so that they become
+        what it wants (running means).
     """
     differentiate = _accumulated_gradient(loss_fn, num_microbatches)
+
+    def is_assigned(path: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return any(name == own or name.startswith(f"{own}/") for own in assigned)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, metrics, gradients = differentiate(state.params, batch, key, state.step)
+        moves = gradients
+        if assigned:
+            gradients = jax.tree_util.tree_map_with_path(
+                lambda path, g: jnp.zeros_like(g) if is_assigned(path) else g, moves
+            )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if assigned:
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, new, old, move: old - move if is_assigned(path) else new,
+                params,
+                state.params,
+                moves,
+            )
         metrics["objective"] = (loss, jnp.ones(()))
         gradient_norm = optax.tree.norm(gradients)
         metrics["gradient_norm"] = (gradient_norm, jnp.ones(()))

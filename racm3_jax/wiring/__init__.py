@@ -3,14 +3,16 @@
 config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
 """
 
-from racm3_jax.wiring.generators import load_generator, save_generator
-from racm3_jax.wiring.jobs import (
-    Job,
-    build_clip_job,
-    build_generator_job,
-    build_job,
-    build_vqgan_job,
+from racm3_jax.wiring.corpora import (
+    build_corpus,
+    build_world,
+    read_heldout,
+    read_memory_documents,
 )
+from racm3_jax.wiring.generators import load_generator, save_generator
+from racm3_jax.wiring.heldout import draw_heldout
+from racm3_jax.wiring.job import Job
+from racm3_jax.wiring.jobs import build_job
 from racm3_jax.wiring.parts import (
     build_embedder,
     build_episodes,
@@ -20,9 +22,7 @@ from racm3_jax.wiring.parts import (
     build_model_shape,
     build_retriever,
     build_tokenizer,
-    build_world,
     count_shards,
-    read_memory_documents,
     resolve,
 )
 from racm3_jax.wiring.sections import (
@@ -60,12 +60,11 @@ __all__ = [
     "TrainConfig",
     "abstract_batch",
     "build_abstract_training",
-    "build_clip_job",
     "build_coco_protocol",
+    "build_corpus",
     "build_embedder",
     "build_episodes",
     "build_flagworld_suite",
-    "build_generator_job",
     "build_generator_loss",
     "build_job",
     "build_likelihood_protocol",
@@ -78,12 +77,13 @@ __all__ = [
     "build_tokenizer",
     "build_trained_columns",
     "build_vocab",
-    "build_vqgan_job",
     "build_world",
     "construct",
     "count_shards",
+    "draw_heldout",
     "load_generator",
     "read_evaluation",
+    "read_heldout",
     "read_memory_documents",
     "read_training",
     "resolve",

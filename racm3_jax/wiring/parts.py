@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from jaxtyping import Int64
 
 from racm3_jax import checkpoints, checksums, sharding, storage
 from racm3_jax.buckets import is_url, refuse_url
-from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.documents.flagworld.names import make_labels, make_name
 from racm3_jax.index.sharded import SUFFIX
 from racm3_jax.memory.format import TABLE_DIRECTORY
@@ -58,10 +57,6 @@ def resolve(path: str | Path) -> Path:
     if text.startswith("shipped:"):
         return PACKAGE / "shipped" / text.removeprefix("shipped:")
     return Path(text).expanduser()
-
-
-def build_world(config: Any) -> FlagworldConfig:
-    return construct(FlagworldConfig, config.world, "world")
 
 
 def build_mesh(config: Any) -> Mesh:
@@ -304,11 +299,3 @@ def _read_classes(
     classes = np.full(len(memory), -1, np.int64)
     classes[rows] = np.where(names == 0, -1, numbers[found])
     return classes
-
-
-def read_memory_documents(config: Any) -> Iterator[Document]:
-    """What the memory holds: the training documents, and held-out nations if wanted."""
-    world = build_world(config)
-    if construct(MemoryConfig, config.memory, "memory").include_heldout:
-        yield from read_flagworld(world, "heldout_memory")
-    yield from read_flagworld(world, "train")

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from racm3_jax import checksums
 from racm3_jax.buckets import refuse_url
+from racm3_jax.documents.augmentation import NO_AUGMENTATION, AugmentationConfig
 from racm3_jax.documents.flagworld import FlagworldConfig
 from racm3_jax.evaluation.flagworld import SuiteSettings
 from racm3_jax.evaluation.flagworld_tasks import TaskSettings
@@ -53,6 +54,13 @@ class TrainConfig:
       max_skipped_steps: how many steps in a row may be skipped as not finite; with 0 the
         first one ends the training.
       watchdog_seconds: ends a process whose step takes longer; 0 never does.
+      eval_every: steps between two evaluations on held-out documents; 0 makes none.
+      eval_documents: how many held-out documents are judged.
+      patience: evaluations in a row without a lower held-out loss after which a training
+        ends; its best weights are the ones that are kept. 0 trains to the last step and
+        keeps the last weights.
+      sheet_rows: held-out documents of the sheet `samples/step-….png` that every
+        evaluation draws; 0 draws none.
     """
 
     num_steps: int
@@ -62,6 +70,10 @@ class TrainConfig:
     num_microbatches: int = 1
     max_skipped_steps: int = 0
     watchdog_seconds: float = 0.0
+    eval_every: int = 0
+    eval_documents: int = 64
+    patience: int = 0
+    sheet_rows: int = 4
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "checkpoint_every", "keep_checkpoints"):
@@ -69,6 +81,20 @@ class TrainConfig:
                 raise ValueError(
                     f"train.{name} must be >= 1; got {getattr(self, name)}"
                 )
+        for name in ("eval_every", "patience", "sheet_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"train.{name} must be >= 0; got {getattr(self, name)}"
+                )
+        if self.patience and not self.eval_every:
+            raise ValueError(
+                f"train.patience={self.patience} counts evaluations: give "
+                "train.eval_every, too"
+            )
+        if self.eval_documents < 2:
+            raise ValueError(
+                f"train.eval_documents must be >= 2; got {self.eval_documents}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +135,7 @@ class MemoryConfig:
       index: back end of searches; "table" looks them up (see `parts.prepare_search`).
       num_query_variants: queries with dropout of each document.
       query_drop: share of a query's words or patches that are dropped.
-      include_heldout: flagworld's held-out nations are in it as well.
+      include_heldout: held-out groups are in it as well (flagworld's held-out nations).
       cache: where a memory at a URL is copied to; "" is `~/.cache/racm3/memories`.
       verify_share: share of its bytes that is compared with their checksums when it is
         opened, in files chosen at random; what this machine has read before is not read
@@ -136,38 +162,58 @@ class InceptionConfig:
     resizing: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Training:
+    """What every training has.
+
+    Attributes:
+      world: a flagworld to train on; without one, `source` is.
+      source: documents to train on, see `documents.sources`.
+      group_key: the metadata key that says "the same thing", see there.
+      holdout: the groups that no training sees, see there.
+      augmentation: changes of the images that are trained on.
+    """
+
     kind: str
     seed: int
     optimizer: OptimizerConfig
     mesh: MeshConfig
     train: TrainConfig
+    world: FlagworldConfig | None = None
+    source: str = ""
+    group_key: str = ""
+    holdout: str = ""
+    augmentation: AugmentationConfig = NO_AUGMENTATION
+
+    def __post_init__(self) -> None:
+        if self.world is not None and (self.source or self.group_key or self.holdout):
+            raise ValueError(
+                "config.world is a flagworld with groups and held-out nations of its own: "
+                "leave config.source, group_key and holdout empty, or leave world out"
+            )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VQGANTraining(_Training):
     """A file with `kind = "vqgan"`."""
 
     vqgan: VQGANConfig
     vqgan_loss: VQGANLossConfig
-    world: FlagworldConfig
     batch_size: int
     codebook_images: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTraining(_Training):
     """A file with `kind = "clip"`. `clip.vocab_size` is the text tokenizer's."""
 
     clip: CLIPConfig
     clip_loss: CLIPLossConfig
     text_tokenizer: TextTokenizerConfig
-    world: FlagworldConfig
     batch_size: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorTraining(_Training):
     """A file with `kind = "generator"`. `model.vocab_size` is the tokenizer's.
 
@@ -175,7 +221,8 @@ class GeneratorTraining(_Training):
       embedder: folder of the CLIP that made the memory.
       embedder_dtype: what it computes in, see `CLIPConfig.compute_dtype`.
       init_from: folder of weights to begin with; "" begins at random.
-      memory_path: a memory that exists, or the URL of one; "" builds flagworld's in the work directory.
+      memory_path: a memory that exists, or the URL of one; "" builds one of the corpus in
+        the work directory.
       vocab: of a model whose tokenizer is not at hand (`racm3 estimate`).
       train_only: see `steps.TRAIN_ONLY`.
       num_train_documents: of the quickstart's memory.
@@ -194,7 +241,6 @@ class GeneratorTraining(_Training):
     init_from: str = ""
     memory_path: str = ""
     train_only: str = "all"
-    world: FlagworldConfig | None = None
     vocab: Vocab | None = None
     episodes: EpisodeConfig | None = None
     pairing: PairingConfig | None = None

@@ -107,6 +107,7 @@ def build_train_step(
     init_fn: Callable[[jax.Array], Any],
     make_state: Callable[[optax.GradientTransformation], TrainState],
     trained: TrainedColumns | None = None,
+    assigned: tuple[str, ...] = (),
 ) -> tuple[TrainState, TrainStep]:
     """The optimizer's state and the step, from the sections that all trainings have.
 
@@ -117,6 +118,7 @@ def build_train_step(
       init_fn: key -> parameters, boxed; only their names and axes are asked for.
       make_state: `make_state(optimizer)` -> the first state, real or abstract.
       trained: the only part that is trained, if not all.
+      assigned: see `make_train_step`.
     """
     train = construct(TrainConfig, config.train, "train")
     settings = construct(
@@ -137,6 +139,7 @@ def build_train_step(
         schedule=build_schedule(settings),
         num_microbatches=train.num_microbatches,
         skip_nonfinite=train.max_skipped_steps > 0,
+        assigned=assigned,
     )
     return state, step
 

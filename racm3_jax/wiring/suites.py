@@ -36,10 +36,10 @@ from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import Document
+from racm3_jax.wiring.corpora import build_world
 from racm3_jax.wiring.generators import load_generator
 from racm3_jax.wiring.parts import (
     build_memory,
-    build_world,
     open_memory,
     resolve,
 )

@@ -20,7 +20,7 @@ from racm3_jax.buckets import is_url
 from racm3_jax.sharding import sharing
 from racm3_jax.training.mirror import PUSH_SECONDS, Mirror
 from racm3_jax.training.processes import wait_for_all
-from racm3_jax.wiring.jobs import Job
+from racm3_jax.wiring.job import Job
 from racm3_jax.wiring.sections import read_training
 
 LOCK_NAME = "training.lock"
@@ -28,11 +28,13 @@ LOCK_NAME = "training.lock"
 _CLAIM = {"config.json", LOCK_NAME}
 # What trainings write: in a directory without a config.json, it is somebody else's.
 _OUTPUTS = (
+    "best",
     "checkpoints",
     "clip",
     "loss.png",
     "metrics.jsonl",
     "model",
+    "samples",
     "source",
     "tensorboard",
     "text",
@@ -51,6 +53,7 @@ _MAY_CHANGE = (
     "config.train.keep_checkpoints",
     "config.train.log_every",
     "config.train.num_microbatches",
+    "config.train.sheet_rows",
     "config.train.watchdog_seconds",
 )
 

@@ -28,6 +28,8 @@ def picture(level=0):
 class Recorder:
     """Stands in for `Generator`: writes calls down and answers with fixed samples."""
 
+    retriever = None
+
     def __init__(self):
         self.calls = []
 
@@ -99,6 +101,7 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
         "--out=x.png",
         "--guidance=3",
         "--seed=7",
+        "--scale=2",
         "--json",
     )
     printed = json.loads(capsys.readouterr().out)
@@ -107,6 +110,18 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
     with open("x.json") as file:
         beside = json.load(file)
     assert printed == inside == beside
+    assert printed["samples"] == ["x-0.png", "x-1.png"]
+    with Image.open("x-1.png") as image:
+        alone = json.loads(image.text[PNG_KEY])  # pyright: ignore[reportAttributeAccessIssue]
+        assert image.size == (16, 16) and alone == inside | {"sample": 1}
+    run("caption", "--image=x.png", "--json")
+    note = json.loads(capsys.readouterr().out)["note"]
+    assert (
+        note == "x.png is a sheet of 2 samples: give one of them, the best is x-0.png"
+    )
+    run("caption", "--image=x-0.png", "--json")
+    assert json.loads(capsys.readouterr().out)["note"] == ""
+    del generator.calls[1:]
     assert printed["prompt"] == "a flag" and printed["seed"] == 7
     assert printed["retrieved"] == [
         {"id": "m1", "score": 0.5, "source": "http://x", "licence": "CC0"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from racm3_jax.memory.builder import build_memory
 class Tokenizer(FakeTokenizer):
     def decode(self, document):
         return make_document(int(document.id.split("-")[1]), source=document.source)
+
+    def decode_text(self, document):
+        return self.decode(document).text
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +119,43 @@ def test_from_build_to_removal(capsys, tmp_path):
     assert "28 documents, 0 removed" in capsys.readouterr().out
 
 
+def test_words_rank_captions_and_need_no_encoder(capsys, tmp_path):
+    path = build(tmp_path)
+    out = (f"--out={tmp_path}/a.png", f"--memory={path}", "--json", "--k=3")
+    run("search", *out, "--words=SCENE1 nation3")
+    found = output(capsys)["results"]
+    assert found[0]["text"] == "nation3 on scene1" and len(found) == 3
+    assert found[0]["score"] > found[1]["score"] > 0
+    with pytest.raises(
+        UsageError, match="no caption of .* has a word of --words='duck'"
+    ):
+        run("search", *out, "--words=duck")
+
+
+def test_an_encoder_that_does_not_fit_is_named(capsys, tmp_path, monkeypatch):
+    class Mixed(FakeEmbedder):
+        """Images have nothing to do with their texts."""
+
+        alignment = None
+        text_tokenizer = types.SimpleNamespace(encode=list)  # a token a letter
+
+        def embed_images(self, images, drop=0.0, rng=None):
+            names = [(f"a{i[0, 0, 0]}", f"b{i[0, 0, 1]}") for i in images]
+            return self._embed(names, "image", drop, rng)
+
+    monkeypatch.setattr(family, "_load_models", lambda _: (Tokenizer(), Mixed()))
+    path = build(tmp_path)
+    assert "note: the encoder does not fit these documents" in capsys.readouterr().out
+    run("search", f"--memory={path}", f"--out={tmp_path}/a.png", "--text=x y", "--json")
+    note = output(capsys)["note"]
+    assert "of 40 samples (50% is chance), and a word of them takes" in note
+    assert "racm3 fit --source" in note
+    # One that keeps texts and images apart is judged by the words that it knows.
+    Mixed.text_tokenizer = types.SimpleNamespace(encode=str.split)
+    run("search", f"--memory={path}", f"--out={tmp_path}/a.png", "--text=x y", "--json")
+    assert output(capsys)["note"] == ""
+
+
 def test_wrong_input(tmp_path):
     path = build(tmp_path)
     memory = f"--memory={path}"
@@ -122,7 +163,7 @@ def test_wrong_input(tmp_path):
         UsageError, match="use it, give another path, or replace it .--over"
     ):
         run("build", f"--source=jsonl:{tmp_path}/in/*.jsonl", memory)
-    with pytest.raises(UsageError, match="--text or --image"):
+    with pytest.raises(UsageError, match="--text, --image or --words"):
         run("search", memory)
     with pytest.raises(UsageError, match="'no-such'; nothing was removed"):
         run("remove", memory, "--ids=no-such")

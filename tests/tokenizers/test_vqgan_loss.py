@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from racm3_jax.tokenizers import vqgan_loss as vqgan_loss_lib
 from racm3_jax.tokenizers.vqgan import VQGANConfig
 from racm3_jax.tokenizers.vqgan_loss import (
     Discriminator,
@@ -126,3 +128,33 @@ def test_without_an_adversary_there_is_no_discriminator():
 def test_a_negative_weight_is_named():
     with pytest.raises(ValueError, match="vqgan_loss.l1_weight must be >= 0; got -1"):
         VQGANLossConfig(l1_weight=-1)
+
+
+def test_codes_follow_the_mean_of_their_latents_and_unused_ones_move():
+    """a a b: code 0 is chosen twice, 1 once, 2 never; the gradient is old less new."""
+    codebook = jnp.array([[0.0, 0.0], [8.0, 0.0], [50.0, 50.0]])
+    means = {"counts": jnp.array([1.0, 1.0, 0.1]), "sums": codebook * 1.0}
+    params = {"vqgan": {"codebook": codebook}, "codebook_means": means}
+    latents = jnp.array([[1.0, 0.0], [3.0, 0.0], [8.0, 6.0]])
+    quantized = types.SimpleNamespace(
+        latents=latents[None, None], codes=jnp.array([[0, 0, 1]])
+    )
+    settings = VQGANLossConfig(codebook_decay=0.5, revive_below=0.1)
+
+    def moved(params):
+        return vqgan_loss_lib._move_codes(settings, params, quantized, KEY)
+
+    (zero, facts), gradient = jax.value_and_grad(moved, has_aux=True)(params)
+    assert float(zero) == 0 and float(facts["codes_revived"]) == 1
+    assert float(facts["codes_in_use"]) == pytest.approx(2 / 3)
+    new = jax.tree.map(lambda old, g: old - g, params, gradient)
+    # Counts are 1/2 · 1 + 1/2 · 2 and 1/2 · 1 + 1/2 · 1; sums (0 + 4) / 2, (8 + 8) / 2, 3.
+    np.testing.assert_allclose(new["codebook_means"]["counts"], [1.5, 1.0, 0.2])
+    found = np.asarray(new["vqgan"]["codebook"])
+    np.testing.assert_allclose(found[:2], [[4 / 3, 0], [8, 3]], rtol=1e-6)
+    assert any(np.allclose(found[2], latent, atol=1e-5) for latent in latents)
+
+
+def test_a_codebook_that_is_a_grid_cannot_follow():
+    with pytest.raises(ValueError, match="quantizer is 'fsq': set it to 0"):
+        init_vqgan(CONFIG, VQGANLossConfig(codebook_decay=0.9), KEY)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from racm3_jax import sharding
@@ -157,3 +158,28 @@ def test_rows_must_divide(toy):
     batch = toy.make_batch(np.random.default_rng(0), rows=6)
     with pytest.raises(sharding.ShardingError, match="6 rows does not divide over 8"):
         step_fn(state, batch)
+
+
+def test_an_assigned_parameter_moves_by_its_gradient_unseen_by_the_optimizer():
+    mesh = sharding.make_mesh(data=-1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+
+    def loss_fn(params, batch, key, step):
+        del key, step
+        # 0, whose gradient is the old mean less the new one, 103.
+        old = jax.lax.stop_gradient(params["means"]["a"])
+        zero = (params["means"]["a"] - old) * (old - 103.0)
+        loss = 0.5 * params["w"] ** 2 * batch.mean() + zero
+        return loss, {"loss": (loss, jnp.ones(()))}
+
+    params = {"w": jnp.float32(0.5), "means": {"a": jnp.float32(3.0)}}
+    state = init_state(
+        lambda key: params, optimizer, mesh, jax.random.key(0), params=params
+    )
+    step_fn = make_train_step(loss_fn, optimizer, mesh, state, assigned=("means",))
+    state, metrics = step_fn(state, np.ones(8, np.float32))
+    assert float(state.params["means"]["a"]) == 103.0
+    assert (
+        float(state.params["w"]) == 0.25
+    )  # not clipped by the other's gradient of 100
+    assert float(metrics["gradient_norm"][0]) == 0.5

@@ -1,0 +1,90 @@
+"""A generator for your own pictures, behind own_tokenizer and own_clip.
+
+    racm3 train --config=configs/own_generator.py --workdir=out/generator \
+        --config.source=folder:photos --config.tokenizer.image=out/tokenizer/vqgan \
+        --config.tokenizer.text=out/clip/text --config.embedder=out/clip/clip
+
+`:64`, `:128` (the default) and `:256` are the image tokenizer's pixels of a side. The
+memory of the training documents is built in the work directory, unless
+`config.memory_path` names one.
+"""
+
+from ml_collections import ConfigDict
+
+# Codes of an image, and what a row holds: two retrieved documents and the main one.
+_ROW_LENGTHS = {"64": 320, "128": 896, "256": 3328}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: side of the images in pixels, "64", "128" or "256"."""
+    if arg not in ("", *_ROW_LENGTHS):
+        raise ValueError(f"configs/own_generator.py:{arg}: use :64, :128 or :256")
+    row_length = _ROW_LENGTHS[arg or "128"]
+    is_large = arg == "256"
+    config = ConfigDict()
+    config.kind = "generator"
+    config.seed = 0
+    config.source = ""
+    config.group_key = ""
+    config.holdout = "0.1"
+    # Target and documents are changed alike; no hue, since captions name colours.
+    config.augmentation = dict(mirror=True, shift=0.1, num_variants=7)
+    config.tokenizer = dict(text="", image="", num_sentinels=16)
+    config.embedder = ""
+    config.init_from = ""
+    config.memory_path = ""
+    config.memory = dict(
+        index="auto", num_query_variants=2, query_drop=0.2, include_heldout=False
+    )
+    # A CLIP of few pictures puts them close together: only near copies are dropped.
+    config.strategy = dict(max_similarity=0.98, num_candidates=24)
+    config.masking = dict(
+        num_masks="poisson_clamp0", mean=0.3, rotation_probability=0.25
+    )
+    config.pipeline = dict(
+        rows=32 if is_large else 4,
+        row_length=row_length,
+        examples_per_batch=44 if is_large else 6,
+        max_documents=2,
+        alpha=0.1,
+        query_modality="both",
+        retrieval=True,
+        groups=1,
+    )
+    config.model = dict(
+        d_model=768 if is_large else 256,
+        num_layers=12 if is_large else 4,
+        num_heads=6 if is_large else 4,
+        head_dim=128 if is_large else 64,
+        d_ff=3072 if is_large else 1024,
+        max_length=row_length,
+        position="rope",
+        norm="rmsnorm",
+        qk_norm=True,
+        activation="gelu",
+        compute_dtype="bfloat16",
+    )
+    config.loss = dict(z_loss=1e-5)
+    config.optimizer = dict(
+        learning_rate=5e-4 if is_large else 2e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        b1=0.9,
+        b2=0.98,
+        weight_decay=0.05,
+        clip_norm=1.0,
+    )
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.train = dict(
+        num_steps=20_000 if is_large else 2000,
+        log_every=25,
+        checkpoint_every=100,
+        num_microbatches=1,
+        max_skipped_steps=5,
+        watchdog_seconds=0.0,
+        eval_every=1000 if is_large else 200,
+        eval_documents=32,
+        patience=3,
+        sheet_rows=4,
+    )
+    return config

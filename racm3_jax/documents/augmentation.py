@@ -1,0 +1,118 @@
+"""Images changed as a camera might: mirrored, shifted, with other colours.
+
+A change is drawn once and applied to any number of images, so that a target and the
+documents that it is read with can share it. Which one is drawn is the caller's: a
+function of a seed and a number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+Images = UInt8[np.ndarray, "images height width 3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+    """`config.augmentation`: which changes, and how many of them.
+
+    Attributes:
+      mirror: half of the changes exchange left and right: not for captions that name a
+        side, nor for images of writing.
+      shift: images are moved by at most this share of their side; what comes in is
+        mirrored at the border.
+      hue: colours are turned by at most this part of their circle: not for captions that
+        name colours.
+      num_variants: of a generator, whose images are tokenised ahead: the changes that
+        its examples choose from, beside none. Each takes the disk of all tokens again.
+    """
+
+    mirror: bool = False
+    shift: float = 0.0
+    hue: float = 0.0
+    num_variants: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("shift", "hue"):
+            if not 0 <= getattr(self, name) <= 0.5:
+                raise ValueError(
+                    f"augmentation.{name} must lie in 0..0.5; got {getattr(self, name)}"
+                )
+        if self.num_variants < 0:
+            raise ValueError(
+                f"augmentation.num_variants must be >= 0; got {self.num_variants}"
+            )
+
+    @property
+    def changes_images(self) -> bool:
+        return bool(self.mirror or self.shift or self.hue)
+
+
+NO_AUGMENTATION = AugmentationConfig()
+
+
+class Change(NamedTuple):
+    """One change: left and right exchanged, moved (shares of the side), hue turned."""
+
+    mirrored: bool
+    down: float
+    right: float
+    turn: float
+
+
+def sample_change(config: AugmentationConfig, rng: np.random.Generator) -> Change:
+    """Draws one of the changes that `config` allows, uniformly."""
+    mirrored = bool(rng.random() < 0.5) and config.mirror
+    down, right = rng.uniform(-config.shift, config.shift, 2)
+    return Change(mirrored, down, right, rng.uniform(-config.hue, config.hue))
+
+
+def change_images(images: Images, change: Change) -> Images:
+    """The images with one change applied to all of them.
+
+    a b c d, moved right by a quarter  ->  b a b c      (mirrored at the border)
+    """
+    _, height, width, _ = images.shape
+    if change.mirrored:
+        images = images[:, :, ::-1]
+    rows = _moved(height, change.down)
+    columns = _moved(width, change.right)
+    images = images[:, rows[:, None], columns[None]]
+    if not change.turn:
+        return images
+    turned = images.astype(np.float32) @ _hue_rotation(change.turn)
+    return np.clip(np.round(turned), 0, 255).astype(np.uint8)
+
+
+def augment_each(
+    images: Images, config: AugmentationConfig, rng: np.random.Generator
+) -> Images:
+    """Every image with a change of its own."""
+    if not config.changes_images:
+        return images
+    changes = [sample_change(config, rng) for _ in range(len(images))]
+    return np.concatenate(
+        [change_images(images[i : i + 1], change) for i, change in enumerate(changes)]
+    )
+
+
+def _moved(length: int, share: float) -> Int[np.ndarray, " length"]:
+    """Where each row comes from; beyond the border it runs back."""
+    places = np.abs(np.arange(length) - round(share * length))
+    return np.where(places >= length, 2 * (length - 1) - places, places)
+
+
+def _hue_rotation(turn: float) -> np.ndarray:
+    """Rows of RGB times this are turned about the axis of the greys."""
+    angle = 2 * math.pi * turn
+    cosine, sine = math.cos(angle), math.sin(angle) / math.sqrt(3)
+    third = (1 - cosine) / 3
+    matrix = np.full((3, 3), third, np.float32)
+    matrix += cosine * np.eye(3, dtype=np.float32)
+    matrix += sine * np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]], np.float32)
+    return matrix

@@ -1,0 +1,165 @@
+"""What a model is trained on, and what it is judged by: one corpus, split by groups.
+
+source     "folder:photos", or "2*folder:own + webdataset:more/*.tar": documents of
+           the first are seen twice an epoch
+group_key  the metadata key that says "the same thing"; without one every document is
+           a group of its own
+holdout    "0.1"               this share of the groups, chosen by their names
+           "split=val,test"    documents whose metadata have one of these values
+           "panda,violin"      these groups; a file of them ends in .txt, one a line
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
+from racm3_jax.documents.readers import parse_source, read_documents
+from racm3_jax.types import Document
+
+# Metadata keys that a corpus writes into its documents.
+SPLIT_KEY, TIMES_KEY = "split", "times"
+_WEIGHTED = re.compile(r"(\d+(?:\.\d+)?)\*(.+)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order, with their split in `metadata["split"]`.
+
+    Attributes:
+      group_key: metadata key of what is the same thing; "" where nothing says it.
+      train: reads what is trained on.
+      heldout: reads what a model is judged by: of groups that no training sees.
+      shown: reads what a memory may show of held-out groups.
+      times: how often a document may be seen in an epoch, every value that occurs.
+    """
+
+    group_key: str
+    train: Callable[[], Iterator[Document]]
+    heldout: Callable[[], Iterator[Document]]
+    shown: Callable[[], Iterator[Document]]
+    times: tuple[float, ...] = (1.0,)
+
+    def group(self, document: Document) -> str:
+        """The name of the document's group."""
+        return _group(document, self.group_key)
+
+
+def flagworld_corpus(world: FlagworldConfig) -> Corpus:
+    """The built-in world: its held-out nations are in the memory in other scenes."""
+    measured = world
+    if world.description_share:
+        # Where some captions describe their image, those of a measurement do.
+        measured = dataclasses.replace(world, description_share=1.0)
+    return Corpus(
+        "nation_id",
+        functools.partial(read_flagworld, world, "train"),
+        functools.partial(read_flagworld, measured, "heldout_test"),
+        functools.partial(read_flagworld, world, "heldout_memory"),
+    )
+
+
+def source_corpus(source: str, group_key: str = "", holdout: str = "") -> Corpus:
+    """A corpus of files; see the module for what the three settings may say.
+
+    Raises:
+      ValueError: a setting that cannot be understood.
+      FileNotFoundError: `holdout` names a file that is not there.
+    """
+    weighted = parse_sources(source)
+    is_held_out = _read_holdout(holdout)
+
+    def read(held_out: bool) -> Iterator[Document]:
+        for place, times in weighted:
+            for document in read_documents(place):
+                name = _group(document, group_key)
+                if is_held_out(name, document) != held_out:
+                    continue
+                facts = {SPLIT_KEY: "heldout" if held_out else "train"}
+                if times != 1:
+                    facts[TIMES_KEY] = str(times)
+                metadata = {**document.metadata, **facts}
+                yield dataclasses.replace(document, metadata=metadata)
+
+    return Corpus(
+        group_key,
+        functools.partial(read, False),
+        functools.partial(read, True),
+        functools.partial(read, True),
+        tuple(sorted({times for _, times in weighted})),
+    )
+
+
+def parse_sources(source: str) -> list[tuple[str, float]]:
+    """`"2*folder:a + folder:b"` -> `[("folder:a", 2.0), ("folder:b", 1.0)]`.
+
+    Raises:
+      ValueError: an unknown kind, no path, or a weight of 0.
+    """
+    found = []
+    for part in source.split(" + "):
+        weighted = _WEIGHTED.fullmatch(part.strip())
+        place, times = part.strip(), 1.0
+        if weighted is not None:
+            place, times = weighted[2].strip(), float(weighted[1])
+        if not times:
+            raise ValueError(
+                f"the source {part.strip()!r} has the weight 0: leave it out"
+            )
+        parse_source(place)
+        found.append((place, times))
+    return found
+
+
+def _group(document: Document, key: str) -> str:
+    name = document.metadata.get(key)
+    return document.id if name is None or name == "" else str(name)
+
+
+def _read_holdout(holdout: str) -> Callable[[str, Document], bool]:
+    """(name of the group, document) -> whether it is held out."""
+    holdout = holdout.strip()
+    if not holdout:
+        return lambda name, document: False
+    try:
+        share = float(holdout)
+    except ValueError:
+        pass
+    else:
+        if not 0 <= share < 1:
+            raise ValueError(
+                f"config.holdout is {holdout}; as a share it must lie in 0..1, as 0.1"
+            )
+        return lambda name, document: _place(name) < share
+    key, equals, values = holdout.partition("=")
+    if equals:
+        wanted = {value.strip() for value in values.split(",")}
+        return lambda name, document: str(document.metadata.get(key)) in wanted
+    if holdout.endswith(".txt"):
+        lines = Path(holdout).expanduser().read_text(encoding="utf-8").splitlines()
+    else:
+        lines = holdout.split(",")
+    names = {line.strip() for line in lines if line.strip()}
+    return lambda name, document: name in names
+
+
+def _place(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+
+
+def repeat_rows(
+    times: Float[np.ndarray, " rows"], seed: int
+) -> Int64[np.ndarray, " seen"]:
+    """Every row as often as it is to be seen in an epoch; 1.5 is once or twice."""
+    chance = np.random.default_rng([seed, len(times)]).random(len(times))
+    counts = np.floor(times + chance).astype(np.int64)
+    return np.repeat(np.arange(len(times)), counts)

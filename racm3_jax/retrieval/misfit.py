@@ -1,0 +1,90 @@
+"""Whether an embedder was made for a memory's documents, told from a sample of them.
+
+An embedder brings texts and images of its own kind of documents together, or at least
+knows their words. Where it does neither, a search finds trucks for "a duck".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int64
+
+from racm3_jax.memory.memory import Memory
+from racm3_jax.retrieval.alignment import Alignment, measure_alignment
+from racm3_jax.retrieval.embedder import DocumentEmbedder
+from racm3_jax.tokenizers.mixed import MixedTokenizer
+
+_NUM_SAMPLED = 256
+# Below it a text is hardly nearer to its own image than to another's (chance is 0.5).
+MIN_FIT = 0.75
+# A text tower that was trained on such captions has most of their words in its vocabulary.
+_MAX_TOKENS_PER_WORD = 2.0
+# Fewer pairs say too little.
+_MIN_PAIRS = 8
+
+
+def explain_misfit(
+    memory: Memory, tokenizer: MixedTokenizer, embedder: DocumentEmbedder | None
+) -> str:
+    """What is wrong and which command mends it; "" where the embedder fits.
+
+    An embedder that keeps texts and images apart by design is judged by whether it knows
+    the words of the captions.
+
+    Args:
+      memory: whose documents.
+      tokenizer: the `MixedTokenizer` that they were made with.
+      embedder: that embedded them; None where only its embeddings are known.
+    """
+    rows = _sample(memory)
+    if len(rows) < _MIN_PAIRS:
+        return ""
+    found = measure_rows(memory, rows)
+    if found.preference >= MIN_FIT:
+        return ""
+    reason = (
+        f"a caption of this memory is nearer to its own image than to another's in "
+        f"{found.preference:.0%} of {len(rows)} samples (50% is chance)"
+    )
+    if embedder is not None:
+        aligns = embedder.alignment is not None and embedder.alignment.may_rank
+        words = _tokens_per_word(memory, rows, tokenizer, embedder)
+        if not aligns and words <= _MAX_TOKENS_PER_WORD:
+            return ""
+        reason += f", and a word of them takes {words:.1f} tokens of its encoder"
+    return (
+        f"the encoder does not fit these documents: {reason}, so that what is found by a "
+        "text may be anything. Train one on them (racm3 fit --source=…), or convert a "
+        "public CLIP (racm3 convert clip SRC OUT) and build the memory again with "
+        "--embedder=OUT; racm3 memory search --words=… finds captions by their words"
+    )
+
+
+def measure_rows(memory: Memory, rows: Int64[np.ndarray, " n"]) -> Alignment:
+    """The alignment of the stored text and image parts of these rows."""
+    return measure_alignment(
+        np.asarray(memory.text_embeddings[rows], np.float32),
+        np.asarray(memory.image_embeddings[rows], np.float32),
+    )
+
+
+def _sample(memory: Memory) -> Int64[np.ndarray, " n"]:
+    """Rows with a text and an image, spread over the memory, no text twice."""
+    rows = memory.allowed_ids()
+    rows = rows[memory.is_multimodal[rows]]
+    places = np.linspace(0, len(rows) - 1, min(len(rows), _NUM_SAMPLED)).astype(int)
+    rows = rows[np.unique(places)]
+    texts = np.asarray(memory.text_embeddings[rows])
+    return np.sort(rows[np.unique(texts, axis=0, return_index=True)[1]])
+
+
+def _tokens_per_word(
+    memory: Memory,
+    rows: Int64[np.ndarray, " n"],
+    tokenizer: MixedTokenizer,
+    embedder: DocumentEmbedder,
+) -> float:
+    texts = [tokenizer.decode_text(document) for document in memory.documents(rows)]
+    num_words = sum(len(text.split()) for text in texts)
+    num_tokens = sum(len(embedder.text_tokenizer.encode(text)) for text in texts)
+    return num_tokens / max(1, num_words)

@@ -1,0 +1,147 @@
+"""`racm3 fit` in small: from files to drawings, stopped and resumed at every stage."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from racm3_jax import fit, run
+from racm3_jax.commands.configs import find_config, load_config_file
+from racm3_jax.fit import Pictures, choose_plan, look_at
+from racm3_jax.metrics import read_jsonl
+
+STEPS = {"tokenizer_steps": 2, "clip_steps": 2, "generator_steps": 2}
+SIZES = {"num_codes": 16, "d_model": 64, "num_layers": 1, "num_variants": 1}
+SMALL = STEPS | SIZES | {"batch_size": 8, "image_size": 64}
+
+
+def load_small(name, argument):
+    """The shipped files with networks that compile in a second."""
+    config = load_config_file(find_config(name) + (argument and f":{argument}"))
+    config.train.sheet_rows = 1
+    config.train.eval_documents = 10 if config.kind == "clip" else 3
+    if config.kind == "vqgan":
+        config.vqgan.update(
+            {"stem_patch": 8, "channels": 8, "channel_multipliers": (1,)}
+        )
+        config.vqgan.update({"z_channels": 8, "d_code": 4, "norm_groups": 4})
+        config.codebook_images = 4
+    elif config.kind == "clip":
+        for tower in ("vision", "text"):
+            config.clip[f"{tower}_width"] = config.clip.d_embed = 16
+            config.clip[f"{tower}_layers"] = 1
+        config.clip.patch_size = 32
+        config.text_tokenizer.vocab_size = 270
+    else:
+        config.pipeline.rows, config.pipeline.examples_per_batch = 8, 8
+        config.pipeline.window_steps = 2
+        config.model.compute_dtype = "float32"
+    return config
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit") / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"picture {i} of noise")
+    return folder
+
+
+def test_sizes_follow_the_pictures_and_the_machine():
+    few = choose_plan(Pictures(200, 192), cores=2, accelerated=False)
+    assert (few.image_size, few.num_codes) == (128, 512)
+    assert choose_plan(Pictures(200, 90), 2, False).image_size == 64
+    assert choose_plan(Pictures(50_000, 512), 2, False).image_size == 64
+    large = choose_plan(Pictures(50_000, 512), 16, True)
+    assert large.image_size == 256 and large.generator_steps > few.generator_steps
+
+
+@pytest.mark.slow
+def test_it_runs_from_files_to_drawings_and_resumes(photos, tmp_path, monkeypatch):
+    """Every stage is cut off once: before its training, or in it by a signal."""
+    workdir, cut = tmp_path / "run", []
+    run_training, build_memory = run.run_training, fit.wiring.build_memory
+
+    def cut_training(config, folder):
+        if folder.name not in cut:
+            cut.append(folder.name)
+            whole = run_training(config, folder, progress=False)
+            return whole._replace(has_ended=False)
+        return run_training(config, folder, progress=False)
+
+    def cut_memory(*arguments, **options):
+        if "memory" not in cut:
+            cut.append("memory")
+            raise KeyboardInterrupt
+        return build_memory(*arguments, **options)
+
+    monkeypatch.setattr(run, "run_training", cut_training)
+    monkeypatch.setattr(fit.wiring, "build_memory", cut_memory)
+
+    def begin(**changed):
+        options = {"holdout": "0.3", "sizes": SMALL} | changed
+        fit.main(f"folder:{photos}", workdir, load_small, **options)
+
+    for stage in ("tokenizer", "clip", "memory", "generator"):
+        with pytest.raises((fit.StoppedEarly, KeyboardInterrupt)):
+            begin()
+        assert cut[-1] == stage
+    begin()
+    assert (workdir / "samples.png").stat().st_size > 1000
+    report = (workdir / "report.html").read_text()
+    assert "bits_per_image" in report and "own pictures" in report
+    for name in ("tokenizer", "generator"):
+        sheets = sorted(p.name for p in (workdir / name / "samples").iterdir())
+        assert sheets == ["step-000001.png", "step-000002.png"]
+    lines = read_jsonl(workdir / "generator")
+    assert all(line["eval/bits_per_image"] > 0 for line in lines)
+
+
+def test_stages_that_are_done_are_not_run_again(photos, tmp_path, monkeypatch):
+    """By stand-ins: the order, what each gets, and where a stopped one goes on."""
+    runs, stops = [], ["clip"]
+
+    def train(config, folder):
+        runs.append((folder.name, config.train.num_steps, config.source))
+        if folder.name in stops:
+            stops.remove(folder.name)
+            return run.Training(types.SimpleNamespace(step=1), False)  # type: ignore[arg-type]
+        exported = {"tokenizer": "vqgan", "clip": "clip", "generator": "model"}
+        (folder / exported[folder.name]).mkdir(parents=True)
+        (folder / exported[folder.name] / "manifest.json").touch()
+        line = {"step": 1, "eval/loss": 2.5, "eval/psnr": 21.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return run.Training(types.SimpleNamespace(step=2), True)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "run_training", train)
+    monkeypatch.setattr(fit._Chain, "memory", lambda self: runs.append("memory"))
+    monkeypatch.setattr(fit._Chain, "report", lambda self: runs.append("report"))
+
+    def begin(**changed):
+        options = {"holdout": "0.3", "sizes": SMALL} | changed
+        fit.main(f"folder:{photos}", tmp_path, load_small, **options)
+
+    with pytest.raises(fit.StoppedEarly, match="saved clip after step 1 of 2"):
+        begin()
+    begin()
+    source = f"folder:{photos}"
+    trained = [(name, 2, source) for name in ("tokenizer", "clip", "clip", "generator")]
+    assert runs == [*trained[:3], "memory", trained[3], "report"]
+    with pytest.raises(ValueError, match="begun with another --num_codes"):
+        begin(sizes=SMALL | {"num_codes": 8})
+    with pytest.raises(ValueError, match=r"another --holdout \('0.3'\)"):
+        begin(holdout="0.2")
+
+
+def test_a_source_without_images_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(ValueError, match="shows no image"):
+        look_at(f"folder:{tmp_path}")
