@@ -226,6 +226,14 @@ def _add_sampling(sub: Any, guided: bool = True) -> None:
 
 def _add_ranking(sub: Any) -> None:
     sub.add_argument(
+        "--draft",
+        choices=("auto", "off", "table", "jacobi"),
+        default="auto",
+        help="how the next codes of an image are guessed, so that one pass gives several: "
+        "by a table counted over the memory, by the pass before, not at all; auto is what "
+        "is fastest; the images are the same",
+    )
+    sub.add_argument(
         "--rank_by",
         choices=("auto", "clip", "document", "likelihood"),
         default="auto",
@@ -368,6 +376,8 @@ def _infill(arguments: Arguments) -> None:
             raise ValueError("--text writes no image: leave --rank_by=document out")
         if arguments.preview:
             raise ValueError("--text writes no image: leave --preview out")
+        if arguments.draft != "auto":
+            raise ValueError("--text writes no image: leave --draft out")
         output = _open(arguments).infill_text(
             arguments.text, image, **common, **_sampling(arguments, guided=False)
         )
@@ -464,6 +474,8 @@ def _open(arguments: Arguments) -> Any:
 
 def _sampling(arguments: Arguments, guided: bool = True) -> dict[str, Any]:
     names = ["num_samples", "seed", "temperature", "top_p", "top_k"]
+    if hasattr(arguments, "draft"):
+        names.append("draft")
     if guided:
         names += ["guidance", "contrastive_k", "contrastive_alpha", "guide_documents"]
     return {name: getattr(arguments, name) for name in names}

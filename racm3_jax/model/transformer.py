@@ -151,7 +151,8 @@ class Transformer(nn.Module):
             x, cached = self._layer(i, "prefill", x, rotary, segment_ids)
             layers.append(cached.pad(max_length))
         cache = Cache(layers=tuple(layers), length=lengths.astype(jnp.int32))
-        return self._last_logits(x, lengths), cache
+        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return self._logits(last), cache
 
     def prefill_behind(
         self,
@@ -189,6 +190,47 @@ class Transformer(nn.Module):
           cache: what was read so far; rows may differ in length.
           head: columns of the head, where only some ids' logits are asked for.
         """
+        x, layers = self._read_after(tokens, lengths, cache)
+        length = cache.length + lengths
+        cache = Cache(layers=layers, length=length, prefix=cache.prefix)
+        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return self._logits(last, head), cache
+
+    def decode(
+        self,
+        token: Int[Array, " batch"],
+        cache: Cache,
+        head: Float[Array, "d_model ids"] | None = None,
+    ) -> tuple[_Logits, Cache]:
+        """Reads one token a row; returns the logits that follow it, and the cache."""
+        return self.extend(token[:, None], jnp.ones_like(token), cache, head)
+
+    def decode_window(
+        self,
+        tokens: _Tokens,
+        cache: Cache,
+        head: Float[Array, "d_model ids"] | None = None,
+    ) -> tuple[Float[Array, "batch length vocab"], Cache]:
+        """Reads tokens of which only a beginning may stay.
+
+        Args:
+          tokens: of each row; those that would lie beyond the cache are not kept.
+          cache: what was read so far.
+          head: columns of the head, where only some ids' logits are asked for.
+
+        Returns:
+          The logits that follow each token, and the cache with its lengths as they were:
+          `cache.advance` says how many of the tokens stay.
+        """
+        lengths = jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+        x, layers = self._read_after(tokens, lengths, cache)
+        logits = self._logits(x.reshape(-1, x.shape[2]), head)
+        cache = Cache(layers=layers, length=cache.length, prefix=cache.prefix)
+        return logits.reshape(*tokens.shape, -1), cache
+
+    def _read_after(
+        self, tokens: _Tokens, lengths: Int[Array, " batch"], cache: Cache
+    ) -> tuple[_Hidden, tuple[LayerCache, ...]]:
         index = jnp.arange(tokens.shape[1])
         positions = cache.length[:, None] + index
         write_at = jnp.where(
@@ -204,19 +246,7 @@ class Transformer(nn.Module):
                 i, "extend", x, rotary, cached, positions, write_at, prefix
             )
             layers.append(cached)
-        cache = Cache(
-            layers=tuple(layers), length=cache.length + lengths, prefix=shared
-        )
-        return self._last_logits(x, lengths, head), cache
-
-    def decode(
-        self,
-        token: Int[Array, " batch"],
-        cache: Cache,
-        head: Float[Array, "d_model ids"] | None = None,
-    ) -> tuple[_Logits, Cache]:
-        """Reads one token a row; returns the logits that follow it, and the cache."""
-        return self.extend(token[:, None], jnp.ones_like(token), cache, head)
+        return x, tuple(layers)
 
     def _embed(self, tokens: _Tokens, positions: _Tokens) -> tuple[_Hidden, Rotary]:
         x = look_up(self.embedding, tokens).astype(jnp.float32)
@@ -234,14 +264,12 @@ class Transformer(nn.Module):
         block: Any = Block(self.config, parent=None)
         return block.apply({"params": params}, *args, method=method)
 
-    def _last_logits(
+    def _logits(
         self,
-        x: _Hidden,
-        lengths: Int[Array, " batch"],
+        x: Float[Array, "batch d_model"],
         head: Float[Array, "d_model ids"] | None = None,
     ) -> _Logits:
-        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
-        hidden = self.output_norm(last)
+        hidden = self.output_norm(x)
         if head is None:
             tied = self.config.tie_embeddings
             head = jnp.asarray(self.embedding.T if tied else self.head)
