@@ -224,8 +224,9 @@ def sample(
         x = np.asarray(x)
         return x.reshape(rows, num_samples, *x.shape[1:])[:num_rows]
 
-    for start in range(0, last, stride):
-        stop = min(start + stride, last)
+    stop, done = 0, False
+    while stop < last and not done:
+        stop = min(stop + stride, last)
         cache, drawing = draw_steps(
             model,
             num_samples,
@@ -241,12 +242,13 @@ def sample(
         )
         if on_progress is None:
             continue
+        done = not np.asarray(drawing.state != DONE).any()
+        if done:  # guesses can be right beyond the next report
+            stop = max(stop, int(drawing.lengths.max()))
         tokens = shaped(drawing.tokens)[..., :stop]
         seconds = time.monotonic() - started
         speed = int(shaped(drawing.lengths).sum()) / max(seconds, 1e-9)
         on_progress(Progress(tokens, stop, last, seconds, speed))
-        if not np.asarray(drawing.state != DONE).any():
-            break
     lengths, canvas = shaped(drawing.lengths), drawing.canvas
     none = np.zeros_like(lengths)
     return Samples(
