@@ -257,7 +257,9 @@ def run(
     case = make_case(shape)
     ours = Ours(case)
     eight = copy.copy(ours)
-    eight.params = quantize_weights(ours.params)
+    eight.params = quantize_weights(
+        ours.params, outputs_first=ours.config.outputs_first
+    )
     theirs = None if only_ours else Theirs(case)
     length = case.vocab.image_length
     results: dict[str, Any] = {

@@ -131,7 +131,8 @@ class Engine:
     def quantized(self) -> Self:
         """The same model with weights in 8 bits; needs about half the memory of bf16."""
         other = copy.copy(self)
-        other.params = quantize_weights(self.params)
+        turned = self.model.config.outputs_first
+        other.params = quantize_weights(self.params, outputs_first=turned)
         return other
 
     def check_counts(

@@ -38,7 +38,9 @@ from racm3_jax.model.layers import (
     Rotary,
     make_rotary,
     partitioned,
+    turn_kernel,
 )
+from racm3_jax.model.quantization import num_inputs_of
 from racm3_jax.sharding import current_platform
 
 Params = Mapping[str, Any]
@@ -179,7 +181,7 @@ class Transformer(nn.Module):
         tokens: _Tokens,
         lengths: Int[Array, " batch"],
         cache: Cache,
-        head: Float[Array, "d_model ids"] | None = None,
+        head: Float[Array, "_ _"] | None = None,
     ) -> tuple[_Logits, Cache]:
         """Reads several further tokens a row, after those in the cache.
 
@@ -188,7 +190,7 @@ class Transformer(nn.Module):
           lengths: true length of each continuation, at least 1; the caller sees to it
             that `cache.length + lengths <= cache.max_length`.
           cache: what was read so far; rows may differ in length.
-          head: columns of the head, where only some ids' logits are asked for.
+          head: of `slice_head`, where only some ids' logits are asked for.
         """
         x, layers = self._read_after(tokens, lengths, cache)
         length = cache.length + lengths
@@ -200,7 +202,7 @@ class Transformer(nn.Module):
         self,
         token: Int[Array, " batch"],
         cache: Cache,
-        head: Float[Array, "d_model ids"] | None = None,
+        head: Float[Array, "_ _"] | None = None,
     ) -> tuple[_Logits, Cache]:
         """Reads one token a row; returns the logits that follow it, and the cache."""
         return self.extend(token[:, None], jnp.ones_like(token), cache, head)
@@ -209,14 +211,14 @@ class Transformer(nn.Module):
         self,
         tokens: _Tokens,
         cache: Cache,
-        head: Float[Array, "d_model ids"] | None = None,
+        head: Float[Array, "_ _"] | None = None,
     ) -> tuple[Float[Array, "batch length vocab"], Cache]:
         """Reads tokens of which only a beginning may stay.
 
         Args:
           tokens: of each row; those that would lie beyond the cache are not kept.
           cache: what was read so far.
-          head: columns of the head, where only some ids' logits are asked for.
+          head: of `slice_head`, where only some ids' logits are asked for.
 
         Returns:
           The logits that follow each token, and the cache with its lengths as they were:
@@ -267,13 +269,16 @@ class Transformer(nn.Module):
     def _logits(
         self,
         x: Float[Array, "batch d_model"],
-        head: Float[Array, "d_model ids"] | None = None,
+        head: Float[Array, "_ _"] | None = None,
     ) -> _Logits:
         hidden = self.output_norm(x)
+        c = self.config
         if head is None:
-            tied = self.config.tie_embeddings
-            head = jnp.asarray(self.embedding.T if tied else self.head)
-        return contract("bd,dv->bv", hidden, head, self.config.compute_dtype)
+            head = jnp.asarray(self.embedding.T if c.tie_embeddings else self.head)
+            head = head.T if c.outputs_first else head
+        if c.outputs_first:
+            return contract("vd,bd->vb", head, hidden, c.compute_dtype).T
+        return contract("bd,dv->bv", hidden, head, c.compute_dtype)
 
 
 def init_params(config: ModelConfig, key: Array, *, boxed: bool = False) -> Params:
@@ -312,11 +317,13 @@ def head_weights(params: Params, config: ModelConfig) -> Float[Array, "d_model v
 
 def slice_head(
     params: Params, config: ModelConfig, start: int, stop: int
-) -> Float[Array, "d_model ids"]:
-    """The columns of the head for the ids `start` to `stop`."""
+) -> Float[Array, "d_model ids"] | Float[Array, "ids d_model"]:
+    """The columns of the head for the ids `start` to `stop`; see `outputs_first`."""
     if config.tie_embeddings:
-        return params["embedding"][start:stop].T
-    return params["head"][:, start:stop]
+        rows = params["embedding"][start:stop]
+        return rows if config.outputs_first else rows.T
+    columns = params["head"][:, start:stop]
+    return columns.T if config.outputs_first else columns
 
 
 def compute_logits(
@@ -353,15 +360,24 @@ def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
 
     Layers are unrolled, and the weights cast to the compute dtype, so that each step
     reads them once in that size. On CPU decoding is float32 whatever the training was:
-    a bfloat16 product with one row is tens of times slower there.
+    a bfloat16 product with one row is tens of times slower there. Kernels are turned
+    there, see `ModelConfig.outputs_first`.
     """
-    dtype = "float32" if current_platform() == "cpu" else config.compute_dtype
+    on_cpu = current_platform() == "cpu"
+    dtype = "float32" if on_cpu else config.compute_dtype
+    turn = on_cpu and not config.outputs_first
     config = dataclasses.replace(
-        config, scan_layers=False, remat="none", compute_dtype=dtype
+        config,
+        scan_layers=False,
+        remat="none",
+        compute_dtype=dtype,
+        outputs_first=on_cpu or config.outputs_first,
     )
     names = {"kernel", "embedding", "head"}
 
     def cast(path: Any, x: Array) -> Array:
+        if turn and path[-1].key == "kernel":
+            x = turn_kernel(jnp.asarray(x), num_inputs_of(path[-2].key))
         return x.astype(dtype) if path[-1].key in names else jnp.asarray(x)
 
     return config, jax.tree_util.tree_map_with_path(cast, unstack_layers(params))
