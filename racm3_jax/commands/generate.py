@@ -453,7 +453,13 @@ def _classify(arguments: Arguments) -> None:
 
 def _open(arguments: Arguments) -> Any:
     from racm3_jax import run
+    from racm3_jax.sharding import current_platform
 
+    if arguments.int8 and current_platform() == "cpu":
+        raise ValueError(
+            "--int8 is for accelerators: on a CPU weights in 8 bits are no faster than "
+            "those in 32; leave it out"
+        )
     if arguments.compilation_cache:
         import jax
 
