@@ -233,7 +233,7 @@ class Theirs:
 
 def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
     """The shipped model with each source of guesses, in turns, `repeats` prompts."""
-    model = run_lib.load("shipped:flagworld/racm3", memory=memory)
+    model = run_lib.load("shipped:flagworld", memory=memory)
     assert model.retriever is not None
     held = model.retriever.memory.documents(np.arange(repeats))
     prompts = [model.tokenizer.decode(document).text for document in held]
