@@ -7,6 +7,11 @@ One run, three tables:
   one      batch 1, no documents: new ids a second
   guided   10 samples with guidance behind a prefix of 2 documents, which is read once
   memory   (with --bandwidth) seconds an image and the share of the memory bandwidth
+  drafts   (with --memory=DIR, of `racm3 quickstart`) the shipped model over that memory,
+           one image at a time: with guesses and without, passes, acceptance, equal codes
+
+The other tables are without guesses: random weights accept none. The load is checked
+first: above 0.5 the figures of the peers mean nothing, and --busy is needed.
 
 `transformers` runs OPT, which has this model's parts (learned positions, pre-LayerNorm,
 ReLU, tied embeddings), with its dynamic and its static cache, float32 on a CPU. Every
@@ -33,7 +38,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from racm3_jax import run as run_lib
 from racm3_jax.generation import decoding
+from racm3_jax.generation.drawing import make_drawing_request
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.sample import SamplingConfig, Unconditional, sample
 from racm3_jax.model.config import ModelConfig, racm3_2b7
@@ -45,6 +52,8 @@ from racm3_jax.model.transformer import (
     unstack_layers,
 )
 from racm3_jax.vocab import Vocab
+
+MOST_LOAD = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +231,57 @@ class Theirs:
         return run
 
 
+def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
+    """The shipped model with each source of guesses, in turns, `repeats` prompts."""
+    model = run_lib.load("shipped:flagworld", memory=memory)
+    assert model.retriever is not None
+    held = model.retriever.memory.documents(np.arange(repeats))
+    prompts = [model.tokenizer.decode(document).text for document in held]
+    vocab, grammar = model.tokenizer.vocab, image_grammar(model.tokenizer.vocab)
+    requests = [
+        make_drawing_request(model, prompt, retrieved, i)
+        for i, (prompt, retrieved) in enumerate(
+            zip(prompts, model.retrieve_for(prompts, 2, None), strict=True)
+        )
+    ]
+    found: dict[str, list[tuple[float, Any]]] = {"off": [], "table": [], "jacobi": []}
+    for i in [0, *range(repeats)]:  # the first one compiles
+        for source, taken in found.items():
+            config = SamplingConfig(
+                top_p=0.9,
+                guidance=guidance,
+                max_new_tokens=vocab.image_length,
+                fixed_length=True,
+                draft=source,  # pyright: ignore[reportArgumentType]
+            )
+            started = time.perf_counter()
+            samples = model.sample_requests(
+                requests[i : i + 1],
+                grammar,
+                config,
+                1,
+                ids=vocab.image_range,
+                writes_images=True,
+            )
+            taken.append((time.perf_counter() - started, samples))
+    results: dict[str, Any] = {}
+    for source, taken in found.items():
+        seconds = [value for value, _ in taken[1:]]
+        drawn = [samples for _, samples in taken[1:]]
+        tested = sum(int(s.tested.sum()) for s in drawn)
+        plain = [samples.tokens for _, samples in found["off"][1:]]
+        same = [(s.tokens == p).mean() for s, p in zip(drawn, plain, strict=True)]
+        results[source] = {
+            "seconds": statistics.median(seconds),
+            "fastest": min(seconds),
+            "passes": float(np.mean([s.passes.mean() for s in drawn])),
+            "acceptance": sum(int(s.accepted.sum()) for s in drawn) / max(tested, 1),
+            "equal_codes": float(np.mean(same)),
+            "window": drawn[0].count_drafts(0).window,
+        }
+    return results
+
+
 def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each call, taken in turns so that all see the same machine."""
     for name, call in calls.items():
@@ -241,7 +301,11 @@ def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 def count_programs() -> int:
     """How many programs of the decode loop were compiled so far."""
-    programs: tuple[Any, ...] = (decoding.read_prompts, decoding.draw_steps)
+    programs: tuple[Any, ...] = (
+        decoding.read_prompts,
+        decoding.start_drawing,
+        decoding.draw_steps,
+    )
     return sum(program._cache_size() for program in programs)
 
 
@@ -252,12 +316,15 @@ def run(
     num_samples: int = 10,
     only_ours: bool = False,
     bandwidth: float = 0.0,
+    memory: Path | None = None,
 ) -> dict[str, Any]:
     """Runs the benchmark; returns what is written as JSON."""
     case = make_case(shape)
     ours = Ours(case)
     eight = copy.copy(ours)
-    eight.params = quantize_weights(ours.params)
+    eight.params = quantize_weights(
+        ours.params, outputs_first=ours.config.outputs_first
+    )
     theirs = None if only_ours else Theirs(case)
     length = case.vocab.image_length
     results: dict[str, Any] = {
@@ -266,6 +333,7 @@ def run(
         "num_samples": num_samples,
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
+        "load_at_start": os.getloadavg()[0],
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
     }
     for name, setting in (
@@ -287,6 +355,11 @@ def run(
                 k: v / seconds["ours"] for k, v in seconds.items() if k != "ours"
             },
             "programs_compiled_after_the_first_call": count_programs() - compiled,
+        }
+    if memory is not None:
+        results["drafts"] = {
+            name: time_drafts(memory, max(repeats, 8), guidance)
+            for name, guidance in (("plain", 1.0), ("guided", 2.0))
         }
     if bandwidth:
         (seconds,) = time_calls({"image": ours.draw(1, 2, 3.0)}, repeats).values()
@@ -312,6 +385,14 @@ def format_tables(results: dict[str, Any]) -> str:
             lines.append(f"| {who} | {seconds:.3f} | {speed:.0f} | {cell} |")
         compiled = part["programs_compiled_after_the_first_call"]
         lines.append(f"programs compiled after the first call: {compiled}\n")
+    for name, sources in results.get("drafts", {}).items():
+        for source, part in sources.items():
+            lines.append(
+                f"{name}, drafts {source} (window {part['window']}): "
+                f"{1e3 * part['seconds']:.1f} ms an image, fastest "
+                f"{1e3 * part['fastest']:.1f}; {part['passes']:.1f} passes, acceptance "
+                f"{part['acceptance']:.2f}, equal codes {part['equal_codes']:.4f}"
+            )
     if "memory" in results:
         memory = results["memory"]
         lines.append(
@@ -355,8 +436,16 @@ def main() -> None:
     parser.add_argument(
         "--bandwidth", type=float, default=0.0, help="of the device, in bytes a second"
     )
+    parser.add_argument("--memory", type=Path, help="of `racm3 quickstart`: drafts")
+    parser.add_argument("--busy", action="store_true", help="whatever the load")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
+    load = os.getloadavg()[0]
+    if not arguments.pop("busy") and load > MOST_LOAD:
+        parser.error(
+            f"the load is {load:.1f}, and figures need an idle machine (at most "
+            f"{MOST_LOAD}): wait, or give --busy"
+        )
     results = run(arguments.pop("shape"), **arguments)
     write(results, out)
     print(format_tables(results))

@@ -316,7 +316,7 @@ def load(
     """Opens a trained model for generation.
 
     Args:
-      path: a work directory of `train`, or "shipped:flagworld/racm3".
+      path: a work directory of `train`, or "shipped:flagworld".
       memory: what to retrieve from; None opens `path/memory` if there is one, else the
         generator works without retrieval.
       strategy: which of the found documents are used; None takes the one of the
@@ -331,7 +331,7 @@ def load(
     if not (directory / "model").is_dir():
         raise ValueError(
             f"no trained model in {directory}: give the --workdir of a finished "
-            "`racm3 train` or `racm3 quickstart`, or shipped:flagworld/racm3"
+            "`racm3 train` or `racm3 quickstart`, or shipped:flagworld"
         )
     if memory is None and (directory / "memory" / "manifest.json").exists():
         memory = directory / "memory"

@@ -172,6 +172,22 @@ class Batch(NamedTuple):
     is_main: Bool[np.ndarray, "batch length"]
 
 
+class DraftCounts(NamedTuple):
+    """How the codes of images were guessed, so that one pass gave several.
+
+    Attributes:
+      source: "table", "jacobi" or "off".
+      window: ids that a pass read at most.
+      passes: of the model, the mean of the samples.
+      acceptance: the fraction of guesses that were right; None where none was tested.
+    """
+
+    source: str
+    window: int
+    passes: float
+    acceptance: float | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class GenerationOutput:
     """What a task of `Generator` returns; every list is one entry a sample, best first.
@@ -183,6 +199,7 @@ class GenerationOutput:
       retrieved: the documents that the model was given, shared by all samples.
       prompt: what was asked, as text.
       seed: reproduces the samples.
+      drafts: how the codes of images were guessed; None where none are written.
     """
 
     documents: list[Document]
@@ -190,6 +207,7 @@ class GenerationOutput:
     retrieved: Retrieved
     prompt: str
     seed: int
+    drafts: DraftCounts | None = None
 
     @property
     def images(self) -> list[UInt8[np.ndarray, "height width 3"]]:

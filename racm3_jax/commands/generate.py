@@ -228,6 +228,14 @@ def _add_sampling(sub: Any, guided: bool = True) -> None:
 
 def _add_ranking(sub: Any) -> None:
     sub.add_argument(
+        "--draft",
+        choices=("auto", "off", "table", "jacobi"),
+        default="auto",
+        help="how the next codes of an image are guessed, so that one pass gives several: "
+        "by a table counted over the memory, by the pass before, not at all; auto is what "
+        "is fastest; the images are the same",
+    )
+    sub.add_argument(
         "--rank_by",
         choices=("auto", "clip", "document", "likelihood"),
         default="auto",
@@ -381,6 +389,8 @@ def _infill(arguments: Arguments) -> None:
             raise ValueError("--text writes no image: leave --rank_by=document out")
         if arguments.preview:
             raise ValueError("--text writes no image: leave --preview out")
+        if arguments.draft != "auto":
+            raise ValueError("--text writes no image: leave --draft out")
         output = _open(arguments).infill_text(
             arguments.text, image, **common, **_sampling(arguments, guided=False)
         )
@@ -456,7 +466,13 @@ def _classify(arguments: Arguments) -> None:
 
 def _open(arguments: Arguments) -> Any:
     from racm3_jax import run
+    from racm3_jax.sharding import current_platform
 
+    if arguments.int8 and current_platform() == "cpu":
+        raise ValueError(
+            "--int8 is for accelerators: on a CPU weights in 8 bits are no faster than "
+            "those in 32; leave it out"
+        )
     if arguments.compilation_cache:
         import jax
 
@@ -484,6 +500,8 @@ def _open(arguments: Arguments) -> Any:
 
 def _sampling(arguments: Arguments, guided: bool = True) -> dict[str, Any]:
     names = ["num_samples", "seed", "temperature", "top_p", "top_k"]
+    if hasattr(arguments, "draft"):
+        names.append("draft")
     if guided:
         names += ["guidance", "contrastive_k", "contrastive_alpha", "guide_documents"]
     return {name: getattr(arguments, name) for name in names}

@@ -27,6 +27,7 @@ _SETTINGS = (
     "contrastive_k",
     "contrastive_alpha",
     "guide_documents",
+    "draft",
     "rank_by",
     "max_spans",
     "region_prompt",
@@ -166,6 +167,7 @@ def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str
             filter(None, (output.note, *getattr(arguments, "notes", ())))
         ),
         "settings": settings,
+        "drafts": output.drafts and output.drafts._asdict(),
         "versions": {
             "racm3_jax": __version__,
             "jax": jax.__version__,

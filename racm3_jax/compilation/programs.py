@@ -198,12 +198,13 @@ def _build_decoding(
                 contrastive_k=shape(),
                 contrastive_alpha=shape(dtype=jnp.float32),
             )
-            state = split(
-                jax.eval_shape(lambda: decoding.start_drawing(prompts, room, 0))
+            start = functools.partial(
+                decoding.start_drawing, 1, streams, only, room, None
             )
+            state = split(jax.eval_shape(start, plan, logits))
             sampling = decoding.draw_steps.trace(
-                model, 1, streams, only, room, params, plan, cache, logits, state,
-                shape(), shape(),
+                model, 1, streams, only, room - 1, None, params, plan, cache, state,
+                shape(),
             )  # fmt: skip
         return {"read the prompts": reading, "sample images": sampling}
 

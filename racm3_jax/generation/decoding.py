@@ -1,4 +1,4 @@
-"""The compiled parts of `sample`: read the prompts, then draw and read, id by id.
+"""The compiled parts of `sample`: read the prompts, then read and draw, pass by pass.
 
     prefix   [ documents of prompt 0 ]         read once
              [ documents of prompt 1 ]
@@ -9,6 +9,12 @@
 
 Rows lie in the order [prompt, stream, sample], so that the rows of a prefix are
 neighbours; what is drawn lies as [prompt, sample], and is read by both streams.
+
+A pass reads the last id of each row, and with `drafts` guesses of the next ones after it:
+
+    last     3                       what the model samples after each is what it would
+    guesses      7 7 2               sample without the guesses, as long as those before
+    sampled      7 7 5 .             are right: here 7 7 5 stay, and 5 is read next
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
+from racm3_jax.generation import drafts as drafts_lib
+from racm3_jax.generation.drafts import Canvas, Drafter
 from racm3_jax.generation.grammar import DONE, START, Grammar, advance
 from racm3_jax.generation.logits import contrast, guide, sample_tokens
 from racm3_jax.generation.placement import constrain_cache
@@ -54,6 +62,9 @@ class Plan(NamedTuple):
       limits: the most ids of each drawn row.
       forced: an id where the row has no choice, -1 where it draws; or None.
       keys: one a drawn row.
+      table: of guesses, or None.
+      cells: which code of its image each id of a row is; or None (see `Drafts`).
+      known: what is known of each row's image; or None.
     """
 
     grammar: Grammar
@@ -66,10 +77,13 @@ class Plan(NamedTuple):
     guidance: Float32[Array, ""]
     contrastive_k: Int32[Array, ""]
     contrastive_alpha: Float32[Array, ""]
+    table: drafts_lib.Table | None = None
+    cells: Int32[Array, "drawn room"] | None = None
+    known: Int32[Array, "drawn codes"] | None = None
 
 
 class Drawing(NamedTuple):
-    """What the loop has drawn so far."""
+    """What the loop has drawn so far; `canvas` only where it guesses."""
 
     state: Int[Array, " drawn"]
     num_in_state: Int[Array, " drawn"]
@@ -77,18 +91,7 @@ class Drawing(NamedTuple):
     tokens: Int32[Array, "drawn room"]
     log_probs: Float32[Array, "drawn room"]
     lengths: Int32[Array, " drawn"]
-
-
-def start_drawing(num_rows: int, room: int, pad: int) -> Drawing:
-    """Nothing drawn yet, and room for `room` ids a row."""
-    return Drawing(
-        state=jnp.full(num_rows, START, jnp.int32),
-        num_in_state=jnp.zeros(num_rows, jnp.int32),
-        last=jnp.full(num_rows, pad, jnp.int32),
-        tokens=jnp.full((num_rows, room), pad, jnp.int32),
-        log_probs=jnp.zeros((num_rows, room), jnp.float32),
-        lengths=jnp.zeros(num_rows, jnp.int32),
-    )
+    canvas: Canvas | None = None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -139,27 +142,89 @@ def read_prompts(
     return cache, jnp.repeat(logits, num_samples, axis=0)
 
 
-def _draw(
-    plan: Plan,
-    allowed: Bool[Array, "states ids"],
-    first: int,
-    pad: Int32[Array, ""],
+class _Ids(NamedTuple):
+    """Which ids the columns of logits are of."""
+
+    first: int
+    pad: Int32[Array, ""]
+    allowed: Bool[Array, "states ids"]
+
+
+def _find_ids(plan: Plan, ids: tuple[int, int] | None, num_columns: int) -> _Ids:
+    allowed = plan.grammar.allowed
+    pad = jnp.argmax(allowed[DONE]).astype(jnp.int32)
+    if ids is not None:
+        return _Ids(ids[0], pad, allowed[:, ids[0] : ids[1]])
+    # A model may have more rows in its table than the vocabulary has ids.
+    more = num_columns - allowed.shape[1]
+    return _Ids(0, pad, jnp.pad(allowed, ((0, 0), (0, more))))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def start_drawing(
     num_samples: int,
     num_streams: int,
-    step: Int32[Array, ""],
+    ids: tuple[int, int] | None,
+    room: int,
+    drafter: Drafter | None,
+    plan: Plan,
     logits: Float32[Array, "rows ids"],
+) -> Drawing:
+    """The first id of every row.
+
+    Args:
+      num_samples: of each prompt.
+      num_streams: 1, or 2 with an unconditional prompt beside each.
+      ids: half-open range of the ids that `logits` are of, or None for all.
+      room: for how many ids.
+      drafter: how the next ids will be guessed, or None.
+      plan: what may be drawn.
+      logits: that follow the prompts.
+    """
+    columns = _find_ids(plan, ids, logits.shape[1])
+    num_rows = len(plan.limits)
+    drawing = Drawing(
+        state=jnp.full(num_rows, START, jnp.int32),
+        num_in_state=jnp.zeros(num_rows, jnp.int32),
+        last=jnp.full(num_rows, columns.pad, jnp.int32),
+        tokens=jnp.full((num_rows, room), columns.pad, jnp.int32),
+        log_probs=jnp.zeros((num_rows, room), jnp.float32),
+        lengths=jnp.zeros(num_rows, jnp.int32),
+    )
+    if drafter is not None:
+        canvas = drafts_lib.start_canvas(drafter, plan.known, num_rows, room)
+        drawing = drawing._replace(canvas=canvas)
+    guesses = jnp.zeros((num_rows, 0), jnp.int32)
+    counts = num_samples, num_streams
+    return _draw(plan, columns, *counts, drafter, logits[:, None], guesses, drawing)
+
+
+def _draw(
+    plan: Plan,
+    columns: _Ids,
+    num_samples: int,
+    num_streams: int,
+    drafter: Drafter | None,
+    logits: Float32[Array, "rows window ids"],
+    guesses: Int32[Array, "drawn guesses"],
     drawing: Drawing,
 ) -> Drawing:
-    """One id of every sample; `first` is the id that column 0 is of."""
-    # [prompt, stream, sample, id] -> one row a sample, in each stream.
+    """The ids of every sample after `last` and its guesses, as far as those are right."""
+    first, pad, allowed = columns
+    num_rows, window = len(guesses), logits.shape[1]
+    states, nums_in_state = _follow_guesses(plan, guesses, drawing)
+    places = drawing.lengths[:, None] + jnp.arange(window)
+    drew = states != DONE
+
+    # [prompt, stream, sample, window, id] -> one row a place, in each stream.
     # Whole on each device: the filters look at all ids again and again.
     streams = (
         constrain_rows(logits)
         .astype(jnp.float32)
-        .reshape(-1, num_streams, num_samples, logits.shape[1])
+        .reshape(-1, num_streams, num_samples, *logits.shape[1:])
     )
-    given = streams[:, 0].reshape(-1, logits.shape[1])
-    may_follow = allowed[drawing.state]
+    given = streams[:, 0].reshape(-1, logits.shape[2])
+    may_follow = allowed[states.reshape(-1)]
     masked = jnp.where(may_follow, given, -jnp.inf)
     if num_streams == 2:
         other = streams[:, 1].reshape(given.shape)
@@ -173,8 +238,9 @@ def _draw(
             ),
             lambda: jnp.where(may_follow, guide(given, other, plan.guidance), -jnp.inf),
         )
+    fold_in = jax.vmap(jax.random.fold_in)
     tokens = first + sample_tokens(
-        jax.vmap(jax.random.fold_in, in_axes=(0, None))(plan.keys, step),
+        fold_in(jnp.repeat(plan.keys, window), places.reshape(-1)),
         masked,
         plan.temperature,
         plan.top_k,
@@ -182,28 +248,64 @@ def _draw(
     )
     chosen = jnp.take_along_axis(given, tokens[:, None] - first, axis=1)[:, 0]
     log_probs = chosen - jax.nn.logsumexp(given, axis=-1)
-    drew = drawing.state != DONE
+    tokens, log_probs = tokens.reshape(places.shape), log_probs.reshape(places.shape)
+    free = drew
     if plan.forced is not None:
-        forced = plan.forced[:, step]
+        forced = drafts_lib.take(plan.forced, places, -1)
+        free = drew & (forced < 0)
         tokens = jnp.where(forced >= 0, forced, tokens)
         log_probs = jnp.where(forced >= 0, 0.0, log_probs)
-    tokens = jnp.where(drew, tokens, pad)
+
+    equal = guesses == tokens[:, :-1]
+    right = jnp.cumprod(equal, axis=1, dtype=jnp.int32).astype(bool)
+    follows = jnp.pad(right, ((0, 0), (1, 0)), constant_values=True)
+    kept = follows & drew
+    num_kept = kept.sum(axis=1, dtype=jnp.int32)
+
+    def last_kept(values):
+        at = jnp.maximum(num_kept - 1, 0)[:, None]
+        return jnp.take_along_axis(values, at, axis=1)[:, 0]
+
+    last = jnp.where(num_kept > 0, last_kept(tokens), pad)
     state, num_in_state = advance(
-        plan.grammar, drawing.state, drawing.num_in_state, tokens
+        plan.grammar, last_kept(states), last_kept(nums_in_state), last
     )
-    lengths = drawing.lengths + drew
+    canvas = drawing.canvas
+    if drafter is not None and canvas is not None:
+        tested = (kept & free)[:, :-1]
+        judged = (tested, tested & equal) if window > 1 else None
+        canvas = drafts_lib.follow(
+            drafter, plan.cells, canvas, places, tokens, kept, judged
+        )
+    rows = jnp.arange(num_rows)[:, None]
+    at = jnp.where(kept, places, drawing.tokens.shape[1])
+    lengths = drawing.lengths + num_kept
     return Drawing(
         jnp.where(lengths >= plan.limits, DONE, state),
         num_in_state,
-        tokens,
-        drawing.tokens.at[:, step].set(tokens),
-        drawing.log_probs.at[:, step].set(jnp.where(drew, log_probs, 0.0)),
+        last,
+        drawing.tokens.at[rows, at].set(tokens, mode="drop"),
+        drawing.log_probs.at[rows, at].set(log_probs, mode="drop"),
         lengths,
+        canvas,
     )
 
 
+def _follow_guesses(
+    plan: Plan, guesses: Int32[Array, "drawn guesses"], drawing: Drawing
+) -> tuple[Int[Array, "drawn window"], Int[Array, "drawn window"]]:
+    """The grammar's state before each place, if the guesses before it are right."""
+    states, nums = [drawing.state], [drawing.num_in_state]
+    for i, guess in enumerate(guesses.T, 1):
+        state, num = advance(plan.grammar, states[-1], nums[-1], guess)
+        done = drawing.lengths + i >= plan.limits
+        states.append(jnp.where(done, DONE, state))
+        nums.append(num)
+    return jnp.stack(states, axis=1), jnp.stack(nums, axis=1)
+
+
 @functools.partial(
-    jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnames=("cache", "drawing")
+    jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnames=("cache", "drawing")
 )
 def draw_steps(
     model: Any,
@@ -211,65 +313,73 @@ def draw_steps(
     num_streams: int,
     ids: tuple[int, int] | None,
     num_steps: int | None,
+    drafter: Drafter | None,
     params: Any,
     plan: Plan,
     cache: Any,
-    logits: Float32[Array, "rows ids"],
     drawing: Drawing,
-    start: Int32[Array, ""],
     stop: Int32[Array, ""],
-) -> tuple[Any, Float32[Array, "rows ids"], Drawing]:
-    """Draws the ids `start` to `stop` of every row, and reads them.
+) -> tuple[Any, Drawing]:
+    """Reads what was drawn last, and draws what follows, until rows have `stop` ids.
 
     Args:
       model: see `sample`.
       num_samples: of each prompt.
       num_streams: 1, or 2 with an unconditional prompt beside each.
-      ids: half-open range of the ids that `logits` are of, or None for all.
-      num_steps: `stop - start` where it is constant; None stops when all rows are done.
+      ids: half-open range of the ids that the head is computed for, or None for all.
+      num_steps: how many passes, where that is constant; None stops when all rows are
+        done or have `stop` ids.
+      drafter: how the next ids are guessed, or None: an id a pass.
       params: of the model.
       plan: what may be drawn.
       cache: of all rows; consumed.
-      logits: that follow what was read; of all rows.
-      drawing: what was drawn so far; consumed.
-      start: ids drawn before.
-      stop: ids drawn after.
+      drawing: what was drawn so far, at least one id a row; consumed.
+      stop: how many ids each row shall have; with guesses some have more.
     """
-    first = 0 if ids is None else ids[0]
-    allowed = plan.grammar.allowed
-    pad = jnp.argmax(allowed[DONE]).astype(jnp.int32)
-    if ids is None:
-        # A model may have more rows in its table than the vocabulary has ids.
-        allowed = jnp.pad(allowed, ((0, 0), (0, logits.shape[1] - allowed.shape[1])))
-        head = ()
-    else:
-        allowed = allowed[:, ids[0] : ids[1]]
-        head = (slice_head(params, model.config, *ids),)
+    head = () if ids is None else (slice_head(params, model.config, *ids),)
 
-    def draw_and_read(step, carry):
-        cache, logits, drawing = carry
-        drawing = _draw(
-            plan, allowed, first, pad, num_samples, num_streams, step, logits, drawing
-        )
-        last = drawing.last.reshape(-1, 1, num_samples)
-        last = jnp.broadcast_to(last, (len(last), num_streams, num_samples))
-        logits, cache = model.apply(
-            {"params": params}, last.reshape(-1), cache, *head, method="decode"
-        )
-        return cache, logits, drawing
+    def spread(values):
+        """[prompt, sample, ...] -> rows [prompt, stream, sample], ..."""
+        values = values.reshape(-1, 1, num_samples, *values.shape[1:])
+        shape = (len(values), num_streams, *values.shape[2:])
+        return jnp.broadcast_to(values, shape).reshape(-1, *values.shape[3:])
 
-    carry = (cache, logits, drawing)
+    def read_and_draw(carry):
+        cache, drawing = carry
+        if drafter is None or drafter.window == 1:
+            guesses = jnp.zeros((len(drawing.last), 0), jnp.int32)
+            logits, cache = model.apply(
+                {"params": params}, spread(drawing.last), cache, *head, method="decode"
+            )
+            logits = logits[:, None]
+        else:
+            guesses = drafts_lib.propose(
+                drafter,
+                plan.table,
+                plan.cells,
+                plan.forced,
+                drawing.canvas,
+                drawing.lengths,
+            )
+            tokens = jnp.concatenate([drawing.last[:, None], guesses], axis=1)
+            logits, cache = model.apply(
+                {"params": params}, spread(tokens), cache, *head, method="decode_window"
+            )
+        columns = _find_ids(plan, ids, logits.shape[2])
+        counts = num_samples, num_streams
+        after = _draw(plan, columns, *counts, drafter, logits, guesses, drawing)
+        if guesses.shape[1]:
+            cache = cache.advance(spread(after.lengths - drawing.lengths))
+        return cache, after
+
+    carry = (cache, drawing)
     if num_steps is not None:
         return jax.lax.fori_loop(
-            0, num_steps, lambda i, inner: draw_and_read(start + i, inner), carry
+            0, num_steps, lambda _, inner: read_and_draw(inner), carry
         )
 
     def unfinished(carry):
-        step, (_, _, drawing) = carry
-        return (step < stop) & jnp.any(drawing.state != DONE)
+        _, drawing = carry
+        return jnp.any((drawing.state != DONE) & (drawing.lengths < stop))
 
-    def advance_once(carry):
-        step, inner = carry
-        return step + 1, draw_and_read(step, inner)
-
-    return jax.lax.while_loop(unfinished, advance_once, (start, carry))[1]
+    return jax.lax.while_loop(unfinished, read_and_draw, carry)

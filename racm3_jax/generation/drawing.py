@@ -72,6 +72,7 @@ def draw(
         config,
         num_samples,
         ids=vocab.image_range,
+        writes_images=True,
         on_progress=on_progress,
     )
     images = decode_images(engine, samples.tokens)
@@ -86,6 +87,7 @@ def draw(
             request,
             prompts[i],
             find_nearest(samples.tokens[i], request.retrieved, vocab),
+            samples.count_drafts(i),
         )
         for i, request in enumerate(requests)
     ]

@@ -17,6 +17,8 @@ from jaxtyping import Float32, Int32
 
 from racm3_jax import sharding
 from racm3_jax.generation import placement
+from racm3_jax.generation.draft_choice import DraftChoice
+from racm3_jax.generation.drafts import Drafts
 from racm3_jax.generation.grammar import Grammar
 from racm3_jax.generation.requests import (
     Documents,
@@ -33,6 +35,7 @@ from racm3_jax.model.transformer import Transformer, prepare_decoding
 from racm3_jax.sequences.layout import retrieved_prefix
 from racm3_jax.types import (
     Document,
+    DraftCounts,
     GenerationOutput,
     Retrieved,
     Segment,
@@ -56,6 +59,7 @@ class Engine:
       embedder: embeds queries and scores images, or None.
       max_rows: rows decoded at once by each copy of the model.
       mesh: the devices that decode; None is JAX's default device.
+      draft_choice: how codes are guessed, over which memory.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Engine:
         self.retriever = retriever
         self.embedder = embedder
         self.max_rows = max_rows or placement.choose_max_rows(model_config, self.params)
+        self.draft_choice = DraftChoice()
 
     def on_mesh(self, mesh: Mesh) -> Self:
         """The same model on other devices."""
@@ -126,7 +131,8 @@ class Engine:
     def quantized(self) -> Self:
         """The same model with weights in 8 bits; needs about half the memory of bf16."""
         other = copy.copy(self)
-        other.params = quantize_weights(self.params)
+        turned = self.model.config.outputs_first
+        other.params = quantize_weights(self.params, outputs_first=turned)
         return other
 
     def check_counts(
@@ -296,6 +302,7 @@ class Engine:
         *,
         exact: bool = False,
         ids: range | None = None,
+        writes_images: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Samples:
         """All requests in equal chunks, so that one compiled program serves them.
@@ -307,6 +314,8 @@ class Engine:
           num_samples: of each request.
           exact: every row has as many ids as its `forced`, or as `max_new_tokens`.
           ids: the only ids that are drawn (see `sample`).
+          writes_images: whether codes of images may come, which are then guessed as
+            `config.draft` says.
           on_progress: see `sample`; each chunk counts for itself. Parts of images come as
             whole images (see `Request.place`).
         """
@@ -339,6 +348,10 @@ class Engine:
         whole = -(-len(requests) // chunk) * chunk if len(requests) > chunk else 0
         # The last chunk is filled up with the last request.
         order = np.minimum(np.arange(max(whole, len(requests))), len(requests) - 1)
+        drafts = None
+        if writes_images:
+            num_rows = min(chunk, len(requests)) * num_samples * streams
+            drafts = self._choose_drafts(requests, config, num_rows, max(new))
         parts = [
             sample(
                 self.model,
@@ -355,13 +368,39 @@ class Engine:
                 forced=None if forced is None else forced[rows],
                 row_lengths=np.asarray(new)[rows] if exact else None,
                 ids=ids,
+                drafts=drafts and drafts.take(rows),
                 on_progress=place_progress(on_progress, [requests[i] for i in rows]),
             )
             for rows in (order[i : i + chunk] for i in range(0, len(order), chunk))
         ]
-        return Samples(
-            *(np.concatenate(x)[: len(requests)] for x in zip(*parts, strict=True))
+        arrays = zip(*(part[:-1] for part in parts), strict=True)
+        samples = parts[0]._make(
+            [*(np.concatenate(x)[: len(requests)] for x in arrays), parts[0].drafter]
         )
+        self.draft_choice.note(samples)
+        return samples
+
+    def _choose_drafts(
+        self,
+        requests: Sequence[Request],
+        config: SamplingConfig,
+        num_rows: int,
+        longest: int,
+    ) -> Drafts | None:
+        memory = None if self.retriever is None else self.retriever.memory
+        drafter, table = self.draft_choice.choose(
+            config.draft, memory, self.tokenizer.vocab, num_rows
+        )
+        if drafter is None:
+            return None
+        if requests[0].cells is None:
+            return Drafts(drafter, table)
+        cells = np.full((len(requests), longest), -1, np.int32)
+        for row, request in zip(cells, requests, strict=True):
+            assert request.cells is not None  # all requests are of one task
+            row[: len(request.cells)] = request.cells
+        known = np.stack([r.known for r in requests if r.known is not None])
+        return Drafts(drafter, table, cells, known)
 
     def _write(self, request: Request, needed: int) -> Int32[np.ndarray, " length"]:
         """The whole prompt, or one sentence on why it does not fit."""
@@ -410,6 +449,7 @@ class Engine:
         request: Request,
         prompt: str,
         facts: Sequence[dict[str, Any]] | None = None,
+        drafts: DraftCounts | None = None,
     ) -> GenerationOutput:
         """Best first; every document names the documents that the model was given.
 
@@ -437,4 +477,5 @@ class Engine:
             request.retrieved,
             prompt,
             request.seed,
+            drafts,
         )

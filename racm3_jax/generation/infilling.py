@@ -29,6 +29,7 @@ from racm3_jax.generation.regions import (
     fill_spans,
     find_cells,
     find_spans,
+    place_spans,
     plan_spans,
 )
 from racm3_jax.generation.requests import Image, Request, mean_log_probs
@@ -136,6 +137,8 @@ def make_region_request(
         return lambda documents: infill_prompt(documents, tokens, spans, vocab)
 
     plan = plan_spans(hole.tokens, hole.cells, hole.spans, vocab)
+    known = np.where(hole.cells, -1, vocab.image_codes(hole.tokens)).astype(np.int32)
+    written = {"cells": place_spans(hole.spans), "known": known}
 
     def place(drawn):
         """The image so far; what is not drawn yet is as planned."""
@@ -146,7 +149,7 @@ def make_region_request(
     if not prompt:
         write = write_behind(np.zeros(0, np.int32))
         plain = write if guide_documents else None
-        return Request(retrieved, write, plain, seed, plan, place)
+        return Request(retrieved, write, plain, seed, plan, place, **written)
 
     # The mask of the text comes after those of the region, which keep their names.
     name = 0 if region_prompt == "in_place" else len(hole.spans)
@@ -156,7 +159,8 @@ def make_region_request(
         return write_behind(mask)(documents)
 
     text = engine.tokenizer.encode_text(prompt)
-    return Request(retrieved, write_behind(text), write_plain, seed, plan, place)
+    write = write_behind(text)
+    return Request(retrieved, write, write_plain, seed, plan, place, **written)
 
 
 def infill_regions(
@@ -187,6 +191,7 @@ def infill_regions(
         num_samples,
         exact=True,
         ids=vocab.image_range,
+        writes_images=True,
         on_progress=on_progress,
     )
     filled = np.stack(
@@ -223,6 +228,7 @@ def infill_regions(
                 request,
                 prompts[i],
                 facts,
+                samples.count_drafts(i),
             )
         )
     return outputs

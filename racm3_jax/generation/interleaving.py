@@ -66,7 +66,7 @@ def generate(
     most = max_segments * (max(max_text_length, vocab.image_length) + 1)
     config = dataclasses.replace(config, max_new_tokens=most)
     samples = engine.sample_requests(
-        [request], grammar, config, num_samples, exact=True
+        [request], grammar, config, num_samples, exact=True, writes_images=True
     )
     written = [split_segments(engine, drawn) for drawn in samples.tokens[0]]
     return engine.output(
@@ -76,6 +76,7 @@ def generate(
         request,
         " ".join(s.text for s in segments if s.text is not None),
         [{"given_segments": len(segments)} for _ in written],
+        samples.count_drafts(0),
     )
 
 

@@ -110,6 +110,14 @@ def plan_spans(
     return np.concatenate(pieces).astype(np.int32)
 
 
+def place_spans(spans: Sequence[Span]) -> Int32[np.ndarray, " new"]:
+    """Which code of the image each id of `plan_spans` is; -1 between two spans."""
+    pieces = []
+    for i, (start, end) in enumerate(spans):
+        pieces += [np.full(2 if i else 0, -1), np.arange(start, end)]
+    return np.concatenate(pieces).astype(np.int32)
+
+
 def fill_spans(
     tokens: Int[np.ndarray, " codes"],
     spans: Sequence[Span],

@@ -32,6 +32,9 @@ class Request(NamedTuple):
       forced: an id where there is no choice, -1 where one is drawn; or None.
       place: for previews, where the ids so far belong to parts of an image: all its ids,
         -1 where one is still to come; or None.
+      cells: where the ids belong to parts of an image: which code of it each one is, -1
+        for ids that are none; or None.
+      known: with `cells`: the image's codes that are known, -1 for others.
     """
 
     retrieved: Retrieved
@@ -40,6 +43,8 @@ class Request(NamedTuple):
     seed: int
     forced: Int32[np.ndarray, " new"] | None = None
     place: PlaceDrawn | None = None
+    cells: Int32[np.ndarray, " new"] | None = None
+    known: Int32[np.ndarray, " codes"] | None = None
 
 
 def place_progress(

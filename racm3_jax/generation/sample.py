@@ -1,8 +1,10 @@
-"""The only decode loop: prefill the prompts once, then one id a row and a step.
+"""The only decode loop: prefill the prompts once, then pass by pass the ids that follow.
 
     prompt_tokens  [ a b c . . . . . ]   right-padded to a bucket (. = padding)
                    [ a b c d e . . . ]
     prefill once -> cache -> repeated for `num_samples` -> draw, decode, draw, ...
+
+A pass decodes one id a row, or with `drafts` several: the samples are the same.
 
 Everything that differs from call to call (the lengths, the grammar, temperature, k, p,
 guidance, forced ids, the seeds) is an argument of one compiled program; a program is
@@ -28,9 +30,11 @@ from racm3_jax.generation.decoding import (
     read_prompts,
     start_drawing,
 )
+from racm3_jax.generation.drafts import Drafter, Drafts
 from racm3_jax.generation.grammar import DONE, Grammar
 from racm3_jax.generation.placement import count_copies, split_rows, where_params_lie
 from racm3_jax.generation.settings import SamplingConfig
+from racm3_jax.types import DraftCounts
 
 PROMPT_BUCKET = 64
 OWN_BUCKET = 32  # of what stands behind a shared prefix
@@ -50,11 +54,29 @@ class Samples(NamedTuple):
         grammar, temperature and filters (with `ids`: among those); 0 after the end and
         where the id was forced.
       lengths: how many ids each sample has.
+      passes: how often the model was asked for each sample.
+      tested: how many guesses were compared with what was sampled; 0 without drafts.
+      accepted: how many of them were equal.
+      drafter: what guessed, or None.
     """
 
     tokens: Int32[np.ndarray, "batch samples new"]
     log_probs: Float32[np.ndarray, "batch samples new"]
     lengths: Int32[np.ndarray, "batch samples"]
+    passes: Int32[np.ndarray, "batch samples"]
+    tested: Int32[np.ndarray, "batch samples"]
+    accepted: Int32[np.ndarray, "batch samples"]
+    drafter: Drafter | None = None
+
+    def count_drafts(self, row: int) -> DraftCounts:
+        """How the ids of a row's samples were guessed, for a person to read."""
+        tested = int(self.tested[row].sum())
+        return DraftCounts(
+            "off" if self.drafter is None else self.drafter.source,
+            1 if self.drafter is None else self.drafter.window,
+            float(self.passes[row].mean()),
+            float(self.accepted[row].sum()) / tested if tested else None,
+        )
 
 
 class Unconditional(NamedTuple):
@@ -110,6 +132,7 @@ def sample(
     forced: Int32[np.ndarray, "batch new"] | None = None,
     row_lengths: _Lengths | None = None,
     ids: range | None = None,
+    drafts: Drafts | None = None,
     on_progress: OnProgress | None = None,
 ) -> Samples:
     """Continues each prompt `num_samples` times under a grammar.
@@ -138,6 +161,7 @@ def sample(
         every row must have room for its own.
       ids: the ids that the grammar may ever allow, where they are neighbours (the codes
         of an image): the head is then computed for those alone.
+      drafts: guesses of the next ids, so that a pass gives several; they change no id.
       on_progress: called every `PROGRESS_EVERY` ids.
 
     Returns:
@@ -172,16 +196,26 @@ def sample(
         grammar,
         config,
         limits[fill],
-        None if forced is None else _pad_forced(forced[fill], room),
+        None if forced is None else _pad(forced[fill], room),
         _make_keys(key, seeds[fill].astype(np.uint32), num_samples),
         num_samples,
     )
+    drafter = None if drafts is None else drafts.drafter
+    if drafts is not None:
+        plan = _add_drafts(plan, drafts, fill, room, num_samples)
     only = None if ids is None else (ids.start, ids.stop)
     arranged = split_rows(_arrange(prompts, num_samples, max_length))
     cache, logits = read_prompts(model, num_samples, room, only, params, arranged)
-    pad = int(np.argmax(np.asarray(grammar.allowed[DONE])))
-    drawing = split_rows(start_drawing(rows * num_samples, room, pad))
-    constant = config.fixed_length and on_progress is None and row_lengths is None
+    streams = len(prompts)
+    drawing = split_rows(
+        start_drawing(num_samples, streams, only, room, drafter, plan, logits)
+    )
+    constant = (
+        config.fixed_length
+        and on_progress is None
+        and row_lengths is None
+        and drafter is None
+    )
     last = most if config.fixed_length else int(limits.max())
     stride = last if on_progress is None else PROGRESS_EVERY
     started = time.monotonic()
@@ -190,34 +224,42 @@ def sample(
         x = np.asarray(x)
         return x.reshape(rows, num_samples, *x.shape[1:])[:num_rows]
 
-    for start in range(0, last, stride):
-        stop = min(start + stride, last)
-        cache, logits, drawing = draw_steps(
+    stop, done = 0, False
+    while stop < last and not done:
+        stop = min(stop + stride, last)
+        cache, drawing = draw_steps(
             model,
             num_samples,
-            len(prompts),
+            streams,
             only,
-            last if constant else None,
+            last - 1 if constant else None,
+            drafter,
             params,
             plan,
             cache,
-            logits,
             drawing,
-            jnp.asarray(start, jnp.int32),
             jnp.asarray(stop, jnp.int32),
         )
         if on_progress is None:
             continue
+        done = not np.asarray(drawing.state != DONE).any()
+        if done:  # guesses can be right beyond the next report
+            stop = max(stop, int(drawing.lengths.max()))
         tokens = shaped(drawing.tokens)[..., :stop]
         seconds = time.monotonic() - started
         speed = int(shaped(drawing.lengths).sum()) / max(seconds, 1e-9)
         on_progress(Progress(tokens, stop, last, seconds, speed))
-        if not np.asarray(drawing.state != DONE).any():
-            break
+    lengths, canvas = shaped(drawing.lengths), drawing.canvas
+    none = np.zeros_like(lengths)
     return Samples(
         shaped(drawing.tokens)[..., :most],
         shaped(drawing.log_probs)[..., :most],
-        shaped(drawing.lengths),
+        lengths,
+        # The prefill gave the first id.
+        1 + shaped(canvas.passes) if canvas is not None else lengths,
+        none if canvas is None else shaped(canvas.tested),
+        none if canvas is None else shaped(canvas.accepted),
+        drafter,
     )
 
 
@@ -286,12 +328,24 @@ def _check(
         )
 
 
-def _pad_forced(
-    forced: Int32[np.ndarray, "batch new"], room: int
+def _pad(
+    values: Int32[np.ndarray, "batch new"], room: int
 ) -> Int32[np.ndarray, "batch room"]:
-    padded = np.full((len(forced), room), -1, np.int32)
-    padded[:, : forced.shape[1]] = forced
+    padded = np.full((len(values), room), -1, np.int32)
+    padded[:, : values.shape[1]] = values
     return padded
+
+
+def _add_drafts(
+    plan: Plan, drafts: Drafts, fill: np.ndarray, room: int, num_samples: int
+) -> Plan:
+    cells, known = drafts.cells, drafts.known
+    if cells is not None:
+        cells = jnp.asarray(np.repeat(_pad(cells[fill], room), num_samples, axis=0))
+    if known is not None:
+        known = jnp.asarray(np.repeat(known[fill], num_samples, axis=0), jnp.int32)
+    cells, known = (x if x is None else split_rows(x) for x in (cells, known))
+    return plan._replace(table=drafts.table, cells=cells, known=known)
 
 
 def _make_plan(

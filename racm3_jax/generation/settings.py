@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypedDict
 
+from racm3_jax.generation.drafts import DRAFT_MODES, DraftMode
+
 
 class SamplingSettings(TypedDict, total=False):
     """The settings of a call as keywords; see `SamplingConfig` for what they mean."""
@@ -16,6 +18,7 @@ class SamplingSettings(TypedDict, total=False):
     contrastive_k: int
     contrastive_alpha: float
     guide_documents: bool
+    draft: DraftMode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,9 @@ class SamplingConfig:
       contrastive_alpha: how far below the k-th largest probability an id may lie.
       guide_documents: False keeps the retrieved documents in the unconditional prompt,
         so that only the text is amplified (CM3Leon); True drops them as well.
+      draft: where guesses of an image's next codes come from, so that one pass gives
+        several (see `drafts`): "table", "jacobi", "off", or "auto" for what is fastest.
+        It changes no image.
     """
 
     temperature: float = 1.0
@@ -49,6 +55,7 @@ class SamplingConfig:
     contrastive_k: int = 0
     contrastive_alpha: float = 0.6
     guide_documents: bool = False
+    draft: DraftMode = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -79,6 +86,11 @@ class SamplingConfig:
             raise ValueError(
                 "contrastive_alpha must be above 0 and at most 1; got "
                 f"{self.contrastive_alpha}"
+            )
+        if self.draft not in DRAFT_MODES:
+            raise ValueError(
+                f"draft is {self.draft!r}; allowed: "
+                + ", ".join(map(repr, DRAFT_MODES))
             )
         if self.contrastive_k and self.guidance != 1:
             raise ValueError(

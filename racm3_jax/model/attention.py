@@ -190,7 +190,7 @@ def attend_behind_prefix(
 
 
 def _weigh(
-    scores: Float[Array, " *shape"], visible: Bool[Array, " *shape"]
+    scores: Float[Array, " *shape"], visible: Bool[Array, " *mask"]
 ) -> tuple[Float[Array, " *shape"], Float[Array, " *rows"]]:
     """Softmax weights of the last axis, and the logarithm of their sum."""
     scores = jnp.where(visible, scores, _MASKED)

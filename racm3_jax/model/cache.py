@@ -88,6 +88,10 @@ class Cache:
         """How many tokens a row can hold."""
         return self.layers[0].k.shape[2]
 
+    def advance(self, counts: Int[Array, " batch"]) -> Cache:
+        """So many more tokens of each row, which lie there already, count as read."""
+        return self.replace(length=self.length + counts)  # pyright: ignore
+
     def repeat(self, num_samples: int) -> Cache:
         """Each row `num_samples` times, neighbours: rows a b -> a a a b b b."""
         repeat = functools.partial(jnp.repeat, repeats=num_samples, axis=0)

@@ -91,6 +91,7 @@ class Linear(nn.Module):
       use_bias: whether there is a bias over the output axes.
       dtype: of the product.
       gain: of the initial weights.
+      outputs_first: the kernel lies with its output axes first, see `ModelConfig`.
     """
 
     spec: str
@@ -100,6 +101,7 @@ class Linear(nn.Module):
     use_bias: bool
     dtype: str
     gain: float = 1.0
+    outputs_first: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, " *in"]) -> Float[Array, " *out"]:
@@ -108,16 +110,41 @@ class Linear(nn.Module):
         for size in self.shape[: self.num_inputs]:
             fan_in *= size
         normal = nn.initializers.normal(self.gain * fan_in**-0.5)
-        kernel = self.param("kernel", partitioned(normal, *self.axes), self.shape)
-        if self.has_variable("params", SCALE):  # 8 bits, for decoding only
-            y = contract(self.spec, x, kernel.astype(self.dtype), self.dtype)
+        shape, axes = self.shape, self.axes
+        if self.outputs_first:
+            shape, axes = (_turn(x, self.num_inputs) for x in (shape, axes))
+        kernel = self.param("kernel", partitioned(normal, *axes), shape)
+        steps = self.has_variable("params", SCALE)  # 8 bits, for decoding only
+        y = self._multiply(x, kernel.astype(self.dtype) if steps else kernel)
+        if steps:
             y = y * self.get_variable("params", SCALE)
-        else:
-            y = contract(self.spec, x, kernel, self.dtype)
         if not self.use_bias:
             return y
         zeros = partitioned(nn.initializers.zeros, *self.axes[self.num_inputs :])
         return y + self.param("bias", zeros, self.shape[self.num_inputs :])
+
+    def _multiply(self, x: Array, kernel: Array) -> Array:
+        if not self.outputs_first:
+            return contract(self.spec, x, kernel, self.dtype)
+        x_term, kernel_term = self.spec.split("->")[0].split(",")
+        inputs, outputs = (
+            kernel_term[: self.num_inputs],
+            kernel_term[self.num_inputs :],
+        )
+        rows = "".join(i for i in x_term if i not in inputs)
+        spec = f"{outputs}{inputs},{x_term}->{outputs}{rows}"
+        y = contract(spec, kernel, x, self.dtype)
+        return jnp.moveaxis(y, range(len(outputs)), range(-len(outputs), 0))
+
+
+def _turn(values: tuple[Any, ...], num_inputs: int) -> tuple[Any, ...]:
+    """(inputs..., outputs...) -> (outputs..., inputs...)."""
+    return values[num_inputs:] + values[:num_inputs]
+
+
+def turn_kernel(kernel: Array, num_inputs: int) -> Array:
+    """A kernel with its output axes first."""
+    return kernel.transpose(_turn(tuple(range(kernel.ndim)), num_inputs))
 
 
 def make_rotary(config: ModelConfig, positions: Int[Array, "batch length"]) -> Rotary:
@@ -160,6 +187,7 @@ class Attention(nn.Module):
                 ("embed", axis, "head_dim"),
                 c.use_bias,
                 c.compute_dtype,
+                outputs_first=c.outputs_first,
             )
 
         self.query = project(c.num_heads, "heads")
@@ -173,6 +201,7 @@ class Attention(nn.Module):
             c.use_bias,
             c.compute_dtype,
             gain=(2 * c.num_layers) ** -0.5,
+            outputs_first=c.outputs_first,
         )
         if c.qk_norm:
             # One scale a head, as in the public weights: LayerNorm, not RMSNorm.
@@ -238,7 +267,14 @@ class FeedForward(nn.Module):
         def widen(name: str) -> Array:
             shape, axes = (c.d_model, c.d_ff), ("embed", "mlp")
             linear = Linear(
-                "bld,df->blf", shape, 1, axes, c.use_bias, c.compute_dtype, name=name
+                "bld,df->blf",
+                shape,
+                1,
+                axes,
+                c.use_bias,
+                c.compute_dtype,
+                outputs_first=c.outputs_first,
+                name=name,
             )
             # Kept for the backward pass: in the compute dtype it is half the memory.
             return as_product(linear(x).astype(c.compute_dtype))
@@ -257,6 +293,7 @@ class FeedForward(nn.Module):
             c.use_bias,
             c.compute_dtype,
             gain=(2 * c.num_layers) ** -0.5,
+            outputs_first=c.outputs_first,
             name="down",
         )(hidden)
 

@@ -38,7 +38,9 @@ from racm3_jax.model.layers import (
     Rotary,
     make_rotary,
     partitioned,
+    turn_kernel,
 )
+from racm3_jax.model.quantization import num_inputs_of
 from racm3_jax.sharding import current_platform
 
 Params = Mapping[str, Any]
@@ -151,7 +153,8 @@ class Transformer(nn.Module):
             x, cached = self._layer(i, "prefill", x, rotary, segment_ids)
             layers.append(cached.pad(max_length))
         cache = Cache(layers=tuple(layers), length=lengths.astype(jnp.int32))
-        return self._last_logits(x, lengths), cache
+        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return self._logits(last), cache
 
     def prefill_behind(
         self,
@@ -178,7 +181,7 @@ class Transformer(nn.Module):
         tokens: _Tokens,
         lengths: Int[Array, " batch"],
         cache: Cache,
-        head: Float[Array, "d_model ids"] | None = None,
+        head: Float[Array, "_ _"] | None = None,
     ) -> tuple[_Logits, Cache]:
         """Reads several further tokens a row, after those in the cache.
 
@@ -187,8 +190,49 @@ class Transformer(nn.Module):
           lengths: true length of each continuation, at least 1; the caller sees to it
             that `cache.length + lengths <= cache.max_length`.
           cache: what was read so far; rows may differ in length.
-          head: columns of the head, where only some ids' logits are asked for.
+          head: of `slice_head`, where only some ids' logits are asked for.
         """
+        x, layers = self._read_after(tokens, lengths, cache)
+        length = cache.length + lengths
+        cache = Cache(layers=layers, length=length, prefix=cache.prefix)
+        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return self._logits(last, head), cache
+
+    def decode(
+        self,
+        token: Int[Array, " batch"],
+        cache: Cache,
+        head: Float[Array, "_ _"] | None = None,
+    ) -> tuple[_Logits, Cache]:
+        """Reads one token a row; returns the logits that follow it, and the cache."""
+        return self.extend(token[:, None], jnp.ones_like(token), cache, head)
+
+    def decode_window(
+        self,
+        tokens: _Tokens,
+        cache: Cache,
+        head: Float[Array, "_ _"] | None = None,
+    ) -> tuple[Float[Array, "batch length vocab"], Cache]:
+        """Reads tokens of which only a beginning may stay.
+
+        Args:
+          tokens: of each row; those that would lie beyond the cache are not kept.
+          cache: what was read so far.
+          head: of `slice_head`, where only some ids' logits are asked for.
+
+        Returns:
+          The logits that follow each token, and the cache with its lengths as they were:
+          `cache.advance` says how many of the tokens stay.
+        """
+        lengths = jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+        x, layers = self._read_after(tokens, lengths, cache)
+        logits = self._logits(x.reshape(-1, x.shape[2]), head)
+        cache = Cache(layers=layers, length=cache.length, prefix=cache.prefix)
+        return logits.reshape(*tokens.shape, -1), cache
+
+    def _read_after(
+        self, tokens: _Tokens, lengths: Int[Array, " batch"], cache: Cache
+    ) -> tuple[_Hidden, tuple[LayerCache, ...]]:
         index = jnp.arange(tokens.shape[1])
         positions = cache.length[:, None] + index
         write_at = jnp.where(
@@ -204,19 +248,7 @@ class Transformer(nn.Module):
                 i, "extend", x, rotary, cached, positions, write_at, prefix
             )
             layers.append(cached)
-        cache = Cache(
-            layers=tuple(layers), length=cache.length + lengths, prefix=shared
-        )
-        return self._last_logits(x, lengths, head), cache
-
-    def decode(
-        self,
-        token: Int[Array, " batch"],
-        cache: Cache,
-        head: Float[Array, "d_model ids"] | None = None,
-    ) -> tuple[_Logits, Cache]:
-        """Reads one token a row; returns the logits that follow it, and the cache."""
-        return self.extend(token[:, None], jnp.ones_like(token), cache, head)
+        return x, tuple(layers)
 
     def _embed(self, tokens: _Tokens, positions: _Tokens) -> tuple[_Hidden, Rotary]:
         x = look_up(self.embedding, tokens).astype(jnp.float32)
@@ -234,18 +266,19 @@ class Transformer(nn.Module):
         block: Any = Block(self.config, parent=None)
         return block.apply({"params": params}, *args, method=method)
 
-    def _last_logits(
+    def _logits(
         self,
-        x: _Hidden,
-        lengths: Int[Array, " batch"],
-        head: Float[Array, "d_model ids"] | None = None,
+        x: Float[Array, "batch d_model"],
+        head: Float[Array, "_ _"] | None = None,
     ) -> _Logits:
-        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
-        hidden = self.output_norm(last)
+        hidden = self.output_norm(x)
+        c = self.config
         if head is None:
-            tied = self.config.tie_embeddings
-            head = jnp.asarray(self.embedding.T if tied else self.head)
-        return contract("bd,dv->bv", hidden, head, self.config.compute_dtype)
+            head = jnp.asarray(self.embedding.T if c.tie_embeddings else self.head)
+            head = head.T if c.outputs_first else head
+        if c.outputs_first:
+            return contract("vd,bd->vb", head, hidden, c.compute_dtype).T
+        return contract("bd,dv->bv", hidden, head, c.compute_dtype)
 
 
 def init_params(config: ModelConfig, key: Array, *, boxed: bool = False) -> Params:
@@ -284,11 +317,13 @@ def head_weights(params: Params, config: ModelConfig) -> Float[Array, "d_model v
 
 def slice_head(
     params: Params, config: ModelConfig, start: int, stop: int
-) -> Float[Array, "d_model ids"]:
-    """The columns of the head for the ids `start` to `stop`."""
+) -> Float[Array, "d_model ids"] | Float[Array, "ids d_model"]:
+    """The columns of the head for the ids `start` to `stop`; see `outputs_first`."""
     if config.tie_embeddings:
-        return params["embedding"][start:stop].T
-    return params["head"][:, start:stop]
+        rows = params["embedding"][start:stop]
+        return rows if config.outputs_first else rows.T
+    columns = params["head"][:, start:stop]
+    return columns.T if config.outputs_first else columns
 
 
 def compute_logits(
@@ -325,15 +360,24 @@ def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
 
     Layers are unrolled, and the weights cast to the compute dtype, so that each step
     reads them once in that size. On CPU decoding is float32 whatever the training was:
-    a bfloat16 product with one row is tens of times slower there.
+    a bfloat16 product with one row is tens of times slower there. Kernels are turned
+    there, see `ModelConfig.outputs_first`.
     """
-    dtype = "float32" if current_platform() == "cpu" else config.compute_dtype
+    on_cpu = current_platform() == "cpu"
+    dtype = "float32" if on_cpu else config.compute_dtype
+    turn = on_cpu and not config.outputs_first
     config = dataclasses.replace(
-        config, scan_layers=False, remat="none", compute_dtype=dtype
+        config,
+        scan_layers=False,
+        remat="none",
+        compute_dtype=dtype,
+        outputs_first=on_cpu or config.outputs_first,
     )
     names = {"kernel", "embedding", "head"}
 
     def cast(path: Any, x: Array) -> Array:
+        if turn and path[-1].key == "kernel":
+            x = turn_kernel(jnp.asarray(x), num_inputs_of(path[-2].key))
         return x.astype(dtype) if path[-1].key in names else jnp.asarray(x)
 
     return config, jax.tree_util.tree_map_with_path(cast, unstack_layers(params))

@@ -14,6 +14,7 @@ from racm3_jax.generation.classification import Classification
 from racm3_jax.own_files import PNG_KEY
 from racm3_jax.types import (
     Document,
+    DraftCounts,
     GenerationOutput,
     Retrieved,
     Segment,
@@ -69,7 +70,9 @@ class Recorder:
         ]
         shown = TokenizedDocument("m1", (), "http://x", {"licence": "CC0"})
         retrieved = Retrieved(np.array([1]), np.array([0.5], np.float32), (shown,))
-        return GenerationOutput(documents, np.array([0.2, 0.1]), retrieved, "a flag", 7)
+        drafts = DraftCounts("table", 8, 18.5, 0.75)
+        scores = np.array([0.2, 0.1])
+        return GenerationOutput(documents, scores, retrieved, "a flag", 7, drafts)
 
 
 @pytest.fixture
@@ -88,6 +91,10 @@ def generator(monkeypatch, tmp_path):
     mask[:, 4:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     return recorder
+
+
+def kwargs_of(generator):
+    return generator.calls[-1][2]
 
 
 def run(*arguments):
@@ -127,6 +134,10 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
         {"id": "m1", "score": 0.5, "source": "http://x", "licence": "CC0"}
     ]
     assert printed["settings"]["guidance"] == 3.0
+    assert printed["settings"]["draft"] == kwargs_of(generator)["draft"] == "auto"
+    assert printed["drafts"] == {
+        "source": "table", "window": 8, "passes": 18.5, "acceptance": 0.75
+    }  # fmt: skip
     assert printed["near_copies"] == [{"sample": 0, "id": "m1", "equal_codes": 0.95}]
     assert set(printed["versions"]) == {"racm3_jax", "jax", "python"}
     ((task, args, kwargs),) = generator.calls
@@ -134,7 +145,15 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
     assert "documents" not in kwargs and kwargs["num_retrieved"] == 2
 
 
-def test_near_copies_are_named_and_previews_written(generator, capsys):
+def test_weights_in_8_bits_are_refused_on_a_cpu(generator, capsys):
+    arguments = ["generate", "--prompt=a", "--int8", "--workdir=w"]
+    assert cli.main(arguments) == 2
+    assert "--int8 is for accelerators" in capsys.readouterr().err
+    assert not generator.calls
+
+
+def test_near_copies_are_named_and_previews_written(generator, capsys, monkeypatch):
+    monkeypatch.setattr("racm3_jax.sharding.current_platform", lambda: "gpu")
     drawing = ("--document", "a.png", "red", "--preview=p.png", "--int8", "--tensor=2")
     run("generate", "--prompt=a", *drawing)
     out = capsys.readouterr().out

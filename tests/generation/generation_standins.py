@@ -107,12 +107,27 @@ class MeanEmbedder:
         return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+class ThreeRows:
+    """What is asked of a memory beside its search."""
+
+    num_allowed = 3
+
+    def __init__(self, documents):
+        self.held = documents
+
+    def allowed_ids(self):
+        return np.arange(3)
+
+    def documents(self, ids):
+        return list(AsciiTokenizer().tokenize([self.held[i] for i in ids]))
+
+
 class FirstDocuments:
     """A memory of three documents; every query is given the first ones."""
 
     def __init__(self):
         self.documents = [pair(f"m{i}", f"memory {i}", i) for i in range(3)]
-        self.memory = types.SimpleNamespace(num_allowed=3)
+        self.memory = ThreeRows(self.documents)
         self.num_calls = 0
         self.asked = []
 
@@ -192,4 +207,4 @@ def draw_by_grammar(
                 next_state, count = after[state], 0
             state = next_state
     ends = (drawn != VOCAB.pad).sum(-1).astype(np.int32)
-    return Samples(drawn, log_probs, ends)
+    return Samples(drawn, log_probs, ends, ends, 0 * ends, 0 * ends)

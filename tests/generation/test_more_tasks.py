@@ -310,7 +310,8 @@ def test_a_preview_of_a_region_shows_the_rest_of_the_image(
 ):
     monkeypatch.setattr(sample_module, "PROGRESS_EVERY", 1)
     seen = []
-    images, how = [quadrants(3, 5, 7, 9), grey(32)], {"region_prompt": region_prompt}
+    images = [quadrants(3, 5, 7, 9), grey(32)]
+    how = {"region_prompt": region_prompt, "draft": "off"}  # reports id by id
     regions, both = [RIGHT, (0, 0, SIZE, SIZE)], [[pair("x", "cd", 3)]] * 2
     outs = generator.edit_batch(images, regions, both, on_progress=seen.append, **how)
     previews = [generator.preview(progress)[:, 0] for progress in seen]

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from racm3_jax.model.config import tiny_chameleon
+from racm3_jax.model.layers import turn_kernel
 from racm3_jax.model.quantization import SCALE, quantize_kernel, quantize_weights
-from racm3_jax.model.transformer import Transformer, init_params, stack_layers
+from racm3_jax.model.transformer import (
+    Transformer,
+    init_params,
+    prepare_decoding,
+    stack_layers,
+)
 
 
 def test_a_kernel_is_within_half_a_step():
@@ -30,6 +36,15 @@ def test_the_model_computes_with_what_the_bits_mean():
     config = tiny_chameleon(num_layers=1)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     quantized = quantize_weights(params)
+    prepared, turned = prepare_decoding(config, params)
+    assert prepared.outputs_first  # the tests run on a CPU
+    turned = quantize_weights(turned, outputs_first=True)
+    for name, inputs in (("out", 2), ("query", 1)):
+        plain = quantized["layers_0"]["attention"][name]
+        other = turned["layers_0"]["attention"][name]
+        np.testing.assert_array_equal(other[SCALE], plain[SCALE])
+        kernel = turn_kernel(plain["kernel"], inputs)
+        np.testing.assert_array_equal(other["kernel"], kernel)
 
     def write_out(tree):
         if "kernel" in tree:
