@@ -54,4 +54,4 @@ def _print(shell: str, parser: argparse.ArgumentParser) -> None:
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
             if "--config" in action.option_strings:
                 action.complete = configs  # pyright: ignore[reportAttributeAccessIssue]
-    print(shtab.complete(parser, shell, preamble=preamble))
+    print(shtab.complete(parser, shell, preamble=preamble))  # pyright: ignore[reportArgumentType]
