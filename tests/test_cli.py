@@ -70,9 +70,9 @@ def test_configs_have_names(capsys, monkeypatch):
 
     def train(config, *_, **__):
         given.append(config)
-        return types.SimpleNamespace(step=0)
+        return types.SimpleNamespace(step=0), False
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "run_training", train)
     for words in (
         ["--config=flagworld:twin", "--config.train.num_steps=7"],
         ["--config", "flagworld:twin", "--config.train.num_steps", "7"],
@@ -100,7 +100,7 @@ def test_near_misses_are_named(capsys):
     ]:
         assert f"did you mean {near}?" in sentence(capsys, *words)
     error = sentence(capsys, "xyzzy")
-    assert "there is no 'xyzzy'; known are quickstart, train" in error
+    assert "there is no 'xyzzy'; known are quickstart, fit, train" in error
 
 
 def test_the_help_names_every_option_and_its_default():
@@ -169,9 +169,9 @@ def test_a_training_that_was_stopped_says_so_and_has_its_own_status(
     def train(config, workdir, profile_steps, compiled):
         given.update(workdir=workdir, profile_steps=profile_steps)
         assert compiled is None
-        return types.SimpleNamespace(step=3)
+        return types.SimpleNamespace(step=3), config.train.num_steps == 3
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "run_training", train)
     config = f"--config={CONFIGS}/flagworld_tiny.py"
     arguments = ["train", config, f"--workdir={tmp_path}", "--profile_steps=2:3"]
     assert cli.main(arguments) == 75

@@ -78,7 +78,9 @@ def _register_fit(commands: Any) -> None:
     sub.add_argument(
         "--source", type=options.filled, required=True, help="as in folder:photos"
     )
-    sub.add_argument("--workdir", type=options.path, required=True)
+    sub.add_argument(
+        "--workdir", type=options.path, required=True, help="folder of all stages"
+    )
     sub.add_argument(
         "--group_key", default="", help='the column that says "the same thing"'
     )

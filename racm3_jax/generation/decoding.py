@@ -211,7 +211,7 @@ def _draw(
 ) -> Drawing:
     """The ids of every sample after `last` and its guesses, as far as those are right."""
     first, pad, allowed = columns
-    num_rows, window = len(guesses), logits.shape[1]
+    window = logits.shape[1]
     states, nums_in_state = _follow_guesses(plan, guesses, drawing)
     places = drawing.lengths[:, None] + jnp.arange(window)
     drew = states != DONE
@@ -277,15 +277,14 @@ def _draw(
         canvas = drafts_lib.follow(
             drafter, plan.cells, canvas, places, tokens, kept, judged
         )
-    rows = jnp.arange(num_rows)[:, None]
     at = jnp.where(kept, places, drawing.tokens.shape[1])
     lengths = drawing.lengths + num_kept
     return Drawing(
         jnp.where(lengths >= plan.limits, DONE, state),
         num_in_state,
         last,
-        drawing.tokens.at[rows, at].set(tokens, mode="drop"),
-        drawing.log_probs.at[rows, at].set(log_probs, mode="drop"),
+        drafts_lib.put(drawing.tokens, at, tokens),
+        drafts_lib.put(drawing.log_probs, at, log_probs),
         lengths,
         canvas,
     )

@@ -218,7 +218,6 @@ def propose(
       canvas: the images so far.
       places: of each row's next id.
     """
-    rows = jnp.arange(len(places))
     start, stop = drafter.codes
 
     def guess(codes, i):
@@ -242,7 +241,8 @@ def propose(
             token = jnp.where(certain >= 0, certain, token)
         is_code = (cell >= 0) & (token >= start) & (token < stop)
         at = jnp.where(is_code, cell, codes.shape[1])
-        return codes.at[rows, at].set(token - start, mode="drop"), token
+        codes = put(codes, at[:, None], (token - start)[:, None])
+        return codes, token
 
     steps = jnp.arange(drafter.window - 1)
     return jax.lax.scan(guess, canvas.codes, steps)[1].T
@@ -270,7 +270,6 @@ def follow(
       judged: True where a guess was compared with an id that stays, and where it was
         equal; None before the first pass.
     """
-    rows = jnp.arange(len(places))[:, None]
     start, stop = drafter.codes
     if cells is None:
         cell = canvas.next_cell[:, None] + jnp.arange(places.shape[1])
@@ -279,7 +278,7 @@ def follow(
     is_code = kept & (tokens >= start) & (tokens < stop)
     num_codes = canvas.codes.shape[1]
     at = jnp.where(is_code & (cell >= 0), cell, num_codes)
-    codes = canvas.codes.at[rows, at].set(tokens - start, mode="drop")
+    codes = put(canvas.codes, at, tokens - start)
     # Another image begins behind an id that is no code.
     whole = (is_code == kept).all(axis=1)
     num_kept = kept.sum(axis=1, dtype=jnp.int32)
@@ -287,7 +286,7 @@ def follow(
     guesses = canvas.guesses
     if guesses is not None:
         later = jnp.where(kept, guesses.shape[1], places)
-        guesses = guesses.at[rows, later].set(tokens, mode="drop")
+        guesses = put(guesses, later, tokens)
     canvas = canvas._replace(codes=codes, next_cell=next_cell, guesses=guesses)
     if judged is None:
         return canvas
@@ -304,6 +303,19 @@ def take(values: Array, places: Array, outside: int) -> Array:
     wide = places.reshape(len(values), -1)
     found = jnp.take_along_axis(values, wide, axis=1, mode="fill", fill_value=outside)
     return found.reshape(places.shape)
+
+
+def put(values: Array, places: Array, new: Array) -> Array:
+    """With `values[row, place] = new`, and nothing where there is no such place.
+
+    Row by row: as one scatter, devices that hold copies of a model would exchange all of
+    the values.
+    """
+
+    def put_in_row(row, at, x):
+        return row.at[at].set(x, mode="drop")
+
+    return jax.vmap(put_in_row)(values, places, new)
 
 
 def _copy_similar(codes: Array, neighbours: tuple[Any, ...]) -> Array:

@@ -531,7 +531,8 @@ class Runner:
 
     def _judge_fault(self, words: Sequence[str], outcome: Outcome) -> Outcome:
         """After a failing disk nothing hidden is left, and the same call then works."""
-        hidden = self._find_hidden()
+        # Parts of neighbours resume, and the next call must remove them.
+        hidden = [n for n in self._find_hidden() if "-parts.partial" not in n]
         outcome = self._judge_sentence(outcome)
         if not outcome.fault and hidden:
             return dataclasses.replace(outcome, fault="partial", details=str(hidden))

@@ -25,11 +25,11 @@ URLS = {
 TEXTS = {
     *("prompt", "text", "prefix", "labels", "box", "url_pattern", "licence", "part"),
     *("index", "engine", "beam", "deduplicate", "device", "topology"),
-    *("profile_steps", "document", "example"),
+    *("profile_steps", "document", "example", "group_key", "words"),
     # Refused by its reader (`configs.load_config_module`).
     "config",
     # Sources, of which each kind looks at its own path.
-    *("source", "held_out"),
+    *("source", "held_out", "holdout"),
 }
 
 

@@ -149,7 +149,7 @@ def test_files_that_were_read_make_room(tmp_path):
 def test_pixels_count_as_long_as_somebody_holds_them():
     kept = KeptPixels(max_pixels=100)
     images = [kept.keep(np.zeros((7, 7, 3), np.uint8)) for _ in range(2)]
-    with pytest.raises(ValueError, match="too many pictures of its visitors"):
+    with pytest.raises(ValueError, match="too many images of its visitors"):
         kept.keep(np.zeros((7, 7, 3), np.uint8))
     images.pop()
     gc.collect()
@@ -161,7 +161,7 @@ def test_a_session_counts_what_is_uploaded(session):
     content = encode_png(np.zeros((10, 12, 3), np.uint8))
     image = session.read_upload(content)
     assert image.shape == (10, 10, 3)
-    with pytest.raises(ValueError, match="too many pictures"):
+    with pytest.raises(ValueError, match="too many images"):
         session.read_upload(content)
 
 

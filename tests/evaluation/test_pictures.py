@@ -40,7 +40,9 @@ def test_report_is_one_file_that_loads_nothing(tmp_path):
     from PIL import Image
 
     Image.fromarray(RED).save(tmp_path / "samples.png")
-    caption = CaptionRow(RED, "<b>truth", "X", [Panel(RED, "w")], "with", "without")
+    caption = CaptionRow(
+        RED, "<b>truth", [Panel(RED, "w")], "with", "without", nation="X"
+    )
     write_report(
         tmp_path / "report.html",
         sheet=tmp_path / "samples.png",

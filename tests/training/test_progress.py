@@ -17,6 +17,7 @@ from racm3_jax.training.progress import StepLog, report_parameters
 @pytest.mark.parametrize("console", ["absl", "python"])
 def test_a_log_line_is_a_line_of_its_own(monkeypatch, console):
     stream = io.StringIO()
+    stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stream)
     handler = python_logging.StreamHandler(stream)
     if console == "python":
