@@ -95,7 +95,7 @@ class DraftChoice:
         self._seen: dict[tuple[str, int], list[int]] = {}
 
     def choose(
-        self, mode: DraftMode, memory: Memory | None, vocab: Vocab, num_rows: int
+        self, mode: DraftMode, memory: object, vocab: Vocab, num_rows: int
     ) -> tuple[Drafter | None, Table | None]:
         """How ids are guessed, and the table for it.
 
@@ -105,7 +105,7 @@ class DraftChoice:
 
         Args:
           mode: a source, or "auto" for the best one, or "off".
-          memory: whose images are counted, or None.
+          memory: whose images are counted; what only stands in for one has none.
           vocab: of the model.
           num_rows: of a pass without guesses.
 
@@ -115,7 +115,7 @@ class DraftChoice:
         if mode == "off":
             return None, None
         counted = None
-        if mode in ("auto", "table") and memory is not None:
+        if mode in ("auto", "table") and isinstance(memory, Memory):
             counted = self._count(memory, vocab)
         if mode == "table" and counted is None:
             raise ValueError(

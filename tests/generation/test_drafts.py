@@ -290,6 +290,15 @@ def test_the_table_is_counted_once_over_what_may_be_shown():
         choice.choose("table", None, VOCAB, 1)
 
 
+def test_what_stands_in_for_a_memory_has_no_table():
+    """Evaluations give documents by hand; Jacobi's guesses need none."""
+    choice = draft_choice.DraftChoice()
+    drafter, table = choice.choose("auto", object(), Vocab(64, 16, 16, 16), 1)
+    assert drafter is not None and drafter.source == "jacobi" and table is None
+    with pytest.raises(ValueError, match="has none"):
+        choice.choose("table", object(), Vocab(64, 16, 16, 16), 1)
+
+
 def test_guesses_that_are_worth_nothing_are_dropped():
     choice = draft_choice.DraftChoice()
     sources = []
