@@ -7,7 +7,7 @@ it costs more than a pass of one id a row depends on the device and on the rows.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -95,7 +95,7 @@ class DraftChoice:
         self._seen: dict[tuple[str, int], list[int]] = {}
 
     def choose(
-        self, mode: DraftMode, memory: object, vocab: Vocab, num_rows: int
+        self, mode: DraftMode, memory: Any, vocab: Vocab, num_rows: int
     ) -> tuple[Drafter | None, Table | None]:
         """How ids are guessed, and the table for it.
 
@@ -105,7 +105,8 @@ class DraftChoice:
 
         Args:
           mode: a source, or "auto" for the best one, or "off".
-          memory: whose images are counted; what only stands in for one has none.
+          memory: whose images are counted. None, or documents given by hand that stand
+            in for one and have no rows: no table.
           vocab: of the model.
           num_rows: of a pass without guesses.
 
@@ -115,7 +116,7 @@ class DraftChoice:
         if mode == "off":
             return None, None
         counted = None
-        if mode in ("auto", "table") and isinstance(memory, Memory):
+        if mode in ("auto", "table") and hasattr(memory, "allowed_ids"):
             counted = self._count(memory, vocab)
         if mode == "table" and counted is None:
             raise ValueError(
