@@ -25,7 +25,12 @@ from racm3_jax.model.config import tiny
 from racm3_jax.model.transformer import Transformer, head_weights, init_params
 from racm3_jax.training.loss import make_generator_loss
 from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer
-from racm3_jax.training.step import TrainState, init_state, make_train_step
+from racm3_jax.training.step import (
+    TrainState,
+    TrainStep,
+    init_state,
+    make_train_step,
+)
 from racm3_jax.types import Batch
 from racm3_jax.vocab import Vocab
 from racm3_jax.wiring.jobs import Job
@@ -91,15 +96,17 @@ def make_job(arguments: argparse.Namespace, config: Any, workdir: Path) -> Job:
         skip_nonfinite=bool(poisoned) and arguments.without != "skip",
     )
 
-    def checked(state: TrainState, batch: Any) -> Any:
+    class Checked(TrainStep):
         """Notes whether a poisoned step left the state as it was."""
-        step = int(state.step)
-        if step not in poisoned:
-            return step_fn(state, batch)
-        before = digest(state)
-        state, metrics = step_fn(state, batch)
-        note(f"skips.{jax.process_index()}", {"same": digest(state) == before})
-        return state, metrics
+
+        def __call__(self, state: TrainState, batch: Any) -> Any:
+            step = int(state.step)
+            if step not in poisoned:
+                return super().__call__(state, batch)
+            before = digest(state)
+            state, metrics = super().__call__(state, batch)
+            note(f"skips.{jax.process_index()}", {"same": digest(state) == before})
+            return state, metrics
 
     def note(name: str, line: dict[str, Any]) -> None:
         with open(workdir / f"{name}.jsonl", "a") as file:
@@ -116,6 +123,7 @@ def make_job(arguments: argparse.Namespace, config: Any, workdir: Path) -> Job:
                 time.sleep(600)
             yield make_batch(first + number, first + number in poisoned)
 
+    checked = Checked(step_fn.compiled, mesh)
     return Job(state, checked, make, config.train.num_steps, lambda state: None)
 
 
