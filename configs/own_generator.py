@@ -1,4 +1,4 @@
-"""A generator for your own pictures, behind own_tokenizer and own_clip.
+"""A generator for your own images, after own_tokenizer and own_clip.
 
     racm3 train --config=configs/own_generator.py --workdir=out/generator \
         --config.source=folder:photos --config.tokenizer.image=out/tokenizer/vqgan \

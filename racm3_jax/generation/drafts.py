@@ -35,7 +35,7 @@ _CONTEXTS = ((1, 1, 1), (1, 1, 0), (0, 1, 0), (0, 0, 0))
 
 
 class Table(NamedTuple):
-    """The likeliest code in each context, as a hash table of a fixed size.
+    """The most likely code in each context, as a hash table of a fixed size.
 
     Attributes:
       hashes: of the context that each slot holds.
@@ -137,7 +137,7 @@ def measure_table(table: Table, images: Int[np.ndarray, "images codes"]) -> floa
 
 
 def look_up(table: Table, left: Any, up: Any, corner: Any, cell: Any) -> Any:
-    """The likeliest code after these neighbours, by the most exact known context."""
+    """The most likely code after these neighbours, by the most exact known context."""
     found = None
     for hashes in _hash_contexts(left, up, corner, cell)[::-1]:
         slots = hashes & np.uint32(_SLOTS - 1)
@@ -279,7 +279,7 @@ def follow(
     num_codes = canvas.codes.shape[1]
     at = jnp.where(is_code & (cell >= 0), cell, num_codes)
     codes = put(canvas.codes, at, tokens - start)
-    # Another image begins behind an id that is no code.
+    # Another image begins after a token that is no code.
     whole = (is_code == kept).all(axis=1)
     num_kept = kept.sum(axis=1, dtype=jnp.int32)
     next_cell = jnp.where(whole, canvas.next_cell + num_kept, 0)

@@ -144,7 +144,7 @@ def judge_generator(
     documents: Sequence[Document],
     workdir: Path,
 ) -> Evaluate:
-    """Likelihoods of held-out documents behind what their texts retrieve.
+    """Likelihoods of held-out documents after what their texts retrieve.
 
     "loss" is nats a token of texts and images together.
 

@@ -42,7 +42,7 @@ def make_model():
 
 
 def draw(config, drafts, *, num_samples=40, grammar=None, ids=CODES, **more):
-    """Two prompts behind documents of 5 and 3 ids, and the same without their texts."""
+    """Two prompts after documents of 5 and 3 ids, and the same without their texts."""
     prompts = np.array([[1, 2, 3, 4, 5, 7, 8, 9], [1, 2, 3, 6, 11, 0, 0, 0]], np.int32)
     plain = np.array([[1, 2, 3, 4, 5, 9], [1, 2, 3, 9, 0, 0]], np.int32)
     prefixes = np.array([5, 3])
@@ -63,11 +63,10 @@ def draw(config, drafts, *, num_samples=40, grammar=None, ids=CODES, **more):
 
 
 def check_equal(drafted, plain):
-    """Rounding may turn one code in a thousand; what follows it in its image differs."""
+    """Up to rounding: 99.9% of the codes."""
     np.testing.assert_array_equal(drafted.lengths, plain.lengths)
-    first_lost = (drafted.tokens != plain.tokens).any(-1).mean()
-    assert first_lost <= 0.016  # of images of 16 codes
     same = drafted.tokens == plain.tokens
+    assert same.mean() >= 0.999
     np.testing.assert_allclose(
         drafted.log_probs[same], plain.log_probs[same], atol=1e-3
     )
@@ -212,7 +211,7 @@ def test_frequencies_follow_the_model():
         before = joint.sum(0)
 
 
-def test_a_table_holds_the_likeliest_code_of_each_context():
+def test_a_table_holds_the_most_likely_code_of_each_context():
     """
     7 7 3      after (left 7, up 7, up-left 7) comes 3, in two of three images
     7 7 ?

@@ -11,10 +11,11 @@ from generation_standins import VOCAB, FirstDocuments, grey, make_generator
 
 from racm3_jax import sharding
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
-from racm3_jax.generation import placement
+from racm3_jax.generation import decoding, placement
 from racm3_jax.generation.score import compute_log_likelihoods
 from racm3_jax.model.config import racm3_2b7, tiny_chameleon
 from racm3_jax.model.transformer import abstract_params, count_params
+from racm3_jax.training.collectives import find_collectives
 
 PROMPTS = ["a red flag", "the sea", "snow"]
 GB = 10**9
@@ -53,6 +54,21 @@ def test_drawings_are_those_of_one_device(alone, drawn, sizes):
     images, scores = draw(spread(alone, **sizes), num_retrieved=2, num_samples=2)
     np.testing.assert_array_equal(images, drawn[0])
     np.testing.assert_allclose(scores, drawn[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("draft", ["off", "jacobi"])
+def test_copies_exchange_nothing_while_they_write(alone, monkeypatch, draft):
+    compiled = []
+
+    def spy(*arguments):
+        compiled.append(decoding.draw_steps.lower(*arguments).compile().as_text())
+        return decoding.draw_steps(*arguments)
+
+    monkeypatch.setattr("racm3_jax.generation.sample.draw_steps", spy)
+    draw(spread(alone, data=2), num_retrieved=2, num_samples=2, draft=draft)
+    assert compiled
+    found = [c for text in compiled for c in find_collectives(text)]
+    assert not found  # a loop's own condition is not counted
 
 
 def test_what_all_rows_share_lies_on_all_devices(alone):
@@ -132,7 +148,7 @@ def test_rows_at_once_are_as_many_as_have_room(alone, monkeypatch):
 def test_the_formula_says_what_the_compiler_says():
     """`racm3 estimate --config=configs/racm3_2b7.py --device=v5e:4 --compile --what=decode`
 
-    8 guided prompts behind 2 documents of 1088 tokens; each chip has two of them.
+    8 guided prompts after 2 documents of 1088 tokens; each chip has two of them.
     """
     config = racm3_2b7()
     weights, row = placement.decoding_bytes(
