@@ -64,6 +64,7 @@ def get_config(arg: str = "third") -> ConfigDict:
     config.pipeline.max_documents = 2
     config.pipeline.max_position_gap = 0
     config.pipeline.rows = 12
+    config.model.compute_dtype = "auto"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "constant"
     config.train.checkpoint_every = 500

@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
         norm="rmsnorm",
         qk_norm=True,
         activation="gelu",
-        compute_dtype="bfloat16",
+        compute_dtype="auto",
     )
     config.loss = dict(z_loss=1e-5)
     config.optimizer = dict(

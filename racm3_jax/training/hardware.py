@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 from racm3_jax.model.config import ModelConfig
@@ -96,6 +98,21 @@ def find_device(kind: str) -> Device | None:
     kind = kind.lower()
     name = next((name for part, name in _KINDS.items() if part in kind), None)
     return DEVICES[name] if name else None
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16; others convert to float32 and back.
+
+    What Linux says of it (AMX, AVX-512 BF16, Arm's BF16); False where it says nothing.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return bool(lines) and not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(
+        lines[0].split()
+    )
 
 
 def flops_per_token(config: ModelConfig, num_params: int, length: float) -> float:
