@@ -245,11 +245,14 @@ def _build_embedding(config: Any, devices: Sequence[Any], size: int | None) -> P
 
     def trace(count: int) -> dict[str, jax.stages.Traced]:
         whole = count * mesh.size
-        images = rows((whole, pixels, pixels, 3), jnp.uint8)
+        values = 3 * settings.patch_size**2
+        patches = rows((whole, settings.num_patches, values), jnp.uint8)
         tokens = rows((whole, settings.context_length), jnp.int32)
         with jax.set_mesh(mesh):
             return {
-                "embed images": embedder.encode_images.trace(settings, params, images),
+                "embed images": embedder.encode_patches.trace(
+                    settings, params, patches
+                ),
                 "embed texts": embedder.encode_texts.trace(settings, params, tokens),
             }
 

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from racm3_jax.retrieval.clip_layers import ACTIVATIONS, Layer, dense, norm, normal
 from racm3_jax.sharding import current_platform
+
+# NumPy's arrays or JAX's.
+ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 
 # What OpenAI's models were trained with (their `preprocess`), channel by channel, of 0..1.
 OPENAI_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -154,7 +157,16 @@ class CLIP(nn.Module):
           images: normalised pixels.
           kept_patches: row-major indices of the patches that the tower sees; all if None.
         """
-        return self.vision(images, kept_patches)
+        patches = cut_patches(images, self.config.patch_size)
+        return self.encode_patches(patches, kept_patches)
+
+    def encode_patches(
+        self,
+        patches: Float[Array, "batch patches values"],
+        kept_patches: Int[Array, "batch kept"] | None = None,
+    ) -> Float[Array, "batch d_embed"]:
+        """As `encode_image`, of what `cut_patches` makes of the images."""
+        return self.vision(patches, kept_patches)
 
     def encode_text(
         self, tokens: Int[Array, "batch length"]
@@ -181,7 +193,7 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(
         self,
-        images: Float[Array, "batch height width 3"],
+        patches: Float[Array, "batch patches values"],
         kept_patches: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch d_embed"]:
         config, width = self.config, self.config.vision_width
@@ -193,7 +205,7 @@ class VisionTower(nn.Module):
             "patch_embedding",
             config.dtype,
             use_bias=False,
-        )(cut_patches(images, config.patch_size))
+        )(patches)
         class_embedding = self.param(
             "class_embedding", normal(scale, ("embed",)), (width,)
         )
@@ -280,8 +292,8 @@ class TextTower(nn.Module):
 
 
 def cut_patches(
-    images: Float[Array, "batch height width 3"], patch_size: int
-) -> Float[Array, "batch patches values"]:
+    images: Shaped[ArrayT, "batch height width 3"], patch_size: int
+) -> Shaped[ArrayT, "batch patches values"]:
     """Cuts images into flattened patches, both in row-major order.
 
     A 4×4 image of one channel and patches of 2×2:
@@ -301,11 +313,15 @@ def cut_patches(
 
 
 def normalise_images(
-    images: Int[Array, "batch height width 3"], config: CLIPConfig
-) -> Float[Array, "batch height width 3"]:
-    """Pixels 0..255 -> what the vision tower reads."""
-    mean = jnp.asarray(config.image_mean, jnp.float32)
-    std = jnp.asarray(config.image_std, jnp.float32)
+    images: Int[Array, "*batch values"], config: CLIPConfig
+) -> Float[Array, "*batch values"]:
+    """Pixels 0..255 -> what the vision tower reads.
+
+    The last axis holds one pixel's red, green and blue, or those of a patch's pixels.
+    """
+    repeats = images.shape[-1] // 3
+    mean = jnp.tile(jnp.asarray(config.image_mean, jnp.float32), repeats)
+    std = jnp.tile(jnp.asarray(config.image_std, jnp.float32), repeats)
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 

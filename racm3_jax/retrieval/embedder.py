@@ -32,6 +32,7 @@ from racm3_jax.retrieval.clip import (
     CLIPConfig,
     CLIPTokenizer,
     count_kept_patches,
+    cut_patches,
     normalise_images,
 )
 from racm3_jax.retrieval.clip_images import fit_image
@@ -159,9 +160,12 @@ class DocumentEmbedder:
         """
         images = _fit_images(images, self.config.image_size)
         kept = _sample_kept_patches(len(images), self.config.num_patches, drop, rng)
+        # Cut here: an accelerator pads an axis of three colours to its lanes, a TPU to
+        # 128 of them.
+        patches = cut_patches(images, self.config.patch_size)
         if kept is None:
-            return self._embed(encode_images, images)
-        return self._embed(encode_images, images, kept)
+            return self._embed(encode_patches, patches)
+        return self._embed(encode_patches, patches, kept)
 
     def embed_documents(self, documents: Sequence[Document]) -> DocumentEmbeddings:
         """Embeds the text part, the image part and the whole of each document."""
@@ -286,21 +290,30 @@ def encode_texts(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode_images(
+def encode_patches(
     config: CLIPConfig,
     params: Any,
-    images: UInt8[Array, "batch height width 3"],
+    patches: UInt8[Array, "batch patches values"],
     kept_patches: Int[Array, "batch kept"] | None = None,
 ) -> Float32[Array, "batch d_embed"]:
-    """Unit embeddings of pixels 0..255, of all patches or of those that are kept."""
+    """Unit embeddings of images of pixels 0..255, as `clip.cut_patches` cuts them.
+
+    Args:
+      config: sizes of the towers.
+      params: theirs.
+      patches: of the images.
+      kept_patches: row-major indices of the patches that are read; all if None.
+    """
     model: Any = CLIP(config)
 
-    def encode(params: Any, images: Array, kept: Array | None = None) -> Array:
-        pixels = normalise_images(images, config)
-        found = model.apply({"params": params}, pixels, kept, method=CLIP.encode_image)
+    def encode(params: Any, patches: Array, kept: Array | None = None) -> Array:
+        pixels = normalise_images(patches, config)
+        found = model.apply(
+            {"params": params}, pixels, kept, method=CLIP.encode_patches
+        )
         return _normalise_on_device(found)
 
-    rows = (images,) if kept_patches is None else (images, kept_patches)
+    rows = (patches,) if kept_patches is None else (patches, kept_patches)
     return sharding.on_each_device(encode, params, *rows)
 
 

@@ -209,9 +209,7 @@ def _describe(section: MemoryConfig) -> storage.Describe:
     )
 
 
-def build_model_config(
-    config: Any, vocab: Vocab, platform: str = "gpu"
-) -> ModelConfig:
+def build_model_config(config: Any, vocab: Vocab, platform: str = "gpu") -> ModelConfig:
     """The generator's config; its rows are those of `config.init_from`, where given.
 
     Converted weights have rows for ids that no tokenizer makes.

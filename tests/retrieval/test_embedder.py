@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from crash_checks import check_every_crash
@@ -14,7 +15,7 @@ from PIL import Image
 
 from racm3_jax import sharding
 from racm3_jax.checkpoints import CheckpointError, write_manifest
-from racm3_jax.retrieval.clip import CLIPConfig, init_params
+from racm3_jax.retrieval.clip import CLIP, CLIPConfig, init_params, normalise_images
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.types import Document, Segment
@@ -253,3 +254,15 @@ def test_the_measured_alignment_is_kept_with_the_weights(embedder, images, tmp_p
     assert loaded.alignment == found
     # A measurement changes no embedding, so memories stay valid.
     assert loaded.fingerprint() == embedder.fingerprint()
+
+
+def test_patches_cut_on_the_host_are_those_that_the_tower_cuts(embedder):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    model, config = CLIP(embedder.config), embedder.config
+    whole = model.apply(
+        {"params": embedder.params},
+        normalise_images(jnp.asarray(images), config),
+        method=CLIP.encode_image,
+    )
+    whole /= jnp.linalg.norm(whole, axis=-1, keepdims=True)
+    np.testing.assert_allclose(embedder.embed_images(images), whole, atol=1e-6)
