@@ -474,37 +474,45 @@ def on_each_device(compute: Callable[..., Any], shared: Any, *rows: Any) -> Any:
     )(shared, *rows)
 
 
+def _next_batch(left: int, batch_size: int, num_shards: int) -> int:
+    """Rows of the next batch of `map_batches`, over all shards."""
+    size = batch_size
+    while size > 1 and 2 * left <= size * num_shards:
+        size = max(1, size // 8)
+    return size * num_shards
+
+
 def map_batches(
     compute: Callable[..., Any],
     columns: Sequence[np.ndarray],
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> list[np.ndarray]:
-    """`compute(*columns)` batch by batch, so that two compiled programs serve any number.
+    """`compute(*columns)` batch by batch, so that few compiled programs serve any number.
 
-    The last row fills the last batch up; what is left for one device is split even so:
+    What is left after the whole batches goes in batches of an eighth, and so on down to
+    one row, so that one image costs one image; the last row fills up a batch of which
+    more than half is used. With batch_size=16:
 
-        a b c d e, batch_size 2       one device    a b / c d / e e
-                                      two devices   a b | c d / e | e
+        one device     1 row: 1          9 rows: 16         20 rows: 16, 2, 2
+        two devices    1 row: 1 | 1      9 rows: 2 | 2, 2 | 2, 1 | 1
 
     Args:
       compute: of a batch; as many rows come out.
       columns: arrays with the same number of rows.
-      batch_size: rows that a device has at a time.
+      batch_size: rows that a device has at a time, at most.
       mesh: whose devices share the rows.
 
     Returns:
       What came out of each batch, without the padding.
     """
     num_shards = 1 if mesh is None else count_row_shards(mesh)
-    whole = batch_size * num_shards
-    small = -(-batch_size // num_shards) * num_shards
     total, start = len(columns[0]), 0
     parts: list[np.ndarray] = []
     running: list[tuple[Any, int]] = []
     with current_mesh(mesh):
         while start < total:
-            size = whole if total - start > batch_size else small
+            size = _next_batch(total - start, batch_size, num_shards)
             index = np.arange(start, start + size).clip(max=total - 1)
             batch = [column[index] for column in columns]
             if mesh is not None:

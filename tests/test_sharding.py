@@ -242,3 +242,32 @@ def test_rows_that_the_mesh_does_not_divide_are_refused(mesh):
     assert sharding.local_rows(mesh, 8).tolist() == list(range(8))
     with pytest.raises(ShardingError, match="a batch of 6 rows does not divide over 4"):
         sharding.local_rows(mesh, 6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_devices", "sizes"),
+    [
+        (0, 1, []),
+        (1, 1, [1]),
+        (9, 1, [16]),
+        (20, 1, [16, 2, 2]),
+        (32, 1, [16, 16]),
+        (1, 2, [2]),
+        (9, 2, [4, 4, 2]),
+    ],
+)
+def test_one_row_costs_one_row(rows, num_devices, sizes):
+    """Few shapes are compiled, and little is computed for nothing."""
+    seen = []
+
+    def double(x):
+        seen.append(len(x))
+        return 2 * x
+
+    mesh = None
+    if num_devices > 1:
+        mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
+    parts = sharding.map_batches(double, [np.arange(rows)], 16, mesh)
+    assert seen == sizes
+    got = np.concatenate([np.zeros(0), *parts])
+    np.testing.assert_array_equal(got, 2 * np.arange(rows))

@@ -62,11 +62,16 @@ def test_scanned_equals_unrolled_after_steps_with_decay(style):
 
     def train(model, params):
         optimizer = build_optimizer(config, abstract_params(model))
-        state = optimizer.init(params)
-        for _ in range(5):
+
+        @jax.jit
+        def step(params, state):
             gradients = jax.tree.map(jnp.sin, params)
             updates, state = optimizer.update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.jit(optimizer.init)(params)
+        for _ in range(5):
+            params, state = step(params, state)
         return params
 
     got = unstack_layers(train(style(scan_layers=True, num_layers=3), scanned))
