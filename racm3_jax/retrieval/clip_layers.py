@@ -52,7 +52,9 @@ class Layer(nn.Module):
         return _computed_once(x + mlp(norm("norm_2")(x)))
 
 
-def _computed_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _computed_once(
+    x: Float[Array, "batch length width"],
+) -> Float[Array, "batch length width"]:
     """A sum that the compiler may not take apart again.
 
     XLA for TPUs adds up the outputs of all earlier layers wherever the sum is read, and
