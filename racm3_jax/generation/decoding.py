@@ -273,7 +273,7 @@ def _draw(
     canvas = drawing.canvas
     if drafter is not None and canvas is not None:
         tested = (kept & free)[:, :-1]
-        judged = (tested, tested & equal) if window > 1 else None
+        judged = tested, tested & equal
         canvas = drafts_lib.follow(
             drafter, plan.cells, canvas, places, tokens, kept, judged
         )
@@ -343,9 +343,9 @@ def draw_steps(
         shape = (len(values), num_streams, *values.shape[2:])
         return jnp.broadcast_to(values, shape).reshape(-1, *values.shape[3:])
 
-    def read_and_draw(carry):
+    def read_and_draw(window, carry):
         cache, drawing = carry
-        if drafter is None or drafter.window == 1:
+        if drafter is None or window == 1:
             guesses = jnp.zeros((len(drawing.last), 0), jnp.int32)
             logits, cache = model.apply(
                 {"params": params}, spread(drawing.last), cache, *head, method="decode"
@@ -367,18 +367,44 @@ def draw_steps(
         columns = _find_ids(plan, ids, logits.shape[2])
         counts = num_samples, num_streams
         after = _draw(plan, columns, *counts, drafter, logits, guesses, drawing)
+        written = after.lengths - drawing.lengths
+        if after.canvas is not None:
+            passes = after.canvas.passes + (written > 0)
+            after = after._replace(canvas=after.canvas._replace(passes=passes))
         if guesses.shape[1]:
-            cache = cache.advance(spread(after.lengths - drawing.lengths))
+            cache = cache.advance(spread(written))
         return cache, after
 
     carry = (cache, drawing)
+    window = 1 if drafter is None else drafter.window
+    read_next = functools.partial(read_and_draw, window)
     if num_steps is not None:
-        return jax.lax.fori_loop(
-            0, num_steps, lambda _, inner: read_and_draw(inner), carry
-        )
+        return jax.lax.fori_loop(0, num_steps, lambda _, inner: read_next(inner), carry)
 
     def unfinished(carry):
         _, drawing = carry
-        return jnp.any((drawing.state != DONE) & (drawing.lengths < stop))
+        return (drawing.state != DONE) & (drawing.lengths < stop)
 
-    return jax.lax.while_loop(unfinished, read_and_draw, carry)
+    if drafter is None or window == 1 or ids is not None:
+        return jax.lax.while_loop(lambda c: unfinished(c).any(), read_next, carry)
+
+    # Texts may come, which nothing guesses: while no row is inside of an image, ids are
+    # read one by one.
+    code = jnp.arange(plan.grammar.allowed.shape[1])
+    is_code = (code >= drafter.codes[0]) & (code < drafter.codes[1])
+    only_codes = ~(plan.grammar.allowed & ~is_code).any(axis=1)
+
+    def in_image(carry):
+        return (unfinished(carry) & only_codes[carry[1].state]).any()
+
+    def read_text_then_image(carry):
+        carry = jax.lax.while_loop(
+            lambda c: unfinished(c).any() & ~in_image(c),
+            functools.partial(read_and_draw, 1),
+            carry,
+        )
+        return jax.lax.while_loop(in_image, read_next, carry)
+
+    return jax.lax.while_loop(
+        lambda c: unfinished(c).any(), read_text_then_image, carry
+    )

@@ -255,8 +255,7 @@ def follow(
     places: Int32[Array, "drawn window"],
     tokens: Int32[Array, "drawn window"],
     kept: Bool[Array, "drawn window"],
-    judged: tuple[Bool[Array, "drawn guesses"], Bool[Array, "drawn guesses"]]
-    | None = None,
+    judged: tuple[Bool[Array, "drawn guesses"], Bool[Array, "drawn guesses"]],
 ) -> Canvas:
     """The images after a pass, and what it says about the guesses.
 
@@ -268,7 +267,7 @@ def follow(
       tokens: what was sampled there.
       kept: True where it stays; a beginning of each row.
       judged: True where a guess was compared with an id that stays, and where it was
-        equal; None before the first pass.
+        equal.
     """
     start, stop = drafter.codes
     if cells is None:
@@ -287,14 +286,13 @@ def follow(
     if guesses is not None:
         later = jnp.where(kept, guesses.shape[1], places)
         guesses = put(guesses, later, tokens)
-    canvas = canvas._replace(codes=codes, next_cell=next_cell, guesses=guesses)
-    if judged is None:
-        return canvas
     tested, equal = (marks.sum(axis=1, dtype=jnp.int32) for marks in judged)
     return canvas._replace(
+        codes=codes,
+        next_cell=next_cell,
+        guesses=guesses,
         tested=canvas.tested + tested,
         accepted=canvas.accepted + equal,
-        passes=canvas.passes + kept[:, 0],
     )
 
 
