@@ -111,6 +111,11 @@ def grid_side(image_length: int) -> int:
     return side if side * side == image_length else image_length
 
 
+def empty_table() -> Table:
+    """A table that knows nothing."""
+    return Table(np.zeros(_SLOTS, np.uint32), np.full(_SLOTS, -1, np.int32))
+
+
 def count_table(images: Int[np.ndarray, "images codes"]) -> Table:
     """Counts which code follows each context in the images of a memory."""
     codes = images.astype(np.int32)
@@ -124,7 +129,7 @@ def count_table(images: Int[np.ndarray, "images codes"]) -> Table:
     pairs = pairs[np.argsort(counts, kind="stable")]
     hashes = (pairs >> np.uint64(32)).astype(np.uint32)
     slots = hashes & np.uint32(_SLOTS - 1)
-    table = Table(np.zeros(_SLOTS, np.uint32), np.full(_SLOTS, -1, np.int32))
+    table = empty_table()
     table.hashes[slots] = hashes
     table.codes[slots] = (pairs & np.uint64(0xFFFFFFFF)).astype(np.int32)
     return table

@@ -322,6 +322,14 @@ def test_guesses_that_are_worth_nothing_are_dropped():
     assert sources == ["table", "jacobi", None]
 
 
+def test_what_is_compiled_without_a_memory_at_hand_guesses_as_one_with_it():
+    chosen, _ = draft_choice.DraftChoice().choose("auto", None, VOCAB, 2)
+    assert draft_choice.usual_drafter(VOCAB, 2, has_memory=False) == chosen
+    usual = draft_choice.usual_drafter(VOCAB, 2)
+    assert usual.source == "table" and usual.window >= chosen.window
+    assert draft_choice.usual_drafter(VOCAB, 10_000) is None
+
+
 def test_windows_shrink_with_rows_and_acceptance():
     windows = [draft_choice.choose_window(0.8, rows) for rows in (1, 20, 500)]
     assert windows == sorted(windows, reverse=True) and windows[0] >= 8
