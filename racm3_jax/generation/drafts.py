@@ -94,7 +94,7 @@ class Canvas(NamedTuple):
       guesses: of the source "jacobi": the id sampled last for each place, -1 for none.
       tested: how many guesses were compared with what was sampled.
       accepted: how many of them were equal.
-      passes: of the model, until the row was done.
+      passes: of the model, until the row was done; reading the prompt is one.
     """
 
     codes: Int32[Array, "drawn codes"]
@@ -298,6 +298,7 @@ def follow(
         guesses=guesses,
         tested=canvas.tested + tested,
         accepted=canvas.accepted + equal,
+        passes=canvas.passes + kept[:, 0],
     )
 
 
