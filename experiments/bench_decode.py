@@ -1,11 +1,12 @@
-"""Decoding speed, against `transformers` at the same shape with random weights.
+"""Decoding speed, against `transformers` and a loop in torch, with random weights.
 
     python experiments/bench_decode.py --shape=small --out=racm3_out/bench_decode
     python experiments/bench_decode.py --shape=2b7 --only_ours --bandwidth=4.8e12
 
 One run, three tables:
   one      batch 1, no documents: new ids a second
-  guided   10 samples with guidance behind a prefix of 2 documents, which is read once
+  guided   samples with guidance behind a prefix of 2 documents, which is read once: one
+           sample, and ten
   memory   (with --bandwidth) seconds an image and the share of the memory bandwidth
   drafts   (with --memory=DIR, of `racm3 quickstart`) the shipped model over that memory,
            one image at a time: with guesses and without, passes, acceptance, equal codes
@@ -13,24 +14,28 @@ One run, three tables:
 The other tables are without guesses: random weights accept none. The load is checked
 first: above 0.5 the figures of the peers mean nothing, and --busy is needed.
 
-`transformers` runs OPT, which has this model's parts (learned positions, pre-LayerNorm,
-ReLU, tied embeddings), with its dynamic and its static cache, float32 on a CPU. Every
-call is made twice before it is timed; the medians of `--repeats` calls are written to
-`bench_decode.json` and `bench_decode.png` (9 minutes on two cores, most of it theirs).
+Each side is a process of its own, on the same cores and with as many threads; they are
+asked in turns, so that all see the same machine. The peers have this model's shape and
+parts (OPT: learned positions, pre-LayerNorm, ReLU, tied embeddings):
+  transformers  `generate` with its dynamic cache, its static one, and that one compiled
+  torch loop    a static cache and nothing else, head of the codes only; float32, bfloat16
+Every call is made twice before it is timed; the medians and the fastest of `--repeats`
+calls are written to `bench_decode.json` and `bench_decode.png`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
+import functools
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +59,17 @@ from racm3_jax.model.transformer import (
 from racm3_jax.vocab import Vocab
 
 MOST_LOAD = 0.5
+# The first two are this package.
+SIDES = (
+    "ours",
+    "ours, int8",
+    "transformers, dynamic",
+    "transformers, static",
+    "transformers, compiled",
+    "torch loop, float32",
+    "torch loop, bfloat16",
+)
+TABLES = ("one", "guided", "guided samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +134,9 @@ class Ours:
         self, num_samples: int, num_documents: int, guidance: float
     ) -> Callable[[], Any]:
         """A call that draws images behind documents, and waits for them."""
-        vocab, rng = self.case.vocab, np.random.default_rng(0)
-        prefix = make_documents(self.case, num_documents, rng)
-        text = rng.integers(0, vocab.num_text_ids, self.case.text_length)
-        prompt = np.concatenate([prefix, text, [vocab.break_]]).astype(np.int32)
-        plain = [*prefix, vocab.sentinel(0), vocab.break_]
-        plain = np.asarray(plain, np.int32)
-        shared = np.array([len(prefix)])
+        vocab = self.case.vocab
+        prompt, plain = make_prompts(self.case, num_documents)
+        shared = np.array([len(plain) - 2])
         settings = SamplingConfig(
             guidance=guidance, max_new_tokens=vocab.image_length, fixed_length=True
         )
@@ -166,6 +178,16 @@ def make_documents(case: Case, count: int, rng: np.random.Generator) -> np.ndarr
     return np.concatenate(pieces).astype(np.int32)
 
 
+def make_prompts(case: Case, num_documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt behind documents, and the same with its text masked."""
+    vocab, rng = case.vocab, np.random.default_rng(0)
+    prefix = make_documents(case, num_documents, rng)
+    text = rng.integers(0, vocab.num_text_ids, case.text_length)
+    prompt = [*prefix, *text, vocab.break_]
+    plain = [*prefix, vocab.sentinel(0), vocab.break_]
+    return np.asarray(prompt, np.int32), np.asarray(plain, np.int32)
+
+
 class Theirs:
     """`transformers` generate on OPT of the same shape, random weights."""
 
@@ -201,19 +223,18 @@ class Theirs:
         self, num_samples: int, num_documents: int, guidance: float, cache: str
     ) -> Callable[[], Any]:
         """The same call with `cache_implementation=cache`."""
-        vocab, rng = self.case.vocab, np.random.default_rng(0)
-        prefix = make_documents(self.case, num_documents, rng)
-        text = rng.integers(0, vocab.num_text_ids, self.case.text_length)
-        ids = np.concatenate([prefix, text, [vocab.break_]])
-        plain = np.asarray([*prefix, vocab.sentinel(0), vocab.break_])
+        vocab = self.case.vocab
+        ids, plain = make_prompts(self.case, num_documents)
         options: dict[str, Any] = {
             "do_sample": True,
             "top_k": 0,
             "min_new_tokens": vocab.image_length,
             "max_new_tokens": vocab.image_length,
         }
-        if cache == "static":
+        if cache != "dynamic":
             options["cache_implementation"] = "static"
+        if cache == "static":  # on its own; a static cache is compiled by default
+            options["disable_compile"] = True
 
         def repeat(x: np.ndarray) -> Any:
             return self.torch.as_tensor(x)[None].repeat(num_samples, 1)
@@ -227,6 +248,100 @@ class Theirs:
         def run() -> Any:
             with self.torch.inference_mode():
                 return self.model.generate(repeat(ids), **options)
+
+        return run
+
+
+class TorchLoop:
+    """The same model as a plain loop in torch: a static cache, and no library."""
+
+    def __init__(self, case: Case, dtype: str) -> None:
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.manual_seed(0)
+        self.torch, self.case, self.dtype = torch, case, getattr(torch, dtype)
+        c, d = case.config, case.config.d_model
+
+        def make(*shape: int) -> Any:
+            return (torch.randn(*shape) * 0.02).to(self.dtype)
+
+        self.embedding, self.positions = make(c.vocab_size, d), make(c.max_length, d)
+        self.layers = [
+            {
+                "qkv": (make(3 * d, d), make(3 * d)),
+                "out": (make(d, d), make(d)),
+                "up": (make(c.d_ff, d), make(c.d_ff)),
+                "down": (make(d, c.d_ff), make(d)),
+                "norms": [(make(d) + 1, make(d)) for _ in range(2)],
+            }
+            for _ in range(c.num_layers)
+        ]
+        self.norm = (make(d) + 1, make(d))
+
+    def read(self, ids: Any, caches: list[Any], start: int, visible: Any) -> Any:
+        """Reads ids at `start` and after; the last hidden state of each row."""
+        functional, c = self.torch.nn.functional, self.case.config
+        rows, length = ids.shape
+        shape, stop = (rows, length, c.num_heads, c.head_dim), start + length
+        x = self.embedding[ids] + self.positions[start:stop]
+        for layer, (keys, values) in zip(self.layers, caches, strict=True):
+            y = functional.layer_norm(x, x.shape[2:], *layer["norms"][0])
+            parts = functional.linear(y, *layer["qkv"]).chunk(3, dim=-1)
+            q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
+            keys[:, :, start:stop], values[:, :, start:stop] = k, v
+            y = functional.scaled_dot_product_attention(
+                q,
+                keys[:, :, :stop],
+                values[:, :, :stop],
+                visible[:, :, start:stop, :stop],
+            )
+            x = x + functional.linear(y.transpose(1, 2).reshape(x.shape), *layer["out"])
+            y = functional.layer_norm(x, x.shape[2:], *layer["norms"][1])
+            y = functional.linear(
+                functional.linear(y, *layer["up"]).relu(), *layer["down"]
+            )
+            x = x + y
+        return functional.layer_norm(x[:, -1], x.shape[2:], *self.norm)
+
+    def draw(
+        self, num_samples: int, num_documents: int, guidance: float
+    ) -> Callable[[], Any]:
+        """A call that draws images, with both prompts of guidance in one batch."""
+        torch, vocab, c = self.torch, self.case.vocab, self.case.config
+        first, second = make_prompts(self.case, num_documents)
+        prompts = [first] if guidance == 1 else [first, second]
+        width, length = max(map(len, prompts)), vocab.image_length
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        seen = torch.zeros(len(prompts), 1, 1, width + length, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):  # padded on the left
+            ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
+            seen[i, ..., width - len(prompt) :] = True
+        causal = torch.ones(width + length, width + length, dtype=torch.bool).tril()
+        # Padding sees itself, so that no row of weights is empty.
+        visible = (seen & causal) | torch.eye(width + length, dtype=torch.bool)
+        visible = visible.repeat_interleave(num_samples, 0)
+        ids = ids.repeat_interleave(num_samples, 0)
+        shape = (len(ids), c.num_heads, width + length, c.head_dim)
+        start, stop = vocab.image_range.start, vocab.image_range.stop
+
+        def run() -> Any:
+            with torch.inference_mode():
+                caches = [
+                    tuple(torch.zeros(shape, dtype=self.dtype) for _ in range(2))
+                    for _ in range(c.num_layers)
+                ]
+                drawn, new = [], ids
+                for i in range(length):
+                    at = 0 if i == 0 else width + i - 1
+                    hidden = self.read(new, caches, at, visible)
+                    logits = (hidden @ self.embedding[start:stop].T).float()
+                    if len(prompts) == 2:
+                        given, other = logits.chunk(2)
+                        logits = other + guidance * (given - other)
+                    code = torch.multinomial(logits.softmax(-1), 1)
+                    drawn.append(code)
+                    new = (start + code).repeat(len(prompts), 1)
+                return torch.cat(drawn, 1)
 
         return run
 
@@ -282,21 +397,92 @@ def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
     return results
 
 
-def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turns so that all see the same machine."""
-    for name, call in calls.items():
-        print(f"{name}: first calls", file=sys.stderr, flush=True)
-        call()
-        call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+def make_calls(side: str, case: Case) -> Callable[..., Callable[[], Any]]:
+    """What draws on a side: (samples, documents, guidance) -> a call."""
+    who, _, how = side.partition(", ")
+    if who == "torch loop":
+        return TorchLoop(case, how).draw
+    if who == "transformers":
+        return functools.partial(Theirs(case).draw, cache=how)
+    ours = Ours(case)
+    if how == "int8":
+        turned = ours.config.outputs_first
+        ours.params = quantize_weights(ours.params, outputs_first=turned)
+    return ours.draw
+
+
+def serve(side: str, shape: str) -> None:
+    """A side's process: for each setting that is asked for, seconds and programs."""
+    if side.startswith(("torch loop", "transformers")):
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    draw = make_calls(side, make_case(shape))
+    calls: dict[str, Callable[[], Any]] = {}
+    for line in sys.stdin:
+        if line not in calls:
+            calls[line] = draw(*json.loads(line))
+            calls[line]()
+            calls[line]()
+        compiled, started = count_programs(), time.perf_counter()
+        calls[line]()
+        seconds = time.perf_counter() - started
+        print(json.dumps([seconds, count_programs() - compiled]), flush=True)
+
+
+class Side:
+    """One of those that are compared, in a process of its own."""
+
+    def __init__(self, name: str, shape: str, cores: Sequence[int]) -> None:
+        threads = str(len(cores))
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, f"--side={name}", f"--shape={shape}"],
+            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        # XLA and OpenMP make as many threads as a process may use cores.
+        os.sched_setaffinity(self.process.pid, cores)
+
+    def time(self, setting: tuple[int, int, float]) -> tuple[float, int]:
+        """Seconds of a call, and how many programs it compiled."""
+        pipes = self.process.stdin, self.process.stdout
+        assert pipes[0] is not None and pipes[1] is not None
+        pipes[0].write(json.dumps(setting) + "\n")
+        pipes[0].flush()
+        answer = pipes[1].readline()
+        if not answer:
+            raise SystemExit(f"{self.name} ended: see what it printed above")
+        seconds, compiled = json.loads(answer)
+        return seconds, compiled
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def time_sides(
+    sides: Sequence[Side], setting: tuple[int, int, float], repeats: int
+) -> dict[str, Any]:
+    """Seconds of each side's calls, in turns so that all see the same machine."""
+    taken: dict[str, list[float]] = {side.name: [] for side in sides}
+    compiled = 0
     for turn in range(repeats):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - started)
-            progress = f"{name}, call {turn + 1} of {repeats}: {taken[name][-1]:.2f} s"
+        for side in sides:
+            seconds, programs = side.time(setting)
+            taken[side.name].append(seconds)
+            compiled += programs
+            progress = f"{side.name}, call {turn + 1} of {repeats}: {seconds:.2f} s"
             print(progress, file=sys.stderr, flush=True)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return {
+        "seconds": {name: statistics.median(x) for name, x in taken.items()},
+        "fastest": {name: min(x) for name, x in taken.items()},
+        "programs_compiled_after_the_first_call": compiled,
+    }
 
 
 def count_programs() -> int:
@@ -317,57 +503,50 @@ def run(
     only_ours: bool = False,
     bandwidth: float = 0.0,
     memory: Path | None = None,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Runs the benchmark; returns what is written as JSON."""
     case = make_case(shape)
-    ours = Ours(case)
-    eight = copy.copy(ours)
-    eight.params = quantize_weights(
-        ours.params, outputs_first=ours.config.outputs_first
-    )
-    theirs = None if only_ours else Theirs(case)
+    cores = sorted(os.sched_getaffinity(0))[: threads or None]
     length = case.vocab.image_length
     results: dict[str, Any] = {
         "shape": shape,
         "image_length": length,
         "num_samples": num_samples,
         "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        "cores": len(cores),
         "load_at_start": os.getloadavg()[0],
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
     }
+    names = SIDES[:2] if only_ours else SIDES
+    sides = [Side(name, shape, cores) for name in names]
     for name, setting in (
         ("one", (1, 0, 1.0)),
-        ("guided", (num_samples, 2, 3.0)),
+        ("guided", (1, 2, 3.0)),
+        ("guided samples", (num_samples, 2, 3.0)),
     ):
-        calls = {"ours": ours.draw(*setting), "ours, int8": eight.draw(*setting)}
-        if theirs is not None:
-            for cache in ("dynamic", "static"):
-                calls[f"transformers, {cache}"] = theirs.draw(*setting, cache)
-        calls["ours"]()
-        calls["ours, int8"]()
-        compiled = count_programs()
-        seconds = time_calls(calls, repeats)
-        results[name] = {
-            "seconds": seconds,
+        found = time_sides(sides, setting, repeats)
+        seconds = found["seconds"]
+        results[name] = found | {
             "ids_per_second": {k: setting[0] * length / v for k, v in seconds.items()},
             "times_faster": {
                 k: v / seconds["ours"] for k, v in seconds.items() if k != "ours"
             },
-            "programs_compiled_after_the_first_call": count_programs() - compiled,
-        }
-    if memory is not None:
-        results["drafts"] = {
-            name: time_drafts(memory, max(repeats, 8), guidance)
-            for name, guidance in (("plain", 1.0), ("guided", 2.0))
         }
     if bandwidth:
-        (seconds,) = time_calls({"image": ours.draw(1, 2, 3.0)}, repeats).values()
-        read = ours.bytes_of_a_step(1, 2) * length
+        seconds = time_sides(sides[:1], (1, 2, 3.0), repeats)["seconds"]["ours"]
+        read = Ours(case).bytes_of_a_step(1, 2) * length
         results["memory"] = {
             "seconds_an_image": seconds,
             "bytes_read": read,
             "share_of_bandwidth": read / seconds / bandwidth,
+        }
+    for side in sides:
+        side.close()
+    if memory is not None:
+        results["drafts"] = {
+            name: time_drafts(memory, max(repeats, 8), guidance)
+            for name, guidance in (("plain", 1.0), ("guided", 2.0))
         }
     return results
 
@@ -375,14 +554,20 @@ def run(
 def format_tables(results: dict[str, Any]) -> str:
     """The figures as a person reads them."""
     lines = []
-    for name in ("one", "guided"):
+    for name in TABLES:
         part = results[name]
-        lines += [f"| {name} | seconds | ids/s | ours is faster |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | seconds | fastest | ids/s | ours is faster |",
+            "|---|---|---|---|---|",
+        ]
         for who, seconds in part["seconds"].items():
             speed = part["ids_per_second"][who]
             times = part["times_faster"].get(who)
             cell = "" if times is None else f"{times:.2f}x"
-            lines.append(f"| {who} | {seconds:.3f} | {speed:.0f} | {cell} |")
+            fastest = part["fastest"][who]
+            lines.append(
+                f"| {who} | {seconds:.3f} | {fastest:.3f} | {speed:.0f} | {cell} |"
+            )
         compiled = part["programs_compiled_after_the_first_call"]
         lines.append(f"programs compiled after the first call: {compiled}\n")
     for name, sources in results.get("drafts", {}).items():
@@ -410,8 +595,8 @@ def write(results: dict[str, Any], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
-    for axis, name in zip(axes, ("one", "guided"), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3))
+    for axis, name in zip(axes, TABLES, strict=True):
         speeds = results[name]["ids_per_second"]
         axis.barh(list(speeds), list(speeds.values()))
         axis.set_title(name)
@@ -437,9 +622,16 @@ def main() -> None:
         "--bandwidth", type=float, default=0.0, help="of the device, in bytes a second"
     )
     parser.add_argument("--memory", type=Path, help="of `racm3 quickstart`: drafts")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of each side; all cores"
+    )
+    parser.add_argument("--side", choices=SIDES, help="be that side, for this program")
     parser.add_argument("--busy", action="store_true", help="whatever the load")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
+    if side := arguments.pop("side"):
+        serve(side, arguments["shape"])
+        return
     load = os.getloadavg()[0]
     if not arguments.pop("busy") and load > MOST_LOAD:
         parser.error(

@@ -35,6 +35,7 @@ LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "panel": (),
     "layers": (),
     "length": (),
     "position": (),

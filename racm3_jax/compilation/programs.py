@@ -21,6 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from racm3_jax import checkpoints, sharding, wiring
 from racm3_jax.generation import decoding, placement
+from racm3_jax.generation.draft_choice import usual_drafter
+from racm3_jax.generation.drafts import empty_table
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.index import exact
 from racm3_jax.model.transformer import (
@@ -126,7 +128,10 @@ def _put(tree: Any, place: NamedSharding) -> Any:
 def _build_decoding(
     config: Any, devices: Sequence[Any], size: int | None, capacity: float | None
 ) -> Program:
-    """Guided images after retrieved documents: what `generation.sample` compiles."""
+    """Guided images after retrieved documents: what `generation.sample` compiles.
+
+    With guesses, as they are by default.
+    """
     vocab = wiring.build_vocab(config)
     model_config = wiring.build_model_config(config, vocab)
     num_documents = config.pipeline.max_documents
@@ -169,6 +174,10 @@ def _build_decoding(
         place = split if dimensions else put
         return place(jax.ShapeDtypeStruct(dimensions, dtype))
 
+    def choose_drafter(prompts: int) -> Any:
+        with jax.set_mesh(mesh):
+            return usual_drafter(vocab, prompts * streams, num_documents > 0)
+
     def trace(prompts: int) -> dict[str, jax.stages.Traced]:
         count = prompts * streams
         shared = (shape(prompts, documents_length), shape(prompts), shape(count))
@@ -176,6 +185,7 @@ def _build_decoding(
             shared = (None, None, None)
         rows = decoding.Rows(shape(count, TEXT_LENGTH), shape(count), *shared)
         read = functools.partial(decoding.read_prompts, model, 1, room, only)
+        drafter = choose_drafter(prompts)
         with jax.set_mesh(mesh):
             cache, logits = jax.eval_shape(read, params, rows)
             cache = jax.tree.map(
@@ -186,6 +196,7 @@ def _build_decoding(
             logits = split(logits)
             reading = decoding.read_prompts.trace(model, 1, room, only, params, rows)
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+            guesses = drafter is not None and drafter.source == "table"
             plan = decoding.Plan(
                 grammar=put(grammar),
                 limits=shape(prompts),
@@ -197,24 +208,27 @@ def _build_decoding(
                 guidance=shape(dtype=jnp.float32),
                 contrastive_k=shape(),
                 contrastive_alpha=shape(dtype=jnp.float32),
+                table=put(empty_table()) if guesses else None,
             )
             start = functools.partial(
-                decoding.start_drawing, 1, streams, only, room, None
+                decoding.start_drawing, 1, streams, only, room, drafter
             )
             state = split(jax.eval_shape(start, plan, logits))
             sampling = decoding.draw_steps.trace(
-                model, 1, streams, only, room - 1, None, params, plan, cache, state,
-                shape(),
+                model, 1, streams, only, room - 1 if drafter is None else None,
+                drafter, params, plan, cache, state, shape(),
             )  # fmt: skip
         return {"read the prompts": reading, "sample images": sampling}
 
+    prompts = -(-(size or DEFAULT_SIZES["decode"]) // copies) * copies
+    usual = choose_drafter(prompts)
     facts = {
         "prompts": f"guided, after {num_documents} documents of "
         f"{TEXT_LENGTH + vocab.image_length} tokens",
+        "guesses": f"{usual.source}, {usual.window} ids a pass" if usual else "none",
         "on": f"a host's {mesh.size} devices: {copies} copies of the model, each over "
         f"{mesh.size // copies}",
     }
-    prompts = -(-(size or DEFAULT_SIZES["decode"]) // copies) * copies
     return Program("decode", "prompts", prompts, copies, trace, facts)
 
 

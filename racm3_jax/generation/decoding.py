@@ -20,6 +20,7 @@ A pass reads the last id of each row, and with `drafts` guesses of the next ones
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -210,12 +211,67 @@ def _draw(
     drawing: Drawing,
 ) -> Drawing:
     """The ids of every sample after `last` and its guesses, as far as those are right."""
-    first, pad, allowed = columns
     window = logits.shape[1]
     states, nums_in_state = _follow_guesses(plan, guesses, drawing)
     places = drawing.lengths[:, None] + jnp.arange(window)
     drew = states != DONE
 
+    tokens, log_probs = _sample_places(
+        plan, columns, num_samples, num_streams, logits, states, places
+    )
+    free = drew
+    if plan.forced is not None:
+        forced = drafts_lib.take(plan.forced, places, -1)
+        free = drew & (forced < 0)
+        tokens = jnp.where(forced >= 0, forced, tokens)
+        log_probs = jnp.where(forced >= 0, 0.0, log_probs)
+
+    equal = guesses == tokens[:, :-1]
+    right = jnp.cumprod(equal, axis=1, dtype=jnp.int32).astype(bool)
+    follows = jnp.pad(right, ((0, 0), (1, 0)), constant_values=True)
+    kept = follows & drew
+    num_kept = kept.sum(axis=1, dtype=jnp.int32)
+
+    def last_kept(values):
+        at = jnp.maximum(num_kept - 1, 0)[:, None]
+        return jnp.take_along_axis(values, at, axis=1)[:, 0]
+
+    last = jnp.where(num_kept > 0, last_kept(tokens), columns.pad)
+    state, num_in_state = advance(
+        plan.grammar, last_kept(states), last_kept(nums_in_state), last
+    )
+    canvas = drawing.canvas
+    if drafter is not None and canvas is not None:
+        tested = (kept & free)[:, :-1]
+        judged = tested, tested & equal
+        canvas = drafts_lib.follow(
+            drafter, plan.cells, canvas, places, tokens, kept, judged
+        )
+    at = jnp.where(kept, places, drawing.tokens.shape[1])
+    lengths = drawing.lengths + num_kept
+    return Drawing(
+        jnp.where(lengths >= plan.limits, DONE, state),
+        num_in_state,
+        last,
+        drafts_lib.put(drawing.tokens, at, tokens),
+        drafts_lib.put(drawing.log_probs, at, log_probs),
+        lengths,
+        canvas,
+    )
+
+
+def _sample_places(
+    plan: Plan,
+    columns: _Ids,
+    num_samples: int,
+    num_streams: int,
+    logits: Float32[Array, "rows window ids"],
+    states: Int[Array, "drawn window"],
+    places: Int[Array, "drawn window"],
+) -> tuple[Int32[Array, "drawn window"], Float32[Array, "drawn window"]]:
+    """An id for each place by the logits before it, and its log-probability."""
+    first, _, allowed = columns
+    window = logits.shape[1]
     # [prompt, stream, sample, window, id] -> one row a place, in each stream.
     # Whole on each device: the filters look at all ids again and again.
     streams = (
@@ -248,46 +304,7 @@ def _draw(
     )
     chosen = jnp.take_along_axis(given, tokens[:, None] - first, axis=1)[:, 0]
     log_probs = chosen - jax.nn.logsumexp(given, axis=-1)
-    tokens, log_probs = tokens.reshape(places.shape), log_probs.reshape(places.shape)
-    free = drew
-    if plan.forced is not None:
-        forced = drafts_lib.take(plan.forced, places, -1)
-        free = drew & (forced < 0)
-        tokens = jnp.where(forced >= 0, forced, tokens)
-        log_probs = jnp.where(forced >= 0, 0.0, log_probs)
-
-    equal = guesses == tokens[:, :-1]
-    right = jnp.cumprod(equal, axis=1, dtype=jnp.int32).astype(bool)
-    follows = jnp.pad(right, ((0, 0), (1, 0)), constant_values=True)
-    kept = follows & drew
-    num_kept = kept.sum(axis=1, dtype=jnp.int32)
-
-    def last_kept(values):
-        at = jnp.maximum(num_kept - 1, 0)[:, None]
-        return jnp.take_along_axis(values, at, axis=1)[:, 0]
-
-    last = jnp.where(num_kept > 0, last_kept(tokens), pad)
-    state, num_in_state = advance(
-        plan.grammar, last_kept(states), last_kept(nums_in_state), last
-    )
-    canvas = drawing.canvas
-    if drafter is not None and canvas is not None:
-        tested = (kept & free)[:, :-1]
-        judged = (tested, tested & equal) if window > 1 else None
-        canvas = drafts_lib.follow(
-            drafter, plan.cells, canvas, places, tokens, kept, judged
-        )
-    at = jnp.where(kept, places, drawing.tokens.shape[1])
-    lengths = drawing.lengths + num_kept
-    return Drawing(
-        jnp.where(lengths >= plan.limits, DONE, state),
-        num_in_state,
-        last,
-        drafts_lib.put(drawing.tokens, at, tokens),
-        drafts_lib.put(drawing.log_probs, at, log_probs),
-        lengths,
-        canvas,
-    )
+    return tokens.reshape(places.shape), log_probs.reshape(places.shape)
 
 
 def _follow_guesses(
@@ -336,30 +353,19 @@ def draw_steps(
       stop: how many ids each row shall have; with guesses some have more.
     """
     head = () if ids is None else (slice_head(params, model.config, *ids),)
+    spread = functools.partial(_spread, num_samples, num_streams)
 
-    def spread(values):
-        """[prompt, sample, ...] -> rows [prompt, stream, sample], ..."""
-        values = values.reshape(-1, 1, num_samples, *values.shape[1:])
-        shape = (len(values), num_streams, *values.shape[2:])
-        return jnp.broadcast_to(values, shape).reshape(-1, *values.shape[3:])
-
-    def read_and_draw(carry):
+    def read_and_draw(window, carry):
         cache, drawing = carry
-        if drafter is None or drafter.window == 1:
+        if drafter is None or window == 1:
             guesses = jnp.zeros((len(drawing.last), 0), jnp.int32)
             logits, cache = model.apply(
                 {"params": params}, spread(drawing.last), cache, *head, method="decode"
             )
             logits = logits[:, None]
         else:
-            guesses = drafts_lib.propose(
-                drafter,
-                plan.table,
-                plan.cells,
-                plan.forced,
-                drawing.canvas,
-                drawing.lengths,
-            )
+            more = plan.table, plan.cells, plan.forced, drawing.canvas, drawing.lengths
+            guesses = drafts_lib.propose(drafter, *more)
             tokens = jnp.concatenate([drawing.last[:, None], guesses], axis=1)
             logits, cache = model.apply(
                 {"params": params}, spread(tokens), cache, *head, method="decode_window"
@@ -371,14 +377,51 @@ def draw_steps(
             cache = cache.advance(spread(after.lengths - drawing.lengths))
         return cache, after
 
+    window = 1 if drafter is None else drafter.window
+    read_next = functools.partial(read_and_draw, window)
     carry = (cache, drawing)
     if num_steps is not None:
-        return jax.lax.fori_loop(
-            0, num_steps, lambda _, inner: read_and_draw(inner), carry
-        )
+        return jax.lax.fori_loop(0, num_steps, lambda _, inner: read_next(inner), carry)
 
-    def unfinished(carry):
-        _, drawing = carry
-        return jnp.any((drawing.state != DONE) & (drawing.lengths < stop))
+    def is_unfinished(drawing):
+        return (drawing.state != DONE) & (drawing.lengths < stop)
 
-    return jax.lax.while_loop(unfinished, read_and_draw, carry)
+    if drafter is None or window == 1 or ids is not None:
+        return _repeat(read_next, carry, is_unfinished)
+
+    # Texts may come, which nothing guesses: while no row is inside of an image, ids are
+    # read one by one.
+    only_codes = _allow_only(plan.grammar, drafter.codes)
+
+    def is_in_image(drawing):
+        return is_unfinished(drawing) & only_codes[drawing.state]
+
+    def is_in_text(drawing):
+        return is_unfinished(drawing).any() & ~is_in_image(drawing).any()
+
+    def read_text_then_image(carry):
+        carry = _repeat(functools.partial(read_and_draw, 1), carry, is_in_text)
+        return _repeat(read_next, carry, is_in_image)
+
+    return _repeat(read_text_then_image, carry, is_unfinished)
+
+
+def _spread(num_samples: int, num_streams: int, values: Array) -> Array:
+    """[prompt, sample, ...] -> rows [prompt, stream, sample], ..."""
+    values = values.reshape(-1, 1, num_samples, *values.shape[1:])
+    shape = (len(values), num_streams, *values.shape[2:])
+    return jnp.broadcast_to(values, shape).reshape(-1, *values.shape[3:])
+
+
+def _allow_only(grammar: Grammar, ids: tuple[int, int]) -> Bool[Array, " states"]:
+    """True for states in which nothing may come but ids of a half-open range."""
+    columns = jnp.arange(grammar.allowed.shape[1])
+    inside = (columns >= ids[0]) & (columns < ids[1])
+    return ~(grammar.allowed & ~inside).any(axis=1)
+
+
+def _repeat(
+    step: Callable[[Any], Any], carry: Any, goes_on: Callable[[Any], Any]
+) -> Any:
+    """Passes, as long as it is so for any row."""
+    return jax.lax.while_loop(lambda carry: goes_on(carry[1]).any(), step, carry)

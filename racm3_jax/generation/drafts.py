@@ -94,7 +94,7 @@ class Canvas(NamedTuple):
       guesses: of the source "jacobi": the id sampled last for each place, -1 for none.
       tested: how many guesses were compared with what was sampled.
       accepted: how many of them were equal.
-      passes: of the model, until the row was done.
+      passes: of the model, until the row was done; reading the prompt is one.
     """
 
     codes: Int32[Array, "drawn codes"]
@@ -111,6 +111,11 @@ def grid_side(image_length: int) -> int:
     return side if side * side == image_length else image_length
 
 
+def empty_table() -> Table:
+    """A table that knows nothing."""
+    return Table(np.zeros(_SLOTS, np.uint32), np.full(_SLOTS, -1, np.int32))
+
+
 def count_table(images: Int[np.ndarray, "images codes"]) -> Table:
     """Counts which code follows each context in the images of a memory."""
     codes = images.astype(np.int32)
@@ -124,7 +129,7 @@ def count_table(images: Int[np.ndarray, "images codes"]) -> Table:
     pairs = pairs[np.argsort(counts, kind="stable")]
     hashes = (pairs >> np.uint64(32)).astype(np.uint32)
     slots = hashes & np.uint32(_SLOTS - 1)
-    table = Table(np.zeros(_SLOTS, np.uint32), np.full(_SLOTS, -1, np.int32))
+    table = empty_table()
     table.hashes[slots] = hashes
     table.codes[slots] = (pairs & np.uint64(0xFFFFFFFF)).astype(np.int32)
     return table
@@ -255,8 +260,7 @@ def follow(
     places: Int32[Array, "drawn window"],
     tokens: Int32[Array, "drawn window"],
     kept: Bool[Array, "drawn window"],
-    judged: tuple[Bool[Array, "drawn guesses"], Bool[Array, "drawn guesses"]]
-    | None = None,
+    judged: tuple[Bool[Array, "drawn guesses"], Bool[Array, "drawn guesses"]],
 ) -> Canvas:
     """The images after a pass, and what it says about the guesses.
 
@@ -268,7 +272,7 @@ def follow(
       tokens: what was sampled there.
       kept: True where it stays; a beginning of each row.
       judged: True where a guess was compared with an id that stays, and where it was
-        equal; None before the first pass.
+        equal.
     """
     start, stop = drafter.codes
     if cells is None:
@@ -287,11 +291,11 @@ def follow(
     if guesses is not None:
         later = jnp.where(kept, guesses.shape[1], places)
         guesses = put(guesses, later, tokens)
-    canvas = canvas._replace(codes=codes, next_cell=next_cell, guesses=guesses)
-    if judged is None:
-        return canvas
     tested, equal = (marks.sum(axis=1, dtype=jnp.int32) for marks in judged)
     return canvas._replace(
+        codes=codes,
+        next_cell=next_cell,
+        guesses=guesses,
         tested=canvas.tested + tested,
         accepted=canvas.accepted + equal,
         passes=canvas.passes + kept[:, 0],

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Int32, Key
 
 from racm3_jax.generation.decoding import (
+    Drawing,
     Plan,
     Rows,
     draw_steps,
@@ -171,96 +172,122 @@ def sample(
       ValueError: on an empty prompt, no samples, no room in the model's max_length, or
         guidance without unconditional prompts.
     """
+    max_length, most = model.config.max_length, config.max_new_tokens
     prompts = [_make_stream(prompt_tokens, prompt_lengths, prefix_lengths)]
     if config.needs_unconditional:
         prompts.append(_second_stream(unconditional))
-    lengths = prompts[0].lengths
-    max_length = model.config.max_length
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be >= 1; got {num_samples}")
-    for stream in prompts:
-        _check(stream, config, row_lengths, max_length)
-    num_rows = len(lengths)
+    limits = _find_limits(prompts, config, num_samples, row_lengths, max_length)
+    num_rows = len(limits)
     seeds = np.arange(num_rows) if row_seeds is None else np.asarray(row_seeds)
-    most = config.max_new_tokens
-    limits = np.full(num_rows, most) if row_lengths is None else row_lengths
-    longest = np.max([stream.lengths for stream in prompts], axis=0)
-    limits = np.minimum(limits, max_length - longest)
 
     # Padding rows repeat the last one: they end when it ends.
     rows = round_up(1 << (num_rows - 1).bit_length(), count_copies())
     fill = np.minimum(np.arange(rows), num_rows - 1)
     prompts = [_Stream(*(x[fill] for x in stream)) for stream in prompts]
     room = most if config.fixed_length else round_up(most, NEW_TOKENS_BUCKET)
-    plan = _make_plan(
-        grammar,
-        config,
-        limits[fill],
-        None if forced is None else _pad(forced[fill], room),
-        _make_keys(key, seeds[fill].astype(np.uint32), num_samples),
-        num_samples,
-    )
-    drafter = None if drafts is None else drafts.drafter
+    forced = None if forced is None else _pad(forced[fill], room)
+    keys = _make_keys(key, seeds[fill].astype(np.uint32), num_samples)
+    plan = _make_plan(grammar, config, limits[fill], forced, keys, num_samples)
     if drafts is not None:
         plan = _add_drafts(plan, drafts, fill, room, num_samples)
+    last, exact = int(limits.max()), config.fixed_length and row_lengths is None
     only = None if ids is None else (ids.start, ids.stop)
+    drafter = None if drafts is None else drafts.drafter
+    loop = _Loop(model, num_samples, len(prompts), only, drafter, last, exact)
     arranged = split_rows(_arrange(prompts, num_samples, max_length))
-    cache, logits = read_prompts(model, num_samples, room, only, params, arranged)
-    streams = len(prompts)
-    drawing = split_rows(
-        start_drawing(num_samples, streams, only, room, drafter, plan, logits)
-    )
-    constant = (
-        config.fixed_length
-        and on_progress is None
-        and row_lengths is None
-        and drafter is None
-    )
-    last = most if config.fixed_length else int(limits.max())
-    stride = last if on_progress is None else PROGRESS_EVERY
-    started = time.monotonic()
+    drawing = loop.run(params, plan, arranged, room, num_rows, on_progress)
+    return loop.collect(drawing, num_rows, most)
 
-    def shaped(x: Any) -> np.ndarray:
-        x = np.asarray(x)
-        return x.reshape(rows, num_samples, *x.shape[1:])[:num_rows]
 
-    stop, done = 0, False
-    while stop < last and not done:
-        stop = min(stop + stride, last)
-        cache, drawing = draw_steps(
-            model,
-            num_samples,
-            streams,
-            only,
-            last - 1 if constant else None,
-            drafter,
-            params,
-            plan,
-            cache,
-            drawing,
-            jnp.asarray(stop, jnp.int32),
+class _Loop(NamedTuple):
+    """What one call's passes have in common.
+
+    Attributes:
+      model: see `sample`.
+      num_samples: of each prompt.
+      num_streams: 1, or 2 with guidance.
+      ids: half-open range of those that the head is computed for, or None.
+      drafter: what guesses, or None.
+      last: the most ids of a row.
+      exact: every row has `last` ids.
+    """
+
+    model: Any
+    num_samples: int
+    num_streams: int
+    ids: tuple[int, int] | None
+    drafter: Drafter | None
+    last: int
+    exact: bool
+
+    def run(
+        self,
+        params: Any,
+        plan: Plan,
+        prompts: Rows,
+        room: int,
+        num_rows: int,
+        on_progress: OnProgress | None,
+    ) -> Drawing:
+        """Reads the prompts, then draws until all rows are done."""
+        model, num_samples, num_streams, ids, drafter, last, exact = self
+        cache, logits = read_prompts(model, num_samples, room, ids, params, prompts)
+        drawing = split_rows(
+            start_drawing(num_samples, num_streams, ids, room, drafter, plan, logits)
         )
-        if on_progress is None:
-            continue
-        done = not np.asarray(drawing.state != DONE).any()
-        if done:  # guesses can be right beyond the next report
-            stop = max(stop, int(drawing.lengths.max()))
-        tokens = shaped(drawing.tokens)[..., :stop]
-        seconds = time.monotonic() - started
-        speed = int(shaped(drawing.lengths).sum()) / max(seconds, 1e-9)
-        on_progress(Progress(tokens, stop, last, seconds, speed))
-    lengths, canvas = shaped(drawing.lengths), drawing.canvas
-    none = np.zeros_like(lengths)
-    return Samples(
-        shaped(drawing.tokens)[..., :most],
-        shaped(drawing.log_probs)[..., :most],
-        lengths,
-        # The prefill gave the first id.
-        1 + shaped(canvas.passes) if canvas is not None else lengths,
-        none if canvas is None else shaped(canvas.tested),
-        none if canvas is None else shaped(canvas.accepted),
-        drafter,
-    )
+        constant = exact and on_progress is None and drafter is None
+        stride = last if on_progress is None else PROGRESS_EVERY
+        started = time.monotonic()
+        stop, done = 0, False
+        while stop < last and not done:
+            stop = min(stop + stride, last)
+            cache, drawing = draw_steps(
+                model,
+                num_samples,
+                num_streams,
+                ids,
+                last - 1 if constant else None,
+                drafter,
+                params,
+                plan,
+                cache,
+                drawing,
+                jnp.asarray(stop, jnp.int32),
+            )
+            if on_progress is None:
+                continue
+            done = not np.asarray(drawing.state != DONE).any()
+            if done:  # guesses can be right beyond the next report
+                stop = max(stop, int(drawing.lengths.max()))
+            tokens = self._shape(drawing.tokens, num_rows)[..., :stop]
+            seconds = time.monotonic() - started
+            written = int(self._shape(drawing.lengths, num_rows).sum())
+            speed = written / max(seconds, 1e-9)
+            on_progress(Progress(tokens, stop, last, seconds, speed))
+        return drawing
+
+    def collect(self, drawing: Drawing, num_rows: int, most: int) -> Samples:
+        """What was drawn, without the rows that were only padding."""
+
+        def shaped(x: Any) -> np.ndarray:
+            return self._shape(x, num_rows)
+
+        lengths, canvas = shaped(drawing.lengths), drawing.canvas
+        none = np.zeros_like(lengths)
+        return Samples(
+            shaped(drawing.tokens)[..., :most],
+            shaped(drawing.log_probs)[..., :most],
+            lengths,
+            lengths if canvas is None else shaped(canvas.passes),
+            none if canvas is None else shaped(canvas.tested),
+            none if canvas is None else shaped(canvas.accepted),
+            self.drafter,
+        )
+
+    def _shape(self, x: Any, num_rows: int) -> np.ndarray:
+        """[drawn, ...] -> [prompts, samples, ...] on the host."""
+        x = np.asarray(x)
+        return x.reshape(-1, self.num_samples, *x.shape[1:])[:num_rows]
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -294,6 +321,24 @@ def _second_stream(unconditional: Unconditional | None) -> _Stream:
             "call has none: use guidance=1 and contrastive_k=0"
         )
     return _make_stream(*unconditional)
+
+
+def _find_limits(
+    prompts: list[_Stream],
+    config: SamplingConfig,
+    num_samples: int,
+    row_lengths: _Lengths | None,
+    max_length: int,
+) -> _Lengths:
+    """The most ids of each row, once the prompts have passed all checks."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be >= 1; got {num_samples}")
+    for stream in prompts:
+        _check(stream, config, row_lengths, max_length)
+    longest = np.max([stream.lengths for stream in prompts], axis=0)
+    if row_lengths is None:
+        row_lengths = np.full(len(longest), config.max_new_tokens)
+    return np.minimum(row_lengths, max_length - longest)
 
 
 def _check(

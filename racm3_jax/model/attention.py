@@ -18,6 +18,7 @@ forbidden key has weight exactly 0, and gradient exactly 0.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,8 @@ _BLOCK_QUERIES_HALF = 136
 _Q = Float[Array, "batch length heads head_dim"]
 _KV = Float[Array, "batch length kv_heads head_dim"]
 _Segments = Int[Array, "batch length"]
+_Keys = Float[Array, "rows kv_heads head_dim tokens"]
+_Values = Float[Array, "rows kv_heads tokens head_dim"]
 
 IMPLEMENTATIONS = ("plain", "blocked", "cudnn", "splash")
 
@@ -117,85 +120,73 @@ def attention(
 
 def attend_to_cache(
     q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch kv_heads max_length head_dim"],
+    k: Float[Array, "batch kv_heads head_dim max_length"],
     v: Float[Array, "batch kv_heads max_length head_dim"],
     positions: Int[Array, "batch length"],
+    prefix: tuple[_Keys, _Values, Int[Array, " batch"]] | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Attention of new tokens to a cache that already holds their keys and values.
 
+    A prefix that several rows share is read once for all of them: it and each row's own
+    cache have sums of their own, merged by their highest scores, which is exact.
+
     Args:
       q: queries of the new tokens.
-      k: cached keys.
+      k: cached keys of each row, as the product with queries reads them.
       v: cached values.
       positions: index of each new token in its row; it reads keys 0..position.
+      prefix: keys and values that rows share, the rows of a prefix being neighbours, and
+        how many of its prefix's tokens each row reads.
     """
-    batch, length, _, head_dim = q.shape
-    kv_heads, max_length = k.shape[1:3]
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
     dtype = str(q.dtype)
-    grouped = (q * head_dim**-0.5).reshape(batch, length, kv_heads, -1, head_dim)
-    scores = contract("bqkgd,bksd->bkgqs", grouped, k, dtype)
-    visible = jnp.arange(max_length) <= positions[:, None, None, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
-    out = contract("bkgqs,bksd->bqkgd", weights, v, dtype)
-    return out.reshape(q.shape).astype(q.dtype)
+    # Query heads that share keys are rows of one product: [row, kv_head, query, head_dim].
+    rows = (q * head_dim**-0.5).reshape(batch, length, kv_heads, group, head_dim)
+    rows = rows.swapaxes(1, 2).reshape(batch, kv_heads, -1, head_dim)
+    last = jnp.repeat(positions, group, axis=1)
+    sums = _read(rows, k, v, last[:, None, :, None] + 1, dtype)
+    if prefix is not None:
+        shared_k, shared_v, visible = prefix
+        shape = (len(shared_k), batch // len(shared_k), kv_heads, length * group)
+        shared = rows.reshape(*shape, head_dim).swapaxes(1, 2)
+        shared = shared.reshape(len(shared_k), kv_heads, -1, head_dim)
+        visible = jnp.repeat(visible.reshape(shape[:2]), length * group, axis=1)
+        found = _read(shared, shared_k, shared_v, visible[:, None, :, None], dtype)
+        shape = (shape[0], kv_heads, shape[1], shape[3], -1)
+        found = (x.reshape(shape).swapaxes(1, 2) for x in found)
+        sums = _merge(sums, [x.reshape(batch, kv_heads, *x.shape[3:]) for x in found])
+    values, weight, _ = sums
+    out = (values / weight).reshape(batch, kv_heads, length, group, head_dim)
+    return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
 
 
-def attend_behind_prefix(
-    q: Float[Array, "batch length heads head_dim"],
-    prefix_k: Float[Array, "prefixes kv_heads prefix head_dim"],
-    prefix_v: Float[Array, "prefixes kv_heads prefix head_dim"],
-    visible: Int[Array, " batch"],
-    k: Float[Array, "batch kv_heads max_length head_dim"],
-    v: Float[Array, "batch kv_heads max_length head_dim"],
-    positions: Int[Array, "batch length"],
-) -> Float[Array, "batch length heads head_dim"]:
-    """Attention to a prefix that several rows share, and to each row's own cache.
+def _read(
+    q: Float[Array, "rows kv_heads queries head_dim"],
+    k: _Keys,
+    v: _Values,
+    visible: Int[Array, "rows 1 queries 1"],
+    dtype: str,
+) -> tuple[Array, Array, Array]:
+    """Weighted sums of values, the sums of their weights, and what these are against.
 
-    The two parts are softmaxes of their own, merged by their log-sums, which is exact:
-    one product reads a prefix's keys once for all of its rows.
-
-    Args:
-      q: queries of the new tokens.
-      prefix_k: keys of the prefixes; the rows of a prefix are neighbours.
-      prefix_v: its values.
-      visible: how many tokens of its prefix each row reads.
-      k: cached keys of the rows' own tokens.
-      v: cached values.
-      positions: index of each new token among its row's own tokens.
+    The weights are exponentials of scores less the highest one of each query.
     """
-    batch, length, _, head_dim = q.shape
-    prefixes, kv_heads, prefix_length = prefix_k.shape[:3]
-    dtype = str(q.dtype)
-    grouped = (q * head_dim**-0.5).reshape(
-        prefixes, batch // prefixes, length, kv_heads, -1, head_dim
-    )
-    scores = contract("pnqkgd,pksd->pknqgs", grouped, prefix_k, dtype)
-    read = jnp.arange(prefix_length) < visible.reshape(prefixes, 1, -1, 1, 1, 1)
-    shared, shared_log_sum = _weigh(scores, read)
-    shared = contract("pknqgs,pksd->pnqkgd", shared, prefix_v, dtype)
-
-    scores = contract(
-        "bqkgd,bksd->bkqgs", grouped.reshape(batch, *grouped.shape[2:]), k, dtype
-    )
-    read = jnp.arange(k.shape[2]) <= positions[:, None, :, None, None]
-    own, own_log_sum = _weigh(scores, read)
-    own = contract("bkqgs,bksd->bqkgd", own, v, dtype)
-
-    # pkn.. -> rows, then the order of `own`: batch, length, kv_heads, group.
-    shared_log_sum = jnp.moveaxis(shared_log_sum, 1, 3).reshape(own.shape[:-1])
-    own_log_sum = jnp.moveaxis(own_log_sum, 1, 2)
-    share = jax.nn.sigmoid(shared_log_sum - own_log_sum)[..., None]
-    merged = share * shared.reshape(own.shape) + (1 - share) * own
-    return merged.reshape(q.shape).astype(q.dtype)
+    scores = contract("bkqd,bkds->bkqs", q, k, dtype)
+    scores = jnp.where(jnp.arange(k.shape[3]) < visible, scores, _MASKED)
+    highest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    values = contract("bkqs,bksd->bkqd", weights, v, dtype)
+    return values, weights.sum(axis=-1, keepdims=True), highest
 
 
-def _weigh(
-    scores: Float[Array, " *shape"], visible: Bool[Array, " *mask"]
-) -> tuple[Float[Array, " *shape"], Float[Array, " *rows"]]:
-    """Softmax weights of the last axis, and the logarithm of their sum."""
-    scores = jnp.where(visible, scores, _MASKED)
-    log_sum = jax.nn.logsumexp(scores, axis=-1)
-    return jnp.exp(scores - log_sum[..., None]), log_sum
+def _merge(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
+    """Two results of `_read` as one that read the keys of both."""
+    highest = jnp.maximum(one[2], other[2])
+    scales = [jnp.exp(part[2] - highest) for part in (one, other)]
+    sums = [one[i] * scales[0] + other[i] * scales[1] for i in range(2)]
+    return [*sums, highest]
 
 
 def _plain(q, k, v, segment_ids):

@@ -25,36 +25,43 @@ from racm3_jax.model.config import ModelConfig
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, heads before positions (the order of the dots)."""
+    """Keys and values of one layer, each as its product reads it: no pass turns them."""
 
-    k: Float[Array, "batch kv_heads max_length head_dim"]
+    k: Float[Array, "batch kv_heads head_dim max_length"]
     v: Float[Array, "batch kv_heads max_length head_dim"]
 
-    def write(
-        self,
+    @classmethod
+    def of(
+        cls,
         k: Float[Array, "batch length kv_heads head_dim"],
         v: Float[Array, "batch length kv_heads head_dim"],
-        write_at: Int[Array, "batch length"],
+    ) -> LayerCache:
+        """Keys and values as a layer computes them."""
+        return cls(k=jnp.moveaxis(k, 1, 3), v=jnp.moveaxis(v, 1, 2))
+
+    def write(
+        self, new: LayerCache, write_at: Int[Array, "batch length"]
     ) -> LayerCache:
         """Puts each row's tokens at its own places; places past the end are dropped."""
 
         # Row by row, so that the compiler sees that no row's places are another's: it
         # would send all new tokens to all devices that hold some of the rows.
-        @jax.vmap
-        def put(
-            row: Float[Array, "kv_heads max_length head_dim"],
-            new: Float[Array, "length kv_heads head_dim"],
-            places: Int[Array, " length"],
-        ) -> Float[Array, "kv_heads max_length head_dim"]:
-            new = new.swapaxes(0, 1)
-            return row.at[:, places].set(new, mode="drop", unique_indices=True)
+        def put(axis: int, rows: Array, values: Array) -> Array:
+            def put_in_row(row: Array, value: Array, places: Array) -> Array:
+                at = (slice(None),) * axis + (places,)
+                return row.at[at].set(value, mode="drop", unique_indices=True)
 
-        return LayerCache(k=put(self.k, k, write_at), v=put(self.v, v, write_at))
+            return jax.vmap(put_in_row)(rows, values, write_at)
+
+        return LayerCache(k=put(2, self.k, new.k), v=put(1, self.v, new.v))
 
     def pad(self, max_length: int) -> LayerCache:
         """Room for `max_length` tokens a row."""
-        room = ((0, 0), (0, 0), (0, max_length - self.k.shape[2]), (0, 0))
-        return LayerCache(k=jnp.pad(self.k, room), v=jnp.pad(self.v, room))
+        none, more = (0, 0), (0, max_length - self.v.shape[2])
+        return LayerCache(
+            k=jnp.pad(self.k, (none, none, none, more)),
+            v=jnp.pad(self.v, (none, none, more, none)),
+        )
 
 
 @flax.struct.dataclass
@@ -64,7 +71,7 @@ class Prefix:
     The rows of a prefix are neighbours: of 2 prefixes and 6 rows, 0 1 2 read the first.
 
     Attributes:
-      layers: keys and values, `[prefixes, kv_heads, prefix_length, head_dim]` a layer.
+      layers: keys and values of the prefixes.
       visible: how many of its prefix's tokens each row reads.
     """
 
@@ -86,7 +93,7 @@ class Cache:
     @property
     def max_length(self) -> int:
         """How many tokens a row can hold."""
-        return self.layers[0].k.shape[2]
+        return self.layers[0].v.shape[2]
 
     def advance(self, counts: Int[Array, " batch"]) -> Cache:
         """So many more tokens of each row, which lie there already, count as read."""
@@ -113,11 +120,9 @@ def make_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
             f"a cache of max_length={max_length} exceeds the model's max_length="
             f"{config.max_length}; shorten the prompt or the generation"
         )
-    shape = (batch, config.kv_heads, max_length, config.head_dim)
-    empty = LayerCache(
-        k=jnp.zeros(shape, config.compute_dtype),
-        v=jnp.zeros(shape, config.compute_dtype),
-    )
+    shape = (batch, max_length, config.kv_heads, config.head_dim)
+    zeros = jnp.zeros(shape, config.compute_dtype)
+    empty = LayerCache.of(zeros, zeros)
     return Cache(
         layers=(empty,) * config.num_layers, length=jnp.zeros(batch, jnp.int32)
     )

@@ -58,9 +58,8 @@ class ModelConfig:
       scan_layers: one compiled block and stacked parameters, instead of a copy a layer.
       remat: what the backward pass recomputes: nothing, all of each block, or all but
         the matrix products.
-      outputs_first: kernels lie with their output axes first, as `prepare_decoding`
-        turns them on a CPU: products of few rows then read them as they are (of 2 rows
-        2 times faster, of 8 rows 3 times, in CPU time).
+      outputs_first: kernels lie in panels of 16 outputs, as `prepare_decoding` puts them
+        on a CPU: products of few rows read them as they are.
     """
 
     vocab_size: int

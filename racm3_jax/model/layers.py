@@ -15,14 +15,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from racm3_jax.model.attention import (
-    attend_behind_prefix,
-    attend_to_cache,
-    attention,
-)
+from racm3_jax.model.attention import attend_to_cache, attention
 from racm3_jax.model.cache import LayerCache
 from racm3_jax.model.config import ModelConfig
-from racm3_jax.model.contract import contract
+from racm3_jax.model.contract import contract, multiply_panels, panel_shape
 from racm3_jax.model.quantization import SCALE
 
 PRODUCT = "product"
@@ -91,7 +87,7 @@ class Linear(nn.Module):
       use_bias: whether there is a bias over the output axes.
       dtype: of the product.
       gain: of the initial weights.
-      outputs_first: the kernel lies with its output axes first, see `ModelConfig`.
+      outputs_first: the kernel lies in panels, see `ModelConfig`.
     """
 
     spec: str
@@ -111,40 +107,25 @@ class Linear(nn.Module):
             fan_in *= size
         normal = nn.initializers.normal(self.gain * fan_in**-0.5)
         shape, axes = self.shape, self.axes
+        outputs = shape[self.num_inputs :]
         if self.outputs_first:
-            shape, axes = (_turn(x, self.num_inputs) for x in (shape, axes))
+            shape = panel_shape(shape, self.num_inputs)
+            axes = (axes[self.num_inputs], axes[0], "panel")
         kernel = self.param("kernel", partitioned(normal, *axes), shape)
         steps = self.has_variable("params", SCALE)  # 8 bits, for decoding only
-        y = self._multiply(x, kernel.astype(self.dtype) if steps else kernel)
+        kernel = kernel.astype(self.dtype) if steps else kernel
+        if self.outputs_first:
+            rows = x.shape[: x.ndim - self.num_inputs]
+            y = multiply_panels(x.reshape(*rows, -1), kernel, self.dtype)
+            y = y.reshape(*rows, *outputs)
+        else:
+            y = contract(self.spec, x, kernel, self.dtype)
         if steps:
-            y = y * self.get_variable("params", SCALE)
+            y = y * self.get_variable("params", SCALE).reshape(outputs)
         if not self.use_bias:
             return y
         zeros = partitioned(nn.initializers.zeros, *self.axes[self.num_inputs :])
-        return y + self.param("bias", zeros, self.shape[self.num_inputs :])
-
-    def _multiply(self, x: Array, kernel: Array) -> Array:
-        if not self.outputs_first:
-            return contract(self.spec, x, kernel, self.dtype)
-        x_term, kernel_term = self.spec.split("->")[0].split(",")
-        inputs, outputs = (
-            kernel_term[: self.num_inputs],
-            kernel_term[self.num_inputs :],
-        )
-        rows = "".join(i for i in x_term if i not in inputs)
-        spec = f"{outputs}{inputs},{x_term}->{outputs}{rows}"
-        y = contract(spec, kernel, x, self.dtype)
-        return jnp.moveaxis(y, range(len(outputs)), range(-len(outputs), 0))
-
-
-def _turn(values: tuple[Any, ...], num_inputs: int) -> tuple[Any, ...]:
-    """(inputs..., outputs...) -> (outputs..., inputs...)."""
-    return values[num_inputs:] + values[:num_inputs]
-
-
-def turn_kernel(kernel: Array, num_inputs: int) -> Array:
-    """A kernel with its output axes first."""
-    return kernel.transpose(_turn(tuple(range(kernel.ndim)), num_inputs))
+        return y + self.param("bias", zeros, outputs)
 
 
 def make_rotary(config: ModelConfig, positions: Int[Array, "batch length"]) -> Rotary:
@@ -226,7 +207,7 @@ class Attention(nn.Module):
         c = self.config
         y = attention(q, k, v, segment_ids, c.attention, c.max_segments)
         y = as_product(self.out(y))
-        return y, LayerCache(k=k.swapaxes(1, 2), v=v.swapaxes(1, 2))
+        return y, LayerCache.of(k, v)
 
     def extend(
         self,
@@ -243,14 +224,9 @@ class Attention(nn.Module):
         how much of it each reads.
         """
         q, k, v = self._project(x, rotary)
-        cache = cache.write(k, v, write_at)
-        if prefix is None:
-            attended = attend_to_cache(q, cache.k, cache.v, positions)
-        else:
-            shared, visible = prefix
-            attended = attend_behind_prefix(
-                q, shared.k, shared.v, visible, cache.k, cache.v, positions
-            )
+        cache = cache.write(LayerCache.of(k, v), write_at)
+        shared = None if prefix is None else (prefix[0].k, prefix[0].v, prefix[1])
+        attended = attend_to_cache(q, cache.k, cache.v, positions, shared)
         return self.out(attended), cache
 
 

@@ -31,8 +31,7 @@ def quantize_kernel(
 ) -> tuple[Int8[Array, " *shape"], Float[Array, " *outputs"]]:
     """A kernel in 8 bits, and the size of a step in each output channel."""
     kernel = kernel.astype(jnp.float32)
-    first = kernel.ndim - num_inputs if outputs_first else 0
-    inputs = tuple(range(first, first + num_inputs))
+    inputs = (1,) if outputs_first else tuple(range(num_inputs))
     scale = jnp.abs(kernel).max(inputs, keepdims=True) / _STEPS
     steps = jnp.round(kernel / jnp.where(scale > 0, scale, 1.0))
     return steps.astype(jnp.int8), scale.squeeze(inputs)

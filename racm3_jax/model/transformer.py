@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from racm3_jax.model.cache import Cache, LayerCache, Prefix, make_cache
 from racm3_jax.model.config import ModelConfig
-from racm3_jax.model.contract import contract
+from racm3_jax.model.contract import contract, multiply_panels, to_panels
 from racm3_jax.model.embedding import look_up
 from racm3_jax.model.layers import (
     PRODUCT,
@@ -38,7 +38,6 @@ from racm3_jax.model.layers import (
     Rotary,
     make_rotary,
     partitioned,
-    turn_kernel,
 )
 from racm3_jax.model.quantization import num_inputs_of
 from racm3_jax.sharding import current_platform
@@ -273,11 +272,12 @@ class Transformer(nn.Module):
     ) -> _Logits:
         hidden = self.output_norm(x)
         c = self.config
+        if head is not None and c.outputs_first:
+            return multiply_panels(hidden, head, c.compute_dtype)
         if head is None:
             head = jnp.asarray(self.embedding.T if c.tie_embeddings else self.head)
-            head = head.T if c.outputs_first else head
         if c.outputs_first:
-            return contract("vd,bd->vb", head, hidden, c.compute_dtype).T
+            return contract("vd,bd->vb", head.T, hidden, c.compute_dtype).T
         return contract("bd,dv->bv", hidden, head, c.compute_dtype)
 
 
@@ -317,13 +317,13 @@ def head_weights(params: Params, config: ModelConfig) -> Float[Array, "d_model v
 
 def slice_head(
     params: Params, config: ModelConfig, start: int, stop: int
-) -> Float[Array, "d_model ids"] | Float[Array, "ids d_model"]:
+) -> Float[Array, "d_model ids"] | Float[Array, "panels d_model width"]:
     """The columns of the head for the ids `start` to `stop`; see `outputs_first`."""
     if config.tie_embeddings:
-        rows = params["embedding"][start:stop]
-        return rows if config.outputs_first else rows.T
-    columns = params["head"][:, start:stop]
-    return columns.T if config.outputs_first else columns
+        columns = params["embedding"][start:stop].T
+    else:
+        columns = params["head"][:, start:stop]
+    return to_panels(columns, 1) if config.outputs_first else columns
 
 
 def compute_logits(
@@ -360,7 +360,7 @@ def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
 
     Layers are unrolled, and the weights cast to the compute dtype, so that each step
     reads them once in that size. On CPU decoding is float32 whatever the training was:
-    a bfloat16 product with one row is tens of times slower there. Kernels are turned
+    a bfloat16 product with one row is tens of times slower there. Kernels lie in panels
     there, see `ModelConfig.outputs_first`.
     """
     on_cpu = current_platform() == "cpu"
@@ -377,7 +377,7 @@ def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
 
     def cast(path: Any, x: Array) -> Array:
         if turn and path[-1].key == "kernel":
-            x = turn_kernel(jnp.asarray(x), num_inputs_of(path[-2].key))
+            x = to_panels(jnp.asarray(x), num_inputs_of(path[-2].key))
         return x.astype(dtype) if path[-1].key in names else jnp.asarray(x)
 
     return config, jax.tree_util.tree_map_with_path(cast, unstack_layers(params))

@@ -73,6 +73,8 @@ def test_what_else_runs_on_an_accelerator(capsys, what, size, unit, parts):
     for name in parts:
         assert f"{name}, one device" in said.out
     assert ("all-gather" in said.out) == (what == "search")
+    # As images are drawn by default.
+    assert ("table, 4 ids a pass" in said.out) == (what == "decode")
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,13 @@ def test_texts_between_images_and_reports():
     check_equal(drafted, draw(config, None, **more))
     assert VOCAB.is_image(drafted.tokens).any() and (drafted.tokens < 20).any()
     assert (drafted.passes < drafted.lengths).any()
+    # Where no image is written nothing is guessed: an id a pass.
+    columns = np.asarray(grammar.allowed).copy()
+    columns[:, CODES.start : CODES.stop] = False
+    more["grammar"] = grammar._replace(allowed=jnp.asarray(columns))
+    texts = draw(config, drafts, on_progress=[].append, **more)
+    assert not texts.tested.any() and texts.lengths.max() > 1
+    np.testing.assert_array_equal(texts.passes, texts.lengths)
     for report in reports:
         shown = drafted.tokens[..., : report.num_drawn]
         np.testing.assert_array_equal(report.tokens, shown)
@@ -179,6 +186,10 @@ class PairModel:
         places = cache.length[:, None] + jnp.arange(tokens.shape[1])
         ids = cache.ids.at[rows, places].set(tokens, mode="drop")
         return pairs[ids[rows, places]], LastCodes(ids, cache.length)
+
+    def decode(self, pairs, token, cache):
+        logits, cache = self.decode_window(pairs, token[:, None], cache)
+        return logits[:, 0], cache.advance(1)
 
 
 def test_frequencies_follow_the_model():
@@ -309,6 +320,14 @@ def test_guesses_that_are_worth_nothing_are_dropped():
             types.SimpleNamespace(drafter=how, accepted=0 * marks, tested=marks)
         )  # pyright: ignore
     assert sources == ["table", "jacobi", None]
+
+
+def test_what_is_compiled_without_a_memory_at_hand_guesses_as_one_with_it():
+    chosen, _ = draft_choice.DraftChoice().choose("auto", None, VOCAB, 2)
+    assert draft_choice.usual_drafter(VOCAB, 2, has_memory=False) == chosen
+    usual = draft_choice.usual_drafter(VOCAB, 2)
+    assert usual.source == "table" and usual.window >= chosen.window
+    assert draft_choice.usual_drafter(VOCAB, 10_000) is None
 
 
 def test_windows_shrink_with_rows_and_acceptance():

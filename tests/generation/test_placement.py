@@ -111,7 +111,7 @@ def test_weights_in_8_bits_may_be_spread_and_keep_their_values(alone):
         np.testing.assert_array_equal(leaf, other)
     kernel = spread(small, tensor=2, data=1).params["layers_0"]["feed_forward"]["up"]
     assert kernel["kernel"].dtype == np.int8
-    assert kernel["kernel"].sharding.shard_shape(kernel["kernel"].shape) == (32, 32)
+    assert kernel["kernel"].sharding.shard_shape(kernel["kernel"].shape) == (2, 32, 16)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -98,10 +100,34 @@ def test_cache_of_one_row_equals_plain():
     alone = jnp.ones((1, LENGTH), jnp.int32)
     expected = attention(q, k, v, alone, "plain")
     positions = jnp.arange(LENGTH)[None]
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    k, v = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
     np.testing.assert_allclose(attend_to_cache(q, k, v, positions), expected, atol=2e-6)
     last = attend_to_cache(q[:, -1:], k, v, positions[:, -1:])
     np.testing.assert_allclose(last, expected[:, -1:], atol=2e-6)
+
+
+def test_no_pass_copies_or_turns_a_cache():
+    """The compiled step makes nothing of a cache's size: it reads it as it lies."""
+    shapes = [
+        (4, 2, 4, 8),
+        (1, 2, 8, 999),
+        (1, 2, 999, 8),
+        (4, 2, 8, 777),
+        (4, 2, 777, 8),
+    ]
+    q, *caches = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    places = jax.ShapeDtypeStruct((4, 2), jnp.int32)
+
+    @jax.jit
+    def step(q, shared_k, shared_v, k, v, positions):
+        prefix = (shared_k, shared_v, positions[:, 0])
+        return attend_to_cache(q, k, v, positions, prefix)
+
+    text = step.lower(q, *caches, places).compile().as_text()
+    sizes = {2 * 999 * 8, 4 * 2 * 777 * 8}
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (\w[\w-]*)\(", text)
+    large = {op for dims, op in made if math.prod(map(int, dims.split(","))) in sizes}
+    assert large <= {"parameter", "bitcast"}, large
 
 
 def test_auto_is_an_implementation_and_other_names_are_refused():

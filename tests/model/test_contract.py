@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from racm3_jax.model.contract import contract
+from racm3_jax.model.contract import contract, multiply_panels, to_panels
 
 SPECS = ["bld,dhk->blhk", "blhk,hkd->bld", "bld,vd->blv", "bqkgd,bskd->bkgqs"]
 SIZES = dict(zip("bldhkvqsgf", (2, 5, 8, 3, 4, 7, 6, 9, 2, 10), strict=True))
@@ -36,3 +36,15 @@ def test_bfloat16_gradients_are_near_and_in_the_operands_dtype(spec):
 def test_output_is_float32():
     x = jnp.ones((2, 3), jnp.bfloat16)
     assert contract("ab,bc->ac", x, x.T, "bfloat16").dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("rows", "outputs"), [((1, 2), (3, 24)), ((3, 50), (32,))])
+def test_a_kernel_in_panels_gives_the_product_of_the_kernel(rows, outputs):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(*rows, 6)).astype(np.float32)
+    kernel = rng.normal(size=(2, 3, *outputs)).astype(np.float32)
+    panels = to_panels(jnp.asarray(kernel), 2)
+    # Of one head each: 8 divides 24.
+    assert panels.shape == ((9, 6, 8) if len(outputs) == 2 else (2, 6, 16))
+    got = multiply_panels(jnp.asarray(x), panels, "float32")
+    np.testing.assert_allclose(got, x @ kernel.reshape(6, -1), atol=1e-5)
