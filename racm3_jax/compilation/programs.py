@@ -22,6 +22,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from racm3_jax import checkpoints, sharding, wiring
 from racm3_jax.generation import decoding, placement
 from racm3_jax.generation.grammar import image_grammar
+from racm3_jax.generation.logits import LogitSettings
+from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.index import exact
 from racm3_jax.model.transformer import (
     Transformer,
@@ -191,12 +193,9 @@ def _build_decoding(
                 limits=shape(prompts),
                 forced=None,
                 keys=split(keys),
-                temperature=shape(dtype=jnp.float32),
-                top_k=shape(),
-                top_p=shape(dtype=jnp.float32),
-                guidance=shape(dtype=jnp.float32),
-                contrastive_k=shape(),
-                contrastive_alpha=shape(dtype=jnp.float32),
+                settings=put(
+                    jax.eval_shape(lambda: LogitSettings.of(SamplingConfig()))
+                ),
             )
             start = functools.partial(
                 decoding.start_drawing, 1, streams, only, room, None

@@ -97,6 +97,7 @@ JSON_LIST = (*READ_FILE, "{deep}", "{json_text}", "{json_numbers}", "{json_missi
 _SAMPLING = {
     "--num_samples": WHOLE, "--seed": WHOLE, "--temperature": (*NUMBER, "-1"),
     "--top_p": (*NUMBER, "0", "2"), "--top_k": WHOLE,
+    "--min_p": (*NUMBER, "-1", "2"),
 }  # fmt: skip
 _GUIDANCE = {
     "--guidance": (*NUMBER, "-1"), "--contrastive_k": WHOLE,
