@@ -365,6 +365,8 @@ class _Tokenizer(FakeTokenizer):
 class _Generator:
     """Draws a grey square for every prompt."""
 
+    retriever = None
+
     def text_to_image(self, prompt: str, on_progress: Any, **_: Any) -> Any:
         square = Segment(image=np.full((8, 8, 3), 128, np.uint8))
         given = Retrieved(np.zeros(0, np.int64), np.zeros(0, np.float32), ())
