@@ -176,7 +176,7 @@ def _add_neighbours(sub: Any) -> None:
     )
 
 
-def _add_sampling(sub: Any, guided: bool = True) -> None:
+def _add_sampling(sub: Any) -> None:
     sub.add_argument(
         "--num_samples",
         type=options.whole(1, 10_000),
@@ -207,8 +207,12 @@ def _add_sampling(sub: Any, guided: bool = True) -> None:
         default=0,
         help="number of tokens that are kept; 0 keeps all",
     )
-    if not guided:
-        return
+    sub.add_argument(
+        "--min_p",
+        type=options.number(0, 1),
+        default=0.0,
+        help="drops tokens below this fraction of the largest probability; 0 keeps all",
+    )
     sub.add_argument("--guidance", type=options.number(), default=1.0, help="1 is none")
     sub.add_argument(
         "--contrastive_k", type=options.whole(), default=0, help="0 is none"
@@ -330,7 +334,7 @@ def _generate(arguments: Arguments) -> None:
             documents=documents,
             num_retrieved=arguments.num_retrieved,
             max_segments=arguments.max_segments,
-            **_sampling(arguments, guided=False),
+            **_sampling(arguments),
         )
         report(arguments, output, {"written": save_parts(arguments.out, output)})
         return
@@ -392,7 +396,7 @@ def _infill(arguments: Arguments) -> None:
         if arguments.draft != "auto":
             raise ValueError("--text writes no image: leave --draft out")
         output = _open(arguments).infill_text(
-            arguments.text, image, **common, **_sampling(arguments, guided=False)
+            arguments.text, image, **common, **_sampling(arguments)
         )
         report(arguments, output, {"captions": output.texts})
         return
@@ -498,13 +502,12 @@ def _open(arguments: Arguments) -> Any:
     return generator.quantized() if arguments.int8 else generator
 
 
-def _sampling(arguments: Arguments, guided: bool = True) -> dict[str, Any]:
-    names = ["num_samples", "seed", "temperature", "top_p", "top_k"]
-    if hasattr(arguments, "draft"):
-        names.append("draft")
-    if guided:
-        names += ["guidance", "contrastive_k", "contrastive_alpha", "guide_documents"]
-    return {name: getattr(arguments, name) for name in names}
+def _sampling(arguments: Arguments) -> dict[str, Any]:
+    """Those of the tasks' settings that the command has, by the same names."""
+    from racm3_jax.generation.settings import SamplingSettings
+
+    names = {"num_samples", "seed", *SamplingSettings.__annotations__}
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def _documents(arguments: Arguments) -> list[Any] | None:

@@ -16,18 +16,10 @@ from typing import Any
 from racm3_jax import __version__, own_files
 
 Arguments = argparse.Namespace
-_SETTINGS = (
+_SETTINGS = (  # and those of sampling
     "num_samples",
     "num_retrieved",
     "num_neighbours",
-    "temperature",
-    "top_p",
-    "top_k",
-    "guidance",
-    "contrastive_k",
-    "contrastive_alpha",
-    "guide_documents",
-    "draft",
     "rank_by",
     "max_spans",
     "region_prompt",
@@ -140,6 +132,8 @@ def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str
     """What was made, from which documents, with which settings and versions."""
     import jax
 
+    from racm3_jax.generation.settings import SamplingSettings
+
     retrieved = [
         {
             "id": document.id,
@@ -156,7 +150,8 @@ def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str
         for i, document in enumerate(output.documents)
         if document.metadata.get("near_copy")
     ]
-    settings = {k: v for k, v in vars(arguments).items() if k in _SETTINGS}
+    names = {*_SETTINGS, *SamplingSettings.__annotations__}
+    settings = {k: v for k, v in vars(arguments).items() if k in names}
     return {
         "prompt": output.prompt,
         "seed": output.seed,

@@ -24,6 +24,8 @@ from racm3_jax.generation import decoding, placement
 from racm3_jax.generation.draft_choice import usual_drafter
 from racm3_jax.generation.drafts import empty_table
 from racm3_jax.generation.grammar import image_grammar
+from racm3_jax.generation.logits import LogitSettings
+from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.index import exact
 from racm3_jax.model.transformer import (
     Transformer,
@@ -202,12 +204,9 @@ def _build_decoding(
                 limits=shape(prompts),
                 forced=None,
                 keys=split(keys),
-                temperature=shape(dtype=jnp.float32),
-                top_k=shape(),
-                top_p=shape(dtype=jnp.float32),
-                guidance=shape(dtype=jnp.float32),
-                contrastive_k=shape(),
-                contrastive_alpha=shape(dtype=jnp.float32),
+                settings=put(
+                    jax.eval_shape(lambda: LogitSettings.of(SamplingConfig()))
+                ),
                 table=put(empty_table()) if guesses else None,
             )
             start = functools.partial(

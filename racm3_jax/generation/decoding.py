@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 from racm3_jax.generation import drafts as drafts_lib
 from racm3_jax.generation.drafts import Canvas, Drafter
 from racm3_jax.generation.grammar import DONE, START, Grammar, advance
-from racm3_jax.generation.logits import contrast, guide, sample_tokens
+from racm3_jax.generation.logits import LogitSettings, contrast, guide, sample_tokens
 from racm3_jax.generation.placement import constrain_cache
 from racm3_jax.model.cache import Prefix
 from racm3_jax.model.transformer import slice_head
@@ -72,12 +72,7 @@ class Plan(NamedTuple):
     limits: Int32[Array, " drawn"]
     forced: Int32[Array, "drawn room"] | None
     keys: Key[Array, " drawn"]
-    temperature: Float32[Array, ""]
-    top_k: Int32[Array, ""]
-    top_p: Float32[Array, ""]
-    guidance: Float32[Array, ""]
-    contrastive_k: Int32[Array, ""]
-    contrastive_alpha: Float32[Array, ""]
+    settings: LogitSettings
     table: drafts_lib.Table | None = None
     cells: Int32[Array, "drawn room"] | None = None
     known: Int32[Array, "drawn codes"] | None = None
@@ -285,22 +280,22 @@ def _sample_places(
     if num_streams == 2:
         other = streams[:, 1].reshape(given.shape)
         masked = jax.lax.cond(
-            plan.contrastive_k > 0,
+            plan.settings.contrastive_k > 0,
             lambda: contrast(
                 masked,
                 jnp.where(may_follow, other, -jnp.inf),
-                plan.contrastive_k,
-                plan.contrastive_alpha,
+                plan.settings.contrastive_k,
+                plan.settings.contrastive_alpha,
             ),
-            lambda: jnp.where(may_follow, guide(given, other, plan.guidance), -jnp.inf),
+            lambda: jnp.where(
+                may_follow, guide(given, other, plan.settings.guidance), -jnp.inf
+            ),
         )
     fold_in = jax.vmap(jax.random.fold_in)
     tokens = first + sample_tokens(
         fold_in(jnp.repeat(plan.keys, window), places.reshape(-1)),
         masked,
-        plan.temperature,
-        plan.top_k,
-        plan.top_p,
+        plan.settings,
     )
     chosen = jnp.take_along_axis(given, tokens[:, None] - first, axis=1)[:, 0]
     log_probs = chosen - jax.nn.logsumexp(given, axis=-1)

@@ -1,15 +1,42 @@
-"""From logits to one token a row: guidance, temperature, top-k, top-p, draw.
+"""From logits to one token a row: guidance, temperature, top-k, top-p, min-p, draw.
 
-Pure functions of arrays. Temperature, k and p are traced, so that changing them never
-compiles anew. Nothing is sorted: both filters look for a *threshold*, bit by bit (32
+Pure functions of arrays. `LogitSettings` are traced, so that changing them never
+compiles again. Nothing is sorted: top-k and top-p look for a *threshold*, bit by bit (32
 masked sums, exact), which is several times faster than sorting a vocabulary on a CPU.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+
+class LogitSettings(NamedTuple):
+    """What is traced of a `SamplingConfig`, by the same names; see there for meanings."""
+
+    temperature: Float[Array, ""] | float = 1.0
+    top_k: Int[Array, ""] | int = 0
+    top_p: Float[Array, ""] | float = 1.0
+    min_p: Float[Array, ""] | float = 0.0
+    guidance: Float[Array, ""] | float = 1.0
+    contrastive_k: Int[Array, ""] | int = 0
+    contrastive_alpha: Float[Array, ""] | float = 0.6
+
+    @classmethod
+    def of(cls, config: Any) -> LogitSettings:
+        """The fields of these names as scalars of int32 or float32."""
+        return cls(
+            *(
+                jnp.asarray(
+                    getattr(config, name),
+                    jnp.int32 if isinstance(default, int) else jnp.float32,
+                )
+                for name, default in cls._field_defaults.items()
+            )
+        )
 
 
 def order_bits(values: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -74,6 +101,18 @@ def keep_top_p(
     return jax.lax.cond(jnp.asarray(top_p) < 1, keep, lambda x: x, logits)
 
 
+def keep_min_p(
+    logits: Float[Array, "batch vocab"], min_p: Float[Array, ""] | float
+) -> Float[Array, "batch vocab"]:
+    """Keeps tokens of at least `min_p` times the largest probability of their row.
+
+    The most probable token always stays; 0 keeps everything, bit for bit (Nguyen et al.,
+    arXiv 2407.01082, section 3).
+    """
+    bar = logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(min_p, jnp.float32))
+    return jnp.where(logits >= bar, logits, -jnp.inf)
+
+
 def guide(
     logits: Float[Array, "batch vocab"],
     unconditional: Float[Array, "batch vocab"],
@@ -114,16 +153,14 @@ def contrast(
 
 
 def filter_logits(
-    logits: Float[Array, "batch vocab"],
-    temperature: Float[Array, ""] | float,
-    top_k: Int[Array, ""] | int,
-    top_p: Float[Array, ""] | float,
+    logits: Float[Array, "batch vocab"], settings: LogitSettings
 ) -> Float[Array, "batch vocab"]:
-    """Temperature, then top-k, then top-p; temperature 0 keeps only the maxima."""
-    temperature = jnp.asarray(temperature, jnp.float32)
+    """Temperature, then top-k, top-p and min-p; temperature 0 keeps only the maxima."""
+    temperature = jnp.asarray(settings.temperature, jnp.float32)
     greedy = temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)
-    filtered = keep_top_p(keep_top_k(scaled, top_k), top_p)
+    filtered = keep_top_p(keep_top_k(scaled, settings.top_k), settings.top_p)
+    filtered = keep_min_p(filtered, settings.min_p)
     best = jnp.where(logits >= logits.max(-1, keepdims=True), logits, -jnp.inf)
     return jnp.where(greedy, best, filtered)
 
@@ -131,16 +168,14 @@ def filter_logits(
 def sample_tokens(
     keys: Key[Array, " batch"],
     logits: Float[Array, "batch vocab"],
-    temperature: Float[Array, ""] | float,
-    top_k: Int[Array, ""] | int,
-    top_p: Float[Array, ""] | float,
+    settings: LogitSettings,
 ) -> Int[Array, " batch"]:
-    """Draws one id a row, each row with its own key.
+    """Samples one token a row, each row with its own key.
 
-    A row's draw depends on its key and its logits only, never on the rows beside it.
+    A row's token depends on its key and its logits only, never on the other rows.
     Temperature 0 takes the first maximum.
     """
-    filtered = filter_logits(logits, temperature, top_k, top_p)
+    filtered = filter_logits(logits, settings)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-    noise = jnp.where(jnp.asarray(temperature) == 0, 0.0, noise)
+    noise = jnp.where(jnp.asarray(settings.temperature) == 0, 0.0, noise)
     return jnp.argmax(filtered + noise, axis=-1).astype(jnp.int32)

@@ -33,6 +33,7 @@ from racm3_jax.generation.decoding import (
 )
 from racm3_jax.generation.drafts import Drafter, Drafts
 from racm3_jax.generation.grammar import DONE, Grammar
+from racm3_jax.generation.logits import LogitSettings
 from racm3_jax.generation.placement import count_copies, split_rows, where_params_lie
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.types import DraftCounts
@@ -408,12 +409,7 @@ def _make_plan(
         split_rows(jnp.asarray(np.repeat(limits, num_samples), jnp.int32)),
         None if fixed is None else split_rows(jnp.asarray(fixed)),
         split_rows(keys),
-        jnp.asarray(config.temperature, jnp.float32),
-        jnp.asarray(config.top_k, jnp.int32),
-        jnp.asarray(config.top_p, jnp.float32),
-        jnp.asarray(config.guidance, jnp.float32),
-        jnp.asarray(config.contrastive_k, jnp.int32),
-        jnp.asarray(config.contrastive_alpha, jnp.float32),
+        LogitSettings.of(config),
     )
 
 

@@ -14,6 +14,7 @@ class SamplingSettings(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     guidance: float
     contrastive_k: int
     contrastive_alpha: float
@@ -44,6 +45,8 @@ class SamplingConfig:
       draft: where guesses of an image's next codes come from, so that one pass gives
         several (see `drafts`): "table", "jacobi", "off", or "auto" for what is fastest.
         It changes no image.
+      min_p: drops tokens below this fraction of the largest probability (min-p sampling,
+        arXiv 2407.01082); 0 keeps everything.
     """
 
     temperature: float = 1.0
@@ -56,6 +59,7 @@ class SamplingConfig:
     contrastive_alpha: float = 0.6
     guide_documents: bool = False
     draft: DraftMode = "auto"
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -71,6 +75,10 @@ class SamplingConfig:
         if self.top_k < 0:
             raise ValueError(
                 f"top_k must be >= 0 (0 keeps everything); got {self.top_k}"
+            )
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(
+                f"min_p must be from 0 to 1 (0 keeps everything); got {self.min_p}"
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1; got {self.max_new_tokens}")

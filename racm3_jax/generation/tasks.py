@@ -55,8 +55,7 @@ class Generator(Engine):
         prompt, the likelihood), "document" (similarity to the picture of the first
         document), "likelihood" (mean log-likelihood of the sampled tokens) or "auto" (by
         the CLIP if it was measured to align texts with images, else by likelihood).
-      **settings: temperature, top_p (0.9 unless given), top_k, guidance, contrastive_k,
-        contrastive_alpha, guide_documents: see `SamplingConfig`.
+      **settings: see `SamplingConfig`; top_p is 0.9 unless given.
       **options: the further arguments of the batched form.
 
     All raise ValueError, in one sentence, on what cannot be.

@@ -97,6 +97,7 @@ JSON_LIST = (*READ_FILE, "{deep}", "{json_text}", "{json_numbers}", "{json_missi
 _SAMPLING = {
     "--num_samples": WHOLE, "--seed": WHOLE, "--temperature": (*NUMBER, "-1"),
     "--top_p": (*NUMBER, "0", "2"), "--top_k": WHOLE,
+    "--min_p": (*NUMBER, "-1", "2"),
 }  # fmt: skip
 _GUIDANCE = {
     "--guidance": (*NUMBER, "-1"), "--contrastive_k": WHOLE,
@@ -363,6 +364,8 @@ class _Tokenizer(FakeTokenizer):
 
 class _Generator:
     """Draws a grey square for every prompt."""
+
+    retriever = None
 
     def text_to_image(self, prompt: str, on_progress: Any, **_: Any) -> Any:
         square = Segment(image=np.full((8, 8, 3), 128, np.uint8))

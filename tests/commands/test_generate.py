@@ -107,6 +107,7 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
         "--prompt=a flag",
         "--out=x.png",
         "--guidance=3",
+        "--min_p=0.05",
         "--seed=7",
         "--scale=2",
         "--json",
@@ -134,6 +135,7 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
         {"id": "m1", "score": 0.5, "source": "http://x", "licence": "CC0"}
     ]
     assert printed["settings"]["guidance"] == 3.0
+    assert printed["settings"]["min_p"] == kwargs_of(generator)["min_p"] == 0.05
     assert printed["settings"]["draft"] == kwargs_of(generator)["draft"] == "auto"
     assert printed["drafts"] == {
         "source": "table", "window": 8, "passes": 18.5, "acceptance": 0.75

@@ -92,11 +92,12 @@ def test_guesses_change_no_code(config, source):
 
 
 def test_settings_of_sampling_compile_nothing_anew():
-    """CD-K, temperature 0 and another table run the programs of `GUIDED`."""
+    """CD-K, temperature 0, min-p and another table run the programs of `GUIDED`."""
     other = D.Drafts(drafter("table"), D.count_table(IMAGES[:8]))
     how = (
         {"contrastive_k": 2, "temperature": 0.7},
         {"guidance": 3, "temperature": 0.0},
+        {"guidance": 3, "min_p": 0.5},
     )
     configs = [
         SamplingConfig(max_new_tokens=16, fixed_length=True, **changes)

@@ -8,18 +8,23 @@ import numpy as np
 import pytest
 
 from racm3_jax.generation import logits as L
+from racm3_jax.generation.settings import SamplingConfig, SamplingSettings
 
 TRACES = []
-DRAW = jax.jit(L.sample_tokens)
 
 
 @jax.jit
-def run_filter(rows, temperature, top_k, top_p):
+def DRAW(keys, rows, *settings):
+    return L.sample_tokens(keys, rows, L.LogitSettings(*settings))
+
+
+@jax.jit
+def run_filter(rows, temperature, top_k, top_p, min_p=0.0):
     TRACES.append(1)
-    return L.filter_logits(rows, temperature, top_k, top_p)
+    return L.filter_logits(rows, L.LogitSettings(temperature, top_k, top_p, min_p))
 
 
-def reference_filter(row, temperature, top_k, top_p):
+def reference_filter(row, temperature, top_k, top_p, min_p):
     """Sorts, as the definitions read; -inf where an id is dropped."""
     row = row.astype(np.float64)
     if temperature == 0:
@@ -34,19 +39,23 @@ def reference_filter(row, temperature, top_k, top_p):
         before = np.cumsum(probabilities[order]) - probabilities[order]
         dropped = order[before >= top_p]
         row[dropped] = -np.inf
+    if min_p:
+        probabilities = np.exp(row) / np.exp(row).sum()
+        row[probabilities < min_p * probabilities.max()] = -np.inf
     return row
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 1000])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.93, 1.0])
-def test_filter_equals_the_sorting_reference(temperature, top_k, top_p):
+@pytest.mark.parametrize("min_p", [0.0, 0.03, 0.4, 1.0])
+def test_filter_equals_the_sorting_reference(temperature, top_k, top_p, min_p):
     rng = np.random.default_rng(0)
     rows = rng.normal(0, 3, (32, 47)).astype(np.float32)
     rows[:, 7] = -np.inf  # what a grammar forbids stays forbidden
-    got = np.asarray(run_filter(rows, temperature, top_k, top_p))
+    got = np.asarray(run_filter(rows, temperature, top_k, top_p, min_p))
     for row, out in zip(rows, got, strict=True):
-        expected = reference_filter(row, temperature, top_k, top_p)
+        expected = reference_filter(row, temperature, top_k, top_p, min_p)
         np.testing.assert_array_equal(np.isfinite(out), np.isfinite(expected))
         kept = np.isfinite(expected)
         if temperature:
@@ -55,8 +64,8 @@ def test_filter_equals_the_sorting_reference(temperature, top_k, top_p):
 
 def test_changing_the_settings_compiles_nothing():
     rows = np.zeros((32, 47), np.float32)
-    for temperature, top_k, top_p in [(1.0, 0, 1.0), (0.0, 3, 0.5), (0.7, 9, 0.9)]:
-        run_filter(rows, temperature, top_k, top_p)
+    for given in [(1.0, 0, 1.0, 0.0), (0.0, 3, 0.5, 0.1), (0.7, 9, 0.9, 1.0)]:
+        run_filter(rows, *given)
     assert len(TRACES) == 1
 
 
@@ -74,6 +83,23 @@ def test_ties_stay_together_and_the_best_always_stays():
         assert kept.sum(-1).tolist() == [num_kept] * 32
     kept = np.isfinite(np.asarray(run_filter(rows, 1.0, 2, 1.0)))
     assert kept[0].tolist() == [True] * 3 + [False] * 44
+
+
+def test_min_p_0_changes_no_bit_and_0_3_drops_what_is_below_its_fraction():
+    rows = np.random.default_rng(4).normal(0, 9, (8, 33)).astype(np.float32)
+    rows[:, 3] = -np.inf
+    assert np.array_equal(np.asarray(L.keep_min_p(jnp.asarray(rows), 0.0)), rows)
+    rows = np.log(np.array([[0.5, 0.2, 0.14, 0.16], [0.25] * 4], np.float32))
+    kept = np.isfinite(np.asarray(L.keep_min_p(jnp.asarray(rows), 0.3)))
+    assert kept.tolist() == [[True, True, False, True], [True] * 4]
+
+
+def test_every_traced_setting_is_one_of_the_config_with_its_default():
+    defaults = SamplingConfig()
+    for name, default in L.LogitSettings._field_defaults.items():
+        assert getattr(defaults, name) == default
+        assert type(getattr(defaults, name)) is type(default)
+    assert set(L.LogitSettings._fields) <= set(SamplingSettings.__annotations__)
 
 
 def test_frequencies_follow_the_probabilities():

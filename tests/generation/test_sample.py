@@ -233,6 +233,9 @@ def test_frequencies_follow_the_model():
         ({"top_p": 0.0}, "top_p .* got 0.0"),
         ({"top_p": 1.5}, "top_p .* got 1.5"),
         ({"top_k": -1}, "top_k .* got -1"),
+        ({"min_p": -0.1}, "min_p .* got -0.1"),
+        ({"min_p": 1.5}, "min_p .* got 1.5"),
+        ({"min_p": float("nan")}, "min_p .* got nan"),
         ({"max_new_tokens": 0}, "max_new_tokens .* got 0"),
     ],
 )
