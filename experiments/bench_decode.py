@@ -235,6 +235,14 @@ class Theirs:
             options["cache_implementation"] = "static"
         if cache == "static":  # on its own; a static cache is compiled by default
             options["disable_compile"] = True
+        if cache == "compiled":
+            from transformers import (  # pyright: ignore[reportMissingImports]
+                CompileConfig,
+            )
+
+            options["compile_config"] = CompileConfig()
+            # By itself it compiles on accelerators only.
+            options["compile_config"]._compile_all_devices = True
 
         def repeat(x: np.ndarray) -> Any:
             return self.torch.as_tensor(x)[None].repeat(num_samples, 1)
