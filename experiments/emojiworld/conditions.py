@@ -92,8 +92,8 @@ class OwnExcluded:
 
 
 def as_main(document: Document) -> TokenizedDocument:
-    """What says which document a query stands for: its id and source, no tokens."""
-    return TokenizedDocument(document.id, (), document.source)
+    """What says which document a query stands for: no tokens."""
+    return TokenizedDocument(document.id, (), document.source, document.metadata)
 
 
 def swap_things(drawings: Drawings) -> tuple[list[Document], dict[str, str]]:

@@ -7,8 +7,9 @@ Each of the 891 held-out drawings is asked for by its own caption, over a memory
 drawings in which its own house (and that house's twin set) does not show the thing.
 `--out` gets `results.json`, `results.md`, `samples.png` (prompt, retrieved, with
 retrieval, without, the house's own drawing) and `memorised.png` (samples beside the
-nearest drawing of training). What was finished before a kill is kept; so more seeds or
-conditions may be added later, by the same command with other flags.
+nearest drawing of training), and `scorers.npz`, which are learned once. What was finished
+before a kill is kept; so more seeds or conditions may be added later, by the same command
+with other flags. `--limit=50` asks for fifty drawings, evenly spread over the things.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT)]
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 import racm3_jax
 from emojiworld.captions import names_thing
@@ -46,11 +48,12 @@ from emojiworld.figures import (
     combine_outcomes,
     compare_conditions,
     compute_distance,
+    format_ceilings,
     format_table,
     saved_bits,
     text_to_image_ranks,
 )
-from emojiworld.scorers import Verdicts
+from emojiworld.scorers import Verdicts, open_verdicts, reconstruct
 from emojiworld.world import BY_NAME
 from racm3_jax import own_files
 from racm3_jax.evaluation.clip_score import CLIPFeatures
@@ -103,6 +106,13 @@ class Run(NamedTuple):
     def has(self, variant: str) -> bool:
         return not self.parts.missing([variant])
 
+    def num_missing(self, variant: str) -> int:
+        """Items that are not answered yet."""
+        size, num = self.parts.chunk_size, len(self.items)
+        chunks = range(self.parts.num_chunks)
+        waiting = [c for c in chunks if not self.parts.path(variant, c).exists()]
+        return sum(min(size, num - c * size) for c in waiting)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line; asks what is missing; writes the results."""
@@ -130,7 +140,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of the sampling")
     parser.add_argument("--conditions", default="", help="only these: retrieval,copy")
     parser.add_argument(
-        "--num_things", type=int, default=0, help="first ones; 0 is all"
+        "--limit", type=int, default=0, help="drawings to ask for; 0 is all"
     )
     parser.add_argument("--temperature", type=float, default=Sampling.temperature)
     parser.add_argument("--top_p", type=float, default=Sampling.top_p)
@@ -143,8 +153,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--conditions={name}: choose from {', '.join(DRAWN)}")
         if name == NEEDS_BASELINE and not options.baseline:
             parser.error("--conditions=baseline needs --baseline=FOLDER")
-    if options.seeds < 1 or options.chunk_size < 1 or options.num_things < 0:
-        parser.error("--seeds and --chunk_size are at least 1, --num_things at least 0")
+    if options.seeds < 1 or options.chunk_size < 1 or options.limit < 0:
+        parser.error("--seeds and --chunk_size are at least 1, --limit at least 0")
     return options
 
 
@@ -152,9 +162,8 @@ def open_run(options: argparse.Namespace) -> Run:
     """Opens drawings and models, and builds the memory, once."""
     drawings = read_drawings(options.data)
     items = np.flatnonzero(drawings.split == "held_out")
-    if options.num_things:
-        chosen = list(dict.fromkeys(drawings.thing[items].tolist()))
-        items = items[np.isin(drawings.thing[items], chosen[: options.num_things])]
+    if 0 < options.limit < len(items):
+        items = items[np.arange(options.limit) * len(items) // options.limit]
     generator = open_generator(options.model, drawings, options.out / "memory")
     baseline = racm3_jax.load(options.baseline) if options.baseline else None
     sampling = Sampling(options.temperature, options.top_p)
@@ -224,7 +233,15 @@ def ask(run: Run, conditions: list[str]) -> None:
         started = time.monotonic()
         if not run.has(variant):
             run.asker.prepare(condition)
-        made = run.parts.make(variant, compute, devices=find_devices())
+        with tqdm(
+            desc=f"{number} of {len(jobs)}, {variant}",
+            total=len(run.items),
+            initial=len(run.items) - run.num_missing(variant),
+            unit="drawing",
+            delay=1.0,
+        ) as bar:
+            counted = functools.partial(_count, bar, compute)
+            made = run.parts.make(variant, counted, devices=find_devices())
         seconds = time.monotonic() - started
         print(
             f"{number} of {len(jobs)}, {variant}: {made} chunks, {seconds:.0f} s",
@@ -232,12 +249,21 @@ def ask(run: Run, conditions: list[str]) -> None:
         )
 
 
+def _count(bar: tqdm, compute: Any, items: range, device: Any) -> Any:
+    """Computes a chunk, and moves the bar."""
+    found = compute(items, device)
+    bar.update(len(items))
+    return found
+
+
 def write_results(run: Run, folder: Path) -> None:
     """Judges what was answered, and writes everything that is read."""
-    verdicts = Verdicts(run.drawings)
+    codec = run.generator.tokenizer.image
+    verdicts, ceilings = open_verdicts(folder / "scorers.npz", run.drawings, codec)
     train = run.drawings.split == "train"
-    real = run.drawings.images[run.items]
-    nearest = Nearest(run.drawings.images[train], real)
+    # Pictures of a tokenizer are compared with what it makes of real ones.
+    usual = reconstruct(codec, run.drawings.images[~train])
+    nearest = Nearest(run.drawings.images[train], list(usual))
     outcomes, rows = judge(run, verdicts, nearest)
     clip = judge_search(run)
     assert run.generator.embedder is not None
@@ -267,10 +293,14 @@ def write_results(run: Run, folder: Path) -> None:
         "differences": differences,
         "bits_saved": _saved(run),
         "similarity_of_real": nearest.usual,
+        "scorers": ceilings,
     }
     own_files.write_json(folder / "results.json", record)
     words = "; ".join(f"{name} {share}" for name, share in clip.items())
-    table = f"{format_table(rows, DRAWN)}\n\nCLIP: {words}.\n"
+    table = (
+        f"{format_table(rows, DRAWN)}\n\nWhat the scorers make of held-out drawings:\n\n"
+        f"{format_ceilings(ceilings)}\n\nCLIP: {words}.\n"
+    )
     own_files.write_markdown(folder / "results.md", table)
     own_files.write_png(folder / "samples.png", draw_samples(run))
     own_files.write_png(folder / "memorised.png", draw_memorised(run, nearest))

@@ -7,13 +7,13 @@ thousands of pictures).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from emojiworld.scorers import fit_pixels, shape_features
+from emojiworld.features import fit_pixels, shape_features
 from racm3_jax.evaluation.clip_score import CLIPFeatures
 from racm3_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from racm3_jax.evaluation.intervals import (
@@ -152,7 +152,8 @@ class Nearest:
 
     Args:
       training: what the models were trained on.
-      real: held-out drawings, which say how near is usual.
+      real: held-out drawings, which say how near is usual: as the pictures of a model
+        are, those that come back from its tokenizer.
     """
 
     def __init__(
@@ -179,14 +180,23 @@ def format_table(
     titles: Mapping[str, str],
 ) -> str:
     """Markdown: one row a condition, the columns that any of them has."""
+    return _format({titles[name]: row for name, row in rows.items()}, _show)
+
+
+def format_ceilings(ceilings: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: what the scorers make of known pictures, one row each."""
+    return _format(ceilings, "{:.1%}".format)
+
+
+def _format(rows: Mapping[str, Mapping[str, Any]], show: Callable[[Any], str]) -> str:
     names = [n for n in COLUMNS if any(n in row for row in rows.values())]
     lines = [
         "| | " + " | ".join(COLUMNS[name] for name in names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
-    for condition, row in rows.items():
-        cells = [_show(row[name]) if name in row else "-" for name in names]
-        lines.append(f"| {titles[condition]} | " + " | ".join(cells) + " |")
+    for title, row in rows.items():
+        cells = [show(row[name]) if name in row else "-" for name in names]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -59,7 +59,7 @@ def measure_tokenizer(
     images = np.stack([resize_image(x, size) for x in drawings.images[held_out]])
     codes = tokenizer.encode(images)
     decoded = tokenizer.decode(codes)
-    found = Verdicts(drawings).judge(
+    found = Verdicts.learn(drawings, tokenizer).judge(
         list(decoded),
         drawings.icon_set[held_out].tolist(),
         drawings.thing[held_out].tolist(),

@@ -6,30 +6,50 @@
     house   colours, outlines and edges -> logistic regression
 
 Both look at RGB pixels of a drawing on white, since a generated picture has no alpha, and
-learn from the drawings of training alone. `python experiments/emojiworld/scorers.py`
-measures them on real held-out drawings.
+learn from the drawings of training alone. Every generated picture has come through an
+image tokenizer, which blurs what houses differ in: the house is learned from drawings as
+they are and as they come back from it.
+
+    python experiments/emojiworld/scorers.py --data=out/emojiworld \\
+        --tokenizer=out/emoji_tokenizer/vqgan
+
+measures them on held-out drawings, on copies, and on wrong ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import io
+import json
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT)]
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, UInt8
-from PIL import Image
+from jaxtyping import Float, Int, UInt8
+from tqdm import tqdm
 
+from emojiworld import features as features_lib
 from emojiworld.drawings import Drawings, read_drawings
+from emojiworld.features import (
+    fit_pixels,
+    shape_features,
+    style_features,
+    unit_rows,
+)
 from emojiworld.world import BY_NAME
+from racm3_jax import storage
+from racm3_jax.documents.images import resize_image
+from racm3_jax.evaluation.document_sets import describe_documents
+from racm3_jax.tokenizers.image import ImageTokenizer
 
-Pixels = UInt8[np.ndarray, "n 64 64 3"]
-SIDE = 64
 HOUSES_3 = ("openmoji", "fluent-emoji", "twemoji")
 HOUSES_5 = ("noto", "twemoji", "openmoji", "fluent-emoji", "emojione")
 _COPIED = "noto"
@@ -37,101 +57,90 @@ _NUM_PARTS = 200
 # Principal parts are computed from about this many drawings.
 _MOST_FOR_PARTS = 1200
 _RIDGE = 1e-4
-_TINY = 1e-6
 # Of the logistic regression: added to standard deviations, weight decay, steps.
 _FLOOR, _DECAY, _NUM_STEPS = 1e-2, 3e-3, 300
+_DECODED_AT_ONCE = 128
 
 
-def fit_pixels(images: Sequence[np.ndarray]) -> Pixels:
-    """Pictures of any size as the scorers look at them."""
-    return np.stack(
-        [
-            image
-            if image.shape[:2] == (SIDE, SIDE)
-            else np.asarray(
-                Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)
-            )
-            for image in images
-        ]
-    )
+class Codec(Protocol):
+    """What an image tokenizer has: see `ImageTokenizer`."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    def encode(self, images: np.ndarray) -> np.ndarray: ...
+
+    def decode(self, codes: np.ndarray) -> np.ndarray: ...
+
+    def fingerprint(self) -> str: ...
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / (np.linalg.norm(rows, axis=-1, keepdims=True) + _TINY)
+def reconstruct(codec: Codec, images: np.ndarray) -> UInt8[np.ndarray, "n size size 3"]:
+    """Images as they come back from a tokenizer, of its size."""
+    size, found = codec.image_size, []
+    starts = range(0, len(images), _DECODED_AT_ONCE)
+    for start in tqdm(starts, "through the tokenizer", delay=5.0):
+        some = images[start : start + _DECODED_AT_ONCE]
+        resized = np.stack([resize_image(image, size) for image in some])
+        found.append(codec.decode(codec.encode(resized)))
+    return np.concatenate(found)
 
 
-def _gradients(
-    grey: Float32[np.ndarray, "n 64 64"],
-) -> tuple[Float32[np.ndarray, "n 64 64"], Float32[np.ndarray, "n 64 64"]]:
-    down, right = np.zeros_like(grey), np.zeros_like(grey)
-    down[:, 1:-1] = grey[:, 2:] - grey[:, :-2]
-    right[:, :, 1:-1] = grey[:, :, 2:] - grey[:, :, :-2]
-    return down, right
+class _Fitted:
+    """A scorer, whose fields are arrays and tuples of names."""
 
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        return {
+            field.name: np.asarray(getattr(self, field.name))
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
 
-def oriented_gradients(
-    grey: Float32[np.ndarray, "n 64 64"], cells: int = 8, bins: int = 9
-) -> Float32[np.ndarray, "n d"]:
-    """HOG without blocks: root of the gradient sums of each cell and direction, unit."""
-    down, right = _gradients(grey)
-    strength = np.hypot(right, down)
-    angle = (
-        np.floor((np.arctan2(down, right) % np.pi) / np.pi * bins).astype(int) % bins
-    )
-    n, step = len(grey), SIDE // cells
-    sums = [
-        np.where(angle == b, strength, 0)
-        .reshape(n, cells, step, cells, step)
-        .sum((2, 4))
-        for b in range(bins)
-    ]
-    return _unit(np.sqrt(np.stack(sums, -1)).reshape(n, -1))
-
-
-def shape_features(images: Pixels) -> Float32[np.ndarray, "n d"]:
-    """What is drawn: coarse pixels about their mean, and oriented gradients."""
-    rgb = images.astype(np.float32) / 255
-    pixels = rgb.reshape(len(rgb), 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(rgb), -1)
-    pixels = _unit(pixels - pixels.mean(1, keepdims=True))
-    return _unit(
-        np.concatenate([pixels, 1.2 * oriented_gradients(rgb.mean(-1))], axis=1)
-    )
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Self:
+        return cls(
+            **{
+                name: tuple(column.tolist()) if column.dtype.kind == "U" else column
+                for name, column in arrays.items()
+            }
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ThingScorer:
+class ThingScorer(_Fitted):
     """Names the thing of a picture, out of the held-out ones.
 
     Attributes:
       things: what is chosen from.
-      _mean, _parts: of the features of training drawings, and their principal parts.
-      _whiten: makes differences within a thing equal in all directions.
-      _houses: mean of each icon set.
-      _sums: unit features of the real drawings, summed by thing and icon set.
+      icon_sets: those that may be asked for.
+      mean, parts: of the features of training drawings, and their principal parts.
+      whiten: makes differences within a thing equal in all directions.
+      houses: mean of each icon set.
+      sums: unit features of the real drawings, summed by icon set and thing.
     """
 
     things: tuple[str, ...]
-    _mean: np.ndarray
-    _parts: np.ndarray
-    _whiten: np.ndarray
-    _houses: dict[str, np.ndarray]
-    _sums: dict[str, np.ndarray]
+    icon_sets: tuple[str, ...]
+    mean: np.ndarray
+    parts: np.ndarray
+    whiten: np.ndarray
+    houses: Float[np.ndarray, "icon_sets d"]
+    sums: Float[np.ndarray, "icon_sets things d"]
 
     @classmethod
     def learn(cls, drawings: Drawings) -> ThingScorer:
         """Learns the features from "train", the mean drawings from "held_out"."""
-        features = shape_features(drawings.images)
+        features = shape_features(fit_pixels(drawings.images))
         train = drawings.split == "train"
         mean = features[train].mean(0)
         centred = (features[train] - mean)[:: max(1, train.sum() // _MOST_FOR_PARTS)]
         parts = np.linalg.svd(centred, full_matrices=False)[2][:_NUM_PARTS].T
         rows = (features - mean) @ parts
-        houses = {
-            name: rows[train & (drawings.icon_set == name)].mean(0)
-            for name in BY_NAME
-            if (train & (drawings.icon_set == name)).any()
-        }
-        rows = rows - np.stack([houses[name] for name in drawings.icon_set])
+        icon_sets = tuple(n for n in BY_NAME if n in set(drawings.icon_set[train]))
+        sets = np.array([icon_sets.index(name) for name in drawings.icon_set])
+        houses = np.stack(
+            [rows[train & (sets == i)].mean(0) for i in range(len(icon_sets))]
+        )
+        rows = rows - houses[sets]
         own = np.unique(drawings.thing[train], return_inverse=True)[1]
         means = np.zeros((own.max() + 1, rows.shape[1]))
         np.add.at(means, own, rows[train])
@@ -141,12 +150,11 @@ class ThingScorer:
         covariance += _RIDGE * np.eye(len(covariance))
         whiten = np.linalg.cholesky(np.linalg.inv(covariance))
         things = tuple(dict.fromkeys(drawings.thing[~train].tolist()))
-        unit = _unit(rows @ whiten)
-        places = {thing: i for i, thing in enumerate(things)}
-        sums = {name: np.zeros((len(things), rows.shape[1])) for name in houses}
-        for i in np.flatnonzero(~train):
-            sums[drawings.icon_set[i]][places[drawings.thing[i]]] += unit[i]
-        return cls(things, mean, parts, whiten, houses, sums)
+        unit = unit_rows(rows @ whiten)
+        places = [things.index(thing) for thing in drawings.thing[~train]]
+        sums = np.zeros((len(icon_sets), len(things), rows.shape[1]))
+        np.add.at(sums, (sets[~train], places), unit[~train])
+        return cls(things, icon_sets, mean, parts, whiten, houses, sums)
 
     def rank(
         self,
@@ -164,19 +172,19 @@ class ThingScorer:
           things: that were asked for.
           left_out: one more icon set whose drawings are not compared with.
         """
-        rows = (shape_features(fit_pixels(images)) - self._mean) @ self._parts
-        rows = rows - np.stack([self._houses[name] for name in icon_sets])
-        unit = _unit(rows @ self._whiten)
+        rows = (shape_features(fit_pixels(images)) - self.mean) @ self.parts
+        rows = rows - self.houses[[self.icon_sets.index(name) for name in icon_sets]]
+        unit = unit_rows(rows @ self.whiten)
         ranks = np.zeros(len(rows), np.int64)
         for name in dict.fromkeys(icon_sets):
             own = np.flatnonzero(np.asarray(icon_sets) == name)
             house = BY_NAME[name].house
             compared = [
                 sums
-                for other, sums in self._sums.items()
+                for other, sums in zip(self.icon_sets, self.sums, strict=True)
                 if BY_NAME[other].house != house and other != left_out
             ]
-            references = _unit(np.sum(compared, axis=0))
+            references = unit_rows(np.sum(compared, axis=0))
             likeness = unit[own] @ references.T
             asked = likeness[
                 np.arange(len(own)), [self.things.index(things[i]) for i in own]
@@ -185,72 +193,40 @@ class ThingScorer:
         return ranks
 
 
-def style_features(images: Pixels) -> Float[np.ndarray, "n d"]:
-    """How it is drawn: colours, outlines, edges and shades, of what is not white."""
-    n = len(images)
-    grey = images.astype(np.float32).mean(-1) / 255
-    ink = images.min(-1) < 250
-    count = np.maximum(ink.sum((1, 2)), 1)
-    out: list[np.ndarray] = []
-    for step, levels in ((43, 6), (26, 10)):
-        cells = (images // step).astype(np.int64) @ [levels**2, levels, 1]
-        out.append(np.sqrt(_histogram(cells, ink, levels**3) / count[:, None]))
-    down, right = _gradients(grey)
-    edge = np.maximum(np.abs(down), np.abs(right))
-    strength = np.clip((np.log10(edge + 1e-4) + 4) * 6, 0, 23).astype(np.int64)
-    out.append(np.sqrt(_histogram(strength, ink, 24) / count[:, None]))
-    inner = ink.copy()
-    for axis, step in ((1, 1), (1, -1), (2, 1), (2, -1)):
-        inner &= np.roll(ink, step, axis)
-    shades = np.clip(grey * 16, 0, 15).astype(np.int64)
-    for part in (ink & ~inner, ink, inner):
-        total = np.maximum(part.sum((1, 2)), 1)[:, None]
-        out.append(np.sqrt(_histogram(shades, part, 16) / total))
-    rgb = images.astype(np.float32)
-    flat = (np.ptp(rgb, axis=-1) * ink).sum((1, 2)) / count / 255
-    dark = ((images.max(-1) < 40) & ink).sum((1, 2)) / count
-    still = ((edge < 0.004) & ink).sum((1, 2)) / count
-    distinct = [
-        len(np.unique((image[mask] // 8).astype(np.int64) @ [1, 32, 1024])) / c
-        for image, mask, c in zip(images, ink, count, strict=True)
-    ]
-    area = count / (SIDE * SIDE)
-    out.append(np.stack([flat, dark, still, np.sqrt(distinct), area], 1))
-    return np.concatenate(out, axis=1).reshape(n, -1)
-
-
-def _histogram(
-    values: Int[np.ndarray, "n 64 64"], mask: np.ndarray, bins: int
-) -> Float[np.ndarray, "n bins"]:
-    """Counts of each picture's values under its mask."""
-    n = len(values)
-    offset = values + bins * np.arange(n)[:, None, None]
-    return np.bincount(offset[mask], minlength=n * bins).reshape(n, bins).astype(float)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class HouseScorer:
+class HouseScorer(_Fitted):
     """Names the house of a picture, out of some; multinomial logistic regression.
 
     Attributes:
       icon_sets: what is chosen from.
-      _mean, _scale: of the features of training drawings.
-      _weights, _offsets: of the classes.
+      mean, scale: of the features of training drawings.
+      weights, offsets: of the classes.
     """
 
     icon_sets: tuple[str, ...]
-    _mean: np.ndarray
-    _scale: np.ndarray
-    _weights: np.ndarray
-    _offsets: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    offsets: np.ndarray
 
     @classmethod
-    def learn(cls, drawings: Drawings, icon_sets: Sequence[str]) -> HouseScorer:
-        """Learns from the drawings of "train" by these icon sets."""
-        chosen = (drawings.split == "train") & np.isin(drawings.icon_set, icon_sets)
-        features = style_features(drawings.images[chosen])
+    def learn(
+        cls,
+        features: Float[np.ndarray, "n d"],
+        drawn_by: np.ndarray,
+        icon_sets: Sequence[str],
+    ) -> HouseScorer:
+        """Learns from pictures of training, of which it takes those of `icon_sets`.
+
+        Args:
+          features: of style.
+          drawn_by: the icon set of each.
+          icon_sets: to choose from.
+        """
+        chosen = np.isin(drawn_by, icon_sets)
+        features = features[chosen]
         mean, scale = features.mean(0), features.std(0) + _FLOOR
-        classes = np.array([icon_sets.index(n) for n in drawings.icon_set[chosen]])
+        classes = np.array([icon_sets.index(name) for name in drawn_by[chosen]])
         weights, offsets = _fit_logistic(
             (features - mean) / scale, np.eye(len(icon_sets))[classes]
         )
@@ -258,8 +234,8 @@ class HouseScorer:
 
     def name(self, images: Sequence[np.ndarray]) -> list[str]:
         """The likeliest icon set of each picture."""
-        rows = (style_features(fit_pixels(images)) - self._mean) / self._scale
-        best = (rows @ self._weights + self._offsets).argmax(1)
+        rows = (style_features(fit_pixels(images)) - self.mean) / self.scale
+        best = (rows @ self.weights + self.offsets).argmax(1)
         return [self.icon_sets[i] for i in best]
 
 
@@ -299,18 +275,53 @@ def _largest_curvature(rows: Float[np.ndarray, "n d"]) -> float:
 
 
 class Verdicts:
-    """All scorers of a world.
+    """All scorers of a world: of things, and of three and five houses."""
 
-    Args:
-      drawings: all of it.
-    """
+    def __init__(self, thing: ThingScorer, houses: Sequence[HouseScorer]) -> None:
+        self._thing = thing
+        self._houses = {len(scorer.icon_sets): scorer for scorer in houses}
 
-    def __init__(self, drawings: Drawings) -> None:
-        self._thing = ThingScorer.learn(drawings)
-        self._houses = {
-            len(names): HouseScorer.learn(drawings, names)
+    @classmethod
+    def learn(cls, drawings: Drawings, codec: Codec | None = None) -> Verdicts:
+        """Learns from the drawings of "train".
+
+        Args:
+          drawings: all of a world.
+          codec: that pictures will have come through: the house is learned from real
+            drawings and from what comes back of them. None: from real ones.
+        """
+        chosen = (drawings.split == "train") & np.isin(drawings.icon_set, HOUSES_5)
+        real, drawn_by = drawings.images[chosen], drawings.icon_set[chosen]
+        features = style_features(fit_pixels(real))
+        if codec is not None:
+            blurred = style_features(fit_pixels(reconstruct(codec, real)))
+            features = np.concatenate([features, blurred])
+            drawn_by = np.concatenate([drawn_by, drawn_by])
+        houses = [
+            HouseScorer.learn(features, drawn_by, names)
             for names in (HOUSES_3, HOUSES_5)
+        ]
+        return cls(ThingScorer.learn(drawings), houses)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything that was learned."""
+        scorers: dict[str, _Fitted] = {"thing": self._thing}
+        scorers |= {f"house{n}": scorer for n, scorer in self._houses.items()}
+        return {
+            f"{name}/{field}": column
+            for name, scorer in scorers.items()
+            for field, column in scorer.to_arrays().items()
         }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Verdicts:
+        """What `to_arrays` returned."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for key, column in arrays.items():
+            name, _, field = key.partition("/")
+            found.setdefault(name, {})[field] = column
+        thing = ThingScorer.from_arrays(found.pop("thing"))
+        return cls(thing, [HouseScorer.from_arrays(own) for own in found.values()])
 
     def judge(
         self,
@@ -335,27 +346,62 @@ class Verdicts:
         return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures the scorers on real held-out drawings, beside copies and random ones."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of fetch.py")
-    options = parser.parse_args(arguments)
+Figures = dict[str, dict[str, float]]
+
+
+def open_verdicts(
+    path: Path,
+    drawings: Drawings,
+    codec: Codec,
+    say: Callable[[str], None] = print,
+) -> tuple[Verdicts, Figures]:
+    """The scorers for pictures of a tokenizer, learned and measured once, kept in `path`.
+
+    Returns:
+      (scorers, what they make of known pictures: see `measure_scorers`).
+    """
+    digest = hashlib.sha256(json.dumps(describe_documents(drawings.documents)).encode())
+    for part in (codec.fingerprint().encode(), *map(_read, (__file__, _FEATURES))):
+        digest.update(part)
+    fingerprint = digest.hexdigest()[:16]
     try:
-        drawings = read_drawings(options.data)
-    except ValueError as error:
-        print(f"scorers.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    for name, figures in measure_scorers(drawings).items():
-        words = ", ".join(f"{key} {value:.1%}" for key, value in figures.items())
-        print(f"{name}: {words}")
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            arrays: dict[str, Any] = dict(file)
+        ceilings = json.loads(str(arrays.pop("ceilings")))
+        if str(arrays.pop("fingerprint")) == fingerprint:
+            return Verdicts.from_arrays(arrays), ceilings
+    except (FileNotFoundError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # missing, or cut short: learned again
+    say(f"learning the scorers, once; kept in {path}")
+    verdicts = Verdicts.learn(drawings, codec)
+    ceilings = measure_scorers(verdicts, drawings, codec)
+    stream = io.BytesIO()
+    facts: dict[str, Any] = {
+        "ceilings": json.dumps(ceilings),
+        "fingerprint": fingerprint,
+    }
+    np.savez_compressed(stream, **verdicts.to_arrays(), **facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_file(path, stream.getvalue())
+    return verdicts, ceilings
 
 
-def measure_scorers(drawings: Drawings) -> dict[str, dict[str, float]]:
-    """Shares by what stands in for the generated pictures."""
-    verdicts = Verdicts(drawings)
+_FEATURES = features_lib.__file__
+
+
+def _read(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def measure_scorers(
+    verdicts: Verdicts, drawings: Drawings, codec: Codec | None = None
+) -> Figures:
+    """Shares by what stands in for the generated pictures, all of them held out."""
     held_out = np.flatnonzero(drawings.split == "held_out")
+    images = drawings.images
+    if codec is not None:
+        images = np.array(fit_pixels(drawings.images))
+        images[held_out] = fit_pixels(reconstruct(codec, drawings.images[held_out]))
     noto = {drawings.thing[i]: i for i in held_out if drawings.icon_set[i] == _COPIED}
     others = [
         i
@@ -363,27 +409,48 @@ def measure_scorers(drawings: Drawings) -> dict[str, dict[str, float]]:
         if drawings.icon_set[i] != _COPIED and drawings.thing[i] in noto
     ]
     shuffled = np.random.default_rng(0).permutation(held_out)
+    copied = np.array([noto[drawings.thing[i]] for i in others])
     shown = {
-        "real drawings": (held_out, held_out, None),
-        "copies of Noto's drawing": (
-            np.array([noto[drawings.thing[i]] for i in others]),
-            np.array(others),
-            _COPIED,
-        ),
-        "a random held-out drawing": (shuffled, held_out, None),
+        "real drawings": (drawings.images, held_out, held_out, None),
+        "Noto's drawing": (images, copied, np.array(others), _COPIED),
+        "a random drawing": (images, shuffled, held_out, None),
     }
+    if codec is not None:
+        shown["through the tokenizer"] = (images, held_out, held_out, None)
     return {
         name: {
             key: float(np.nanmean(values))
             for key, values in verdicts.judge(
-                drawings.images[pictures],
+                list(pictures[own]),
                 drawings.icon_set[asked].tolist(),
                 drawings.thing[asked].tolist(),
                 left_out,
             ).items()
         }
-        for name, (pictures, asked, left_out) in shown.items()
+        for name, (pictures, own, asked, left_out) in shown.items()
     }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures the scorers on held-out drawings, beside copies and random ones."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of fetch.py")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="its folder; none: the scorers of real drawings"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        drawings = read_drawings(options.data)
+        codec = ImageTokenizer.load(options.tokenizer) if options.tokenizer else None
+    except (ValueError, OSError) as error:
+        print(f"scorers.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    verdicts = Verdicts.learn(drawings, codec)
+    for name, figures in measure_scorers(verdicts, drawings, codec).items():
+        words = ", ".join(f"{key} {value:.1%}" for key, value in figures.items())
+        print(f"{name}: {words}")
 
 
 if __name__ == "__main__":

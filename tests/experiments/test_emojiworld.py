@@ -15,6 +15,7 @@ from emojiworld import (
     captions,
     conditions,
     evaluate,
+    features,
     fetch,
     figures,
     reconstruct,
@@ -219,7 +220,7 @@ def test_the_files_are_read_by_the_projects_reader(folder, packages, tmp_path):
 
 @pytest.fixture(scope="module")
 def verdicts(drawings):
-    return scorers.Verdicts(drawings)
+    return scorers.Verdicts.learn(drawings)
 
 
 def test_scorers_name_things_and_houses(drawings, verdicts):
@@ -240,7 +241,20 @@ def test_scorers_name_things_and_houses(drawings, verdicts):
     foreign = verdicts.judge(images[own], as_other, things[own].tolist())
     assert foreign["top1"].all() and not foreign["house3"].any()
     larger = images.repeat(2, 1).repeat(2, 2)
-    assert (scorers.fit_pixels(list(larger)) == images).all()
+    assert (features.fit_pixels(list(larger)) == images).all()
+
+
+def test_houses_are_learned_from_what_comes_back_of_a_tokenizer(drawings, verdicts):
+    """A tokenizer that turns the colours about: houses of real ones mean nothing then."""
+    codec = types.SimpleNamespace(
+        image_size=64, encode=lambda x: x[..., ::-1], decode=lambda x: x
+    )
+    figures = scorers.measure_scorers(verdicts, drawings, codec)
+    assert figures["through the tokenizer"]["house5"] < 0.7
+    learned = scorers.Verdicts.learn(drawings, codec)
+    figures = scorers.measure_scorers(learned, drawings, codec)
+    assert figures["through the tokenizer"]["house5"] == 1
+    assert figures["real drawings"]["house5"] == 1
 
 
 def test_shares_count_things_not_pictures():
@@ -271,7 +285,12 @@ class FakeTokenizer:
     vocab = VOCAB
 
     def __init__(self):
-        self.image = types.SimpleNamespace(encode=self.encode, decode=self.decode_codes)
+        self.image = types.SimpleNamespace(
+            encode=self.encode,
+            decode=self.decode_codes,
+            fingerprint=self.fingerprint,
+            image_size=64,
+        )
 
     def fingerprint(self):
         return "fake"
@@ -398,7 +417,13 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
     assert isinstance(memory, Memory)
     monkeypatch.setattr(evaluate, "open_generator", lambda *_: FakeGenerator(memory))
     monkeypatch.setattr(evaluate, "find_devices", lambda: (None,))
-    monkeypatch.setattr(evaluate, "Verdicts", lambda _: verdicts)
+    learned = []
+
+    def learn(*_):
+        learned.append(1)
+        return verdicts
+
+    monkeypatch.setattr(scorers.Verdicts, "learn", learn)
     monkeypatch.setattr(
         conditions,
         "compute_likelihoods",
@@ -441,6 +466,18 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
             assert all(d.source != target.source for d in memory.documents(shown))
     for name in ("samples.png", "memorised.png", "results.md"):
         assert (out / name).exists()
+    # The scorers are kept, and what they make of known pictures is next to the table.
+    assert record["scorers"]["real drawings"]["top1"] == 1
+    assert "| through the tokenizer | " in (out / "results.md").read_text()
+    kept, ceilings = scorers.open_verdicts(
+        out / "scorers.npz", drawings, FakeTokenizer().image
+    )
+    assert ceilings == record["scorers"] and len(learned) == 1
+    assert scorers.measure_scorers(kept, drawings)["real drawings"]["house5"] == 1
+    other = FakeTokenizer().image
+    other.fingerprint = lambda: "other"
+    scorers.open_verdicts(out / "scorers.npz", drawings, other)
+    assert len(learned) == 2
     # Only what is missing is asked again; more seeds are more of it.
     times = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
     (out / "parts" / "retrieval-seed1-00001.npz").unlink()
@@ -457,9 +494,9 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
 
 
 def test_a_tokenizer_is_measured_on_held_out_drawings(drawings, verdicts, monkeypatch):
-    monkeypatch.setattr(reconstruct, "Verdicts", lambda _: verdicts)
+    monkeypatch.setattr(scorers.Verdicts, "learn", lambda *_: verdicts)
     tokenizer = FakeTokenizer().image
-    tokenizer.image_size, tokenizer.num_codes = 64, 256
+    tokenizer.num_codes = 256
     found, decoded = reconstruct.measure_tokenizer(tokenizer, drawings)
     assert 5 < found["psnr"] < 30
     held_out = drawings.images[drawings.split == "held_out"]
