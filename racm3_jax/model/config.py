@@ -16,7 +16,7 @@ NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["relu", "gelu", "swiglu"]
 AttentionKind = Literal["auto", "plain", "blocked", "cudnn", "splash"]
 RematKind = Literal["none", "full", "dots"]
-ComputeDtype = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["float32", "bfloat16", "auto"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "position": get_args(Position),
@@ -50,7 +50,8 @@ class ModelConfig:
       dropout: share of the residual updates dropped, when `apply` gets a "dropout" rng.
       norm_epsilon: added to the variance.
       rope_base: longest wavelength of the rotary positions, over 2 pi.
-      compute_dtype: of the matrix products; parameters, norms, softmax and sums stay
+      compute_dtype: of the matrix products ("auto" in a config of a training only, see
+        `wiring.build_model_config`); parameters, norms, softmax and sums stay
         float32.
       attention: "auto" chooses by platform, see `attention.choose_implementation`.
       max_segments: most segments of one row: examples, and the padding after them. Rows

@@ -21,7 +21,7 @@ from racm3_jax.index.sharded import SUFFIX
 from racm3_jax.memory.format import TABLE_DIRECTORY
 from racm3_jax.memory.memory import UNUSED_WITH_TABLE, Memory
 from racm3_jax.memory.neighbours import compute_neighbours
-from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.config import ComputeDtype, ModelConfig
 from racm3_jax.model.transformer import abstract_params, count_params
 from racm3_jax.progress import open_progress
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -224,11 +224,11 @@ def build_model_config(config: Any, vocab: Vocab, platform: str = "gpu") -> Mode
     if config.get("init_from"):
         start = checkpoints.read_config(resolve(config.init_from))["config"]
         rows = max(rows, start.get("vocab_size", 0))
-    section = config.model
-    if section.get("compute_dtype") == "auto":
+    model_config = construct(ModelConfig, config.model, "model", vocab_size=rows)
+    if model_config.compute_dtype == "auto":
         is_fast = platform != "cpu" or hardware.cpu_has_bfloat16()
-        section = {**section, "compute_dtype": "bfloat16" if is_fast else "float32"}
-    model_config = construct(ModelConfig, section, "model", vocab_size=rows)
+        dtype: ComputeDtype = "bfloat16" if is_fast else "float32"
+        model_config = dataclasses.replace(model_config, compute_dtype=dtype)
     if model_config.dropout:
         raise ValueError(
             f"config.model.dropout is {model_config.dropout}, but the trainer draws no "
