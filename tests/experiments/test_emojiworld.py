@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,12 +24,14 @@ from emojiworld import (
     world,
 )
 from emojiworld.drawings import Drawings, read_drawings
+from PIL import Image, ImageDraw
 
 import racm3_jax
 from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.embedder import DocumentEmbeddings
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.tokenizers.image import ImageTokenizer, compute_psnr
 from racm3_jax.types import (
     Document,
     GenerationOutput,
@@ -523,3 +526,21 @@ def test_drawings_need_their_metadata():
     image = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(KeyError, match="thing"):
         Drawings.of([Document("x", (Segment(image=image),))])
+
+
+def test_the_kept_tokenizer_draws_what_it_never_saw():
+    """A face of flat colours and thick lines, as the houses draw, at the dB of theirs."""
+    folder = Path(racm3_jax.__file__).parents[1] / "experiments/emojiworld/weights"
+    tokenizer = ImageTokenizer.load(folder / "vqgan")
+    face = Image.new("RGB", (256, 256), "white")
+    draw = ImageDraw.Draw(face)
+    draw.ellipse((24, 24, 232, 232), (255, 200, 60), (40, 40, 40), 10)
+    for left in (80, 146):
+        draw.ellipse((left, 90, left + 30, 130), (40, 40, 40))
+    draw.arc((80, 120, 176, 190), 20, 160, (160, 30, 40), 12)
+    images = np.asarray(face.resize((64, 64), Image.Resampling.LANCZOS))[None]
+    codes = tokenizer.encode(images)
+    assert codes.shape == (1, 256) and tokenizer.num_codes == 1024
+    assert compute_psnr(images, tokenizer.decode(codes))[0] > 24
+    # Other codes are another picture: what is measured is not the background.
+    assert compute_psnr(images, tokenizer.decode(codes[:, ::-1]))[0] < 15
