@@ -37,7 +37,8 @@ def get_config(arg: str = "") -> ConfigDict:
         index="auto", num_query_variants=2, query_drop=0.2, include_heldout=False
     )
     # A CLIP of few pictures puts them close together: only near copies are dropped.
-    config.strategy = dict(max_similarity=0.98, num_candidates=24)
+    # "house,thing": what agrees in both is never shown for one another.
+    config.strategy = dict(max_similarity=0.98, num_candidates=24, exclude_keys="")
     config.masking = dict(
         num_masks="poisson_clamp0", mean=0.3, rotation_probability=0.25
     )

@@ -21,11 +21,32 @@ class Retriever:
     Args:
       memory: where the documents are.
       strategy: how they are chosen.
+
+    Raises:
+      ValueError: `strategy.exclude_keys` names what no document of the memory has.
     """
 
     def __init__(self, memory: Memory, strategy: StrategyConfig | None = None):
         self.memory = memory
         self.strategy = strategy or StrategyConfig()
+        if self.strategy.own_keys:
+            self._check_keys(self.strategy.own_keys)
+            # Hashes of the rows' names, filled when a row is a candidate; 0: unread.
+            self._own_names = np.zeros(len(memory), np.uint64)
+
+    def _check_keys(self, keys: Sequence[str]) -> None:
+        """Looks at documents from all over the memory."""
+        rows = np.unique(
+            np.linspace(0, len(self.memory) - 1, _NUM_LOOKED_AT, dtype=int)
+        )
+        there: set[str] = set().union(*self.memory.metadata(rows))
+        for key in keys:
+            if key not in there:
+                known = ", ".join(sorted(there)) or "none"
+                raise ValueError(
+                    f"strategy.exclude_keys names {key!r}, which the metadata of the "
+                    f"memory at {self.memory.path} do not have; they have: {known}"
+                )
 
     def retrieve(
         self,
@@ -40,7 +61,7 @@ class Retriever:
           nums: how many documents each query asks for; 0 asks for none. Fewer come back
             when the strategy drops all other candidates.
           mains: the document that each query stands for, which is never returned, nor
-            any of its source; None where there is none.
+            any that the strategy calls its own; None where there is none.
 
         Raises:
           ValueError: if the lengths differ, a number is negative, or larger than the
@@ -125,6 +146,7 @@ class Retriever:
                     hash_name(main.source),
                     drop_same_source=config.drop_same_source,
                 )
+                excluded[j] |= self._find_alike(rows[j], main)
             taken = strategy_lib.select(
                 found.scores[j],
                 memory.embeddings[rows[j]] if nums[i] > 1 and compares else None,
@@ -148,6 +170,23 @@ class Retriever:
             found.scores[j, : len(rows)] = self.memory.embeddings[rows] @ query
             found.valid[j, : len(rows)] = True
         return found
+
+    def _find_alike(
+        self, rows: Int[np.ndarray, " k"], main: TokenizedDocument
+    ) -> Bool[np.ndarray, " k"] | np.bool_:
+        """True where a candidate agrees with the main document in `exclude_keys`."""
+        keys = self.strategy.own_keys
+        name = strategy_lib.own_name(main.metadata, keys)
+        if not name:
+            return np.False_
+        unread = np.unique(rows[self._own_names[rows] == 0])
+        if len(unread):
+            names = [
+                hash_name(strategy_lib.own_name(facts, keys))
+                for facts in self.memory.metadata(unread)
+            ]
+            self._own_names[unread] = np.array(names, np.uint64) | _READ
+        return self._own_names[rows] == (np.uint64(hash_name(name)) | _READ)
 
     def _find_copies(
         self,
@@ -200,4 +239,7 @@ class Retriever:
         ]
 
 
+_NUM_LOOKED_AT = 64
+# Set in every name that was read.
+_READ = np.uint64(1 << 63)
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.float32))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Literal, get_args
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
@@ -31,6 +33,8 @@ class StrategyConfig:
         up to this number.
       require_multimodal: keep only documents that have both text and an image.
       drop_same_source: skip candidates with the main document's source.
+      exclude_keys: metadata keys, "house,thing": skip candidates that agree with the main
+        document in all of them. One that lacks a key agrees with none. "" skips none.
       ranking: "relevance" takes what is nearest to the query; "random" is the baseline
         that draws the candidates evenly, whatever the query says.
       given: which parts of the retrieved documents the model is given.
@@ -41,6 +45,7 @@ class StrategyConfig:
     max_candidates: int = 512
     require_multimodal: bool = True
     drop_same_source: bool = True
+    exclude_keys: str = ""
     ranking: Ranking = "relevance"
     given: Given = "both"
 
@@ -65,6 +70,23 @@ class StrategyConfig:
                 "strategy.max_candidates must be >= strategy.num_candidates "
                 f"({self.num_candidates}); got {self.max_candidates}"
             )
+
+    @property
+    def own_keys(self) -> tuple[str, ...]:
+        """The names in `exclude_keys`."""
+        names = (name.strip() for name in self.exclude_keys.split(","))
+        return tuple(name for name in names if name)
+
+
+def own_name(metadata: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Equal for documents that agree in all keys; "" where one is missing.
+
+    {"thing": "owl", "house": "noto"}, (house, thing)  ->  '["noto", "owl"]'
+    """
+    values = [metadata.get(key) for key in keys]
+    if not keys or any(value is None or value == "" for value in values):
+        return ""
+    return json.dumps([str(value) for value in values])
 
 
 def find_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -111,6 +112,35 @@ def test_same_source_and_one_modality_are_dropped(build, documents):
     assert set(found(drop_same_source=False, require_multimodal=False)) == {
         *("b", "c", "d")
     }
+
+
+def test_what_agrees_in_all_keys_is_dropped(build, documents):
+    def drawn(i, name, **facts):
+        document = make_document(i, id=name)
+        return dataclasses.replace(document, metadata={"nation": 10, **facts})
+
+    changed = [
+        *documents,
+        drawn(40, "own", thing="owl", house="noto"),
+        drawn(41, "twin set", thing="owl", house="noto"),
+        drawn(42, "other house", thing="owl", house="fluent"),
+        drawn(43, "no house", thing="owl"),
+    ]
+    memory = build(changed)
+
+    def found(row, keys):
+        retriever = Retriever(memory, StrategyConfig(exclude_keys=keys))
+        query = memory.queries([row], "text")
+        for _ in range(2):  # names that were read before give the same
+            (result,) = retriever.retrieve(query, [4], _mains([changed[row]]))
+        return {d.id for d in result.documents if d.metadata["nation"] == 10}
+
+    assert found(40, "") == {"twin set", "other house", "no house"}
+    assert found(40, "thing, house") == {"other house", "no house"}
+    assert found(40, "thing") == set()
+    assert found(43, "thing,house") == {"own", "twin set", "other house"}
+    with pytest.raises(ValueError, match="names 'hose', which .*have: .*house, "):
+        Retriever(memory, StrategyConfig(exclude_keys="thing,hose"))
 
 
 def test_looks_further_when_copies_fill_the_list(build, documents):
