@@ -5,7 +5,7 @@
 
 One run, three tables:
   one      batch 1, no documents: new ids a second
-  guided   samples with guidance behind a prefix of 2 documents, which is read once: one
+  guided   samples with guidance after a prefix of 2 documents, which is read once: one
            sample, and ten
   memory   (with --bandwidth) seconds an image and the share of the memory bandwidth
   drafts   (with --memory=DIR, of `racm3 quickstart`) the shipped model over that memory,
@@ -179,7 +179,7 @@ def make_documents(case: Case, count: int, rng: np.random.Generator) -> np.ndarr
 
 
 def make_prompts(case: Case, num_documents: int) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt behind documents, and the same with its text masked."""
+    """A prompt after documents, and the same with its text masked."""
     vocab, rng = case.vocab, np.random.default_rng(0)
     prefix = make_documents(case, num_documents, rng)
     text = rng.integers(0, vocab.num_text_ids, case.text_length)

@@ -12,8 +12,11 @@ names the parameter; nothing is replicated by accident.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -172,6 +175,26 @@ def current_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the program that is being traced will run where bfloat16 is fast.
+
+    Of a CPU Linux says so (AMX, AVX-512 BF16, Arm's BF16); others convert to float32.
+    """
+    named = {"amx_bf16", "avx512_bf16", "bf16"}
+    return current_platform() != "cpu" or not named.isdisjoint(_cpu_features())
+
+
+@functools.cache
+def _cpu_features() -> frozenset[str]:
+    """Of this machine's first CPU; none where nothing says so."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
 
 
 def current_device_kind() -> str:

@@ -106,11 +106,15 @@ def test_only_wiring_reads_config_dicts():
 
 
 def test_top_level_is_fixed():
-    """What is kept in the repository: the README's commands write beside it."""
+    """What git keeps: the README's commands leave their outputs there as well."""
     import subprocess
 
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    # Whoever owns the clone: a container often runs the tests as another user.
+    command = ["git", "-c", "safe.directory=*", "ls-files"]
     kept = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+        command, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
     visible = {path.split("/")[0] for path in kept if not path.startswith(".")}
     assert visible == {

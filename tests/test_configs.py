@@ -253,24 +253,3 @@ def test_dropout_is_refused_because_the_trainer_would_ignore_it():
         config.model.dropout = 0.1
     with pytest.raises(ValueError, match=r"config.model.dropout is 0.1"):
         wiring.build_model_config(config, Vocab(1024, 512, 64, 16))
-
-
-@pytest.mark.parametrize(
-    ("platform", "flags", "dtype"),
-    [
-        ("gpu", "fpu avx2", "bfloat16"),
-        ("tpu", "fpu avx2", "bfloat16"),
-        ("cpu", "fpu avx2 avx512f", "float32"),
-        ("cpu", "fpu avx512_bf16 avx2", "bfloat16"),
-        ("cpu", "fpu amx_bf16", "bfloat16"),
-    ],
-)
-def test_auto_computes_in_what_the_device_multiplies(
-    monkeypatch, platform, flags, dtype
-):
-    cpu = f"processor : 0\nflags\t\t: {flags}\nbugs : none\n"
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: cpu)
-    config = load("own_generator")
-    assert config.model.compute_dtype == "auto"
-    model = wiring.build_model_config(config, Vocab(1024, 512, 64, 16), platform)
-    assert model.compute_dtype == dtype

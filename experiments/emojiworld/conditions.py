@@ -92,7 +92,7 @@ class OwnExcluded:
 
 
 def as_main(document: Document) -> TokenizedDocument:
-    """What says which document a query stands for: no tokens."""
+    """Which document a query is made from, without its tokens."""
     return TokenizedDocument(document.id, (), document.source, document.metadata)
 
 

@@ -396,7 +396,7 @@ def _read(path: str) -> bytes:
 def measure_scorers(
     verdicts: Verdicts, drawings: Drawings, codec: Codec | None = None
 ) -> Figures:
-    """Shares by what stands in for the generated pictures, all of them held out."""
+    """Shares by what is shown in place of generated pictures, all of them held out."""
     held_out = np.flatnonzero(drawings.split == "held_out")
     images = drawings.images
     if codec is not None:

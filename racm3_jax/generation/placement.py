@@ -44,7 +44,7 @@ def decoding_bytes(
     Returns:
       (weights and what is made of them, a row of `max_length` tokens and its work).
     """
-    size = 2 if config.compute_dtype == "bfloat16" else 4
+    size = 4 if config.compute_dtype == "float32" else 2
     token = 2 * config.num_layers * config.kv_heads * config.head_dim * size
     row = (1 + _WORK) * token * config.max_length
     table = config.vocab_size * config.d_model

@@ -121,7 +121,7 @@ def make_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
             f"{config.max_length}; shorten the prompt or the generation"
         )
     shape = (batch, max_length, config.kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.compute_dtype)
+    zeros = jnp.zeros(shape, config.dtype)
     empty = LayerCache.of(zeros, zeros)
     return Cache(
         layers=(empty,) * config.num_layers, length=jnp.zeros(batch, jnp.int32)

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+from racm3_jax.sharding import multiplies_bfloat16
+
 Position = Literal["learned", "rope"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["relu", "gelu", "swiglu"]
@@ -50,9 +52,9 @@ class ModelConfig:
       dropout: share of the residual updates dropped, when `apply` gets a "dropout" rng.
       norm_epsilon: added to the variance.
       rope_base: longest wavelength of the rotary positions, over 2 pi.
-      compute_dtype: of the matrix products ("auto" in a config of a training only, see
-        `wiring.build_model_config`); parameters, norms, softmax and sums stay
-        float32.
+      compute_dtype: of the matrix products; parameters, norms, softmax and sums stay
+        float32. "auto" is bfloat16, but on a CPU that has no instructions for it, where
+        float32 is 1.45 times as fast.
       attention: "auto" chooses by platform, see `attention.choose_implementation`.
       max_segments: most segments of one row: examples, and the padding after them. Rows
         are packed with no more; where attention is "cudnn" a row of more is NaN.
@@ -118,6 +120,13 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """What `compute_dtype` means where the program will run."""
+        if self.compute_dtype != "auto":
+            return self.compute_dtype
+        return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
 def racm3_2b7(**changes: Any) -> ModelConfig:

@@ -167,7 +167,7 @@ class Attention(nn.Module):
                 1,
                 ("embed", axis, "head_dim"),
                 c.use_bias,
-                c.compute_dtype,
+                c.dtype,
                 outputs_first=c.outputs_first,
             )
 
@@ -180,7 +180,7 @@ class Attention(nn.Module):
             2,
             ("heads", "head_dim", "embed"),
             c.use_bias,
-            c.compute_dtype,
+            c.dtype,
             gain=(2 * c.num_layers) ** -0.5,
             outputs_first=c.outputs_first,
         )
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.config.qk_norm:  # whose gradient reads what it normalised
             q, k = self.query_norm(as_product(q)), self.key_norm(as_product(k))
-        dtype = self.config.compute_dtype
+        dtype = self.config.dtype
         q, k = rotate(q, rotary).astype(dtype), rotate(k, rotary).astype(dtype)
         if not self.config.qk_norm:
             q, k = as_product(q), as_product(k)
@@ -248,12 +248,12 @@ class FeedForward(nn.Module):
                 1,
                 axes,
                 c.use_bias,
-                c.compute_dtype,
+                c.dtype,
                 outputs_first=c.outputs_first,
                 name=name,
             )
             # Kept for the backward pass: in the compute dtype it is half the memory.
-            return as_product(linear(x).astype(c.compute_dtype))
+            return as_product(linear(x).astype(c.dtype))
 
         if c.activation == "swiglu":
             hidden = nn.silu(widen("gate")) * widen("up")
@@ -267,7 +267,7 @@ class FeedForward(nn.Module):
             1,
             ("mlp", "embed"),
             c.use_bias,
-            c.compute_dtype,
+            c.dtype,
             gain=(2 * c.num_layers) ** -0.5,
             outputs_first=c.outputs_first,
             name="down",

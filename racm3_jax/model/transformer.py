@@ -119,7 +119,7 @@ class Transformer(nn.Module):
         else:
             for layer in self.layers:
                 x, _ = layer(x, rotary, segment_ids)
-        return self.output_norm(x).astype(self.config.compute_dtype)
+        return self.output_norm(x).astype(self.config.dtype)
 
     def prefill(
         self, tokens: _Tokens, lengths: Int[Array, " batch"], max_length: int
@@ -273,12 +273,12 @@ class Transformer(nn.Module):
         hidden = self.output_norm(x)
         c = self.config
         if head is not None and c.outputs_first:
-            return multiply_panels(hidden, head, c.compute_dtype)
+            return multiply_panels(hidden, head, c.dtype)
         if head is None:
             head = jnp.asarray(self.embedding.T if c.tie_embeddings else self.head)
         if c.outputs_first:
-            return contract("vd,bd->vb", head.T, hidden, c.compute_dtype).T
-        return contract("bd,dv->bv", hidden, head, c.compute_dtype)
+            return contract("vd,bd->vb", head.T, hidden, c.dtype).T
+        return contract("bd,dv->bv", hidden, head, c.dtype)
 
 
 def init_params(config: ModelConfig, key: Array, *, boxed: bool = False) -> Params:
@@ -331,7 +331,7 @@ def compute_logits(
 ) -> Float[Array, "batch length vocab"]:
     """Logits of every position, float32; training uses the chunked loss instead."""
     head = head_weights(params, config)
-    return contract("bld,dv->blv", hidden, head, config.compute_dtype)
+    return contract("bld,dv->blv", hidden, head, config.dtype)
 
 
 def unstack_layers(params: Params) -> Params:
@@ -364,7 +364,7 @@ def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
     there, see `ModelConfig.outputs_first`.
     """
     on_cpu = current_platform() == "cpu"
-    dtype = "float32" if on_cpu else config.compute_dtype
+    dtype = "float32" if on_cpu else config.dtype
     turn = on_cpu and not config.outputs_first
     config = dataclasses.replace(
         config,

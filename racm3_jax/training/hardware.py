@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from pathlib import Path
 from typing import Any
 
 from racm3_jax.model.config import ModelConfig
@@ -100,21 +98,6 @@ def find_device(kind: str) -> Device | None:
     return DEVICES[name] if name else None
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16; others convert to float32 and back.
-
-    What Linux says of it (AMX, AVX-512 BF16, Arm's BF16); False where it says nothing.
-    """
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return bool(lines) and not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(
-        lines[0].split()
-    )
-
-
 def flops_per_token(config: ModelConfig, num_params: int, length: float) -> float:
     """Products and sums of a training step, a token of input (PaLM, appendix B).
 
@@ -153,7 +136,7 @@ def activation_bytes(
     Returns:
       (kept, at work).
     """
-    size = 2 if config.compute_dtype == "bfloat16" else 4
+    size = 4 if config.compute_dtype == "float32" else 2
     heads = config.num_heads * config.head_dim / tensor
     kv = config.kv_heads * config.head_dim / tensor
     inner = config.d_ff / tensor
@@ -186,7 +169,7 @@ def gathered_bytes(
       num_params: of the model.
       tensor: over how many devices both are split even so.
     """
-    size = 2 if config.compute_dtype == "bfloat16" else 4
+    size = 4 if config.compute_dtype == "float32" else 2
     head = config.vocab_size * config.d_model
     tables = head if config.tie_embeddings else 2 * head
     layer = max(0, num_params - tables) / config.num_layers

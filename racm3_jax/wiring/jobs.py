@@ -102,9 +102,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     main_ids = find_main_rows(memory, workdir)
     if corpus is not None and corpus.times != (1.0,):
         main_ids = _repeat_main_rows(main_ids, memory, corpus, config.seed, workdir)
-    model_config = build_model_config(
-        config, tokenizer.vocab, mesh.devices.flat[0].platform
-    )
+    model_config = build_model_config(config, tokenizer.vocab)
     masking = construct(CausalMaskingConfig, config.masking, "masking")
     retriever = build_retriever(config, memory) if pipeline.retrieval else None
     episodes = build_episodes(config, memory, tokenizer, workdir)

@@ -21,7 +21,7 @@ from racm3_jax.index.sharded import SUFFIX
 from racm3_jax.memory.format import TABLE_DIRECTORY
 from racm3_jax.memory.memory import UNUSED_WITH_TABLE, Memory
 from racm3_jax.memory.neighbours import compute_neighbours
-from racm3_jax.model.config import ComputeDtype, ModelConfig
+from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import abstract_params, count_params
 from racm3_jax.progress import open_progress
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -33,7 +33,6 @@ from racm3_jax.sharding import leader_first
 from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
-from racm3_jax.training import hardware
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
 from racm3_jax.wiring.rows import read_column
@@ -209,26 +208,16 @@ def _describe(section: MemoryConfig) -> storage.Describe:
     )
 
 
-def build_model_config(config: Any, vocab: Vocab, platform: str = "gpu") -> ModelConfig:
+def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
     """The generator's config; its rows are those of `config.init_from`, where given.
 
     Converted weights have rows for ids that no tokenizer makes.
-
-    Args:
-      config: of a generator. `config.model.compute_dtype="auto"` is bfloat16, but on a CPU
-        that has no instructions for it, where float32 is 1.4 times as fast.
-      vocab: of its tokenizer.
-      platform: where its products will run, "cpu", "gpu" or "tpu".
     """
     rows = vocab.size
     if config.get("init_from"):
         start = checkpoints.read_config(resolve(config.init_from))["config"]
         rows = max(rows, start.get("vocab_size", 0))
     model_config = construct(ModelConfig, config.model, "model", vocab_size=rows)
-    if model_config.compute_dtype == "auto":
-        is_fast = platform != "cpu" or hardware.cpu_has_bfloat16()
-        dtype: ComputeDtype = "bfloat16" if is_fast else "float32"
-        model_config = dataclasses.replace(model_config, compute_dtype=dtype)
     if model_config.dropout:
         raise ValueError(
             f"config.model.dropout is {model_config.dropout}, but the trainer draws no "

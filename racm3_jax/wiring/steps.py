@@ -162,8 +162,8 @@ def build_abstract_training(
             "by shape"
         )
     vocab = build_vocab(config)
+    model_config = build_model_config(config, vocab)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    model_config = build_model_config(config, vocab, mesh.devices.flat[0].platform)
 
     def init_fn(key: jax.Array) -> Any:
         return init_params(model_config, key, boxed=True)

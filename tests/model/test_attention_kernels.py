@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,42 @@ def test_decoding_is_prepared_for_the_devices_of_the_mesh():
     assert prepare_decoding(config, params)[0].compute_dtype == "float32"
     with devices_elsewhere("tpu", "TPU v6 lite"):
         assert prepare_decoding(config, params)[0].compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [
+        ("fpu avx2 avx512f", "float32"),
+        ("fpu avx512_bf16 avx2", "bfloat16"),
+        ("fpu amx_bf16", "bfloat16"),
+        ("fp asimd bf16", "bfloat16"),
+        ("", "float32"),
+    ],
+)
+def test_auto_computes_in_what_the_device_multiplies(monkeypatch, features, dtype):
+    monkeypatch.setattr(sharding, "_cpu_features", features.split)
+    config = tiny(compute_dtype="auto")
+    params = init_params(config, jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+    def hidden_dtype():
+        # A function of its own each time: a trace is not looked up again.
+        found = jax.eval_shape(
+            lambda i: Transformer(config).apply({"params": params}, i, i, i), ids
+        )
+        return found.dtype
+
+    assert hidden_dtype() == dtype
+    with devices_elsewhere("tpu", "TPU v6 lite"):
+        assert hidden_dtype() == "bfloat16"
+        # What is trained on a CPU decodes on an accelerator as if it were trained there.
+        assert prepare_decoding(config, params)[0].compute_dtype == "bfloat16"
+
+
+def test_the_features_of_the_cpu_are_those_that_linux_lists(monkeypatch):
+    listed = "processor : 0\nflags\t\t: fpu amx_bf16\nbugs : none\n"
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: listed)
+    assert sharding._cpu_features.__wrapped__() == {"fpu", "amx_bf16"}
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
