@@ -11,6 +11,7 @@ import pytest
 from racm3_jax import cli, wiring
 from racm3_jax.commands.configs import read_config
 from racm3_jax.compilation import saved
+from racm3_jax.generation import draft_choice
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TINY = [
@@ -64,7 +65,8 @@ def test_a_training_step_is_compiled_and_kept(capsys, tmp_path):
         ("search", 1000, "documents", ["search"]),
     ],
 )
-def test_what_else_runs_on_an_accelerator(capsys, what, size, unit, parts):
+def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit, parts):
+    monkeypatch.setattr(draft_choice, "current_platform", lambda: "gpu")
     status, said = estimate(
         capsys, "--device=cpu:4", "--compile", f"--what={what}", f"--size={size}"
     )
@@ -74,7 +76,7 @@ def test_what_else_runs_on_an_accelerator(capsys, what, size, unit, parts):
         assert f"{name}, one device" in said.out
     assert ("all-gather" in said.out) == (what == "search")
     # As images are drawn by default.
-    assert ("table, 4 ids a pass" in said.out) == (what == "decode")
+    assert ("table, 8 ids a pass" in said.out) == (what == "decode")
 
 
 @pytest.mark.parametrize(
