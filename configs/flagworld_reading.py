@@ -1,6 +1,8 @@
 """A generator that reads its documents: the curriculum of the next shipped RA-CM3.
 
-    racm3 train --config=configs/flagworld_reading.py:first --workdir=out/first
+    racm3 train --config=configs/flagworld_reading.py:alike --workdir=out/alike
+    racm3 train --config=configs/flagworld_reading.py:first --workdir=out/first \
+        --config.init_from=out/alike/model
     racm3 train --config=configs/flagworld_reading.py:second --workdir=out/second \
         --config.init_from=out/first/model
     racm3 train --config=configs/flagworld_reading.py:third --workdir=out/racm3 \
@@ -9,9 +11,10 @@
     python experiments/reading_gate.py out/first --follow --every=2000
 
 Large steps, one right and one wrong document in any order, a new name for every nation
-of every example, captions in front of images. `first` and its small `pilot` train on
-images of a quarter of the size, whose examples cost a third: reading begins suddenly, and
-only after many examples. `second` goes on with whole images, `third` with the paper's
+of every example, captions in front of images. `alike`, `first` and its small `pilot` train
+on images of a quarter of the size, whose examples cost a third: reading begins suddenly,
+and only after many examples. In `alike` all flags have one size and one place, in `first`
+any place. `second` goes on with whole images, `third` with the paper's
 format: 0, 1, 2 or 4 documents, CM3 masks on all of them, and labels. The twin sees the
 main documents of `third` from the beginning, without documents.
 
@@ -24,7 +27,7 @@ from ml_collections import ConfigDict
 
 from configs import flagworld
 
-STAGES = ("first", "second", "third", "twin", "pilot")
+STAGES = ("alike", "first", "second", "third", "twin", "pilot")
 
 
 def get_config(arg: str = "third") -> ConfigDict:
@@ -64,12 +67,17 @@ def get_config(arg: str = "third") -> ConfigDict:
     config.pipeline.max_documents = 2
     config.pipeline.max_position_gap = 0
     config.pipeline.rows = 12
+    # Deeper and narrower than the shipped one: to read is several matches in a row.
+    config.model.d_model = 192
+    config.model.num_layers = 6
+    config.model.head_dim = 48
+    config.model.d_ff = 768
     config.model.compute_dtype = "auto"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "constant"
     config.train.checkpoint_every = 500
     config.train.num_steps = 8000
-    if arg in ("first", "pilot"):
+    if arg in ("alike", "first", "pilot"):
         # Flags of the codes that small flags of whole images have.
         config.world.image_size = 32
         config.world.flag_sizes = ((48, 32),)
@@ -80,7 +88,10 @@ def get_config(arg: str = "third") -> ConfigDict:
         config.tokenizer.image_size = 32
         config.pipeline.rows = 8
         config.pipeline.row_length = 304
+    if arg == "alike":
+        config.world.flag_sizes = ((48, 48),)
     if arg == "pilot":
+        config.model.num_layers = 4
         config.optimizer.learning_rate = 3e-3
         config.model.d_model = 128
         config.model.head_dim = 32

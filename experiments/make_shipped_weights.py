@@ -18,8 +18,8 @@ stage `seal` opens what is shipped and saves it again, for a new format of the f
     python experiments/make_shipped_weights.py --out=out --recipe=reading
 
 takes the curriculum of configs/flagworld_reading.py and the CLIP that aligns texts with
-images, in three stages `first`, `second` and `racm3`, each from the weights of the one
-before.
+images, in four stages `alike`, `first`, `second` and `racm3`, each from the weights of
+the one before.
 """
 
 from __future__ import annotations
@@ -87,12 +87,13 @@ RECIPES = {
         {
             "vqgan": "flagworld_vqgan.py",
             "clip": "flagworld_clip.py:aligned",
+            "alike": "flagworld_reading.py:alike",
             "first": "flagworld_reading.py:first",
             "second": "flagworld_reading.py:second",
             "racm3": "flagworld_reading.py:third",
             "cm3": "flagworld_reading.py:twin",
         },
-        {"second": "first", "racm3": "second"},
+        {"first": "alike", "second": "first", "racm3": "second"},
     ),
 }
 

@@ -42,6 +42,7 @@ GENERATORS = [
     ("flagworld_quickstart", ""),
     ("flagworld_quickstart", "short"),
     ("flagworld_reading", ""),
+    ("flagworld_reading", "alike"),
     ("flagworld_reading", "first"),
     ("flagworld_reading", "second"),
     ("flagworld_reading", "third"),
