@@ -44,8 +44,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from racm3_jax import run as run_lib
-from racm3_jax.generation import decoding
-from racm3_jax.generation.drawing import make_drawing_request
+from racm3_jax.generation import decoding, drawing
+from racm3_jax.generation.batching import sample_prompts
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.sample import SamplingConfig, Unconditional, sample
 from racm3_jax.model.config import ModelConfig, racm3_2b7
@@ -360,32 +360,18 @@ def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
     assert model.retriever is not None
     held = model.retriever.memory.documents(np.arange(repeats))
     prompts = [model.tokenizer.decode(document).text for document in held]
-    vocab, grammar = model.tokenizer.vocab, image_grammar(model.tokenizer.vocab)
-    requests = [
-        make_drawing_request(model, prompt, retrieved, i)
-        for i, (prompt, retrieved) in enumerate(
-            zip(prompts, model.retrieve_for(prompts, 2, None), strict=True)
-        )
-    ]
+    retrieved = model.retrieve_for(prompts, 2, None)
+    tasks = [drawing.make_task(model, [prompt]) for prompt in prompts]
     found: dict[str, list[tuple[float, Any]]] = {"off": [], "table": [], "jacobi": []}
     for i in [0, *range(repeats)]:  # the first one compiles
         for source, taken in found.items():
             config = SamplingConfig(
                 top_p=0.9,
                 guidance=guidance,
-                max_new_tokens=vocab.image_length,
-                fixed_length=True,
                 draft=source,  # pyright: ignore[reportArgumentType]
             )
             started = time.perf_counter()
-            samples = model.sample_requests(
-                requests[i : i + 1],
-                grammar,
-                config,
-                1,
-                ids=vocab.image_range,
-                writes_images=True,
-            )
+            samples = sample_prompts(model, tasks[i], [retrieved[i]], [i], config, 1)
             taken.append((time.perf_counter() - started, samples))
     results: dict[str, Any] = {}
     for source, taken in found.items():

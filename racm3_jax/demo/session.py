@@ -152,17 +152,21 @@ class Session:
         desk = self.search(desk, prompt, num_documents)
         settings["documents"] = [g.tokens for g in desk.given]
         asked = (self.generator.text_to_image, desk.prompt)
-        yield from self._follow(desk, *asked, **settings)
+        yield from self.follow(desk, *asked, **settings)
 
-    def _follow(
+    def answer(self, task: Callable, *asked: Any, **settings: Any) -> Any:
+        """What a task of the generator gives; one decode at a time."""
+        with self._decoding:
+            return task(*asked, **settings)
+
+    def follow(
         self, desk: Desk, task: Callable, *asked: Any, **settings: Any
     ) -> Iterator[Stage]:
         """The stages of a task that draws, one decode at a time."""
         yield Stage(desk, [])
 
         def work(on_progress):
-            with self._decoding:
-                return task(*asked, on_progress=on_progress, **settings)
+            return self.answer(task, *asked, on_progress=on_progress, **settings)
 
         for part in run_in_stages(work):
             if isinstance(part, Progress):
@@ -181,10 +185,8 @@ class Session:
         settings = check_settings(settings)
         if self.memory is None:
             num_documents = 0
-        with self._decoding:
-            output = self.generator.caption(
-                image, num_retrieved=int(num_documents), **settings
-            )
+        settings["num_retrieved"] = int(num_documents)
+        output = self.answer(self.generator.caption, image, **settings)
         return output, self.show(output.retrieved)
 
     def infill(
@@ -227,18 +229,17 @@ class Session:
         if follow is not None:
             desk, documents = Desk(given=tuple(follow)), [g.tokens for g in follow]
             asked = (self.generator.edit, image, region, documents, prompt)
-            return self._follow(desk, *asked, **settings)
+            return self.follow(desk, *asked, **settings)
         settings["num_retrieved"] = 0 if self.memory is None else int(num_documents)
         asked = (self.generator.infill, image, region, prompt)
-        return self._follow(Desk(), *asked, **settings)
+        return self.follow(Desk(), *asked, **settings)
 
     def classify(
         self, image: Image | None, support: Sequence[tuple[Image, str]]
     ) -> Classification:
         """Chooses among the labels of a few examples."""
         image = check_picture(image)
-        with self._decoding:
-            return self.generator.classify(image, list(support))
+        return self.answer(self.generator.classify, image, list(support))
 
     def find(self, query: str | Image, num_results: int) -> tuple[Given, ...]:
         """What the memory holds that is nearest to a text or an image."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,12 +9,8 @@ from jaxtyping import Int32, UInt8
 
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import image_grammar
-from racm3_jax.generation.requests import Request, mean_log_probs
-from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_pictures
-from racm3_jax.generation.sample import OnProgress
-from racm3_jax.generation.settings import SamplingConfig
+from racm3_jax.generation.requests import Prompt, Task
 from racm3_jax.sequences.layout import text_to_image_prompt
-from racm3_jax.types import GenerationOutput, Retrieved, Segment
 
 _UNDRAWN = 127  # grey
 
@@ -30,76 +25,28 @@ def check_prompts(prompts: Sequence[str]) -> None:
             )
 
 
-def make_drawing_request(
-    engine: Engine, prompt: str, retrieved: Retrieved, seed: int
-) -> Request:
-    """`... <eod> text <break>`, and with the text masked for guidance."""
+def make_task(
+    engine: Engine, prompts: Sequence[str], name: str = "text_to_image"
+) -> Task:
+    """`... <eod> text <break>` and a whole image; guidance masks the text."""
+    check_prompts(prompts)
     vocab = engine.tokenizer.vocab
-    text = engine.tokenizer.encode_text(prompt)
     mask = np.array([vocab.sentinel(0)], np.int32)
-    return Request(
-        retrieved,
-        lambda documents: text_to_image_prompt(documents, text, vocab),
-        lambda documents: text_to_image_prompt(documents, mask, vocab),
-        seed,
-    )
 
+    def write(text):
+        return lambda documents: text_to_image_prompt(documents, text, vocab)
 
-def draw(
-    engine: Engine,
-    prompts: Sequence[str],
-    retrieved: Sequence[Retrieved],
-    seeds: Sequence[int],
-    config: SamplingConfig,
-    num_samples: int,
-    rank_by: str,
-    on_progress: OnProgress | None = None,
-    task: str = "text_to_image",
-) -> list[GenerationOutput]:
-    """Draws every prompt behind its documents; `config` may leave the length open."""
-    check_rank_by(rank_by, engine, retrieved)
-    vocab = engine.tokenizer.vocab
-    config = dataclasses.replace(
-        config, max_new_tokens=vocab.image_length, fixed_length=True
-    )
-    requests = [
-        make_drawing_request(engine, *parts)
-        for parts in zip(prompts, retrieved, seeds, strict=True)
-    ]
-    samples = engine.sample_requests(
-        requests,
-        image_grammar(vocab),
-        config,
-        num_samples,
-        ids=vocab.image_range,
+    encoded = [engine.tokenizer.encode_text(prompt) for prompt in prompts]
+    return Task(
+        name,
+        texts=prompts,
+        queries=prompts,
+        prompts=[Prompt(write(text), write(mask)) for text in encoded],
+        grammar=image_grammar(vocab),
+        max_new_tokens=vocab.image_length,
+        fixed_length=True,
         writes_images=True,
-        on_progress=on_progress,
     )
-    images = decode_images(engine, samples.tokens)
-    scores = score_pictures(
-        engine, rank_by, prompts, retrieved, images, mean_log_probs(samples)
-    )
-    return [
-        engine.output(
-            task,
-            [(Segment(text=prompts[i]), Segment(image=x)) for x in images[i]],
-            scores[i],
-            request,
-            prompts[i],
-            find_nearest(samples.tokens[i], request.retrieved, vocab),
-            samples.count_drafts(i),
-        )
-        for i, request in enumerate(requests)
-    ]
-
-
-def decode_images(
-    engine: Engine, tokens: Int32[np.ndarray, "prompts samples codes"]
-) -> UInt8[np.ndarray, "prompts samples height width 3"]:
-    """Image ids -> pixels."""
-    codes = engine.tokenizer.vocab.image_codes(tokens)
-    images = engine.tokenizer.image.decode(codes.reshape(-1, codes.shape[-1]))
-    return images.reshape(*tokens.shape[:2], *images.shape[1:])
 
 
 def preview_images(
@@ -116,7 +63,7 @@ def preview_images(
     drawn = tokens >= 0
     last = np.maximum.accumulate(np.where(drawn, np.arange(length), 0), axis=-1)
     repeated = np.take_along_axis(tokens, last, axis=-1)
-    images = decode_images(engine, np.maximum(repeated, vocab.image_range.start))
+    images = engine.decode_images(np.maximum(repeated, vocab.image_range.start))
     side = round(length**0.5)
     if side * side != length:
         return images

@@ -1,46 +1,24 @@
-"""What all tasks share: the model and its memory, and prompts turned into samples.
-
-A task writes `Request`s (documents, prompt, seed); the engine retrieves, checks that
-they fit, samples them in chunks of equal shape, and wraps what came out.
-"""
+"""What all tasks share: the model and its memory, and which documents prompts are given."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, UInt8
 
 from racm3_jax import sharding
 from racm3_jax.generation import placement
 from racm3_jax.generation.draft_choice import DraftChoice
-from racm3_jax.generation.drafts import Drafts
-from racm3_jax.generation.grammar import Grammar
-from racm3_jax.generation.requests import (
-    Documents,
-    Image,
-    Request,
-    pad_rows,
-    place_progress,
-)
-from racm3_jax.generation.sample import OnProgress, Samples, Unconditional, sample
-from racm3_jax.generation.settings import SamplingConfig
+from racm3_jax.generation.requests import Documents, Image
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.quantization import quantize_weights
 from racm3_jax.model.transformer import Transformer, prepare_decoding
-from racm3_jax.sequences.layout import retrieved_prefix
-from racm3_jax.types import (
-    Document,
-    DraftCounts,
-    GenerationOutput,
-    Retrieved,
-    Segment,
-    TokenizedDocument,
-)
+from racm3_jax.types import Document, Retrieved, TokenizedDocument
 
 if TYPE_CHECKING:
     from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -293,189 +271,10 @@ class Engine:
         found = iter(self.tokenizer.tokenize(plain))
         return tuple(next(found) if isinstance(d, Document) else d for d in documents)
 
-    def sample_requests(
-        self,
-        requests: Sequence[Request],
-        grammar: Grammar,
-        config: SamplingConfig,
-        num_samples: int,
-        *,
-        exact: bool = False,
-        ids: range | None = None,
-        writes_images: bool = False,
-        on_progress: OnProgress | None = None,
-    ) -> Samples:
-        """All requests in equal chunks, so that one compiled program serves them.
-
-        Args:
-          requests: at least one.
-          grammar: what may be drawn.
-          config: how.
-          num_samples: of each request.
-          exact: every row has as many ids as its `forced`, or as `max_new_tokens`.
-          ids: the only ids that are drawn (see `sample`).
-          writes_images: whether codes of images may come, which are then guessed as
-            `config.draft` says.
-          on_progress: see `sample`; each chunk counts for itself. Parts of images come as
-            whole images (see `Request.place`).
-        """
-        vocab = self.tokenizer.vocab
-        new = [
-            config.max_new_tokens if r.forced is None else len(r.forced)
-            for r in requests
-        ]
-        needed = new if exact or config.fixed_length else [1] * len(requests)
-        prompts = [self._write(r, n) for r, n in zip(requests, needed, strict=True)]
-        tokens, lengths = pad_rows(prompts)
-        prefixes = np.array(
-            [len(retrieved_prefix(r.retrieved.documents, vocab)) for r in requests]
-        )
-        # A prompt may be nothing but its documents; its last id is its own.
-        prefixes = np.minimum(prefixes, lengths - 1)
-        second = None
-        if config.needs_unconditional:
-            second = self._unconditional(requests, prefixes, config)
-        forced = None
-        if any(r.forced is not None for r in requests):
-            forced = np.full((len(requests), max(new)), -1, np.int32)
-            for row, request in zip(forced, requests, strict=True):
-                if request.forced is not None:
-                    row[: len(request.forced)] = request.forced
-        seeds = np.asarray([r.seed for r in requests], np.uint32)
-        streams = 2 if second is not None else 1
-        copies = 1 if self.mesh is None else sharding.count_row_shards(self.mesh)
-        chunk = copies * max(1, self.max_rows // (num_samples * streams))
-        whole = -(-len(requests) // chunk) * chunk if len(requests) > chunk else 0
-        # The last chunk is filled up with the last request.
-        order = np.minimum(np.arange(max(whole, len(requests))), len(requests) - 1)
-        drafts = None
-        if writes_images:
-            num_rows = min(chunk, len(requests)) * num_samples * streams
-            drafts = self._choose_drafts(requests, config, num_rows, max(new))
-        parts = [
-            sample(
-                self.model,
-                self.params,
-                tokens[rows],
-                lengths[rows],
-                grammar,
-                config,
-                jax.random.key(0),
-                num_samples=num_samples,
-                row_seeds=seeds[rows],
-                prefix_lengths=prefixes[rows],
-                unconditional=second and Unconditional(*(x[rows] for x in second)),
-                forced=None if forced is None else forced[rows],
-                row_lengths=np.asarray(new)[rows] if exact else None,
-                ids=ids,
-                drafts=drafts and drafts.take(rows),
-                on_progress=place_progress(on_progress, [requests[i] for i in rows]),
-            )
-            for rows in (order[i : i + chunk] for i in range(0, len(order), chunk))
-        ]
-        arrays = zip(*(part[:-1] for part in parts), strict=True)
-        samples = parts[0]._make(
-            [*(np.concatenate(x)[: len(requests)] for x in arrays), parts[0].drafter]
-        )
-        self.draft_choice.note(samples)
-        return samples
-
-    def _choose_drafts(
-        self,
-        requests: Sequence[Request],
-        config: SamplingConfig,
-        num_rows: int,
-        longest: int,
-    ) -> Drafts | None:
-        memory = None if self.retriever is None else self.retriever.memory
-        drafter, table = self.draft_choice.choose(
-            config.draft, memory, self.tokenizer.vocab, num_rows
-        )
-        if drafter is None:
-            return None
-        if requests[0].cells is None:
-            return Drafts(drafter, table)
-        cells = np.full((len(requests), longest), -1, np.int32)
-        for row, request in zip(cells, requests, strict=True):
-            assert request.cells is not None  # all requests are of one task
-            row[: len(request.cells)] = request.cells
-        known = np.stack([r.known for r in requests if r.known is not None])
-        return Drafts(drafter, table, cells, known)
-
-    def _write(self, request: Request, needed: int) -> Int32[np.ndarray, " length"]:
-        """The whole prompt, or one sentence on why it does not fit."""
-        documents = request.retrieved.documents
-        prompt = request.write(documents)
-        room = self.model.config.max_length - needed
-        if len(prompt) > room and len(request.write(())) <= room:
-            fitting = len(documents)
-            while len(request.write(documents[:fitting])) > room:
-                fitting -= 1
-            raise ValueError(
-                f"{len(documents)} documents do not fit: with the prompt they are "
-                f"{len(prompt)} ids, and with at least {needed} to write more than the "
-                f"model's max_length {self.model.config.max_length}; the first "
-                f"{fitting} would fit"
-            )
-        return prompt
-
-    def _unconditional(
-        self,
-        requests: Sequence[Request],
-        prefixes: Int32[np.ndarray, " n"],
-        config: SamplingConfig,
-    ) -> Unconditional:
-        rows = []
-        for request in requests:
-            if request.write_plain is None:
-                raise ValueError(
-                    "guidance compares with the same prompt without its text, and this "
-                    "one has none: give a prompt, or guide_documents=True to compare "
-                    "without the documents, or use guidance=1 and contrastive_k=0"
-                )
-            documents = request.retrieved.documents
-            rows.append(
-                request.write_plain(() if config.guide_documents else documents)
-            )
-        # Without documents only the first <eod> is left in common.
-        shared = np.ones_like(prefixes) if config.guide_documents else prefixes
-        return Unconditional(*pad_rows(rows), shared)
-
-    def output(
-        self,
-        task: str,
-        segments: Iterable[tuple[Segment, ...]],
-        scores: Float32[np.ndarray, " samples"],
-        request: Request,
-        prompt: str,
-        facts: Sequence[dict[str, Any]] | None = None,
-        drafts: DraftCounts | None = None,
-    ) -> GenerationOutput:
-        """Best first; every document names the documents that the model was given.
-
-        `facts` are added to the metadata of each sample.
-        """
-        given = [d.id for d in request.retrieved.documents]
-        documents = [
-            Document(
-                id=f"{task}-{request.seed}-{j}",
-                segments=parts,
-                metadata={
-                    "task": task,
-                    "seed": request.seed,
-                    "sample": j,
-                    "retrieved": given,
-                    **(facts[j] if facts else {}),
-                },
-            )
-            for j, parts in enumerate(segments)
-        ]
-        order = np.argsort(-scores, kind="stable")
-        return GenerationOutput(
-            [documents[j] for j in order],
-            scores[order],
-            request.retrieved,
-            prompt,
-            request.seed,
-            drafts,
-        )
+    def decode_images(
+        self, tokens: Int32[np.ndarray, "prompts samples codes"]
+    ) -> UInt8[np.ndarray, "prompts samples height width 3"]:
+        """Tokens of images -> pixels."""
+        codes = self.tokenizer.vocab.image_codes(tokens)
+        images = self.tokenizer.image.decode(codes.reshape(-1, codes.shape[-1]))
+        return images.reshape(*tokens.shape[:2], *images.shape[1:])

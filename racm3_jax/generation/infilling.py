@@ -11,7 +11,6 @@ document in front (RA-CM3, section 5).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -20,7 +19,6 @@ from jaxtyping import Int32
 
 from racm3_jax.documents.images import resize_image
 from racm3_jax.generation.captioning import decode_text
-from racm3_jax.generation.drawing import decode_images
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import image_grammar, text_grammar
 from racm3_jax.generation.regions import (
@@ -32,12 +30,15 @@ from racm3_jax.generation.regions import (
     place_spans,
     plan_spans,
 )
-from racm3_jax.generation.requests import Image, Request, mean_log_probs
-from racm3_jax.generation.rerank import check_rank_by, find_nearest, score_pictures
-from racm3_jax.generation.sample import OnProgress
-from racm3_jax.generation.settings import SamplingConfig
+from racm3_jax.generation.requests import (
+    Image,
+    Prompt,
+    Task,
+    check_image,
+    prompt_each,
+)
 from racm3_jax.sequences.layout import beginning_prompt, infill_prompt
-from racm3_jax.types import GenerationOutput, Retrieved, Segment
+from racm3_jax.types import Segment
 
 TEXT_MARKER = "<mask>"
 RegionPrompt = Literal["masked", "in_place"]
@@ -112,22 +113,13 @@ def hide_region(engine: Engine, image: Image, hole: Hole) -> Image:
     return np.where(hidden[..., None], mean, pixels)
 
 
-def make_region_request(
-    engine: Engine,
-    hole: Hole,
-    prompt: str,
-    retrieved: Retrieved,
-    seed: int,
-    region_prompt: RegionPrompt,
-    guide_documents: bool,
-) -> Request:
-    """The image with its hole, after its text if there is one.
-
-    Guidance leaves out the text; without one, it can only leave out the documents.
-    """
+def write_region(
+    engine: Engine, hole: Hole, prompt: str, region_prompt: RegionPrompt
+) -> Prompt:
+    """The image with its hole, after its text if there is one, which guidance masks."""
     vocab = engine.tokenizer.vocab
 
-    def write_behind(text):
+    def write_after(text):
         before = np.append(text, vocab.break_) if len(text) else text
         tokens = np.concatenate([before, hole.tokens]).astype(np.int32)
         spans = [(len(before) + a, len(before) + b) for a, b in hole.spans]
@@ -138,7 +130,6 @@ def make_region_request(
 
     plan = plan_spans(hole.tokens, hole.cells, hole.spans, vocab)
     known = np.where(hole.cells, -1, vocab.image_codes(hole.tokens)).astype(np.int32)
-    written = {"cells": place_spans(hole.spans), "known": known}
 
     def place(drawn):
         """The image so far; what is not drawn yet is as planned."""
@@ -146,92 +137,57 @@ def make_region_request(
         planned[:, : drawn.shape[1]] = drawn[:, : len(plan)]
         return fill_spans(hole.tokens, hole.spans, planned)
 
-    if not prompt:
-        write = write_behind(np.zeros(0, np.int32))
-        plain = write if guide_documents else None
-        return Request(retrieved, write, plain, seed, plan, place, **written)
-
-    # The mask of the text comes after those of the region, which keep their names.
-    name = 0 if region_prompt == "in_place" else len(hole.spans)
-
     def write_plain(documents):
-        mask = np.array([vocab.sentinel(name)], np.int32)
-        return write_behind(mask)(documents)
+        # The mask of the text comes after those of the region, which keep their names.
+        name = 0 if region_prompt == "in_place" else len(hole.spans)
+        return write_after(np.array([vocab.sentinel(name)], np.int32))(documents)
 
-    text = engine.tokenizer.encode_text(prompt)
-    write = write_behind(text)
-    return Request(retrieved, write, write_plain, seed, plan, place, **written)
+    text = engine.tokenizer.encode_text(prompt) if prompt else np.zeros(0, np.int32)
+    return Prompt(
+        write_after(text),
+        write_plain if prompt else None,
+        plan,
+        place,
+        place_spans(hole.spans),
+        known,
+    )
 
 
-def infill_regions(
+def make_task(
     engine: Engine,
-    holes: Sequence[Hole],
-    prompts: Sequence[str],
-    retrieved: Sequence[Retrieved],
-    seeds: Sequence[int],
-    config: SamplingConfig,
-    num_samples: int,
-    rank_by: str,
-    task: str,
+    images: Sequence[Image],
+    regions: Sequence[Region],
+    prompts: Sequence[str] | None,
+    max_spans: int,
     region_prompt: RegionPrompt,
-    on_progress: OnProgress | None = None,
-) -> list[GenerationOutput]:
-    """Draws the holes; every code outside them stays as it was."""
-    check_rank_by(rank_by, engine, retrieved)
-    vocab = engine.tokenizer.vocab
-    requests = [
-        make_region_request(engine, *parts, region_prompt, config.guide_documents)
-        for parts in zip(holes, prompts, retrieved, seeds, strict=True)
+    name: str = "infill",
+) -> Task:
+    """Draws the regions; every code outside them stays as it was.
+
+    The query is the prompt, or the image without the region.
+    """
+    texts = prompt_each(prompts, len(images))
+    images = [check_image(image) for image in images]
+    holes = cut_holes(engine, images, regions, max_spans, region_prompt)
+    queries = [
+        text or hide_region(engine, image, hole)
+        for text, image, hole in zip(texts, images, holes, strict=True)
     ]
-    longest = max(len(r.forced) for r in requests if r.forced is not None)
-    samples = engine.sample_requests(
-        requests,
-        image_grammar(vocab, longest),
-        dataclasses.replace(config, max_new_tokens=longest),
-        num_samples,
+    written = [
+        write_region(engine, hole, text, region_prompt)
+        for hole, text in zip(holes, texts, strict=True)
+    ]
+    longest = max(len(place_spans(hole.spans)) for hole in holes)
+    return Task(
+        name,
+        texts,
+        queries,
+        written,
+        image_grammar(engine.tokenizer.vocab, longest),
+        longest,
         exact=True,
-        ids=vocab.image_range,
         writes_images=True,
-        on_progress=on_progress,
     )
-    filled = np.stack(
-        [
-            fill_spans(hole.tokens, hole.spans, drawn)
-            for hole, drawn in zip(holes, samples.tokens, strict=True)
-        ]
-    )
-    images = decode_images(engine, filled)
-    scores = score_pictures(
-        engine, rank_by, prompts, retrieved, images, mean_log_probs(samples)
-    )
-    outputs = []
-    for i, request in enumerate(requests):
-        text = (Segment(text=prompts[i]),) if prompts[i] else ()
-        hole = holes[i]
-        kept = (filled[i] == hole.tokens)[:, ~hole.cells]
-        facts = [
-            fact
-            | {
-                "codes_drawn": int(hole.cells.sum()),
-                "codes_outside": kept.shape[1],
-                "codes_outside_kept": int(same.sum()),
-            }
-            for fact, same in zip(
-                find_nearest(filled[i], request.retrieved, vocab), kept, strict=True
-            )
-        ]
-        outputs.append(
-            engine.output(
-                task,
-                [(*text, Segment(image=x)) for x in images[i]],
-                scores[i],
-                request,
-                prompts[i],
-                facts,
-                samples.count_drafts(i),
-            )
-        )
-    return outputs
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -249,44 +205,40 @@ def split_text(text: str) -> tuple[str, str]:
     return before, after
 
 
-def infill_text(
-    engine: Engine,
-    text: str,
-    image: Image | None,
-    retrieved: Retrieved,
-    seed: int,
-    config: SamplingConfig,
-    num_samples: int,
-    max_span_length: int,
-) -> GenerationOutput:
-    """Writes what stands at the marker, beside an image if there is one."""
+def make_text_task(
+    engine: Engine, text: str, image: Image | None, max_span_length: int
+) -> Task:
+    """Writes what is at the marker, next to an image if there is one.
+
+    The query is the image, or the text without the marker.
+    """
     vocab = engine.tokenizer.vocab
+    around = split_text(text)
     before, after = (
         engine.tokenizer.encode_text(part) if part else np.zeros(0, np.int32)
-        for part in split_text(text)
+        for part in around
     )
-    pieces = [before, after]
+    pieces, picture = [before, after], ()
     if image is not None:
+        image = check_image(image)
         pieces += [[vocab.break_], engine.tokenizer.encode_image(image)]
+        picture = (Segment(image=image),)
     tokens = np.concatenate(pieces).astype(np.int32)
     hole = [(len(before), len(before))]
-    request = Request(
-        retrieved,
-        lambda documents: infill_prompt(documents, tokens, hole, vocab),
-        None,
-        seed,
-    )
-    config = dataclasses.replace(config, max_new_tokens=max_span_length + 1)
-    grammar = text_grammar(vocab, max_span_length)
-    samples = engine.sample_requests([request], grammar, config, num_samples)
-    picture = () if image is None else (Segment(image=image),)
-    return engine.output(
+    words = " ".join(part.strip() for part in around).strip()
+
+    def write(documents):
+        return infill_prompt(documents, tokens, hole, vocab)
+
+    def read(_, drawn):
+        return Segment(text=decode_text(engine, before, drawn, after)), *picture
+
+    return Task(
         "infill_text",
-        [
-            (Segment(text=decode_text(engine, before, drawn, after)), *picture)
-            for drawn in samples.tokens[0]
-        ],
-        mean_log_probs(samples)[0],
-        request,
-        text,
+        texts=[text],
+        queries=[words if image is None else image],
+        prompts=[Prompt(write)],
+        grammar=text_grammar(vocab, max_span_length),
+        max_new_tokens=max_span_length + 1,
+        read=read,
     )

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,10 +13,9 @@ from jaxtyping import Int32
 
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import interleaved_grammar
-from racm3_jax.generation.requests import Image, Request, mean_log_probs
-from racm3_jax.generation.settings import SamplingConfig
-from racm3_jax.sequences.layout import document_tokens, retrieved_prefix
-from racm3_jax.types import Document, GenerationOutput, Retrieved, Segment
+from racm3_jax.generation.requests import Image, Prompt, Task
+from racm3_jax.sequences.layout import beginning_prompt, document_tokens
+from racm3_jax.types import Document, Segment
 
 
 def read_parts(parts: Sequence[str | Image]) -> tuple[Segment, ...]:
@@ -39,44 +37,34 @@ def read_parts(parts: Sequence[str | Image]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def generate(
+def make_task(
     engine: Engine,
-    segments: tuple[Segment, ...],
-    retrieved: Retrieved,
-    seed: int,
-    config: SamplingConfig,
-    num_samples: int,
+    parts: Sequence[str | Image],
     max_segments: int,
     max_text_length: int,
-) -> GenerationOutput:
-    """Goes on after the segments, with text and images as the model chooses."""
+) -> Task:
+    """Text and images after the given ones, as the model chooses.
+
+    The query is the first text, or else the first image.
+    """
+    segments = read_parts(parts)
     vocab = engine.tokenizer.vocab
     given = np.zeros(0, np.int32)
     if segments:
         (document,) = engine.tokenized([Document("given", segments)])
         given = np.append(document_tokens(document, vocab), vocab.break_)
-    given = given.astype(np.int32)
-    request = Request(
-        retrieved,
-        lambda documents: np.concatenate([retrieved_prefix(documents, vocab), given]),
-        None,
-        seed,
-    )
-    grammar = interleaved_grammar(vocab, max_text_length, max_segments)
-    most = max_segments * (max(max_text_length, vocab.image_length) + 1)
-    config = dataclasses.replace(config, max_new_tokens=most)
-    samples = engine.sample_requests(
-        [request], grammar, config, num_samples, exact=True, writes_images=True
-    )
-    written = [split_segments(engine, drawn) for drawn in samples.tokens[0]]
-    return engine.output(
+    texts = [part for part in parts if isinstance(part, str)]
+    return Task(
         "generate",
-        [(*segments, *new) for new in written],
-        mean_log_probs(samples)[0],
-        request,
-        " ".join(s.text for s in segments if s.text is not None),
-        [{"given_segments": len(segments)} for _ in written],
-        samples.count_drafts(0),
+        texts=[" ".join(texts)],
+        queries=[*texts, *parts, ""][:1],
+        prompts=[Prompt(lambda documents: beginning_prompt(documents, given, vocab))],
+        grammar=interleaved_grammar(vocab, max_text_length, max_segments),
+        max_new_tokens=max_segments * (max(max_text_length, vocab.image_length) + 1),
+        exact=True,
+        writes_images=True,
+        read=lambda _, drawn: (*segments, *split_segments(engine, drawn)),
+        facts={"given_segments": len(segments)},
     )
 
 

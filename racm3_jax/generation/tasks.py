@@ -2,8 +2,9 @@
 
     prompts -> query embeddings -> retrieved documents -> prompts in ids -> sample -> out
 
-The batched forms do each of these once for all prompts (and the decode in chunks of
-`max_rows`); the single forms are batches of one, so both give the same samples.
+`runner.run_task` does each of these once for all prompts of a batch (and the decode in
+chunks of `max_rows`), the same way for all tasks; a task's own module says what differs.
+The single forms are batches of one, so both give the same samples.
 """
 
 from __future__ import annotations
@@ -27,16 +28,11 @@ from racm3_jax.generation.classification import Classification, ClassifyBy, Exam
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.regions import Region
-from racm3_jax.generation.requests import (
-    Documents,
-    Image,
-    check_image,
-    prompt_each,
-    row_seeds,
-)
+from racm3_jax.generation.requests import Asked, Documents, Given, Image, check_image
 from racm3_jax.generation.rerank import RankBy
+from racm3_jax.generation.runner import run_task
 from racm3_jax.generation.sample import OnProgress, Progress
-from racm3_jax.generation.settings import SamplingSettings, make_config
+from racm3_jax.generation.settings import SamplingSettings
 from racm3_jax.types import GenerationOutput
 
 
@@ -89,15 +85,12 @@ class Generator(Engine):
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
         """Draws every prompt; `preview` shows what `on_progress` is called with."""
-        drawing.check_prompts(prompts)
-        if not prompts:
-            return []
-        config = make_config(settings)
-        seeds = row_seeds(seed, len(prompts))
-        self.check_counts(num_samples, num_retrieved, documents)
-        retrieved = self.retrieve_for(prompts, num_retrieved, documents)
-        return drawing.draw(
-            self, prompts, retrieved, seeds, config, num_samples, rank_by, on_progress
+        return run_task(
+            self,
+            len(prompts),
+            lambda: drawing.make_task(self, prompts),
+            Given(num_retrieved, documents),
+            Asked(num_samples, seed, settings, rank_by, on_progress),
         )
 
     def preview(self, progress: Progress) -> UInt8[np.ndarray, "n s h w 3"]:
@@ -133,24 +126,14 @@ class Generator(Engine):
         Behind them stand the `num_neighbours` documents of the memory that are most like
         them, as far as the retriever's strategy takes such.
         """
-        drawing.check_prompts(prompts)
-        if not prompts:
-            return []
-        self.check_counts(num_samples, num_neighbours, None, "num_neighbours")
-        picked = self.pick_each(
-            demonstrations, len(prompts), "demonstration", num_neighbours
-        )
-        seeds = row_seeds(seed, len(prompts))
-        return drawing.draw(
+        return run_task(
             self,
-            prompts,
-            picked,
-            seeds,
-            make_config(settings),
-            num_samples,
-            rank_by,
-            on_progress,
-            task="continue",
+            len(prompts),
+            lambda: drawing.make_task(self, prompts, "continue"),
+            Given(
+                num_neighbours, None, demonstrations, "demonstration", "num_neighbours"
+            ),
+            Asked(num_samples, seed, settings, rank_by, on_progress),
         )
 
     def caption(
@@ -190,27 +173,18 @@ class Generator(Engine):
         `num_candidates` documents are retrieved, and the `num_retrieved` behind which the
         image is likeliest are kept, the likeliest first; 0 keeps the retriever's.
         """
-        if not len(images):
-            return []
-        config = make_config(settings)
-        seeds = row_seeds(seed, len(images))
         rerank.check_candidates(num_candidates, num_retrieved, documents)
-        asked = num_candidates or num_retrieved
-        name = "num_candidates" if num_candidates else "num_retrieved"
-        self.check_counts(num_samples, asked, documents, name)
-        images = [check_image(image) for image in images]
-        retrieved = self.retrieve_for(images, asked, documents)
-        return captioning.caption(
+        given = Given(num_retrieved, documents)
+        if num_candidates:
+            given = Given(num_candidates, documents, count_name="num_candidates")
+        num_kept = num_retrieved if num_candidates else None
+        caption = max_caption_length, prefix, caption_prompt
+        return run_task(
             self,
-            images,
-            retrieved,
-            seeds,
-            config,
-            num_samples,
-            max_caption_length,
-            prefix,
-            caption_prompt,
-            num_retrieved if num_candidates else None,
+            len(images),
+            lambda: captioning.make_task(self, images, *caption, num_kept),
+            given,
+            Asked(num_samples, seed, settings),
         )
 
     def infill(
@@ -252,31 +226,13 @@ class Generator(Engine):
         masks a region may take (see `regions`); what is known in one is kept.
         `region_prompt`: "masked" or "in_place" (see `infilling`).
         """
-        if not len(images):
-            return []
-        config = make_config(settings)
-        seeds = row_seeds(seed, len(images))
-        self.check_counts(num_samples, num_retrieved, documents)
-        prompts = prompt_each(prompts, len(images))
-        images = [check_image(image) for image in images]
-        holes = infilling.cut_holes(self, images, regions, max_spans, region_prompt)
-        queries: list[str | Image] = [
-            prompt or infilling.hide_region(self, image, hole)
-            for prompt, image, hole in zip(prompts, images, holes, strict=True)
-        ]
-        retrieved = self.retrieve_for(queries, num_retrieved, documents)
-        return infilling.infill_regions(
+        hole = regions, prompts, max_spans, region_prompt
+        return run_task(
             self,
-            holes,
-            prompts,
-            retrieved,
-            seeds,
-            config,
-            num_samples,
-            rank_by,
-            "infill",
-            region_prompt,
-            on_progress,
+            len(images),
+            lambda: infilling.make_task(self, images, *hole),
+            Given(num_retrieved, documents),
+            Asked(num_samples, seed, settings, rank_by, on_progress),
         )
 
     def infill_text(
@@ -292,17 +248,13 @@ class Generator(Engine):
         **settings: Unpack[SamplingSettings],
     ) -> GenerationOutput:
         """Writes what stands at `<mask>` in a text, beside an image if there is one."""
-        words = " ".join(part.strip() for part in infilling.split_text(text)).strip()
-        config = make_config(settings)
-        (seed,) = row_seeds([seed], 1)
-        self.check_counts(num_samples, num_retrieved, documents)
-        if image is not None:
-            image = check_image(image)
-        query = image if image is not None else words
-        (retrieved,) = self.retrieve_for([query], num_retrieved, documents)
-        return infilling.infill_text(
-            self, text, image, retrieved, seed, config, num_samples, max_span_length
-        )
+        return run_task(
+            self,
+            1,
+            lambda: infilling.make_text_task(self, text, image, max_span_length),
+            Given(num_retrieved, documents),
+            Asked(num_samples, [seed], settings),
+        )[0]
 
     def edit(
         self,
@@ -335,23 +287,13 @@ class Generator(Engine):
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
         """Edits every image by its own documents, and `num_neighbours` like them."""
-        if not len(images):
-            return []
-        self.check_counts(num_samples, num_neighbours, None, "num_neighbours")
-        picked = self.pick_each(documents, len(images), "document", num_neighbours)
-        images = [check_image(image) for image in images]
-        return infilling.infill_regions(
+        hole = regions, prompts, max_spans, region_prompt
+        return run_task(
             self,
-            infilling.cut_holes(self, images, regions, max_spans, region_prompt),
-            prompt_each(prompts, len(images)),
-            picked,
-            row_seeds(seed, len(images)),
-            make_config(settings),
-            num_samples,
-            rank_by,
-            "edit",
-            region_prompt,
-            on_progress,
+            len(images),
+            lambda: infilling.make_task(self, images, *hole, "edit"),
+            Given(num_neighbours, None, documents, "document", "num_neighbours"),
+            Asked(num_samples, seed, settings, rank_by, on_progress),
         )
 
     def classify(
@@ -411,22 +353,10 @@ class Generator(Engine):
 
         The query is the first text, or else the first image.
         """
-        segments = interleaving.read_parts(parts)
-        config = make_config(settings)
-        (seed,) = row_seeds([seed], 1)
-        if not segments:
-            num_retrieved = 0
-        self.check_counts(num_samples, num_retrieved, documents)
-        texts = [part for part in parts if isinstance(part, str)]
-        queries = [*texts, *parts][:1] or [""]
-        (retrieved,) = self.retrieve_for(queries, num_retrieved, documents)
-        return interleaving.generate(
+        return run_task(
             self,
-            segments,
-            retrieved,
-            seed,
-            config,
-            num_samples,
-            max_segments,
-            max_text_length,
-        )
+            1,
+            lambda: interleaving.make_task(self, parts, max_segments, max_text_length),
+            Given(num_retrieved if len(parts) else 0, documents),
+            Asked(num_samples, [seed], settings),
+        )[0]

@@ -32,7 +32,7 @@ class Ear(list):
 def prompts_seen(monkeypatch):
     """Hears what the real loop is asked."""
     ear = Ear(sample_module.sample)
-    monkeypatch.setattr("racm3_jax.generation.engine.sample", ear)
+    monkeypatch.setattr("racm3_jax.generation.batching.sample", ear)
     return ear
 
 
@@ -40,5 +40,5 @@ def prompts_seen(monkeypatch):
 def quick(monkeypatch):
     """Hears what the loop is asked; random ids come back, as the grammar allows."""
     ear = Ear(draw_by_grammar)
-    monkeypatch.setattr("racm3_jax.generation.engine.sample", ear)
+    monkeypatch.setattr("racm3_jax.generation.batching.sample", ear)
     return ear

@@ -168,6 +168,34 @@ def test_a_text_span_is_written_where_the_marker_stands(generator, quick):
     assert alone.texts[0].endswith(" flag") and not alone.images
 
 
+def test_texts_and_free_generation_are_guided_by_their_documents(generator, quick):
+    how = {"documents": [pair("x", "cd", 3)], "guidance": 2.0}
+    for task, asked in (
+        (generator.infill_text, "<mask> flag"),
+        (generator.generate, ["look"]),
+    ):
+        with pytest.raises(ValueError, match="guide_documents=True to compare"):
+            task(asked, **how)
+        task(asked, guide_documents=True, **how)
+        plain = quick.calls[-1][1]["unconditional"].tokens[0].tolist()
+        task(asked, documents=[])
+        assert plain == quick[-1]
+
+
+def test_nothing_is_computed_for_a_call_that_cannot_be(generator, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an image was tokenized")
+
+    monkeypatch.setattr(generator.tokenizer.image, "encode", refuse)
+    for wrong in ({"temperature": -1.0}, {"seed": -1}, {"num_samples": 0}):
+        with pytest.raises(ValueError, match="must be|a seed is"):
+            generator.infill(grey(32), RIGHT, **wrong)
+        with pytest.raises(ValueError, match="must be|a seed is"):
+            generator.caption(grey(32), **wrong)
+    with pytest.raises(ValueError, match="at least one document"):
+        generator.edit(grey(32), RIGHT, [])
+
+
 def test_controlled_generation_reads_the_demonstrations(generator, quick):
     shown = [pair("one", "a", 1), pair("two", "b", 2)]
     out = generator.continue_("c", shown, num_samples=2, seed=4)
