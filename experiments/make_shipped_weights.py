@@ -51,10 +51,12 @@ class Recipe:
     Attributes:
       configs: of each model that is trained, in order.
       starts: whose weights a model starts from, where not from nothing.
+      defaults: by task, the settings that were measured best (experiments/results).
     """
 
     configs: dict[str, str]
     starts: dict[str, str] = dataclasses.field(default_factory=dict)
+    defaults: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def stages(self) -> list[str]:
@@ -81,7 +83,15 @@ RECIPES = {
             "clip": "flagworld_clip.py",
             "racm3": "flagworld.py",
             "cm3": "flagworld.py:twin",
-        }
+        },
+        defaults={
+            "caption": {
+                "num_candidates": 16,
+                "temperature": 0.0,
+                "guidance": 2.0,
+                "guide_documents": True,
+            }
+        },
     ),
     "reading": Recipe(
         {
@@ -133,7 +143,7 @@ def pack_parts(recipe: Recipe, out: Path) -> None:
 def pack_generators(recipe: Recipe, out: Path) -> None:
     """Writes RA-CM3 and its twin in half precision, and how their losses fell."""
     for stage, name in (("racm3", "model"), ("cm3", "twin")):
-        copy_generator(out / stage / "model", SHIPPED / name)
+        copy_generator(recipe, out / stage / "model", SHIPPED / name)
     plot_curves(
         {"RA-CM3": out / "racm3", "twin without retrieval": out / "cm3"},
         SHIPPED / "loss.png",
@@ -144,7 +154,7 @@ def pack_generators(recipe: Recipe, out: Path) -> None:
     write_manifest(recipe, out, trained)
 
 
-def copy_generator(source: Path, target: Path) -> None:
+def copy_generator(recipe: Recipe, source: Path, target: Path) -> None:
     """Saves weights in half precision; of those that are, no tensor changes."""
     params, config, extra = checkpoints.load_weights(source, "generator")
     checkpoints.save_weights(
@@ -152,7 +162,7 @@ def copy_generator(source: Path, target: Path) -> None:
         params,
         kind="generator",
         config=config,
-        extra=extra,
+        extra=extra | {"defaults": recipe.defaults},
         dtype="float16",
     )
 
@@ -164,7 +174,7 @@ def seal(recipe: Recipe) -> None:
     )
     DocumentEmbedder.load(SHIPPED / "clip").save(SHIPPED / "clip", dtype="float16")
     for name in ("model", "twin"):
-        copy_generator(SHIPPED / name, SHIPPED / name)
+        copy_generator(recipe, SHIPPED / name, SHIPPED / name)
         wiring.load_generator(SHIPPED, None, model=name)
     write_manifest(recipe, Path(), ())
 

@@ -240,7 +240,11 @@ class Asker:
             texts = [model.tokenizer.decode(r.documents[0]).text for r in found]
         else:
             outputs = model.caption_batch(
-                images, num_retrieved=_num_retrieved(condition), temperature=0.0
+                images,
+                num_retrieved=_num_retrieved(condition),
+                temperature=0.0,
+                guidance=1.0,
+                num_candidates=0,
             )
             texts = [output.texts[0] for output in outputs]
         return {"text": np.array(texts, np.str_)}

@@ -113,12 +113,12 @@ def write_captions(
     **settings: Any,
 ) -> list[GenerationOutput]:
     """Captions every test picture, greedily."""
+    plain: dict[str, Any] = {"temperature": 0.0, "guidance": 1.0, "num_candidates": 0}
     return generator.caption_batch(
         [test.images[0] for test in bench.tests],
         num_retrieved=num_retrieved,
         seed=first_seed(seed),
-        temperature=0.0,
-        **settings,
+        **(plain | settings),
     )
 
 

@@ -67,10 +67,11 @@ def register(commands: Any) -> None:
     sub.add_argument(
         "--num_candidates",
         type=options.whole(),
-        default=0,
-        help="retrieve so many, keep the --num_retrieved that explain the image best",
+        default=None,
+        help="retrieve so many, keep the --num_retrieved that explain the image best; 0 "
+        f"keeps what is found ({_MEASURED}, else 0)",
     )
-    _add_sampling(sub)
+    _add_sampling(sub, measured=True)
 
     sub = _add(
         commands, "infill", _infill, "Fill in a region of an image, or a gap in a text."
@@ -176,7 +177,19 @@ def _add_neighbours(sub: Any) -> None:
     )
 
 
-def _add_sampling(sub: Any) -> None:
+# Of the options of `caption` that weights may have their own defaults for.
+_MEASURED = "default: what was measured best with the weights"
+
+
+def _add_sampling(sub: Any, measured: bool = False) -> None:
+    """With `measured`, options left out are the weights' own where they have them."""
+
+    def own(value: Any) -> dict[str, Any]:
+        return {"default": None if measured else value}
+
+    def explain(text: str, value: Any) -> str:
+        return f"{text} ({_MEASURED}, else {value})" if measured else text
+
     sub.add_argument(
         "--num_samples",
         type=options.whole(1, 10_000),
@@ -192,8 +205,8 @@ def _add_sampling(sub: Any) -> None:
     sub.add_argument(
         "--temperature",
         type=options.number(),
-        default=1.0,
-        help="divides the logits; 0 takes the most probable token",
+        help=explain("divides the logits; 0 takes the most probable token", 1.0),
+        **own(1.0),
     )
     sub.add_argument(
         "--top_p",
@@ -213,7 +226,12 @@ def _add_sampling(sub: Any) -> None:
         default=0.0,
         help="drops tokens below this fraction of the largest probability; 0 keeps all",
     )
-    sub.add_argument("--guidance", type=options.number(), default=1.0, help="1 is none")
+    sub.add_argument(
+        "--guidance",
+        type=options.number(),
+        help=explain("1 is none", 1.0),
+        **own(1.0),
+    )
     sub.add_argument(
         "--contrastive_k", type=options.whole(), default=0, help="0 is none"
     )
@@ -226,7 +244,10 @@ def _add_sampling(sub: Any) -> None:
     sub.add_argument(
         "--guide_documents",
         action="store_true",
-        help="guide away from what is generated without the documents, too",
+        help=explain(
+            "guide away from what is generated without the documents, too", "not"
+        ),
+        **own(False),
     )
 
 
@@ -306,10 +327,10 @@ def _check_and_run(command: Callable, arguments: Arguments) -> None:
     }
     wanted = make_config(settings)
     free = next((n for n in ("text", "parts") if getattr(arguments, n, None)), None)
-    if free and (wanted.needs_unconditional or wanted.guide_documents):
+    if free and wanted.needs_unconditional and not wanted.guide_documents:
         raise ValueError(
-            f"--{free} is not guided: leave --guidance, --contrastive_k and "
-            "--guide_documents out"
+            f"--{free} has no prompt to guide away from: add --guide_documents, or leave "
+            "--guidance and --contrastive_k out"
         )
     if command is not _classify:
         writes_out = hasattr(arguments, "out") and not getattr(arguments, "text", None)
@@ -507,7 +528,11 @@ def _sampling(arguments: Arguments) -> dict[str, Any]:
     from racm3_jax.generation.settings import SamplingSettings
 
     names = {"num_samples", "seed", *SamplingSettings.__annotations__}
-    return {name: value for name, value in vars(arguments).items() if name in names}
+    return {
+        name: value
+        for name, value in vars(arguments).items()
+        if name in names and value is not None
+    }
 
 
 def _documents(arguments: Arguments) -> list[Any] | None:

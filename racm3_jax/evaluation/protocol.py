@@ -319,6 +319,8 @@ class CocoProtocol:
                 seed=self._seeds(items),
                 num_retrieved=self._num_retrieved(variant),
                 prefix=self.settings.prefix,
+                num_candidates=0,
+                guidance=1.0,
                 **self._sampling(),
             )
             texts = [output.texts[0] for output in outputs]

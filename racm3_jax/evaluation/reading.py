@@ -262,7 +262,11 @@ def generate_answers(
     )
     found = FlagIdentifier(nations).identify([output.images[0] for output in images])
     captions = reader.caption_batch(
-        [question.asked.images[0] for question in questions], temperature=0.0, **how
+        [question.asked.images[0] for question in questions],
+        temperature=0.0,
+        guidance=1.0,
+        num_candidates=0,
+        **how,
     )
     return {
         "name": compute_share(

@@ -7,8 +7,8 @@ last     <eod> documents <eod> image <break> Photo of ...
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,13 +16,57 @@ from jaxtyping import Int32
 from racm3_jax.documents.images import resize_image
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import text_grammar
-from racm3_jax.generation.requests import Image, Prompt, Task, check_image
+from racm3_jax.generation.requests import Given, Image, Prompt, Task, check_image
 from racm3_jax.generation.rerank import rank_documents
+from racm3_jax.generation.settings import SamplingSettings
 from racm3_jax.sequences.layout import beginning_prompt, caption_prompt
 from racm3_jax.types import Segment
 
 CaptionPrompt = Literal["masked", "last"]
 CAPTION_PROMPTS: tuple[CaptionPrompt, ...] = ("masked", "last")
+
+
+def fill_in_defaults(
+    engine: Engine,
+    given: Given,
+    num_samples: int,
+    num_candidates: int | None,
+    settings: SamplingSettings,
+) -> tuple[int, SamplingSettings]:
+    """What a call leaves open is as the model's weights were measured best.
+
+    Weights say so of captions with retrieved documents only. Several samples are not
+    made greedily, which would be one sample, and a call of CD-K is not guided as well.
+
+    Args:
+      engine: whose `defaults` are read.
+      given: the documents of the call.
+      num_samples: likewise.
+      num_candidates: likewise; None leaves it open.
+      settings: likewise; those that are missing are open.
+
+    Returns:
+      Candidates, at most as many as the memory holds, and settings.
+    """
+    own: Mapping[str, Any] = engine.defaults.get("caption", {})
+    if (
+        engine.retriever is None
+        or given.documents is not None
+        or not given.num_retrieved
+    ):
+        own = {}
+    if num_candidates is None:
+        num_candidates = 0
+        if engine.retriever is not None:
+            held = engine.retriever.memory.num_allowed
+            num_candidates = min(own.get("num_candidates", 0), held)
+        if num_candidates <= given.num_retrieved:
+            num_candidates = 0
+    names = [] if num_samples > 1 else ["temperature"]
+    if not settings.get("contrastive_k"):
+        names += ["guidance", "guide_documents"]
+    filled = {name: own[name] for name in names if name in own}
+    return num_candidates, cast(SamplingSettings, filled | settings)
 
 
 def make_task(

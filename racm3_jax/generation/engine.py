@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -50,6 +50,7 @@ class Engine:
         *,
         max_rows: int | None = None,
         mesh: Mesh | None = None,
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Puts the parts together; nothing is compiled yet.
 
@@ -61,6 +62,8 @@ class Engine:
           embedder: embeds queries and scores images; needed with a retriever.
           max_rows: rows decoded at once by each copy of the model: samples, twice as
             many with guidance; as many as have room, 64 at most, by default.
+          defaults: by task, the settings that were measured best with these weights; a
+            call that does not give them takes them (see `captioning.fill_in_defaults`).
           mesh: of devices that decode, from `sharding.make_mesh`. By default all of this
             process, with a copy of the model on each, or on each few that hold one.
         """
@@ -85,6 +88,7 @@ class Engine:
         self.embedder = embedder
         self.max_rows = max_rows or placement.choose_max_rows(model_config, self.params)
         self.draft_choice = DraftChoice()
+        self.defaults = dict(defaults or {})
 
     def on_mesh(self, mesh: Mesh) -> Self:
         """The same model on other devices."""

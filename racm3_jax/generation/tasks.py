@@ -162,7 +162,7 @@ class Generator(Engine):
         max_caption_length: int = 64,
         prefix: str = "",
         caption_prompt: CaptionPrompt = "masked",
-        num_candidates: int = 0,
+        num_candidates: int | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
         """Describes every image; scores are mean log-likelihoods in nats.
@@ -171,10 +171,15 @@ class Generator(Engine):
         `max_caption_length` counts text ids; the model's max_length may leave fewer.
         `caption_prompt` is "masked", or "last" for a model of captions after images.
         `num_candidates` documents are retrieved, and the `num_retrieved` behind which the
-        image is likeliest are kept, the likeliest first; 0 keeps the retriever's.
+        image is likeliest are kept, the likeliest first; 0 keeps the retriever's. What is not given
+        (candidates, temperature, guidance, guide_documents) is as it was measured best
+        with these weights, if it was (`Engine.defaults`).
         """
-        rerank.check_candidates(num_candidates, num_retrieved, documents)
         given = Given(num_retrieved, documents)
+        num_candidates, settings = captioning.fill_in_defaults(
+            self, given, num_samples, num_candidates, settings
+        )
+        rerank.check_candidates(num_candidates, num_retrieved, documents)
         if num_candidates:
             given = Given(num_candidates, documents, count_name="num_candidates")
         num_kept = num_retrieved if num_candidates else None

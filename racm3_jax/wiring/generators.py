@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ def save_generator(
     tokenizer: MixedTokenizer,
     embedder: DocumentEmbedder,
     strategy: StrategyConfig,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes `model/`, `tokenizer/` and `clip/`: all that generation needs but a memory.
 
-    The strategy that the model was trained with is kept beside its weights.
+    The strategy that the model was trained with is kept beside its weights, and so are
+    the `defaults` that were measured with it (see `Engine`).
     """
     # The model last: it names the other two, and `load_generator` compares them.
     tokenizer.save(directory / "tokenizer")
@@ -47,6 +50,7 @@ def save_generator(
             "tokenizer": tokenizer.fingerprint(),
             "clip": embedder.fingerprint(),
             "strategy": dataclasses.asdict(strategy),
+            "defaults": dict(defaults or {}),
         },
     )
 
@@ -130,4 +134,12 @@ def load_generator(
         )
         retriever = Retriever(memory, strategy)
     config = checkpoints.build_config(ModelConfig, fields, directory / model)
-    return Generator(config, params, tokenizer, retriever, embedder, mesh=mesh)
+    return Generator(
+        config,
+        params,
+        tokenizer,
+        retriever,
+        embedder,
+        mesh=mesh,
+        defaults=extra.get("defaults"),
+    )

@@ -130,11 +130,14 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         params = fetch_all(state.params)
         if jax.process_index() != 0:
             return
-        saved_config = model_config
-        if config.init_from and carry_origin(resolve(config.init_from), workdir):
-            # `racm3 export` writes such weights layer by layer.
-            params = unstack_layers(params)
-            saved_config = dataclasses.replace(model_config, scan_layers=False)
+        saved_config, defaults = model_config, {}
+        if config.init_from:
+            start = resolve(config.init_from)
+            defaults = checkpoints.read_config(start)["extra"].get("defaults", {})
+            if carry_origin(start, workdir):
+                # `racm3 export` writes such weights layer by layer.
+                params = unstack_layers(params)
+                saved_config = dataclasses.replace(model_config, scan_layers=False)
         save_generator(
             workdir,
             saved_config,
@@ -142,6 +145,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             tokenizer,
             embedder,
             construct(StrategyConfig, config.strategy, "strategy"),
+            defaults,
         )
 
     evaluate = None

@@ -24,7 +24,17 @@ def test_every_command_of_a_recipe_is_one_that_racm3_takes(name):
 def test_models_are_trained_before_what_starts_from_them():
     reading = make_shipped_weights.RECIPES["reading"]
     assert reading.stages == [
-        *("vqgan", "clip", "parts", "alike", "first", "second", "racm3", "cm3", "generators")
+        *(
+            "vqgan",
+            "clip",
+            "parts",
+            "alike",
+            "first",
+            "second",
+            "racm3",
+            "cm3",
+            "generators",
+        )
     ]
     for model, start in reading.starts.items():
         assert reading.stages.index(start) < reading.stages.index(model)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from generation_standins import VOCAB, AsciiTokenizer, grey
 
+from racm3_jax.generation.captioning import fill_in_defaults
+from racm3_jax.generation.requests import Given
 from racm3_jax.generation.rerank import rank_documents
 from racm3_jax.generation.score import compute_log_likelihoods
 from racm3_jax.sequences.layout import retrieved_prefix
@@ -73,3 +75,52 @@ def test_captions_are_asked_behind_the_best_of_the_candidates(generator, found, 
 def test_candidates_that_cannot_be_are_refused(generator, arguments, message):
     with pytest.raises(ValueError, match=message):
         generator.caption(grey(0), **arguments)
+
+
+MEASURED = {
+    "caption": {
+        "num_candidates": 16,
+        "temperature": 0.0,
+        "guidance": 2.0,
+        "guide_documents": True,
+    }
+}
+
+
+@pytest.fixture
+def measured(generator, monkeypatch):
+    monkeypatch.setattr(generator, "defaults", MEASURED)
+    return generator
+
+
+@pytest.mark.parametrize(
+    ("call", "candidates", "settings"),
+    [
+        ({}, 3, {"temperature": 0.0, "guidance": 2.0, "guide_documents": True}),
+        ({"guidance": 1.0}, 3, {"temperature": 0.0, "guide_documents": True}),
+        ({"temperature": 0.7}, 3, {"guidance": 2.0, "guide_documents": True}),
+        ({"num_samples": 2}, 3, {"guidance": 2.0, "guide_documents": True}),
+        ({"contrastive_k": 2}, 3, {"temperature": 0.0}),
+        ({"num_candidates": 0}, 0, MEASURED["caption"]),
+        ({"num_retrieved": 3}, 0, MEASURED["caption"]),
+        ({"num_retrieved": 0}, 0, {}),
+        ({"documents": []}, 0, {}),
+    ],
+)
+def test_what_a_caption_leaves_open_is_as_the_weights_were_measured(
+    measured, call, candidates, settings
+):
+    call = dict(call)
+    num_samples, chosen = call.pop("num_samples", 1), call.pop("num_candidates", None)
+    given = Given(call.pop("num_retrieved", 2), call.pop("documents", None))
+    found = fill_in_defaults(measured, given, num_samples, chosen, call)
+    own = {name: value for name, value in settings.items() if name != "num_candidates"}
+    assert found == (candidates, own | call)
+
+
+def test_a_caption_takes_what_was_measured(generator, measured, quick):
+    left = {"num_retrieved": 1, "max_caption_length": 4}
+    said = {**left, **MEASURED["caption"], "num_candidates": 3}
+    out = measured.caption(grey(176), **left)
+    assert out.texts == generator.caption(grey(176), **said).texts
+    assert out.retrieved.ids.tolist() != [0]
