@@ -55,18 +55,17 @@ def fill_in_defaults(
         or not given.num_retrieved
     ):
         own = {}
-    if num_candidates is None:
-        num_candidates = 0
-        if engine.retriever is not None:
-            held = engine.retriever.memory.num_allowed
-            num_candidates = min(own.get("num_candidates", 0), held)
-        if num_candidates <= given.num_retrieved:
-            num_candidates = 0
+    candidates = num_candidates or 0
+    if num_candidates is None and engine.retriever is not None:
+        held = engine.retriever.memory.num_allowed
+        candidates = min(own.get("num_candidates", 0), held)
+        if candidates <= given.num_retrieved:
+            candidates = 0
     names = [] if num_samples > 1 else ["temperature"]
     if not settings.get("contrastive_k"):
         names += ["guidance", "guide_documents"]
     filled = {name: own[name] for name in names if name in own}
-    return num_candidates, cast(SamplingSettings, filled | settings)
+    return candidates, cast(SamplingSettings, filled | settings)
 
 
 def make_task(

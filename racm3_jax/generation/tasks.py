@@ -176,13 +176,13 @@ class Generator(Engine):
         with these weights, if it was (`Engine.defaults`).
         """
         given = Given(num_retrieved, documents)
-        num_candidates, settings = captioning.fill_in_defaults(
+        candidates, settings = captioning.fill_in_defaults(
             self, given, num_samples, num_candidates, settings
         )
-        rerank.check_candidates(num_candidates, num_retrieved, documents)
-        if num_candidates:
-            given = Given(num_candidates, documents, count_name="num_candidates")
-        num_kept = num_retrieved if num_candidates else None
+        rerank.check_candidates(candidates, num_retrieved, documents)
+        if candidates:
+            given = Given(candidates, documents, count_name="num_candidates")
+        num_kept = num_retrieved if candidates else None
         caption = max_caption_length, prefix, caption_prompt
         return run_task(
             self,
