@@ -68,8 +68,13 @@ class Gate:
         line: dict[str, Any] = {"step": step, "questions": len(self.questions)}
         for order, place in (("right_first", 0), ("right_last", -1)):
             found = measure_reading(generator, self.questions, right_place=place)
-            for asked, result in found.items():
-                line[f"{asked}_{order}"] = {
+            named = {f"{asked}_{order}": result for asked, result in found.items()}
+            turned = measure_reading(
+                generator, self.questions, right_place=place, image_first=True
+            )
+            named[f"name_{order}_images_in_front"] = turned["name"]
+            for name, result in named.items():
+                line[name] = {
                     "first": round(result.first.value, 3),
                     "whole": round(result.whole.value, 3),
                     "p_right": round(result.probability_right, 3),

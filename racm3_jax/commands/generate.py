@@ -71,6 +71,13 @@ def register(commands: Any) -> None:
         help="retrieve so many, keep the --num_retrieved that explain the image best; 0 "
         f"keeps what is found ({_MEASURED}, else 0)",
     )
+    sub.add_argument(
+        "--image_first",
+        action="store_true",
+        default=None,
+        help="show documents with their images in front of their texts, to models that "
+        f"were trained so ({_MEASURED}, else not)",
+    )
     _add_sampling(sub, measured=True)
 
     sub = _add(
@@ -391,6 +398,7 @@ def _caption(arguments: Arguments) -> None:
         prefix=arguments.prefix,
         caption_prompt=arguments.caption_prompt,
         num_candidates=arguments.num_candidates,
+        image_first=arguments.image_first,
         **_sampling(arguments),
     )
     report(arguments, output, {"captions": output.texts})

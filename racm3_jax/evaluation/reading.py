@@ -33,7 +33,11 @@ from racm3_jax.documents.flagworld import (
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator
-from racm3_jax.sequences.layout import caption_prompt, text_to_image_prompt
+from racm3_jax.sequences.layout import (
+    caption_prompt,
+    put_images_first,
+    text_to_image_prompt,
+)
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.types import Document, Modality, Retrieved, TokenizedDocument
 
@@ -140,6 +144,7 @@ def measure_reading(
     questions: Sequence[ReadingQuestion],
     *,
     right_place: int,
+    image_first: bool = False,
     num_rows: int = 16,
 ) -> dict[Asked, ReadingResult]:
     """Asks every question for the name and for the flag.
@@ -148,6 +153,7 @@ def measure_reading(
       generator: its memory is not used.
       questions: from `make_reading_questions`.
       right_place: where the right document is, 0 for first, -1 for last.
+      image_first: names are asked for after documents with their images in front.
       num_rows: see `score_tokens`.
     """
     tokenizer = generator.tokenizer
@@ -163,7 +169,10 @@ def measure_reading(
         shown.insert(place, right)
         asked, other = next(tokenized), next(tokenized)
         for name in ASKED:
-            pairs[name].append(_continuations(name, shown, asked, other, tokenizer))
+            before = shown
+            if image_first and name == "name":
+                before = [put_images_first(document) for document in shown]
+            pairs[name].append(_continuations(name, before, asked, other, tokenizer))
     results: dict[Asked, ReadingResult] = {}
     for name, asked_pairs in pairs.items():
         nats = score_tokens(

@@ -19,7 +19,11 @@ from racm3_jax.generation.grammar import text_grammar
 from racm3_jax.generation.requests import Given, Image, Prompt, Task, check_image
 from racm3_jax.generation.rerank import rank_documents
 from racm3_jax.generation.settings import SamplingSettings
-from racm3_jax.sequences.layout import beginning_prompt, caption_prompt
+from racm3_jax.sequences.layout import (
+    beginning_prompt,
+    caption_prompt,
+    put_images_first,
+)
 from racm3_jax.types import Segment
 
 CaptionPrompt = Literal["masked", "last"]
@@ -75,10 +79,13 @@ def make_task(
     prefix: str,
     prompt: CaptionPrompt,
     num_kept: int | None,
+    image_first: bool,
 ) -> Task:
     """A caption begins with `prefix` and continues with what is sampled.
 
-    `num_kept` re-ranks the documents and keeps so many (see `rerank.rank_documents`).
+    `num_kept` re-ranks the documents and keeps so many (see `rerank.rank_documents`);
+    `image_first` shows them with their images in front, as the caption itself is asked
+    for, to models that were trained so (`pipeline.image_first_probability`).
     """
     if prompt not in CAPTION_PROMPTS:
         raise ValueError(
@@ -94,10 +101,16 @@ def make_task(
     start = engine.tokenizer.encode_text(prefix) if prefix else np.zeros(0, np.int32)
 
     def write(image):
-        if prompt == "masked":
-            return lambda documents: caption_prompt(documents, image, vocab, start)
         known = np.concatenate([np.append(image, vocab.break_), start])
-        return lambda documents: beginning_prompt(documents, known, vocab)
+
+        def written(documents):
+            if image_first:
+                documents = [put_images_first(document) for document in documents]
+            if prompt == "masked":
+                return caption_prompt(documents, image, vocab, start)
+            return beginning_prompt(documents, known, vocab)
+
+        return written
 
     def read(row, drawn):
         text = decode_text(engine, start, drawn)

@@ -163,6 +163,7 @@ class Generator(Engine):
         prefix: str = "",
         caption_prompt: CaptionPrompt = "masked",
         num_candidates: int | None = None,
+        image_first: bool | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
         """Describes every image; scores are mean log-likelihoods in nats.
@@ -171,8 +172,9 @@ class Generator(Engine):
         `max_caption_length` counts text ids; the model's max_length may leave fewer.
         `caption_prompt` is "masked", or "last" for a model of captions after images.
         `num_candidates` documents are retrieved, and the `num_retrieved` behind which the
-        image is likeliest are kept, the likeliest first; 0 keeps the retriever's. What is not given
-        (candidates, temperature, guidance, guide_documents) is as it was measured best
+        image is likeliest are kept, the likeliest first; 0 keeps the retriever's.
+        `image_first` shows the documents' images in front of their texts. What is not given
+        (candidates, image_first, temperature, guidance, guide_documents) is as it was measured best
         with these weights, if it was (`Engine.defaults`).
         """
         given = Given(num_retrieved, documents)
@@ -183,11 +185,15 @@ class Generator(Engine):
         if candidates:
             given = Given(candidates, documents, count_name="num_candidates")
         num_kept = num_retrieved if candidates else None
+        if image_first is None:
+            image_first = bool(
+                self.defaults.get("caption", {}).get("image_first", False)
+            )
         caption = max_caption_length, prefix, caption_prompt
         return run_task(
             self,
             len(images),
-            lambda: captioning.make_task(self, images, *caption, num_kept),
+            lambda: captioning.make_task(self, images, *caption, num_kept, image_first),
             given,
             Asked(num_samples, seed, settings),
         )

@@ -17,6 +17,7 @@ model only for what it was trained to write. This is the layout of CM3Leon
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,17 @@ from jaxtyping import Int32
 
 from racm3_jax.types import TokenizedDocument
 from racm3_jax.vocab import Vocab
+
+
+def put_images_first(document: TokenizedDocument) -> TokenizedDocument:
+    """The same document with its images in front of its texts.
+
+    As a caption asks: behind an image, a text is found by looking the image up.
+
+        (t1 t2) (i3 i4)  ->  (i3 i4) (t1 t2)
+    """
+    segments = sorted(document.segments, key=lambda s: s.modality != "image")
+    return dataclasses.replace(document, segments=tuple(segments))
 
 
 def document_tokens(

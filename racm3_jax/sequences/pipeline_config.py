@@ -47,6 +47,9 @@ class PipelineConfig:
         model, `model.max_segments` less the one segment that padding is.
       max_position_offset: examples begin at a position of 0 to so many; see `positions`.
       max_position_gap: positions skipped after each retrieved document, at most.
+      image_first_probability: fraction of the examples whose retrieved documents have
+        their images in front of their texts, so that a caption may be asked for in this
+        order (`generation.captioning`).
       max_skipped_share: a step in which a larger share of the main documents cannot be
         used is an error.
     """
@@ -72,6 +75,7 @@ class PipelineConfig:
     max_examples: int = 0
     max_position_offset: int = 0
     max_position_gap: int = 0
+    image_first_probability: float = 0.0
 
     def __post_init__(self) -> None:
         least = {
@@ -109,6 +113,11 @@ class PipelineConfig:
                     f"pipeline.{name} is {getattr(self, name)!r}; allowed: "
                     + ", ".join(get_args(allowed))
                 )
+        if not 0 <= self.image_first_probability <= 1:
+            raise ValueError(
+                "pipeline.image_first_probability must be in 0..1; got "
+                f"{self.image_first_probability}"
+            )
         if not 0 <= self.distractor_probability <= 1:
             raise ValueError(
                 "pipeline.distractor_probability must be in 0..1; got "

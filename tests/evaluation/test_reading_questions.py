@@ -152,6 +152,11 @@ def test_the_first_token_that_differs_is_compared(questions, tokenizer, monkeypa
         assert written == question.asked.text and sequence.targets[-1] == vocab.eoss
         shown = tokenizer.text.decode(sequence.context[vocab.is_text(sequence.context)])
         assert shown == question.wrong[0].text + question.right.text
+    measure_reading(reader, questions, right_place=-1, image_first=True)
+    for before, after in zip(names, seen[2], strict=True):
+        assert after.context[1:].tolist() != before.context[1:].tolist()
+        assert vocab.is_image(after.context[1 : 1 + vocab.image_length]).all()
+        assert sorted(after.context.tolist()) == sorted(before.context.tolist())
     for sequence in flags:
         assert vocab.is_image(sequence.targets).all()
         assert len(sequence.targets) == vocab.image_length

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from generation_standins import (
@@ -76,11 +78,16 @@ def test_prompts_are_those_of_the_layout(generator, quick):
     image = VOCAB.image_tokens(np.full(4, 2, np.int32))
     generator.text_to_image("ab", 2, documents=documents)
     generator.caption(grey(32), 2, documents=documents, max_caption_length=3)
+    turned = {"documents": documents, "max_caption_length": 3, "image_first": True}
+    generator.caption(grey(32), 2, **turned)
     generator.text_to_image("ab", 2, num_retrieved=0)
     generator.text_to_image("ab", 2, documents=[])
+    (document,) = documents
+    shown = [dataclasses.replace(document, segments=document.segments[::-1])]
     assert quick == [
         text_to_image_prompt(documents, text, VOCAB).tolist(),
         caption_prompt(documents, image, VOCAB).tolist(),
+        caption_prompt(shown, image, VOCAB).tolist(),
         [VOCAB.eod, *text, VOCAB.break_],
         [VOCAB.eod, *text, VOCAB.break_],
     ]
