@@ -20,10 +20,12 @@ from racm3_jax import checksums
 from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.augmentation import NO_AUGMENTATION, AugmentationConfig
 from racm3_jax.documents.flagworld import FlagworldConfig
-from racm3_jax.evaluation.flagworld import SuiteSettings
-from racm3_jax.evaluation.flagworld_tasks import TaskSettings
-from racm3_jax.evaluation.likelihood_protocol import LikelihoodSettings
-from racm3_jax.evaluation.protocol import ProtocolSettings
+from racm3_jax.evaluation.settings import (
+    CocoSettings,
+    FlagworldSettings,
+    LikelihoodSettings,
+    TaskSettings,
+)
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.retrieval.clip import CLIPConfig
 from racm3_jax.retrieval.clip_loss import CLIPLossConfig
@@ -259,7 +261,7 @@ class FlagworldEvaluation:
     world: FlagworldConfig
     memory: MemoryConfig
     strategy: StrategyConfig
-    settings: SuiteSettings
+    settings: FlagworldSettings
     num_scene_examples: int
     num_sheet_rows: int
 
@@ -290,7 +292,7 @@ class CocoEvaluation:
     models: str
     memory: str
     strategy: StrategyConfig
-    settings: ProtocolSettings
+    settings: CocoSettings
     inception: InceptionConfig
     judge_clip: str
     reference: str
