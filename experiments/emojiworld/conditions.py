@@ -21,7 +21,7 @@ from emojiworld.drawings import Drawings
 from emojiworld.world import BY_NAME, SETS
 from racm3_jax.evaluation.perplexity import compute_likelihoods
 from racm3_jax.evaluation.replicas import Replicas
-from racm3_jax.evaluation.suite import stack_rows
+from racm3_jax.evaluation.retrieval import stack_rows
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever

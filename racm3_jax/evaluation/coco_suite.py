@@ -1,7 +1,7 @@
 """The suite of MS-COCO: 30,000 captions are drawn, or the Karpathy test images captioned.
 
-    text_to_image   coco_drawing      drawn and real images are compared
-    captioning      coco_captioning   captions and references are compared
+    text_to_image   drawn and real images are compared
+    captioning      captions and references are compared
 
 Every figure is reported next to the same figure of
 
@@ -25,15 +25,15 @@ import numpy as np
 
 from racm3_jax.evaluation.clip_score import CLIPScorer
 from racm3_jax.evaluation.coco import CocoItem, fingerprint_files, fingerprint_items
-from racm3_jax.evaluation.distances import FeatureExtractor
+from racm3_jax.evaluation.features import FeatureExtractor
 from racm3_jax.evaluation.fingerprints import describe_generator
 from racm3_jax.evaluation.intervals import Estimate, bootstrap
 from racm3_jax.evaluation.parts import Arrays, Parts
 from racm3_jax.evaluation.pictures import Panel, Row, save_sheet
 from racm3_jax.evaluation.replicas import Replicas
-from racm3_jax.evaluation.retrieval import purge_memory
+from racm3_jax.evaluation.retrieval import purge_memory, stack_rows
 from racm3_jax.evaluation.settings import CocoSettings
-from racm3_jax.evaluation.suite import Stage, Suite, format_variants, stack_rows
+from racm3_jax.evaluation.suite import Stage, Suite, format_variants
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.types import Retrieved

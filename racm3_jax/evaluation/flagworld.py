@@ -165,24 +165,19 @@ class FlagworldSuite(Suite):
 
     def write_images(self) -> None:
         """`samples.png`: prompt | retrieved documents | drawn with retrieval | without."""
-        count = self._num_sheet_rows
-        if self.twin is None or not count:
+        if self.twin is None or not self._num_sheet_rows:
             return
         drawn, plain = self.parts.load("draw"), self.parts.load("twin_draw")
         assert self.generator.retriever is not None  # it is the one with a memory
-        memory = self.generator.retriever.memory
-        save_comparison(
-            self.parts.workdir / "samples.png",
-            drawn["prompt"][:count].tolist(),
-            [
-                memory_panels(memory, self.generator.tokenizer, rows, scores)
-                for rows, scores in zip(
-                    drawn["retrieved"][:count], drawn["scores"][:count], strict=True
-                )
-            ],
-            list(drawn["images"][:count]),
-            list(plain["images"][:count]),
-        )
+        memory, tokenizer = self.generator.retriever.memory, self.generator.tokenizer
+        rows = []
+        for i in range(min(self._num_sheet_rows, len(plain["images"]))):
+            found, scores = drawn["retrieved"][i], drawn["scores"][i]
+            panels = memory_panels(memory, tokenizer, found, scores)
+            images = drawn["images"][i], plain["images"][i]
+            rows.append((str(drawn["prompt"][i]), panels, *images))
+        path = self.parts.workdir / "samples.png"
+        save_comparison(path, rows)
 
     def _draw(
         self,

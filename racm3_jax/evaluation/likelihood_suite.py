@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from racm3_jax.evaluation import retrieval
 from racm3_jax.evaluation.copying import count_copied, read_likelihoods
 from racm3_jax.evaluation.document_sets import ShotPool
 from racm3_jax.evaluation.fingerprints import (
@@ -34,19 +35,17 @@ from racm3_jax.evaluation.fingerprints import (
     fingerprint_params,
 )
 from racm3_jax.evaluation.intervals import bootstrap
+from racm3_jax.evaluation.kshot import ShotQuestions
 from racm3_jax.evaluation.parts import Arrays
 from racm3_jax.evaluation.perplexity import Likelihoods, compute_likelihoods
 from racm3_jax.evaluation.pictures import Panel, Row, memory_panels, save_sheet
 from racm3_jax.evaluation.replicas import Replicas
-from racm3_jax.evaluation.retrieval import compute_recalls, find_right, purge_memory
 from racm3_jax.evaluation.settings import LikelihoodSettings
-from racm3_jax.evaluation.shot_questions import ShotQuestions
 from racm3_jax.evaluation.suite import (
     Stage,
     Suite,
     format_rows,
     format_variants,
-    stack_rows,
 )
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import Document
@@ -118,13 +117,13 @@ class LikelihoodSuite(Suite):
         self._models = Replicas(generator, devices)
         self._twins = None if twin is None else Replicas(twin, devices)
         self._embedded = self.finish(Stage("embedded", self.parts, self._embed))
-        self._retrievers, self.num_purged = purge_memory(
+        self._retrievers, self.num_purged = retrieval.purge_memory(
             generator.retriever,
             self._embedded["image"],
             settings.max_similarity,
             settings.seed,
         )
-        self.right = find_right(self.memory, documents, class_key)
+        self.right = retrieval.find_right(self.memory, documents, class_key)
         self._shots = None
         if pool is not None:
             parts = dataclasses.replace(self.parts, num_items=settings.num_episodes)
@@ -156,7 +155,7 @@ class LikelihoodSuite(Suite):
             results |= {f"{variant}/{name}": value for name, value in figures.items()}
             results[f"{variant}/num_retrieved"] = found.num_retrieved
         results |= self._shots.figures() if self._shots else {}
-        results |= compute_recalls(
+        results |= retrieval.compute_recalls(
             self._embedded,
             self.parts.load(RECALL),
             self.right,
@@ -236,7 +235,7 @@ class LikelihoodSuite(Suite):
             queries, np.ones(len(mains), np.int64), mains
         )
         counts = count_copied(mains, [result.documents for result in found])
-        rows = stack_rows([result.ids.tolist() for result in found], 1)
+        rows = retrieval.stack_rows([result.ids.tolist() for result in found], 1)
         return counts._asdict() | {"retrieved": rows}
 
     def _search(self, items: range, device: Any) -> Arrays:

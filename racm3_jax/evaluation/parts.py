@@ -150,15 +150,6 @@ class Parts:
         paths = [self.path(v, c) for v in variants for c in range(self.num_chunks)]
         return [path for path in paths if not path.exists()]
 
-    def count_missing_items(self, variant: str) -> int:
-        """Items whose chunk no process has finished yet."""
-        starts = range(0, self.num_items, self.chunk_size)
-        return sum(
-            min(self.chunk_size, self.num_items - start)
-            for chunk, start in enumerate(starts)
-            if not self.path(variant, chunk).exists()
-        )
-
     def load(self, variant: str) -> dict[str, np.ndarray]:
         """All chunks of a variant, joined in the order of the items."""
         chunks = [self._read(self.path(variant, c)) for c in range(self.num_chunks)]

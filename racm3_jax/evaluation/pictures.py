@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,21 +188,15 @@ def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Row]) -> None
 
 
 def save_comparison(
-    path: Path,
-    prompts: Sequence[str],
-    retrieved: Sequence[Sequence[Panel]],
-    drawn: Sequence[Pixels],
-    plain: Sequence[Pixels],
+    path: Path, rows: Iterable[tuple[str, Sequence[Panel], Pixels, Pixels]]
 ) -> None:
     """Writes prompt | retrieved documents | drawn with retrieval | without."""
-    rows = [
-        Row(prompt, (panels, [Panel(image)], [Panel(other)]))
-        for prompt, panels, image, other in zip(
-            prompts, retrieved, drawn, plain, strict=True
-        )
-    ]
     headings = ("prompt", "retrieved documents", "with retrieval", "without")
-    save_sheet(path, headings, rows)
+    shown = [
+        Row(prompt, (panels, [Panel(drawn)], [Panel(plain)]))
+        for prompt, panels, drawn, plain in rows
+    ]
+    save_sheet(path, headings, shown)
 
 
 def save_outputs(
@@ -212,12 +206,13 @@ def save_outputs(
     plain: Sequence[GenerationOutput],
 ) -> None:
     """`save_comparison` of what a generator drew with and without retrieval."""
+    pairs = zip(drawn, plain, strict=True)
     save_comparison(
         path,
-        [output.prompt for output in drawn],
-        [retrieved_panels(generator, output) for output in drawn],
-        [output.images[0] for output in drawn],
-        [output.images[0] for output in plain],
+        [
+            (a.prompt, retrieved_panels(generator, a), a.images[0], b.images[0])
+            for a, b in pairs
+        ],
     )
 
 

@@ -121,6 +121,22 @@ def compute_recalls(
     return results
 
 
+def stack_rows(
+    found: Sequence[Sequence[int]], width: int | None = None
+) -> Int64[np.ndarray, "n k"]:
+    """Rows of a memory; -1 where fewer documents were found.
+
+    Args:
+      found: rows for each item.
+      width: k; None is the most that any item has.
+    """
+    width = max(map(len, found)) if width is None else width
+    rows = np.full((len(found), width), -1, np.int64)
+    for row, ids in zip(rows, found, strict=True):
+        row[: len(ids)] = ids
+    return rows
+
+
 class RandomRetriever:
     """The baseline: documents that have nothing to do with the query.
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
 
 from racm3_jax import own_files
 from racm3_jax.evaluation.intervals import (
@@ -29,6 +28,7 @@ from racm3_jax.evaluation.intervals import (
     compute_share,
 )
 from racm3_jax.evaluation.parts import Arrays, Parts
+from racm3_jax.evaluation.retrieval import stack_rows
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.progress import open_progress
 from racm3_jax.types import GenerationOutput
@@ -141,11 +141,11 @@ class Suite:
     def run_stage(self, stage: Stage) -> tuple[int, float]:
         """(chunks that were computed, seconds)."""
         started, parts = time.monotonic(), stage.parts
-        missing = parts.count_missing_items(stage.name)
+        missing = len(parts.missing([stage.name])) * parts.chunk_size
         with open_progress(
             desc=stage.name,
             total=parts.num_items,
-            initial=parts.num_items - missing,
+            initial=max(0, parts.num_items - missing),
             unit="items",
             disable=missing <= parts.chunk_size,
         ) as bar:
@@ -215,22 +215,6 @@ def check_workdir(workdir: Path) -> None:
         *sheets,
         change="give another --workdir",
     )
-
-
-def stack_rows(
-    found: Sequence[Sequence[int]], width: int | None = None
-) -> Int64[np.ndarray, "n k"]:
-    """Rows of a memory; -1 where fewer documents were found.
-
-    Args:
-      found: rows for each item.
-      width: k; None is the most that any item has.
-    """
-    width = max(map(len, found)) if width is None else width
-    rows = np.full((len(found), width), -1, np.int64)
-    for row, ids in zip(rows, found, strict=True):
-        row[: len(ids)] = ids
-    return rows
 
 
 def keep_outputs(outputs: Sequence[GenerationOutput], generator: Generator) -> Arrays:

@@ -251,8 +251,8 @@ class GeneratorTraining(_Training):
 
 
 @dataclasses.dataclass(frozen=True)
-class FlagworldEvaluation:
-    """A file with `suite = "flagworld"`."""
+class _EvaluationOfModels:
+    """What every suite says that can build flagworld's memory."""
 
     suite: str
     models: str
@@ -261,22 +261,21 @@ class FlagworldEvaluation:
     world: FlagworldConfig
     memory: MemoryConfig
     strategy: StrategyConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagworldEvaluation(_EvaluationOfModels):
+    """A file with `suite = "flagworld"`."""
+
     settings: FlagworldSettings
     num_scene_examples: int
     num_sheet_rows: int
 
 
 @dataclasses.dataclass(frozen=True)
-class TasksEvaluation:
+class TasksEvaluation(_EvaluationOfModels):
     """A file with `suite = "flagworld_tasks"`."""
 
-    suite: str
-    models: str
-    model: str
-    twin: str
-    world: FlagworldConfig
-    memory: MemoryConfig
-    strategy: StrategyConfig
     settings: TaskSettings
     num_sheet_rows: int
 
@@ -299,16 +298,9 @@ class CocoEvaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class LikelihoodEvaluation:
+class LikelihoodEvaluation(_EvaluationOfModels):
     """A file with `suite = "likelihood"`."""
 
-    suite: str
-    models: str
-    model: str
-    twin: str
-    world: FlagworldConfig
-    memory: MemoryConfig
-    strategy: StrategyConfig
     source: str
     num_items: int
     memory_path: str

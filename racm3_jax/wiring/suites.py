@@ -19,9 +19,8 @@ from racm3_jax.documents.flagworld import (
 from racm3_jax.documents.readers import read_documents
 from racm3_jax.evaluation.clip_score import CLIPFeatures, CLIPScorer
 from racm3_jax.evaluation.coco import choose_items, read_coco, read_karpathy
-from racm3_jax.evaluation.coco_captioning import CocoCaptioning
-from racm3_jax.evaluation.coco_drawing import CocoDrawing
 from racm3_jax.evaluation.coco_suite import CocoSuite
+from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoDrawing
 from racm3_jax.evaluation.document_sets import choose_documents, choose_pool
 from racm3_jax.evaluation.fingerprints import describe_generator, fingerprint_params
 from racm3_jax.evaluation.flagworld import FlagworldSuite
@@ -84,18 +83,17 @@ def build_flagworld_suite(config: Any, workdir: Path) -> FlagworldSuite:
 
     memory = _open_memory(config, workdir / "memory", world, plain)
     swapped = _open_memory(config, workdir / "memory_swapped", swapped_world, plain)
-    strategy = construct(StrategyConfig, config.strategy, "strategy")
     settings = construct(FlagworldSettings, config.settings, "settings")
     questions = []
     # One nation a question: a small world has fewer.
     num_reading = min(settings.num_reading, world.num_heldout)
     if num_reading:
         questions = make_reading_questions(world, num_reading, seed=settings.seed)
-    generator = plain.with_retriever(Retriever(memory, strategy))
+    generator = _over(memory, plain, config)
     return FlagworldSuite(
         generator,
         twin,
-        plain.with_retriever(Retriever(swapped, strategy)),
+        _over(swapped, plain, config),
         judge(world),
         judge(swapped_world),
         settings,
@@ -119,8 +117,7 @@ def build_tasks_suite(config: Any, workdir: Path) -> TasksSuite:
         list(read_flagworld(world, "heldout_memory")),
         settings,
     )
-    strategy = construct(StrategyConfig, config.strategy, "strategy")
-    generator = plain.with_retriever(Retriever(memory, strategy))
+    generator = _over(memory, plain, config)
     return TasksSuite(
         generator,
         twin,
@@ -188,9 +185,8 @@ def build_likelihood_suite(config: Any, workdir: Path) -> LikelihoodSuite:
     else:
         memory = _open_memory(config, workdir / "memory", world, plain)
         shown = shown or list(read_flagworld(world, "heldout_memory"))
-    strategy = construct(StrategyConfig, config.strategy, "strategy")
     return LikelihoodSuite(
-        plain.with_retriever(Retriever(memory, strategy)),
+        _over(memory, plain, config),
         choose_documents(documents, config.num_items),
         settings,
         workdir,
@@ -256,6 +252,12 @@ def _open_memory(
         num_documents=world.num_heldout * world.documents_per_heldout
         + world.num_nations * world.documents_per_nation,
     )
+
+
+def _over(memory: Memory, generator: Generator, config: Any) -> Generator:
+    """The model with a memory, searched as the config says."""
+    strategy = construct(StrategyConfig, config.strategy, "strategy")
+    return generator.with_retriever(Retriever(memory, strategy))
 
 
 def _tests(world: FlagworldConfig) -> list[Document]:

@@ -23,8 +23,7 @@ from racm3_jax.evaluation.coco import (
     read_coco,
     read_karpathy,
 )
-from racm3_jax.evaluation.coco_captioning import CocoCaptioning
-from racm3_jax.evaluation.coco_drawing import CocoDrawing
+from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoDrawing
 from racm3_jax.evaluation.frechet import FeatureStatistics
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.evaluation.replicas import Replicas
