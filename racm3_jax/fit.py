@@ -31,8 +31,8 @@ from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.readers import find_shards, read_documents
 from racm3_jax.documents.sources import parse_sources
 from racm3_jax.evaluation.perplexity import compute_likelihoods
+from racm3_jax.evaluation.pictures import retrieved_panels
 from racm3_jax.evaluation.report import CaptionRow, write_report
-from racm3_jax.evaluation.runner import retrieved_panels
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import read_jsonl
 from racm3_jax.types import Document

@@ -21,8 +21,8 @@ from rich.console import Console
 from racm3_jax import own_files, run, wiring
 from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
+from racm3_jax.evaluation.pictures import retrieved_panels, save_outputs
 from racm3_jax.evaluation.report import CaptionRow, write_report
-from racm3_jax.evaluation.runner import retrieved_panels, write_sheet
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import Document
 from racm3_jax.wiring.workdirs import claim_workdir, given_back_if_refused
@@ -99,7 +99,7 @@ def main(config: Any, workdir: Path) -> None:
     plain = twin.text_to_image_batch(
         prompts, num_retrieved=0, seed=config.seed, temperature=0.5
     )
-    write_sheet(workdir / "samples.png", generator, drawn, plain)
+    save_outputs(workdir / "samples.png", generator, drawn, plain)
     stages.say(f"drew {len(prompts)} held-out nations: {workdir / 'samples.png'}")
 
     captions = caption_rows(generator, twin, tests, config.seed)
@@ -169,7 +169,7 @@ def draw_first_picture(
         for test in tests
     ]
     plain = [shipped.text_to_image(t.text, num_retrieved=0, seed=seed) for t in tests]
-    write_sheet(path, shipped, drawn, plain)
+    save_outputs(path, shipped, drawn, plain)
 
 
 def caption_rows(

@@ -16,25 +16,7 @@ from racm3_jax import checkpoints, own_files, storage, wiring
 from racm3_jax.buckets import refuse_url
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.compilation import saved
-from racm3_jax.evaluation import (
-    flagworld,
-    flagworld_tasks,
-    likelihood_results,
-    protocol_results,
-)
-from racm3_jax.evaluation.flagworld import evaluate_flagworld
-from racm3_jax.evaluation.flagworld_tasks import (
-    evaluate_flagworld_tasks,
-)
-from racm3_jax.evaluation.likelihood_results import evaluate_likelihood
-from racm3_jax.evaluation.protocol_results import evaluate_coco
-from racm3_jax.evaluation.runner import (
-    check_workdir,
-    write_results,
-    write_sheet,
-    write_table,
-)
-from racm3_jax.evaluation.task_sheets import write_task_sheets
+from racm3_jax.evaluation.suite import check_workdir
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.metrics import MetricsWriter, plot_curves
@@ -360,75 +342,4 @@ def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
     workdir = Path(workdir)
     check_workdir(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    return SUITES[config.suite](config, workdir)
-
-
-def _evaluate_flagworld(config: Any, workdir: Path) -> dict[str, Any]:
-    suite = wiring.build_flagworld_suite(config, workdir)
-    results, outputs = evaluate_flagworld(
-        suite.generator,
-        suite.twin,
-        suite.swapped,
-        suite.judge,
-        suite.swapped_judge,
-        suite.settings,
-        questions=suite.questions,
-    )
-    settings = config.to_dict() | {"memory_documents": len(suite.memory)}
-    write_results(workdir, results, settings)
-    rows = config.num_sheet_rows
-    if "twin_draw" in outputs and rows:
-        write_sheet(
-            workdir / "samples.png",
-            suite.generator,
-            outputs["draw"][:rows],
-            outputs["twin_draw"][:rows],
-        )
-    table = flagworld.format_table(results)
-    write_table(workdir, table)
-    print(table)
-    return results
-
-
-def _evaluate_tasks(config: Any, workdir: Path) -> dict[str, Any]:
-    suite = wiring.build_tasks_suite(config, workdir)
-    results, outputs = evaluate_flagworld_tasks(
-        suite.generator, suite.twin, suite.probes, suite.settings
-    )
-    settings = config.to_dict() | {"memory_documents": len(suite.memory)}
-    write_results(workdir, results, settings)
-    write_task_sheets(
-        workdir / "samples",
-        suite.generator,
-        suite.probes,
-        outputs,
-        config.num_sheet_rows,
-    )
-    table = flagworld_tasks.format_table(results)
-    write_table(workdir, table)
-    print(table)
-    return results
-
-
-def _evaluate_coco(config: Any, workdir: Path) -> dict[str, Any] | None:
-    protocol = wiring.build_coco_protocol(config, workdir)
-    results = evaluate_coco(protocol)
-    if results is not None:
-        print(protocol_results.format_table(protocol, results))
-    return results
-
-
-def _evaluate_likelihood(config: Any, workdir: Path) -> dict[str, Any] | None:
-    protocol = wiring.build_likelihood_protocol(config, workdir)
-    results = evaluate_likelihood(protocol)
-    if results is not None:
-        print(likelihood_results.format_table(protocol, results))
-    return results
-
-
-SUITES = {
-    "flagworld": _evaluate_flagworld,
-    "flagworld_tasks": _evaluate_tasks,
-    "coco": _evaluate_coco,
-    "likelihood": _evaluate_likelihood,
-}
+    return wiring.build_suite(config, workdir).run()

@@ -7,15 +7,17 @@ import jax
 import numpy as np
 import pytest
 
-from racm3_jax import run, sharding, wiring
+from racm3_jax import sharding, wiring
 from racm3_jax.commands import configs, train
 from racm3_jax.documents.flagworld import FlagworldConfig
-from racm3_jax.evaluation.flagworld import SuiteSettings
-from racm3_jax.evaluation.flagworld_tasks import TaskSettings
 from racm3_jax.evaluation.inception import VARIANTS
-from racm3_jax.evaluation.likelihood_protocol import LikelihoodSettings
-from racm3_jax.evaluation.protocol import ProtocolSettings
 from racm3_jax.evaluation.resizing import RESIZINGS
+from racm3_jax.evaluation.settings import (
+    CocoSettings,
+    FlagworldSettings,
+    LikelihoodSettings,
+    TaskSettings,
+)
 from racm3_jax.model.config import ModelConfig, chameleon_7b
 from racm3_jax.model.transformer import init_params
 from racm3_jax.retrieval.clip import CLIPConfig
@@ -58,8 +60,8 @@ GENERATORS = [
 ]
 # Of each evaluation config: its suite's settings, and the arguments that it takes.
 SUITES = {
-    "eval/coco": (ProtocolSettings, ("", "text_to_image", "captioning")),
-    "eval/flagworld": (SuiteSettings, ("", "some/folder")),
+    "eval/coco": (CocoSettings, ("", "text_to_image", "captioning")),
+    "eval/flagworld": (FlagworldSettings, ("", "some/folder")),
     "eval/flagworld_tasks": (TaskSettings, ("", "some/folder")),
     "eval/likelihood": (LikelihoodSettings, ("", "some/folder")),
 }
@@ -179,7 +181,7 @@ def test_evaluation_configs(name, arg):
     config = load(name, arg)
     config.lock()
     assert name == f"eval/{config.suite}"
-    assert config.suite in run.SUITES and config.suite in train.SUITES
+    assert config.suite in wiring.BUILDERS and config.suite in train.SUITES
     settings = wiring.construct(SUITES[name][0], config.settings, "settings")
     wiring.construct(StrategyConfig, config.strategy, "strategy")
     if name == "eval/coco":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from emojiworld.drawings import Drawings
 from emojiworld.world import BY_NAME, SETS
 from racm3_jax.evaluation.perplexity import compute_likelihoods
 from racm3_jax.evaluation.replicas import Replicas
+from racm3_jax.evaluation.retrieval import stack_rows
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.types import (
     Document,
-    GenerationOutput,
     Retrieved,
     Segment,
     TokenizedDocument,
@@ -49,6 +50,8 @@ DRAWN = {
 CAPTIONED = ("retrieval", "random", "no_documents", "baseline", "copy")
 SCORED = ("retrieval", "random", "no_documents", "baseline")
 NEEDS_BASELINE = "baseline"
+# Sampled with every seed; the others with the first.
+MAIN = ("retrieval", "guided", "baseline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Asker:
         self._generator, self._retriever = generator, generator.retriever
         self.memory: Memory = generator.retriever.memory
         self._changed: dict[str, Retriever] = {}
+        self._lock = threading.Lock()
         self._rows = dict(
             zip(
                 zip(drawings.thing.tolist(), drawings.icon_set.tolist(), strict=True),
@@ -162,13 +166,17 @@ class Asker:
             )
         )
 
-    def prepare(self, condition: str) -> None:
-        """Builds the changed memory of a condition, once; before any thread asks."""
+    def _retriever_of(self, condition: str) -> Retriever:
+        """Of the condition's memory, which is built once where it is a changed one."""
+        if condition not in ("random", "swapped", "removed"):
+            return self._retriever
+        with self._lock:
+            if condition not in self._changed:
+                self._changed[condition] = self._change(condition)
+            return self._changed[condition]
+
+    def _change(self, condition: str) -> Retriever:
         strategy = self._retriever.strategy
-        if condition in self._changed or condition not in (
-            *("random", "swapped", "removed"),
-        ):
-            return
         if condition == "random":
             strategy = dataclasses.replace(
                 strategy, ranking="random", max_similarity=2.0
@@ -179,7 +187,7 @@ class Asker:
             memory = open_memory(documents, self._generator, self._work / "swapped")
         else:
             memory = self._remove_things(self._work / "removed")
-        self._changed[condition] = Retriever(memory, strategy)
+        return Retriever(memory, strategy)
 
     def _remove_things(self, folder: Path) -> Memory:
         """A copy of the memory without the held-out things."""
@@ -226,7 +234,9 @@ class Asker:
             outputs = model.text_to_image_batch(
                 prompts, num_retrieved=_num_retrieved(condition), **settings
             )
-            rows = _read_rows(outputs)
+            rows = stack_rows(
+                [o.retrieved.ids.tolist() for o in outputs], NUM_RETRIEVED
+            )
         return {"images": np.stack([o.images[0] for o in outputs]), "retrieved": rows}
 
     def caption(
@@ -267,8 +277,8 @@ class Asker:
         targets = [self.targets[i] for i in items]
         # Here the documents themselves say what is their own.
         model = self._model(condition, device)
-        if condition in self._changed:
-            model = model.with_retriever(self._changed[condition])
+        if _num_retrieved(condition):
+            model = model.with_retriever(self._retriever_of(condition))
         found = compute_likelihoods(
             model, targets, num_retrieved=_num_retrieved(condition)
         )
@@ -285,7 +295,7 @@ class Asker:
     ) -> Generator:
         """The model of a condition, over a memory that never shows the items' own."""
         model = self._model(condition, device)
-        retriever = self._changed.get(condition, self._retriever)
+        retriever = self._retriever_of(condition)
         mains = [as_main(target) for target in targets]
         excluding: Any = OwnExcluded(retriever, mains)
         return model.with_retriever(excluding)
@@ -322,11 +332,3 @@ def _num_retrieved(condition: str) -> int:
 def _first_rows(found: Sequence[Retrieved]) -> Int[np.ndarray, " n"]:
     """The best row of each query; -1 where none was found."""
     return np.array([r.ids[0] if len(r.ids) else -1 for r in found], np.int64)
-
-
-def _read_rows(outputs: Sequence[GenerationOutput]) -> Int[np.ndarray, "n k"]:
-    """Rows of the memory; -1 where fewer documents were found."""
-    rows = np.full((len(outputs), NUM_RETRIEVED), -1, np.int64)
-    for row, output in zip(rows, outputs, strict=True):
-        row[: len(output.retrieved.ids)] = output.retrieved.ids
-    return rows

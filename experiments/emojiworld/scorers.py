@@ -47,7 +47,7 @@ from emojiworld.features import (
 from emojiworld.world import BY_NAME
 from racm3_jax import storage
 from racm3_jax.documents.images import resize_image
-from racm3_jax.evaluation.document_sets import describe_documents
+from racm3_jax.evaluation.fingerprints import describe_documents
 from racm3_jax.tokenizers.image import ImageTokenizer
 
 HOUSES_3 = ("openmoji", "fluent-emoji", "twemoji")

@@ -8,7 +8,8 @@ import numpy as np
 
 from racm3_jax.documents.flagworld import make_nations, read_flagworld
 from racm3_jax.evaluation.intervals import Share, compute_share
-from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
+from racm3_jax.evaluation.settings import TaskSettings
+from racm3_jax.evaluation.task_probes import TaskProbes
 from racm3_jax.generation.classification import ClassifyBy
 from racm3_jax.generation.tasks import Generator
 from science.experiment import Experiment, Figures, Panel, Place

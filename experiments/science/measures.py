@@ -10,7 +10,6 @@ import numpy as np
 
 from racm3_jax.evaluation.captions import score_captions
 from racm3_jax.evaluation.clip_score import CLIPFeatures
-from racm3_jax.evaluation.flagworld import nation_recall
 from racm3_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from racm3_jax.evaluation.intervals import compute_share
 from racm3_jax.evaluation.perplexity import compute_likelihoods
@@ -147,7 +146,7 @@ def measure_captions(
 
 def measure_recall(outputs: Sequence[GenerationOutput], bench: Bench) -> Figures:
     """Is a document of the right nation among the retrieved ones?"""
-    return {"recall": nation_recall(outputs, bench.judge)}
+    return {"recall": compute_share(bench.judge.retrieval_verdicts(outputs))}
 
 
 def measure_likelihood(

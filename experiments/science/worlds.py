@@ -22,7 +22,7 @@ from racm3_jax.documents.flagworld import (
     make_nations,
     read_flagworld,
 )
-from racm3_jax.evaluation.flagworld import FlagworldJudge
+from racm3_jax.evaluation.flagworld_judge import FlagworldJudge
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
-from racm3_jax.evaluation.perplexity import ModalitySums
+from racm3_jax.evaluation.perplexity import Likelihoods, ModalitySums
 from racm3_jax.types import Modality, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
@@ -81,3 +81,12 @@ def compute_copy_sums(
         counts["image_tokens"],
         counts["images"],
     )
+
+
+def read_likelihoods(columns: Mapping[str, np.ndarray], vocab: Vocab) -> Likelihoods:
+    """Of the columns that a suite keeps: `ModalitySums`, or `CopyCounts` of a copy."""
+    values = dict(columns)
+    retrieved = values.pop("retrieved")
+    is_copy = "text_right" in values
+    sums = compute_copy_sums(values, vocab) if is_copy else ModalitySums(**values)
+    return Likelihoods(sums, retrieved)

@@ -1,12 +1,10 @@
-"""Which documents a suite is run on, and fingerprints that say so."""
+"""Which documents a suite is run on."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from racm3_jax.types import Document
 
@@ -48,22 +46,3 @@ def choose_pool(documents: Sequence[Document], class_key: str) -> ShotPool | Non
     if not kept:
         return None
     return ShotPool(kept, [str(d.metadata[class_key]) for d in kept])
-
-
-def describe_documents(documents: Sequence[Document]) -> dict[str, Any]:
-    """Equal for equal texts and pixels in the same order."""
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(json.dumps([document.id, document.source]).encode())
-        for segment in document.segments:
-            if segment.image is None:
-                digest.update(json.dumps(segment.text).encode())
-            else:
-                digest.update(str(segment.image.shape).encode())
-                digest.update(segment.image.tobytes())
-    return {"num_items": len(documents), "fingerprint": digest.hexdigest()[:16]}
-
-
-def describe_pool(pool: ShotPool) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps(list(pool.classes)).encode())
-    return describe_documents(pool.documents) | {"classes": digest.hexdigest()[:16]}

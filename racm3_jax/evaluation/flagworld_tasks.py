@@ -21,20 +21,21 @@ knows the world and no model.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from racm3_jax.evaluation.intervals import Share, compute_grouped_share, compute_share
-from racm3_jax.evaluation.kshot import INVENTED, compute_auc
-from racm3_jax.evaluation.stages import Stages
-from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
-from racm3_jax.generation.classification import ClassifyBy
-from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
+from racm3_jax.evaluation import task_answers
+from racm3_jax.evaluation.kshot import compute_auc
+from racm3_jax.evaluation.parts import Arrays
+from racm3_jax.evaluation.settings import TaskSettings
+from racm3_jax.evaluation.suite import Stage, Suite, format_rows
+from racm3_jax.evaluation.task_probes import TaskProbes
+from racm3_jax.evaluation.task_sheets import make_titles, write_task_sheets
+from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.tasks import Generator
-from racm3_jax.types import GenerationOutput
 
 # Ends of the names of tasks, and how they differ.
 EDITS: dict[str, dict[str, Any]] = {
@@ -49,344 +50,178 @@ DEMONSTRATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _first_images(outputs: Sequence[GenerationOutput]) -> list[np.ndarray]:
-    return [output.images[0] for output in outputs]
+class TasksSuite(Suite):
+    """Its models and probes. A stage is one chunk: batches as large as the devices take."""
 
+    def __init__(
+        self,
+        generator: Generator,
+        twin: Generator | None,
+        probes: TaskProbes,
+        settings: TaskSettings,
+        workdir: Path,
+        record: Mapping[str, Any],
+        *,
+        num_sheet_rows: int = 0,
+        **process: Any,
+    ) -> None:
+        """Computes nothing yet.
 
-def evaluate_infill(
-    generator: Generator,
-    probes: TaskProbes,
-    settings: TaskSettings,
-    num_retrieved: int,
-    region_prompt: RegionPrompt,
-    **options: Any,
-) -> tuple[Share, list[GenerationOutput]]:
-    """Is the flag whole and right after its hidden half was drawn?"""
-    outputs = generator.infill_batch(
-        [test.images[0] for test in probes.tests],
-        probes.fly_halves(),
-        [test.text for test in probes.tests],
-        num_retrieved=num_retrieved,
-        max_spans=settings.max_spans,
-        region_prompt=region_prompt,
-        seed=settings.seed,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        **options,
-    )
-    names = [probes.nation(i) for i in range(len(probes.tests))]
-    return probes.right_flags(_first_images(outputs), names)[0], outputs
+        Args:
+          generator: the retrieval-augmented model with its memory.
+          twin: the model trained without retrieval, or None to leave it out.
+          probes: what is asked.
+          settings: of the sampling.
+          workdir: see `Suite`.
+          record: see `Suite`.
+          num_sheet_rows: of each picture sheet.
+          **process: see `Suite`.
+        """
+        count = len(probes.tests)
+        super().__init__(workdir, record, count, count, **process)
+        self.generator, self.twin, self.probes = generator, twin, probes
+        self.settings, self._num_sheet_rows = settings, num_sheet_rows
+        guidance = settings.document_guidance[-1]
+        self._guided = {"guidance": guidance, "guide_documents": True}
+        # Stages by task and way of asking, for the sheets.
+        self.sheets: dict[str, dict[str, str]] = {}
+        self._stages: list[Stage] = []
+        for prompt in settings.region_prompts:
+            self._ask_regions(prompt)
+        self._ask_demonstrations()
+        self._ask_kshot()
+        self._ask_drawings()
 
+    def stages(self) -> list[Stage]:
+        """Every task by every way of asking."""
+        return self._stages
 
-def evaluate_edit(
-    generator: Generator,
-    probes: TaskProbes,
-    settings: TaskSettings,
-    region_prompt: RegionPrompt,
-    sized: bool = False,
-    **options: Any,
-) -> tuple[Share, Share, list[GenerationOutput]]:
-    """Does the region show the chosen flag, and how much of the rest is as it was?"""
-    items = range(len(probes.tests))
-    choose = probes.donor_of_size if sized else probes.donor
-    outputs = generator.edit_batch(
-        [test.images[0] for test in probes.tests],
-        probes.flag_boxes(),
-        [[choose(i)] for i in items],
-        probes.captions_of_donors(),
-        max_spans=settings.max_spans,
-        region_prompt=region_prompt,
-        seed=settings.seed,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        **options,
-    )
-    names = [probes.donor(i).metadata["nation"] for i in items]
-    facts = [output.documents[0].metadata for output in outputs]
-    kept = compute_grouped_share(
-        [fact["codes_outside_kept"] for fact in facts],
-        [fact["codes_outside"] for fact in facts],
-    )
-    return probes.right_flags(_first_images(outputs), names)[0], kept, outputs
+    def figures(self) -> dict[str, Any]:
+        """`Share`s by name, areas under the curve, and seconds by stage."""
+        results: dict[str, Any] = {}
+        for name, share in self.count_shares().items():
+            results[name] = share
+            if name.startswith("kshot_"):
+                found = self.parts.load(name.replace("/", "_"))["probabilities"]
+                area = compute_auc(found, [0] * len(found))
+                results[name.replace("/", "_auc/")] = area
+        return results | {"seconds": self.read_seconds()}
 
+    def format_table(self, results: Mapping[str, Any]) -> str:
+        """The figures, one line each."""
+        titles = make_titles(results)
+        rows = {title: [results[name]] for name, title in titles.items()}
+        return "\n".join(format_rows(["task", "fraction [95% interval]"], rows, 3))
 
-def evaluate_controlled(
-    generator: Generator,
-    probes: TaskProbes,
-    settings: TaskSettings,
-    *,
-    named: bool,
-    count: int = 1,
-    **options: Any,
-) -> tuple[Share, Share, list[GenerationOutput]]:
-    """Does the drawing follow `count` demonstrations: their flag, and its layout?"""
-    items = range(len(probes.tests))
-    prompts = [test.text for test in probes.tests]
-    outputs = generator.continue_batch(
-        probes.captions_of_donors() if named else prompts,
-        [probes.examples(int(probes.partners[i]), count) for i in items],
-        seed=settings.seed,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        **options,
-    )
-    names = [probes.donor(i).metadata["nation"] for i in items]
-    return *probes.right_flags(_first_images(outputs), names), outputs
+    def write_images(self) -> None:
+        """`samples/TASK.png`."""
+        outputs = {
+            task: {way: self.parts.load(stage) for way, stage in ways.items()}
+            for task, ways in self.sheets.items()
+        }
+        folder, rows = self.parts.workdir / "samples", self._num_sheet_rows
+        write_task_sheets(folder, self.generator, self.probes, outputs, rows)
 
+    def _ask(
+        self,
+        name: str,
+        figures: Mapping[str, str],
+        ask: Callable[..., Arrays],
+        generator: Generator,
+        *args: Any,
+        sheet: tuple[str, str] | None = None,
+        **how: Any,
+    ) -> None:
+        """Adds a stage: a function of `task_answers`."""
 
-def evaluate_kshot(
-    generator: Generator,
-    probes: TaskProbes,
-    settings: TaskSettings,
-    shots: int,
-    by: ClassifyBy,
-) -> tuple[Share, float]:
-    """Two-way classification: accuracy, and the area under the ROC curve.
+        def compute(items: range, device: Any) -> Arrays:
+            del items, device
+            return ask(generator, self.probes, self.settings, *args, **how)
 
-    The two labels are sampled for every question from `kshot.INVENTED`, and so is their
-    order, so that a model that always answers one of them is right half of the time.
-    """
-    rng = np.random.default_rng([settings.seed, 1])
-    right, probabilities = [], []
-    for i, test in enumerate(probes.tests):
-        own, other = (str(word) for word in rng.choice(INVENTED, 2, replace=False))
-        support = [
-            (document.images[0], label)
-            for item, label in ((i, own), (probes.partners[i], other))
-            for document in probes.examples(item, shots)
-        ]
-        found = generator.classify(
-            test.images[0],
-            support,
-            (own, other) if rng.random() < 0.5 else (other, own),
-            shots_per_pass=settings.shots_per_pass,
-            by=by,
-        )
-        right.append(found.label == own)
-        of_own = float(found.probabilities[found.labels.index(own)])
-        probabilities.append([of_own, 1 - of_own])
-    area = compute_auc(np.array(probabilities), [0] * len(probabilities))
-    return compute_share(right), area
+        self._stages.append(Stage(name, self.parts, compute, figures))
+        if sheet is not None:
+            task, way = sheet
+            self.sheets.setdefault(task, {})[way] = name
 
+    def _ask_regions(self, prompt: RegionPrompt) -> None:
+        """Infilling and editing by one kind of prompt."""
+        infill, number = f"infill_{prompt}", self.settings.num_retrieved
+        fill, change = task_answers.infill, task_answers.edit
+        alone = {"flag": f"alone/{infill}"}
+        self._ask(f"{infill}_alone", alone, fill, self.generator, 0, prompt)
+        if self.twin is not None:
+            flag, sheet = {"flag": f"twin/{infill}"}, ("infill", f"{prompt}, twin")
+            self._ask(f"{infill}_twin", flag, fill, self.twin, 0, prompt, sheet=sheet)
+        for end, how in (("", {}), ("_guided", self._guided)):
+            way = prompt + end.replace("_", ", ")
+            ask = functools.partial(self._ask, **how)
+            name, sheet = f"{infill}{end}", ("infill", way)
+            flag = {"flag": f"{name}/flag"}
+            ask(name, flag, fill, self.generator, number, prompt, sheet=sheet)
+            for kind, documents in EDITS.items():
+                name, sheet = f"edit_{prompt}{kind}{end}", (f"edit{kind}", way)
+                figures = {key: f"{name}/{key}" for key in ("flag", "codes_kept")}
+                ask(
+                    name,
+                    figures,
+                    change,
+                    self.generator,
+                    prompt,
+                    sheet=sheet,
+                    **documents,
+                )
 
-def evaluate_drawing(
-    generator: Generator, probes: TaskProbes, settings: TaskSettings, **options: Any
-) -> tuple[Share, Share]:
-    """Share of best samples with the right flag, and of all samples.
-
-    Samples for one prompt count as less than so many independent ones.
-    """
-    outputs = generator.text_to_image_batch(
-        [test.text for test in probes.tests],
-        num_retrieved=settings.num_retrieved,
-        seed=settings.seed,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        **options,
-    )
-    names = [probes.nation(i) for i in range(len(probes.tests))]
-    count = len(outputs[0].images)
-    every = [image for output in outputs for image in output.images]
-    found = np.array(probes.name_flags(every)).reshape(len(names), count)
-    right = found == np.array(names)[:, None]
-    every_sample = compute_grouped_share(right.sum(1).tolist(), [count] * len(right))
-    return compute_share(list(right[:, 0])), every_sample
-
-
-def _evaluate_regions(
-    generator: Generator,
-    twin: Generator | None,
-    probes: TaskProbes,
-    settings: TaskSettings,
-    prompt: RegionPrompt,
-    guided: dict[str, Any],
-    stages: Stages,
-    results: dict[str, Any],
-    outputs: dict[str, dict[str, list[GenerationOutput]]],
-) -> None:
-    """Infilling and editing by one kind of prompt; adds to results and outputs."""
-    infill, edit = f"infill_{prompt}", f"edit_{prompt}"
-
-    def fill(model: Generator, num_retrieved: int, **how: Any) -> Any:
-        return evaluate_infill(model, probes, settings, num_retrieved, prompt, **how)
-
-    results[f"alone/{infill}"], _ = stages.run(
-        f"{infill}, no documents", lambda: fill(generator, 0)
-    )
-    if twin is not None:
-        results[f"twin/{infill}"], drawn = stages.run(
-            f"{infill}, twin", lambda: fill(twin, 0)
-        )
-        outputs.setdefault("infill", {})[f"{prompt}, twin"] = drawn
-    for end, options in (("", {}), ("_guided", guided)):
-        how: dict[str, Any] = options
-        way = prompt + end.replace("_", ", ")
-        results[f"{infill}{end}/flag"], drawn = stages.run(
-            f"{infill}{end}",
-            lambda how=how: fill(generator, settings.num_retrieved, **how),
-        )
-        outputs.setdefault("infill", {})[way] = drawn
-        for kind, documents in EDITS.items():
-            name = f"{edit}{kind}{end}"
-            flag, kept, drawn = stages.run(
+    def _ask_demonstrations(self) -> None:
+        ends = (("", {}), ("_guided", self._guided))
+        for (end, how), named, kind in itertools.product(
+            ends, ("named", "other"), DEMONSTRATIONS
+        ):
+            name = f"controlled_{named}{kind}{end}"
+            self._ask(
                 name,
-                lambda how=how | documents: evaluate_edit(
-                    generator, probes, settings, prompt, **how
-                ),
+                {key: f"{name}/{key}" for key in ("flag", "layout")},
+                task_answers.demonstrate,
+                self.generator,
+                sheet=(f"controlled_{named}{kind}", "guided" if how else "plain"),
+                named=named == "named",
+                **how,
+                **DEMONSTRATIONS[kind],
             )
-            results |= {f"{name}/flag": flag, f"{name}/codes_kept": kept}
-            outputs.setdefault(f"edit{kind}", {})[way] = drawn
 
+    def _ask_kshot(self) -> None:
+        settings = self.settings
+        for by, shots in itertools.product(settings.classify_by, settings.shots):
+            name, figures = f"kshot_{by}_{shots}", {"right": f"kshot_{by}/{shots}"}
+            classify = task_answers.classify
+            self._ask(name, figures, classify, self.generator, shots, by)
 
-def evaluate_flagworld_tasks(
-    generator: Generator,
-    twin: Generator | None,
-    probes: TaskProbes,
-    settings: TaskSettings,
-    log: Callable[[str], None] = print,
-) -> tuple[dict[str, Any], dict[str, dict[str, list[GenerationOutput]]]]:
-    """Runs the whole suite.
-
-    Args:
-      generator: the retrieval-augmented model with its memory.
-      twin: the model trained without retrieval, or None to leave it out.
-      probes: what is asked.
-      settings: of the sampling.
-      log: receives one line a stage.
-
-    Returns:
-      (results, outputs): results are `Share`s by name and seconds by stage; outputs hold
-      what was generated, by task and way of asking, for pictures.
-    """
-    results: dict[str, Any] = {}
-    outputs: dict[str, dict[str, list[GenerationOutput]]] = {}
-    stages = Stages(log)
-    guided = {"guidance": settings.document_guidance[-1], "guide_documents": True}
-    for prompt in settings.region_prompts:
-        _evaluate_regions(
-            generator, twin, probes, settings, prompt, guided, stages, results, outputs
-        )
-    for end, options in (("", {}), ("_guided", guided)):
-        how: dict[str, Any] = options
-        for name, kind in itertools.product(("named", "other"), DEMONSTRATIONS):
-            task = f"controlled_{name}{kind}{end}"
-            flag, layout, drawn = stages.run(
-                task,
-                lambda name=name, how=how | DEMONSTRATIONS[kind]: evaluate_controlled(
-                    generator, probes, settings, named=name == "named", **how
-                ),
-            )
-            results |= {f"{task}/flag": flag, f"{task}/layout": layout}
-            way = "guided" if how else "plain"
-            outputs.setdefault(f"controlled_{name}{kind}", {})[way] = drawn
-    for by, shots in itertools.product(settings.classify_by, settings.shots):
-        accuracy, area = stages.run(
-            f"{shots}-shot by {by}",
-            lambda shots=shots, by=by: evaluate_kshot(
-                generator, probes, settings, shots, by
-            ),
-        )
-        results[f"kshot_{by}/{shots}"] = accuracy
-        results[f"kshot_{by}_auc/{shots}"] = area
-    for task, weights in (
-        ("guidance", (1.0, *settings.guidance)),
-        ("document_guidance", settings.document_guidance),
-    ):
-        for weight in weights:
-            results[f"{task}/{weight:g}"], _ = stages.run(
-                f"{task} {weight:g}",
-                lambda weight=weight, task=task: evaluate_drawing(
-                    generator,
-                    probes,
-                    settings,
-                    guidance=weight,
-                    guide_documents=task == "document_guidance",
-                ),
-            )
-    results["int8/flag"], _ = stages.run(
-        "int8", lambda: evaluate_drawing(generator.quantized(), probes, settings)
-    )
-    n = settings.num_samples
-    for rank_by in ("clip", "likelihood"):
-        best, every = stages.run(
-            f"best of {n} by {rank_by}",
-            lambda rank_by=rank_by: evaluate_drawing(
-                generator, probes, settings, num_samples=n, rank_by=rank_by
-            ),
-        )
-        results[f"rerank/{rank_by}"] = best
-        results["rerank/none"] = every  # the samples are the same
-    results["rerank/document"], _, _ = stages.run(
-        f"edit, best of {n} by document",
-        lambda: evaluate_edit(
+    def _ask_drawings(self) -> None:
+        """Guidance, weights in 8 bits, re-ranking."""
+        settings, generator, draw = self.settings, self.generator, task_answers.draw
+        for task, weights in (
+            ("guidance", (1.0, *settings.guidance)),
+            ("document_guidance", settings.document_guidance),
+        ):
+            for weight in weights:
+                how = {"guidance": weight, "guide_documents": task != "guidance"}
+                name = f"{task}/{weight:g}"
+                self._ask(
+                    name.replace("/", "_"), {"flag": name}, draw, generator, **how
+                )
+        self._ask("int8", {"flag": "int8/flag"}, task_answers.draw_in_8_bits, generator)
+        for rank_by in ("clip", "likelihood"):
+            # The samples are the same.
+            figures = {"flag": f"rerank/{rank_by}", "any_sample": "rerank/none"}
+            how = {"num_samples": settings.num_samples, "rank_by": rank_by}
+            self._ask(f"rerank_{rank_by}", figures, draw, generator, **how)
+        self._ask(
+            "rerank_document",
+            {"flag": "rerank/document"},
+            task_answers.edit,
             generator,
-            probes,
-            settings,
             "in_place",
-            num_samples=n,
+            num_samples=settings.num_samples,
             rank_by="document",
             **EDITS["_beside"],
-            **guided,
-        ),
-    )
-    results["seconds"] = stages.seconds
-    return results, outputs
-
-
-def format_table(results: dict[str, Any]) -> str:
-    """The suite's figures, one line each."""
-    titles = {}
-    for prompt in REGION_PROMPTS:
-        titles |= {
-            f"alone/infill_{prompt}": f"hidden half generated {prompt}: no documents",
-            f"twin/infill_{prompt}": f"hidden half generated {prompt}: trained without retrieval",
-        }
-    plain = {}
-    for prompt in REGION_PROMPTS:
-        plain |= {
-            f"infill_{prompt}/flag": f"hidden half generated {prompt}: right flag",
-            f"edit_{prompt}/flag": f"region generated {prompt}: the chosen document's flag",
-            f"edit_{prompt}/codes_kept": f"codes outside that are kept, {prompt}",
-            f"edit_{prompt}_sized/flag": f"the same, a document of that size, {prompt}",
-            f"edit_{prompt}_sized/codes_kept": f"codes outside that are kept, sized, {prompt}",
-            f"edit_{prompt}_beside/flag": f"any, with a similar one, {prompt}",
-            f"edit_{prompt}_beside/codes_kept": f"codes outside that are kept, similar one too, {prompt}",
-        }
-    for name, who in (("named", "prompt names it"), ("other", "prompt names another")):
-        for end, what in (
-            ("", "demonstration"),
-            ("_two", "two demonstrations"),
-            ("_beside", "demonstration with a similar one"),
-        ):
-            for value in ("flag", "layout"):
-                title = f"{what} followed: {value} ({who})"
-                plain[f"controlled_{name}{end}/{value}"] = title
-    for name, title in plain.items():
-        task, _, value = name.partition("/")
-        titles |= {name: title, f"{task}_guided/{value}": f"{title}, guided"}
-    titles |= {
-        "int8/flag": "generated flag right, weights in 8 bits",
-        "rerank/none": "generated flag right, any sample",
-        "rerank/clip": "generated flag right, best by CLIP",
-        "rerank/likelihood": "generated flag right, best by likelihood",
-        "rerank/document": (
-            "any, with a similar one, in_place, guided: best by similarity to the document"
-        ),
-    }
-    for name in results:
-        task, _, value = name.partition("/")
-        if task.startswith("kshot_"):
-            by = task.removeprefix("kshot_").removesuffix("_auc")
-            title = f"two-way classification by {by}, {value} examples a label"
-            titles[name] = f"{title}: AUC" if task.endswith("_auc") else title
-        if task == "guidance":
-            titles[name] = f"generated flag right, guidance {value}"
-        if task == "document_guidance":
-            titles[name] = f"generated flag right, guidance {value} with documents"
-    lines = ["| task | fraction [95% interval] |", "|---|---|"]
-    for name, title in titles.items():
-        if name in results:
-            value = results[name]
-            cell = f"{value:.3f}" if isinstance(value, float) else str(value)
-            lines.append(f"| {title} | {cell} |")
-    return "\n".join(lines)
+            **self._guided,
+        )

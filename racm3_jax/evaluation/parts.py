@@ -122,6 +122,7 @@ class Parts:
     ) -> None:
         start = chunk * self.chunk_size
         items = range(start, min(start + self.chunk_size, self.num_items))
+        started = time.monotonic()
         arrays = compute(items, device)
         for name, column in arrays.items():
             if len(column) != len(items):
@@ -132,7 +133,7 @@ class Parts:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = io.BytesIO()
         named: dict[str, Any] = {**arrays, "fingerprint": self.fingerprint}
-        np.savez(stream, **named)
+        np.savez(stream, **named, seconds=time.monotonic() - started)
         storage.write_file(path, stream.getvalue())
 
     def wait(self, variants: Sequence[str], log: Callable[[str], None] = print) -> None:
@@ -157,11 +158,20 @@ class Parts:
             for name in chunks[0]
         }
 
+    def read_seconds(self, variant: str) -> float:
+        """What the chunks of a variant took, one after the other."""
+        total = 0.0
+        for chunk in range(self.num_chunks):
+            with np.load(self.path(variant, chunk), allow_pickle=False) as file:
+                total += float(file["seconds"])
+        return total
+
     def _read(self, path: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 arrays = dict(file)
                 found = str(arrays.pop("fingerprint"))
+                arrays.pop("seconds", None)
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): remove it and run again"

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float64, Int, Int64
 
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
+from racm3_jax.evaluation.retrieval import stack_rows
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.sequences.layout import document_tokens, retrieved_prefix
 from racm3_jax.types import Document, Modality, Retrieved, TokenizedDocument
@@ -123,10 +124,8 @@ def prepare_documents(
         Scored(retrieved_prefix(found.documents, vocab), document_tokens(main, vocab))
         for found, main in zip(given, tokenized, strict=True)
     ]
-    retrieved = np.full((len(given), num_retrieved), -1, np.int64)
-    for row, found in zip(retrieved, given, strict=True):
-        row[: len(found.ids)] = found.ids
-    return Prepared(sequences, retrieved)
+    retrieved = [found.ids.tolist() for found in given]
+    return Prepared(sequences, stack_rows(retrieved, num_retrieved))
 
 
 def score_documents(

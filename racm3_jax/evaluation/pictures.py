@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from racm3_jax import own_files
+
+if TYPE_CHECKING:
+    from racm3_jax.generation.tasks import Generator
+    from racm3_jax.types import GenerationOutput, TokenizedDocument
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 
@@ -33,6 +41,10 @@ class Row:
 
     prompt: str
     groups: Sequence[Sequence[Panel]]
+
+
+# Where there is nothing to show.
+BLANK: Pixels = np.full((8, 8, 3), 236, np.uint8)
 
 
 def enlarge(image: Pixels, times: int) -> Pixels:
@@ -168,3 +180,73 @@ def draw_sheet(
                     font=_font(_WORDS_SIZE),
                 )
     return np.asarray(sheet)
+
+
+def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Row]) -> None:
+    """Writes `draw_sheet`."""
+    own_files.write_png(path, draw_sheet(headings, rows))
+
+
+def save_comparison(
+    path: Path, rows: Iterable[tuple[str, Sequence[Panel], Pixels, Pixels]]
+) -> None:
+    """Writes prompt | retrieved documents | drawn with retrieval | without."""
+    headings = ("prompt", "retrieved documents", "with retrieval", "without")
+    shown = [
+        Row(prompt, (panels, [Panel(drawn)], [Panel(plain)]))
+        for prompt, panels, drawn, plain in rows
+    ]
+    save_sheet(path, headings, shown)
+
+
+def save_outputs(
+    path: Path,
+    generator: Generator,
+    drawn: Sequence[GenerationOutput],
+    plain: Sequence[GenerationOutput],
+) -> None:
+    """`save_comparison` of what a generator drew with and without retrieval."""
+    pairs = zip(drawn, plain, strict=True)
+    save_comparison(
+        path,
+        [
+            (a.prompt, retrieved_panels(generator, a), a.images[0], b.images[0])
+            for a, b in pairs
+        ],
+    )
+
+
+def retrieved_panels(generator: Generator, output: GenerationOutput) -> list[Panel]:
+    """The documents that a sample was given, as the model sees them."""
+    found = output.retrieved
+    return document_panels(generator.tokenizer, found.documents, found.scores.tolist())
+
+
+def memory_panels(
+    memory: Any,
+    tokenizer: Any,
+    rows: Int[np.ndarray, " k"],
+    scores: Sequence[float] | None = None,
+) -> list[Panel]:
+    """Documents of a memory, as a model sees them; rows of -1 are left out."""
+    there = rows >= 0
+    kept = None if scores is None else np.asarray(scores)[there].tolist()
+    return document_panels(tokenizer, memory.documents(rows[there]), kept)
+
+
+def document_panels(
+    tokenizer: Any,
+    documents: Sequence[TokenizedDocument],
+    scores: Sequence[float] | None = None,
+) -> list[Panel]:
+    """The last image of each document that has one, over its text and its score."""
+    panels = []
+    for i, document in enumerate(documents):
+        decoded = tokenizer.decode(document)
+        words = decoded.text
+        # Hand-picked documents have no score.
+        if scores is not None and np.isfinite(scores[i]):
+            words += f" ({scores[i]:.2f})"
+        if decoded.images:
+            panels.append(Panel(decoded.images[-1], words))
+    return panels

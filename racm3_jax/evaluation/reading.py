@@ -237,8 +237,8 @@ def generate_answers(
     seed: int = 0,
     temperature: float = 1.0,
     top_p: float = 0.9,
-) -> dict[Asked, Share]:
-    """How often what is generated has the right nation's name, and flag.
+) -> dict[Asked, list[bool]]:
+    """Of each question: has what is generated the right nation's name, and flag?
 
     Captions are greedy; nothing is guided, ranked or chosen again.
 
@@ -278,18 +278,13 @@ def generate_answers(
         **how,
     )
     return {
-        "name": compute_share(
-            [
-                name.lower() in output.texts[0].lower()
-                for name, output in zip(names, captions, strict=True)
-            ]
-        ),
-        "flag": compute_share(
-            [
-                nation.name == name
-                for name, (nation, _) in zip(names, found, strict=True)
-            ]
-        ),
+        "name": [
+            name.lower() in output.texts[0].lower()
+            for name, output in zip(names, captions, strict=True)
+        ],
+        "flag": [
+            nation.name == name for name, (nation, _) in zip(names, found, strict=True)
+        ],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.index import streaming
 from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.alignment import compute_ranks
-from racm3_jax.types import Modality, Neighbours, Retrieved, TokenizedDocument
+from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.types import Document, Modality, Neighbours, Retrieved, TokenizedDocument
 
 _BLOCK = 512
 
@@ -56,6 +57,84 @@ def chance_recall(num_rows: int, right: Sequence[Sequence[int]], k: int) -> floa
         for wanted in right
     ]
     return 1 - sum(missed) / len(missed)
+
+
+def find_right(
+    memory: Memory, documents: Sequence[Document], class_key: str
+) -> list[list[int]]:
+    """The rows of the memory that each document should find; none for some.
+
+    Args:
+      memory: that is searched.
+      documents: that search.
+      class_key: metadata that is equal where documents tell the same; "" for the
+        document itself.
+    """
+    if not class_key:
+        own = memory.find([document.id for document in documents])
+        return [[int(row)] if row >= 0 else [] for row in own]
+    allowed = memory.allowed_ids()
+    rows: dict[Any, list[int]] = {}
+    for row, metadata in zip(allowed, memory.metadata(allowed), strict=True):
+        if class_key in metadata:
+            rows.setdefault(metadata[class_key], []).append(int(row))
+    return [rows.get(d.metadata.get(class_key), []) for d in documents]
+
+
+def compute_recalls(
+    embedded: Mapping[str, np.ndarray],
+    searched: Mapping[str, Int64[np.ndarray, "documents k"]],
+    right: Sequence[Sequence[int]],
+    ks: Sequence[int],
+    num_rows: int,
+) -> dict[str, Share | float]:
+    """Recall@k of a test set, and what even draws would reach, by name.
+
+    Among the test documents (text to image, image to text), and from a test document to
+    a right one in the memory; documents that lack a part, or have no right one, are left
+    out.
+
+    Args:
+      embedded: `DocumentEmbeddings` of the test documents, by the names of its fields.
+      searched: rows of the memory that "text" and "image" of each document find.
+      right: rows of the memory that each document should find; none for some.
+      ks: numbers of rows.
+      num_rows: of the memory.
+    """
+    results: dict[str, Share | float] = {}
+    both = np.flatnonzero(embedded["has_text"] & embedded["has_image"])
+    for query, candidates in (("text", "image"), ("image", "text")):
+        if len(both):
+            name = f"recall/{query}_to_{candidates}"
+            shares = pair_recall(embedded[query][both], embedded[candidates][both], ks)
+            for k, share in shares.items():
+                results[f"{name}@{k}"] = share
+                results[f"{name}@{k}/chance"] = min(k, len(both)) / len(both)
+    for query in ("text", "image"):
+        name = f"recall/{query}_to_document"
+        there = np.flatnonzero(embedded[f"has_{query}"]).tolist()
+        rows = [i for i in there if right[i]]
+        wanted, found = [right[i] for i in rows], searched[query][rows].tolist()
+        for k in ks if rows else ():
+            results[f"{name}@{k}"] = document_recall(found, wanted, k)
+            results[f"{name}@{k}/chance"] = chance_recall(num_rows, wanted, k)
+    return results
+
+
+def stack_rows(
+    found: Sequence[Sequence[int]], width: int | None = None
+) -> Int64[np.ndarray, "n k"]:
+    """Rows of a memory; -1 where fewer documents were found.
+
+    Args:
+      found: rows for each item.
+      width: k; None is the most that any item has.
+    """
+    width = max(map(len, found)) if width is None else width
+    rows = np.full((len(found), width), -1, np.int64)
+    for row, ids in zip(rows, found, strict=True):
+        row[: len(ids)] = ids
+    return rows
 
 
 class RandomRetriever:
@@ -184,3 +263,30 @@ def find_near_duplicates(
     """
     larger = float(np.nextafter(np.float32(max_similarity), np.float32(2)))
     return streaming.find_similar(memory.image_embeddings, images, larger)[0]
+
+
+def purge_memory(
+    retriever: Retriever,
+    images: Float32[np.ndarray, "images d_embed"],
+    max_similarity: float,
+    seed: int,
+) -> tuple[dict[str, Any], int]:
+    """Retrievers that never find near-duplicates of a test set.
+
+    Args:
+      retriever: over the memory that is purged.
+      images: of the test set, see `find_near_duplicates`.
+      max_similarity: see `find_near_duplicates`.
+      seed: of the random one.
+
+    Returns:
+      (the same retriever and a `RandomRetriever`, by the variants "retrieval" and
+      "random"; how many documents are purged).
+    """
+    rows = find_near_duplicates(retriever.memory, images, max_similarity)
+    memory: Any = PurgedMemory(retriever.memory, rows)
+    retrievers = {
+        "retrieval": Retriever(memory, retriever.strategy),
+        "random": RandomRetriever(memory, seed),
+    }
+    return retrievers, len(rows)

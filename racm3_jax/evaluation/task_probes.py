@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from racm3_jax.documents.flagworld import FlagIdentifier, Nation
-from racm3_jax.evaluation.intervals import Share, compute_share
-from racm3_jax.generation.classification import CLASSIFY_BY, ClassifyBy
-from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
+from racm3_jax.evaluation.settings import TaskSettings
 from racm3_jax.types import Document
 
 Box = tuple[int, int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskSettings:
-    """How the suite samples.
-
-    Attributes:
-      num_items: how many test documents; 0 is all.
-      num_retrieved: documents before each prompt (2 in the paper).
-      temperature, top_p: of all drawing.
-      max_spans: of infilling and editing (see `generation.regions`).
-      region_prompts: to compare in infilling and editing (see `generation.infilling`).
-      guidance: weights to compare, besides 1; the documents stay in both streams.
-      document_guidance: the same away from what is drawn without documents, too; the
-        tasks that read documents are run plainly and with the last of them.
-      num_samples: of re-ranking.
-      shots: numbers of examples a label.
-      classify_by: whose likelihood is compared (see `generation.classification`).
-      shots_per_pass: of them, how many are in one context; passes are averaged.
-      seed: of all sampling and of the choice of nations.
-    """
-
-    num_items: int = 0
-    num_retrieved: int = 2
-    temperature: float = 1.0
-    top_p: float = 0.9
-    max_spans: int = 1
-    region_prompts: tuple[RegionPrompt, ...] = REGION_PROMPTS
-    guidance: tuple[float, ...] = (2.0,)
-    document_guidance: tuple[float, ...] = (2.0,)
-    num_samples: int = 4
-    shots: tuple[int, ...] = (0, 1, 2, 4, 8)
-    classify_by: tuple[ClassifyBy, ...] = CLASSIFY_BY
-    shots_per_pass: int = 1
-    seed: int = 0
 
 
 class TaskProbes:
@@ -140,13 +102,13 @@ class TaskProbes:
         """The nation whose flag each image shows."""
         return [nation.name for nation, _ in self._identifier.identify(list(images))]
 
-    def right_flags(
+    def judge_flags(
         self, images: Sequence[np.ndarray], names: Sequence[str]
-    ) -> tuple[Share, Share]:
-        """How many show the named nation's flag, and how many at least its layout."""
-        found = self.name_flags(images)
-        pairs = list(zip(found, names, strict=True))
-        return (
-            compute_share([a == b for a, b in pairs]),
-            compute_share([self._layouts[a] == self._layouts[b] for a, b in pairs]),
-        )
+    ) -> dict[str, np.ndarray]:
+        """Do they show the named nations' flags, and at least their layouts?"""
+        pairs = list(zip(self.name_flags(images), names, strict=True))
+        layouts = self._layouts
+        return {
+            "flag": np.array([a == b for a, b in pairs]),
+            "layout": np.array([layouts[a] == layouts[b] for a, b in pairs]),
+        }

@@ -20,8 +20,7 @@ from jaxtyping import UInt8
 from racm3_jax.documents.images import resize_image
 from racm3_jax.documents.sources import Corpus
 from racm3_jax.evaluation.perplexity import prepare_documents, score_documents
-from racm3_jax.evaluation.pictures import Panel, Row
-from racm3_jax.evaluation.runner import retrieved_panels, save_sheet
+from racm3_jax.evaluation.pictures import Panel, Row, retrieved_panels, save_sheet
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import MetricSums
 from racm3_jax.model.config import ModelConfig

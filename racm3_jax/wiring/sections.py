@@ -20,10 +20,12 @@ from racm3_jax import checksums
 from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.augmentation import NO_AUGMENTATION, AugmentationConfig
 from racm3_jax.documents.flagworld import FlagworldConfig
-from racm3_jax.evaluation.flagworld import SuiteSettings
-from racm3_jax.evaluation.flagworld_tasks import TaskSettings
-from racm3_jax.evaluation.likelihood_protocol import LikelihoodSettings
-from racm3_jax.evaluation.protocol import ProtocolSettings
+from racm3_jax.evaluation.settings import (
+    CocoSettings,
+    FlagworldSettings,
+    LikelihoodSettings,
+    TaskSettings,
+)
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.retrieval.clip import CLIPConfig
 from racm3_jax.retrieval.clip_loss import CLIPLossConfig
@@ -249,8 +251,8 @@ class GeneratorTraining(_Training):
 
 
 @dataclasses.dataclass(frozen=True)
-class FlagworldEvaluation:
-    """A file with `suite = "flagworld"`."""
+class _EvaluationOfModels:
+    """What every suite says that can build flagworld's memory."""
 
     suite: str
     models: str
@@ -259,22 +261,21 @@ class FlagworldEvaluation:
     world: FlagworldConfig
     memory: MemoryConfig
     strategy: StrategyConfig
-    settings: SuiteSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagworldEvaluation(_EvaluationOfModels):
+    """A file with `suite = "flagworld"`."""
+
+    settings: FlagworldSettings
     num_scene_examples: int
     num_sheet_rows: int
 
 
 @dataclasses.dataclass(frozen=True)
-class TasksEvaluation:
+class TasksEvaluation(_EvaluationOfModels):
     """A file with `suite = "flagworld_tasks"`."""
 
-    suite: str
-    models: str
-    model: str
-    twin: str
-    world: FlagworldConfig
-    memory: MemoryConfig
-    strategy: StrategyConfig
     settings: TaskSettings
     num_sheet_rows: int
 
@@ -290,23 +291,16 @@ class CocoEvaluation:
     models: str
     memory: str
     strategy: StrategyConfig
-    settings: ProtocolSettings
+    settings: CocoSettings
     inception: InceptionConfig
     judge_clip: str
     reference: str
 
 
 @dataclasses.dataclass(frozen=True)
-class LikelihoodEvaluation:
+class LikelihoodEvaluation(_EvaluationOfModels):
     """A file with `suite = "likelihood"`."""
 
-    suite: str
-    models: str
-    model: str
-    twin: str
-    world: FlagworldConfig
-    memory: MemoryConfig
-    strategy: StrategyConfig
     source: str
     num_items: int
     memory_path: str

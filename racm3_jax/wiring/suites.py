@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,24 @@ from racm3_jax.documents.flagworld import (
 from racm3_jax.documents.readers import read_documents
 from racm3_jax.evaluation.clip_score import CLIPFeatures, CLIPScorer
 from racm3_jax.evaluation.coco import choose_items, read_coco, read_karpathy
+from racm3_jax.evaluation.coco_suite import CocoSuite
+from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoDrawing
 from racm3_jax.evaluation.document_sets import choose_documents, choose_pool
-from racm3_jax.evaluation.flagworld import FlagworldJudge, SuiteSettings
+from racm3_jax.evaluation.fingerprints import describe_generator, fingerprint_params
+from racm3_jax.evaluation.flagworld import FlagworldSuite
+from racm3_jax.evaluation.flagworld_judge import FlagworldJudge
+from racm3_jax.evaluation.flagworld_tasks import TasksSuite
 from racm3_jax.evaluation.inception import InceptionFeatures, convert_weights
-from racm3_jax.evaluation.likelihood_protocol import (
-    LikelihoodProtocol,
+from racm3_jax.evaluation.likelihood_suite import LikelihoodSuite
+from racm3_jax.evaluation.reading import make_reading_questions
+from racm3_jax.evaluation.settings import (
+    CocoSettings,
+    FlagworldSettings,
     LikelihoodSettings,
+    TaskSettings,
 )
-from racm3_jax.evaluation.protocol import CocoProtocol, ProtocolSettings
-from racm3_jax.evaluation.reading import ReadingQuestion, make_reading_questions
-from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
+from racm3_jax.evaluation.suite import Suite
+from racm3_jax.evaluation.task_probes import TaskProbes
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.porting.files import open_tensors
@@ -46,37 +55,17 @@ from racm3_jax.wiring.parts import (
 from racm3_jax.wiring.sections import construct
 
 
-@dataclasses.dataclass(frozen=True)
-class FlagworldSuite:
-    """The objects of the flagworld suite, over memories built in a work directory."""
+def build_suite(config: Any, workdir: Path) -> Suite:
+    """Opens models, memories and data of the suite that `config.suite` names.
 
-    generator: Generator
-    twin: Generator | None
-    swapped: Generator
-    judge: FlagworldJudge
-    swapped_judge: FlagworldJudge
-    settings: SuiteSettings
-    memory: Memory
-    questions: list[ReadingQuestion]
-
-
-@dataclasses.dataclass(frozen=True)
-class TasksSuite:
-    """The objects of the suite of tasks, over the same memory."""
-
-    generator: Generator
-    twin: Generator | None
-    probes: TaskProbes
-    settings: TaskSettings
-    memory: Memory
+    Raises:
+      ValueError: a setting that does not exist, or files that are not there.
+    """
+    return BUILDERS[config.suite](config, workdir)
 
 
 def build_flagworld_suite(config: Any, workdir: Path) -> FlagworldSuite:
-    """Builds both memories (as they are, and with exchanged flags) and opens the models.
-
-    Raises:
-      ValueError: a setting that does not exist, or models that are not there.
-    """
+    """Builds both memories: as they are, and with exchanged flags."""
     world = build_world(config)
     swapped_world = dataclasses.replace(world, swap_flags=True)
     plain, twin = _open_models(config)
@@ -94,31 +83,30 @@ def build_flagworld_suite(config: Any, workdir: Path) -> FlagworldSuite:
 
     memory = _open_memory(config, workdir / "memory", world, plain)
     swapped = _open_memory(config, workdir / "memory_swapped", swapped_world, plain)
-    strategy = construct(StrategyConfig, config.strategy, "strategy")
-    settings = construct(SuiteSettings, config.settings, "settings")
+    settings = construct(FlagworldSettings, config.settings, "settings")
     questions = []
     # One nation a question: a small world has fewer.
     num_reading = min(settings.num_reading, world.num_heldout)
     if num_reading:
         questions = make_reading_questions(world, num_reading, seed=settings.seed)
+    generator = _over(memory, plain, config)
     return FlagworldSuite(
-        plain.with_retriever(Retriever(memory, strategy)),
+        generator,
         twin,
-        plain.with_retriever(Retriever(swapped, strategy)),
+        _over(swapped, plain, config),
         judge(world),
         judge(swapped_world),
         settings,
-        memory,
-        questions,
+        workdir,
+        _describe(config, generator, twin),
+        questions=questions,
+        num_sheet_rows=config.num_sheet_rows,
+        **_place(),
     )
 
 
 def build_tasks_suite(config: Any, workdir: Path) -> TasksSuite:
-    """Builds the memory and opens the models.
-
-    Raises:
-      ValueError: a setting that does not exist, or models that are not there.
-    """
+    """Builds the memory."""
     world = build_world(config)
     settings = construct(TaskSettings, config.settings, "settings")
     plain, twin = _open_models(config)
@@ -129,21 +117,25 @@ def build_tasks_suite(config: Any, workdir: Path) -> TasksSuite:
         list(read_flagworld(world, "heldout_memory")),
         settings,
     )
-    strategy = construct(StrategyConfig, config.strategy, "strategy")
-    generator = plain.with_retriever(Retriever(memory, strategy))
-    return TasksSuite(generator, twin, probes, settings, memory)
+    generator = _over(memory, plain, config)
+    return TasksSuite(
+        generator,
+        twin,
+        probes,
+        settings,
+        workdir,
+        _describe(config, generator, twin),
+        num_sheet_rows=config.num_sheet_rows,
+        **_place(),
+    )
 
 
-def build_coco_protocol(config: Any, workdir: Path) -> CocoProtocol:
-    """Opens COCO's files, the model, its memory and the judges.
-
-    Raises:
-      ValueError: a setting that does not exist, or files that are not there.
-    """
+def build_coco_suite(config: Any, workdir: Path) -> CocoSuite:
+    """Opens COCO's files and the judges."""
     for name in ("coco", "models"):
         if not config[name]:
             raise ValueError(f"config.{name} is empty: give --config.{name}=FOLDER")
-    settings = construct(ProtocolSettings, config.settings, "settings")
+    settings = construct(CocoSettings, config.settings, "settings")
     read = read_coco if settings.task == "text_to_image" else read_karpathy
     items = choose_items(read(config.coco, config.split), config.num_items)
     directory = resolve(config.models)
@@ -163,7 +155,8 @@ def build_coco_protocol(config: Any, workdir: Path) -> CocoProtocol:
             variant=config.inception.variant,
             resizing=config.inception.resizing,
         )
-    return CocoProtocol(
+    suite = CocoDrawing if settings.task == "text_to_image" else CocoCaptioning
+    return suite(
         generator,
         items,
         settings,
@@ -171,16 +164,12 @@ def build_coco_protocol(config: Any, workdir: Path) -> CocoProtocol:
         extractors=extractors,
         scorer=CLIPScorer(judge),
         reference=Path(config.reference).expanduser() if config.reference else None,
-        **_share_of_work(generator),
+        **_place(generator),
     )
 
 
-def build_likelihood_protocol(config: Any, workdir: Path) -> LikelihoodProtocol:
-    """Opens the documents, the models and the memory, which is built if none is named.
-
-    Raises:
-      ValueError: a setting that does not exist, or files that are not there.
-    """
+def build_likelihood_suite(config: Any, workdir: Path) -> LikelihoodSuite:
+    """Opens the documents and the memory, which is built if none is named."""
     settings = construct(LikelihoodSettings, config.settings, "settings")
     plain, twin = _open_models(config)
     world = build_world(config)
@@ -196,26 +185,48 @@ def build_likelihood_protocol(config: Any, workdir: Path) -> LikelihoodProtocol:
     else:
         memory = _open_memory(config, workdir / "memory", world, plain)
         shown = shown or list(read_flagworld(world, "heldout_memory"))
-    strategy = construct(StrategyConfig, config.strategy, "strategy")
-    return LikelihoodProtocol(
-        plain.with_retriever(Retriever(memory, strategy)),
+    return LikelihoodSuite(
+        _over(memory, plain, config),
         choose_documents(documents, config.num_items),
         settings,
         workdir,
         twin=twin,
         pool=choose_pool(shown or documents, config.class_key),
         class_key=config.class_key,
-        **_share_of_work(plain),
+        **_place(plain),
     )
 
 
-def _share_of_work(generator: Generator) -> dict[str, Any]:
-    """Of this process, among all of them, and of the devices that hold the model."""
-    return {
+BUILDERS: Mapping[str, Callable[[Any, Path], Suite]] = {
+    "flagworld": build_flagworld_suite,
+    "flagworld_tasks": build_tasks_suite,
+    "coco": build_coco_suite,
+    "likelihood": build_likelihood_suite,
+}
+
+
+def _place(generator: Generator | None = None) -> dict[str, Any]:
+    """This process among all of them, and the devices that hold a copy of the model.
+
+    Without a model all of a process's devices work on the same items.
+    """
+    place: dict[str, Any] = {
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
-        "devices": generator.devices_with_a_copy() or (None,),
     }
+    if generator is not None:
+        place["devices"] = generator.devices_with_a_copy() or (None,)
+    return place
+
+
+def _describe(
+    config: Any, generator: Generator, twin: Generator | None
+) -> dict[str, Any]:
+    """What the figures of a suite of flagworld depend on."""
+    inputs = describe_generator(generator)
+    inputs["twin"] = None if twin is None else fingerprint_params(twin)
+    number = inputs["memory"]["num_documents"]
+    return config.to_dict() | {"memory_documents": number, "inputs": inputs}
 
 
 def _open_models(config: Any) -> tuple[Generator, Generator | None]:
@@ -241,6 +252,12 @@ def _open_memory(
         num_documents=world.num_heldout * world.documents_per_heldout
         + world.num_nations * world.documents_per_nation,
     )
+
+
+def _over(memory: Memory, generator: Generator, config: Any) -> Generator:
+    """The model with a memory, searched as the config says."""
+    strategy = construct(StrategyConfig, config.strategy, "strategy")
+    return generator.with_retriever(Retriever(memory, strategy))
 
 
 def _tests(world: FlagworldConfig) -> list[Document]:

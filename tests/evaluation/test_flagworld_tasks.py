@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from racm3_jax.documents.flagworld import FlagworldConfig, make_nations, read_flagworld
-from racm3_jax.evaluation import task_sheets
-from racm3_jax.evaluation.flagworld_tasks import (
-    evaluate_flagworld_tasks,
-    evaluate_kshot,
-    format_table,
-)
-from racm3_jax.evaluation.kshot import INVENTED
-from racm3_jax.evaluation.task_probes import TaskProbes, TaskSettings
+from racm3_jax.evaluation import task_answers
+from racm3_jax.evaluation.flagworld_tasks import TasksSuite
+from racm3_jax.evaluation.kshot import INVENTED, compute_auc
+from racm3_jax.evaluation.settings import TaskSettings
+from racm3_jax.evaluation.task_probes import TaskProbes
 from racm3_jax.generation.classification import Classification
 from racm3_jax.types import Document, GenerationOutput, Retrieved, Segment
 
@@ -44,6 +43,8 @@ def answer(*images, **facts):
 
 class Oracle:
     """Answers rightly with a share of the truth: 1 always, 0 never."""
+
+    retriever = None
 
     def __init__(self, probes, right):
         self.probes, self.right = probes, right
@@ -93,12 +94,19 @@ class Oracle:
         return Classification(label, labels, sure, 1)
 
 
-def test_right_answers_are_right_and_wrong_ones_wrong(probes):
+FEW = dataclasses.replace(SETTINGS, region_prompts=("masked",), shots=(2,))
+
+
+def make_suite(probes, workdir, right, twin=None, settings=SETTINGS, **options):
+    record = {"right": right}
+    oracle = Oracle(probes, right)
+    return TasksSuite(oracle, twin, probes, settings, workdir, record, **options)
+
+
+def test_right_answers_are_right_and_wrong_ones_wrong(probes, tmp_path):
     lines = []
-    oracle = Oracle(probes, True)
-    good, outputs = evaluate_flagworld_tasks(
-        oracle, Oracle(probes, False), probes, SETTINGS, lines.append
-    )
+    suite = make_suite(probes, tmp_path / "good", True, Oracle(probes, False))
+    oracle, good = suite.generator, suite.run(lines.append)
     assert oracle.edits == {(), (1,), (1, SETTINGS.num_samples, "document")}
     for name in ("infill_masked/flag", "infill_in_place_guided/flag", "kshot_image/2",
                  "alone/infill_masked", "edit_masked/flag", "edit_in_place/flag",
@@ -111,11 +119,9 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     assert good["twin/infill_masked"].value == 0.0
     assert good["rerank/none"].value == 0.5 and good["int8/flag"].value == 0.0
     assert good["kshot_label_auc/2"] == 1.0
-    assert good["kshot_image/2"].total == 5 and len(outputs["edit"]["masked"]) == 5
-    assert len(lines) == 43
-    bad, _ = evaluate_flagworld_tasks(
-        Oracle(probes, False), None, probes, SETTINGS, lines.append
-    )
+    assert good["kshot_image/2"].total == 5
+    assert len(lines) == len(good["seconds"]) + 1 == 44
+    bad = make_suite(probes, tmp_path / "bad", False).run(lines.append)
     for name in (
         "infill_masked/flag",
         "edit_in_place/flag",
@@ -127,37 +133,60 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes):
     assert (
         bad["edit_in_place/codes_kept"].value == 0.5 and "twin/infill_masked" not in bad
     )
-    table = format_table(good)
+    table = suite.format_table(good)
+    assert table == lines[43]
     assert "| two-way classification by label, 2 examples a label | 100.0%" in table
     line = "| two-way classification by label, 2 examples a label: AUC | 1.000 |"
     assert line in table.splitlines()
     assert len(table.splitlines()) == 2 + 72
 
 
+def test_a_killed_run_resumes_at_its_stage(probes, tmp_path, monkeypatch):
+    """What is finished is not asked again; one process of several does the work."""
+
+    def start(folder, right=True, index=0):
+        process = {"process_index": index, "process_count": 2}
+        suite = make_suite(probes, tmp_path / folder, right, settings=FEW, **process)
+        return suite.run(lambda line: None)
+
+    assert start("whole", index=1) is None and not (tmp_path / "whole").exists()
+    whole = start("whole")
+    with monkeypatch.context() as patch:
+        patch.delattr(Oracle, "classify")  # asked after regions and demonstrations
+        with pytest.raises(AttributeError, match="classify"):
+            start("killed")
+    assert not (tmp_path / "killed" / "results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.delattr(Oracle, "infill_batch")
+        patch.delattr(Oracle, "continue_batch")
+        resumed = start("killed")
+    assert set(whole.pop("seconds")) == set(resumed.pop("seconds"))
+    assert resumed == whole and whole["kshot_label/2"].value == 1
+    with pytest.raises(ValueError, match="other settings"):
+        start("killed", right=False)
+
+
 def test_a_sheet_shows_all_ways_of_a_task_beside_what_was_given(probes, tmp_path):
-    _, outputs = evaluate_flagworld_tasks(
-        Oracle(probes, True), Oracle(probes, False), probes, SETTINGS, lambda _: None
-    )
-    assert list(outputs["infill"]) == [
+    twin, folders = Oracle(probes, False), [tmp_path / "a", tmp_path / "b"]
+    for folder, count in zip(folders, (2, 4), strict=True):
+        suite = make_suite(probes, folder, True, twin, num_sheet_rows=count)
+        suite.run(lambda line: None)
+    assert list(suite.sheets["infill"]) == [
         f"{prompt}{end}"
         for prompt in ("masked", "in_place")
         for end in (", twin", "", ", guided")
     ]
-    assert set(outputs) >= {"edit", "edit_sized", "edit_beside", "controlled_other_two"}
-    task_sheets.write_task_sheets(tmp_path / "a", None, probes, outputs, 2)
-    assert {path.stem for path in (tmp_path / "a").iterdir()} == set(outputs)
-    few = np.asarray(Image.open(tmp_path / "a" / "infill.png"))
-    edits = np.asarray(Image.open(tmp_path / "a" / "edit.png"))
+    names = {path.stem for path in (folders[0] / "samples").iterdir()}
+    assert names == set(suite.sheets)
+    assert names >= {"edit", "edit_sized", "edit_beside", "controlled_other_two"}
+    few, more = (np.asarray(Image.open(f / "samples" / "infill.png")) for f in folders)
+    edits = np.asarray(Image.open(folders[0] / "samples" / "edit.png"))
     assert few.shape[1] > edits.shape[1]  # the twin's drawings, too
-    task_sheets.write_task_sheets(tmp_path / "b", None, probes, outputs, 4)
-    more = np.asarray(Image.open(tmp_path / "b" / "infill.png"))
     assert more.shape[0] > 1.5 * few.shape[0]
     grey = (few == 128).all(-1)
     assert (
         grey.any() and not (np.asarray(probes.tests[0].images[0]) == 128).all(-1).any()
     )
-    task_sheets.write_task_sheets(tmp_path / "none", None, probes, outputs, 0)
-    assert not (tmp_path / "none").exists()
 
 
 def test_one_constant_answer_is_a_coin(probes):
@@ -182,8 +211,9 @@ def test_one_constant_answer_is_a_coin(probes):
             return Classification(label, labels, sure, 1)
 
     for choose in (min, lambda labels: labels[0]):
-        accuracy, area = evaluate_kshot(Constant(choose), many, SETTINGS, 0, "label")
-        assert 0.35 < accuracy.value < 0.65
+        found = task_answers.classify(Constant(choose), many, SETTINGS, 0, "label")
+        assert 0.35 < found["right"].mean() < 0.65
+        area = compute_auc(found["probabilities"], [0] * len(found["right"]))
         assert 0.35 < area < 0.65
     assert len(asked) > 30
 

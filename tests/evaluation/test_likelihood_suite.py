@@ -13,13 +13,10 @@ from racm3_jax.evaluation.document_sets import (
     ShotPool,
     choose_documents,
     choose_pool,
-    describe_documents,
 )
-from racm3_jax.evaluation.likelihood_protocol import (
-    LikelihoodProtocol,
-    LikelihoodSettings,
-)
-from racm3_jax.evaluation.likelihood_results import evaluate_likelihood
+from racm3_jax.evaluation.fingerprints import describe_documents
+from racm3_jax.evaluation.likelihood_suite import LikelihoodSuite
+from racm3_jax.evaluation.settings import LikelihoodSettings
 from racm3_jax.types import Document, Segment
 
 COUNT = 22
@@ -87,10 +84,10 @@ def make_settings(**changes):
 def run(memory, documents, workdir, settings=None, **more):
     generator = make_generator(memory)
     more = {"pool": choose_pool(documents, "kind"), "twin": generator} | more
-    protocol = LikelihoodProtocol(
+    suite = LikelihoodSuite(
         generator, documents, settings or make_settings(), workdir, **more
     )
-    return evaluate_likelihood(protocol, log=lambda line: None)
+    return suite.run(log=lambda line: None)
 
 
 def test_every_figure_stands_beside_its_baselines(scorer, memory, documents, tmp_path):
@@ -176,13 +173,13 @@ def test_without_a_twin_or_classes(scorer, memory, documents, tmp_path):
 
 def test_right_documents_are_those_of_the_same_class(memory, documents, tmp_path):
     with pytest.raises(ValueError, match="a generator with a memory"):
-        LikelihoodProtocol(make_generator(), documents, make_settings(), tmp_path)
+        LikelihoodSuite(make_generator(), documents, make_settings(), tmp_path)
     with pytest.raises(ValueError, match="no documents"):
-        LikelihoodProtocol(make_generator(memory), [], make_settings(), tmp_path)
-    protocol = LikelihoodProtocol(
+        LikelihoodSuite(make_generator(memory), [], make_settings(), tmp_path)
+    suite = LikelihoodSuite(
         make_generator(memory), documents, make_settings(), tmp_path, class_key="kind"
     )
-    assert protocol.right == [[]] * COUNT  # this memory has no such metadata
+    assert suite.right == [[]] * COUNT  # this memory has no such metadata
 
 
 def test_sets_are_chosen_by_hash(documents):

@@ -98,8 +98,8 @@ def test_copying_depends_on_the_order_and_reading_does_not(questions, tokenizer)
     ):
         reader = Reader(tokenizer, copies, nations)
         found = generate_answers(reader, questions, nations, right_place=place)
-        assert found["name"].value == found["flag"].value == expected
-        assert found["flag"].total == 6
+        assert np.mean(found["name"]) == np.mean(found["flag"]) == expected
+        assert len(found["flag"]) == 6
 
 
 def test_a_generator_takes_what_is_shown_for_its_memory(questions):

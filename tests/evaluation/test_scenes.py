@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
-from racm3_jax.evaluation.scenes import SceneClassifier
+from racm3_jax.evaluation.flagworld_judge import SceneClassifier
 
 
 def pictures(split, count, config):

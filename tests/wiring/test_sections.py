@@ -112,7 +112,7 @@ def test_a_typo_in_a_file_is_refused_before_the_work_directory_is_made(tmp_path)
 
 
 def test_every_suite_has_its_class():
-    assert set(wiring.SUITES) == set(run.SUITES) == set(SUITES)
+    assert set(wiring.SUITES) == set(wiring.BUILDERS) == set(SUITES)
 
 
 def test_rows_are_packed_for_the_bound_of_the_model():

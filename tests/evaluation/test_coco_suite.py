@@ -23,11 +23,11 @@ from racm3_jax.evaluation.coco import (
     read_coco,
     read_karpathy,
 )
+from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoDrawing
 from racm3_jax.evaluation.frechet import FeatureStatistics
 from racm3_jax.evaluation.likelihood import Scored, score_tokens
-from racm3_jax.evaluation.protocol import CocoProtocol, ProtocolSettings
-from racm3_jax.evaluation.protocol_results import evaluate_coco
 from racm3_jax.evaluation.replicas import Replicas
+from racm3_jax.evaluation.settings import CocoSettings
 from racm3_jax.types import Document
 
 COUNT = 200
@@ -54,29 +54,25 @@ def make_settings(task="text_to_image", **changes):
         "num_distance_resamples": 4,
         "num_sheet_rows": 2,
     }
-    return ProtocolSettings(task, **(values | changes))
+    return CocoSettings(task, **(values | changes))
 
 
-def make_protocol(generator, coco, workdir, settings, **process):
-    judge: dict = {}
-    if settings.task == "text_to_image":
-        items = choose_items(read_coco(coco), COUNT)
-        judge = {
-            "extractors": {
-                "colour": ColourFeatures(),
-                "clip": CLIPFeatures(Embedder()),
-            },  # pyright: ignore
-            "scorer": CLIPScorer(Embedder()),  # pyright: ignore
-        }
-    else:
+def make_suite(generator, coco, workdir, settings, **process):
+    if settings.task == "captioning":
         items = read_karpathy(coco)
-    return CocoProtocol(generator, items, settings, workdir, **judge, **process)
+        return CocoCaptioning(generator, items, settings, workdir, **process)
+    judge: dict = {
+        "extractors": {"colour": ColourFeatures(), "clip": CLIPFeatures(Embedder())},  # pyright: ignore
+        "scorer": CLIPScorer(Embedder()),  # pyright: ignore
+    }
+    items = choose_items(read_coco(coco), COUNT)
+    return CocoDrawing(generator, items, settings, workdir, **judge, **process)
 
 
 def run(generator, coco, workdir, settings=None, **process):
     settings = settings or make_settings()
-    protocol = make_protocol(generator, coco, workdir, settings, **process)
-    return evaluate_coco(protocol, log=lambda line: None)
+    suite = make_suite(generator, coco, workdir, settings, **process)
+    return suite.run(log=lambda line: None)
 
 
 def test_lists_are_chosen_by_hash_and_named_by_fingerprint(coco):
@@ -141,28 +137,28 @@ def test_from_files_to_results_killed_once_and_resumed(coco, memory, tmp_path):
 
 def test_near_duplicates_are_counted_and_never_retrieved(coco, memory, tmp_path):
     settings = make_settings(variants=("retrieval", "copy", "random"))
-    protocol = make_protocol(StubGenerator(memory), coco, tmp_path, settings)
-    results = evaluate_coco(protocol, log=lambda line: None)
+    suite = make_suite(StubGenerator(memory), coco, tmp_path, settings)
+    results = suite.run(log=lambda line: None)
     assert results is not None and results["num_near_duplicates_purged"] == 3
     # Rows are the builder's choice; ids are not.
     near = set(memory.find(["m0", "m1", "m2"]).tolist())
     assert len(near) == 3
     for variant in settings.variants:
-        rows = protocol.parts.load(variant)["retrieved"]
+        rows = suite.parts.load(variant)["retrieved"]
         assert not set(rows.ravel().tolist()) & near
         assert (rows[:, 0] >= 0).all()
     assert memory.num_allowed == len(memory)
 
 
 def test_an_image_of_somebody_else_is_not_replaced(coco, memory, tmp_path):
-    protocol = make_protocol(
+    suite = make_suite(
         StubGenerator(memory), coco, tmp_path, make_settings(variants=("copy",))
     )
-    mine = protocol.image_path("copy", 0)
+    mine = suite.image_path("copy", 0)
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="give another --workdir"):
-        evaluate_coco(protocol, log=lambda line: None)
+        suite.run(log=lambda line: None)
     assert mine.read_bytes() == b"mine"
 
 
@@ -195,7 +191,7 @@ def test_real_images_are_computed_once_for_all_runs(coco, memory, tmp_path):
 
     def compute(name, seed):
         extractor = Counted()
-        protocol = CocoProtocol(
+        suite = CocoDrawing(
             StubGenerator(memory),  # pyright: ignore
             choose_items(read_coco(coco), COUNT),
             make_settings(variants=("copy",), seed=seed),
@@ -203,9 +199,9 @@ def test_real_images_are_computed_once_for_all_runs(coco, memory, tmp_path):
             extractors={"colour": extractor},
             **shared,
         )
-        results = evaluate_coco(protocol, log=lambda line: None)
+        results = suite.run(log=lambda line: None)
         assert results is not None
-        return protocol.reference, results["copy/colour_frechet"].value
+        return suite.reference, results["copy/colour_frechet"].value
 
     first, value = compute("a", 0)
     assert sum(calls) == 2 * COUNT

@@ -1,0 +1,178 @@
+"""The settings of each suite: what a file of `configs/eval` may say in `settings`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from racm3_jax.generation.classification import CLASSIFY_BY, ClassifyBy
+from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
+from racm3_jax.types import Modality
+
+COCO_VARIANTS = ("retrieval", "no_retrieval", "copy", "random")
+LIKELIHOOD_VARIANTS = ("retrieval", "no_retrieval", "random", "copy", "twin")
+
+
+def _check_variants(variants: Sequence[str], allowed: Sequence[str]) -> None:
+    unknown = sorted(set(variants) - set(allowed))
+    if unknown or not variants:
+        raise ValueError(
+            f"variants {unknown or 'are missing'}; allowed: {', '.join(allowed)}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagworldSettings:
+    """How the suite flagworld samples.
+
+    Attributes:
+      num_retrieved: documents before each prompt (2 in the paper).
+      temperature, top_p: of the drawing.
+      guidance: of the drawing with retrieval, away from what is drawn without the
+        documents and the text; 1 is none.
+      caption_temperature: of the captions; 0 is greedy.
+      caption_guidance: of the captions with retrieval, away from what is written without
+        the documents; 1 is none.
+      caption_candidates: documents retrieved for a caption, of which the `num_retrieved`
+        after which the image is likeliest are kept; 0 keeps the retriever's.
+      num_reading: questions with one right and one wrong document, in both orders (see
+        `reading`); at most the held-out nations.
+      seed: of all sampling.
+    """
+
+    num_retrieved: int = 2
+    temperature: float = 1.0
+    top_p: float = 0.9
+    guidance: float = 1.0
+    caption_temperature: float = 0.0
+    caption_guidance: float = 1.0
+    caption_candidates: int = 0
+    num_reading: int = 0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSettings:
+    """How the suite flagworld_tasks samples.
+
+    Attributes:
+      num_items: how many test documents; 0 is all.
+      num_retrieved: documents before each prompt (2 in the paper).
+      temperature, top_p: of all drawing.
+      max_spans: of infilling and editing (see `generation.regions`).
+      region_prompts: to compare in infilling and editing (see `generation.infilling`).
+      guidance: weights to compare, besides 1; the documents stay in both streams.
+      document_guidance: the same away from what is drawn without documents, too; the
+        tasks that read documents are run plainly and with the last of them.
+      num_samples: of re-ranking.
+      shots: numbers of examples a label.
+      classify_by: whose likelihood is compared (see `generation.classification`).
+      shots_per_pass: of them, how many are in one context; passes are averaged.
+      seed: of all sampling and of the choice of nations.
+    """
+
+    num_items: int = 0
+    num_retrieved: int = 2
+    temperature: float = 1.0
+    top_p: float = 0.9
+    max_spans: int = 1
+    region_prompts: tuple[RegionPrompt, ...] = REGION_PROMPTS
+    guidance: tuple[float, ...] = (2.0,)
+    document_guidance: tuple[float, ...] = (2.0,)
+    num_samples: int = 4
+    shots: tuple[int, ...] = (0, 1, 2, 4, 8)
+    classify_by: tuple[ClassifyBy, ...] = CLASSIFY_BY
+    shots_per_pass: int = 1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoSettings:
+    """How the suite coco samples and computes.
+
+    Attributes:
+      task: "text_to_image" or "captioning".
+      image_size: side that real images are cut and resampled to (256 in the paper).
+      variants: which of "retrieval", "no_retrieval", "copy", "random" are run.
+      num_retrieved: documents before each prompt.
+      num_samples: drawn for each prompt; the best by the retrieval CLIP (images) or by
+        likelihood (captions) is kept. The paper draws 10 and 32.
+      temperature, top_p: of the sampling.
+      prefix: begins every caption ("Photo of" in the paper).
+      max_similarity: CLIP similarity from which on an image of the memory counts as a test
+        image and is not retrieved.
+      seed: item i has the seed `seed + i`.
+      chunk_size: items that are lost at most when the run is killed.
+      num_resamples: of the bootstrap of captions and CLIPScores.
+      num_distance_resamples: of the bootstrap of Fréchet distances, which are slow.
+      num_sheet_rows: of the picture sheet.
+    """
+
+    task: Literal["text_to_image", "captioning"]
+    image_size: int = 256
+    variants: tuple[str, ...] = COCO_VARIANTS
+    num_retrieved: int = 2
+    num_samples: int = 10
+    temperature: float = 1.0
+    top_p: float = 0.9
+    prefix: str = ""
+    max_similarity: float = 0.95
+    seed: int = 0
+    chunk_size: int = 64
+    num_resamples: int = 1000
+    num_distance_resamples: int = 20
+    num_sheet_rows: int = 8
+
+    def __post_init__(self) -> None:
+        if self.task not in ("text_to_image", "captioning"):
+            raise ValueError(
+                f"task is {self.task!r}; allowed: 'text_to_image', 'captioning'"
+            )
+        _check_variants(self.variants, COCO_VARIANTS)
+        if self.chunk_size < 1 or self.num_retrieved < 1:
+            raise ValueError("chunk_size and num_retrieved must be >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodSettings:
+    """How the suite likelihood scores.
+
+    Attributes:
+      variants: which of "retrieval", "no_retrieval", "random", "copy", "twin" are run.
+      num_retrieved: documents before each one.
+      query: the part of a document that looks for its neighbours, as in training.
+      max_similarity: CLIP similarity of images from which on a document of the memory
+        counts as one of the test set and is not retrieved.
+      recall_ks: the k of recall@k.
+      shots: numbers of demonstrations a label; empty leaves k-shot out.
+      num_ways: labels to choose from.
+      num_episodes: questions of k-shot.
+      seed: of random retrieval and of the questions.
+      chunk_size: items that are lost at most when the run is killed.
+      num_rows: sequences in one forward pass.
+      num_resamples: of the bootstrap.
+      num_sheet_rows: of the picture sheet.
+    """
+
+    variants: tuple[str, ...] = LIKELIHOOD_VARIANTS
+    num_retrieved: int = 2
+    query: Modality = "text"
+    max_similarity: float = 0.95
+    recall_ks: tuple[int, ...] = (1, 5, 10)
+    shots: tuple[int, ...] = (0, 1, 2)
+    num_ways: int = 2
+    num_episodes: int = 400
+    seed: int = 0
+    chunk_size: int = 64
+    num_rows: int = 8
+    num_resamples: int = 1000
+    num_sheet_rows: int = 8
+
+    def __post_init__(self) -> None:
+        _check_variants(self.variants, LIKELIHOOD_VARIANTS)
+        if self.query not in ("text", "image"):
+            raise ValueError(f"query is {self.query!r}; allowed: 'text', 'image'")
+        for name in ("num_retrieved", "chunk_size", "num_rows", "num_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
