@@ -49,11 +49,12 @@ def make_task(
     pixels = np.stack([resize_image(image, size) for image in images])
     tokens = vocab.image_tokens(engine.tokenizer.image.encode(pixels))
     start = engine.tokenizer.encode_text(prefix) if prefix else np.zeros(0, np.int32)
+    break_ = np.array([vocab.break_], np.int32)
 
     def write(image):
         if prompt == "masked":
             return lambda documents: caption_prompt(documents, image, vocab, start)
-        known = np.concatenate([np.append(image, vocab.break_), start])
+        known = np.concatenate([image, break_, start])
         return lambda documents: beginning_prompt(documents, known, vocab)
 
     def read(row, drawn):
