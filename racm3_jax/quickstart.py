@@ -88,17 +88,10 @@ def main(config: Any, workdir: Path) -> None:
     twin = wiring.load_generator(
         wiring.resolve("shipped:flagworld"), None, model="twin"
     )
-    drawn = generator.text_to_image_batch(
-        prompts,
-        num_retrieved=2,
-        seed=config.seed,
-        temperature=0.5,
-        guidance=2.0,
-        guide_documents=True,
-    )
-    plain = twin.text_to_image_batch(
-        prompts, num_retrieved=0, seed=config.seed, temperature=0.5
-    )
+    how = {"seed": config.seed, "temperature": 0.5}
+    guided = {"guidance": 2.0, "guide_documents": True}
+    drawn = generator.text_to_image_batch(prompts, num_retrieved=2, **how, **guided)
+    plain = twin.text_to_image_batch(prompts, num_retrieved=0, **how)
     save_outputs(workdir / "samples.png", generator, drawn, plain)
     stages.say(f"drew {len(prompts)} held-out nations: {workdir / 'samples.png'}")
 

@@ -26,6 +26,12 @@ _CONVERT_EXAMPLES = """examples:
 
 def register(commands: Any) -> None:
     """Adds the three to the parser's subcommands."""
+    _register_convert(commands)
+    _register_export(commands)
+    _register_tokenize(commands)
+
+
+def _register_convert(commands: Any) -> None:
     text = "Convert public weights (CLIP, VQGAN, Chameleon) into a folder of ours."
     sub = commands.add_parser(
         "convert",
@@ -74,6 +80,8 @@ def register(commands: Any) -> None:
         help="replace OUT if it is a folder of the same kind and holds nothing else",
     )
 
+
+def _register_export(commands: Any) -> None:
     text = "Write a CLIP or a converted Chameleon for other libraries."
     sub = commands.add_parser("export", help=text, description=text)
     sub.set_defaults(command=_export)
@@ -86,6 +94,8 @@ def register(commands: Any) -> None:
         "--overwrite", action="store_true", help="replace an earlier export at OUT"
     )
 
+
+def _register_tokenize(commands: Any) -> None:
     text = "Encode an image to codes; with --roundtrip decode them and measure."
     sub = commands.add_parser("tokenize", help=text, description=text)
     sub.set_defaults(command=_tokenize)

@@ -28,6 +28,13 @@ Arguments = argparse.Namespace
 
 def register(commands: Any) -> None:
     """Adds them to the parser's subcommands."""
+    _register_generate(commands)
+    _register_caption(commands)
+    _register_regions(commands)
+    _register_classify(commands)
+
+
+def _register_generate(commands: Any) -> None:
     sub = _add(
         commands, "generate", _generate, "Generate images of what a prompt says."
     )
@@ -54,6 +61,8 @@ def register(commands: Any) -> None:
     )
     _add_scale(sub)
 
+
+def _register_caption(commands: Any) -> None:
     sub = _add(commands, "caption", _caption, "Describe an image.")
     sub.add_argument("--image", type=options.path, required=True, help="image file")
     sub.add_argument("--prefix", default="", help='how it begins, as in "Photo of"')
@@ -80,6 +89,8 @@ def register(commands: Any) -> None:
     )
     _add_sampling(sub, measured=True)
 
+
+def _register_regions(commands: Any) -> None:
     sub = _add(
         commands, "infill", _infill, "Fill in a region of an image, or a gap in a text."
     )
@@ -105,6 +116,8 @@ def register(commands: Any) -> None:
     _add_sampling(sub)
     _add_ranking(sub)
 
+
+def _register_classify(commands: Any) -> None:
     sub = _add(commands, "classify", _classify, "Choose a label from examples.")
     sub.add_argument("--image", type=options.path, required=True, help="image file")
     sub.add_argument(

@@ -22,11 +22,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from racm3_jax import checkpoints, sharding, wiring
 from racm3_jax.generation import decoding, placement
 from racm3_jax.generation.draft_choice import usual_drafter
-from racm3_jax.generation.drafts import empty_table
+from racm3_jax.generation.drafts import Drafter, empty_table
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.logits import LogitSettings
 from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.index import exact
+from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import (
     Transformer,
     abstract_params,
@@ -34,11 +35,14 @@ from racm3_jax.model.transformer import (
 )
 from racm3_jax.retrieval import clip, embedder
 from racm3_jax.training.step import TrainStep
+from racm3_jax.vocab import Vocab
 
 PROGRAMS = ("train", "decode", "embed", "search")
 DEFAULT_SIZES = {"decode": 8, "embed": 128, "search": 1_000_000}
 # A prompt's own tokens, and those of a retrieved caption.
 TEXT_LENGTH = 64
+# A guided prompt is read twice: as it is, and without its text.
+_STREAMS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,71 +157,18 @@ def _build_decoding(
         else sharding.make_mesh(tensor=tensor, devices=devices)
     )
     copies = sharding.count_row_shards(mesh)
-    put = functools.partial(_put, place=sharding.replicated(mesh))
-    split = functools.partial(_put, place=sharding.batch_sharding(mesh))
-    forms: list[Any] = []
+    model, params = _place_decoder(model_config, mesh)
 
-    def prepare(params: Any) -> Any:
-        form, cast = prepare_decoding(model_config, params)
-        forms.append(form)
-        return cast
-
-    with jax.set_mesh(mesh):
-        params = meta.unbox(abstract_params(model_config))
-        params = jax.eval_shape(prepare, params)
-    table = sharding.shardings_for(abstract_params(forms[0]), mesh)
-    params = jax.tree.map(_put, params, table)
-    model = Transformer(forms[0])
-    grammar = jax.tree.map(np.asarray, image_grammar(vocab))
-    only = (vocab.image_range.start, vocab.image_range.stop)
-    streams, room = 2, vocab.image_length
-
-    def shape(*dimensions: int, dtype: Any = jnp.int32) -> Any:
-        place = split if dimensions else put
-        return place(jax.ShapeDtypeStruct(dimensions, dtype))
-
-    def choose_drafter(prompts: int) -> Any:
+    def choose_drafter(prompts: int) -> Drafter | None:
         with jax.set_mesh(mesh):
-            return usual_drafter(vocab, prompts * streams, num_documents > 0)
+            return usual_drafter(vocab, prompts * _STREAMS, num_documents > 0)
 
     def trace(prompts: int) -> dict[str, jax.stages.Traced]:
-        count = prompts * streams
-        shared = (shape(prompts, documents_length), shape(prompts), shape(count))
-        if not documents_length:
-            shared = (None, None, None)
-        rows = decoding.Rows(shape(count, TEXT_LENGTH), shape(count), *shared)
-        read = functools.partial(decoding.read_prompts, model, 1, room, only)
         drafter = choose_drafter(prompts)
         with jax.set_mesh(mesh):
-            cache, logits = jax.eval_shape(read, params, rows)
-            cache = jax.tree.map(
-                lambda x, spec: _put(x, NamedSharding(mesh, spec)),
-                cache,
-                placement.cache_specs(cache, mesh),
+            return _trace_decoding(
+                model, params, mesh, vocab, prompts, documents_length, drafter
             )
-            logits = split(logits)
-            reading = decoding.read_prompts.trace(model, 1, room, only, params, rows)
-            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
-            guesses = drafter is not None and drafter.source == "table"
-            plan = decoding.Plan(
-                grammar=put(grammar),
-                limits=shape(prompts),
-                forced=None,
-                keys=split(keys),
-                settings=put(
-                    jax.eval_shape(lambda: LogitSettings.of(SamplingConfig()))
-                ),
-                table=put(empty_table()) if guesses else None,
-            )
-            start = functools.partial(
-                decoding.start_drawing, 1, streams, only, room, drafter
-            )
-            state = split(jax.eval_shape(start, plan, logits))
-            sampling = decoding.draw_steps.trace(
-                model, 1, streams, only, room - 1 if drafter is None else None,
-                drafter, params, plan, cache, state, shape(),
-            )  # fmt: skip
-        return {"read the prompts": reading, "sample images": sampling}
 
     prompts = -(-(size or DEFAULT_SIZES["decode"]) // copies) * copies
     usual = choose_drafter(prompts)
@@ -229,6 +180,72 @@ def _build_decoding(
         f"{mesh.size // copies}",
     }
     return Program("decode", "prompts", prompts, copies, trace, facts)
+
+
+def _place_decoder(config: ModelConfig, mesh: Mesh) -> tuple[Transformer, Any]:
+    """A model in the form that decodes fastest, and the shapes of its parameters."""
+    forms: list[ModelConfig] = []
+
+    def prepare(params: Any) -> Any:
+        form, cast = prepare_decoding(config, params)
+        forms.append(form)
+        return cast
+
+    with jax.set_mesh(mesh):
+        params = meta.unbox(abstract_params(config))
+        params = jax.eval_shape(prepare, params)
+    table = sharding.shardings_for(abstract_params(forms[0]), mesh)
+    return Transformer(forms[0]), jax.tree.map(_put, params, table)
+
+
+def _trace_decoding(
+    model: Transformer,
+    params: Any,
+    mesh: Mesh,
+    vocab: Vocab,
+    prompts: int,
+    documents_length: int,
+    drafter: Drafter | None,
+) -> dict[str, jax.stages.Traced]:
+    """The two programs of so many guided prompts, on the current mesh."""
+    put = functools.partial(_put, place=sharding.replicated(mesh))
+    split = functools.partial(_put, place=sharding.batch_sharding(mesh))
+    only = (vocab.image_range.start, vocab.image_range.stop)
+    count, room = prompts * _STREAMS, vocab.image_length
+
+    def shape(*dimensions: int) -> Any:
+        place = split if dimensions else put
+        return place(jax.ShapeDtypeStruct(dimensions, jnp.int32))
+
+    shared = (shape(prompts, documents_length), shape(prompts), shape(count))
+    if not documents_length:
+        shared = (None, None, None)
+    rows = decoding.Rows(shape(count, TEXT_LENGTH), shape(count), *shared)
+    read = functools.partial(decoding.read_prompts, model, 1, room, only)
+    cache, logits = jax.eval_shape(read, params, rows)
+    cache = jax.tree.map(
+        lambda x, spec: _put(x, NamedSharding(mesh, spec)),
+        cache,
+        placement.cache_specs(cache, mesh),
+    )
+    reading = decoding.read_prompts.trace(model, 1, room, only, params, rows)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+    guesses = drafter is not None and drafter.source == "table"
+    plan = decoding.Plan(
+        grammar=put(jax.tree.map(np.asarray, image_grammar(vocab))),
+        limits=shape(prompts),
+        forced=None,
+        keys=split(keys),
+        settings=put(jax.eval_shape(lambda: LogitSettings.of(SamplingConfig()))),
+        table=put(empty_table()) if guesses else None,
+    )
+    start = functools.partial(decoding.start_drawing, 1, _STREAMS, only, room, drafter)
+    state = split(jax.eval_shape(start, plan, split(logits)))
+    sampling = decoding.draw_steps.trace(
+        model, 1, _STREAMS, only, room - 1 if drafter is None else None,
+        drafter, params, plan, cache, state, shape(),
+    )  # fmt: skip
+    return {"read the prompts": reading, "sample images": sampling}
 
 
 def _read_clip_config(config: Any) -> clip.CLIPConfig:

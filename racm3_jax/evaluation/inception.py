@@ -69,107 +69,24 @@ class InceptionV3(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b features"]:
         """Features of images that went through `scale_pixels`."""
-
-        def conv(name: str, features: int, size: int | tuple[int, int], **how: Any):
-            kernel = (size, size) if isinstance(size, int) else size
-            # Only the strided layers and the first ones shrink the image at its border.
-            same = how.pop("same", True)
-            padding = (kernel[0] // 2, kernel[1] // 2) if same else (0, 0)
-            return Conv(
-                features // self.width, kernel, padding=padding, name=name, **how
-            )
-
-        def chain(x: Array, prefix: str, *layers: tuple[str, int, Any]) -> Array:
-            for name, features, size in layers:
-                x = conv(f"{prefix}.{name}", features, size)(x)
-            return x
-
-        def join(*branches: Array) -> Array:
-            return jnp.concatenate(branches, axis=-1)
-
-        def pool(
-            x: Array, prefix: str, features: int, *, maximum: bool = False
-        ) -> Array:
-            border: Any = [(1, 1), (1, 1)]
-            if maximum:
-                x = nn.max_pool(x, (3, 3), (1, 1), border)
-            else:
-                counted = self.variant == "torchvision"
-                x = nn.avg_pool(x, (3, 3), (1, 1), border, count_include_pad=counted)
-            return conv(f"{prefix}.branch_pool", features, 1)(x)
-
-        def shrink(x: Array) -> Array:
-            return nn.max_pool(x, (3, 3), (2, 2))
-
-        def square(x: Array, block: str, pooled: int) -> Array:
-            """5×5 and double 3×3 branches (35×35 positions)."""
-            return join(
-                chain(x, block, ("branch1x1", 64, 1)),
-                chain(x, block, ("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
-                chain(
-                    x,
-                    block,
-                    ("branch3x3dbl_1", 64, 1),
-                    ("branch3x3dbl_2", 96, 3),
-                    ("branch3x3dbl_3", 96, 3),
-                ),
-                pool(x, block, pooled),
-            )
-
-        def factored(x: Array, block: str, c: int) -> Array:
-            """7×7 branches as 1×7 and 7×1 (17×17 positions)."""
-            row, column = (1, 7), (7, 1)
-            double = [c, c, c, c, 192]
-            sizes = [1, column, row, column, row]
-            return join(
-                chain(x, block, ("branch1x1", 192, 1)),
-                chain(
-                    x,
-                    block,
-                    ("branch7x7_1", c, 1),
-                    ("branch7x7_2", c, row),
-                    ("branch7x7_3", 192, column),
-                ),
-                chain(
-                    x,
-                    block,
-                    *((f"branch7x7dbl_{i + 1}", double[i], sizes[i]) for i in range(5)),
-                ),
-                pool(x, block, 192),
-            )
-
-        def fanned(x: Array, block: str, *, maximum: bool) -> Array:
-            """3×3 branches that fan out into 1×3 and 3×1 (8×8 positions)."""
-            wide = chain(x, block, ("branch3x3_1", 384, 1))
-            deep = chain(
-                x, block, ("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3)
-            )
-            return join(
-                chain(x, block, ("branch1x1", 320, 1)),
-                chain(wide, block, ("branch3x3_2a", 384, (1, 3))),
-                chain(wide, block, ("branch3x3_2b", 384, (3, 1))),
-                chain(deep, block, ("branch3x3dbl_3a", 384, (1, 3))),
-                chain(deep, block, ("branch3x3dbl_3b", 384, (3, 1))),
-                pool(x, block, 192, maximum=maximum),
-            )
-
+        conv, chain = self._conv, self._chain
         x = conv("Conv2d_1a_3x3", 32, 3, stride=2, same=False)(x)
         x = conv("Conv2d_2a_3x3", 32, 3, same=False)(x)
-        x = shrink(conv("Conv2d_2b_3x3", 64, 3)(x))
+        x = _shrink(conv("Conv2d_2b_3x3", 64, 3)(x))
         x = conv("Conv2d_3b_1x1", 80, 1)(x)
-        x = shrink(conv("Conv2d_4a_3x3", 192, 3, same=False)(x))
+        x = _shrink(conv("Conv2d_4a_3x3", 192, 3, same=False)(x))
         for block, pooled in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-            x = square(x, block, pooled)
+            x = self._square(x, block, pooled)
         deep = chain(
             x, "Mixed_6a", ("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3)
         )
-        x = join(
+        x = _join(
             conv("Mixed_6a.branch3x3", 384, 3, stride=2, same=False)(x),
             conv("Mixed_6a.branch3x3dbl_3", 96, 3, stride=2, same=False)(deep),
-            shrink(x),
+            _shrink(x),
         )
         for block, c in zip("bcde", (128, 160, 160, 192), strict=True):
-            x = factored(x, f"Mixed_6{block}", c)
+            x = self._factored(x, f"Mixed_6{block}", c)
         wide = chain(x, "Mixed_7a", ("branch3x3_1", 192, 1))
         deep = chain(
             x,
@@ -178,14 +95,99 @@ class InceptionV3(nn.Module):
             ("branch7x7x3_2", 192, (1, 7)),
             ("branch7x7x3_3", 192, (7, 1)),
         )
-        x = join(
+        x = _join(
             conv("Mixed_7a.branch3x3_2", 320, 3, stride=2, same=False)(wide),
             conv("Mixed_7a.branch7x7x3_4", 192, 3, stride=2, same=False)(deep),
-            shrink(x),
+            _shrink(x),
         )
-        x = fanned(x, "Mixed_7b", maximum=False)
-        x = fanned(x, "Mixed_7c", maximum=self.variant == "fid")
+        x = self._fanned(x, "Mixed_7b", maximum=False)
+        x = self._fanned(x, "Mixed_7c", maximum=self.variant == "fid")
         return x.mean((1, 2))
+
+    def _conv(
+        self, name: str, features: int, size: int | tuple[int, int], **how: Any
+    ) -> Conv:
+        kernel = (size, size) if isinstance(size, int) else size
+        # Only the strided layers and the first ones shrink the image at its border.
+        same = how.pop("same", True)
+        padding = (kernel[0] // 2, kernel[1] // 2) if same else (0, 0)
+        return Conv(features // self.width, kernel, padding=padding, name=name, **how)
+
+    def _chain(self, x: Array, prefix: str, *layers: tuple[str, int, Any]) -> Array:
+        for name, features, size in layers:
+            x = self._conv(f"{prefix}.{name}", features, size)(x)
+        return x
+
+    def _pool(
+        self, x: Array, prefix: str, features: int, *, maximum: bool = False
+    ) -> Array:
+        border: Any = [(1, 1), (1, 1)]
+        if maximum:
+            x = nn.max_pool(x, (3, 3), (1, 1), border)
+        else:
+            counted = self.variant == "torchvision"
+            x = nn.avg_pool(x, (3, 3), (1, 1), border, count_include_pad=counted)
+        return self._conv(f"{prefix}.branch_pool", features, 1)(x)
+
+    def _square(self, x: Array, block: str, pooled: int) -> Array:
+        """5×5 and double 3×3 branches (35×35 positions)."""
+        chain = self._chain
+        return _join(
+            chain(x, block, ("branch1x1", 64, 1)),
+            chain(x, block, ("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
+            chain(
+                x,
+                block,
+                ("branch3x3dbl_1", 64, 1),
+                ("branch3x3dbl_2", 96, 3),
+                ("branch3x3dbl_3", 96, 3),
+            ),
+            self._pool(x, block, pooled),
+        )
+
+    def _factored(self, x: Array, block: str, c: int) -> Array:
+        """7×7 branches as 1×7 and 7×1 (17×17 positions)."""
+        chain, row, column = self._chain, (1, 7), (7, 1)
+        double = [c, c, c, c, 192]
+        sizes = [1, column, row, column, row]
+        return _join(
+            chain(x, block, ("branch1x1", 192, 1)),
+            chain(
+                x,
+                block,
+                ("branch7x7_1", c, 1),
+                ("branch7x7_2", c, row),
+                ("branch7x7_3", 192, column),
+            ),
+            chain(
+                x,
+                block,
+                *((f"branch7x7dbl_{i + 1}", double[i], sizes[i]) for i in range(5)),
+            ),
+            self._pool(x, block, 192),
+        )
+
+    def _fanned(self, x: Array, block: str, *, maximum: bool) -> Array:
+        """3×3 branches that fan out into 1×3 and 3×1 (8×8 positions)."""
+        chain = self._chain
+        wide = chain(x, block, ("branch3x3_1", 384, 1))
+        deep = chain(x, block, ("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3))
+        return _join(
+            chain(x, block, ("branch1x1", 320, 1)),
+            chain(wide, block, ("branch3x3_2a", 384, (1, 3))),
+            chain(wide, block, ("branch3x3_2b", 384, (3, 1))),
+            chain(deep, block, ("branch3x3dbl_3a", 384, (1, 3))),
+            chain(deep, block, ("branch3x3dbl_3b", 384, (3, 1))),
+            self._pool(x, block, 192, maximum=maximum),
+        )
+
+
+def _join(*branches: Array) -> Array:
+    return jnp.concatenate(branches, axis=-1)
+
+
+def _shrink(x: Array) -> Array:
+    return nn.max_pool(x, (3, 3), (2, 2))
 
 
 def convert_weights(

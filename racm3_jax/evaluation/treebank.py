@@ -58,7 +58,13 @@ _ENTITIES = {
 _SPLIT_WORDS = {"cannot", "gonna", "gotta", "lemme", "gimme", "wanna"}
 _KEPT_OPENERS = "„‟‚"
 
+_QUOTE = "['’]"
+_SPACE = r"[ \u00a0]"
+
 Action = Callable[[str], str] | None
+# Group 1 of a rule is the token; the rest is context, which counts for the length of the
+# match and is read again.
+Rule = tuple[str, Action]
 
 
 def tokenize_captions(captions: Sequence[str]) -> list[list[str]]:
@@ -142,39 +148,36 @@ def _letter_class() -> str:
 
 @functools.cache
 def _rules() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action]]]:
-    """(a word between blanks, [(rule, what is written)]).
-
-    Group 1 of a rule is the token; the rest is context, which counts for the length of
-    the match and is read again.
-    """
+    """(a word between blanks, [(rule, what is written)])."""
     letters = _letter_class()
-    letter, alnum, quote = f"[{letters}]", f"[{letters}0-9]", "['’]"
+    rules = [
+        *_word_rules(letters),
+        *_number_rules(),
+        *_abbreviation_rules(letters),
+        *_mark_rules(letters),
+    ]
+    return (
+        re.compile(r"[A-Za-z]+(?=[ \n])"),
+        [(re.compile(rule), action) for rule, action in rules],
+    )
+
+
+def _word(letters: str) -> str:
+    """Letters and digits, with points between them."""
+    letter, alnum = f"[{letters}]", f"[{letters}0-9]"
+    return f"{letter}{alnum}*(?:[.!?]{letter}{alnum}*)*"
+
+
+def _word_rules(letters: str) -> list[Rule]:
+    """Words that are cut, and words."""
+    letter, alnum, quote = f"[{letters}]", f"[{letters}0-9]", _QUOTE
     not_letter = r"(?:[^A-Za-z]|$)"
     prefixed = f"(?:[dDoOlL]{quote}{alnum})?"
-    word = f"{letter}{alnum}*(?:[.!?]{letter}{alnum}*)*"
-    doctor = r"[Pp][Hh]\.[Dd]"
-    abbreviation = f"(?:{doctor}|{_any_case(_ENDING, _ENDING_CAPITAL, _TITLES)})"
-    ending = f"(?:{doctor}|{_any_case(_ENDING, _ENDING_CAPITAL)})"
-    before_number = _any_case(_BEFORE_NUMBER)
-    acronym = r"(?:[A-Za-z](?:\.[A-Za-z])+)"
-    starter = rf"\s(?:{'|'.join(_STARTERS.split())}|M[rs]\.|</?[A-Za-z]+>)\s"
+    word = _word(letters)
     special = "|".join(w.replace("'", quote) for w in _WITH_APOSTROPHE.split())
     auxiliary = f"{quote}(?:[msdMSD]|[rR][eE]|[vV][eE]|[lL][lL])"
-    number = r"(?:[0-9]*(?:[.:,][0-9]+)+|[0-9]+)"
     part = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
-    space = r"[ \u00a0]"
-    telephone = (
-        rf"(?:\([0-9]{{2,3}}\){space}?|(?:\+\+?)?(?:[0-9]{{2,4}}[- \u00a0])?[0-9]{{2,4}}"
-        r"[- \u00a0])[0-9]{3,4}[- \u00a0]?[0-9]{3,5}"
-    )
-    suffixes = "jpe?g|png|gif|bmp|html?|txt|pdf|docx?|zip|exe|mp3|mpe?g|avi|mov|xml|gz"
-    attribute = (
-        r"""\s+[A-Za-z][\w:.-]*(?:\s*=\s*(?:'[^'\n]*'|"[^"\n]*"|[A-Za-z]\w*))?"""
-    )
-    host = r"""[^\s"`<>|.!?(){},/-]+\."""
-    path = r"""(?:/[^\s"<>|()]+[^\s"<>|.!?(){},-])?"""
-    rules: list[tuple[str, Action]] = [
-        # words that are cut
+    return [
         (f"({letter}{alnum}*?)[nN]['’`][tT]", None),
         ("([nN]['’`][tT])(?![A-Za-z])", lambda t: t.replace("’", "'")),
         (f"({letter}{alnum}*){auxiliary}{not_letter}", None),
@@ -186,7 +189,6 @@ def _rules() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action]]]:
         ("([lL][eE][mM])[mM][eE]", None),
         ("([gG][iI][mM])[mM][eE]", None),
         ("('[tT])(?:[iI][sS]|[wW][aA][sS])", None),
-        # words
         (f"({word})", None),
         (f"({prefixed}{alnum}+(?:[-_]{prefixed}{alnum}+)*)", None),
         (r"([A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+)", lambda t: t.replace("&amp;", "&")),
@@ -200,11 +202,31 @@ def _rules() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action]]]:
         (f"({quote}(?i:em|till?|cause))", None),
         (f"({quote}[2-9]0s)", None),
         (rf"({quote}[0-9]{{2}})\s", None),
-        # numbers
+    ]  # fmt: skip
+
+
+def _number_rules() -> list[Rule]:
+    number = r"(?:[0-9]*(?:[.:,][0-9]+)+|[0-9]+)"
+    telephone = (
+        rf"(?:\([0-9]{{2,3}}\){_SPACE}?|(?:\+\+?)?(?:[0-9]{{2,4}}[- \u00a0])?[0-9]{{2,4}}"
+        r"[- \u00a0])[0-9]{3,4}[- \u00a0]?[0-9]{3,5}"
+    )
+    return [
         (r"((?:[0-9]{1,4}[- \u00a0])?[0-9]{1,4}\\?/[0-9]{1,4})", None),
         (f"({telephone})", _name_brackets),
         (f"([-+]?{number})", None),
-        # abbreviations
+    ]  # fmt: skip
+
+
+def _abbreviation_rules(letters: str) -> list[Rule]:
+    alnum, space, word = f"[{letters}0-9]", _SPACE, _word(letters)
+    doctor = r"[Pp][Hh]\.[Dd]"
+    abbreviation = f"(?:{doctor}|{_any_case(_ENDING, _ENDING_CAPITAL, _TITLES)})"
+    ending = f"(?:{doctor}|{_any_case(_ENDING, _ENDING_CAPITAL)})"
+    before_number = _any_case(_BEFORE_NUMBER)
+    acronym = r"(?:[A-Za-z](?:\.[A-Za-z])+)"
+    starter = rf"\s(?:{'|'.join(_STARTERS.split())}|M[rs]\.|</?[A-Za-z]+>)\s"
+    return [
         (rf"({acronym}\.)", None),
         (r"([A-Za-z]\.)", None),
         (rf"({acronym})\.{starter}", lambda t: f"{t}."),
@@ -216,7 +238,19 @@ def _rules() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action]]]:
         (rf"({acronym}\.-{alnum}(?:\.{alnum})*\.)", None),
         (rf"((?:{word}|{alnum}+(?:[-_]{alnum}+)*)\.)[,;:]", None),
         (r"((?:Canada|Sino|Korean|EU|Japan|non)-U\.S\.?)", None),
-        # marks
+    ]  # fmt: skip
+
+
+def _mark_rules(letters: str) -> list[Rule]:
+    """Faces, addresses, tags, entities, quotes, brackets, dashes."""
+    letter, space = f"[{letters}]", _SPACE
+    suffixes = "jpe?g|png|gif|bmp|html?|txt|pdf|docx?|zip|exe|mp3|mpe?g|avi|mov|xml|gz"
+    attribute = (
+        r"""\s+[A-Za-z][\w:.-]*(?:\s*=\s*(?:'[^'\n]*'|"[^"\n]*"|[A-Za-z]\w*))?"""
+    )
+    host = r"""[^\s"`<>|.!?(){},/-]+\."""
+    path = r"""(?:/[^\s"<>|()]+[^\s"<>|.!?(){},-])?"""
+    return [
         (r"""([<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])(?:[^A-Za-z0-9]|$)""", _name_brackets),
         (r"(\^_\^|-_-)", None),
         (r"""((?i:https?)://[^\s"<>|()]+[^\s"<>|.!?(){},-])""", None),
@@ -240,10 +274,6 @@ def _rules() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action]]]:
         (r"(-{2,4}(?!-))", lambda _: "--"),
         (r"(-{5,}|[?!]+|\\?\*+|_+|@+|#+|<<|>>|[⁰¹²³⁴-⁹₀-₉]+)", None),
     ]  # fmt: skip
-    return (
-        re.compile(r"[A-Za-z]+(?=[ \n])"),
-        [(re.compile(rule), action) for rule, action in rules],
-    )
 
 
 def _any_case(*lists: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from racm3_jax import sharding
 from racm3_jax.generation.drafts import Drafts
@@ -50,7 +50,7 @@ def sample_prompts(
     tokens, lengths = pad_rows(
         [_write(engine, *row) for row in zip(prompts, shown, needed, strict=True)]
     )
-    prefixes = np.array([len(retrieved_prefix(x, vocab)) for x in shown])
+    prefixes = np.array([len(retrieved_prefix(x, vocab)) for x in shown], np.int32)
     # A prompt may be nothing but its documents; its last token is its own.
     prefixes = np.minimum(prefixes, lengths - 1)
     second, streams = None, 1
@@ -92,7 +92,7 @@ def sample_prompts(
     return samples
 
 
-def _split_rows(num_rows: int, chunk: int) -> list[Int32[np.ndarray, " chunk"]]:
+def _split_rows(num_rows: int, chunk: int) -> list[Int64[np.ndarray, " chunk"]]:
     """Chunks of rows; the last one is filled up with the last row."""
     whole = -(-num_rows // chunk) * chunk if num_rows > chunk else num_rows
     order = np.minimum(np.arange(whole), num_rows - 1)
@@ -100,7 +100,7 @@ def _split_rows(num_rows: int, chunk: int) -> list[Int32[np.ndarray, " chunk"]]:
 
 
 def _fill_rows(
-    rows: Sequence[Int32[np.ndarray, " length"] | None], width: int
+    rows: Sequence[Int32[np.ndarray, " _"] | None], width: int
 ) -> Int32[np.ndarray, "rows width"] | None:
     """Rows of different lengths, -1 after their ends; None where no row has any."""
     if all(row is None for row in rows):

@@ -99,9 +99,10 @@ def make_task(
     pixels = np.stack([resize_image(image, size) for image in images])
     tokens = vocab.image_tokens(engine.tokenizer.image.encode(pixels))
     start = engine.tokenizer.encode_text(prefix) if prefix else np.zeros(0, np.int32)
+    break_ = np.array([vocab.break_], np.int32)
 
     def write(image):
-        known = np.concatenate([np.append(image, vocab.break_), start])
+        known = np.concatenate([image, break_, start])
 
         def written(documents):
             if image_first:

@@ -372,8 +372,9 @@ def draw_steps(
             cache = cache.advance(spread(after.lengths - drawing.lengths))
         return cache, after
 
-    window = 1 if drafter is None else drafter.window
-    read_next = functools.partial(read_and_draw, window)
+    read_next = functools.partial(
+        read_and_draw, 1 if drafter is None else drafter.window
+    )
     carry = (cache, drawing)
     if num_steps is not None:
         return jax.lax.fori_loop(0, num_steps, lambda _, inner: read_next(inner), carry)
@@ -381,12 +382,25 @@ def draw_steps(
     def is_unfinished(drawing):
         return (drawing.state != DONE) & (drawing.lengths < stop)
 
-    if drafter is None or window == 1 or ids is not None:
+    if drafter is None or drafter.window == 1 or ids is not None:
         return _repeat(read_next, carry, is_unfinished)
-
-    # Texts may come, which nothing guesses: while no row is inside of an image, ids are
-    # read one by one.
     only_codes = _allow_only(plan.grammar, drafter.codes)
+    read_one = functools.partial(read_and_draw, 1)
+    return _take_turns(read_one, read_next, carry, is_unfinished, only_codes)
+
+
+def _take_turns(
+    read_text: Callable[[Any], Any],
+    read_image: Callable[[Any], Any],
+    carry: Any,
+    is_unfinished: Callable[[Drawing], Bool[Array, " drawn"]],
+    only_codes: Bool[Array, " states"],
+) -> Any:
+    """Passes where texts may come, which nothing guesses.
+
+    While no row is inside of an image (in a state of `only_codes`), ids are read one by
+    one.
+    """
 
     def is_in_image(drawing):
         return is_unfinished(drawing) & only_codes[drawing.state]
@@ -395,8 +409,7 @@ def draw_steps(
         return is_unfinished(drawing).any() & ~is_in_image(drawing).any()
 
     def read_text_then_image(carry):
-        carry = _repeat(functools.partial(read_and_draw, 1), carry, is_in_text)
-        return _repeat(read_next, carry, is_in_image)
+        return _repeat(read_image, _repeat(read_text, carry, is_in_text), is_in_image)
 
     return _repeat(read_text_then_image, carry, is_unfinished)
 

@@ -52,7 +52,8 @@ def make_task(
     given = np.zeros(0, np.int32)
     if segments:
         (document,) = engine.tokenized([Document("given", segments)])
-        given = np.append(document_tokens(document, vocab), vocab.break_)
+        break_ = np.array([vocab.break_], np.int32)
+        given = np.concatenate([document_tokens(document, vocab), break_])
     texts = [part for part in parts if isinstance(part, str)]
     return Task(
         "generate",

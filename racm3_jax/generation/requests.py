@@ -178,7 +178,7 @@ def mean_log_probs(samples: Samples) -> Float32[np.ndarray, "batch samples"]:
 
 
 def pad_rows(
-    rows: Sequence[Int32[np.ndarray, " length"]],
+    rows: Sequence[Int32[np.ndarray, " _"]],
 ) -> tuple[Int32[np.ndarray, "n longest"], Int32[np.ndarray, " n"]]:
     """Rows of different lengths -> one array, zeros on the right; and the lengths."""
     lengths = np.array([len(row) for row in rows], np.int32)

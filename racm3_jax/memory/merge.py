@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,11 +88,7 @@ def merge_parts(
     """
     parts = [part_path(work, number) for number in range(num_parts)]
     reports = [parts_lib.read_report(part) for part in parts]
-    report, filtered = ReadReport(config.max_bad), {}
-    for part in reports:
-        report.merge(part["read"])
-        for reason, count in part["filtered"].items():
-            filtered[reason] = filtered.get(reason, 0) + count
+    report, filtered = _sum_reports(reports, config.max_bad)
     report.check(final=True)
     _list_bad_records(path, report)
     folders = [p for p, r in zip(parts, reports, strict=True) if r["num_documents"]]
@@ -142,6 +138,18 @@ def merge_parts(
         recall_target=config.recall_target,
         about=describe,
     )
+
+
+def _sum_reports(
+    reports: Sequence[Mapping[str, Any]], max_bad: float
+) -> tuple[ReadReport, dict[str, int]]:
+    """What was read in all parts, and how many documents each filter left out."""
+    report, filtered = ReadReport(max_bad), {}
+    for part in reports:
+        report.merge(part["read"])
+        for reason, count in part["filtered"].items():
+            filtered[reason] = filtered.get(reason, 0) + count
+    return report, filtered
 
 
 def _list_bad_records(path: pathlib.Path, report: ReadReport) -> None:

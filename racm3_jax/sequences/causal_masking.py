@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from racm3_jax.sequences import layout
 from racm3_jax.types import Example, TokenizedDocument
@@ -298,14 +298,34 @@ def build_example(
         order = _trim(order, row, -room, start, vocab, main.id)
     tokens = _apply(row, order)
     is_main = order.source >= start
+    weights = _weigh(tokens, is_main, config, vocab, alpha)
+    owners = _find_owners(order, starts, is_main)
+    cuts = _find_cuts(tokens, owners, np.array(kept_ranks, np.int64), vocab)
+    return Example(tokens=tokens, weights=weights, is_main=is_main, cuts=cuts)
+
+
+def _find_owners(
+    order: _Order, starts: Sequence[int], is_main: Bool[np.ndarray, " length"]
+) -> Int64[np.ndarray, " length"]:
+    """Which retrieved document each token is of; -1 for others and for moved spans."""
+    owners = np.searchsorted(starts, order.source, side="right") - 1
+    owners[is_main | (np.arange(len(is_main)) >= order.body_length)] = -1
+    return owners
+
+
+def _weigh(
+    tokens: Int32[np.ndarray, " length"],
+    is_main: Bool[np.ndarray, " length"],
+    config: CausalMaskingConfig,
+    vocab: Vocab,
+    alpha: float,
+) -> Float32[np.ndarray, " length"]:
+    """The loss weight of each token."""
     weights = np.where(is_main, np.float32(1), np.float32(alpha)).astype(np.float32)
     weights[vocab.is_sentinel(tokens)] *= config.sentinel_weight
     weights[is_main & vocab.is_text(tokens)] *= config.text_weight
     weights[0] = 0  # nothing comes before it, so it is never a target
-    owners = np.searchsorted(starts, order.source, side="right") - 1
-    owners[is_main | (np.arange(len(tokens)) >= order.body_length)] = -1
-    cuts = _find_cuts(tokens, owners, np.array(kept_ranks, np.int64), vocab)
-    return Example(tokens=tokens, weights=weights, is_main=is_main, cuts=cuts)
+    return weights
 
 
 def _find_cuts(

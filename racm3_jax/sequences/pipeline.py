@@ -162,12 +162,7 @@ def make_batches(
             "pipeline.retrieval is on, but no retriever was given: give one, or set "
             "pipeline.retrieval=False"
         )
-    own = np.arange(config.rows) if rows is None else np.asarray(rows, np.int64)
-    if own.ndim != 1 or not len(own) or own.min() < 0 or own.max() >= config.rows:
-        raise ValueError(
-            f"rows must be some of 0..{config.rows - 1} (pipeline.rows={config.rows}); "
-            f"got {own.tolist()}"
-        )
+    own = _own_rows(rows, config)
     maker = ExampleMaker(
         memory,
         retriever,
@@ -185,6 +180,18 @@ def make_batches(
         start_step // size, -(-steps.stop // size) if num_steps else start_step // size
     ).map(windows)
     return Batches(dataset, windows, config)
+
+
+def _own_rows(
+    rows: Sequence[int] | Int64[np.ndarray, " rows"] | None, config: PipelineConfig
+) -> Int64[np.ndarray, " rows"]:
+    own = np.arange(config.rows) if rows is None else np.asarray(rows, np.int64)
+    if own.ndim != 1 or not len(own) or own.min() < 0 or own.max() >= config.rows:
+        raise ValueError(
+            f"rows must be some of 0..{config.rows - 1} (pipeline.rows={config.rows}); "
+            f"got {own.tolist()}"
+        )
+    return own
 
 
 class _Order:

@@ -229,27 +229,10 @@ def make_train_step(
     """
     differentiate = _accumulated_gradient(loss_fn, num_microbatches)
 
-    def is_assigned(path: Any) -> bool:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return any(name == own or name.startswith(f"{own}/") for own in assigned)
-
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, metrics, gradients = differentiate(state.params, batch, key, state.step)
-        moves = gradients
-        if assigned:
-            gradients = jax.tree_util.tree_map_with_path(
-                lambda path, g: jnp.zeros_like(g) if is_assigned(path) else g, moves
-            )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if assigned:
-            params = jax.tree_util.tree_map_with_path(
-                lambda path, new, old, move: old - move if is_assigned(path) else new,
-                params,
-                state.params,
-                moves,
-            )
+        params, opt_state, gradients = _update(optimizer, state, gradients, assigned)
         metrics["objective"] = (loss, jnp.ones(()))
         gradient_norm = optax.tree.norm(gradients)
         metrics["gradient_norm"] = (gradient_norm, jnp.ones(()))
@@ -279,6 +262,38 @@ def make_train_step(
         compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
     return TrainStep(compiled, mesh)
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    moves: Any,
+    assigned: tuple[str, ...],
+) -> tuple[Any, Any, Any]:
+    """(parameters, optimizer state, the gradients that the optimizer was given).
+
+    The last are 0 for `assigned` parameters, which move by what `moves` says of them.
+    """
+
+    def is_assigned(path: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return any(name == own or name.startswith(f"{own}/") for own in assigned)
+
+    gradients = moves
+    if assigned:
+        gradients = jax.tree_util.tree_map_with_path(
+            lambda path, g: jnp.zeros_like(g) if is_assigned(path) else g, moves
+        )
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if assigned:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, new, old, move: old - move if is_assigned(path) else new,
+            params,
+            state.params,
+            moves,
+        )
+    return params, opt_state, gradients
 
 
 def _accumulated_gradient(

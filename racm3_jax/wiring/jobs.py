@@ -23,12 +23,14 @@ from racm3_jax.model.transformer import (
     stack_layers,
     unstack_layers,
 )
+from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.sequences.causal_masking import CausalMaskingConfig
 from racm3_jax.sequences.episodes import Episodes
 from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
 from racm3_jax.sharding import local_rows
+from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.training.hardware import flops_per_token
 from racm3_jax.training.processes import fetch_all
 from racm3_jax.training.step import TrainState
@@ -90,14 +92,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     mesh = build_mesh(config)
     rows = local_rows(mesh, pipeline.rows)
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
-    if config.get("memory_path"):
-        memory = open_memory(config, config.memory_path, tokenizer, embedder)
-    else:
-        documents = read_memory_documents(config)
-        memory = build_memory(
-            config, workdir / "memory", documents, tokenizer, embedder
-        )
-    prepare_search(config, memory)
+    memory = _prepare_memory(config, workdir, tokenizer, embedder)
     corpus = _find_corpus(config)
     main_ids = find_main_rows(memory, workdir)
     if corpus is not None and corpus.times != (1.0,):
@@ -127,39 +122,13 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         )
 
     def export(state: TrainState) -> None:
-        params = fetch_all(state.params)
-        if jax.process_index() != 0:
-            return
-        saved_config, defaults = model_config, {}
-        if config.init_from:
-            start = resolve(config.init_from)
-            defaults = checkpoints.read_config(start)["extra"].get("defaults", {})
-            if carry_origin(start, workdir):
-                # `racm3 export` writes such weights layer by layer.
-                params = unstack_layers(params)
-                saved_config = dataclasses.replace(model_config, scan_layers=False)
-        save_generator(
-            workdir,
-            saved_config,
-            params,
-            tokenizer,
-            embedder,
-            construct(StrategyConfig, config.strategy, "strategy"),
-            defaults,
-        )
+        _export_generator(config, workdir, model_config, state, tokenizer, embedder)
 
-    evaluate = None
-    train = construct(TrainConfig, config.train, "train")
+    train, evaluate = construct(TrainConfig, config.train, "train"), None
     if train.eval_every:
-        evaluate = heldout.judge_generator(
-            config,
-            model_config,
-            tokenizer,
-            embedder,
-            retriever,
-            read_heldout(corpus or build_corpus(config), train.eval_documents),
-            workdir,
-        )
+        held_out = read_heldout(corpus or build_corpus(config), train.eval_documents)
+        parts = model_config, tokenizer, embedder, retriever, held_out
+        evaluate = heldout.judge_generator(config, *parts, workdir)
     job = make_job(
         config,
         mesh,
@@ -185,6 +154,47 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
             "embedder": embedder.fingerprint(),
         },
         num_main_documents=len(main_ids),
+    )
+
+
+def _prepare_memory(
+    config: Any, workdir: Path, tokenizer: MixedTokenizer, embedder: DocumentEmbedder
+) -> Memory:
+    """The memory that the config names, or one that is built; ready for its search."""
+    if config.get("memory_path"):
+        memory = open_memory(config, config.memory_path, tokenizer, embedder)
+    else:
+        documents = read_memory_documents(config)
+        memory = build_memory(
+            config, workdir / "memory", documents, tokenizer, embedder
+        )
+    prepare_search(config, memory)
+    return memory
+
+
+def _export_generator(
+    config: Any,
+    workdir: Path,
+    model_config: ModelConfig,
+    state: TrainState,
+    tokenizer: MixedTokenizer,
+    embedder: DocumentEmbedder,
+) -> None:
+    """Writes what `run.load` opens, from one process."""
+    params = fetch_all(state.params)
+    if jax.process_index() != 0:
+        return
+    defaults: dict[str, Any] = {}
+    if config.init_from:
+        start = resolve(config.init_from)
+        defaults = checkpoints.read_config(start)["extra"].get("defaults", {})
+        if carry_origin(start, workdir):
+            # `racm3 export` writes such weights layer by layer.
+            params = unstack_layers(params)
+            model_config = dataclasses.replace(model_config, scan_layers=False)
+    strategy = construct(StrategyConfig, config.strategy, "strategy")
+    save_generator(
+        workdir, model_config, params, tokenizer, embedder, strategy, defaults
     )
 
 
