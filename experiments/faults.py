@@ -189,7 +189,7 @@ def run_peer(folder: Path, fault: str, guarded: bool) -> dict[str, Any]:
             "survivor_status": status,
             "survivor_seconds": seconds,
             "other_status": other,
-            "named": "process 1 " in pair.errors(0).partition("not ended a step")[2],
+            "named": "process 1 " in pair.errors(0).partition("not finished a step")[2],
             "orphans": pair.count_orphans(),
         }
 

@@ -189,7 +189,9 @@ def _tokenize(arguments: Arguments) -> None:
 
     if arguments.roundtrip:
         change = "give another --out"
-        own_files.check_pictures(arguments.out, inputs=[arguments.image], change=change)
+        own_files.check_png_paths(
+            arguments.out, inputs=[arguments.image], change=change
+        )
     folder = wiring.resolve(arguments.tokenizer)
     if (folder / "image").is_dir():
         folder = folder / "image"

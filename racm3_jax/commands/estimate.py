@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from racm3_jax.compilation.figures import Figures, Largest
     from racm3_jax.compilation.machines import Machine
     from racm3_jax.compilation.programs import Program
-    from racm3_jax.training.hardware import Plan
+    from racm3_jax.training.hardware import TrainingEstimate
 
 WHAT = ("train", "decode", "embed", "search")
 # These say something about a compilation, so they need one.
@@ -90,7 +90,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config_flags)
     if config.kind != "generator":
         raise UsageError(
-            f"estimate plans generators; this config's kind is {config.kind!r}"
+            f"estimate is for generators; this config's kind is {config.kind!r}"
         )
     from racm3_jax.compilation import machines
 
@@ -101,16 +101,16 @@ def _estimate(arguments: argparse.Namespace) -> None:
     if given:
         raise UsageError(f"--{given[0]} is about compiling: add --compile")
     name, num_devices = parse_device(arguments.device)
-    plan = _make_plan(config, name, num_devices)
+    estimate = _make_estimate(config, name, num_devices)
     if arguments.json:
-        return print(json.dumps({"formula": _plan_as_json(plan)}, indent=1))
-    _print_plan(config, name, num_devices, plan)
-    if not plan.fits:
-        _print_changes(_changes(config, plan))
+        return print(json.dumps({"formula": _as_json(estimate)}, indent=1))
+    _print_estimate(config, name, num_devices, estimate)
+    if not estimate.fits:
+        _print_changes(_changes(config, estimate))
     return None
 
 
-def _make_plan(config: Any, name: str, num_devices: int) -> Plan:
+def _make_estimate(config: Any, name: str, num_devices: int) -> TrainingEstimate:
     from racm3_jax import wiring
     from racm3_jax.training import hardware
 
@@ -118,7 +118,7 @@ def _make_plan(config: Any, name: str, num_devices: int) -> Plan:
     platform = hardware.DEVICES[name].platform
     shards, _ = wiring.count_shards(config, num_devices, platform)
     half = config.optimizer.get("first_moment_dtype", "float32") == "bfloat16"
-    return hardware.plan_training(
+    return hardware.estimate_training(
         model_config,
         num_params,
         hardware.DEVICES[name],
@@ -133,7 +133,9 @@ def _make_plan(config: Any, name: str, num_devices: int) -> Plan:
     )
 
 
-def _print_plan(config: Any, name: str, num_devices: int, plan: Plan) -> None:
+def _print_estimate(
+    config: Any, name: str, num_devices: int, estimate: TrainingEstimate
+) -> None:
     from racm3_jax import wiring
     from racm3_jax.training import hardware
 
@@ -144,15 +146,15 @@ def _print_plan(config: Any, name: str, num_devices: int, plan: Plan) -> None:
         "batch": f"{config.pipeline.rows} rows of {config.pipeline.row_length}",
         "assumed": f"{hardware.DEVICES[name].utilisation:.0%} of the peak (PaLM's count)",
     }
-    print(hardware.format_plan(plan, details))
+    print(hardware.format_estimate(estimate, details))
 
 
-def _changes(config: Any, plan: Plan) -> list[str]:
+def _changes(config: Any, estimate: TrainingEstimate) -> list[str]:
     from racm3_jax import wiring
     from racm3_jax.training import hardware
 
     model_config, _ = wiring.build_model_shape(config)
-    return hardware.suggest_changes(model_config, plan, config.pipeline.rows)
+    return hardware.suggest_changes(model_config, estimate, config.pipeline.rows)
 
 
 def _print_changes(changes: Any) -> None:
@@ -161,12 +163,12 @@ def _print_changes(changes: Any) -> None:
         print(f"  {change}")
 
 
-def _plan_as_json(plan: Plan) -> dict[str, Any]:
+def _as_json(estimate: TrainingEstimate) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(plan),
-        "total": plan.total,
-        "capacity": plan.capacity,
-        "fits": plan.fits,
+        **dataclasses.asdict(estimate),
+        "total": estimate.total,
+        "capacity": estimate.capacity,
+        "fits": estimate.fits,
     }
 
 
@@ -193,11 +195,11 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
     device = hardware.DEVICES.get(name)
     capacity = device.capacity if device else None
     program = programs.build_program(what, config, devices, arguments.size, capacity)
-    plan = None
+    estimate = None
     if what == "train" and device is not None:
         sized = config.copy_and_resolve_references()
         sized.pipeline.rows = program.size
-        plan = _make_plan(sized, name, machine.num_devices)
+        estimate = _make_estimate(sized, name, machine.num_devices)
     cache = saved.without_cache() if arguments.save else contextlib.nullcontext()
     with cache:
         first, parts = figures.compile_program(
@@ -216,18 +218,18 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
             first,
             program.step,
             most,
-            plan.weights + plan.optimizer if plan else 0.0,
+            estimate.weights + estimate.optimizer if estimate else 0.0,
         )
     if arguments.json:
         found = {"compiled": report.as_json(machine, program, first, largest)}
-        if plan is not None:
-            found["formula"] = _plan_as_json(plan)
+        if estimate is not None:
+            found["formula"] = _as_json(estimate)
         return print(json.dumps(found, indent=1))
-    if plan is not None:
-        _print_plan(config, name, machine.num_devices, plan)
+    if estimate is not None:
+        _print_estimate(config, name, machine.num_devices, estimate)
         print()
-    print(report.format_compiled(machine, program, first, plan))
-    _print_verdict(config, machine, program, first, largest, plan)
+    print(report.format_compiled(machine, program, first, estimate))
+    _print_verdict(config, machine, program, first, largest, estimate)
     return None
 
 
@@ -237,7 +239,7 @@ def _print_verdict(
     program: Program,
     first: Figures,
     largest: Largest | None,
-    plan: Plan | None,
+    estimate: TrainingEstimate | None,
 ) -> None:
     """What fits, and what to change if this does not."""
     from racm3_jax.compilation import report
@@ -252,12 +254,12 @@ def _print_verdict(
         print(report.format_largest(program, largest))
     if first.fits:
         return
-    if plan is None:
+    if estimate is None:
         return _print_changes(report.suggest_smaller(program, largest))
     fitting = largest.fits if largest is not None else 0
     microbatches = config.train.get("num_microbatches", 1)
     rows = fitting * config.mesh.tensor // (machine.num_devices * microbatches)
-    compiled = dataclasses.replace(plan, largest_rows=rows) if largest else plan
+    compiled = dataclasses.replace(estimate, largest_rows=rows) if largest else estimate
     return _print_changes(_changes(config, compiled))
 
 

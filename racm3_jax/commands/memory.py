@@ -290,7 +290,7 @@ def _stats(arguments: Arguments) -> None:
 
 def _check_out(arguments: Arguments) -> None:
     image = getattr(arguments, "image", None)
-    own_files.check_pictures(
+    own_files.check_png_paths(
         arguments.out, inputs=[image] if image else [], change="give another --out"
     )
 

@@ -45,7 +45,7 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
     if writes_out:
         out = Path(arguments.out)
         change = "give another --out"
-        own_files.check_pictures(arguments.out, inputs=inputs, change=change)
+        own_files.check_png_paths(arguments.out, inputs=inputs, change=change)
         if getattr(arguments, "parts", None):
             drawn = out.parent.glob(f"{glob.escape(out.stem)}_*_*.png")
             own_files.check(*drawn, inputs=inputs, change=change)
@@ -58,7 +58,7 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
         if writes_out and os.path.abspath(preview) == os.path.abspath(arguments.out):
             raise ValueError("--preview and --out are the same file: give two")
         change = "give another --preview"
-        own_files.check_pictures(preview, inputs=inputs, change=change)
+        own_files.check_png_paths(preview, inputs=inputs, change=change)
 
 
 def sample_paths(out: Path, num_samples: int) -> list[Path]:

@@ -9,11 +9,14 @@ from typing import Any
 from racm3_jax.compilation.figures import Figures, Largest, PartFigures
 from racm3_jax.compilation.machines import Machine
 from racm3_jax.compilation.programs import Program
-from racm3_jax.training.hardware import Plan, format_bytes
+from racm3_jax.training.hardware import TrainingEstimate, format_bytes
 
 
 def format_compiled(
-    machine: Machine, program: Program, figures: Figures, plan: Plan | None
+    machine: Machine,
+    program: Program,
+    figures: Figures,
+    estimate: TrainingEstimate | None,
 ) -> str:
     """The compiler's figures, and the formula's next to those that it has."""
     details = {
@@ -23,19 +26,19 @@ def format_compiled(
     }
     lines = _align(details)
     for part in figures.parts:
-        lines += ["", f"{part.name}, one device", *_format_part(part, plan)]
+        lines += ["", f"{part.name}, one device", *_format_part(part, estimate)]
     if figures.refused:
         lines += ["", f"the compiler found no room: {figures.refused}"]
     return "\n".join(lines)
 
 
-def _format_part(part: PartFigures, plan: Plan | None) -> list[str]:
+def _format_part(part: PartFigures, estimate: TrainingEstimate | None) -> list[str]:
     formula: dict[str, float] = {}
-    if plan is not None:
+    if estimate is not None:
         formula = {
-            "arguments": plan.weights + plan.optimizer,
-            "temporaries": plan.total - plan.weights - plan.optimizer,
-            "together": plan.total,
+            "arguments": estimate.weights + estimate.optimizer,
+            "temporaries": estimate.total - estimate.weights - estimate.optimizer,
+            "together": estimate.total,
         }
     numbers = {
         "arguments": part.arguments,

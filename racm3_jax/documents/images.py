@@ -49,7 +49,7 @@ def read_image(
 
     Transparent parts are laid on white, deep greys are scaled to 8 bits by their range,
     CMYK and palettes are converted, the EXIF rotation is applied; of an animation the
-    first picture is read. HEIC needs pillow-heif.
+    first image is read. HEIC needs pillow-heif.
 
     Args:
       source: a path, or the file's bytes.

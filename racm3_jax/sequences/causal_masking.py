@@ -201,13 +201,13 @@ def unmask(
         if not vocab.is_sentinel(name) or name in spans:
             raise ValueError(
                 "a moved span must begin with a sentinel of its own and end with "
-                f"<eoss>; got {vocab.picture(moved[start : end + 1])}"
+                f"<eoss>; got {vocab.to_text(moved[start : end + 1])}"
             )
         spans[name] = moved[start + 1 : end]
         start = int(end) + 1
     if start != len(moved):
         raise ValueError(
-            f"a moved span has no <eoss>: {vocab.picture(moved[start:][:8])} ..."
+            f"a moved span has no <eoss>: {vocab.to_text(moved[start:][:8])} ..."
         )
     pieces, position = [], 0
     for at in np.flatnonzero(vocab.is_sentinel(body)):
@@ -388,7 +388,7 @@ def _arrange(
         if vocab.is_control(tokens[start:end]).any():
             raise ValueError(
                 f"span {i} is [{start}, {end}) and holds a control token: "
-                f"{vocab.picture(tokens[start:end])}; spans stay within a segment"
+                f"{vocab.to_text(tokens[start:end])}; spans stay within a segment"
             )
         sentinel = vocab.sentinel(i)
         body += [_copied(position, start), _inserted(start, sentinel)]

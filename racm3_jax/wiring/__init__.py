@@ -10,7 +10,7 @@ from racm3_jax.wiring.corpora import (
     read_memory_documents,
 )
 from racm3_jax.wiring.generators import load_generator, save_generator
-from racm3_jax.wiring.heldout import draw_heldout
+from racm3_jax.wiring.heldout import generate_heldout
 from racm3_jax.wiring.job import Job
 from racm3_jax.wiring.jobs import build_job
 from racm3_jax.wiring.parts import (
@@ -80,7 +80,7 @@ __all__ = [
     "build_world",
     "construct",
     "count_shards",
-    "draw_heldout",
+    "generate_heldout",
     "load_generator",
     "read_evaluation",
     "read_heldout",

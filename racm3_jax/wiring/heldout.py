@@ -171,13 +171,13 @@ def judge_generator(
         if train.sheet_rows and jax.process_index() == 0:
             shown = documents[: train.sheet_rows]
             path, title = _sheet(workdir, state), f"step {int(state.step)}"
-            draw_heldout(generator, shown, num_retrieved, config.seed, path, title)
+            generate_heldout(generator, shown, num_retrieved, config.seed, path, title)
         return values | found.means()
 
     return evaluate
 
 
-def draw_heldout(
+def generate_heldout(
     generator: Generator,
     documents: Sequence[Document],
     num_retrieved: int,

@@ -54,35 +54,35 @@ def moved_spans(tokens, vocab):
 def test_picture_of_apply_masks(vocab, parse):
     tokens = parse("<eod> t1 t2 t3 <break> i1 i2 <eod>")
     masked = apply_masks(tokens, [(2, 3), (5, 6)], vocab)
-    assert vocab.picture(masked) == (
+    assert vocab.to_text(masked) == (
         "<eod> t1 <mask:0> t3 <break> <mask:1> i2 <eod> "
         "<mask:0> t2 <eoss> <mask:1> i1 <eoss>"
     )
     masked = apply_masks(tokens, [(2, 3)], vocab)
-    assert vocab.picture(masked) == (
+    assert vocab.to_text(masked) == (
         "<eod> t1 <mask:0> t3 <break> i1 i2 <eod> <mask:0> t2 <eoss>"
     )
     rotated = apply_masks(tokens, [(1, 4)], vocab)
-    assert vocab.picture(rotated) == (
+    assert vocab.to_text(rotated) == (
         "<eod> <mask:0> <break> i1 i2 <eod> <mask:0> t1 t2 t3 <eoss>"
     )
 
 
 def test_picture_of_unmask(vocab, parse):
     masked = parse("<eod> t1 <mask:0> t3 <eod> <mask:0> t2 <eoss>")
-    assert vocab.picture(unmask(masked, vocab)) == "<eod> t1 t2 t3 <eod>"
+    assert vocab.to_text(unmask(masked, vocab)) == "<eod> t1 t2 t3 <eod>"
 
 
 def test_unmask_puts_back_an_empty_span(vocab, parse):
     masked = parse("<eod> t1 <mask:0> <eod> <mask:0> <eoss>")
-    assert vocab.picture(unmask(masked, vocab)) == "<eod> t1 <eod>"
+    assert vocab.to_text(unmask(masked, vocab)) == "<eod> t1 <eod>"
 
 
 def test_picture_of_build_example(vocab, make_document):
     example = build(
         make_document("t1", "i1 i1"), [make_document("t2", "i2 i2")], ROTATED, vocab
     )
-    assert vocab.picture(example.tokens) == (
+    assert vocab.to_text(example.tokens) == (
         "<eod> t2 <break> i2 i2 <eod> <mask:0> <break> i1 i1 <eod> <mask:0> t1 <eoss>"
     )
     a = np.float32(0.1)
@@ -105,7 +105,7 @@ def test_cuts_are_the_images_of_retrieved_documents_least_relevant_first(
 
     def pictures(ranks=None):
         example = build(main, retrieved, ROTATED, vocab, ranks=ranks)
-        return [vocab.picture(example.tokens[a:b]) for a, b in example.cuts]
+        return [vocab.to_text(example.tokens[a:b]) for a, b in example.cuts]
 
     assert pictures() == ["i5 i6", "i3 i4", "i1 i2"]
     assert pictures([1, 0]) == ["i1 i2", "i5 i6", "i3 i4"]
@@ -131,7 +131,7 @@ def test_no_cut_touches_what_was_moved(vocab, sample_document):
 
 def test_picture_of_a_plain_example(vocab, make_document):
     example = build(make_document("t1", "i1 i1"), [], PLAIN, vocab)
-    assert vocab.picture(example.tokens) == "<eod> t1 <break> i1 i1 <eod>"
+    assert vocab.to_text(example.tokens) == "<eod> t1 <break> i1 i1 <eod>"
     np.testing.assert_array_equal(example.weights, [0, 1, 1, 1, 1, 1])
 
 
@@ -307,11 +307,11 @@ def test_overflow_drops_whole_retrieved_documents_that_do_not_fit(vocab, make_do
     long = make_document("t4 t4 t4 t4 t4 t4", "i4 i4")
     rest = "t1 <break> i1 i1 <eod>"
     kept = build(main, [first, second], PLAIN, vocab, max_length=11)
-    assert vocab.picture(kept.tokens) == f"<eod> t2 <break> i2 i2 <eod> {rest}"
+    assert vocab.to_text(kept.tokens) == f"<eod> t2 <break> i2 i2 <eod> {rest}"
     kept = build(main, [long, second], PLAIN, vocab, max_length=11)
-    assert vocab.picture(kept.tokens) == f"<eod> t3 <break> i3 i3 <eod> {rest}"
+    assert vocab.to_text(kept.tokens) == f"<eod> t3 <break> i3 i3 <eod> {rest}"
     kept = build(main, [first, second], PLAIN, vocab, max_length=10)
-    assert vocab.picture(kept.tokens) == f"<eod> {rest}"
+    assert vocab.to_text(kept.tokens) == f"<eod> {rest}"
 
 
 def test_picture_of_trimming_the_main_document(vocab, make_document):
@@ -325,12 +325,12 @@ def test_picture_of_trimming_the_main_document(vocab, make_document):
     )
     whole = "<mask:0> <break> i2 i2 <eod> <mask:0> t1 t2 t3 <eoss>"
     full = build(main, [], ROTATED, vocab, seed=seed)
-    assert vocab.picture(full.tokens) == f"<eod> i1 i1 <break> {whole}"
+    assert vocab.to_text(full.tokens) == f"<eod> i1 i1 <break> {whole}"
     # One token too long: the whole image goes, not half of it.
     cut = build(main, [], ROTATED, vocab, seed=seed, max_length=13)
-    assert vocab.picture(cut.tokens) == f"<eod> <break> {whole}"
+    assert vocab.to_text(cut.tokens) == f"<eod> <break> {whole}"
     cut = build(main, [], ROTATED, vocab, seed=seed, max_length=11)
-    assert vocab.picture(cut.tokens) == f"<eod> {whole}"
+    assert vocab.to_text(cut.tokens) == f"<eod> {whole}"
     with pytest.raises(ExampleTooLong, match="longer than a row"):
         build(main, [], ROTATED, vocab, seed=seed, max_length=7)
 

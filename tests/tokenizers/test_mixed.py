@@ -96,7 +96,7 @@ def test_split_tokens_is_the_picture_of_its_docstring(tokenizer):
     vocab = tokenizer.vocab
     image = vocab.image_tokens(np.array([1, 7, 7, 2]))
     row = [vocab.eod, 4, 9, vocab.break_, *image, vocab.eod]
-    assert vocab.picture(row) == "<eod> t4 t9 <break> i1 i7 i7 i2 <eod>"
+    assert vocab.to_text(row) == "<eod> t4 t9 <break> i1 i7 i7 i2 <eod>"
     document = tokenizer.split_tokens(row, id="x")
     assert [(s.modality, s.tokens.tolist()) for s in document.segments] == [
         ("text", [4, 9]),
