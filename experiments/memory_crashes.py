@@ -18,7 +18,7 @@ import numpy as np
 from crash_points import count_points, crashed
 
 from racm3_jax.memory import builder, edit
-from racm3_jax.memory.config import CorpusConfig, make_maker
+from racm3_jax.memory.config import CorpusConfig, make_chunk_builder
 from racm3_jax.memory.memory import Memory
 from racm3_jax.porting.clip import convert_clip
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -99,7 +99,7 @@ class Place:
         )
 
     def add(self) -> None:
-        maker = make_maker(self.config, *self.models)
+        maker = make_chunk_builder(self.config, *self.models)
         edit.add_documents(self.path, self.sources[1], maker)
 
     def remove(self) -> None:

@@ -493,12 +493,12 @@ def _open(arguments: Arguments) -> Any:
     memory = options.local_memory(arguments)
     generator = run.load(arguments.workdir, memory=memory, mesh=mesh)
     if generator.retriever is not None and getattr(arguments, "num_retrieved", 0):
-        from racm3_jax.retrieval.misfit import explain_misfit
+        from racm3_jax.retrieval.mismatch import explain_mismatch
 
-        misfit = explain_misfit(
+        mismatch = explain_mismatch(
             generator.retriever.memory, generator.tokenizer, generator.embedder
         )
-        arguments.notes = (*getattr(arguments, "notes", ()), misfit)
+        arguments.notes = (*getattr(arguments, "notes", ()), mismatch)
     return generator.quantized() if arguments.int8 else generator
 
 

@@ -123,19 +123,19 @@ def _build(arguments: Arguments) -> None:
     bad = merge.bad_records_file(path)
     if bad.is_file():
         print(f"  bad records are listed in {bad}")
-    _print_misfit(arguments)
+    _print_mismatch(arguments)
 
 
-def _print_misfit(arguments: Arguments) -> None:
+def _print_mismatch(arguments: Arguments) -> None:
     """Says so if the embedder was not made for what the memory holds."""
     from racm3_jax.memory.memory import Memory
-    from racm3_jax.retrieval.misfit import explain_misfit
+    from racm3_jax.retrieval.mismatch import explain_mismatch
 
     tokenizer, embedder = _load_models(arguments)
     known = None if isinstance(embedder, str) else embedder
     with Memory.load(arguments.memory) as memory:
-        if misfit := explain_misfit(memory, tokenizer, known):
-            print(f"  note: {misfit}")
+        if mismatch := explain_mismatch(memory, tokenizer, known):
+            print(f"  note: {mismatch}")
 
 
 def _say(lines: Iterable[str]) -> None:
@@ -180,7 +180,7 @@ def _add_documents(arguments: Arguments) -> None:
         num_query_variants=manifest["num_query_variants"],
         query_drop=manifest["query_drop"],
     )
-    maker = config_lib.make_maker(config, *_load_models(arguments))
+    maker = config_lib.make_chunk_builder(config, *_load_models(arguments))
     counts = edit.add_documents(
         arguments.memory,
         _read_source(arguments),
@@ -200,7 +200,7 @@ def _search(arguments: Arguments) -> None:
     from racm3_jax.commands.originals import read_for_picture
     from racm3_jax.documents.images import read_image
     from racm3_jax.memory.memory import Memory
-    from racm3_jax.retrieval.misfit import explain_misfit
+    from racm3_jax.retrieval.mismatch import explain_mismatch
 
     given = (arguments.text, arguments.image, arguments.words)
     if sum(value is not None for value in given) != 1:
@@ -212,7 +212,7 @@ def _search(arguments: Arguments) -> None:
         embedder = None  # any memory has captions
     elif isinstance(embedder, str):
         raise UsageError("a query needs an encoder: give --embedder=FOLDER")
-    misfit = ""
+    mismatch = ""
     path = options.local_memory(arguments)
     with Memory.load(path, embedder, tokenizer) as memory:
         if embedder is None:
@@ -225,7 +225,7 @@ def _search(arguments: Arguments) -> None:
             )
             found = memory.search(queries, arguments.k)
             rows, scores = found.ids[found.valid], found.scores[found.valid]
-            misfit = explain_misfit(memory, tokenizer, embedder)
+            mismatch = explain_mismatch(memory, tokenizer, embedder)
         documents, note = read_for_picture(memory, tokenizer, rows, arguments.originals)
     asked: Any = image if image is not None else arguments.text or arguments.words
     picture = memory_pictures.draw_results(asked, documents, scores.tolist())
@@ -235,14 +235,14 @@ def _search(arguments: Arguments) -> None:
         for d, s in zip(documents, scores, strict=True)
     ]
     if arguments.json:
-        record = {"results": results, "out": arguments.out, "note": misfit}
+        record = {"results": results, "out": arguments.out, "note": mismatch}
         print(json.dumps(record))
         return
     for result in results:
         print(f"{result['score']:.3f}  {result['id']}  {result['text'][:80]}")
     print(f"wrote {arguments.out}{note}")
-    if misfit:
-        print(f"note: {misfit}")
+    if mismatch:
+        print(f"note: {mismatch}")
 
 
 def _find_words(
@@ -253,11 +253,11 @@ def _find_words(
     Raises:
       UsageError: no caption does.
     """
-    from racm3_jax.retrieval.words import search_words
+    from racm3_jax.retrieval.bm25 import search_bm25
 
     rows = memory.allowed_ids()
     texts = [tokenizer.decode_text(document) for document in memory.documents(rows)]
-    places, scores = search_words(texts, arguments.words, arguments.k)
+    places, scores = search_bm25(texts, arguments.words, arguments.k)
     if not len(places):
         raise UsageError(
             f"no caption of {arguments.memory} has a word of --words={arguments.words!r}"
@@ -359,7 +359,7 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
     _, embedder = _load_models(arguments)
     memory.check(embedder=embedder)
     query = embedder.embed_images(image[None])[0]
-    return edit.find_like(memory, query, arguments.min_similarity)[0]
+    return edit.find_similar_images(memory, query, arguments.min_similarity)[0]
 
 
 def _neighbours(arguments: Arguments) -> None:

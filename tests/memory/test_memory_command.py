@@ -145,10 +145,10 @@ def test_an_encoder_that_does_not_fit_is_named(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(family, "_load_models", lambda _: (Tokenizer(), Mixed()))
     path = build(tmp_path)
-    assert "note: the encoder does not fit these documents" in capsys.readouterr().out
+    assert "note: the encoder does not suit these documents" in capsys.readouterr().out
     run("search", f"--memory={path}", f"--out={tmp_path}/a.png", "--text=x y", "--json")
     note = output(capsys)["note"]
-    assert "of 40 samples (50% is chance), and a word of them takes" in note
+    assert "of 40 samples (50% is chance), and their words take" in note
     assert "racm3 fit --source" in note
     # One that keeps texts and images apart is judged by the words that it knows.
     Mixed.text_tokenizer = types.SimpleNamespace(encode=str.split)

@@ -433,18 +433,18 @@ def test_text_of_the_main_document_may_weigh_more(vocab, make_document, parse):
     heavy = dataclasses.replace(plain, text_weight=5.0)
     main, shown = make_document("t1 t2", "i1 i2"), make_document("t3", "i3 i4")
 
-    def weigh(config):
+    def reweight(config):
         rng = np.random.default_rng(0)
         return build_example(
             main, [shown], config, vocab, alpha=0.5, max_length=40, rng=rng
         )
 
-    example = weigh(heavy)
+    example = reweight(heavy)
     picture = "<eod> t3 <break> i3 i4 <eod> t1 t2 <break> i1 i2 <eod>"
     np.testing.assert_array_equal(example.tokens, parse(picture))
     expected = [0, 0.5, 0.5, 0.5, 0.5, 0.5, 5, 5, 1, 1, 1, 1]
     np.testing.assert_array_equal(example.weights, np.float32(expected))
-    ratio = example.weights / np.maximum(weigh(plain).weights, 1e-9)
+    ratio = example.weights / np.maximum(reweight(plain).weights, 1e-9)
     assert set(ratio.tolist()) == {0.0, 1.0, 5.0}
     with pytest.raises(ValueError, match="text_weight must be above 0; got 0"):
         CausalMaskingConfig(text_weight=0.0)
