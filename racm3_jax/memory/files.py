@@ -67,7 +67,9 @@ class MemoryFiles:
         from racm3_jax.index.hosts import HostsIndex
 
         places = [folder / format_lib.INDEX_DIRECTORY for folder in self.folders]
-        shared = registry.share_parts(places, jax.process_index(), jax.process_count())
+        shared = registry.assign_shards(
+            places, jax.process_index(), jax.process_count()
+        )
         own_of = dict(zip(format_lib.prefixes(self.manifest), shared, strict=True))
 
         def is_own(name: str) -> bool:
