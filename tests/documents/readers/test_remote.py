@@ -123,7 +123,7 @@ def test_parquet(corpus):
         ("webdataset:gs://closed/*.tar", "no permission for gs://closed"),
         ("webdataset:gs://*/0.tar", "names no bucket"),
         ("folder:gs://me/corpus", "the kinds webdataset, parquet, jsonl are read"),
-        ("tfds:coco;data_dir=gs://me", "in a bucket, from which the kinds"),
+        ("tfds:coco;data_dir=gs://me", "in a bucket, from which only"),
         ("gs://me/corpus/images", "does not show what kind of source it is"),
     ],
 )
