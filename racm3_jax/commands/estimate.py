@@ -1,4 +1,4 @@
-"""estimate: memory, traffic, speed and hours of a training, before it starts."""
+"""estimate: memory, communication, speed and hours of a training, before it starts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from racm3_jax.training.hardware import TrainingEstimate
 
 WHAT = ("train", "decode", "embed", "search")
-# These say something about a compilation, so they need one.
+# Options that need --compile.
 _NEED_COMPILE = ("what", "topology", "slices", "size", "max_compiles", "save")
 
 
 def register(commands: Any) -> None:
     """Adds `estimate` to the parser's subcommands."""
     text = (
-        "What a generator's training needs: memory, speed, hours, by a formula; with "
-        "--compile by the accelerator's own compiler, which needs no accelerator."
+        "Estimate memory, speed and hours of a generator's training by a formula; with "
+        "--compile by the accelerator's compiler, which does not need the accelerator."
     )
     sub = commands.add_parser("estimate", help=text, description=text)
     sub.set_defaults(command=_estimate)
@@ -39,38 +39,40 @@ def register(commands: Any) -> None:
         "--device", required=True, help="name:number, for example h200:8 or v5p:64"
     )
     sub.add_argument(
-        "--compile", action="store_true", help="compile for that device, absent or not"
+        "--compile", action="store_true", help="compile for that device (may be absent)"
     )
-    sub.add_argument("--what", choices=WHAT, help="what is compiled; train by default")
-    sub.add_argument("--topology", help="of a TPU slice, 4x4x4; of GPUs, 1xNODESxCARDS")
+    sub.add_argument("--what", choices=WHAT, help="what to compile; default: train")
+    sub.add_argument(
+        "--topology", help="of a TPU slice, e.g. 4x4x4; of GPUs, 1xNODESxGPUS"
+    )
     sub.add_argument("--slices", type=int, help="TPU slices of that topology")
     sub.add_argument(
         "--size",
         type=int,
-        help="rows, prompts, images or documents; the config's rows by default",
+        help="rows, prompts, images or documents; default: the config's rows",
     )
     sub.add_argument(
         "--max_compiles",
         type=int,
-        help="at most so many, to find the largest size that fits (4); 1 finds none",
+        help="compilations to find the largest size that fits (4); 1: no search",
     )
     sub.add_argument(
         "--save",
         type=options.path,
-        help="write the compiled step, for train --compiled=FILE",
+        help="save the compiled step for train --compiled=FILE",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 def parse_device(text: str, *, compiled: bool = False) -> tuple[str, int]:
-    """ "h200:8" -> ("h200", 8); one device without a number.
+    """ "h200:8" -> ("h200", 8); without a number, one device.
 
     Args:
       text: of `--device`.
-      compiled: whether "cpu" is a device too.
+      compiled: whether "cpu" is allowed, too.
 
     Raises:
-      UsageError: a device that is not in the table, or no number above 0.
+      UsageError: a device that is not in the table, or an invalid number.
     """
     from racm3_jax.training.hardware import DEVICES
 
@@ -78,8 +80,7 @@ def parse_device(text: str, *, compiled: bool = False) -> tuple[str, int]:
     known = [*DEVICES, *(["cpu"] if compiled else [])]
     if name not in known:
         raise UsageError(
-            f"--device={text}: {name!r} is not in the table; known are "
-            f"{', '.join(known)}"
+            f"--device={text}: {name!r} is not in the table; known: {', '.join(known)}"
         )
     if number and not (number.isdigit() and int(number)):
         raise UsageError(f"--device={text}: give a number of devices, as in {name}:8")
@@ -99,7 +100,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
     machines.use_host_only()
     given = [name for name in _NEED_COMPILE if getattr(arguments, name) is not None]
     if given:
-        raise UsageError(f"--{given[0]} is about compiling: add --compile")
+        raise UsageError(f"--{given[0]} needs --compile")
     name, num_devices = parse_device(arguments.device)
     estimate = _make_estimate(config, name, num_devices)
     if arguments.json:
@@ -176,7 +177,7 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
     name, number = parse_device(arguments.device, compiled=True)
     what = arguments.what or "train"
     if arguments.save and what != "train":
-        raise UsageError(f"--save keeps a training step; --what is {what!r}")
+        raise UsageError(f"--save is for a training step; --what is {what!r}")
     if arguments.max_compiles is not None and arguments.max_compiles < 1:
         raise UsageError(f"--max_compiles={arguments.max_compiles}: give 1 or more")
     from racm3_jax.compilation import machines
@@ -207,7 +208,7 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
         )
     if arguments.save:
         _save(arguments.save, program, first, parts, devices, config)
-    del parts  # hundreds of MB that later compilations may need
+    del parts  # frees hundreds of MB for later compilations
     largest = None
     most = 4 if arguments.max_compiles is None else arguments.max_compiles
     if most > 1 and capacity is not None:
@@ -241,7 +242,7 @@ def _print_verdict(
     largest: Largest | None,
     estimate: TrainingEstimate | None,
 ) -> None:
-    """What fits, and what to change if this does not."""
+    """Prints what fits, and what to change if this does not."""
     from racm3_jax.compilation import report
     from racm3_jax.training.hardware import format_bytes
 
@@ -249,7 +250,7 @@ def _print_verdict(
         return
     print()
     room = f"{format_bytes(first.peak)} of {format_bytes(first.capacity)}"
-    print(f"{'fits' if first.fits else 'does not fit'}: {room} a device")
+    print(f"{'fits' if first.fits else 'does not fit'}: {room} per device")
     if largest is not None:
         print(report.format_largest(program, largest))
     if first.fits:
@@ -291,7 +292,7 @@ def _save(
 
 @contextlib.contextmanager
 def _watch(text: str) -> Iterator[None]:
-    """Elapsed seconds on standard error; one line where that is not a terminal."""
+    """Shows elapsed seconds on standard error; without a terminal, one line."""
     if not sys.stderr.isatty():
         started = time.monotonic()
         yield

@@ -14,7 +14,7 @@ import numpy as np
 
 from racm3_jax import own_files
 from racm3_jax.commands import arguments as options
-from racm3_jax.commands import memory_flags, memory_pictures
+from racm3_jax.commands import memory_flags, memory_images
 from racm3_jax.commands.configs import UsageError
 
 Arguments = argparse.Namespace
@@ -56,14 +56,14 @@ def _run(command: Callable, arguments: Arguments) -> None:
 
 
 def load_models(tokenizer: str, embedder: str) -> tuple[Any, Any]:
-    """The tokenizer, and the embedder or the name of one."""
+    """The tokenizer, and the embedder or its name."""
     from racm3_jax import wiring
     from racm3_jax.retrieval.embedder import DocumentEmbedder
     from racm3_jax.tokenizers.mixed import MixedTokenizer
 
     opened = MixedTokenizer.load(wiring.resolve(tokenizer))
     if embedder == "name:":
-        raise UsageError("--embedder=name: names no encoder: give name:ENCODER")
+        raise UsageError("--embedder=name: has no encoder: give name:ENCODER")
     if embedder.startswith("name:"):
         return opened, embedder.removeprefix("name:")
     return opened, DocumentEmbedder.load(wiring.resolve(embedder))
@@ -87,7 +87,7 @@ def _config(arguments: Arguments, **more: Any) -> Any:
 
 
 def _build(arguments: Arguments) -> None:
-    from racm3_jax.commands import memory_words
+    from racm3_jax.commands import memory_report
     from racm3_jax.memory import beam as beam_build
     from racm3_jax.memory import merge
     from racm3_jax.memory.format import read_manifest
@@ -119,7 +119,7 @@ def _build(arguments: Arguments) -> None:
         )
     manifest = read_manifest(path)
     print(f"{path}: {manifest['num_documents']} documents, {manifest['index']} index")
-    _say(memory_words.describe_build(manifest))
+    _say(memory_report.describe_build(manifest))
     bad = merge.bad_records_file(path)
     if bad.is_file():
         print(f"  bad records are listed in {bad}")
@@ -127,7 +127,7 @@ def _build(arguments: Arguments) -> None:
 
 
 def _print_mismatch(arguments: Arguments) -> None:
-    """Says so if the embedder was not made for what the memory holds."""
+    """Prints a note if the embedder does not suit the memory's documents."""
     from racm3_jax.memory.memory import Memory
     from racm3_jax.retrieval.mismatch import explain_mismatch
 
@@ -148,7 +148,7 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
     from racm3_jax.progress import open_progress
 
     tokenizer, embedder = _load_models(arguments)
-    with open_progress(desc="build memory", unit="steps of work") as bar:
+    with open_progress(desc="build memory", unit="steps") as bar:
 
         def show(num_documents: int, done: int, total: int) -> None:
             bar.total = total
@@ -169,7 +169,7 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
 def _add_documents(arguments: Arguments) -> None:
     import dataclasses
 
-    from racm3_jax.commands import memory_words
+    from racm3_jax.commands import memory_report
     from racm3_jax.memory import config as config_lib
     from racm3_jax.memory import edit
     from racm3_jax.memory.format import read_manifest
@@ -190,26 +190,26 @@ def _add_documents(arguments: Arguments) -> None:
     )
     print(f"{arguments.memory}: added {counts['added']} documents")
     for title in ("bad", "left_out", "filtered"):
-        _say(memory_words.describe_counts(title, counts[title]))
-    _say(memory_words.describe_renamed(counts["renamed"]))
+        _say(memory_report.describe_counts(title, counts[title]))
+    _say(memory_report.describe_renamed(counts["renamed"]))
     if counts["filtered"].get("removed before"):
         print("  --readmit takes back what was removed")
 
 
 def _search(arguments: Arguments) -> None:
-    from racm3_jax.commands.originals import read_for_picture
+    from racm3_jax.commands.originals import read_for_display
     from racm3_jax.documents.images import read_image
     from racm3_jax.memory.memory import Memory
     from racm3_jax.retrieval.mismatch import explain_mismatch
 
     given = (arguments.text, arguments.image, arguments.words)
     if sum(value is not None for value in given) != 1:
-        raise UsageError("give --text, --image or --words, one of them")
+        raise UsageError("give one of --text, --image and --words")
     _check_out(arguments)
     image = None if arguments.image is None else read_image(arguments.image)
     tokenizer, embedder = _load_models(arguments)
     if arguments.words is not None:
-        embedder = None  # any memory has captions
+        embedder = None  # not needed for keyword search
     elif isinstance(embedder, str):
         raise UsageError("a query needs an encoder: give --embedder=FOLDER")
     mismatch = ""
@@ -226,9 +226,9 @@ def _search(arguments: Arguments) -> None:
             found = memory.search(queries, arguments.k)
             rows, scores = found.ids[found.valid], found.scores[found.valid]
             mismatch = explain_mismatch(memory, tokenizer, embedder)
-        documents, note = read_for_picture(memory, tokenizer, rows, arguments.originals)
+        documents, note = read_for_display(memory, tokenizer, rows, arguments.originals)
     asked: Any = image if image is not None else arguments.text or arguments.words
-    picture = memory_pictures.draw_results(asked, documents, scores.tolist())
+    picture = memory_images.render_results(asked, documents, scores.tolist())
     own_files.write_png(arguments.out, picture)
     results = [
         {"id": d.id, "score": round(float(s), 4), "text": d.text, "source": d.source}
@@ -248,10 +248,10 @@ def _search(arguments: Arguments) -> None:
 def _find_words(
     memory: Any, tokenizer: Any, arguments: Arguments
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose captions say the words, best first, with their scores.
+    """Rows whose captions match the words, best first, with their scores.
 
     Raises:
-      UsageError: no caption does.
+      UsageError: no caption matches.
     """
     from racm3_jax.retrieval.bm25 import search_bm25
 
@@ -266,8 +266,8 @@ def _find_words(
 
 
 def _stats(arguments: Arguments) -> None:
-    from racm3_jax.commands import memory_words
-    from racm3_jax.commands.originals import read_for_picture
+    from racm3_jax.commands import memory_report
+    from racm3_jax.commands.originals import read_for_display
     from racm3_jax.memory.memory import Memory
     from racm3_jax.memory.stats import compute_stats
 
@@ -276,15 +276,15 @@ def _stats(arguments: Arguments) -> None:
     path = options.local_memory(arguments)
     with Memory.load(path, tokenizer=tokenizer) as memory:
         stats = compute_stats(memory, num_queries=arguments.num_queries)
-        shown = memory_pictures.choose_rows(memory.allowed_ids())
-        documents, note = read_for_picture(
+        shown = memory_images.choose_rows(memory.allowed_ids())
+        documents, note = read_for_display(
             memory, tokenizer, shown, arguments.originals
         )
-    own_files.write_png(arguments.out, memory_pictures.draw_contacts(documents))
+    own_files.write_png(arguments.out, memory_images.render_contact_sheet(documents))
     if arguments.json:
         print(json.dumps({**stats, "out": arguments.out}))
         return
-    _say(memory_words.describe_stats(stats, arguments.num_queries))
+    _say(memory_report.describe_stats(stats, arguments.num_queries))
     print(f"wrote {arguments.out}{note}")
 
 
@@ -299,9 +299,9 @@ def _verify(arguments: Arguments) -> None:
     from racm3_jax.memory import edit
 
     counts = edit.verify(options.local_memory(arguments), arguments.share)
-    whole = "are whole" if arguments.share == 1 else "were sampled (see above)"
+    checked = "are intact" if arguments.share == 1 else "were sampled (see above)"
     print(
-        f"{arguments.memory}: {counts['files']} files {whole}, "
+        f"{arguments.memory}: {counts['files']} files {checked}, "
         f"{counts['documents']} documents, {counts['removed']} removed ones are not "
         f"found, {counts['on_disk']} of them on disk until compaction"
     )
@@ -326,7 +326,7 @@ def _remove(arguments: Arguments) -> None:
             print(f"removed {memory.remove(rows)} of {len(rows)} documents found")
     if arguments.compact and not arguments.dry_run:
         count = edit.compact(arguments.memory)
-        print(f"{count} documents have left the disk")
+        print(f"{count} documents deleted from disk")
 
 
 def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:

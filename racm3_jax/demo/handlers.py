@@ -207,13 +207,13 @@ class Handlers:
     @explained
     def find_text(self, query: str, num_results: float) -> tuple:
         found = self.session.find(query, int(num_results))
-        return draw_results(found), query
+        return render_results(found), query
 
     @explained
     def find_image(self, image: np.ndarray | None, num_results: float) -> tuple:
         if image is None:
             raise ValueError("upload an image to search by first")
-        return draw_results(self.session.find(image, int(num_results))), image
+        return render_results(self.session.find(image, int(num_results))), image
 
     @explained
     def ask_removal(self, event: gr.EventData) -> tuple:
@@ -227,7 +227,7 @@ class Handlers:
     def remove(self, id: str, query: Any, num_results: float) -> tuple:
         said = self.session.remove(id)
         found = self.session.find(query, int(num_results))
-        return draw_results(found), panels.draw_note(said), gr.Column(visible=False)
+        return render_results(found), panels.draw_note(said), gr.Column(visible=False)
 
     def keep(self) -> gr.Column:
         return gr.Column(visible=False)
@@ -262,7 +262,7 @@ def draw_read(given: tuple[Given, ...]) -> str:
     return panels.draw_cards(given) if given else panels.draw_note("no documents")
 
 
-def draw_results(found: tuple[Given, ...]) -> str:
+def render_results(found: tuple[Given, ...]) -> str:
     """What a search of the memory found."""
     if not found:
         return panels.draw_note("Nothing was found.")

@@ -82,8 +82,8 @@ def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device=v5p:64", "--topology=4x4x4"], "--topology is about compiling"),
-        (["--device=v5p:64", "--save=x"], "--save is about compiling"),
+        (["--device=v5p:64", "--topology=4x4x4"], "--topology needs --compile"),
+        (["--device=v5p:64", "--save=x"], "--save needs --compile"),
         (["--device=b200:8", "--compile"], "--compile knows v5e"),
         (["--device=cpu:4"], "'cpu' is not in the table"),
         (["--device=cpu:4", "--compile", "--what=embed", "--save=x"], "--save keeps"),

@@ -56,7 +56,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     path = build(tmp_path)
     shown = capsys.readouterr().out
     assert "40 documents, exact index" in shown and "read 40, bad 0" in shown
-    assert "will withhold from documents: 40 itself" in shown
+    assert "excluded from retrieval for some documents: 40 itself" in shown
     assert not re.search(r"\b0 (?!bad)\w+", shown)  # what met no document is not named
     out = f"--out={tmp_path}/a.png"
     words = ("search", f"--memory={path}", out, "--json", "--k=8")
@@ -69,7 +69,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     assert sheet.shape[0] > 2 * 128 and sheet.shape[1] > 6 * 128
 
     run(*words[:3], "--text=nation3 on scene1")
-    assert "8 of 8 images as the memory keeps them" in capsys.readouterr().out
+    assert "8 of 8 images decoded from the memory" in capsys.readouterr().out
 
     Image.fromarray(make_document(22).images[0]).save(tmp_path / "q.png")
     image = f"--image={tmp_path}/q.png"
@@ -104,7 +104,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     run("verify", f"--memory={path}")
     assert "26 documents, 14 removed ones are not found" in capsys.readouterr().out
     run("remove", f"--memory={path}", "--compact")
-    assert "14 documents have left the disk" in capsys.readouterr().out
+    assert "14 documents deleted from disk" in capsys.readouterr().out
 
     more = write_corpus(tmp_path / "more", [[line(50), line(51), "{", line(51)]])
     run("add", f"--memory={path}", f"--source={more}", "--max_bad=0.5")

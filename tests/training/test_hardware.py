@@ -119,7 +119,7 @@ def test_the_command(capsys):
     text = capsys.readouterr().out
     assert "8 h200; weights split over 8, 1 copies" in text and "tokens/s" in text
     assert cli.main(["estimate", config, "--device=h900:8"]) == 2
-    assert "known are t4, l4" in capsys.readouterr().err
+    assert "known: t4, l4" in capsys.readouterr().err
     assert cli.main(["estimate", config, "--device=h200:x"]) == 2
     assert "give a number" in capsys.readouterr().err
 
