@@ -62,7 +62,7 @@ class TextTokenizer:
         ids = vocab.values()
         if sorted(ids) != list(range(len(ids))):
             raise ValueError(
-                f"the text tokenizer has {len(ids)} tokens, but their ids are not exactly "
+                f"the ids of the text tokenizer's {len(ids)} tokens are not exactly "
                 f"0..{len(ids) - 1} (the highest is {max(ids)}): other ids would "
                 "be taken for images"
             )

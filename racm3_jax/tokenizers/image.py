@@ -196,7 +196,7 @@ def compute_psnr(
 def compute_codebook_usage(
     codes: Int[np.ndarray, "images length"], num_codes: int
 ) -> tuple[float, float]:
-    """Fraction of the codebook that occurs in `codes`, and the perplexity of the codes."""
+    """Fraction of the codebook that occurs in `codes`, and the codes' perplexity."""
     counts = np.bincount(np.asarray(codes).reshape(-1), minlength=num_codes)
     p = counts[counts > 0] / max(counts.sum(), 1)
     return float((counts > 0).mean()), float(np.exp(-(p * np.log(p)).sum()))

@@ -145,8 +145,8 @@ class MixedTokenizer:
         ends = array == self.vocab.eod
         if ends[kept[0] : kept[-1]].any():
             raise ValueError(
-                "the tokens have an <eod> between segments, so more than one document; split "
-                "them at <eod> first"
+                "the tokens have an <eod> between segments, so more than one document; "
+                "split them at <eod> first"
             )
         number = np.cumsum(array == self.vocab.break_)[kept]
         changes = (np.diff(number) != 0) | (np.diff(is_image[kept].astype(int)) != 0)
@@ -246,7 +246,7 @@ class MixedTokenizer:
     def _check_image(self, tokens: Int[np.ndarray, " length"]) -> None:
         if len(tokens) != self.vocab.image_length:
             raise ValueError(
-                f"an image has exactly {self.vocab.image_length} tokens; got {len(tokens)}"
+                f"an image has {self.vocab.image_length} tokens; got {len(tokens)}"
             )
         self._check_range(tokens, self.vocab.image_range, "the image range")
 
