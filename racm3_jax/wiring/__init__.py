@@ -1,4 +1,4 @@
-"""The composition root: turns a ConfigDict into objects. Nothing else reads configs.
+"""The composition root: builds objects from a ConfigDict, which nothing else reads.
 
 config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
 """
