@@ -123,5 +123,5 @@ def test_a_training_refuses_the_step_of_another_machine(capsys, tmp_path):
     command = ["train", *TINY, f"--workdir={tmp_path}/run", f"--compiled={path}"]
     command[command.index("--config.mesh.fsdp=2")] = "--config.mesh.fsdp=-1"
     assert cli.main(command) == 2
-    assert "is no compiled step" in capsys.readouterr().err
+    assert "is not a compiled step" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
