@@ -92,7 +92,7 @@ class Malicious:
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("malicious", "asks for builtins.print"),
+        ("malicious", "calls builtins.print"),
         ("truncated", "is truncated"),
         ("nan", "holds a NaN"),
         ("merges", "merges of another model"),

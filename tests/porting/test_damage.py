@@ -155,7 +155,7 @@ W = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header_of(b"[]"), "damaged"),
         (header_of({"w": W}) + b"1234567", "truncated or damaged"),
         (header_of({"w": W}) + b"123456789", "truncated or damaged"),
-        (header_of({"w": W | {"dtype": "F64"}}) + b"12345678", "does not fit"),
+        (header_of({"w": W | {"dtype": "F64"}}) + b"12345678", "does not match"),
         (header_of({"w": W | {"dtype": "Q4"}}) + b"12345678", "unknown dtype"),
         (header_of({"w": W | {"dtype": []}}) + b"12345678", "damaged"),
         (header_of({"w": W | {"shape": [2.0]}}) + b"12345678", "cannot be"),
