@@ -80,7 +80,7 @@ EXPERIMENT = Experiment(
     settings=variants.SETTINGS | {"num_steps": NUM_STEPS},
     notes=(
         f"Trained for {NUM_STEPS} steps, half of those of the experiments below: whether "
-        "a model copies by then hangs on its seed. K=0 is the same model without "
+        "a model copies by then depends on its seed. K=0 is the same model without "
         f"documents. {DISTANCE_NOTE}"
     ),
 )

@@ -111,8 +111,8 @@ EXPERIMENT = Experiment(
         "unguided": "RA-CM3, 2 documents, no guidance",
         "random": "RA-CM3, 2 random documents, guided by them",
         "no_documents": "RA-CM3, no documents",
-        "twin": "twin trained without retrieval, equal data",
-        "twin_equal_compute": "the same twin, trained on to equal compute",
+        "twin": "baseline without retrieval, equal data",
+        "twin_equal_compute": "the same baseline, trained to equal compute",
         "copy": "return the nearest document",
     },
     measure=measure,
@@ -141,9 +141,10 @@ EXPERIMENT = Experiment(
     }
     | shipped_weights(),
     notes=(
-        "Model and twin have seen the same main documents, masked alike, in the same "
-        "order; RA-CM3 reads documents besides, and so takes twice the compute, which "
-        f"the last twin gets too. {DISTANCE_NOTE} A test is asked in a scene in which "
-        "the memory never shows its nation, so that copying cannot be right in both."
+        "Model and baseline have seen the same main documents with the same masks in "
+        "the same order; RA-CM3 also reads documents, and so takes twice the "
+        f"compute, which the last baseline gets, too. {DISTANCE_NOTE} Each test uses "
+        "a scene in which the memory never shows its nation, so that copying cannot "
+        "get both right."
     ),
 )

@@ -114,10 +114,11 @@ EXPERIMENT = Experiment(
     proof=("0", "2"),
     settings={"shots": list(SHOTS)} | shipped_weights(),
     notes=(
-        "Two of the held-out nations a question; chance is 50%. Further shots are further "
+        "Two held-out nations per question; chance is 50%. More shots are more "
         "passes, whose probabilities are averaged. By the label, as in the paper: an "
-        "example of each label stands in the context, and the labels' likelihoods behind "
-        "the image are compared. By the image: the image's likelihoods are, each behind "
-        "one label and its own example (a noisy channel, arXiv 2108.04106)."
+        "example of each label is in the context, and the likelihoods of the labels "
+        "after the image are compared. By the image: the image's likelihoods are "
+        "compared, each given one label and its own example (a noisy channel, arXiv "
+        "2108.04106)."
     ),
 )

@@ -24,9 +24,9 @@ NUM_RETRIEVED = 2
 TEMPERATURE, TOP_P, GUIDANCE = 0.5, 0.9, 2.0
 FEATURES = "image tower of the shipped flagworld CLIP, 128 features"
 DISTANCE_NOTE = (
-    f"FID is computed on own features ({FEATURES}), against the pictures of the same test "
-    "documents: it compares rows of this table, never with other papers. KID is left out: "
-    "its estimate wants sets that are independent, and these are paired."
+    f"FID is computed on our own features ({FEATURES}), against the images of the "
+    "same test documents: it compares rows of this table only, not other papers. KID "
+    "is omitted: its estimator needs independent sets, and these are paired."
 )
 
 

@@ -162,7 +162,7 @@ EXPERIMENT = Experiment(
     }
     | shipped_weights(),
     notes=(
-        "No weight changes in any row. Misleading documents and new documents are the "
-        "same thing seen from two sides: which flag is right is for the memory to say."
+        "The weights are the same in all rows. Misleading and new documents are the "
+        "same case from two perspectives: the memory defines which flag is right."
     ),
 )

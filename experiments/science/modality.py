@@ -60,8 +60,8 @@ EXPERIMENT = Experiment(
     proof=("test_text", "trained_image"),
     settings=variants.SETTINGS | shipped_weights(),
     notes=(
-        "The retriever finds the same documents in all rows; the model is given parts of "
-        "them. The shipped model has been trained on whole documents only; the models of "
-        "the last three rows are small, and were trained on what they are given."
+        "The retriever finds the same documents in all rows; the context has parts of "
+        "them. The shipped model was trained on whole documents only; the models of "
+        "the last three rows are small, and were trained on the same parts."
     ),
 )

@@ -38,8 +38,8 @@ EXPERIMENT = Experiment(
     conditions={
         "scratch": f"with documents from scratch, {variants.NUM_STEPS} steps",
         "finetuned": (
-            f"plain for {variants.NUM_STEPS} steps, then {FINETUNE_STEPS} with documents: "
-            "equal compute"
+            f"plain for {variants.NUM_STEPS} steps, then {FINETUNE_STEPS} with "
+            "documents: equal compute"
         ),
         "finetuned_longer": (
             f"plain for {variants.NUM_STEPS} steps, then {variants.NUM_STEPS} with "
@@ -64,9 +64,9 @@ EXPERIMENT = Experiment(
     proof=("finetuned",),
     settings=variants.SETTINGS | {"finetune_steps": FINETUNE_STEPS},
     notes=(
-        "Compute counts positions of training; each part has its own schedule. The models "
-        "from scratch are the ones that experiment 5 trains on whole documents: trained "
-        "anew for this run, they count in the hours of both; in one place they are trained "
-        "once."
+        "Compute counts positions of training; each part has its own schedule. The "
+        "models from scratch are the ones that experiment 5 trains on whole "
+        "documents: trained again for this run, they count in the hours of both; in "
+        "one place they are trained once."
     ),
 )

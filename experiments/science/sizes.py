@@ -103,9 +103,9 @@ EXPERIMENT = Experiment(
     name="sizes",
     title="Does retrieval gain at every size, and at equal compute?",
     claim=(
-        "RA-CM3 does better than plain models with less compute (under 30% of DALL-E's, "
-        "abstract). An ablation over sizes is mentioned; its figures are not in what we "
-        "could read."
+        "RA-CM3 does better than plain models with less compute (under 30% of "
+        "DALL-E's, abstract). An ablation over sizes is mentioned; its figures are "
+        "not in what we could read."
     ),
     conditions={
         f"{size}_{kind}": f"{size} ({width} wide, {layers} layers), {words}"
@@ -137,9 +137,9 @@ EXPERIMENT = Experiment(
     proof=("small_retrieval", "small_plain"),
     settings=variants.SETTINGS | {"sizes": {k: list(v) for k, v in SIZES.items()}},
     notes=(
-        "At one size both kinds take the same number of positions: the plain model takes "
-        "twice the steps, and sees twice the main documents. Compute is PaLM's count. "
-        "Minutes are of this machine, which may have been busy."
+        "At each size both kinds use the same number of positions: the model without "
+        "documents takes twice the steps, and sees twice the main documents. Compute "
+        "is PaLM's count. Minutes are of this machine, which may have been busy."
     ),
     draw=draw_curves,
 )

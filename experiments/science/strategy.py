@@ -58,8 +58,9 @@ EXPERIMENT = Experiment(
     title="Which documents should a model be trained to read?",
     claim=(
         "Relevance, whole documents and diversity (skip a candidate that is more than "
-        "0.9 alike to the query or to a taken one) make retrieval work; dropping 20% of "
-        "the query in training is worth 3 points of perplexity and more (section 3.1)."
+        "0.9 alike to the query or to a taken one) make retrieval work; dropping 20% "
+        "of the query in training is worth 3 points of perplexity and more (section "
+        "3.1)."
     ),
     conditions={
         "random": "random documents",
@@ -96,9 +97,9 @@ EXPERIMENT = Experiment(
     settings=variants.SETTINGS | {"duplicate_share": DUPLICATE_SHARE},
     notes=(
         f"{DUPLICATE_SHARE:.0%} of the documents have an exact copy in the memory, in "
-        "training and at test, which names the same source. "
-        '"Most relevant" drops nothing but the document itself; diversity drops what is '
-        "more than 0.95 alike, and documents of the same source. Likelihoods are those "
+        "training and at test, with the same source. "
+        '"Most relevant" drops only the document itself; diversity drops documents with a '
+        "similarity above 0.95, and those of the same source. Likelihoods are measured "
         "with the whole strategy at test."
     ),
 )
