@@ -111,7 +111,7 @@ def test_the_help_names_every_option_and_its_default():
                 continue
             assert action.help and "None" not in action.help, (parser.prog, action)
         shown[parser.prog] = " ".join(parser.format_help().split())
-    assert "(nucleus) (default: 0.9)" in shown["racm3 generate"]
+    assert "of the kept tokens (default: 0.9)" in shown["racm3 generate"]
     assert (
         "PNG file of the results (default: search.png)" in shown["racm3 memory search"]
     )

@@ -135,7 +135,7 @@ def test_stages_that_are_done_are_not_run_again(photos, tmp_path, monkeypatch):
     source = f"folder:{photos}"
     trained = [(name, 2, source) for name in ("tokenizer", "clip", "clip", "generator")]
     assert runs == [*trained[:3], "memory", trained[3], "report"]
-    with pytest.raises(ValueError, match="begun with another --num_codes"):
+    with pytest.raises(ValueError, match="started with another --num_codes"):
         begin(sizes=SMALL | {"num_codes": 8})
     with pytest.raises(ValueError, match=r"another --holdout \('0.3'\)"):
         begin(holdout="0.2")
@@ -143,5 +143,5 @@ def test_stages_that_are_done_are_not_run_again(photos, tmp_path, monkeypatch):
 
 def test_a_source_without_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(ValueError, match="shows no image"):
+    with pytest.raises(ValueError, match="has no image"):
         inspect_source(f"folder:{tmp_path}")

@@ -86,7 +86,7 @@ def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit,
         (["--device=v5p:64", "--save=x"], "--save needs --compile"),
         (["--device=b200:8", "--compile"], "--compile knows v5e"),
         (["--device=cpu:4"], "'cpu' is not in the table"),
-        (["--device=cpu:4", "--compile", "--what=embed", "--save=x"], "--save keeps"),
+        (["--device=cpu:4", "--compile", "--what=embed", "--save=x"], "--save is for"),
         (["--device=cpu:4", "--compile", "--size=0"], "--size=0"),
         (
             ["--device=cpu:4", "--compile", "--size=3"],
