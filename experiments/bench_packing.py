@@ -52,8 +52,8 @@ def make_examples(count: int, rng: np.random.Generator) -> list[Any]:
 def run_packing(rows: int, num_batches: int) -> dict[str, Any]:
     """Fill of batches of `rows` rows, with slightly more examples than fit.
 
-    "in windows" is used in training: examples that do not fit wait for the next step in their
-    window, and images of retrieved documents lose up to 256 tokens per row.
+    "in windows" is used in training: examples that do not fit wait for the next step of
+    their window, and images of retrieved documents lose up to 256 tokens per row.
     """
     results: dict[str, Any] = {}
     one = _measure(rows, rows, False, num_batches)

@@ -1,4 +1,4 @@
-"""Runs the experiments that reproduce the paper's claims on flagworld, or shows their state.
+"""Runs the experiments on the paper's claims on flagworld, or shows their state.
 
     python experiments/run_all.py                              # state and time of each
     python experiments/run_all.py --run                        # what is missing, in order

@@ -1,1 +1,1 @@
-"""Emojiworld: the same things drawn by nine houses, from files to a table."""
+"""Emojiworld: the same things in the styles of nine emoji vendors ("houses")."""

@@ -1,8 +1,8 @@
-"""What a model is asked under each condition, item by item.
+"""The conditions of the evaluation, item by item.
 
-An item is a held-out drawing: its own caption is the prompt, its own picture is captioned.
-No condition shows a document of the item's source: neither what its house draws of the
-thing, nor the twin set of that house.
+An item is a held-out drawing: its caption is the prompt, its image is captioned. No
+condition retrieves a document of the item's source: neither the house's drawing of the
+thing, nor that of the house's twin set.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ NEEDS_BASELINE = "baseline"
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How pictures are sampled: see `SamplingConfig`."""
+    """Sampling settings of images: see `SamplingConfig`."""
 
     temperature: float = 0.7
     top_p: float = 0.9
 
 
 class OwnExcluded:
-    """A retriever that knows which document each query of a call stands for.
+    """A retriever that excludes the main document of each query of a call.
 
     Args:
-      retriever: searches.
-      mains: of the queries, in their order.
+      retriever: of the search.
+      mains: main documents of the queries, in order.
     """
 
     def __init__(
@@ -83,21 +83,21 @@ class OwnExcluded:
         nums: Int[np.ndarray, " queries"],
         mains: Sequence[TokenizedDocument | None],
     ) -> list[Retrieved]:
-        """As `Retriever.retrieve`, for the documents given at the start."""
+        """Like `Retriever.retrieve`, for the given main documents."""
         if len(queries) != len(self._mains):
             raise ValueError(
-                f"{len(self._mains)} queries were announced; got {len(queries)}"
+                f"{len(self._mains)} queries were expected; got {len(queries)}"
             )
         return self._retriever.retrieve(queries, nums, self._mains)
 
 
 def as_main(document: Document) -> TokenizedDocument:
-    """Which document a query is made from, without its tokens."""
+    """The main document of a query, without tokens."""
     return TokenizedDocument(document.id, (), document.source, document.metadata)
 
 
 def swap_things(drawings: Drawings) -> tuple[list[Document], dict[str, str]]:
-    """A memory in which each held-out thing shows the next one's drawings.
+    """Documents in which each held-out thing has the drawings of the next one.
 
     Returns:
       (documents, which thing is shown under each name). Texts, ids and sources stay; a
@@ -123,15 +123,15 @@ def swap_things(drawings: Drawings) -> tuple[list[Document], dict[str, str]]:
 
 
 class Asker:
-    """Asks the models about the items of an evaluation.
+    """Runs the models on the items of an evaluation.
 
     Args:
-      generator: over the memory of all drawings.
+      generator: with the memory of all drawings.
       baseline: the model without retrieval, or None.
       drawings: all of them.
-      items: positions of the held-out drawings that are asked for.
-      sampling: how.
-      work: keeps changed memories.
+      items: indices of the evaluated held-out drawings.
+      sampling: the sampling settings.
+      work: folder of changed memories.
       devices: see `Parts.make`.
     """
 
@@ -163,7 +163,7 @@ class Asker:
         )
 
     def prepare(self, condition: str) -> None:
-        """Builds the changed memory of a condition, once; before any thread asks."""
+        """Builds the changed memory of a condition once, before threads use it."""
         strategy = self._retriever.strategy
         if condition in self._changed or condition not in (
             *("random", "swapped", "removed"),
@@ -194,7 +194,7 @@ class Asker:
     def draw(
         self, condition: str, seed: int, items: range, device: Any
     ) -> dict[str, np.ndarray]:
-        """Pictures of some items, and the rows of the memory that were shown."""
+        """Generated images of some items, and the retrieved rows of the memory."""
         targets = [self.targets[i] for i in items]
         model = self._open(condition, targets, device)
         rows = np.full((len(targets), NUM_RETRIEVED), -1, np.int64)
@@ -246,7 +246,7 @@ class Asker:
         return {"text": np.array(texts, np.str_)}
 
     def search(self, items: range, device: Any) -> dict[str, np.ndarray]:
-        """First rows of the memory for captions and pictures, and their embeddings."""
+        """Top results of the memory for captions and images, and their embeddings."""
         targets, images = [self.targets[i] for i in items], list(self._real[items])
         model = self._open("retrieval", targets, device)
         texts = [target.text for target in targets]
@@ -259,9 +259,9 @@ class Asker:
         }
 
     def score(self, condition: str, items: range, device: Any) -> dict[str, np.ndarray]:
-        """Bits of the pictures of some items, after their captions."""
+        """Bits of the images of some items, given their captions."""
         targets = [self.targets[i] for i in items]
-        # Here the documents themselves say what is their own.
+        # Here the documents themselves identify what to exclude.
         model = self._model(condition, device)
         if condition in self._changed:
             model = model.with_retriever(self._changed[condition])
@@ -279,7 +279,7 @@ class Asker:
     def _open(
         self, condition: str, targets: Sequence[Document], device: Any
     ) -> Generator:
-        """The model of a condition, over a memory that never shows the items' own."""
+        """The model of a condition, with a memory without the items' own documents."""
         model = self._model(condition, device)
         retriever = self._changed.get(condition, self._retriever)
         mains = [as_main(target) for target in targets]
@@ -287,7 +287,7 @@ class Asker:
         return model.with_retriever(excluding)
 
     def _oracle_rows(self, targets: Sequence[Document]) -> Int[np.ndarray, "n k"]:
-        """Two drawings of each item's thing: of the icon sets after its own, in turn."""
+        """Two drawings of each item's thing, from the icon sets following its own."""
         rows = []
         for target in targets:
             name = str(target.metadata["icon_set"])
@@ -316,12 +316,12 @@ def _num_retrieved(condition: str) -> int:
 
 
 def _first_rows(found: Sequence[Retrieved]) -> Int[np.ndarray, " n"]:
-    """The best row of each query; -1 where none was found."""
+    """The best row of each query; -1 if none was found."""
     return np.array([r.ids[0] if len(r.ids) else -1 for r in found], np.int64)
 
 
 def _read_rows(outputs: Sequence[GenerationOutput]) -> Int[np.ndarray, "n k"]:
-    """Rows of the memory; -1 where fewer documents were found."""
+    """Rows of the memory; -1 if fewer documents were found."""
     rows = np.full((len(outputs), NUM_RETRIEVED), -1, np.int64)
     for row, output in zip(rows, outputs, strict=True):
         row[: len(output.retrieved.ids)] = output.retrieved.ids

@@ -19,9 +19,9 @@ class Drawings:
 
     Attributes:
       documents: with captions and metadata.
-      images: their pictures.
+      images: of the drawings.
       thing: label of each.
-      icon_set: that drew it.
+      icon_set: of each.
       split: "train" or "held_out".
     """
 
@@ -46,10 +46,10 @@ class Drawings:
 
 
 def read_drawings(folder: Path) -> Drawings:
-    """What `fetch.py --out=folder` wrote.
+    """Reads the output of `fetch.py --out=folder`.
 
     Raises:
-      ValueError: there is nothing.
+      ValueError: there are no drawings.
     """
     if not any(folder.glob("*.tar")):
         raise ValueError(

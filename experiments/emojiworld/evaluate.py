@@ -1,15 +1,16 @@
-"""Does a model draw things that it never saw, in the style of the house that is asked?
+"""Evaluates generation of held-out things in the style of a requested house.
 
     python experiments/emojiworld/evaluate.py --data=out/emojiworld --model=out/emoji \\
         --baseline=out/emoji_baseline --out=out/emoji_evaluation
 
-Each of the 891 held-out drawings is asked for by its own caption, over a memory of all
-drawings in which its own house (and that house's twin set) does not show the thing.
+Each of the 891 held-out drawings is requested by its caption, with a memory of all
+drawings that excludes the thing's drawings of the same house (and its twin set).
 `--out` gets `results.json`, `results.md`, `samples.png` (prompt, retrieved, with
-retrieval, without, the house's own drawing) and `memorised.png` (samples beside the
-nearest drawing of training), and `scorers.npz`, which are learned once. What was finished
-before a kill is kept; so more seeds or conditions may be added later, by the same command
-with other flags. `--limit=50` asks for fifty drawings, evenly spread over the things.
+retrieval, without, the house's own drawing) and `memorised.png` (samples next to the
+nearest training drawing), and `scorers.npz`, which are trained once. Finished results
+are kept after an interruption; more seeds or conditions can be added by the same
+command with other flags. `--limit=50` evaluates fifty drawings, evenly spread over the
+things.
 """
 
 from __future__ import annotations
@@ -66,20 +67,20 @@ from racm3_jax.generation.tasks import Generator
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 
-# Sampled with every seed; the others with the first.
+# Sampled with every seed; the others with the first seed only.
 MAIN = ("retrieval", "guided", "baseline")
 _SHEET_ROWS = 12
 _SEARCH = "search"
 
 
 class Run(NamedTuple):
-    """An evaluation whose models are open.
+    """An evaluation with opened models.
 
     Attributes:
-      asker: asks them.
-      parts: what was answered.
+      asker: runs them.
+      parts: the finished results.
       drawings: all of them.
-      items: positions of those that are asked for.
+      items: indices of the evaluated ones.
       generator: with retrieval.
       seeds: of the sampling.
     """
@@ -100,14 +101,14 @@ class Run(NamedTuple):
         return self.drawings.icon_set[self.items].tolist()
 
     def seeds_of(self, condition: str) -> tuple[int, ...]:
-        """The seeds that a condition is asked with."""
+        """The seeds of a condition."""
         return self.seeds if condition in MAIN else self.seeds[:1]
 
     def has(self, variant: str) -> bool:
         return not self.parts.missing([variant])
 
     def num_missing(self, variant: str) -> int:
-        """Items that are not answered yet."""
+        """Number of unfinished items."""
         size, num = self.parts.chunk_size, len(self.items)
         chunks = range(self.parts.num_chunks)
         waiting = [c for c in chunks if not self.parts.path(variant, c).exists()]
@@ -115,7 +116,7 @@ class Run(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses the command line; asks what is missing; writes the results."""
+    """Parses the command line, runs what is missing, writes the results."""
     options = parse(arguments)
     try:
         run = open_run(options)
@@ -134,18 +135,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of fetch.py")
     parser.add_argument("--model", required=True, help="work directory of RA-CM3")
     parser.add_argument(
-        "--baseline", help="work directory of the one without retrieval"
+        "--baseline", help="work directory of the baseline without retrieval"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seeds", type=int, default=3, help="of the sampling")
     parser.add_argument("--conditions", default="", help="only these: retrieval,copy")
     parser.add_argument(
-        "--limit", type=int, default=0, help="drawings to ask for; 0 is all"
+        "--limit", type=int, default=0, help="number of drawings; 0: all"
     )
     parser.add_argument("--temperature", type=float, default=Sampling.temperature)
     parser.add_argument("--top_p", type=float, default=Sampling.top_p)
     parser.add_argument(
-        "--chunk_size", type=int, default=64, help="lost at most by a kill"
+        "--chunk_size",
+        type=int,
+        default=64,
+        help="items lost by an interruption",
     )
     options = parser.parse_args(arguments)
     for name in filter(None, options.conditions.split(",")):
@@ -187,13 +191,13 @@ def open_run(options: argparse.Namespace) -> Run:
 
 
 def find_devices() -> tuple[Any, ...]:
-    """The devices that share the items; (None,) where there is one."""
+    """The devices over which items are split; (None,) for one device."""
     devices = tuple(jax.local_devices())
     return devices if len(devices) > 1 else (None,)
 
 
 def open_generator(model: str, drawings: Drawings, folder: Path) -> Generator:
-    """The model over a memory of all drawings, chosen from as in its training."""
+    """The model with a memory of all drawings, and its training's strategy."""
     directory = Path(model)
     if not (directory / "model").is_dir():
         raise ValueError(
@@ -208,14 +212,14 @@ def open_generator(model: str, drawings: Drawings, folder: Path) -> Generator:
 
 
 class Parted(NamedTuple):
-    """What a memory is built with."""
+    """The models of a memory."""
 
     tokenizer: MixedTokenizer
     embedder: DocumentEmbedder
 
 
 def ask(run: Run, conditions: list[str]) -> None:
-    """Asks what has not been answered yet, the main conditions first."""
+    """Runs what is missing, the main conditions first."""
     with_baseline = run.parts.settings["baseline"] is not None
     wanted = [c for c in conditions if c != NEEDS_BASELINE or with_baseline]
     jobs: list[tuple[str, str, Any]] = [("retrieval", _SEARCH, run.asker.search)]
@@ -250,18 +254,18 @@ def ask(run: Run, conditions: list[str]) -> None:
 
 
 def _count(bar: tqdm, compute: Any, items: range, device: Any) -> Any:
-    """Computes a chunk, and moves the bar."""
+    """Computes a chunk, and updates the bar."""
     found = compute(items, device)
     bar.update(len(items))
     return found
 
 
 def write_results(run: Run, folder: Path) -> None:
-    """Judges what was answered, and writes everything that is read."""
+    """Scores the results and writes all outputs."""
     codec = run.generator.tokenizer.image
     verdicts, ceilings = open_verdicts(folder / "scorers.npz", run.drawings, codec)
     train = run.drawings.split == "train"
-    # Pictures of a tokenizer are compared with what it makes of real ones.
+    # Generated images are compared with reconstructions of real ones.
     usual = reconstruct(codec, run.drawings.images[~train])
     nearest = Nearest(run.drawings.images[train], list(usual))
     outcomes, rows = judge(run, verdicts, nearest)
@@ -310,7 +314,7 @@ def write_results(run: Run, folder: Path) -> None:
 def judge(
     run: Run, verdicts: Verdicts, nearest: Nearest
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, Any]]]:
-    """(outcomes, figures) of every condition that is answered, by its name."""
+    """(outcomes, metrics) of every finished condition, by name."""
     assert run.generator.embedder is not None
     features = CLIPFeatures(run.generator.embedder)
     real = run.drawings.images[run.items]
@@ -346,7 +350,7 @@ def judge(
 
 
 def judge_search(run: Run) -> dict[str, Share]:
-    """How well the CLIP retrieves, by what is asked."""
+    """Retrieval quality of the CLIP, by kind of query."""
     found = run.parts.load(_SEARCH)
     ranks = text_to_image_ranks(found["text"], found["image"])
     outcomes = {
@@ -365,7 +369,7 @@ def judge_search(run: Run) -> dict[str, Share]:
 def judge_cell(
     run: Run, condition: str, seed: int, verdicts: Verdicts, nearest: Nearest
 ) -> dict[str, np.ndarray] | None:
-    """The outcomes of one condition and seed; None where it is not answered."""
+    """The outcomes of one condition and seed; None if unfinished."""
     if not run.has(f"{condition}-seed{seed}"):
         return None
     found = run.parts.load(f"{condition}-seed{seed}")
@@ -383,7 +387,7 @@ def judge_cell(
 
 
 def _shown(run: Run, rows: np.ndarray) -> np.ndarray:
-    """1 where one of the documents is the thing's own."""
+    """1 if one of the documents shows the thing."""
     there = rows[rows >= 0]
     facts = run.asker.memory.metadata(there)
     things = np.full(rows.shape, "", object)
@@ -392,7 +396,7 @@ def _shown(run: Run, rows: np.ndarray) -> np.ndarray:
 
 
 def _saved(run: Run) -> dict[str, Any]:
-    """By what share documents save bits, against each model without."""
+    """The fraction of bits saved by documents, vs. each model without."""
     if not run.has("bits-retrieval"):
         return {}
     bits = run.parts.load("bits-retrieval")["bits"]
@@ -428,7 +432,7 @@ def draw_samples(run: Run) -> np.ndarray:
 
 
 def _choose_rows(run: Run) -> list[int]:
-    """Items spread over the things, of icon sets in turn."""
+    """Items spread over the things, with alternating icon sets."""
     sets, places = list(BY_NAME), []
     things = list(dict.fromkeys(run.things))
     step = max(1, len(things) // _SHEET_ROWS)
@@ -440,14 +444,14 @@ def _choose_rows(run: Run) -> list[int]:
 
 
 def _read_panels(run: Run, rows: np.ndarray) -> list[Panel]:
-    """The documents of these rows, as the model was shown them."""
+    """The documents of these rows, decoded as the model sees them."""
     documents = run.asker.memory.documents(rows[rows >= 0])
     decoded = [run.generator.tokenizer.decode(document) for document in documents]
     return [Panel(d.images[-1], d.text) for d in decoded if d.images]
 
 
 def draw_memorised(run: Run, nearest: Nearest) -> np.ndarray:
-    """The samples that are nearest to training, each with its drawing of training."""
+    """The samples nearest to training drawings, each with that drawing."""
     variants = [f"{c}-seed{run.seeds[0]}" for c in MAIN]
     train = np.flatnonzero(run.drawings.split == "train")
     rows = []

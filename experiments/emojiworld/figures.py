@@ -1,8 +1,7 @@
-"""From outcomes to a table: shares with intervals, differences, distances, memorising.
+"""From outcomes to a table: fractions with intervals, differences, FID, memorisation.
 
-All drawings of a thing are easy or hard together, and all seeds of the sampling are asked
-the same items: things are what is resampled and counted (a hundred of them, not
-thousands of pictures).
+All drawings of a thing are similarly easy or hard, and all sampling seeds use the same
+items: so things are resampled and counted (a hundred, not thousands of images).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from racm3_jax.evaluation.intervals import (
     paired_difference,
 )
 
-# Outcomes of a condition by figure, 1, 0 or NaN where it is not asked.
+# Outcomes of a condition by metric: 1, 0, or NaN if not applicable.
 Outcomes = Mapping[str, Float[np.ndarray, "seeds items"]]
 COLUMNS = {
     "top1": "thing right",
@@ -47,7 +46,7 @@ _NUM_RESAMPLES = 1000
 def combine_outcomes(
     outcomes: Float[np.ndarray, "seeds items"], things: Sequence[str]
 ) -> Share | None:
-    """The share over all seeds, with the interval of as many questions as things."""
+    """The fraction over all seeds, with the interval for one question per thing."""
     own = np.unique(things, return_inverse=True)[1]
     asked = np.isfinite(outcomes)
     right = np.bincount(own, np.nansum(outcomes, 0))
@@ -63,7 +62,7 @@ def combine_outcomes(
 def thing_means(
     outcomes: Float[np.ndarray, "seeds items"], things: Sequence[str]
 ) -> Float[np.ndarray, "seeds things"]:
-    """The share of each thing that is asked at all."""
+    """The fraction of each evaluated thing."""
     own = np.unique(things, return_inverse=True)[1]
     asked = np.isfinite(outcomes)
     rows = [
@@ -77,7 +76,7 @@ def text_to_image_ranks(
     texts: Float32[np.ndarray, "items d_embed"],
     images: Float32[np.ndarray, "items d_embed"],
 ) -> Int[np.ndarray, " items"]:
-    """How many pictures are more like each caption than its own one."""
+    """Number of images more similar to each caption than its own."""
     likeness = texts @ images.T
     return (likeness > np.diag(likeness)[:, None]).sum(1)
 
@@ -100,7 +99,7 @@ def saved_bits(
     reference: Float[np.ndarray, " items"],
     things: Sequence[str],
 ) -> Estimate:
-    """By what share an image takes fewer bits than under the reference."""
+    """The fraction of bits saved relative to the reference."""
     own = np.unique(things, return_inverse=True)[1]
     mine, theirs = np.bincount(own, bits), np.bincount(own, reference)
 
@@ -113,7 +112,7 @@ def saved_bits(
 def compare_conditions(
     first: Mapping[str, Outcomes], reference: Outcomes, things: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Differences of every condition from a reference, by condition and figure.
+    """Differences of every condition from a reference, by condition and metric.
 
     Seeds that both have are paired; p-values are Holm's, over all of them.
     """
@@ -148,12 +147,12 @@ def compute_distance(
 
 
 class Nearest:
-    """The nearest drawing of training, by the thing scorer's features.
+    """The nearest training drawing, by the thing scorer's features.
 
     Args:
-      training: what the models were trained on.
-      real: held-out drawings, which say how near is usual: as the pictures of a model
-        are, those that come back from its tokenizer.
+      training: the models' training drawings.
+      real: held-out drawings, as the reference of usual distances; reconstructed by the
+        tokenizer, like generated images.
     """
 
     def __init__(
@@ -165,13 +164,13 @@ class Nearest:
     def find(
         self, images: Sequence[np.ndarray]
     ) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
-        """(position in `training`, cosine) of each picture's nearest drawing."""
+        """(index in `training`, cosine) of each image's nearest drawing."""
         likeness = shape_features(fit_pixels(images)) @ self._training.T
         best = likeness.argmax(1)
         return best, likeness[np.arange(len(best)), best]
 
     def memorised(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
-        """1 where a picture is nearer than 95% of real held-out drawings are."""
+        """1 if an image is nearer than 95% of real held-out drawings."""
         return (self.find(images)[1] > self.usual).astype(float)
 
 
@@ -179,12 +178,12 @@ def format_table(
     rows: Mapping[str, Mapping[str, Share | Estimate | float]],
     titles: Mapping[str, str],
 ) -> str:
-    """Markdown: one row a condition, the columns that any of them has."""
+    """A Markdown table: one row per condition, with all columns that occur."""
     return _format({titles[name]: row for name, row in rows.items()}, _show)
 
 
 def format_ceilings(ceilings: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: what the scorers make of known pictures, one row each."""
+    """A Markdown table: results of the scorers on known images."""
     return _format(ceilings, "{:.1%}".format)
 
 

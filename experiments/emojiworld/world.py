@@ -1,10 +1,10 @@
-"""What is drawn by whom: the join of nine icon sets by the names of things.
+"""The drawings of emojiworld: the join of nine icon sets by the names of things.
 
     emojibase: code point -> "cactus"      icon set: code point or name -> SVG body
 
-A *thing* is a label of emojibase ("cactus"), a *house* is who draws it, an *icon set* is
+A *thing* is a label of emojibase ("cactus"), a *house* is a vendor, an *icon set* is
 one of its packages. Fluent and Fluent Flat are two sets of one house: a drawing of one
-gives the other away.
+reveals the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 NAMES_PACKAGE = "emojibase-data@17.0.0"
-# Of emojibase, what is a thing: no faces, people, flags or symbols.
+# Emojibase groups that are things: no faces, people, flags or symbols.
 GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
 
 
@@ -29,11 +29,11 @@ class IconSet(NamedTuple):
 
     Attributes:
       name: of the set, and in ids.
-      package: of npm, with its version: other versions draw other pictures.
-      house: who draws it.
-      title: what captions call it.
+      package: of npm, with its version: other versions have other drawings.
+      house: the vendor.
+      title: its name in captions.
       licence: SPDX names, of the drawings.
-      url: where they come from.
+      url: of their origin.
     """
 
     name: str
@@ -80,7 +80,7 @@ SPLITS = ("train", "held_out")
 
 
 class Thing(NamedTuple):
-    """What emojibase says of a thing: its label, its code points without variants."""
+    """A thing of emojibase: its label, its code points without variants."""
 
     label: str
     hexcode: str
@@ -92,9 +92,9 @@ class Drawing:
 
     Attributes:
       thing: its label.
-      icon_set: the set that holds it.
+      icon_set: its icon set.
       split: "train" or "held_out".
-      svg: a whole SVG file.
+      svg: a complete SVG file.
     """
 
     thing: str
@@ -109,7 +109,7 @@ class Drawing:
 
     @property
     def source(self) -> str:
-        """Equal for the drawings that must not be retrieved for one another."""
+        """Equal for drawings that must not be retrieved for each other."""
         return f"emojiworld:{self.icon_set.house}/{slug(self.thing)}"
 
 
@@ -129,7 +129,7 @@ def slug(text: str) -> str:
 
 
 def _plain_hexcode(hexcode: str) -> str:
-    """Without variant selectors, which some sets write and others do not."""
+    """Without variant selectors, which only some sets have."""
     parts = hexcode.lower().split("-")
     return "-".join(p for p in parts if p not in ("fe0e", "fe0f"))
 
@@ -147,7 +147,7 @@ def read_things(package: Path, labels: Mapping[str, str]) -> list[Thing]:
     """The things of these labels, in emojibase's order.
 
     Raises:
-      ValueError: one of them is missing, or there twice.
+      ValueError: one of them is missing or duplicated.
     """
     groups = read_member(package, "meta/groups.json")["groups"]
     things = [
@@ -170,7 +170,7 @@ class Icons:
 
     Args:
       icons: its icons.json.
-      chars: its chars.json; empty where it has no code points.
+      chars: its chars.json; empty if it has no code points.
     """
 
     def __init__(self, icons: Mapping[str, Any], chars: Mapping[str, str]) -> None:
@@ -182,7 +182,7 @@ class Icons:
         self._names = set(names)
 
     def find(self, thing: Thing, others: Sequence[Icons]) -> str | None:
-        """The name of its icon: by code point, else by label and others' names."""
+        """The name of its icon: by code point, else by label or other sets' names."""
         if self.chars:
             return self.chars.get(thing.hexcode)
         names = [slug(thing.label)]
@@ -202,7 +202,7 @@ class Icons:
         return None
 
     def svg(self, name: str) -> str | None:
-        """The icon as a file; aliases are followed."""
+        """The icon as an SVG file; follows aliases."""
         while name in self._aliases:
             name = self._aliases[name]["parent"]
         if name not in self._icons:
@@ -224,10 +224,10 @@ class Icons:
 def read_drawings(
     packages: Mapping[str, Path], splits: Mapping[str, str]
 ) -> Iterator[Drawing]:
-    """Every drawing, the things of a split together, thing by thing.
+    """Every drawing, split by split, thing by thing.
 
     Args:
-      packages: files of the icon sets by their names, and of emojibase as "names".
+      packages: files of the icon sets by name, and of emojibase as "names".
       splits: of every thing, by label.
     """
     things = read_things(packages["names"], splits)

@@ -1,4 +1,4 @@
-"""1. What retrieval gains, beside copying the neighbour and beside random documents."""
+"""1. The gain of retrieval, vs. copying the neighbour and random documents."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from science.worlds import (
 )
 
 TESTS_PER_NATION = 2
-# RA-CM3 took 24,000 steps of two rows, its twin of one: so many more make them equal.
+# RA-CM3 took 24,000 steps of two rows, the baseline of one: this many more are equal.
 TWIN_STEPS = 24_000
 RANDOM = dataclasses.replace(STRATEGY, ranking="random", max_similarity=2.0)
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Drawings, their distance to the real pictures, and captions."""
+    """Images, their distance to real images, and captions."""
     bench = open_bench(seed, place, tests_per_nation=TESTS_PER_NATION)
     if condition == "copy":
         return _copy(bench)
@@ -64,7 +64,7 @@ def _open(condition: str, bench: Bench, place: Place) -> tuple[Generator, int]:
 
 
 def train_twin(place: Place) -> Generator:
-    """The twin, trained on until it has read as many positions as RA-CM3."""
+    """The baseline, trained until it has read as many positions as RA-CM3."""
     config = load_config_file(find_config("flagworld.py") + ":twin")
     config.init_from = f"{SHIPPED}/twin"
     config.seed = 2
@@ -83,7 +83,7 @@ def train_twin(place: Place) -> Generator:
 
 
 def _copy(bench: Bench) -> Figures:
-    """The picture of the document nearest to the caption, and the other way round."""
+    """The image of the document nearest to the caption, and vice versa."""
     generator = bench.over_memory(open_shipped("model"))
     texts = [test.text for test in bench.tests]
     found = generator.retrieve_for(texts, 1, None)

@@ -1,4 +1,4 @@
-"""10. k-shot classification in context, with labels that mean nothing."""
+"""10. k-shot classification in context, with meaningless labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SENTENCES = ("the flag of Dax", "the flag of Wug")
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Two nations, labels drawn anew for each question, `condition` examples of each."""
+    """Two nations, labels sampled for each question, `condition` examples of each."""
     shots = int(condition)
     bench = open_bench(seed, place)
     probes = TaskProbes(
@@ -48,7 +48,7 @@ def classify(
     seed: int,
     by: ClassifyBy,
 ) -> Share:
-    """One example of each label a pass; the passes are averaged, as in the paper."""
+    """One example of each label per pass; passes are averaged, as in the paper."""
     rng = np.random.default_rng([seed, shots])
     right = []
     for i, test in enumerate(probes.tests):
@@ -66,7 +66,7 @@ def classify(
 
 
 def classify_by_clip(generator: Generator, probes: TaskProbes, shots: int) -> Share:
-    """The label of the example whose CLIP embedding is nearest: needs no model."""
+    """The label of the example with the nearest CLIP embedding, without the model."""
     assert generator.embedder is not None  # load_generator always opens one
     embed = generator.embedder.embed_images
     right = []

@@ -1,4 +1,4 @@
-"""5. What of a retrieved document the model is given: its image, its text, or both."""
+"""5. The modality of retrieved documents: image, text, or both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GIVEN = ("both", "image", "text")
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """The shipped model, or one that was trained on such documents, reads them."""
+    """The shipped model, or one trained on such documents."""
     how, _, given = condition.partition("_")
     strategy = dataclasses.replace(STRATEGY, given=given)
     if how == "test":

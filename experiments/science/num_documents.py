@@ -1,4 +1,4 @@
-"""2. How many documents at test."""
+"""2. The number of documents at test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNTS = (0, 1, 2, 4)
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Drawing, with and without guidance, captions and likelihood behind K documents."""
+    """Images with and without guidance, captions and likelihoods with K documents."""
     k = int(condition)
     bench = open_bench(seed, place)
     generator = bench.over_memory(open_shipped("model"))

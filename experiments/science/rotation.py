@@ -1,4 +1,4 @@
-"""8. How often a whole segment is moved: captioning by infilling, and guidance."""
+"""8. The probability of rotation: captioning by infilling, and guidance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROBABILITIES = (0.0, 0.1, 0.25, 0.5)
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Captions by infilling, and drawings with both kinds of guidance and with none."""
+    """Captions by infilling, and images with both kinds of guidance and with none."""
     bench = open_bench(seed, place, **EASY)
     plain = variants.train_model(
         seed, place, changes={"masking.rotation_probability": float(condition)}

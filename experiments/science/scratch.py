@@ -1,4 +1,4 @@
-"""6. Retrieval from the first step on, against a plain model that learns it later."""
+"""6. Retrieval from the first step on, vs. a plain model that learns it later."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from science.experiment import Experiment, Figures, Panel, Place
 from science.measures import measure_reading
 from science.worlds import EASY, open_bench
 
-# A plain model takes half the positions a step; so do the steps with documents after it.
+# A plain model takes half the positions per step of one with documents.
 FINETUNE_STEPS = variants.NUM_STEPS // 2
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """The finished model draws, captions and is scored."""
+    """Images, captions and likelihoods of the trained model."""
     bench = open_bench(seed, place, **EASY)
     if condition == "scratch":
         plain = variants.train_model(seed, place)

@@ -1,4 +1,4 @@
-"""7. Size: what retrieval gains at each, and against compute."""
+"""7. Size: the gain of retrieval at each size, and against compute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CURVE_POINTS = 60
 def measure(
     condition: str, seed: int, place: Place
 ) -> dict[str, Share | float | Curve]:
-    """A model of one size draws, captions and is scored; and what its training took."""
+    """Images, captions and likelihoods of a model of one size; cost of its training."""
     size, _, kind = condition.partition("_")
     retrieval = kind == "retrieval"
     config = make_config(size, retrieval, seed, place)
@@ -44,7 +44,7 @@ def measure(
 
 
 def smooth(steps: Sequence[int], values: Sequence[float], a_step: float) -> Curve:
-    """Means of neighbouring values, over the compute that was spent; a few points."""
+    """Smoothed values over the training compute; a few points."""
     parts = min(len(steps), CURVE_POINTS)
     means = [
         [float(f"{np.mean(part):.4g}") for part in np.array_split(whole, parts)]
@@ -69,7 +69,7 @@ def make_config(size: str, retrieval: bool, seed: int, place: Place) -> Any:
 def draw_curves(
     experiment: Experiment, cells: dict[tuple[str, int], Cell], path: Path
 ) -> None:
-    """Losses against the compute that was spent, one line a training."""
+    """Losses over training compute, one line per training."""
     import matplotlib
 
     matplotlib.use("Agg")
