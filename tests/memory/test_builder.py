@@ -412,7 +412,7 @@ def test_ready_embeddings(tmp_path):
         stats = compute_stats(memory, num_queries=5, k=2)
         assert list(stats["recall"]) == ["image"] and stats["recall"]["image"] == 1
     # Embeddings are never exchanged for those of another encoder without a word.
-    with pytest.raises(ValueError, match=r"width 16 .* writes 128: .*name:ENCODER"):
+    with pytest.raises(ValueError, match=r"width 16 .* width is 128: .*name:ENCODER"):
         build(source, tmp_path / "other")
 
 

@@ -268,7 +268,7 @@ def test_an_older_deny_list_is_noticed(path, config):
         older = (path / "deny.json").read_bytes()
         memory.remove([2])
         (path / "deny.json").write_bytes(older)
-    with pytest.raises(storage.IntegrityError, match="older list .*version 1 of 2"):
+    with pytest.raises(storage.IntegrityError, match="older than .*version 1 of 2"):
         Memory.load(path)
 
 
