@@ -76,7 +76,7 @@ def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit,
         assert f"{name}, one device" in said.out
     assert ("all-gather" in said.out) == (what == "search")
     # As images are drawn by default.
-    assert ("table, 8 ids a pass" in said.out) == (what == "decode")
+    assert ("table, 8 tokens a pass" in said.out) == (what == "decode")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit,
     [
         (["--device=v5p:64", "--topology=4x4x4"], "--topology needs --compile"),
         (["--device=v5p:64", "--save=x"], "--save needs --compile"),
-        (["--device=b200:8", "--compile"], "--compile knows v5e"),
+        (["--device=b200:8", "--compile"], "--compile supports v5e"),
         (["--device=cpu:4"], "'cpu' is not in the table"),
         (["--device=cpu:4", "--compile", "--what=embed", "--save=x"], "--save is for"),
         (["--device=cpu:4", "--compile", "--size=0"], "--size=0"),

@@ -107,7 +107,7 @@ def test_a_refusal_of_another_process_is_said_and_the_next_search_is_right(conne
 
 def test_a_process_that_has_ended_is_named(connected):
     connected[2].close()
-    with pytest.raises(OSError, match="process 2, which holds a part of the index"):
+    with pytest.raises(OSError, match="process 2, which has some index shards"):
         for _ in range(3):
             connected[0].search(QUERIES, 2)
 

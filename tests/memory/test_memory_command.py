@@ -163,7 +163,7 @@ def test_wrong_input(tmp_path):
         UsageError, match="use it, give another path, or replace it .--over"
     ):
         run("build", f"--source=jsonl:{tmp_path}/in/*.jsonl", memory)
-    with pytest.raises(UsageError, match="--text, --image or --words"):
+    with pytest.raises(UsageError, match="--text, --image and --words"):
         run("search", memory)
     with pytest.raises(UsageError, match="'no-such'; nothing was removed"):
         run("remove", memory, "--ids=no-such")

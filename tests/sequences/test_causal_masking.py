@@ -395,9 +395,9 @@ def test_apply_masks_refuses_wrong_spans(vocab, parse, spans, message):
         ("<eod> t1 <mask:0> <eod>", "no moved span"),
         ("<eod> t1 <eod> <mask:0> t2 <eoss>", "without a place"),
         ("<eod> <mask:0> <eod> <mask:0> t2", "no <eoss>"),
-        ("<eod> <mask:0> <eod> t2 <eoss>", "sentinel of its own"),
-        ("<eod> <mask:0> <eod> <eoss>", "sentinel of its own"),
-        ("<eod> <mask:0> <eod> <mask:0> t1 <eoss> <mask:0> <eoss>", "of its own"),
+        ("<eod> <mask:0> <eod> t2 <eoss>", "its own sentinel"),
+        ("<eod> <mask:0> <eod> <eoss>", "its own sentinel"),
+        ("<eod> <mask:0> <eod> <mask:0> t1 <eoss> <mask:0> <eoss>", "its own"),
         ("<eod> <mask:0> <mask:0> <eod> <mask:0> t1 <eoss>", "no moved span"),
     ],
 )
