@@ -226,7 +226,7 @@ def test_only_its_own_files_are_replaced(file, training, tmp_path):
     _, abstract = training
     foreign = tmp_path / "notes.txt"
     foreign.write_text("mine")
-    with pytest.raises(saved.CompiledFileError, match="it is not replaced"):
+    with pytest.raises(saved.CompiledFileError, match="not replaced"):
         saved.save_step(foreign, None, None, abstract.mesh, {})  # type: ignore[arg-type]
     assert foreign.read_text() == "mine"
 
