@@ -9,11 +9,12 @@
         --config.tokenizer.image=out/chameleon/tokenizer/image \
         --config.memory_path=out/memory
 
-`:image_output` trains only the output rows of the image codes, 34M numbers of the 7B:
-what public work on these weights did to draw with them again. Without it all 7B are
-trained. Hardware: 8 accelerators of 80 GB for all of them (28 GB of weights and twice
-as much of moments, in float32, in pieces); one of 80 GB holds the weights of the other.
-Never run at this size here: the tests build it by shape, and run both forms small.
+`:image_output` trains only the output rows of the image codes, 34M of the 7B
+parameters, as public work did to restore image generation with these weights. Without
+it all 7B are trained. Hardware: 8 accelerators of 80 GB for all parameters (28 GB of
+weights and twice as much of moments, in float32, sharded); one of 80 GB for
+`:image_output`. Not run at this size: the tests build it by shape, and run both forms
+at small size.
 """
 
 from ml_collections import ConfigDict
@@ -51,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.pipeline.rows = 8
     config.pipeline.examples_per_batch = 10
     config.pipeline.groups = 1
-    # Rows that were never trained can move fast; what was trained must not.
+    # Untrained rows can change fast; trained weights must not.
     config.optimizer.learning_rate = 1e-3 if arg else 1e-5
     config.optimizer.warmup_steps = 20 if arg else 100
     config.train.num_steps = 1000 if arg else 2000

@@ -1,4 +1,4 @@
-"""CM3 2.7B: the twin of configs/racm3_2b7.py without retrieval, equal in all else.
+"""CM3 2.7B: the baseline of configs/racm3_2b7.py without retrieval, otherwise equal.
 
 racm3 train --config=configs/cm3_2b7.py --workdir=out/cm3_2b7
 """

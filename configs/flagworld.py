@@ -1,19 +1,19 @@
-"""The RA-CM3 generator of flagworld, and its twin without retrieval.
+"""The RA-CM3 generator of flagworld, and the baseline without retrieval (`twin`).
 
     racm3 train --config=configs/flagworld.py --workdir=out/racm3
     racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3
 
-Both start from nothing, see the same main documents with the same masks in the same
-order, and take the same number of steps; the twin's rows hold no retrieved documents. Each
-took 1.4 hours, its memory included: the first on two CPU cores that did other work too, the
-twin on one of them.
+Both start from scratch, see the same main documents with the same masks in the same
+order, and take the same number of steps; the baseline's rows have no retrieved
+documents. Each took 1.4 hours including its memory: the first on two CPU cores shared
+with other work, the baseline on one of them.
 """
 
 from ml_collections import ConfigDict
 
 
 def world() -> ConfigDict:
-    """The flagworld that every flagworld config shares."""
+    """The flagworld of all flagworld configs."""
     return ConfigDict(
         dict(
             seed=0,
@@ -27,14 +27,14 @@ def world() -> ConfigDict:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" or "retrieval" for RA-CM3, "twin" for the model without retrieval."""
+    """`arg`: "" or "retrieval" for RA-CM3, "twin" for the baseline without it."""
     if arg not in ("", "retrieval", "twin"):
         raise ValueError(f"configs/flagworld.py:{arg}: use :retrieval or :twin")
     config = ConfigDict()
     config.kind = "generator"
     config.seed = 0
     config.world = world()
-    # Twice as many as in the memories of the suites: flags are read, not remembered.
+    # Twice as many as in the suites' memories: flags are read, not memorised.
     config.world.num_nations = 16000
     config.tokenizer = dict(
         text="shipped:flagworld/tokenizer/text",
@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.embedder = "shipped:flagworld/clip"
     config.embedder_dtype = "auto"  # bfloat16 on accelerators, or "float32"
     config.init_from = ""
-    # Query dropout is frozen: two variants of a document's query for all epochs.
+    # Query dropout is fixed: two variants of a document's query for all epochs.
     config.memory = dict(
         index="scann",
         num_query_variants=2,
@@ -52,21 +52,21 @@ def get_config(arg: str = "") -> ConfigDict:
         include_heldout=False,
         cache="",
     )
-    # The paper's 0.9 is for OpenAI's CLIP. Flagworld's puts a nation's documents 0.95 alike
-    # (median); what is more alike than that shows the same flag at the same size.
+    # The paper's 0.9 is for OpenAI's CLIP. In flagworld's, a nation's documents have a
+    # median similarity of 0.95; above that, they show the same flag at the same size.
     config.strategy = dict(max_similarity=0.95, num_candidates=24)
     config.masking = dict(
         num_masks="poisson_clamp0",
         mean=0.3,
         rotation_probability=0.35,
-        # A caption has a quarter of the ids that its image has.
+        # A caption has a quarter of the tokens of its image.
         text_weight=2.0,
     )
     config.episodes = dict(
         probability=0.05, num_ways=2, class_key="nation", num_labels=2000
     )
     config.pipeline = dict(
-        # The twin's examples are shorter: the same ones fit into one row.
+        # The baseline's examples are shorter: the same ones fit into one row.
         rows=1 if arg == "twin" else 2,
         row_length=544,
         examples_per_batch=6,

@@ -3,10 +3,11 @@
     racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
     racm3 train --config=configs/flagworld_clip.py:aligned --workdir=out/clip_aligned
 
-The first is the shipped one, which keeps texts and images apart: it finds documents, but
-cannot say whether an image fits a text. `aligned` is trained contrastively on captions
-half of which say what can be seen, so that it can; a name is still found by the text part
-of a document alone. What was measured on held-out nations is kept with its weights.
+The first is the shipped one, which separates texts and images: it finds documents, but
+cannot tell whether an image matches a text. `aligned` is trained contrastively on
+captions half of which describe the flag, so that it can; names are still found only by
+a document's text embedding. The alignment on held-out nations is stored with its
+weights.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0
     config.world = flagworld.world()
     config.world.documents_per_nation = 5
-    # Trained on the captions, unless the folder of a trained one is given.
+    # Trained on the captions, unless a folder is given.
     config.text_tokenizer = dict(vocab_size=1024, path="")
     config.clip = dict(
         image_size=64,
@@ -37,9 +38,9 @@ def get_config(arg: str = "") -> ConfigDict:
         context_length=32,
         d_embed=128,
     )
-    # A name and a flag that no training saw together have nothing in common, so texts
-    # and images are kept apart; a nation's documents stay different enough for the
-    # strategy, which drops those that are more than 0.9 alike (see CLIPLossConfig).
+    # A name does not predict a flag that training has not seen, so texts and images are
+    # separated; a nation's documents stay different enough for the strategy, which
+    # drops those with a similarity above 0.9 (see CLIPLossConfig).
     config.clip_loss = dict(
         contrast_weight=0.02,
         retrieval_weight=1.0,
@@ -69,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg == "aligned":
         config.world.description_share = 0.5
-        # Generators that are trained already keep their vocabulary.
+        # Existing generators keep their vocabulary.
         config.text_tokenizer.path = "shipped:flagworld/tokenizer/text"
         config.clip.context_length = 80
         config.clip_loss.contrast_weight = 1.0

@@ -1,10 +1,11 @@
-"""The main job on flagworld, in minutes on two CPU cores, from the shipped weights.
+"""The quickstart on flagworld, in minutes on two CPU cores, from the shipped weights.
 
     racm3 quickstart --workdir=racm3_out
     racm3 quickstart --workdir=racm3_out --short
 
-Builds a memory of 11,000 documents (4,000 in the short form), goes on training the
-shipped generator with live retrieval, then draws and captions held-out nations.
+Builds a memory of 11,000 documents (4,000 in the short form), continues training the
+shipped generator with live retrieval, then generates images and captions of held-out
+nations.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = flagworld.get_config()
     config.world = flagworld.world()
     config.init_from = "shipped:flagworld/model"
-    # Documents of training nations in the memory, beside all of the held-out ones.
+    # Documents of training nations in the memory, besides all held-out ones.
     config.num_train_documents = 1500 if short else 8500
     config.num_prompts = 4 if short else 8
     config.memory.num_query_variants = 1

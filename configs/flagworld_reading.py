@@ -10,17 +10,18 @@
     racm3 train --config=configs/flagworld_reading.py:twin --workdir=out/cm3
     python experiments/reading_gate.py out/first --follow --every=2000
 
-Large steps, one right and one wrong document in any order, a new name for every nation
-of every example, captions in front of images. `alike`, `first` and its small `pilot` train
-on images of a quarter of the size, whose examples cost a third: reading begins suddenly,
-and only after many examples. In `alike` all flags have one size and one place, in `first`
-any place. `second` goes on with whole images, `third` with the paper's
-format: 0, 1, 2 or 4 documents, CM3 masks on all of them, and labels. The twin sees the
-main documents of `third` from the beginning, without documents.
+Large batches, one right and one wrong document in any order, a new name for every
+nation in every example, captions before images. `alike`, `first` and its small version
+`pilot` train on images of a quarter of the size, whose examples cost a third: reading
+emerges suddenly, and only after many examples. In `alike` all flags have one size and
+one position, in `first` any position. `second` continues with full images, `third` with
+the paper's format: 0, 1, 2 or 4 documents, CM3 masks on all of them, and labels. The
+baseline `twin` sees the main documents of `third` from the start, without retrieved
+documents.
 
-`pilot`, 24 x 3,000 examples in ten minutes on one core beside other work: of held-out
-nations the flag of the right document is preferred in 94% where it is first and in 95%
-where it is last (experiments/LOG.md).
+`pilot`, 24 x 3,000 examples in ten minutes on one shared core: for held-out nations the
+flag of the right document is preferred in 94% if it is first, in 95% if it is last
+(experiments/LOG.md).
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +32,7 @@ STAGES = ("alike", "first", "second", "third", "twin", "pilot")
 
 
 def get_config(arg: str = "third") -> ConfigDict:
-    """`arg`: a stage of the curriculum, the "twin", or "pilot" (0.9M parameters)."""
+    """`arg`: a stage of the curriculum, "twin", or "pilot" (0.9M parameters)."""
     arg = arg or "third"
     if arg not in STAGES:
         raise ValueError(
@@ -44,7 +45,7 @@ def get_config(arg: str = "third") -> ConfigDict:
     # The memory of another training of the same world, or "" to build one.
     config.memory_path = ""
     config.tokenizer.image_size = 0
-    # Documents come by class: the retriever is not asked.
+    # Documents are chosen by class, without the retriever.
     config.memory.index = "exact"
     config.memory.num_query_variants = 0
     config.episodes.probability = 0.0
@@ -80,12 +81,12 @@ def get_config(arg: str = "third") -> ConfigDict:
     config.train.checkpoint_every = 500
     config.train.num_steps = 8000
     if arg in ("alike", "first", "pilot"):
-        # Flags of the codes that small flags of whole images have.
+        # Flags with the same codes as small flags of full images.
         config.world.image_size = 32
         config.world.flag_sizes = ((48, 32),)
         config.world.wave_amplitudes = (0.0,)
-        # Names alone, and sentences around them: a name by its flag comes later than a
-        # flag by its name.
+        # Only names, and sentences with names: the model learns flag -> name later than
+        # name -> flag.
         config.world.name_share = 0.5
         config.tokenizer.image_size = 32
         config.pipeline.rows = 8
@@ -104,7 +105,8 @@ def get_config(arg: str = "third") -> ConfigDict:
         config.pairing.name_weight = 2.0
         config.pipeline.max_documents = 4
         config.pipeline.max_position_gap = 16
-        # The paper's at least one span, and a whole caption in a third of the documents.
+        # At least one span, as in the paper, and a whole caption in a third of the
+        # documents.
         config.masking.num_masks = "poisson_clamp1"
         config.masking.mean = 1.0
         config.masking.mask_retrieved = True

@@ -1,4 +1,4 @@
-"""A generator that trains in seconds and learns nothing: for tests and first looks.
+"""A generator that trains in seconds and learns nothing, for tests.
 
 racm3 train --config=configs/flagworld_tiny.py --workdir=out/tiny
 """

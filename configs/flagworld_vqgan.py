@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
         codebook_weight=0.05,
         commitment_weight=0.05,
     )
-    # The codebook starts as the k-means of this many images' patches.
+    # The codebook is initialised by k-means of the patches of this many images.
     config.codebook_images = 2500
     config.batch_size = 32
     config.optimizer = dict(

@@ -1,11 +1,11 @@
-"""A CLIP for your own pictures and their captions: the encoder of the retriever.
+"""A CLIP for your own images and their captions: the encoder of the retriever.
 
     racm3 train --config=configs/own_clip.py --workdir=out/clip \
         --config.source=folder:photos
 
-It learns which caption belongs to which picture, from your pictures alone. Where many
-captions name the same thing, say so (`config.group_key`): two captions of one thing are
-then no wrong answers for each other.
+It learns which caption belongs to which image, only from your images. If many captions
+name the same thing, set `config.group_key`: captions of the same thing are then not
+used as negatives of each other.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.holdout = "0.1"
     # No hue: captions name colours.
     config.augmentation = dict(mirror=True, shift=0.1)
-    # Trained on the captions, unless the folder of a trained one is given.
+    # Trained on the captions, unless a folder is given.
     config.text_tokenizer = dict(vocab_size=1024, path="")
     config.clip = dict(
         image_size=64,

@@ -4,14 +4,14 @@
         --config.source=folder:photos --config.tokenizer.image=out/tokenizer/vqgan \
         --config.tokenizer.text=out/clip/text --config.embedder=out/clip/clip
 
-`:64`, `:128` (the default) and `:256` are the image tokenizer's pixels of a side. The
+`:64`, `:128` (the default) and `:256` are the image side in pixels. The
 memory of the training documents is built in the work directory, unless
-`config.memory_path` names one.
+`config.memory_path` is set.
 """
 
 from ml_collections import ConfigDict
 
-# Codes of an image, and what a row holds: two retrieved documents and the main one.
+# Codes of an image, and the row length for two retrieved documents and the main one.
 _ROW_LENGTHS = {"64": 320, "128": 896, "256": 3328}
 
 
@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.source = ""
     config.group_key = ""
     config.holdout = "0.1"
-    # Target and documents are changed alike; no hue, since captions name colours.
+    # Target and documents get the same augmentation; no hue, as captions name colours.
     config.augmentation = dict(mirror=True, shift=0.1, num_variants=7)
     config.tokenizer = dict(text="", image="", num_sentinels=16)
     config.embedder = ""
@@ -36,8 +36,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.memory = dict(
         index="auto", num_query_variants=2, query_drop=0.2, include_heldout=False
     )
-    # A CLIP of few pictures puts them close together: only near copies are dropped.
-    # "house,thing": what agrees in both is never shown for one another.
+    # A CLIP trained on few images has high similarities: only near copies are dropped.
+    # "house,thing": documents that agree in both are never retrieved for each other.
     config.strategy = dict(max_similarity=0.98, num_candidates=24, exclude_keys="")
     config.masking = dict(
         num_masks="poisson_clamp0", mean=0.3, rotation_probability=0.25

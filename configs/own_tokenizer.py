@@ -1,11 +1,11 @@
-"""An image tokenizer for your own pictures: 64 to 256 pixels, 64 to 1,024 codes each.
+"""An image tokenizer for your own images: 64 to 256 pixels, 64 to 1,024 codes each.
 
     racm3 train --config=configs/own_tokenizer.py --workdir=out/tokenizer \
         --config.source=folder:photos
     racm3 train --config=configs/own_tokenizer.py:256 --workdir=out/tokenizer \
         --config.source=folder:photos
 
-`:64`, `:128` (the default) and `:256` are the pixels of a side. 64 and 128 are for a CPU,
+`:64`, `:128` (the default) and `:256` are the side in pixels. 64 and 128 are for a CPU,
 256 for a GPU. `racm3 fit` runs this, own_clip and own_generator one after the other.
 """
 
@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.kind = "vqgan"
     config.seed = 0
-    # What to train on, what says "the same thing", and what no training sees: see
+    # Training documents, their groups, and the held-out groups: see
     # racm3_jax/documents/sources.py.
     config.source = ""
     config.group_key = ""
@@ -45,10 +45,10 @@ def get_config(arg: str = "") -> ConfigDict:
         edge_weight=0.25,
         codebook_weight=0.0,
         commitment_weight=0.25,
-        # Codes follow the mean of their latents; those that nothing chooses move.
+        # Codes follow the mean of their latents; unused codes move.
         codebook_decay=0.98,
         revive_below=0.05,
-        # A patch adversary sharpens textures once the rest is learned, on a GPU.
+        # On a GPU, a patch discriminator sharpens textures after the rest is learned.
         adversarial_weight=0.05 if is_large else 0.0,
         adversarial_start=5000,
     )

@@ -3,9 +3,9 @@
     racm3 train --config=configs/racm3_2b7.py --workdir=out/racm3_2b7
 
 Hardware in the paper: 256 A100 for 5 days (30,720 A100-hours). Steps, weight decay and
-precision are not published: the values here are choices. It trains over a memory that
-exists (config.memory_path), with the tokenizers and the CLIP that made it. Never trained
-here: the tests build it by shape, with its whole sharding.
+precision are not published: the values here are our choice. It trains with an existing
+memory (config.memory_path), and its tokenizers and CLIP. Not trained at this size: the
+tests build it by shape, with its full sharding.
 """
 
 from ml_collections import ConfigDict
@@ -26,16 +26,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.embedder_dtype = "auto"  # bfloat16 on accelerators, or "float32"
     config.init_from = ""
     config.memory_path = ""
-    # Query dropout is frozen: four variants of a document's query for all epochs.
+    # Query dropout is fixed: four variants of a document's query for all epochs.
     config.memory = dict(index="auto", num_query_variants=4, verify_share=1.0, cache="")
     config.strategy = dict(max_similarity=0.9, num_candidates=64)
     config.masking = dict(num_masks="poisson_clamp1", rotation_probability=0.1)
     config.pipeline = dict(
         rows=256,
         row_length=4096,
-        # Best fit alone fills 77% at these lengths: retrieved images lose their tails
-        # where one more example then fits. So 97.9% are filled; of the main documents
-        # 1.2% are left out, 0.7% after their retrieval (experiments/bench_packing.py).
+        # Best fit alone fills 77% at these lengths. Truncating retrieved images if one
+        # more example then fits, 97.9% are filled; 1.2% of the main documents are
+        # dropped, 0.7% after their retrieval (experiments/bench_packing.py).
         examples_per_batch=504,
         max_trim=256,
         window_steps=32,
@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,
         first_moment_dtype="float32",
     )
-    # Both -1: weights are split as far as pays (racm3_jax/sharding.py, mesh_sizes).
+    # Both -1: chosen automatically (racm3_jax/sharding.py, mesh_sizes).
     config.mesh = dict(dcn=1, data=-1, fsdp=-1, tensor=1)
     config.train = dict(
         num_steps=100_000,

@@ -1,14 +1,14 @@
-"""Embedding images with CLIP on a CPU, against `transformers` at the same shape.
+"""Benchmark: image embedding with CLIP on a CPU, vs. `transformers` at the same shape.
 
     python experiments/bench_clip.py --shapes b_32 l_14 --out=racm3_out/bench_clip
 
-Random weights, equal in both; float32; the same uint8 pictures, normalised by each side
-itself. Both use `--threads` threads (the process is bound to so many cores, which is what
-XLA goes by), take turns in one process, and are compared by the medians of `--repeats`
-calls after two calls that are not timed. Needs the [parity] extra.
+Equal random weights; float32; the same uint8 images, normalised by each side. Both use
+`--threads` threads (the process is bound to this number of cores, which XLA uses),
+alternate in one process, and are compared by the medians of `--repeats` calls after two
+warm-up calls. Needs the [parity] extra.
 
-The table says how many GFLOP/s of matrix products each side reaches, beside those of one
-large product alone in each library: no code can embed faster than its products run.
+The table shows the GFLOP/s of matmuls of each side, next to those of one
+large matmul in each library, the upper limit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Call = Callable[[], Any]
 
 
 def bind_threads(threads: int) -> None:
-    """As many cores and threads for both libraries; before either is imported."""
+    """Sets the same cores and threads for both libraries, before importing them."""
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
         raise SystemExit(f"--threads={threads}, but there are {len(cores)} cores")
@@ -62,7 +62,7 @@ def bind_threads(threads: int) -> None:
 
 
 def make_config(shape: dict[str, int]) -> Any:
-    """Our config; the text tower is as small as can be, it is not run."""
+    """Our config; the text tower is minimal, as it is not run."""
     from racm3_jax.retrieval.clip import CLIPConfig
 
     return CLIPConfig(
@@ -81,7 +81,7 @@ def make_config(shape: dict[str, int]) -> Any:
 
 
 def make_models(config: Any) -> tuple[Any, Any]:
-    """(our embedder, their model) with the same weights: theirs, converted."""
+    """(our embedder, their model) with the same weights, converted from theirs."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
@@ -156,7 +156,7 @@ def make_calls(config: Any, batch: int) -> tuple[dict[str, Call], float]:
 
 
 def make_products(size: int) -> dict[str, Call]:
-    """One large float32 product in each library: the ceiling of both."""
+    """One large float32 matmul in each library: the upper limit."""
     import jax
     import jax.numpy as jnp
     import torch  # pyright: ignore[reportMissingImports]
@@ -171,7 +171,7 @@ def make_products(size: int) -> dict[str, Call]:
 
 
 def count_flops(config: Any) -> float:
-    """Of the matrix products of one image."""
+    """FLOPs of the matmuls of one image."""
     length, width = config.num_patches + 1, config.vision_width
     layer = 2 * length * width * (4 * width + 8 * width) + 4 * length**2 * width
     patches = 2 * config.num_patches * 3 * config.patch_size**2 * width
@@ -179,7 +179,7 @@ def count_flops(config: Any) -> float:
 
 
 def time_calls(calls: dict[str, Call], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turns so that all see the same machine."""
+    """Median seconds of each call, alternating so that all have the same conditions."""
     for call in calls.values():
         call()
         call()
@@ -230,7 +230,7 @@ def run(shapes: list[str], *, batch: int, repeats: int, threads: int) -> dict[st
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The figures as a person reads them."""
+    """The results as a table."""
     titles = ["shape", "ours, images/s", "transformers, images/s", "ours is faster"]
     titles += ["GFLOP/s of each", "difference"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -243,7 +243,7 @@ def format_table(results: dict[str, Any]) -> str:
         )
     mine, other = results["gflops_of_one_product"].values()
     lines.append(
-        f"one large product alone: {mine:.0f} GFLOP/s in XLA, {other:.0f} in torch; "
+        f"one large matmul: {mine:.0f} GFLOP/s in XLA, {other:.0f} in torch; "
         f"{results['threads']['cores']} threads, batches of {results['batch']}"
     )
     return "\n".join(lines)

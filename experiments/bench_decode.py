@@ -1,26 +1,28 @@
-"""Decoding speed, against `transformers` and a loop in torch, with random weights.
+"""Benchmark: decoding speed vs. `transformers` and a torch loop, with random weights.
 
     python experiments/bench_decode.py --shape=small --out=racm3_out/bench_decode
     python experiments/bench_decode.py --shape=2b7 --only_ours --bandwidth=4.8e12
 
 One run, three tables:
-  one      batch 1, no documents: new ids a second
-  guided   samples with guidance after a prefix of 2 documents, which is read once: one
-           sample, and ten
-  memory   (with --bandwidth) seconds an image and the share of the memory bandwidth
-  drafts   (with --memory=DIR, of `racm3 quickstart`) the shipped model over that memory,
-           one image at a time: with guesses and without, passes, acceptance, equal codes
+  one      batch 1, no documents: new tokens per second
+  guided   samples with guidance after a shared prefix of 2 documents: one, and ten
+  memory   (with --bandwidth) seconds per image and the fraction of the memory bandwidth
+  drafts   (with --memory=DIR, of `racm3 quickstart`) the shipped model and that memory,
+           one image at a time: with and without speculative decoding, passes,
+             acceptance,
+           equal codes
 
-The other tables are without guesses: random weights accept none. The load is checked
-first: above 0.5 the figures of the peers mean nothing, and --busy is needed.
+The other tables are without speculative decoding: random weights accept no drafts. The
+machine's load is checked first: above 0.5 comparisons are not meaningful, and --busy is
+needed.
 
-Each side is a process of its own, on the same cores and with as many threads; they are
-asked in turns, so that all see the same machine. The peers have this model's shape and
-parts (OPT: learned positions, pre-LayerNorm, ReLU, tied embeddings):
+Each side is a separate process, on the same cores with the same number of threads; they
+alternate, so that all have the same conditions. The peers have this model's
+architecture (OPT: learned positions, pre-LayerNorm, ReLU, tied embeddings):
   transformers  `generate` with its dynamic cache, its static one, and that one compiled
-  torch loop    a static cache and nothing else, head of the codes only; float32, bfloat16
-Every call is made twice before it is timed; the medians and the fastest of `--repeats`
-calls are written to `bench_decode.json` and `bench_decode.png`.
+  torch loop    a static cache only, head of the codes only; float32, bfloat16
+There are two warm-up calls; the medians and the fastest of `--repeats` calls are
+written to `bench_decode.json` and `bench_decode.png`.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ TABLES = ("one", "guided", "guided samples")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape of the model, and the length of an image and of a text in ids."""
+    """A model shape, and the lengths of an image and of a text in tokens."""
 
     config: ModelConfig
     vocab: Vocab
@@ -112,11 +114,11 @@ def make_case(name: str) -> Case:
 
 
 class Ours:
-    """This package: one call of `sample` an image."""
+    """This package: one call of `sample` per image."""
 
     def __init__(self, case: Case) -> None:
         config = case.config
-        # Unrolled and cast layer by layer: no second copy of the weights is made.
+        # Unrolled and cast layer by layer, without a second copy of the weights.
         config = dataclasses.replace(config, scan_layers=False)
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
@@ -133,7 +135,7 @@ class Ours:
     def draw(
         self, num_samples: int, num_documents: int, guidance: float
     ) -> Callable[[], Any]:
-        """A call that draws images behind documents, and waits for them."""
+        """A call that generates images after documents, and waits for them."""
         vocab = self.case.vocab
         prompt, plain = make_prompts(self.case, num_documents)
         shared = np.array([len(plain) - 2])
@@ -155,7 +157,7 @@ class Ours:
         )
 
     def bytes_of_a_step(self, num_samples: int, num_documents: int) -> float:
-        """What one step must read: weights, the prefix, half-filled caches (guided)."""
+        """Bytes read by one step: weights, the prefix, half-filled caches (guided)."""
         c, vocab = self.config, self.case.vocab
         read = {name: x for name, x in self.params.items() if name != "embedding"}
         weights = sum(x.nbytes for x in jax.tree.leaves(read))
@@ -168,7 +170,7 @@ class Ours:
 
 
 def make_documents(case: Case, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`<eod> text <break> image <eod> ...` with random ids."""
+    """`<eod> text <break> image <eod> ...` with random tokens."""
     vocab = case.vocab
     pieces: list[Any] = [[vocab.eod]]
     for _ in range(count):
@@ -233,7 +235,7 @@ class Theirs:
         }
         if cache != "dynamic":
             options["cache_implementation"] = "static"
-        if cache == "static":  # on its own; a static cache is compiled by default
+        if cache == "static":  # static caches are compiled by default
             options["disable_compile"] = True
         if cache == "compiled":
             from transformers import (  # pyright: ignore[reportMissingImports]
@@ -241,7 +243,7 @@ class Theirs:
             )
 
             options["compile_config"] = CompileConfig()
-            # By itself it compiles on accelerators only.
+            # By default it compiles on accelerators only.
             options["compile_config"]._compile_all_devices = True
 
         def repeat(x: np.ndarray) -> Any:
@@ -261,7 +263,7 @@ class Theirs:
 
 
 class TorchLoop:
-    """The same model as a plain loop in torch: a static cache, and no library."""
+    """The same model as a plain loop in torch with a static cache."""
 
     def __init__(self, case: Case, dtype: str) -> None:
         import torch  # pyright: ignore[reportMissingImports]
@@ -287,7 +289,7 @@ class TorchLoop:
         self.norm = (make(d) + 1, make(d))
 
     def read(self, ids: Any, caches: list[Any], start: int, visible: Any) -> Any:
-        """Reads ids at `start` and after; the last hidden state of each row."""
+        """Reads tokens from `start` on; returns the last hidden state of each row."""
         functional, c = self.torch.nn.functional, self.case.config
         rows, length = ids.shape
         shape, stop = (rows, length, c.num_heads, c.head_dim), start + length
@@ -314,7 +316,7 @@ class TorchLoop:
     def draw(
         self, num_samples: int, num_documents: int, guidance: float
     ) -> Callable[[], Any]:
-        """A call that draws images, with both prompts of guidance in one batch."""
+        """A call that generates images, with both prompts of guidance in one batch."""
         torch, vocab, c = self.torch, self.case.vocab, self.case.config
         first, second = make_prompts(self.case, num_documents)
         prompts = [first] if guidance == 1 else [first, second]
@@ -325,7 +327,7 @@ class TorchLoop:
             ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
             seen[i, ..., width - len(prompt) :] = True
         causal = torch.ones(width + length, width + length, dtype=torch.bool).tril()
-        # Padding sees itself, so that no row of weights is empty.
+        # Padding attends to itself, so that no softmax is empty.
         visible = (seen & causal) | torch.eye(width + length, dtype=torch.bool)
         visible = visible.repeat_interleave(num_samples, 0)
         ids = ids.repeat_interleave(num_samples, 0)
@@ -355,7 +357,7 @@ class TorchLoop:
 
 
 def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
-    """The shipped model with each source of guesses, in turns, `repeats` prompts."""
+    """The shipped model with each source of drafts, alternating, `repeats` prompts."""
     model = run_lib.load("shipped:flagworld", memory=memory)
     assert model.retriever is not None
     held = model.retriever.memory.documents(np.arange(repeats))
@@ -392,7 +394,7 @@ def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
 
 
 def make_calls(side: str, case: Case) -> Callable[..., Callable[[], Any]]:
-    """What draws on a side: (samples, documents, guidance) -> a call."""
+    """Image generation of a side: (samples, documents, guidance) -> a call."""
     who, _, how = side.partition(", ")
     if who == "torch loop":
         return TorchLoop(case, how).draw
@@ -406,7 +408,7 @@ def make_calls(side: str, case: Case) -> Callable[..., Callable[[], Any]]:
 
 
 def serve(side: str, shape: str) -> None:
-    """A side's process: for each setting that is asked for, seconds and programs."""
+    """A side's process: for each requested setting, seconds and programs."""
     if side.startswith(("torch loop", "transformers")):
         import torch  # pyright: ignore[reportMissingImports]
 
@@ -425,7 +427,7 @@ def serve(side: str, shape: str) -> None:
 
 
 class Side:
-    """One of those that are compared, in a process of its own."""
+    """One side of the comparison, in its own process."""
 
     def __init__(self, name: str, shape: str, cores: Sequence[int]) -> None:
         threads = str(len(cores))
@@ -437,11 +439,11 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
         )
-        # XLA and OpenMP make as many threads as a process may use cores.
+        # XLA and OpenMP create as many threads as the process may use cores.
         os.sched_setaffinity(self.process.pid, cores)
 
     def time(self, setting: tuple[int, int, float]) -> tuple[float, int]:
-        """Seconds of a call, and how many programs it compiled."""
+        """Seconds of a call, and the number of compiled programs."""
         pipes = self.process.stdin, self.process.stdout
         assert pipes[0] is not None and pipes[1] is not None
         pipes[0].write(json.dumps(setting) + "\n")
@@ -462,7 +464,7 @@ class Side:
 def time_sides(
     sides: Sequence[Side], setting: tuple[int, int, float], repeats: int
 ) -> dict[str, Any]:
-    """Seconds of each side's calls, in turns so that all see the same machine."""
+    """Seconds of each side's calls, which alternate for equal conditions."""
     taken: dict[str, list[float]] = {side.name: [] for side in sides}
     compiled = 0
     for turn in range(repeats):
@@ -480,7 +482,7 @@ def time_sides(
 
 
 def count_programs() -> int:
-    """How many programs of the decode loop were compiled so far."""
+    """Number of programs of the decode loop compiled so far."""
     programs: tuple[Any, ...] = (
         decoding.read_prompts,
         decoding.start_drawing,
@@ -546,12 +548,12 @@ def run(
 
 
 def format_tables(results: dict[str, Any]) -> str:
-    """The figures as a person reads them."""
+    """The results as a table."""
     lines = []
     for name in TABLES:
         part = results[name]
         lines += [
-            f"| {name} | seconds | fastest | ids/s | ours is faster |",
+            f"| {name} | seconds | fastest | tokens/s | ours is faster |",
             "|---|---|---|---|---|",
         ]
         for who, seconds in part["seconds"].items():
@@ -582,7 +584,7 @@ def format_tables(results: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Writes the JSON and the plot aside and renames them."""
+    """Writes the JSON and the plot atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -594,7 +596,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
         speeds = results[name]["ids_per_second"]
         axis.barh(list(speeds), list(speeds.values()))
         axis.set_title(name)
-        axis.set_xlabel("new ids a second")
+        axis.set_xlabel("new tokens per second")
     figure.tight_layout()
     figure.savefig(folder / ".bench_decode.tmp.png")
     plt.close(figure)
@@ -613,14 +615,14 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=10)
     parser.add_argument("--only_ours", action="store_true", help="without transformers")
     parser.add_argument(
-        "--bandwidth", type=float, default=0.0, help="of the device, in bytes a second"
+        "--bandwidth", type=float, default=0.0, help="of the device, in bytes/s"
     )
     parser.add_argument("--memory", type=Path, help="of `racm3 quickstart`: drafts")
     parser.add_argument(
         "--threads", type=int, default=0, help="of each side; all cores"
     )
-    parser.add_argument("--side", choices=SIDES, help="be that side, for this program")
-    parser.add_argument("--busy", action="store_true", help="whatever the load")
+    parser.add_argument("--side", choices=SIDES, help="internal: run as this side")
+    parser.add_argument("--busy", action="store_true", help="ignore the load")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     if side := arguments.pop("side"):
@@ -629,7 +631,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     if not arguments.pop("busy") and load > MOST_LOAD:
         parser.error(
-            f"the load is {load:.1f}, and figures need an idle machine (at most "
+            f"the load is {load:.1f}, but measurements need an idle machine (at most "
             f"{MOST_LOAD}): wait, or give --busy"
         )
     results = run(arguments.pop("shape"), **arguments)

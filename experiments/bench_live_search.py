@@ -1,14 +1,14 @@
-"""What live search costs a training step, and how often a step waits for its batch.
+"""Benchmark: cost of live search per training step, and waiting times for batches.
 
     python experiments/bench_live_search.py --out=bench_live_search --num_steps=1000
 
-A memory of clustered vectors behind ScaNN, the training pipeline with its own threads and
-prefetch, and a step that takes `--step_seconds`: with `--step=idle` the host only waits,
-as it does for an accelerator; with `--step=busy` NumPy computes meanwhile, as in training
-on a CPU. Every step is timed from batch to batch, with live search and with the same
-neighbours precomputed (`table`), in turns of 50 steps. A step counts as starved when its
-batch came more than 5 ms after it was asked for. Writes `results.json` and `waits.png`.
-Tiny form: --num_rows=2000 --num_steps=4 --step_seconds=0.05.
+A ScaNN memory of clustered vectors, the training pipeline with its threads and
+prefetch, and a step that takes `--step_seconds`: with `--step=idle` the host only
+waits, as for an accelerator; with `--step=busy` NumPy computes meanwhile, as in
+training on a CPU. Every step is timed from batch to batch, with live search and with
+the same neighbours precomputed (`table`), alternating every 50 steps. A step counts as
+starved if its batch comes more than 5 ms after the request. Writes `results.json` and
+`waits.png`. Tiny form: --num_rows=2000 --num_steps=4 --step_seconds=0.05.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from racm3_jax.types import TokenizedDocument, TokenizedSegment
 from racm3_jax.vocab import Vocab
 
 VOCAB = Vocab(num_text_ids=512, num_image_codes=512, image_length=64, num_sentinels=16)
-# A table of all queries and 512 candidates would take gigabytes for nothing.
+# A table of all queries and 512 candidates would take gigabytes without need.
 STRATEGY = StrategyConfig(max_candidates=64)
 STARVED_SECONDS = 0.005
 STEPS_PER_TURN = 50
@@ -43,7 +43,7 @@ CHUNK = 2048
 
 
 def make_chunks(num_rows: int, d_embed: int) -> Iterator[MemoryChunk]:
-    """Documents of a caption and an image, 20 around every centre."""
+    """Documents with a caption and an image, 20 around every centre."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((max(1, num_rows // 20), d_embed), np.float32)
 
@@ -72,7 +72,7 @@ def make_chunks(num_rows: int, d_embed: int) -> Iterator[MemoryChunk]:
 
 
 class TimedMemory(Memory):
-    """Counts the processor time that searches take, in whatever thread."""
+    """Counts the CPU time of searches in all threads."""
 
     search_seconds = 0.0
     _search_lock = threading.Lock()
@@ -106,7 +106,7 @@ def open_batches(
 
 
 def run_step(kind: str, seconds: float, busy: np.ndarray) -> None:
-    """Takes `seconds`; the host waits, or computes."""
+    """A step of `seconds`; the host waits, or computes."""
     if kind == "idle":
         time.sleep(seconds)
         return
@@ -118,7 +118,7 @@ def run_step(kind: str, seconds: float, busy: np.ndarray) -> None:
 def take_steps(
     batches: Batches, number: int, arguments: argparse.Namespace, busy: np.ndarray
 ) -> tuple[list[float], list[float], list[Any]]:
-    """Waiting times, step times and check sums of the next `number` batches."""
+    """Waiting times, step times and checksums of the next `number` batches."""
     waits, steps, sums = [], [], []
     for _ in range(number):
         start = time.perf_counter()
@@ -131,7 +131,7 @@ def take_steps(
 
 
 def measure(memories: dict[str, TimedMemory], arguments: argparse.Namespace) -> Any:
-    """Steps of both kinds, in turns, so that a busy machine slows both alike."""
+    """Steps of both kinds, alternating, so that a busy machine slows both equally."""
     busy = np.random.default_rng(1).standard_normal((256, 256), np.float32)
     main_ids = np.arange(min(arguments.main_documents, arguments.num_rows))
     kinds = {n: open_batches(m, arguments, main_ids) for n, m in memories.items()}
@@ -139,7 +139,7 @@ def measure(memories: dict[str, TimedMemory], arguments: argparse.Namespace) -> 
     steps: dict[str, list[float]] = {name: [] for name in kinds}
     sums: dict[str, list[Any]] = {name: [] for name in kinds}
     for batches in kinds.values():
-        next(batches)  # the first one is made when it is asked for
+        next(batches)  # the first one is made on demand
     time.sleep(arguments.fill_seconds)
     done = 1
     while done < arguments.num_steps:
@@ -215,7 +215,7 @@ def main() -> None:
     )
     live = TimedMemory.load(out / "memory")
     table = TimedMemory.load(out / "memory")
-    # The table answers every query of training with what the index would find.
+    # The table has the index's results for every query of training.
     neighbours.compute_neighbours(
         live, out / "table", STRATEGY.max_candidates, engine="memory"
     )

@@ -1,11 +1,11 @@
-"""Recall and speed of the memory's index, against flat search and FAISS.
+"""Benchmark: recall and speed of the memory's index, vs. flat search and FAISS.
 
     python experiments/bench_memory.py --num_rows=1000000 --out=bench_memory
 
-Clustered vectors (random ones say nothing about recall), queries of two kinds as text and
-image queries are: near the rows, and moved away from them by a common offset. One run, one
-machine, `--threads` threads for all. Sweeps the share of leaves searched and the rows that
-are rescored, of both; FAISS is measured where it is installed. Writes
+Clustered vectors (random ones are not meaningful for recall), and two kinds of queries,
+like text and image queries: near the rows, and shifted from them by a common offset.
+One run, one machine, `--threads` threads for all. Sweeps the fraction of searched
+leaves and the number of rescored rows of both; FAISS is measured if installed. Writes
 `results.json` and `sweep.png`. Run it on an idle machine. Tiny form: --num_rows=4000
 --d_embed=32 --num_queries=64.
 """
@@ -42,9 +42,8 @@ def make_vectors(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Unit rows in clusters, and queries of both kinds.
 
-    The variance of a dimension falls with its number, as that of trained embeddings
-    does along their principal axes: clusters overlap, and their rows are not all equally
-    far from one another.
+    The variance decreases with the dimension, like that of trained embeddings along
+    their principal axes: clusters overlap, and the distances between rows vary.
     """
     rng = np.random.default_rng(0)
     scales = (1 + np.arange(d_embed, dtype=np.float32)) ** -0.5
@@ -71,7 +70,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 def in_threads(
     search: Callable[[np.ndarray], np.ndarray], threads: int
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Asks for an equal share of the queries in every thread, as training does."""
+    """Splits the queries evenly over threads, as in training."""
 
     def search_all(queries: np.ndarray) -> np.ndarray:
         if len(queries) < threads:
@@ -89,7 +88,7 @@ def measure(
     queries: dict[str, np.ndarray],
     expected: dict[str, np.ndarray],
 ) -> dict[str, float]:
-    """Recall of each kind, queries a second in one batch, p50 of single ones."""
+    """Recall of each kind, queries/s in one batch, p50 latency of single ones."""
     search(next(iter(queries.values()))[:1])
     result: dict[str, float] = {}
     taken = 0.0
@@ -137,7 +136,7 @@ def sweep_faiss(
     threads: int,
     out: Path,
 ) -> list[dict[str, Any]]:
-    """Of the index that `--index=faiss` builds; nothing where FAISS is not installed."""
+    """Sweeps the index of `--index=faiss`; empty if FAISS is not installed."""
     if not registry.is_installed("faiss"):
         return []
     start = time.perf_counter()
@@ -156,7 +155,7 @@ def fastest(points: list[dict[str, Any]], target: float) -> dict[str, Any] | Non
 
 
 def front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The settings that no other beats in both recall and speed, by recall."""
+    """The Pareto front of recall and speed, by recall."""
     kept: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda p: -p["recall"]):
         if not kept or point["qps"] > kept[-1]["qps"]:
@@ -211,17 +210,17 @@ def main() -> None:
         index, out / "index", rows, queries, recall_target=arguments.recall_target
     )
     tuned_in = time.perf_counter() - start
-    # Before FAISS, which holds rows of its own.
+    # Before FAISS, which has its own copy of the rows.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     settings = dict(index.settings)
     search = in_threads(lambda q: index.search(q, K).ids, arguments.threads)
     at_target = measure(search, queries, expected)
     scann = sweep(index, queries, expected, search)
     shutil.rmtree(out / "index")
-    index = search = None  # frees the rows that ScaNN holds
+    index = search = None  # frees ScaNN's copy of the rows
     faiss = sweep_faiss(rows, queries, expected, arguments.threads, out)
     best = fastest([*scann, at_target], arguments.recall_target)
-    # Where FAISS does not reach the target, both are compared at the most that it does.
+    # If FAISS does not reach the target, both are compared at its maximum.
     common = min(arguments.recall_target, max((p["recall"] for p in faiss), default=0))
     ours_there, rival = (fastest(x, common) for x in ([*scann, at_target], faiss))
     results = {

@@ -1,4 +1,4 @@
-"""What packing is worth at the paper's lengths: part of experiments/bench_train.py."""
+"""Gain of packing at the paper's lengths: part of experiments/bench_train.py."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def make_examples(count: int, rng: np.random.Generator) -> list[Any]:
 
 
 def run_packing(rows: int, num_batches: int) -> dict[str, Any]:
-    """Fill of batches of so many rows, where a little more is offered than fits.
+    """Fill of batches of `rows` rows, with slightly more examples than fit.
 
-    "in windows" is what trains: examples that do not fit wait for the next step of their
-    window, and images of retrieved documents lose up to 256 tokens a row.
+    "in windows" is used in training: examples that do not fit wait for the next step of
+    their window, and images of retrieved documents lose up to 256 tokens per row.
     """
     results: dict[str, Any] = {}
     one = _measure(rows, rows, False, num_batches)
@@ -68,7 +68,7 @@ def run_packing(rows: int, num_batches: int) -> dict[str, Any]:
 
 
 def _measure_windows(rows: int, num_batches: int) -> dict[str, float]:
-    """The groups and windows of configs/racm3_2b7.py, with its offer a row."""
+    """The groups and windows of configs/racm3_2b7.py, with its examples per row."""
     config = PipelineConfig(
         rows=rows,
         row_length=LENGTH,
@@ -103,7 +103,7 @@ def _measure_windows(rows: int, num_batches: int) -> dict[str, float]:
 
 
 class _Memory:
-    """Documents of a corpus as the paper's, made when they are asked for."""
+    """Documents like the paper's corpus, made on demand."""
 
     vocab = Vocab(56_828, 8192, 1024, 512)
 
@@ -130,7 +130,7 @@ class _Memory:
 def _measure(
     rows: int, num_offered: int, packed: bool, num_batches: int
 ) -> dict[str, float]:
-    """Means over batches of their own; not `packed` puts one example into each row."""
+    """Means over separate batches; without `packed`, one example per row."""
     rng = np.random.default_rng(0)
     fills, mains, seconds, dropped = [], [], [], []
     for _ in range(num_batches):

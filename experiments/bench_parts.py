@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: part of experiments/bench_train.py."""
+"""Time breakdown of a training step: part of experiments/bench_train.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from racm3_jax.training.loss import chunked_cross_entropy
 
 
 def time_call(call: Callable[[], Any], repeats: int) -> float:
-    """Median seconds, after one call that compiles."""
+    """Median seconds, after one call for compilation."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(repeats):
@@ -29,12 +29,12 @@ def time_call(call: Callable[[], Any], repeats: int) -> float:
 
 
 def time_parts(ours: Any, config: Any, repeats: int) -> dict[str, float]:
-    """Seconds of what a step consists of, each compiled by itself.
+    """Seconds of the parts of a step, each compiled separately.
 
     Args:
       ours: the `Ours` of bench_train.py.
       config: of its model.
-      repeats: of which the median is taken.
+      repeats: number of calls for the median.
     """
     params, batch = ours.state.params, ours.batch
     key, step = jax.random.key(0), jnp.int32(0)
@@ -78,12 +78,12 @@ def time_parts(ours: Any, config: Any, repeats: int) -> dict[str, float]:
         )
     )
     layers = config.num_layers
-    # A layer's products, in units of one of d_model x d_ff: up, down, q, k, v, out.
+    # A layer's matmuls, in units of d_model x d_ff: up, down, q, k, v, out.
     units = 2 + 4 * config.num_heads * config.head_dim / config.d_ff
     return {
         "forward": time_call(lambda: forward(params), repeats),
         "forward and backward": time_call(lambda: gradient(params), repeats),
-        "of it: products of all layers": layers
+        "of it: matmuls of all layers": layers
         * units
         * time_call(lambda: product(x, wide), repeats),
         "of it: attention of all layers": layers

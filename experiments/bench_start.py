@@ -1,13 +1,13 @@
-"""How long a training over a large memory takes to its first batch, and in how much RAM.
+"""Benchmark: time and RAM until the first batch of a training with a large memory.
 
     python experiments/bench_start.py --out=bench_start --num_rows=10_000_000
 
-Makes a memory of so many small documents (their embeddings are 8 wide: it is the columns
-of numbers that are measured, not vectors), then opens it in a process of its own, finds
-the main documents and makes one batch without retrieval. Writes `results.json`: seconds
-of each, resident memory that is not mapped from files, and for comparison what the same
-costs where splits have to be read from the records, by `--num_read` of them.
-Tiny form: --num_rows=2000 --num_read=1000.
+Makes a memory of many small documents (with embeddings of width 8: this measures
+columns of numbers, not vectors), then opens it in a separate process, finds the main
+documents and makes one batch without retrieval. Writes `results.json`: seconds of each,
+resident memory not mapped from files, and for comparison the cost of reading splits
+from the records, extrapolated from `--num_read` of them. Tiny form: --num_rows=2000
+--num_read=1000.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_chunks(num_rows: int) -> Iterator[MemoryChunk]:
 
 
 def read_resident() -> dict[str, float]:
-    """Resident bytes of this process: its own, and mapped from files."""
+    """Resident bytes of this process: anonymous, and mapped from files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = dict(line.split(":", 1) for line in lines if ":" in line)
     return {
@@ -70,7 +70,7 @@ def read_resident() -> dict[str, float]:
 
 
 def start(path: Path, workdir: Path, num_read: int) -> dict[str, Any]:
-    """What a training does before its first step, timed."""
+    """Times what a training does before its first step."""
     results: dict[str, Any] = {"before": read_resident()}
     begin = time.perf_counter()
 

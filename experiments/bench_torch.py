@@ -1,8 +1,8 @@
-"""The same Transformer in torch, as its users write it: part of experiments/bench_train.py.
+"""The same Transformer in idiomatic torch: part of experiments/bench_train.py.
 
 Pre-LayerNorm, learned positions, ReLU, tied embeddings, biases; scaled dot-product
-attention (flash where the GPU has it), AdamW, clipping by the global norm. The rows are
-one causal sequence each: no segment masks, which makes torch's work a little less.
+attention (flash if the GPU supports it), AdamW, clipping by global norm. Each row is
+one causal sequence without segment masks, which is slightly less work for torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TorchBlock(nn.Module):
 
 
 class TorchModel(nn.Module):
-    """Ids and targets in, mean cross-entropy out."""
+    """Tokens and targets in, mean cross-entropy out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ def make_torch_step(
 
     Args:
       config: sizes.
-      inputs: ids, [rows, length].
-      targets: ids, [rows, length].
+      inputs: tokens, [rows, length].
+      targets: tokens, [rows, length].
       half: autocast to bfloat16; the weights stay float32.
       compiled: by torch.compile.
       device: "cpu" or "cuda".
@@ -112,5 +112,5 @@ def make_torch_step(
 
 
 def peak_memory(device: str) -> float:
-    """Bytes, of a GPU; 0 elsewhere."""
+    """Peak bytes of a GPU; 0 on a CPU."""
     return float(torch.cuda.max_memory_allocated()) if device == "cuda" else 0.0

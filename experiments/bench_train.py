@@ -1,4 +1,4 @@
-"""The training step against torch's, and what packing is worth.
+"""Benchmark: the training step vs. torch, and the gain of packing.
 
     python experiments/bench_train.py --part=cpu --out=bench        # needs torch
     python experiments/bench_train.py --part=packing --out=bench
@@ -6,13 +6,15 @@
     python experiments/bench_train.py --part=gpu --out=bench        # one GPU, needs torch
 
 cpu      27M parameters, 2 rows of 512, two threads: our step, torch float32 and torch
-         bfloat16 autocast in turns, in one process; medians and ratios, then the parts of
-         our step.
-packing  fill and useful ids a row at K ~ U{0,1,2}, 1024 ids an image, captions of about
-         30, rows of 4096; one example a row, best fit, best fit with trimming.
+         bfloat16 autocast alternate in one process; medians and ratios, then the parts
+         of our step.
+packing  fill and useful tokens per row at K ~ U{0,1,2}, 1024 tokens per image, captions
+of
+         about 30, rows of 4096; one example per row, best fit, best fit with
+         truncation.
 compile  seconds to compile the step of configs/flagworld_tiny.py, without any cache.
-gpu      the paper's 2.7B at 4096: our step (packed rows, cuDNN) against torch.compile
-         with flash attention, each in a process of its own, at most 8 minutes in all.
+gpu      the paper's 2.7B at 4096: our step (packed rows, cuDNN) vs. torch.compile with
+         flash attention, each in its own process, at most 8 minutes in total.
          Imports jax, flax, optax, numpy and torch only. --tiny tries its code on a CPU.
 
 Each part adds to `bench_train.json` in --out and prints a table.
@@ -33,14 +35,14 @@ from typing import Any
 
 import numpy as np
 
-# Seconds: the whole of `gpu`, and of one side of it.
+# Seconds: limits of `gpu`, and of one side of it.
 GPU_LIMIT = 460
 
 
 def make_rows(
     vocab_size: int, rows: int, length: int, num_segments: int
 ) -> dict[str, np.ndarray]:
-    """Random ids in rows of so many examples, without padding."""
+    """Random tokens in rows of several examples, without padding."""
     rng = np.random.default_rng(0)
     edges = np.linspace(0, length, num_segments + 1).astype(int)
     segment = np.searchsorted(edges, np.arange(length), side="right")
@@ -103,12 +105,12 @@ class Ours:
 
 
 def show(results: dict[str, Any]) -> None:
-    """What is known so far, for a run that is cut short."""
+    """Prints the results so far, for interrupted runs."""
     print(format_results(results), file=sys.stderr, flush=True)
 
 
 def run_cpu(repeats: int, tiny: bool) -> dict[str, Any]:
-    """Three steps in turns, so that a busy machine is busy for all of them."""
+    """Three steps, alternating, so that a busy machine affects all equally."""
     # Before jax starts its threads: both sides get two.
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     import torch
@@ -170,7 +172,7 @@ def run_cpu(repeats: int, tiny: bool) -> dict[str, Any]:
 
 
 def run_compile() -> dict[str, Any]:
-    """Tracing and XLA's work for the smallest config, on the clock and on the cores."""
+    """Tracing and XLA compilation of the smallest config: wall-clock and CPU time."""
     import jax
 
     from racm3_jax import wiring
@@ -193,7 +195,7 @@ def run_compile() -> dict[str, Any]:
 
 
 def run_packing(tiny: bool) -> dict[str, Any]:
-    """See bench_packing.py, which the GPU machine does not import."""
+    """See bench_packing.py, which `gpu` does not import."""
     import bench_packing
 
     sizes = {8: 1} if tiny else {32: 12, 256: 4}
@@ -215,7 +217,7 @@ def gpu_config(tiny: bool) -> tuple[Any, int]:
 def run_side(side: str, rows: int, tiny: bool, repeats: int) -> dict[str, Any]:
     """One side of `gpu`, in this process."""
     config, length = gpu_config(tiny)
-    # Two examples a row, as packing gives them on average.
+    # Two examples per row, the average of packing.
     batch = make_rows(config.vocab_size, rows, length, num_segments=2)
     start = time.perf_counter()
     if side == "ours":
@@ -270,7 +272,7 @@ def run_side(side: str, rows: int, tiny: bool, repeats: int) -> dict[str, Any]:
 
 
 def run_gpu(tiny: bool, repeats: int) -> dict[str, Any]:
-    """Both sides, each in a process of its own; more rows as long as they fit."""
+    """Both sides, each in its own process; more rows as long as they fit."""
     deadline = time.monotonic() + GPU_LIMIT
     results: dict[str, Any] = {}
     for rows in (2,) if tiny else (2, 4, 6):
@@ -288,7 +290,7 @@ def run_gpu(tiny: bool, repeats: int) -> dict[str, Any]:
                 )
                 found = json.loads(done.stdout.splitlines()[-1])
             except subprocess.TimeoutExpired:
-                found = {"error": f"not done after {left:.0f} s"}
+                found = {"error": f"not finished after {left:.0f} s"}
             except subprocess.CalledProcessError as error:
                 lines = [
                     x for x in error.stderr.splitlines() if "Error" in x or "OOM" in x
@@ -312,7 +314,7 @@ def run_gpu(tiny: bool, repeats: int) -> dict[str, Any]:
 
 
 def format_results(results: Any, indent: str = "") -> str:
-    """Nested figures as aligned lines."""
+    """Nested results as aligned lines."""
     lines = []
     for name, value in results.items():
         if isinstance(value, dict):

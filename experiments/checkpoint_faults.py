@@ -1,4 +1,4 @@
-"""Damage to checkpoints, and full disks: part of experiments/faults.py."""
+"""Corrupted checkpoints and full disks: part of experiments/faults.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = (2, 4, 6)
 
 
 def make_state(step: int) -> dict[str, Any]:
-    """A state that differs in every leaf from that of another step."""
+    """A state that differs in every leaf from those of other steps."""
     rng = np.random.default_rng(step)
     shapes = {"embedding": (60, 32), "kernel": (32, 128), "bias": (128,)}
     params = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
@@ -70,13 +70,13 @@ def _keep(path: Path, num_bytes: int) -> None:
 
 
 def _older(path: Path) -> Path:
-    """The file at the same place of the step before."""
+    """The same file of the previous step."""
     run = next(p for p in path.parents if p.name == str(STEPS[-1])).parent
     return run / str(STEPS[-2]) / path.relative_to(run / str(STEPS[-1]))
 
 
 def _take_older(path: Path) -> None:
-    """An older file of the same name, or any, takes the place of this one."""
+    """Replaces the file by an older one of the same name, or any older one."""
     older = _older(path)
     if not older.exists():  # data files have random names
         others = sorted(p for p in older.parent.glob("*") if p.is_file())
@@ -85,7 +85,7 @@ def _take_older(path: Path) -> None:
 
 
 Damage = Callable[[Path, random.Random], None]
-# What happens to one file of the newest step.
+# Kinds of damage to one file of the newest step.
 DAMAGES: dict[str, Damage] = {
     "one bit flipped": lambda p, r: _flip(p, r, 1),
     "100 bits flipped": lambda p, r: _flip(p, r, 100),
@@ -97,13 +97,13 @@ DAMAGES: dict[str, Damage] = {
     "64 bytes of zeros": lambda p, r: _overwrite(p, r, bytes),
     "64 random bytes": lambda p, r: _overwrite(p, r, r.randbytes),
     "replaced by an older one": lambda p, r: _take_older(p),
-    "a stray file beside it": lambda p, r: p.with_name("stray").write_bytes(b"x"),
+    "a stray file next to it": lambda p, r: p.with_name("stray").write_bytes(b"x"),
     "its directory removed": lambda p, r: shutil.rmtree(p.parent),
 }
 
 
 def restore_newest(folder: Path) -> tuple[int | None, Any]:
-    """(step, state) as a training would go on from; raises what it would raise."""
+    """(step, state) from which a training would resume; raises what it would raise."""
     with Checkpoints(folder, keep=3) as checkpoints:
         step = checkpoints.latest_good()
         if step is None:
@@ -115,14 +115,14 @@ def judge(folder: Path) -> str:
     """What a training finds in `folder`: "right", "wrong" (silently), or "error"."""
     try:
         step, state = restore_newest(folder)
-    except Exception:  # noqa: BLE001  any error is loud: that is what is asked for
+    except Exception:  # noqa: BLE001  any error is reported, as required
         return "error"
     return "right" if step is not None and is_of(state, int(state["step"])) else "wrong"
 
 
 @contextlib.contextmanager
 def without_manifest() -> Iterator[None]:
-    """The guard taken away: whatever lies on disk is trusted, as Orbax does."""
+    """Disables the guard: trusts the files on disk, as Orbax does."""
     with mock.patch.object(states, "verify_manifest", lambda directory: None):
         yield
 
@@ -138,20 +138,20 @@ def _quiet() -> Iterator[None]:
 
 
 def run_corruptions(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """Every kind of damage to files of every sort; with and without the manifest.
+    """Every kind of damage to every kind of file; with and without the manifest.
 
     Returns:
-      Counts of "right" (the step before was restored, bit for bit), "error" and "wrong",
-      with the manifest and without it.
+      Counts of "right" (the previous step was restored, bit for bit), "error" and
+      "wrong", with the manifest and without it.
     """
     rng = random.Random(seed)
     make_run(folder / "base")
     newest = folder / "base" / str(STEPS[-1])
     files = sorted(p.relative_to(newest) for p in newest.rglob("*") if p.is_file())
-    # The large data files first: damage to them is what goes unnoticed.
+    # The large data files first, whose damage is the hardest to detect.
     files.sort(key=lambda name: -(newest / name).stat().st_size)
     pairs = list(itertools.product(files, DAMAGES))
-    # Each kind in turn, each time of another file.
+    # Each kind in turn, each time on another file.
     kinds = list(DAMAGES)
     chosen = [
         (files[(i // len(kinds) + i) % len(files)], kinds[i % len(kinds)])
@@ -184,7 +184,7 @@ def run_corruptions(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _small_disk(folder: Path) -> Iterator[bool]:
-    """A disk of its own of 4 MB where this may be mounted; says whether."""
+    """A separate disk of 4 MB if mounting is allowed; yields whether it is."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     mounted = False
@@ -201,7 +201,7 @@ def _small_disk(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _no_room(folder: Path, mounted: bool, free: int) -> Iterator[None]:
-    """Inside, writes fail after about so many bytes."""
+    """In this context, writes fail after about `free` bytes."""
     if mounted:
         filler = folder / "filler"
         room = shutil.disk_usage(folder).free
@@ -220,10 +220,10 @@ def _no_room(folder: Path, mounted: bool, free: int) -> Iterator[None]:
 
 
 def run_full_disks(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """A disk that fills up at some byte of a save; half of the runs keep one step only.
+    """Disks that are full at some byte of a save; half of the runs keep only one step.
 
     Returns:
-      How many saves failed, said so, and left the last good step as it was.
+      Numbers of saves that failed, reported it, and kept the last good step.
     """
     rng = random.Random(seed)
     found = collections.Counter()
@@ -243,7 +243,7 @@ def run_full_disks(folder: Path, count: int, seed: int) -> dict[str, Any]:
                     checkpoints.wait()
                 except Exception:  # noqa: BLE001  of any kind
                     failed = True
-                # What Orbax's own bookkeeping would have gone on from.
+                # The step from which Orbax alone would have resumed.
                 named = checkpoints._manager.latest_step()
                 with contextlib.suppress(Exception):
                     checkpoints.close()
@@ -252,7 +252,7 @@ def run_full_disks(folder: Path, count: int, seed: int) -> dict[str, Any]:
             expected = STEPS[0] if failed else STEPS[1]
             step, state = restore_newest(run)
             found["last good kept"] += step == expected and is_of(state, expected)
-            with Checkpoints(run, keep=keep) as checkpoints:  # room again: goes on
+            with Checkpoints(run, keep=keep) as checkpoints:  # space again: resumes
                 checkpoints.save(STEPS[2], make_state(STEPS[2]), {"step": STEPS[2]})
                 found["goes on"] += checkpoints.latest_good() == STEPS[2]
             shutil.rmtree(run)

@@ -1,12 +1,12 @@
-"""A process that dies at one chosen write, rename or delete, without leaving the process.
+"""Simulates a crash at one chosen write, rename or delete, inside the process.
 
     with crash_at(7):      # the seventh change of the file system does not happen,
-        build(...)         # and nothing that comes after it does
+        build(...)         # nor anything after it
 
 Every function of the operating system that changes files is wrapped: renames, deletes,
 new folders, files opened for writing, and what is written into them (the write at which
 the process dies is half done). After the chosen point every further change raises too, so
-that no `finally` can tidy up, as after a kill. `count_points` tells how many there are.
+that no `finally` can clean up, as after a kill. `count_points` tells how many there are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _CHANGES = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "truncate
 
 
 class Crash(BaseException):
-    """The process is dead; only what is on disk counts."""
+    """The simulated end of the process."""
 
 
 class Points:
-    """The changes that were made so far.
+    """The changes made so far.
 
     Attributes:
-      changes: the name of each, and what it was done to.
+      changes: name and target of each.
     """
 
     def __init__(self, last: int | None) -> None:
@@ -42,7 +42,7 @@ class Points:
         return self._last is not None and len(self.changes) >= self._last
 
     def pass_one(self, name: str, target: Any) -> None:
-        """Counts one change, or dies."""
+        """Counts one change, or crashes."""
         if self.dead:
             raise Crash
         self.changes.append(f"{name} {target}")
@@ -78,10 +78,10 @@ class _File:
 
 @contextlib.contextmanager
 def crash_at(number: int | None) -> Iterator[Points]:
-    """Dies at change `number` (1 is the first); None only counts.
+    """Crashes at change `number` (1 is the first); None only counts.
 
     Raises:
-      Crash: out of the block, when the change was reached.
+      Crash: when the change is reached.
     """
     points = Points(number)
 
@@ -120,14 +120,14 @@ def crash_at(number: int | None) -> Iterator[Points]:
 
 
 def count_points(action: Callable[[], object]) -> int:
-    """How many changes of the file system an action makes."""
+    """Number of file-system changes of an action."""
     with crash_at(None) as points:
         action()
     return len(points.changes)
 
 
 def crashed(action: Callable[[], object], number: int) -> bool:
-    """Runs an action up to change `number`; False if it ended before."""
+    """Runs an action up to change `number`; False if it finishes before."""
     try:
         with crash_at(number):
             action()

@@ -1,4 +1,4 @@
-"""Two processes of one training on this machine, watched: part of experiments/faults.py."""
+"""Runs and watches two processes of one training: part of experiments/faults.py."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from typing import Any, Self
 WORKER = Path(__file__).with_name("fault_worker.py")
 SAVE_EVERY = 5
 HEARTBEAT, WATCHDOG, JOIN = 10, 30, 60
-# Beyond heartbeat, watchdog or joining, whichever notices: to say it and to end.
+# Seconds beyond the detection (heartbeat, watchdog, joining), to report and exit.
 GRACE = 10
-# A process imports before it joins, which takes long on a busy machine.
+# Imports before joining take long on a busy machine.
 IMPORTS = 60
-# A step may take long on a busy machine, but a pair that is silent for so long hangs.
+# A step may take long on a busy machine, but a pair silent for this long hangs.
 PATIENCE = 400
 STUCK = 76
 METRICS = "metrics.jsonl"
 
 
 class PairEnded(RuntimeError):
-    """A process ended, or did nothing, that nobody had touched."""
+    """A process ended, or made no progress, without an injected fault."""
 
 
 @dataclasses.dataclass
 class Pair:
-    """Two processes of one training; a context manager that leaves none behind."""
+    """Two processes of one training; a context manager that stops both at the end."""
 
     workdir: Path
     flags: list[str]
@@ -84,10 +84,10 @@ class Pair:
         return status, time.monotonic() - start
 
     def wait_for_lines(self, name: str, count: int) -> None:
-        """Returns once a file of JSON lines has so many of them.
+        """Waits until a JSONL file has `count` lines.
 
         Raises:
-          PairEnded: a process ended before, or nothing happens.
+          PairEnded: a process ended before, or there is no progress.
         """
         deadline = time.monotonic() + PATIENCE
         while len(read_lines(self.workdir / name)) < count:
@@ -100,7 +100,7 @@ class Pair:
             time.sleep(0.01)
 
     def count_orphans(self) -> int:
-        """Processes alive in the sessions of those that have ended."""
+        """Number of live processes in the sessions of ended ones."""
         ended = {p.pid for p in self.processes if p.poll() is not None}
         found = 0
         for path in Path("/proc").glob("[0-9]*/stat"):
@@ -124,6 +124,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_losses(workdir: Path) -> list[tuple[int, float]]:
-    """Every line ever written: a step that ran twice is there twice."""
+    """All lines ever written: a step that ran twice occurs twice."""
     lines = read_lines(workdir / METRICS)
     return [(line["step"], line["objective"]) for line in lines]

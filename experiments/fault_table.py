@@ -1,4 +1,4 @@
-"""What is expected of every figure of experiments/faults.py, and the table of both."""
+"""Expected results of experiments/faults.py, and their table."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The training that experiments/faults.py breaks: `racm3_jax.run.train`, made small.
+"""The training of experiments/faults.py: `racm3_jax.run.train` at small size.
 
 A Transformer of 30,000 parameters on random rows, in one process or, with the three
-RACM3_ variables, in several; state, checkpoints, metrics and resuming are the product's.
-What a guard is worth is seen by taking it away: --without=NAME.
+RACM3_ variables, in several; state, checkpoints, metrics and resuming are the
+package's. --without=NAME disables a guard to show its effect.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def make_batch(step: int, poisoned: bool) -> Batch:
         positions=ids(LENGTH),
         is_main=rng.random((ROWS, LENGTH)) < 0.5,
     )
-    # Of the whole batch one process alone holds the rows that are not finite.
+    # Only one process has the rows of the batch that are not finite.
     if poisoned and jax.process_index() == jax.process_count() - 1:
         batch.loss_weights[-1] = np.nan
     share = ROWS // jax.process_count()
@@ -63,7 +63,7 @@ def make_batch(step: int, poisoned: bool) -> Batch:
 
 
 def digest(state: TrainState) -> str:
-    """Of what this process holds of parameters and optimizer state."""
+    """Digest of this process's parameters and optimizer state."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         for shard in leaf.addressable_shards:
@@ -72,7 +72,7 @@ def digest(state: TrainState) -> str:
 
 
 def make_job(arguments: argparse.Namespace, config: Any, workdir: Path) -> Job:
-    """What `wiring.build_job` would have made from a config of flagworld."""
+    """The job that `wiring.build_job` would build from a flagworld config."""
     poisoned = {int(step) for step in arguments.nan_steps.split(",") if step}
     mesh = sharding.make_mesh()
     optimizer = build_optimizer(OptimizerConfig(1e-2, 5, config.train.num_steps))
@@ -97,7 +97,7 @@ def make_job(arguments: argparse.Namespace, config: Any, workdir: Path) -> Job:
     )
 
     class Checked(TrainStep):
-        """Notes whether a poisoned step left the state as it was."""
+        """Records whether a poisoned step left the state unchanged."""
 
         def __call__(self, state: TrainState, batch: Any) -> Any:
             step = int(state.step)

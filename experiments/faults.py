@@ -1,13 +1,13 @@
-"""Tries to lose a training: kills, stuck peers, NaN, damaged checkpoints, full disks.
+"""Fault injection in trainings: kills, stuck peers, NaN, corruption, full disks.
 
     python experiments/faults.py --out=faults --kills=30 --corruptions=48 --full_disks=10
 
 Two processes on this machine train together (experiments/fault_worker.py). Writes
-`results.json` and prints a table with what is expected of every figure; the exit status
-is 1 if one is missed. For every guard there is a line "without ...", in which the guard
-is taken away and the fault must show: else the check above it would prove nothing.
-Fifteen minutes on 2 cores that are free; on a busy machine the watchdog barks, and a
-larger --patience is in order. Shorter: --kills=5 --peers=0 --nans=4 --patience=5.
+`results.json` and prints a table with the expected value of every result; the exit
+status is 1 if one is not met. For every guard there is a line "without ...", where the
+guard is disabled and the fault must show: otherwise the check above it would be
+meaningless. Takes fifteen minutes on 2 idle cores; on a busy machine the watchdog may
+fire, and needs a larger --patience. Shorter: --kills=5 --peers=0 --nans=4 --patience=5.
 """
 
 from __future__ import annotations
@@ -92,17 +92,17 @@ def kill_once(
 
 
 def steps_lost(steps: list[int]) -> int:
-    """Most steps that ran again: of the lines 1 2 3 4 3 4 5, two.
+    """Maximum number of repeated steps: for the lines 1 2 3 4 3 4 5, two.
 
-    Steps behind the last line that was written are lost as well; there is one at most,
-    as every step waits for its line.
+    Steps after the last written line are lost as well; at most one, as every step waits
+    for its line.
     """
     pairs = itertools.pairwise(steps)
     return max((before + 1 - after for before, after in pairs), default=0) + 1
 
 
 def run_kills(folder: Path, count: int, seed: int, patience: float) -> dict[str, Any]:
-    """Kills until `count`, then an unbroken end; against a run without kills."""
+    """`count` kills, then an undisturbed end; compared with a run without kills."""
     rng = random.Random(seed)
     num_steps = 5 * count + 2 * SAVE_EVERY
     flags = [
@@ -118,7 +118,7 @@ def run_kills(folder: Path, count: int, seed: int, patience: float) -> dict[str,
         try:
             kills.append(kill_once(workdir, flags, num_steps - 2, rng, patience))
         except PairEnded as error:
-            # A machine so busy that the watchdog barks: as good a fault as a kill.
+            # A machine so busy that the watchdog fires: as good a fault as a kill.
             ended_by_themselves += 1
             if ended_by_themselves > count:
                 raise
@@ -174,7 +174,7 @@ def run_peer(folder: Path, fault: str, guarded: bool) -> dict[str, Any]:
         flags.append(f"--watchdog_seconds={WATCHDOG}")
     if fault == "stuck":
         flags.append("--stuck_step=12")
-    # A stopped peer is for the watchdog to find here: the heartbeat would be faster.
+    # Here the watchdog should detect a stopped peer; the heartbeat would be faster.
     slow = fault == "stopped" or not guarded
     limit = WATCHDOG + GRACE
     with Pair(folder, flags, heartbeat=600 if slow else HEARTBEAT) as pair:
@@ -189,13 +189,13 @@ def run_peer(folder: Path, fault: str, guarded: bool) -> dict[str, Any]:
             "survivor_status": status,
             "survivor_seconds": seconds,
             "other_status": other,
-            "named": "process 1 " in pair.errors(0).partition("not ended a step")[2],
+            "named": "process 1 " in pair.errors(0).partition("not finished a step")[2],
             "orphans": pair.count_orphans(),
         }
 
 
 def run_terminated(folder: Path) -> dict[str, Any]:
-    """SIGTERM to both: they save, end in order, and the same command goes on."""
+    """SIGTERM to both: they save, exit cleanly, and the same command resumes."""
     flags = ["--num_steps=24", "--save_every=1000"]
     with Pair(folder, flags) as pair:
         pair.wait_for_lines(METRICS, 6)
@@ -209,10 +209,10 @@ def run_terminated(folder: Path) -> dict[str, Any]:
 
 
 def run_nans(folder: Path, count: int, seed: int, guarded: bool) -> dict[str, Any]:
-    """Weights that are not finite, in the rows of one process alone."""
+    """Non-finite weights, only in the rows of one process."""
     num_steps = 3 * count
     steps = sorted(random.Random(seed).sample(range(num_steps), count))
-    # Never more than three in a row: that ends a training.
+    # At most three in a row: more would end the training.
     steps = [step for i, step in enumerate(steps) if i < 3 or steps[i - 3] != step - 3]
     flags = [
         f"--num_steps={num_steps}",
@@ -235,13 +235,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--peers", type=int, default=1, help="0 leaves them out")
+    parser.add_argument("--peers", type=int, default=1, help="0 skips them")
     parser.add_argument("--nans", type=int, default=20)
     parser.add_argument("--corruptions", type=int, default=48)
     parser.add_argument("--full_disks", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--patience", type=float, default=1.0, help="times the limits after a kill"
+        "--patience",
+        type=float,
+        default=1.0,
+        help="factor of the time limits after a kill",
     )
     arguments = parser.parse_args()
     out = Path(arguments.out).absolute()

@@ -1,25 +1,25 @@
-"""Trains the weights that the package ships, from nothing, and packs them.
+"""Trains the shipped weights from scratch, and packs them.
 
     python experiments/make_shipped_weights.py --out=out
     python experiments/make_shipped_weights.py --out=out --stages=racm3,cm3,generators
 
-Runs these commands, in order; each resumes when it was interrupted:
+Runs these commands in order; interrupted ones resume:
 
     racm3 train --config=configs/flagworld_vqgan.py --workdir=out/vqgan
     racm3 train --config=configs/flagworld_clip.py --workdir=out/clip
     racm3 train --config=configs/flagworld.py --workdir=out/racm3
     racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3
 
-After the second, the stage `parts` puts tokenizers and CLIP into
-racm3_jax/shipped/flagworld, where the other two find them; the stage `generators` puts RA-CM3
-and its twin next to them. Both write `manifest.json`: sha256 sums, commands, hours. The
-stage `seal` opens what is shipped and saves it again, for a new format of the folders.
+After the second, the stage `parts` copies tokenizers and CLIP to
+racm3_jax/shipped/flagworld, for the other two; the stage `generators` adds RA-CM3 and
+the baseline without retrieval. Both write `manifest.json`: sha256, commands, hours. The
+stage `seal` saves the shipped weights again, for a new format of the folders.
 
     python experiments/make_shipped_weights.py --out=out --recipe=reading
 
-takes the curriculum of configs/flagworld_reading.py and the CLIP that aligns texts with
-images, in four stages `alike`, `first`, `second` and `racm3`, each from the weights of
-the one before.
+uses the curriculum of configs/flagworld_reading.py and the CLIP that aligns texts with
+images, in four stages `alike`, `first`, `second` and `racm3`, each initialised from the
+previous one.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ SHIPPED = ROOT / "racm3_jax" / "shipped" / "flagworld"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the weights are made.
+    """How the weights are trained.
 
     Attributes:
-      configs: of each model that is trained, in order.
-      starts: whose weights a model starts from, where not from nothing.
+      configs: of each trained model, in order.
+      starts: initial weights of a model, if not from scratch.
       defaults: by task, the settings that were measured best (experiments/results).
     """
 
@@ -109,7 +109,7 @@ RECIPES = {
 
 
 def run_stage(recipe: Recipe, name: str, out: Path) -> None:
-    """Trains one model; the hours it took are kept next to it."""
+    """Trains one model; records its hours next to it."""
     started = time.time()
     status = cli.main(recipe.command(name, str(ROOT / "configs"), str(out)))
     if status:
@@ -141,7 +141,7 @@ def pack_parts(recipe: Recipe, out: Path) -> None:
 
 
 def pack_generators(recipe: Recipe, out: Path) -> None:
-    """Writes RA-CM3 and its twin in half precision, and how their losses fell."""
+    """Writes RA-CM3 and the baseline in half precision, and their loss curves."""
     for stage, name in (("racm3", "model"), ("cm3", "twin")):
         copy_generator(recipe, out / stage / "model", SHIPPED / name)
     plot_curves(
@@ -149,13 +149,13 @@ def pack_generators(recipe: Recipe, out: Path) -> None:
         SHIPPED / "loss.png",
         names=("image_loss", "text_loss"),
     )
-    wiring.load_generator(SHIPPED, None)  # what is shipped opens
+    wiring.load_generator(SHIPPED, None)  # checks that it loads
     trained = [name for name in recipe.configs if name not in ("vqgan", "clip")]
     write_manifest(recipe, out, trained)
 
 
 def copy_generator(recipe: Recipe, source: Path, target: Path) -> None:
-    """Saves weights in half precision; of those that are, no tensor changes."""
+    """Saves weights in half precision; those that already are do not change."""
     params, config, extra = checkpoints.load_weights(source, "generator")
     checkpoints.save_weights(
         target,
@@ -168,7 +168,7 @@ def copy_generator(recipe: Recipe, source: Path, target: Path) -> None:
 
 
 def seal(recipe: Recipe) -> None:
-    """Saves every shipped folder again, in the present format; no tensor changes."""
+    """Saves every shipped folder again in the current format; tensors do not change."""
     MixedTokenizer.load(SHIPPED / "tokenizer").save(
         SHIPPED / "tokenizer", dtype="float16"
     )
@@ -180,7 +180,7 @@ def seal(recipe: Recipe) -> None:
 
 
 def write_manifest(recipe: Recipe, out: Path, stages: Sequence[str]) -> None:
-    """What each file is, and how long the stages took; other stages' hours stay."""
+    """Describes each file, and the hours of the stages; keeps those of other stages."""
     path = SHIPPED / "manifest.json"
     before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     hours = {k: v for k, v in before.get("hours", {}).items() if k in recipe.configs}

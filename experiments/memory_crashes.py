@@ -1,9 +1,9 @@
-"""Commands, each broken off at every change of the file system that it makes.
+"""Interrupts commands at each of their file-system changes.
 
-`try_operation` runs one command again and again; the process dies at the first change,
-then at the second, and so on (`crash_points`). After every death the memory must be the
-old one or the new one, the same command must end as if nothing had happened, and nothing
-may be left on disk that an undisturbed run would not leave.
+`try_operation` runs one command repeatedly; the process crashes at the first change,
+then at the second, and so on (`crash_points`). After every crash the memory must be the
+old or the new one, the same command must succeed, and nothing may be left on disk that
+an undisturbed run would not leave.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from crash_points import count_points, crashed
 
 from racm3_jax.memory import builder, edit
-from racm3_jax.memory.config import CorpusConfig, make_maker
+from racm3_jax.memory.config import CorpusConfig, make_chunk_builder
 from racm3_jax.memory.memory import Memory
 from racm3_jax.porting.clip import convert_clip
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -28,11 +28,11 @@ OPERATIONS = ("build", "overwrite", "add", "remove", "compact")
 
 @dataclasses.dataclass
 class Outcome:
-    """What the crashes of one operation showed.
+    """Results of the crashes of one operation.
 
     Attributes:
-      points: places at which it was to die.
-      died: and did.
+      points: number of injected crashes.
+      died: number of crashes that happened.
       wrong: states that were neither old nor new.
       failed: commands that then failed, or ended in another memory.
       leftovers: points after which something was left on disk.
@@ -99,7 +99,7 @@ class Place:
         )
 
     def add(self) -> None:
-        maker = make_maker(self.config, *self.models)
+        maker = make_chunk_builder(self.config, *self.models)
         edit.add_documents(self.path, self.sources[1], maker)
 
     def remove(self) -> None:

@@ -1,9 +1,9 @@
-"""Tries to break it: crashes, corruption, removal, duplicates, shards, RAM, odd calls.
+"""Fault injection: crashes, corruption, removal, duplicates, shards, RAM, odd calls.
 
     python experiments/memory_faults.py --out=memory_faults --corruptions=200
 
-Writes `results.json`. What is expected of every figure stands in `expected`; the exit
-status is 1 if one is missed. Needs no trained models: documents are tokenised by bytes
+Writes `results.json`. The expected results are in `expected`; the exit
+status is 1 if one is not met. Needs no trained models: documents are tokenised by bytes
 and embedded by hashing their words, so that a run measures the memory alone. `--only`
 runs some of the trials. Tiny form: --num_documents=400 --crash_every=25
 --corruptions=7 --lists=400 --ram_documents=400.

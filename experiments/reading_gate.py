@@ -1,13 +1,13 @@
-"""The gate of a training: does the newest checkpoint read its documents?
+"""A training gate: does the newest checkpoint read its documents?
 
     python experiments/reading_gate.py WORKDIR
     python experiments/reading_gate.py WORKDIR --follow --every=2000
     python experiments/reading_gate.py WORKDIR --export=FOLDER
 
-Asks held-out nations with one right and one wrong document, in both orders, and appends
-a line to WORKDIR/gate.jsonl: fractions of the questions that follow the right document,
-at the first token of the name and at the first code of the flag. Nothing of the training
-is changed. With `--follow` it waits for further checkpoints until the last step. With
+Tests held-out nations with one right and one wrong document, in both orders, and
+appends a line to WORKDIR/gate.jsonl: fractions of the questions that follow the right
+document, at the first token of the name and at the first code of the flag. The training
+is not affected. With `--follow` it waits for more checkpoints until the last step. With
 `--export` it writes the checkpoint's weights in half precision instead, for
 `--config.init_from=FOLDER` of another training.
 """
@@ -35,7 +35,7 @@ from racm3_jax.wiring.parts import build_mesh, build_model_config, construct
 
 
 class Gate:
-    """Opens checkpoints of one work directory and asks the questions."""
+    """Opens checkpoints of one work directory and tests them."""
 
     def __init__(self, workdir: Path, num_questions: int, num_documents: int) -> None:
         config = ConfigDict(json.loads((workdir / "config.json").read_text()))
@@ -61,7 +61,7 @@ class Gate:
         )
 
     def ask(self, step: int) -> dict[str, Any]:
-        """Right document first and last: figures by what is asked."""
+        """Results with the right document first and last, by question."""
         state, _ = self.checkpoints.restore(step, self.like)
         params = jax.device_get(state.params)
         generator = Generator(self.model_config, params, self.tokenizer, None, None)
@@ -83,7 +83,7 @@ class Gate:
         return line
 
     def export(self, step: int, folder: Path) -> None:
-        """The weights alone, in half precision."""
+        """Only the weights, in half precision."""
         state, _ = self.checkpoints.restore(step, self.like)
         save_weights(
             folder,
@@ -108,13 +108,13 @@ def main() -> None:
     if arguments.export:
         step = gate.checkpoints.latest_good(quarantine=False)
         if step is None:
-            raise SystemExit(f"{arguments.workdir} has no whole checkpoint yet")
+            raise SystemExit(f"{arguments.workdir} has no complete checkpoint yet")
         gate.export(step, arguments.export)
         print(f"step {step} is in {arguments.export}")
         return
     last, end = -1, int(gate.config.train.num_steps)
     while True:
-        # Leave a checkpoint that is being written to the training.
+        # Ignore a checkpoint that is being written.
         step = gate.checkpoints.latest_good(quarantine=False)
         if (
             step is not None

@@ -1,6 +1,6 @@
-"""The experiments that reproduce the paper's claims on flagworld: their state, their run.
+"""Runs the experiments on the paper's claims on flagworld, or shows their state.
 
-    python experiments/run_all.py                              # what is done, what it takes
+    python experiments/run_all.py                              # state and time of each
     python experiments/run_all.py --run                        # what is missing, in order
     python experiments/run_all.py --run --only=num_documents,kshot
     python experiments/run_all.py --run --tiny --out=out/tiny  # proves the code: minutes
@@ -9,10 +9,9 @@
 
     taskset -c 0 python experiments/run_all.py --run --seeds=1   # and 2 on the other core
 
-Each experiment is conditions x seeds of cells; a cell that is there is not measured again,
-and a training that was interrupted goes on. `--out` keeps cells, memories and models;
-`--results` gets `NAME.json`, `NAME.md` and `NAME.png`. experiments/README.md is the page
-to read.
+Each experiment has conditions x seeds cells; existing cells are not measured again, and
+interrupted trainings resume. `--out` has cells, memories and models; `--results` gets
+`NAME.json`, `NAME.md` and `NAME.png`. experiments/README.md is the summary.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from science.report import write_report
 
 RESULTS = ROOT / "experiments" / "results" / "science"
 PAGE = ROOT / "experiments" / "README.md"
-# Between two cells, so that others who wait for the lock come first.
+# Pause between two cells, so that others waiting for the lock get it.
 PAUSE_SECONDS = 1.0
 
 
@@ -54,18 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", action="store_true", help="measure what is missing")
-    parser.add_argument("--page", action="store_true", help="write README.md anew")
+    parser.add_argument("--page", action="store_true", help="rewrite README.md")
     parser.add_argument("--only", default="", help="names, separated by commas")
-    parser.add_argument("--conditions", default="", help="of them, only these")
-    parser.add_argument("--seeds", default="", help="of them, only these: 1,3")
+    parser.add_argument("--conditions", default="", help="only these conditions")
+    parser.add_argument("--seeds", default="", help="only these seeds: 1,3")
     parser.add_argument("--tiny", action="store_true", help="a minimal world")
     parser.add_argument("--out", type=Path, default=Path("out/science"))
     parser.add_argument("--results", type=Path, help=f"default: {RESULTS}")
-    parser.add_argument("--first_seed", type=int, default=1, help="three from this one")
-    parser.add_argument("--against", type=Path, help="results to compare with")
     parser.add_argument(
-        "--lock", type=Path, help="file to hold while a cell is measured"
+        "--first_seed", type=int, default=1, help="first of three seeds"
     )
+    parser.add_argument("--against", type=Path, help="results to compare with")
+    parser.add_argument("--lock", type=Path, help="lock file while a cell is measured")
     options = parser.parse_args(arguments)
     place = Place(options.out.resolve(), TINY if options.tiny else FULL)
     chosen = choose(options.only, options.first_seed, options.tiny)
@@ -84,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def choose(only: str, first_seed: int, tiny: bool) -> list[Experiment]:
-    """The experiments of these names, with their seeds; of a tiny run, their proof.
+    """The experiments with these names and seeds; for a tiny run, their proof.
 
     Raises:
       SystemExit: a name that does not exist.
@@ -102,10 +101,10 @@ def choose(only: str, first_seed: int, tiny: bool) -> list[Experiment]:
 
 
 def choose_seeds(only: str, seeds: Collection[int]) -> set[int]:
-    """The seeds of these numbers; none for all of them.
+    """The given seeds; empty means all.
 
     Raises:
-      SystemExit: one that is not run.
+      SystemExit: an unknown seed.
     """
     names = [name for name in only.split(",") if name]
     for name in names:
@@ -117,7 +116,7 @@ def choose_seeds(only: str, seeds: Collection[int]) -> set[int]:
 
 
 def prove(experiment: Experiment) -> Experiment:
-    """The conditions that prove the code, and no others."""
+    """Only the conditions that test the code."""
     kept = [c for c in experiment.conditions if c in experiment.proof]
     values = dict(zip(experiment.conditions, experiment.x_values, strict=False))
     return dataclasses.replace(
@@ -137,7 +136,7 @@ def run(
 ) -> None:
     """Measures the missing cells, seed by seed, and writes the report after each seed.
 
-    Processes that measure different seeds may run side by side.
+    Processes for different seeds may run in parallel.
     """
     restore_cells(experiment, place, results)
     chosen = [seed for seed in experiment.seeds if not seeds or seed in seeds]
@@ -170,7 +169,7 @@ def format_state(chosen: list[Experiment], place: Place, results: Path) -> str:
         cells = read_cells(experiment, place)
         taken = two_core_hours(cells.values())
         published = results / f"{experiment.name}.json"
-        state, hours = "not begun", f"{experiment.hours:.1f} estimated"
+        state, hours = "not started", f"{experiment.hours:.1f} estimated"
         if len(cells) == total:
             state, hours = "done", f"{taken:.2f} taken"
         elif cells:

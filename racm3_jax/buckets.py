@@ -3,8 +3,8 @@
     Bucket("gs://me/run").put("checkpoints/5/state/0.0", path)     whole files, by name
     BucketPath("gs://me/train-0000.tar").open()                    a stream of ranges
 
-What a client raises comes out as a `BucketError` whose sentence names the URL. Nothing is
-remembered of a listing: other machines write there, too.
+Client exceptions become a `BucketError` whose message names the URL. Listings are not
+cached: other machines write there, too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Of one request; a sequential reader asks once for so much.
+# Bytes of one request of a sequential reader.
 RANGE_BYTES = 1 << 22
 COPY_BYTES = 1 << 24
 _NUM_THREADS = 8
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/")
-# Schemes, and the extra of ours that brings the client.
+# Schemes, and our extra that installs the client.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _LOGIN = {
     "gcs": "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS",
@@ -37,21 +37,21 @@ _FORBIDDEN = re.compile(
 _ABSENT = re.compile(r"\b404\b|no ?such|not ?found|does not exist", re.IGNORECASE)
 
 
-# What clients call that which changes with a file.
+# Metadata keys that change with the file, by client.
 _VERSIONS = ("etag", "ETag", "generation", "md5Hash", "updated", "mtime", "created")
 _VERSIONS += ("LastModified", "last_modified")
 
 
 def is_url(path: object) -> bool:
-    """Whether a path names a place in a bucket, also where a `Path` took one slash."""
+    """Whether a path is a URL, also where `Path` removed one slash."""
     return _URL.match(str(path)) is not None
 
 
 def refuse_url(path: object, what: str) -> None:
-    """Refuses a URL where files of this machine are wanted.
+    """Refuses a URL where local files are needed.
 
     Raises:
-      ValueError: `path` is one; says what may be a URL.
+      ValueError: `path` is a URL; says which paths may be URLs.
     """
     if is_url(path):
         raise ValueError(
@@ -76,12 +76,12 @@ class ForbiddenError(BucketError, PermissionError):
 
 @contextlib.contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turns the errors of any client into sentences.
+    """Turns the exceptions of any client into readable errors.
 
     Raises:
       MissingError: nothing is at `url`.
       ForbiddenError: it may not be read or written.
-      BucketError: anything else that went wrong there.
+      BucketError: any other failure.
     """
     try:
         yield
@@ -113,7 +113,7 @@ def _extra(url: str) -> str | None:
 
 
 def normalise(url: object) -> str:
-    """A URL with two slashes and none at its end, also where a `Path` took one."""
+    """A URL with two slashes and none at its end, also where `Path` removed one."""
     return re.sub(r":/+", "://", str(url), count=1).rstrip("/")
 
 
@@ -121,7 +121,7 @@ def open_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and its path there.
 
     Raises:
-      ValueError: no such scheme, or the package that speaks to it is not installed.
+      ValueError: unknown scheme, or its client package is not installed.
     """
     import fsspec
 
@@ -144,7 +144,7 @@ class Found(NamedTuple):
 
     Attributes:
       size: in bytes.
-      version: another one after every change.
+      version: differs after every change.
     """
 
     size: int
@@ -152,7 +152,7 @@ class Found(NamedTuple):
 
 
 class Bucket:
-    """A folder of a bucket: its files by their names below it.
+    """A folder of a bucket: its files by their relative names.
 
     Attributes:
       url: of the folder.
@@ -170,10 +170,10 @@ class Bucket:
         return Bucket(f"{self.url}/{name}")
 
     def find(self, *, depth: int | None = None) -> dict[str, Found]:
-        """Every file below the folder, by its name there; {} where there is none.
+        """All files below the folder, by relative name; {} if there are none.
 
         Args:
-          depth: 1 lists the folder itself; None also all below it.
+          depth: 1 lists only the folder itself; None is recursive.
         """
         with explained(self.url):
             try:
@@ -192,7 +192,7 @@ class Bucket:
         }
 
     def _list(self, place: str, depth: int) -> dict[str, Any]:
-        """As `find` of a client, which takes what it may not list for empty."""
+        """Like a client's `find`, which treats what it may not list as empty."""
         found = {}
         for facts in self.system.ls(place, detail=True):
             if facts["type"] != "directory":
@@ -204,7 +204,7 @@ class Bucket:
     def read(
         self, name: str, start: int | None = None, stop: int | None = None
     ) -> bytes:
-        """The bytes of a file, or a range of them."""
+        """The bytes of a file, or of a range of it."""
         with explained(f"{self.url}/{name}"):
             return bytes(self.system.cat_file(self._place(name), start=start, end=stop))
 
@@ -214,23 +214,23 @@ class Bucket:
             self.system.pipe_file(self._place(name), data)
 
     def put(self, name: str, path: Path) -> None:
-        """Copies a file of this machine there.
+        """Uploads a local file.
 
         Raises:
-          FileNotFoundError: `path` is gone.
+          FileNotFoundError: `path` no longer exists.
         """
         path.stat()
         with explained(f"{self.url}/{name}"):
             self.system.put_file(str(path), self._place(name))
 
     def get(self, name: str, path: Path) -> None:
-        """Copies a file to this machine; the folder of `path` is made."""
+        """Downloads a file; creates the folder of `path`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with explained(f"{self.url}/{name}"):
             self.system.get_file(self._place(name), str(path))
 
     def remove(self, name: str) -> None:
-        """Removes a file; one that is gone already is no matter."""
+        """Removes a file; no error if it is already gone."""
         with (
             contextlib.suppress(FileNotFoundError),
             explained(f"{self.url}/{name}"),
@@ -242,7 +242,7 @@ class Bucket:
 
 
 def each(call: Callable[[str], object], names: Iterable[str]) -> None:
-    """Calls for every name, several at a time; the first error ends it."""
+    """Calls `call` for every name, in several threads; stops at the first error."""
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
         waiting = [pool.submit(call, name) for name in names]
         try:
@@ -254,11 +254,11 @@ def each(call: Callable[[str], object], names: Iterable[str]) -> None:
 
 
 class BucketPath:
-    """A file in a bucket, for readers that stream: what they use of `pathlib.Path`.
+    """A file in a bucket for streaming readers, with what they use of `pathlib.Path`.
 
     Args:
       url: of the file.
-      size: in bytes, where it is known.
+      size: in bytes, if known.
     """
 
     def __init__(self, url: str, size: int | None = None) -> None:
@@ -287,11 +287,11 @@ class BucketPath:
         return self._size
 
     def open(self) -> io.BufferedReader:
-        """A stream that can seek; it holds one range of `RANGE_BYTES` at a time."""
+        """A seekable stream that buffers one range of `RANGE_BYTES` at a time."""
         return io.BufferedReader(_Ranges(self), RANGE_BYTES)
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop`, which are in the file."""
+        """Bytes `start` to `stop`, which must exist."""
         with explained(self.url):
             data = self._system.cat_file(self._place, start=start, end=stop)
         if len(data) != stop - start:
@@ -300,7 +300,7 @@ class BucketPath:
 
 
 class _Ranges(io.RawIOBase):
-    """A file that is read by ranges; `io.BufferedReader` makes them large."""
+    """A file read by ranges; `io.BufferedReader` makes them large."""
 
     def __init__(self, path: BucketPath) -> None:
         self._path = path

@@ -1,20 +1,20 @@
-"""Ways to know the sha256 of files that read less than all of them, every time.
+"""Ways to verify the sha256 of files without reading all of them every time.
 
-    recall              what this machine has read before, and has not changed, is known
-    describe_together   each process of a training reads its share of the others
-    sample              a share of the files is enough
+    recall              unchanged files that this machine has read before are cached
+    describe_together   the processes of a training divide the remaining files
+    sample              only a fraction of the files is read
 
-Each is a `describe` of `storage.verify_files`. What was read is remembered in
-`~/.cache/racm3/checksums`, a file for each folder and host:
+Each is a `describe` of `storage.verify_files`. Results are cached in
+`~/.cache/racm3/checksums`, one file per folder and host:
 
     {"files": {"documents.array_record": {"stamp": [device, inode, bytes, mtime, ctime],
                                           "sha256": "…"}, …}, "sha256": "…"}
 
-A file is believed to hold the bytes that were read as long as its stamp is the same, to
-the nanosecond. Any write changes it; so does giving a file its old time back, which sets
-the ctime, on file systems that keep one. The known limit: bytes that change without a
-write (a failing disk), or with size and all times as they were. `racm3 memory verify`
-reads every byte, whatever is remembered.
+A file is considered unchanged as long as its stamp is the same, to the nanosecond. Any
+write changes it; so does restoring a file's old mtime, which sets the ctime, on file
+systems that have one. Known limit: bytes that change without a write (a failing disk),
+or with the same size and times. `racm3 memory verify` reads every byte and ignores the
+cache.
 """
 
 from __future__ import annotations
@@ -36,16 +36,15 @@ from jaxtyping import Bool, Float, Int, UInt8
 from racm3_jax import storage
 from racm3_jax.storage import Describe
 
-# A file that was changed just now may change again within one tick of its clock.
+# A file changed just now may change again within one tick of the file system's clock.
 _SETTLED_SECONDS = 2.0
 _DIGEST_BYTES = 32
 
 
 def recall(directory: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """As `storage.describe_files`, but files that were read before are not read again.
+    """Like `storage.describe_files`, but skips files that were read before.
 
-    Safe with any number of processes; a cache that is damaged, or cannot be written, is
-    no error.
+    Safe with any number of processes; a damaged or read-only cache is ignored.
     """
     started = time.time()
     before = {name: _stamp(directory / name) for name in names}
@@ -67,11 +66,11 @@ def recall(directory: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str,
 def describe_together(
     directory: pathlib.Path, names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-    """As `recall`, by all processes of a `jax.distributed` job at once.
+    """Like `recall`, by all processes of a `jax.distributed` job together.
 
-    Processes that see the same file (inode, size and times are equal: one file system, or
-    one machine) read it once among them, and what one of them remembers none of them
-    reads. A file of which every host has a copy is read by every host.
+    Processes that see the same file (equal inode, size, times: one file system or one
+    machine) read it once, and not at all if one of them has it cached. If every host
+    has its own copy of a file, every host reads it.
     """
     names = sorted(names)
     if _is_alone() or not names:
@@ -81,11 +80,11 @@ def describe_together(
     started = time.time()
     stamps = {name: _stamp(directory / name) for name in names}
     sizes = np.asarray([stamp[2] for stamp in stamps.values()], np.float32)
-    # Devices have other numbers on other hosts.
+    # Device numbers differ between hosts.
     seen = np.stack([_digest(repr(stamp[1:])) for stamp in stamps.values()])
     known = _read(directory)
     is_known = [known.get(name, {}).get("stamp") == stamps[name] for name in names]
-    owners = share_out(*map(_gather, (seen, np.asarray(is_known), sizes)))
+    owners = assign_readers(*map(_gather, (seen, np.asarray(is_known), sizes)))
     own = owners[jax.process_index()]
     here = recall(
         directory, [names[i] for i in np.flatnonzero(own == jax.process_index())]
@@ -100,24 +99,24 @@ def describe_together(
     return {n: {"bytes": stamps[n][2], "sha256": found[n]} for n in names}
 
 
-def share_out(
+def assign_readers(
     seen: UInt8[np.ndarray, "processes files digest"],
     is_known: Bool[np.ndarray, "processes files"],
     sizes: Float[np.ndarray, "processes files"],
 ) -> Int[np.ndarray, "processes files"]:
-    """Which process tells each process the sha256 of each file.
+    """Which process provides the sha256 of each file to each process.
 
     ```
     seen    process 0   a b c      a x means: another file than the one of process 0
             process 1   a b x
-    owners  process 0   0 1 0      a is read by 0, b by 1, c and x by those who see them
+    owners  process 0   0 1 0      a is read by 0, b by 1, c and x by their own
             process 1   0 1 1
     ```
 
     Args:
       seen: equal where processes see the same file.
-      is_known: by whom its sha256 is remembered: that process reads nothing.
-      sizes: in bytes; large files are shared out first.
+      is_known: which processes have its sha256 cached: these read nothing.
+      sizes: in bytes; large files are assigned first.
     """
     owners = np.zeros(is_known.shape, np.int64)
     load = np.zeros(len(owners))
@@ -137,19 +136,19 @@ def share_out(
 def sample(
     share: float, say: Callable[[str], object], describe: Describe = recall
 ) -> Describe:
-    """Describes files chosen at random that hold this share of the bytes, at least one.
+    """Describes randomly chosen files with this fraction of the bytes, at least one.
 
     Args:
-      share: in (0, 1]; 1 is all of them, and nothing is said.
-      say: called with the sentence about what was read and what was not.
-      describe: the way of the chosen ones.
+      share: fraction in (0, 1]; 1 means all files, without a message.
+      say: called with a message about what was read and what was not.
+      describe: how the chosen ones are read.
 
     Raises:
-      ValueError: another share.
+      ValueError: an invalid fraction.
     """
     if not 0 < share <= 1:
         raise ValueError(
-            f"the share of a memory to verify must be in (0, 1]; got {share}"
+            f"the fraction of a memory to verify must be in (0, 1]; got {share}"
         )
     if share == 1:
         return describe
@@ -166,7 +165,7 @@ def sample(
         say(
             f"of {directory}, {len(chosen)} of {len(names)} files chosen at random "
             f"({sizes[chosen].sum() / 1e6:,.1f} of {sizes.sum() / 1e6:,.1f} MB) were "
-            "compared with their sha256, of the others the sizes alone"
+            "verified by sha256, the others by size only"
         )
         return found
 
@@ -174,12 +173,12 @@ def sample(
 
 
 def _agreed_seed() -> int:
-    """By chance, and the same in all processes."""
+    """Random, and the same in all processes."""
     return int.from_bytes(_gather(np.frombuffer(secrets.token_bytes(4), np.uint8))[0])
 
 
 def _gather(values: np.ndarray) -> np.ndarray:
-    """`[processes, ...]`: of every process. No 64-bit types, which JAX cuts."""
+    """`[processes, ...]`: the values of all. No 64-bit types, which JAX truncates."""
     if _is_alone():
         return values[None]
     from jax.experimental import multihost_utils
@@ -188,7 +187,7 @@ def _gather(values: np.ndarray) -> np.ndarray:
 
 
 def _is_alone() -> bool:
-    """Without starting a device for the answer."""
+    """Whether this is the only process, without initialising devices."""
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized()
 
@@ -213,7 +212,7 @@ def _cache_file(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def _read(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What is remembered; nothing, if the cache is damaged."""
+    """The cached entries; empty if the cache is damaged."""
     file = _cache_file(directory)
     try:
         if file is not None:
@@ -228,7 +227,7 @@ def _remember(
     read: Mapping[str, tuple[Sequence[int], str]],
     started: float,
 ) -> None:
-    """Adds files that were read, unless they changed meanwhile or a moment before."""
+    """Adds files that were read, unless they changed just before or meanwhile."""
     file = _cache_file(directory)
     if file is None:
         return

@@ -1,4 +1,4 @@
-"""The `racm3` command: one subcommand a task, thin over `run` and `build`.
+"""The `racm3` command: one subcommand per task, thin wrappers of `run` and `wiring`.
 
 Configs are given as ml_collections users expect:
 `racm3 train --config=flagworld:twin --config.optimizer.learning_rate=3e-4`.
@@ -35,7 +35,7 @@ from racm3_jax.training.host import prepare_host
 FAMILIES = (
     train, sweep, estimate, generate, support, demo, memory, convert, doctor,
 )  # fmt: skip
-# Exit statuses as shells know them: 128 and the number of the signal.
+# Exit statuses as in shells: 128 + the signal number.
 INTERRUPTED = 130
 READER_GONE = 141
 
@@ -43,12 +43,12 @@ READER_GONE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand.
 
-    Whatever a user can mend ends in one sentence; what only we can mend, in a traceback.
+    Errors that a user can fix end in one sentence; bugs end in a traceback.
 
     Returns:
       The exit status: 0, 2 after wrong input, 75 when a signal ended a training early
-      (it saved; the same command resumes), 130 after Ctrl-C, or 141 when whoever reads
-      the output has gone (`racm3 ... | head`).
+      (it saved; the same command resumes), 130 after Ctrl-C, or 141 when the reader of
+      the output has exited (`racm3 ... | head`).
     """
     given = list(sys.argv[1:] if argv is None else argv)
     shows_traceback = "--traceback" in given
@@ -85,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     empty = next((w for w in words if w.startswith("--") and w.endswith("=--")), None)
-    if empty:  # argparse takes the value away
-        raise UsageError(f"{empty.removesuffix('--')} has the value '--': give another")
+    if empty:  # argparse drops the value
+        raise UsageError(
+            f"{empty.removesuffix('--')} has the value '--': give another one"
+        )
     arguments, rest = _parser().parse_known_args(parser.join_config_values(words))
     takes_config = getattr(arguments, "takes_config", False)
     parser.check_unknown(rest, arguments.parser, takes_config)
@@ -102,14 +104,14 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _print_anything() -> None:
-    """Names and captions in any script are no reason to fail on an old terminal."""
+    """Escapes names and captions in scripts that the terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _leave_output() -> None:
-    """What standard output cannot take is dropped, or Python complains at its end."""
+    """Drops unwritten output, as Python would raise an error at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -120,7 +122,7 @@ def _leave_output() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and our own sentences are what a user should see."""
+    """Leaves only progress bars and our own messages."""
     import logging
 
     from absl import logging as absl_logging

@@ -38,7 +38,7 @@ class Finding:
 
     Attributes:
       name: what was looked at.
-      verdict: "problem" keeps the main job from running, "note" something optional.
+      verdict: "problem" prevents the main job, "note" concerns something optional.
       words: what was found, and what to do about it.
     """
 
@@ -48,11 +48,11 @@ class Finding:
 
 
 def examine(workdir: str | Path = ".", *, self_test: bool = True) -> Iterator[Finding]:
-    """Yields findings one by one, the quick ones first.
+    """Yields findings one by one, quick checks first.
 
     Args:
       workdir: where results would be written.
-      self_test: train, retrieve and draw on the machine, some 10 seconds.
+      self_test: retrieve and generate on this machine, about 10 seconds.
     """
     checks: list[Callable[[], Finding]] = [
         _check_python,
@@ -70,7 +70,7 @@ def examine(workdir: str | Path = ".", *, self_test: bool = True) -> Iterator[Fi
     for check in checks:
         try:
             yield check()
-        except Exception as error:  # noqa: BLE001, a doctor reports what the others would die of
+        except Exception as error:  # noqa: BLE001, reports any failure
             name = getattr(check, "__name__", "check").strip("_").replace("_", " ")
             yield Finding(name, "problem", f"{type(error).__name__}: {error}")
 
@@ -91,7 +91,7 @@ def _check_library(name: str) -> Finding:
 
 
 def _check_search() -> Finding:
-    """The libraries that search memories; one is enough, and none is needed."""
+    """Optional search libraries; one is enough."""
     from racm3_jax.index import registry
 
     found, missing = [], []
@@ -111,7 +111,7 @@ def _check_search() -> Finding:
 def _check_java() -> Finding:
     path = shutil.which("java")
     if path is None:
-        words = "not found: METEOR and SPICE are left out of caption scores"
+        words = "not found: caption scores omit METEOR and SPICE"
         return Finding("Java", "note", words)
     return Finding("Java", "ok", path)
 
@@ -135,7 +135,7 @@ def _check_memory() -> Finding:
 
 
 def _check_processes() -> Finding:
-    """Whether the coordinator of a training over several processes can be reached."""
+    """Whether the coordinator of a multi-process training is reachable."""
     address = os.environ.get("RACM3_COORDINATOR", "")
     if not address:
         words = "one (RACM3_COORDINATOR is not set)"
@@ -169,7 +169,7 @@ def _check_devices() -> Finding:
 
 
 def _check_shipped() -> Finding:
-    """The shipped weights are what their manifest says."""
+    """Whether the shipped weights match their manifest."""
     import hashlib
     import json
 
@@ -187,7 +187,7 @@ def _check_shipped() -> Finding:
 
 
 def _run_self_test() -> Finding:
-    """Embeds, retrieves, reads and draws with the shipped models."""
+    """Embeds, retrieves and generates with the shipped models."""
     import tempfile
 
     from racm3_jax import wiring
@@ -214,7 +214,7 @@ def _run_self_test() -> Finding:
         memory.close()
     seconds = time.monotonic() - started
     if nation not in found:
-        words = f"asked for {nation}, retrieved {', '.join(found)}: please report this"
+        words = f"queried {nation}, retrieved {', '.join(found)}: please report this"
         return Finding("self-test", "problem", words)
-    words = f"memory, retrieval and drawing work ({seconds:.1f} s)"
+    words = f"memory, retrieval and generation work ({seconds:.1f} s)"
     return Finding("self-test", "ok", words)

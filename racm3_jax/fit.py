@@ -1,14 +1,13 @@
-"""`racm3 fit`: all models of your own pictures, one stage after the other.
+"""`racm3 fit`: trains all models on your own images, one stage after the other.
 
-    source -> plan.json        sizes, by the pictures and the machine
+    source -> plan.json        sizes, chosen for the images and the machine
            -> tokenizer/       configs/own_tokenizer.py
            -> clip/            configs/own_clip.py
            -> generator/       its memory, then configs/own_generator.py
            -> samples.png, report.html
 
-Killed at any time and run again, the same command goes on where it was: each stage is a
-training that resumes, or a build that does. Afterwards `generator/` is the work directory
-of every other command.
+The same command resumes after an interruption at any time: each stage is a resumable
+training or build. Afterwards `generator/` is the work directory for all other commands.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from racm3_jax.types import Document
 
 PLAN_NAME = "plan.json"
 SIZES = (64, 128, 256)
-# Records whose images are measured before sizes are chosen.
+# Number of records whose images are measured before choosing sizes.
 _NUM_MEASURED = 100
-# Held-out documents of the sheet and of the report's figures.
+# Held-out documents of the sheet and of the report's metrics.
 _NUM_SHOWN, _NUM_JUDGED = 8, 64
 _EXPLANATION = (
-    "The captions and pictures below were held out: no training has seen them. What the "
-    "model knows of their like it has from training and from the documents it retrieved."
+    "The captions and images below were held out from all trainings: the model knows "
+    "only similar documents, from its training and from what it retrieved."
 )
 
 
@@ -54,13 +53,15 @@ class Plan:
     """Sizes of the three trainings; each is a flag of `racm3 fit`.
 
     Attributes:
-      image_size: pixels of a side: 64, 128 or 256; a code covers 8 by 8 of them.
+      image_size: side in pixels: 64, 128 or 256; a code covers 8x8 pixels.
       num_codes: of the image tokenizer.
       d_model: width of the generator, a multiple of 64.
       num_layers: of the generator.
-      batch_size: images of a step of the tokenizer, pairs of one of CLIP.
-      num_variants: changes of the images that the generator learns from, beside none.
-      tokenizer_steps: at most; each training ends when its held-out loss no longer falls.
+      batch_size: images per tokenizer step, pairs per CLIP step.
+      num_variants: augmented versions of each image for the generator, besides the
+        original.
+      tokenizer_steps: at most; each training stops when its held-out loss no longer
+        falls.
       clip_steps: at most.
       generator_steps: at most.
     """
@@ -78,7 +79,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.image_size not in SIZES:
             raise ValueError(
-                f"--image_size is {self.image_size}; it is one of 64, 128 and 256"
+                f"--image_size is {self.image_size}; it must be 64, 128 or 256"
             )
         if self.d_model % 64:
             raise ValueError(
@@ -87,12 +88,12 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """What is known of a source before anything is trained.
+class SourceStats:
+    """Statistics of a source.
 
     Attributes:
-      count: its records.
-      side: of the median image, the shorter one, in pixels.
+      count: number of records.
+      side: shorter side of the median image, in pixels.
     """
 
     count: int
@@ -100,7 +101,7 @@ class Pictures:
 
 
 class StoppedEarly(Exception):
-    """A signal stopped a stage, after a save: the same command goes on."""
+    """A signal stopped a stage, after a save: the same command resumes."""
 
 
 def main(
@@ -116,14 +117,15 @@ def main(
 
     Args:
       source: see `documents.sources`.
-      workdir: gets a folder a stage.
+      workdir: gets one folder per stage.
       load_config: (name, argument) of a file of `configs/` -> its config.
       group_key: see `documents.sources`.
-      holdout: likewise; "" holds out a tenth, at most about 500 documents.
-      sizes: of the plan, that are not to be chosen.
+      holdout: see `documents.sources`; "" holds out a tenth, at most about 500
+        documents.
+      sizes: fields of the plan to use instead of the chosen ones.
 
     Raises:
-      ValueError: a source without pictures, or `workdir` holds another plan.
+      ValueError: a source without images, or `workdir` has another plan.
       StoppedEarly: a signal stopped a stage.
     """
     refuse_url(workdir, "the work directory of a fit")
@@ -141,8 +143,8 @@ def main(
     chain.report()
 
 
-def look_at(source: str) -> Pictures:
-    """Counts the records of a source, and measures the first images.
+def inspect_source(source: str) -> SourceStats:
+    """Counts the records of a source and measures the first images.
 
     Raises:
       ValueError: no image among the first records.
@@ -159,22 +161,22 @@ def look_at(source: str) -> Pictures:
     ]
     if not sides:
         raise ValueError(
-            f"--source={source} shows no image in its first {_NUM_MEASURED} documents: "
+            f"--source={source} has no image in its first {_NUM_MEASURED} documents: "
             "give a folder of images with captions"
         )
-    return Pictures(count, int(statistics.median(sides)))
+    return SourceStats(count, int(statistics.median(sides)))
 
 
-def choose_plan(pictures: Pictures, cores: int, accelerated: bool) -> Plan:
-    """Sizes for these pictures on this machine.
+def choose_plan(stats: SourceStats, cores: int, accelerated: bool) -> Plan:
+    """Sizes for these images on this machine.
 
-    On a CPU the trainings together take some 20 minutes on two cores; more pictures than
-    a few thousand are then seen less often, or at 64 pixels.
+    All trainings together take about 20 minutes on two CPU cores; with more than a few
+    thousand images, each is seen less often, or at 64 pixels.
     """
-    fitting = [size for size in SIZES if size <= max(pictures.side, SIZES[0])]
-    largest = 256 if accelerated else 128 if pictures.count <= 5000 or cores > 8 else 64
+    fitting = [size for size in SIZES if size <= max(stats.side, SIZES[0])]
+    largest = 256 if accelerated else 128 if stats.count <= 5000 or cores > 8 else 64
     image_size = min(fitting[-1], largest)
-    is_small = pictures.count < 5000
+    is_small = stats.count < 5000
     if accelerated:
         return Plan(
             image_size=image_size,
@@ -189,7 +191,7 @@ def choose_plan(pictures: Pictures, cores: int, accelerated: bool) -> Plan:
         )
     return Plan(
         image_size=image_size,
-        num_codes=512 if pictures.count < 500 else 1024,
+        num_codes=512 if stats.count < 500 else 1024,
         d_model=256,
         num_layers=4,
         batch_size=16,
@@ -208,10 +210,10 @@ def _decide(
     sizes: Mapping[str, int],
     say: Callable[[str], None],
 ) -> tuple[dict[str, str], Plan]:
-    """The plan of a work directory: made by the first call, kept by the others.
+    """The plan of a work directory: made by the first call, reused afterwards.
 
     Raises:
-      ValueError: the first call said something else.
+      ValueError: the first call had other settings.
     """
     path = workdir / PLAN_NAME
     data = {"source": source, "group_key": group_key, "holdout": holdout}
@@ -223,22 +225,22 @@ def _decide(
         changed = [name for name, value in asked.items() if known.get(name) != value]
         if changed:
             raise ValueError(
-                f"{workdir} was begun with another --{changed[0]} "
+                f"{workdir} was started with another --{changed[0]} "
                 f"({known.get(changed[0])!r}): give that again, or another --workdir"
             )
-        say(f"going on with {path}")
+        say(f"resuming with {path}")
         return kept["data"], Plan(**kept["plan"])
-    pictures = look_at(source)
+    stats = inspect_source(source)
     accelerated = jax.default_backend() != "cpu"
     cores = os.cpu_count() or 1
-    plan = choose_plan(pictures, cores, accelerated)
+    plan = choose_plan(stats, cores, accelerated)
     plan = dataclasses.replace(plan, **sizes)
     asked = dict(data)
     if not holdout:
-        data["holdout"] = f"{min(0.1, 500 / pictures.count):.4f}"
+        data["holdout"] = f"{min(0.1, 500 / stats.count):.4f}"
     machine = jax.devices()[0].device_kind if accelerated else f"{cores} cores"
     say(
-        f"{pictures.count:,} documents, images of about {pictures.side} pixels, "
+        f"{stats.count:,} documents, images of about {stats.side} pixels, "
         f"{machine}; held out: {data['holdout']}"
     )
     for name, value in dataclasses.asdict(plan).items():
@@ -250,7 +252,7 @@ def _decide(
 
 
 class _Chain:
-    """The stages, with what they say on the way."""
+    """The stages, with their progress messages."""
 
     data: dict[str, str]
     plan: Plan
@@ -280,7 +282,7 @@ class _Chain:
     def memory(self) -> None:
         config, path = self._generator_config(), self._generator / "memory"
         if (path / "manifest.json").exists():
-            self.say(f"memory: {path} is there")
+            self.say(f"memory: {path} exists")
             return
         memory = wiring.build_memory(
             config,
@@ -324,14 +326,14 @@ class _Chain:
         costs = _costs(self.plan)
         cost = costs[name]
         if (folder / exported / "manifest.json").exists():
-            self.say(f"{name}: {folder / exported} is there")
+            self.say(f"{name}: {folder / exported} exists")
             return
         left = sum(list(costs.values())[list(costs).index(name) :])
         spent = time.monotonic() - self._started
         guess = ""
         if self._done_cost:
             minutes = spent * left / self._done_cost / 60
-            guess = f"; about {minutes:.0f} minutes are left in all"
+            guess = f"; about {minutes:.0f} minutes left in total"
         self.say(f"{name}: up to {num_steps:,} steps{guess}")
         config.train.num_steps = num_steps
         config.optimizer.warmup_steps = min(
@@ -342,40 +344,42 @@ class _Chain:
         if not has_ended:
             raise StoppedEarly(
                 f"stopped and saved {name} after step {int(state.step)} of {num_steps}; "
-                "the same command goes on"
+                "the same command resumes"
             )
         self._done_cost += cost
-        figures = _last_figures(folder)
-        self.say(f"{name}: step {int(state.step)}, held out: {_words(figures)}")
+        figures = _best_metrics(folder)
+        self.say(
+            f"{name}: step {int(state.step)}, held out: {_format_metrics(figures)}"
+        )
 
     def report(self) -> None:
-        """The sheet and the page, from held-out documents."""
+        """The sheet and the report, from held-out documents."""
         generator = run.load(self._generator)
         corpus = wiring.build_corpus(self._generator_config())
         documents = wiring.read_heldout(corpus, _NUM_JUDGED)
         shown = documents[:_NUM_SHOWN]
         sheet = self.workdir / "samples.png"
-        wiring.draw_heldout(generator, shown, 2, 0, sheet, "held-out caption")
-        self.say(f"drew {len(shown)} held-out captions: {sheet}")
+        wiring.generate_heldout(generator, shown, 2, 0, sheet, "held-out caption")
+        self.say(f"images of {len(shown)} held-out captions: {sheet}")
         facts = {
             "source": self.data["source"],
             "documents in the memory": str(len(generator.retriever.memory)),  # type: ignore[union-attr]
-            "held out": f"{self.data['holdout']}; {len(documents)} documents are judged",
+            "held out": f"{self.data['holdout']}; {len(documents)} documents evaluated",
         }
         for name in ("tokenizer", "clip"):
-            facts[name] = _words(_last_figures(self.workdir / name))
+            facts[name] = _format_metrics(_best_metrics(self.workdir / name))
         for what, num_retrieved in (("with retrieval", 2), ("without", 0)):
             found = compute_likelihoods(
                 generator, documents, num_retrieved=num_retrieved
             )
-            facts[f"generator {what}"] = _words(found.means())
+            facts[f"generator {what}"] = _format_metrics(found.means())
         curves = {
             f"Loss: {name}": self.workdir / name / "loss.png"
             for name in ("tokenizer", "clip", "generator")
         }
         write_report(
             self.workdir / "report.html",
-            title="RA-CM3 on your own pictures",
+            title="RA-CM3 on your own images",
             explanation=_EXPLANATION,
             sheet=sheet,
             captions=_caption(generator, shown),
@@ -383,11 +387,13 @@ class _Chain:
             facts=facts,
         )
         self.say(f"report: {self.workdir / 'report.html'}")
-        self.say(f'draw more: racm3 generate --workdir={self._generator} --prompt="…"')
+        self.say(
+            f'generate more: racm3 generate --workdir={self._generator} --prompt="…"'
+        )
 
 
 def _costs(plan: Plan) -> dict[str, float]:
-    """Work of each training, in one unit: what time is left is told by it."""
+    """Relative cost of each training, to estimate the remaining time."""
     pixels = (plan.image_size / 128) ** 2
     return {
         "tokenizer": plan.tokenizer_steps * plan.batch_size * pixels,
@@ -400,8 +406,8 @@ def _costs(plan: Plan) -> dict[str, float]:
     }
 
 
-def _last_figures(folder: Path) -> dict[str, float]:
-    """What the evaluation with the lowest loss found."""
+def _best_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of the evaluation with the lowest loss."""
     lines = [line for line in read_jsonl(folder) if line.get("eval/loss") is not None]
     best = min(lines, key=lambda line: line["eval/loss"], default={})
     return {
@@ -411,15 +417,15 @@ def _last_figures(folder: Path) -> dict[str, float]:
     }
 
 
-_TOLD = (
+_REPORTED = (
     *("loss", "psnr", "codebook_usage", "contrast_accuracy"),
     *("text_perplexity", "image_perplexity", "bits_per_image"),
 )
 
 
-def _words(figures: Mapping[str, float]) -> str:
-    told = [f"{name} {figures[name]:.4g}" for name in _TOLD if name in figures]
-    return ", ".join(told)
+def _format_metrics(figures: Mapping[str, float]) -> str:
+    shown = [f"{name} {figures[name]:.4g}" for name in _REPORTED if name in figures]
+    return ", ".join(shown)
 
 
 def _caption(generator: Generator, documents: list[Document]) -> list[CaptionRow]:

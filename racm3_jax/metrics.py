@@ -1,8 +1,8 @@
-"""Metrics of a run: weighted sums on the way, JSON lines and TensorBoard at the end.
+"""Metrics of a run: weighted sums, written as JSON lines and TensorBoard events.
 
-A loss reports `{name: (sum, weight)}`; means are formed only when a line is written, so
-that a mean over many steps (or devices, or packed rows of different fill) is the mean
-over what was counted, not a mean of means.
+A loss reports `{name: (sum, weight)}`; means are computed only when a line is written,
+so that a mean over many steps (or devices, or packed rows of different fill) is a true
+mean over all items, not a mean of means.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class MetricSums:
             self._weights[name] = self._weights.get(name, 0.0) + float(weight)
 
     def add_values(self, values: Mapping[str, Any]) -> None:
-        """Adds plain numbers, each with weight 1; what is no number is left out."""
+        """Adds plain numbers, each with weight 1; other values are skipped."""
         for name, value in values.items():
             if isinstance(value, str | bytes) or value is None:
                 continue
             self.add({name: (value, 1.0)})
 
     def compute(self) -> dict[str, float]:
-        """Means by name; a name whose weights sum to 0 is left out."""
+        """Means by name; names whose weights sum to 0 are omitted."""
         return {
             name: self._sums[name] / weight
             for name, weight in self._weights.items()
@@ -58,7 +58,7 @@ class MetricSums:
         }
 
     def total(self, name: str) -> float:
-        """The bare sum of one metric, 0 when it was never added."""
+        """The unweighted sum of one metric, 0 if it was never added."""
         return self._sums.get(name, 0.0)
 
     def clear(self) -> None:
@@ -122,7 +122,7 @@ class MetricsWriter:
 
 
 def _check_lines(path: Path) -> None:
-    """Refuses a file that no writer of this module began."""
+    """Refuses a file that was not written by this module."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -131,7 +131,7 @@ def _check_lines(path: Path) -> None:
         line = json.loads(first)
     except (ValueError, RecursionError):
         line = None
-    is_cut = first and not first.endswith(b"\n")  # by a crash, in its first line
+    is_cut = first and not first.endswith(b"\n")  # crashed in its first line
     if first and not (isinstance(line, dict) and "step" in line):
         if is_cut and first.startswith(b'{"step"'):
             return
@@ -142,7 +142,7 @@ def _check_lines(path: Path) -> None:
 
 
 def _drop_cut_line(path: Path) -> None:
-    """Removes a last line without its end, which a crash or a full disk left."""
+    """Removes an incomplete last line, left by a crash or a full disk."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -153,15 +153,15 @@ def _drop_cut_line(path: Path) -> None:
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads `metrics.jsonl` back, in step order.
 
-    Lines of one step are merged (evaluation and training may both write one); a later
-    line wins, so the steps that a resumed run repeats count once. A last line that was
-    cut by a crash is left out.
+    Lines of one step are merged (evaluation and training may both write one); the later
+    line wins, so the steps that a resumed run repeats count once. An incomplete last
+    line is skipped.
 
     Args:
-      path: the file, or the workdir that holds it.
+      path: the file, or the workdir that contains it.
 
     Raises:
-      FileNotFoundError: no metrics there.
+      FileNotFoundError: there are no metrics.
       ValueError: a line in the middle is not JSON.
     """
     path = Path(path)
@@ -188,12 +188,12 @@ def plot_curves(
     *,
     names: Iterable[str] = ("loss",),
 ) -> None:
-    """Draws metrics over steps, one panel a metric and one line a run, as a PNG.
+    """Plots metrics over steps as a PNG, one panel per metric and one line per run.
 
     Args:
       paths: `metrics.jsonl` files or workdirs; a mapping gives each run its label.
-      output_path: where the picture is written.
-      names: the metrics to draw; runs that lack one are left out of its panel.
+      output_path: path of the PNG.
+      names: the metrics to plot; a panel shows only the runs that have the metric.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
-"""Files for people, which a later run may replace: pictures, records, tables, pages.
+"""Output files that a later run may replace: images, records, tables, pages.
 
-Each carries a mark of its own making, and nothing without one is ever replaced:
+Each carries a marker, and files without one are never replaced:
 
     .png           a text chunk "racm3" (its text is the record of what was made)
     .json          {"made_by": "racm3_jax", ...}
@@ -33,7 +33,7 @@ MARKDOWN_MARK = f"<!-- {MAKER} -->"
 # Chunks of text come before the pixels.
 _PNG_HEAD_BYTES = 1 << 16
 _PNG_MARK = re.compile(rb"[it][TE]Xt" + PNG_KEY.encode() + rb"\x00")
-# What 0.1.0 wrote had no mark: these titles and keys tell it.
+# Files of version 0.1.0 have no marker; these titles and keys identify them.
 _OLD_HTML_MARK = "<title>racm3 report</title>"
 _OLD_KEYS = ({"settings", "results"}, {"point", "metrics"})
 _OLD_NAMES = ("samples.png", "table.md")
@@ -46,17 +46,17 @@ def check(
     change: str = "give another path",
     key: str | None = None,
 ) -> None:
-    """Refuses paths that cannot be written, or that hold what racm3 did not make.
+    """Refuses paths that cannot be written, or that racm3 did not write.
 
     Args:
-      *paths: of files that will be written; missing folders are made then.
+      *paths: of files that will be written, with missing folders created.
       inputs: files that the same command reads.
-      key: that only records of this kind have, where `paths` are records.
-      change: what to do, ends the sentence.
+      key: a key that only records of this kind have, if `paths` are records.
+      change: what to do; ends the error message.
 
     Raises:
-      FileExistsError: a file of another maker, or one of the inputs, is there.
-      OSError: it is a folder, or below a file, or in a folder that may not be written.
+      FileExistsError: a path is an input, or a file that racm3 did not write.
+      OSError: a path is a folder, or below a file, or in a read-only folder.
     """
     for path in map(Path, paths):
         check_place(path, change)
@@ -79,12 +79,12 @@ def check(
             )
 
 
-def check_pictures(
+def check_png_paths(
     *paths: str | os.PathLike[str],
     inputs: Iterable[str | os.PathLike[str]] = (),
     change: str = "give another path",
 ) -> None:
-    """As `check`, of pictures: their names end in .png."""
+    """Like `check`, for images: their names must end in .png."""
     for path in paths:
         if Path(path).suffix.lower() != ".png":
             raise ValueError(
@@ -95,7 +95,7 @@ def check_pictures(
 
 
 def check_place(path: Path, change: str) -> None:
-    """Refuses a path whose folder cannot be made or written, or is a memory.
+    """Refuses a path whose folder cannot be created or written, or is a memory.
 
     Raises:
       OSError: names the folder and ends with `change`.
@@ -131,11 +131,11 @@ def _is_memory(folder: Path) -> bool:
 
 
 def is_own(path: str | os.PathLike[str], key: str | None = None) -> bool:
-    """Whether the file at `path` may be replaced: racm3 wrote it, or it is empty.
+    """Whether the file at `path` may be replaced: written by racm3, or empty.
 
     Args:
       path: of the file.
-      key: that a record must have, to be of the kind that replaces it.
+      key: a key that a record must have to be replaced by one of its kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -207,10 +207,10 @@ def write_png(
     pixels: UInt8[np.ndarray, "height width 3"],
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """A picture with its record inside.
+    """Writes an image with its record inside.
 
     Raises:
-      OSError: the disk is full, …; what was at `path` is as it was.
+      OSError: the disk is full, …; the old file is unchanged.
     """
     from PIL import Image, PngImagePlugin
 
@@ -221,7 +221,7 @@ def write_png(
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
-    """A figure of matplotlib as a marked PNG."""
+    """Writes a matplotlib figure as a PNG with the marker."""
     with _replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=100, metadata={PNG_KEY: "{}"})
 
@@ -229,7 +229,7 @@ def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
 def write_json(
     path: str | os.PathLike[str], content: Mapping[str, Any], sort_keys: bool = False
 ) -> None:
-    """A record; one that names no version of racm3 gets the mark as one more key."""
+    """Writes a record; if it has no version of racm3, adds the marker as a key."""
     if not _is_marked_record(content):
         content = {"made_by": MAKER, **content}
     text = json.dumps(content, indent=2, sort_keys=sort_keys) + "\n"
@@ -238,7 +238,7 @@ def write_json(
 
 
 def write_html(path: str | os.PathLike[str], head: str, body: str) -> None:
-    """A page; `head` is what its head holds beside the mark."""
+    """Writes a page; `head` is the content of its head besides the marker."""
     start = f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{HTML_MARK}"
     text = f"{start}\n{head}</head><body>\n{body}\n</body></html>\n"
     with _replacing(path) as partial:
@@ -246,14 +246,14 @@ def write_html(path: str | os.PathLike[str], head: str, body: str) -> None:
 
 
 def write_markdown(path: str | os.PathLike[str], text: str) -> None:
-    """A text; the mark is a comment at its end."""
+    """Writes a text with the marker as a comment at its end."""
     with _replacing(path) as partial:
         partial.write_text(f"{text}\n\n{MARKDOWN_MARK}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`storage.replacing` in a folder that is made; a link keeps pointing."""
+    """`storage.replacing` that creates the folder and follows a link."""
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     new = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class ProgressLines:
-    """The part of tqdm's interface that is used here, as lines on standard error.
+    """The subset of tqdm's interface that is used here, as lines on standard error.
 
     >>> build memory: 30% (300 of 1000 documents, 12 s)
     """
@@ -54,13 +54,13 @@ class ProgressLines:
         self._tenths = max(self._tenths, tenths)
 
     def set_postfix(self, facts: Mapping[str, Any], refresh: bool = True) -> None:
-        """What the next line says besides."""
+        """Sets extra facts for the next line."""
         del refresh
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in facts.items()}
         self._facts = ", ".join(f"{name} {value}" for name, value in shown.items())
 
     def close(self) -> None:
-        """A line was printed for every tenth already."""
+        """Nothing to do: every tenth already has its line."""
 
     def _count_tenths(self) -> int:
         return int(10 * self.n / self.total) if self.total else 0
@@ -70,7 +70,7 @@ def open_progress(**settings: Any) -> Any:
     """A `tqdm` where standard error is a terminal, else `ProgressLines`.
 
     Args:
-      **settings: total, initial, desc, unit and disable, as of tqdm.
+      **settings: total, initial, desc, unit and disable, as in tqdm.
     """
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, mininterval=0.5, smoothing=0.1, **settings)

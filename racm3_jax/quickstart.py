@@ -1,10 +1,10 @@
 """`racm3 quickstart`: the main job end to end on flagworld, from the shipped weights.
 
     documents -> tokens, embeddings -> ScaNN memory -> some training with live retrieval
-    -> drawn and captioned held-out nations -> samples.png, report.html
+    -> generated and captioned held-out nations -> samples.png, report.html
 
-Every stage leaves its result in the work directory; run again, finished ones are reused
-and training resumes.
+Every stage saves its result in the work directory; a second run reuses finished stages
+and resumes training.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from racm3_jax.wiring.workdirs import claim_workdir, given_back_if_refused
 
 
 class Stages:
-    """Prints what happens, when, and where the results are."""
+    """Prints progress messages with the elapsed time."""
 
     def __init__(self) -> None:
-        # https://no-color.org; rich alone would still dim.
+        # https://no-color.org; rich by itself would still dim.
         colors = None if os.environ.get("NO_COLOR") else "auto"
         self.console = Console(highlight=False, color_system=colors)
         self.started = time.monotonic()
@@ -43,10 +43,10 @@ class Stages:
 
 
 def main(config: Any, workdir: Path) -> None:
-    """Runs the whole job in `workdir`; see the module.
+    """Runs the whole quickstart in `workdir`; see the module.
 
     Raises:
-      ValueError: if `workdir` holds a run of another config.
+      ValueError: `workdir` holds a run of another config.
     """
     wiring.read_training(config)
     refuse_url(workdir, "the work directory of the quickstart")
@@ -65,8 +65,8 @@ def main(config: Any, workdir: Path) -> None:
         tokenizer = wiring.build_tokenizer(config)
         embedder = wiring.build_embedder(config)
     if not (workdir / "samples.png").exists():
-        draw_first_picture(workdir / "samples.png", world, tests[:2], config.seed)
-        stages.say(f"first picture, from hand-picked documents: {workdir}/samples.png")
+        generate_first_image(workdir / "samples.png", world, tests[:2], config.seed)
+        stages.say(f"first image, from hand-picked documents: {workdir}/samples.png")
 
     documents = memory_documents(config, world)
     memory = wiring.build_memory(
@@ -93,7 +93,7 @@ def main(config: Any, workdir: Path) -> None:
     drawn = generator.text_to_image_batch(prompts, num_retrieved=2, **how, **guided)
     plain = twin.text_to_image_batch(prompts, num_retrieved=0, **how)
     save_outputs(workdir / "samples.png", generator, drawn, plain)
-    stages.say(f"drew {len(prompts)} held-out nations: {workdir / 'samples.png'}")
+    stages.say(f"images of {len(prompts)} held-out nations: {workdir / 'samples.png'}")
 
     captions = caption_rows(generator, twin, tests, config.seed)
     right = sum(row.nation in row.with_retrieval for row in captions)
@@ -103,7 +103,7 @@ def main(config: Any, workdir: Path) -> None:
         captions=captions,
         loss_curves={
             "This training": workdir / "loss.png",
-            "How the shipped models were trained, from nothing": wiring.resolve(
+            "How the shipped models were trained from scratch": wiring.resolve(
                 "shipped:flagworld/loss.png"
             ),
         },
@@ -129,24 +129,24 @@ def choose_tests(world: FlagworldConfig, num_prompts: int) -> list[Document]:
 
 
 def memory_documents(config: Any, world: FlagworldConfig) -> Iterator[Document]:
-    """All held-out documents, and as many training documents as configured."""
+    """All held-out documents, and the configured number of training documents."""
     yield from read_flagworld(world, "heldout_memory")
     train = read_flagworld(world, "train")
     yield from itertools.islice(train, config.num_train_documents)
 
 
 def count_documents(config: Any) -> int:
-    """How many documents `memory_documents` gives."""
+    """Number of documents from `memory_documents`."""
     world = config.world
     held_out = world.num_heldout * world.documents_per_heldout
     train = world.num_nations * world.documents_per_nation
     return held_out + min(config.num_train_documents, train)
 
 
-def draw_first_picture(
+def generate_first_image(
     path: Path, world: FlagworldConfig, tests: list[Document], seed: int
 ) -> None:
-    """Each test's nation, drawn from two of its documents: something to see at once."""
+    """Generates each test's nation from two of its documents, as a first result."""
     shipped = wiring.load_generator(wiring.resolve("shipped:flagworld"), None)
     own: dict[str, list[Document]] = {t.metadata["nation"]: [] for t in tests}
     for document in read_flagworld(world, "heldout_memory"):
@@ -168,7 +168,7 @@ def draw_first_picture(
 def caption_rows(
     generator: Generator, twin: Generator, tests: list[Document], seed: int
 ) -> list[CaptionRow]:
-    """Captions of the test pictures, with and without retrieval, side by side."""
+    """Captions of the test images, with and without retrieval."""
     images = [test.images[0] for test in tests]
     named = generator.caption_batch(images, num_retrieved=2, seed=seed, temperature=0.0)
     guessed = twin.caption_batch(images, num_retrieved=0, seed=seed, temperature=0.0)

@@ -1,4 +1,4 @@
-"""Train, evaluate, load: the three verbs, over objects that `build` made."""
+"""Train, evaluate, load: the three entry points, over objects built by `wiring`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from racm3_jax.training.heldout import HeldOut
 from racm3_jax.training.host import prepare_host
 from racm3_jax.training.loop import FitSettings, Profile, fit
 from racm3_jax.training.mirror import Mirror
-from racm3_jax.training.processes import SignsOfLife, fetch_all, join_processes
+from racm3_jax.training.processes import ProcessHeartbeats, fetch_all, join_processes
 from racm3_jax.training.step import TrainState
 from racm3_jax.wiring.workdirs import (
     LOCK_NAME,
@@ -37,16 +37,16 @@ from racm3_jax.wiring.workdirs import (
     local_workdir,
 )
 
-# Weights of the lowest held-out loss, where a training has a patience.
+# Weights of the lowest held-out loss, for trainings with a patience.
 BEST_NAME = "best"
 
 
 class Training(NamedTuple):
-    """What a call of `run_training` leaves.
+    """Result of `run_training`.
 
     Attributes:
-      state: the last one.
-      has_ended: False where SIGTERM or Ctrl-C stopped it, after a save.
+      state: the last state.
+      has_ended: False if SIGTERM or Ctrl-C stopped it, after a save.
     """
 
     state: TrainState
@@ -54,7 +54,7 @@ class Training(NamedTuple):
 
 
 def train(config: Any, workdir: str | Path, **options: Any) -> TrainState:
-    """`run_training` for its last state alone."""
+    """Calls `run_training` and returns only the last state."""
     return run_training(config, workdir, **options).state
 
 
@@ -66,25 +66,25 @@ def run_training(
     profile_steps: tuple[int, int] | None = None,
     compiled: str | Path | None = None,
 ) -> Training:
-    """Trains what `config.kind` names, in `workdir`; the same call resumes.
+    """Trains the model of `config.kind` in `workdir`; the same call resumes.
 
     Writes `config.json`, `metrics.jsonl` (and TensorBoard event files), `loss.png`,
     `checkpoints/` and, at the end, the exported model; with `train.eval_every` also
-    `samples/`, and with `train.patience` it ends once the held-out loss no longer falls. A step's batch depends on the
-    seed and the step's number alone, so that a resumed run equals an unbroken one, bit
-    for bit.
+    `samples/`, and with `train.patience` training stops once the held-out loss no
+    longer falls. A step's batch depends only on the seed and the step number, so that a
+    resumed run is bitwise equal to an uninterrupted one.
 
     Args:
       config: from a file of `configs/`.
       workdir: created if missing; may be a URL, see `training.mirror`.
       progress: show a progress bar.
       profile_steps: first and last step of a trace, written to `workdir/profile`.
-      compiled: what `racm3 estimate --save` wrote; the step is read, not compiled.
+      compiled: a file of `racm3 estimate --save`: the step is loaded, not compiled.
 
     Raises:
-      ValueError: if the config has unknown settings, `workdir` holds a run of another
-        config, memory, tokenizer or embedder, or another training is under way there,
-        or `compiled` is the step of another training, machine or version.
+      ValueError: the config has unknown settings, `workdir` holds a run of another
+        config, memory, tokenizer or embedder, another training is running there, or
+        `compiled` is the step of another training, machine or version.
     """
     settings = wiring.read_training(config).train
     prepare_host()
@@ -114,7 +114,7 @@ def _train_in(
                     what = f"a training in {workdir}"
                     held.enter_context(storage.claimed(workdir / LOCK_NAME, what))
                 fingerprint = claim_workdir(config, workdir)
-            with _advice_when_memory_is_full(config):
+            with _explaining_out_of_memory(config):
                 job = wiring.build_job(config, workdir)
             if compiled is not None:
                 job = _with_compiled_step(job, config, Path(compiled))
@@ -140,7 +140,7 @@ def _train(
     progress: bool,
     profile_steps: tuple[int, int] | None,
 ) -> Training:
-    """`run_training`, in a work directory that is this training's own."""
+    """`run_training` in a local work directory, which this training owns."""
     profile = Profile(*profile_steps, workdir / "profile") if profile_steps else None
     saver = Checkpoints(
         workdir / "checkpoints",
@@ -163,7 +163,7 @@ def _train(
         try:
             with (
                 _make_writer(workdir) as writer,
-                _advice_when_memory_is_full(config),
+                _explaining_out_of_memory(config),
             ):
                 state = fit(
                     state,
@@ -191,7 +191,9 @@ def _train(
                         flops_per_token=job.flops_per_token,
                         profile=profile,
                         watchdog_seconds=settings.watchdog_seconds,
-                        signs=_make_signs(workdir) if mirror is None else None,
+                        heartbeats=_make_heartbeats(workdir)
+                        if mirror is None
+                        else None,
                     ),
                 )
         finally:
@@ -242,7 +244,7 @@ def _plot(workdir: Path, is_judged: bool) -> None:
 
 
 def _check_compiled(config: Any, path: Path) -> None:
-    """What can be refused before the data are loaded."""
+    """Checks what can be checked before loading data."""
     if config.kind != "generator":
         raise ValueError(
             f"--compiled={path} is for generators; config.kind is {config.kind!r}"
@@ -258,8 +260,8 @@ def _with_compiled_step(job: wiring.Job, config: Any, path: Path) -> wiring.Job:
 
 
 @contextlib.contextmanager
-def _advice_when_memory_is_full(config: Any) -> Iterator[None]:
-    """The traceback of such an error ends with the settings that would mend it."""
+def _explaining_out_of_memory(config: Any) -> Iterator[None]:
+    """Adds suggested settings to the traceback of an out-of-memory error."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -269,21 +271,21 @@ def _advice_when_memory_is_full(config: Any) -> Iterator[None]:
 
 
 def _make_writer(workdir: Path) -> contextlib.AbstractContextManager[Any]:
-    """Process 0 writes; the others get None."""
+    """A writer in process 0; None in the others."""
     if jax.process_index() == 0:
         return MetricsWriter(workdir)
     return contextlib.nullcontext()
 
 
-def _make_signs(workdir: Path) -> SignsOfLife | None:
+def _make_heartbeats(workdir: Path) -> ProcessHeartbeats | None:
     count = jax.process_count()
     if count == 1:
         return None
-    return SignsOfLife(workdir / "processes", jax.process_index(), count)
+    return ProcessHeartbeats(workdir / "processes", jax.process_index(), count)
 
 
 def _peak_flops(mesh: Mesh) -> float:
-    """Of a mesh's devices together; 0 for a kind that is not in the table, as CPUs."""
+    """Total of a mesh's devices; 0 for kinds that are not in the table, e.g. CPUs."""
     device = find_device(mesh.devices.flat[0].device_kind)
     return device.flops * mesh.size if device else 0.0
 
@@ -299,14 +301,14 @@ def load(
 
     Args:
       path: a work directory of `train`, or "shipped:flagworld".
-      memory: what to retrieve from; None opens `path/memory` if there is one, else the
+      memory: what to retrieve from; None opens `path/memory` if it exists, else the
         generator works without retrieval.
-      strategy: which of the found documents are used; None takes the one of the
+      strategy: which of the found documents are used; None means the strategy of the
         model's training.
-      mesh: of devices that decode, from `sharding.make_mesh`; see `Engine`.
+      mesh: devices for decoding, from `sharding.make_mesh`; see `Engine`.
 
     Raises:
-      ValueError: if there is no model at `path`, or the memory was built with another
+      ValueError: there is no model at `path`, or the memory was built with another
         encoder or tokenizer.
     """
     directory = wiring.resolve(path)
@@ -323,17 +325,17 @@ def load(
 
 
 def evaluate(config: Any, workdir: str | Path) -> dict[str, Any] | None:
-    """Runs the suite that `config.suite` names.
+    """Runs the evaluation suite `config.suite`.
 
-    Prints the table and writes it (`table.md`), all figures (`results.json`) and
-    pictures (`samples.png`, or a folder `samples`) into `workdir`, where the memories
-    that it builds stay for the next call.
+    Prints the table and writes it (`table.md`), all metrics (`results.json`) and images
+    (`samples.png`, or a folder `samples`) into `workdir`, which also keeps the memories
+    that it builds for the next call.
 
     Returns:
-      The figures by name, with their intervals; None in a process other than the first.
+      The metrics by name, with their intervals; None in processes other than the first.
 
     Raises:
-      ValueError: for an unknown suite, or models and memories that do not fit.
+      ValueError: an unknown suite, or models and memories that do not match.
     """
     wiring.read_evaluation(config)
     refuse_url(workdir, "the work directory of an evaluation")

@@ -1,8 +1,8 @@
-"""The mesh, and the one table that says how every parameter lies on it.
+"""The device mesh, and the one table that says how every parameter is sharded.
 
-The mesh has four axes: `dcn` and `data` (batch is split, parameters are copied), `fsdp`
-(batch and parameters are split) and `tensor` (parameters are split, batch is copied).
-`dcn` is what a slow network connects, slices of a TPU pod: only gradients cross it.
+The mesh has four axes: `dcn` and `data` (batch split, parameters replicated), `fsdp`
+(batch and parameters split) and `tensor` (parameters split, batch replicated).
+`dcn` is across a slow network, between TPU slices: only gradients cross it.
 Modules name the *logical* axes of their parameters (`nn.with_logical_partitioning`);
 `LOGICAL_RULES` maps names to mesh axes. The table is total: an unknown name, a matrix
 without names, a mesh axis used twice or a size that does not divide is an error that
@@ -28,9 +28,9 @@ from jaxtyping import Int64
 
 MESH_AXES = ("dcn", "data", "fsdp", "tensor")
 
-# Choices in order; the first mesh axis that no earlier dimension of the same parameter
-# took is used. An empty tuple means "replicated along this dimension". What is small in
-# every preset (convolutions, patches, codebooks, positions, norms) is replicated.
+# Choices in order: the first mesh axis that no earlier dimension of the parameter uses.
+# An empty tuple means "replicated along this dimension". What is small in every preset
+# (convolutions, patches, codebooks, positions, norms) is replicated.
 LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "embed": ("fsdp", "tensor"),
@@ -67,19 +67,20 @@ def mesh_sizes(
 ) -> dict[str, int]:
     """The size of every mesh axis, with the -1 filled in.
 
-    Where `data` and `fsdp` are both -1, the weights are split as far as pays: over all
-    devices of a slice, but over half of them on a TPU slice of 16 or more. XLA sends
-    what all devices of a TPU slice reduce among themselves as one whole all-reduce,
-    and on a three-dimensional one what they gather, too: two to four times the bytes
-    of the reduce-scatters and all-gathers of any smaller group.
+    If `data` and `fsdp` are both -1, the weights are split as far as it pays off: over
+    all devices of a slice, but over half of them on a TPU slice of 16 or more. Over all
+    devices of a TPU slice, XLA turns reduce-scatters into full all-reduces (and on a
+    three-dimensional slice all-gathers, too), which send two to four times the bytes
+    of the same operations over any smaller group.
 
     Args:
       num_devices: of all slices.
-      data: copies of the model that read different rows; -1: the rest.
-      fsdp: over how many devices parameters, optimizer state and rows are split; -1:
-        the rest.
-      tensor: over how many devices one layer's heads and width are split; -1: the rest.
-      dcn: copies that a data-centre network connects: slices of a TPU pod.
+      data: number of data-parallel copies of the model; -1: the rest.
+      fsdp: number of devices over which parameters, optimizer state and rows are split;
+        -1: the rest.
+      tensor: number of devices over which a layer's heads and width are split; -1: the
+        rest.
+      dcn: copies connected by a data-centre network: slices of a TPU pod.
       platform: "tpu", "gpu" or "cpu".
 
     Raises:
@@ -94,8 +95,8 @@ def mesh_sizes(
         or (len(free) > 1 and free != ["data", "fsdp"])
     ):
         raise ShardingError(
-            f"mesh {wanted}: sizes are >= 1, and one of data, fsdp and tensor may be "
-            "-1 (the rest), or data and fsdp both (as pays)"
+            f"mesh {wanted}: sizes must be >= 1; one of data, fsdp and tensor may be "
+            "-1 (the rest), or both data and fsdp (chosen automatically)"
         )
     rest = num_devices // math.prod(size for size in sizes.values() if size != -1)
     if len(free) == 2:
@@ -126,11 +127,11 @@ def make_mesh(
       data: see `mesh_sizes`.
       fsdp: see `mesh_sizes`.
       tensor: see `mesh_sizes`.
-      dcn: see `mesh_sizes`; where the devices are several TPU slices, their number.
+      dcn: see `mesh_sizes`; with several TPU slices, their number.
       devices: the devices to use; all of them by default.
 
     Raises:
-      ShardingError: sizes that do not fit the devices or their slices.
+      ShardingError: the sizes do not match the devices or their slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     platform = devices[0].platform
@@ -160,27 +161,27 @@ def make_mesh(
 
 
 def _on_the_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """Devices of one slice, neighbours along the axes that exchange most.
+    """Devices of one slice, with neighbours along the axes that communicate most.
 
-    A size that is no product of the torus' own, as 2 on 4x4x4, takes a part of one.
+    A mesh axis that does not match the torus' axes, e.g. 2 on 4x4x4, takes part of one.
     """
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def current_platform() -> str:
-    """ "cpu", "gpu" or "tpu": where the program that is being traced will run.
+    """ "cpu", "gpu" or "tpu": the platform of the program that is being traced.
 
-    The current mesh says it (`jax.set_mesh`), so that a program can be compiled for
-    devices that are not there. Without a mesh it is where JAX itself puts arrays.
+    It is the current mesh's (`jax.set_mesh`), so that a program can be compiled for
+    absent devices; without a mesh, JAX's default.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the program that is being traced will run where bfloat16 is fast.
+    """Whether bfloat16 is fast on the platform of the program that is being traced.
 
-    Of a CPU Linux says so (AMX, AVX-512 BF16, Arm's BF16); others convert to float32.
+    CPUs need native support (AMX, AVX-512 BF16, Arm's BF16), as Linux reports it.
     """
     named = {"amx_bf16", "avx512_bf16", "bf16"}
     return current_platform() != "cpu" or not named.isdisjoint(_cpu_features())
@@ -188,7 +189,7 @@ def multiplies_bfloat16() -> bool:
 
 @functools.cache
 def _cpu_features() -> frozenset[str]:
-    """Of this machine's first CPU; none where nothing says so."""
+    """Features of this machine's first CPU; empty if unknown."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -198,7 +199,7 @@ def _cpu_features() -> frozenset[str]:
 
 
 def current_device_kind() -> str:
-    """What JAX calls the devices of the current mesh, or its own without a mesh."""
+    """JAX's device kind of the current mesh, or of its default devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
@@ -209,7 +210,7 @@ def partition_spec(
     shape: Sequence[int],
     mesh: Mesh | AbstractMesh,
 ) -> PartitionSpec:
-    """Where one parameter lies, by the table.
+    """The sharding of one parameter, by the table.
 
     ```
     names  ("embed", "mlp")   on (data=2, fsdp=2, tensor=2)  -> P("fsdp", "tensor")
@@ -219,7 +220,7 @@ def partition_spec(
 
     Args:
       path: the parameter's name, for errors.
-      names: one logical name a dimension; None means replicated.
+      names: one logical name per dimension; None means replicated.
       shape: its shape.
       mesh: from `make_mesh`.
 
@@ -239,7 +240,7 @@ def partition_spec(
             continue
         if name not in LOGICAL_RULES:
             raise ShardingError(
-                f"parameter {path}: logical axis {name!r} has no rule; known are "
+                f"parameter {path}: logical axis {name!r} has no rule; known: "
                 f"{sorted(LOGICAL_RULES)}"
             )
         choices = LOGICAL_RULES[name]
@@ -265,16 +266,16 @@ def shardings_for(abstract_boxed_params: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for every parameter of a tree.
 
     Args:
-      abstract_boxed_params: arrays or `jax.ShapeDtypeStruct`s as `module.init` gives
-        them (by `jax.eval_shape`), still boxed with their logical axis names. Vectors
-        and scalars may come without names and are replicated.
+      abstract_boxed_params: arrays or `jax.ShapeDtypeStruct`s from `module.init` (by
+        `jax.eval_shape`), boxed with their logical axis names. Vectors and scalars may
+        have no names and are replicated.
       mesh: from `make_mesh`.
 
     Returns:
       The unboxed tree's structure with `NamedSharding` leaves.
 
     Raises:
-      ShardingError: a parameter that the table does not cover.
+      ShardingError: the table does not cover a parameter.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -301,7 +302,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over `dcn`, `data` and `fsdp`; all further dimensions whole."""
+    """Rows split over `dcn`, `data` and `fsdp`; other dimensions are not split."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -309,8 +310,8 @@ def constrain_rows(x: Any) -> Any:
     """Keeps activations split by rows, as the batch is; for use inside a model or loss.
 
     Without it the compiler may follow the parameters instead and split the width over
-    `fsdp`, which gathers every row on every device. Outside of a training step (no
-    current mesh) it does nothing.
+    `fsdp`, which gathers every row on every device. Outside a training step (no current
+    mesh) it does nothing.
 
     Args:
       x: an array whose first dimension is the batch.
@@ -322,20 +323,20 @@ def constrain_rows(x: Any) -> Any:
 
 
 class SharedFolder(Protocol):
-    """A folder that each process has a copy of; `mirror.Mirror` is one."""
+    """A folder of which each process has a copy; `mirror.Mirror` is one."""
 
     def push(self) -> None: ...
 
     def pull(self) -> None: ...
 
 
-# Of the trainings of this process: one at most.
+# Of this process's training: at most one.
 _shared: list[SharedFolder] = []
 
 
 @contextlib.contextmanager
 def sharing(folder: SharedFolder) -> Iterator[None]:
-    """Inside, `leader_first` also carries over what process 0 wrote into `folder`."""
+    """In this context, `leader_first` also copies what process 0 wrote to `folder`."""
     _shared.append(folder)
     try:
         yield
@@ -345,7 +346,7 @@ def sharing(folder: SharedFolder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leader_first() -> Iterator[None]:
-    """Process 0 runs the block, then all others do, who find what it made."""
+    """Process 0 runs the block first; then all others do and find its results."""
     if jax.process_count() == 1:
         yield
         return
@@ -369,9 +370,9 @@ def leader_first() -> Iterator[None]:
 def local_rows(
     mesh: Mesh, num_rows: int, process_index: int | None = None
 ) -> Int64[np.ndarray, " rows"]:
-    """The rows of a batch that this process holds and so has to make, ascending.
+    """The rows of a batch that this process holds, and therefore makes, ascending.
 
-    Rows belong to shards. Where `tensor` crosses processes, several hold the same rows,
+    Rows belong to shards. If `tensor` spans processes, several hold the same rows,
     and each of them makes all of these:
 
         2 processes of 2 devices, 8 rows      process 0           process 1
@@ -382,10 +383,10 @@ def local_rows(
     Args:
       mesh: from `make_mesh`.
       num_rows: of the whole batch.
-      process_index: of another process than this one.
+      process_index: the process; this one by default.
 
     Raises:
-      ShardingError: a number of rows that the mesh does not divide.
+      ShardingError: the mesh does not divide the number of rows.
     """
     if process_index is None:
         process_index = jax.process_index()
@@ -407,18 +408,18 @@ def local_rows(
 
 
 def count_row_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many shards the rows of a batch are split."""
+    """Number of shards of a batch's rows."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a pytree of host arrays on the mesh: rows split, scalars copied.
+    """Puts a pytree of host arrays on the mesh: rows split, scalars replicated.
 
-    With several processes each passes the rows that it holds, those of `local_rows`.
+    With several processes each passes its own rows, those of `local_rows`.
     Arrays that are on the mesh already pass through.
 
     Raises:
-      ShardingError: a number of rows that the mesh does not divide.
+      ShardingError: the mesh does not divide the number of rows.
     """
     rows_sharding, scalar_sharding = batch_sharding(mesh), replicated(mesh)
     num_shards = count_row_shards(mesh)
@@ -454,10 +455,10 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def local_mesh() -> Mesh | None:
-    """A mesh of this process's own devices, each with a copy of the model and own rows.
+    """A mesh of this process's devices, each with a copy of the model and its own rows.
 
-    None where that is one device. CPU devices share the same cores, so that several of
-    them compute no faster: they count as one.
+    None for one device. CPU devices share the same cores, so several of them are not
+    faster: they count as one.
     """
     devices = jax.local_devices()
     if len(devices) == 1 or devices[0].platform == "cpu":
@@ -478,12 +479,12 @@ def current_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 def on_each_device(compute: Callable[..., Any], shared: Any, *rows: Any) -> Any:
     """`compute(shared, *rows)`, by each device of the current mesh on its own rows.
 
-    For programs whose rows have nothing to do with each other: no device sends anything
-    or waits. Without a mesh, or on one device, it is the call itself.
+    For programs with independent rows: devices do not communicate. Without a mesh, or
+    on one device, it is a plain call.
 
     Args:
       compute: `compute(shared, *rows)` -> an array with as many rows.
-      shared: lies on every device.
+      shared: replicated on every device.
       rows: arrays that are split as a batch is.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -512,23 +513,23 @@ def map_batches(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> list[np.ndarray]:
-    """`compute(*columns)` batch by batch, so that few compiled programs serve any number.
+    """`compute(*columns)` batch by batch, with few compiled programs for any length.
 
-    What is left after the whole batches goes in batches of an eighth, and so on down to
-    one row, so that one image costs one image; the last row fills up a batch of which
-    more than half is used. With batch_size=16:
+    The rest after the full batches goes in batches of an eighth, and so on down to one
+    row, so that one image costs one image; a batch that is more than half full is
+    padded with its last row. With batch_size=16:
 
         one device     1 row: 1          9 rows: 16         20 rows: 16, 2, 2
         two devices    1 row: 1 | 1      9 rows: 2 | 2, 2 | 2, 1 | 1
 
     Args:
-      compute: of a batch; as many rows come out.
+      compute: function of a batch; returns as many rows.
       columns: arrays with the same number of rows.
-      batch_size: rows that a device has at a time, at most.
-      mesh: whose devices share the rows.
+      batch_size: maximum rows per device at a time.
+      mesh: the rows are split over its devices.
 
     Returns:
-      What came out of each batch, without the padding.
+      The results of each batch, without the padding.
     """
     num_shards = 1 if mesh is None else count_row_shards(mesh)
     total, start = len(columns[0]), 0

@@ -1,14 +1,14 @@
-"""Files that appear whole or not at all, notice their own damage, and have one owner.
+"""Atomic writes, checksums and locks for files and folders.
 
-    path                 what readers see: old or new, never half
+    path                 what readers see: the old or the new version, never part of one
     .path.partial        being written, locked by its writer; reused, or deleted by `clean`
-    .path.replaced       the old content during a swap; put back, or deleted by `clean`
-    .path.deleted        being deleted; gone for readers already
+    .path.replaced       the old version during a swap; restored, or deleted by `clean`
+    .path.deleted        being deleted; no longer visible to readers
 
-Every file and folder that a command leaves is written here. A writer that dies leaves at
-most these hidden names, and its lock ends with it: the next writer of the same path takes
-them over. ScaNN loads most bit-flipped files without a word and then answers wrongly, so
-nothing is handed to a library before its sha256 is right.
+Every file and folder that a command writes is written here. A writer that crashes
+leaves at most these hidden names, and its lock ends with it: the next writer of the
+same path takes them over. ScaNN silently loads most files with flipped bits and then
+returns wrong results, so no library gets a file before its sha256 is verified.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ from typing import Any
 CHUNK_BYTES = 1 << 20
 HASHING_THREADS = 4
 THREADS_FROM_BYTES = 1 << 24
-# As `describe_files`.
+# Signature of `describe_files`.
 Describe = Callable[[pathlib.Path, Iterable[str]], dict[str, dict[str, Any]]]
 CACHE_VARIABLE = "RACM3_CACHE"
 LEFTOVERS = ("partial", "replaced", "deleted")
-# Of a file name, in bytes: Linux allows 255, a leftover's name is longer than its path's.
+# Bytes of a file name: Linux allows 255, and a leftover's name is longer than its
+# path's.
 _MAX_STEM_BYTES = 200
 
 
 class IntegrityError(ValueError):
-    """A file of ours is missing, damaged, or not where it should be."""
+    """One of our files is missing, damaged, or in the wrong place."""
 
 
 def cache_directory(name: str) -> pathlib.Path | None:
-    """A folder, made if missing, for what this machine can make again.
+    """A folder, created if missing, for data that this machine can recompute.
 
-    `~/.cache/racm3/NAME`, or in the folder that RACM3_CACHE names; None with
-    RACM3_CACHE=off, and on a machine without a home.
+    `~/.cache/racm3/NAME`, or in the folder RACM3_CACHE; None with
+    RACM3_CACHE=off, and on machines without a home directory.
 
     Raises:
-      ValueError: RACM3_CACHE names a place where no folder can be made.
+      ValueError: no folder can be created at RACM3_CACHE.
     """
     chosen = os.environ.get(CACHE_VARIABLE, "")
     if chosen.lower() == "off":
@@ -59,8 +60,8 @@ def cache_directory(name: str) -> pathlib.Path | None:
         if not chosen:
             return None
         raise ValueError(
-            f"{CACHE_VARIABLE} is {chosen!r}, where no folder can be made ({error}): "
-            f"give one that can, or {CACHE_VARIABLE}=off"
+            f"{CACHE_VARIABLE} is {chosen!r}, where no folder can be created ({error}): "
+            f"give another path, or {CACHE_VARIABLE}=off"
         ) from error
     return root / name
 
@@ -109,14 +110,14 @@ def verify_files(
     """Compares every file with its recorded size and sha256.
 
     Args:
-      directory: where the files lie.
+      directory: the folder of the files.
       files: as `describe_files` returned it.
-      remedy: what the reader of an error should do; ends its sentence.
-      describe: reads the files; `checksums` has ways that read less. Files that it
-        leaves out are compared by their sizes alone.
+      remedy: what the user should do; ends the error message.
+      describe: reads the files; `checksums` has variants that read less. Files that it
+        omits are compared by size only.
 
     Raises:
-      IntegrityError: names the first file that is missing or differs.
+      IntegrityError: names the first missing or different file.
     """
     for name, expected in files.items():
         if not is_inside(name):
@@ -148,7 +149,7 @@ def verify_files(
 
 
 def is_inside(name: Any) -> bool:
-    """Whether a relative path, written with `/`, stays below the folder it is in."""
+    """Whether a relative path, written with `/`, stays inside its folder."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -158,7 +159,7 @@ def is_inside(name: Any) -> bool:
 
 
 def encode_sealed(content: Mapping[str, Any]) -> bytes:
-    """Canonical JSON with the sha256 of its own content as one more field."""
+    """Canonical JSON with the sha256 of its own content as an extra field."""
     return _encode({**content, "sha256": content_digest(content)})
 
 
@@ -172,15 +173,15 @@ def _encode(content: Mapping[str, Any]) -> bytes:
 
 
 def decode_sealed(data: bytes, name: str, remedy: str) -> dict[str, Any]:
-    """Content of a sealed JSON file; any changed byte is an error, white space too.
+    """Content of a sealed JSON file; any changed byte is an error, even white space.
 
     Args:
-      data: the file.
-      name: its path, for the error.
-      remedy: what the reader of an error should do.
+      data: content of the file.
+      name: its path, for the error message.
+      remedy: what the user should do.
 
     Raises:
-      IntegrityError: if it is no JSON object or differs from its seal.
+      IntegrityError: not a JSON object, or its checksum differs.
     """
     try:
         content = json.loads(data.decode("ascii"))
@@ -190,12 +191,12 @@ def decode_sealed(data: bytes, name: str, remedy: str) -> dict[str, Any]:
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         pass
     raise IntegrityError(
-        f"{name} is corrupt: it does not agree with its own checksum; {remedy}"
+        f"{name} is corrupt: it does not match its own checksum; {remedy}"
     )
 
 
 def sync_directory(directory: pathlib.Path) -> None:
-    """Makes renames inside `directory` durable."""
+    """Makes renames inside `directory` durable (fsync)."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -204,13 +205,13 @@ def sync_directory(directory: pathlib.Path) -> None:
 
 
 def sync_file(path: pathlib.Path) -> None:
-    """Makes the content of a file that another library wrote durable."""
+    """Makes a file that another library wrote durable (fsync)."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def leftover(path: pathlib.Path, kind: str) -> pathlib.Path:
-    """The hidden name beside `path` under which it is written, replaced or deleted."""
+    """The hidden name next to `path` under which it is written, replaced or deleted."""
     stem = path.name.encode("utf-8", "surrogateescape")
     if len(stem) > _MAX_STEM_BYTES:
         digest = hashlib.sha256(stem).hexdigest()[:16]
@@ -220,15 +221,15 @@ def leftover(path: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file name is one that a writer of this module may have left."""
+    """Whether a file name may be a leftover of a crashed writer."""
     return name.startswith(".") and name.rpartition(".")[2] in LEFTOVERS
 
 
 def write_file(path: pathlib.Path, data: bytes) -> None:
-    """Replaces a file in one step: readers see the old bytes or the new ones.
+    """Replaces a file atomically.
 
     Raises:
-      OSError: the disk is full, the path is a folder, …; the old file is as it was.
+      OSError: the disk is full, the path is a folder, …; the old file is unchanged.
     """
     with replacing(path) as partial:
         partial.write_bytes(data)
@@ -236,11 +237,11 @@ def write_file(path: pathlib.Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A file that appears at `path` whole, written by any library.
+    """Writes a file at `path` atomically, with any library.
 
-    Yields the path of an empty file beside `path`. When the block ends without an error
-    the file is synced and takes the place of whatever file was at `path`; after an error
-    nothing is left. Two processes that write one path take turns.
+    Yields the path of an empty temporary file. When the block ends without an error, it
+    is synced and renamed to `path`; after an error it is removed. Processes that write
+    the same path take turns.
 
     Raises:
       IsADirectoryError: `path` is a folder.
@@ -268,12 +269,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def _open_locked(partial: pathlib.Path) -> int:
-    """An open, locked, empty file; waits for another writer of it."""
+    """Opens an empty file and locks it; waits for other writers."""
     while True:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # The one who held it may have renamed or deleted it meanwhile.
+            # The previous owner may have renamed or deleted it meanwhile.
             if _is_same(descriptor, partial):
                 os.truncate(descriptor, 0)
                 return descriptor
@@ -293,12 +294,12 @@ def _is_same(descriptor: int, path: pathlib.Path) -> bool:
 def _name_place(
     error: BaseException, partial: pathlib.Path, path: pathlib.Path
 ) -> None:
-    """An error of writing names what was to be written, not the hidden name or nothing.
+    """Write errors name the target path, not the hidden name or nothing.
 
-    A full disk is noticed by `write`, which knows no name.
+    A full disk is detected by `write`, which has no path.
     """
     if isinstance(error, OSError) and error.errno is not None:
-        named = error.filename  # None, or a number of an open file
+        named = error.filename  # None, or a file descriptor
         if not isinstance(named, str | bytes) or pathlib.Path(
             os.fsdecode(named)
         ).is_relative_to(partial):
@@ -306,26 +307,26 @@ def _name_place(
 
 
 class BusyError(ValueError):
-    """Another process writes the same path."""
+    """Another process is writing the same path."""
 
 
 @contextlib.contextmanager
 def new_directory(
     path: str | os.PathLike[str], *, replace: bool = False
 ) -> Iterator[pathlib.Path]:
-    """A directory that appears at `path` whole, or not at all.
+    """Writes a directory at `path` atomically.
 
-    Yields an empty directory beside `path`. When the block ends without an error, all
-    its files are synced and it takes its place; after an error nothing is left.
+    Yields an empty temporary directory. When the block ends without an error, all its
+    files are synced and it is renamed to `path`; after an error it is removed.
 
     Args:
-      path: of the directory; an empty one there is taken for none.
-      replace: take the place of a directory that is there, which is then deleted. The
-        caller has made sure that it may be (`check_target`).
+      path: of the directory; an empty one there counts as absent.
+      replace: replace and delete an existing directory. The caller must have checked
+        that this is allowed (`check_target`).
 
     Raises:
       BusyError: another process is writing `path`.
-      FileExistsError: something is at `path`, and `replace` is False.
+      FileExistsError: `path` exists, and `replace` is False.
     """
     path = pathlib.Path(path)
     check_absent(path, replace)
@@ -361,10 +362,10 @@ def new_directory(
 
 
 def check_absent(path: pathlib.Path, replace: bool = False) -> None:
-    """Refuses a path with anything at it, but for an empty directory.
+    """Refuses a path that exists, unless it is an empty directory.
 
     Raises:
-      FileExistsError: something is there; or, with `replace`, something but a directory.
+      FileExistsError: `path` exists; with `replace`: it is not a directory.
     """
     if path.is_dir() and not path.is_symlink():
         if replace or not any(path.iterdir()):
@@ -380,16 +381,16 @@ def check_target(
     is_own: Callable[[pathlib.Path], bool],
     overwrite: bool,
 ) -> None:
-    """Refuses to replace what is at `path`, unless it is of one's own kind and may be.
+    """Refuses to replace `path`, unless it is of the same kind and may be overwritten.
 
     Args:
-      path: where a directory is to be written.
-      what: its kind, for the sentence ("memory").
-      is_own: whether the directory at `path` is one of that kind.
-      overwrite: whether the user wants it to be replaced.
+      path: target of the write.
+      what: its kind, for the error message ("memory").
+      is_own: whether a directory is of that kind.
+      overwrite: whether the user asked to replace it.
 
     Raises:
-      FileExistsError: says what is there and what to do.
+      FileExistsError: says what exists and what to do.
     """
     if not path.exists() and not path.is_symlink():
         return
@@ -407,14 +408,14 @@ def check_target(
 
 
 def _make_locked_directory(partial: pathlib.Path, path: pathlib.Path) -> int:
-    """An open, locked, empty directory; takes over what a dead writer left."""
+    """Opens and locks an empty directory; reuses the one of a crashed writer."""
     with contextlib.suppress(FileExistsError):
         partial.mkdir()
     try:
         descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
         with contextlib.suppress(OSError):
-            partial.rmdir()  # what a dead writer left there stays
+            partial.rmdir()  # fails, as intended, if a crashed writer left files
         raise
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -441,20 +442,20 @@ def _empty(directory: pathlib.Path) -> None:
 
 
 def _restore(path: pathlib.Path) -> None:
-    """Ends a swap that was broken off between its two renames."""
+    """Rolls back a swap that was interrupted between its two renames."""
     replaced = leftover(path, "replaced")
     if replaced.is_dir() and not path.exists():
         os.rename(replaced, path)
 
 
 def restore(path: pathlib.Path) -> None:
-    """Puts a folder back whose replacement a dead writer broke off; for readers."""
+    """Restores a folder whose replacement was interrupted by a crash; for readers."""
     if leftover(path, "replaced").is_dir() and not path.exists():
         clean(path)
 
 
 def delete_directory(path: pathlib.Path) -> None:
-    """Deletes a folder so that it is gone in one step, whatever happens afterwards."""
+    """Deletes a folder atomically: readers never see part of it."""
     if not path.is_dir():
         return
     deleted = leftover(path, "deleted")
@@ -464,10 +465,10 @@ def delete_directory(path: pathlib.Path) -> None:
 
 
 def clean(path: pathlib.Path) -> None:
-    """Ends what a dead writer of the folder `path` began; leaves live ones alone.
+    """Cleans up after a crashed writer of the folder `path`; leaves live writers alone.
 
-    A swap that was broken off is rolled back; what was half-written, or was
-    being deleted, is deleted. Inside the folder, the same for its files.
+    An interrupted swap is rolled back; partial writes and interrupted deletions are
+    deleted. The same inside the folder, for its files.
     """
     partial = leftover(path, "partial")
     with contextlib.ExitStack() as stack:
@@ -495,15 +496,15 @@ def clean(path: pathlib.Path) -> None:
 def locked(
     path: str | os.PathLike[str], *, wait: bool = True, make: bool = True
 ) -> Iterator[bool]:
-    """An exclusive lock, which ends with the process even when that is killed.
+    """An exclusive lock, released when the process ends, even if it is killed.
 
-    Yields whether it is held: False if another process holds it and `wait` is False, or
-    if there is nothing to lock.
+    Yields whether the lock is held: False if another process holds it and `wait` is
+    False, or if there is nothing to lock.
 
     Args:
-      path: a file, made if it is missing, or an existing directory.
-      wait: until it is free.
-      make: the file, if it is missing and its folder exists.
+      path: a file, created if missing, or an existing directory.
+      wait: wait until the lock is free.
+      make: create a missing file, if its folder exists.
     """
     path = pathlib.Path(path)
     flags = os.O_RDONLY
@@ -529,21 +530,21 @@ def locked(
 
 @contextlib.contextmanager
 def claimed(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Work that one process at a time may do; the lock file tells who does it.
+    """Exclusive access for one process at a time; the lock file names the owner.
 
     Args:
       path: of the lock file; its folder must exist.
-      what: the work, for the sentence ("a training in runs/a").
+      what: the work, for the error message ("a training in runs/a").
 
     Raises:
-      BusyError: names host and process of the owner.
+      BusyError: names the host and process of the owner.
     """
     path = pathlib.Path(path)
     with locked(path, wait=False) as held:
         if not held:
             owner = path.read_text(errors="replace").strip() or "another process"
             raise BusyError(
-                f"{what} is under way already ({owner}): wait for it or stop it"
+                f"{what} is already running ({owner}): wait for it or stop it"
             )
         path.write_text(f"host {socket.gethostname()}, process {os.getpid()}\n")
         yield

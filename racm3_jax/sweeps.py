@@ -1,4 +1,4 @@
-"""Sweeps: which points `get_hyper` names, each trained in its folder, then a table.
+"""Sweeps: trains each point of `get_hyper` in its own folder, then writes a table.
 
 A sweep file is a config file with one more function, as in big_vision:
 
@@ -21,7 +21,7 @@ from typing import Any
 from racm3_jax import own_files
 
 Point = dict[str, Any]
-"""Overrides by their dotted name, for example {"config.pipeline.alpha": 0.1}."""
+"""Overrides by dotted name, for example {"config.pipeline.alpha": 0.1}."""
 
 RESULT_FILE = "result.json"
 # A metric of a point is its mean over this last fraction of the log.
@@ -29,11 +29,11 @@ _LAST_SHARE = 0.1
 
 
 class Hyper:
-    """What `get_hyper` builds its list of points from."""
+    """The argument of `get_hyper`, which builds lists of points."""
 
     @staticmethod
     def sweep(name: str, values: Sequence[Any]) -> list[Point]:
-        """One point a value."""
+        """One point per value."""
         return [{name: value} for value in values]
 
     @staticmethod
@@ -51,7 +51,7 @@ class Hyper:
         """The first points together, then the second ones, ...
 
         Raises:
-          ValueError: sweeps of different length.
+          ValueError: sweeps of different lengths.
         """
         lengths = {len(sweep) for sweep in sweeps}
         if len(lengths) > 1:
@@ -77,7 +77,7 @@ def _merge(points: Sequence[Point]) -> Point:
 
 
 def name_point(point: Point) -> str:
-    """A folder's name: readable, and unique by a hash of the whole point.
+    """A folder name: readable, and unique by a hash of the whole point.
 
     {"config.optimizer.learning_rate": 0.001} -> "learning_rate=0.001-1f0c9a2b"
     """
@@ -88,7 +88,7 @@ def name_point(point: Point) -> str:
 
 
 def as_flags(point: Point) -> list[str]:
-    """The overrides as the command line takes them."""
+    """The overrides as command-line flags."""
     return [f"--{name}={value}" for name, value in point.items()]
 
 
@@ -105,16 +105,17 @@ def run_sweep(
 
     Args:
       points: from `get_hyper`.
-      workdir: gets one folder a point and `sweep.json`.
-      train_point: trains one point in its folder, and leaves `metrics.jsonl` there.
-      say: receives one line a point.
+      workdir: gets one folder per point, and `sweep.json`.
+      train_point: trains one point in its folder and writes `metrics.jsonl` there.
+      say: receives one line per point.
 
     Returns:
       (point, its last metrics) of every finished point, in order.
 
     Raises:
       SweepError: names the points that failed.
-      FileExistsError: `workdir` holds a `sweep.json` or `sweep.png` of another maker.
+      FileExistsError: `workdir` holds a `sweep.json` or `sweep.png` not written by
+        racm3.
     """
     from racm3_jax.metrics import read_jsonl
 
@@ -142,11 +143,11 @@ def run_sweep(
 
 
 class SweepError(ValueError):
-    """Points of a sweep failed; the others have their results."""
+    """Some points of a sweep failed; the others have their results."""
 
 
 def check_workdir(workdir: Path) -> None:
-    """Refuses a folder where a sweep's results would replace somebody's own files."""
+    """Refuses a folder where a sweep would overwrite files of the user."""
     own_files.check(
         workdir / "sweep.json",
         workdir / "sweep.png",
@@ -161,12 +162,12 @@ def _read_result(path: Path) -> dict[str, float]:
         return {name: float(value) for name, value in metrics.items()}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): remove it, and the same command writes it again"
+            f"{path} is damaged ({error}): remove it and run the same command again"
         ) from None
 
 
 def last_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the last tenth of a log, of every number that is in its last line."""
+    """Means over the last tenth of a log, of every number in its last line."""
     tail = lines[-max(1, int(len(lines) * _LAST_SHARE)) :]
     means = {}
     for name, value in lines[-1].items():
@@ -179,7 +180,7 @@ def last_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def format_sweep(
     finished: Sequence[tuple[Point, Mapping[str, float]]], names: Sequence[str]
 ) -> str:
-    """A table: what varies, then the metrics; the best loss first."""
+    """A table: the varied settings, then the metrics; sorted by loss."""
     rows = sorted(finished, key=lambda row: row[1].get("loss", float("inf")))
     keys = list(dict.fromkeys(key for point, _ in rows for key in point))
     shown = [n for n in names if any(n in metrics for _, metrics in rows)]

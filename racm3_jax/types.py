@@ -1,7 +1,7 @@
-"""The nouns that pass between the parts: documents, neighbours, examples, batches.
+"""The data types shared by all modules: documents, neighbours, examples, batches.
 
-Everything here is NumPy only. Ids are *vocabulary* ids (`tokens`) unless the name says
-`codes`, which are indices into the image tokenizer's codebook.
+Everything here is NumPy only. `tokens` are vocabulary ids; `codes` are indices into the
+image tokenizer's codebook.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Modality = Literal["text", "image"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
-    """One part of a document: a piece of text or one image, never both.
+    """One part of a document: either a piece of text or one image.
 
     Attributes:
       text: the characters, or None when the segment is an image.
@@ -54,11 +54,11 @@ class Document:
     """An ordered list of text and image segments.
 
     Attributes:
-      id: unique name of the document, kept through tokenising and retrieval.
+      id: unique name of the document, kept by tokenization and retrieval.
       segments: at least one; a caption-image pair is the common case.
       source: where it came from (a URL, a page, an album); documents with an equal,
         non-empty source never retrieve each other.
-      metadata: JSON-serialisable facts (licence, split, scores, ...).
+      metadata: JSON-serialisable (licence, split, scores, ...).
     """
 
     id: str
@@ -82,7 +82,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedSegment:
-    """A segment as vocabulary ids, without any control id around it."""
+    """A segment as tokens, without control tokens around it."""
 
     modality: Modality
     tokens: Int32[np.ndarray, " length"]
@@ -90,7 +90,7 @@ class TokenizedSegment:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """A `Document` as token ids; control ids are added by `sequences`."""
+    """A `Document` as tokens; `sequences` adds control tokens."""
 
     id: str
     segments: tuple[TokenizedSegment, ...]
@@ -103,9 +103,9 @@ class TokenizedDocument:
 
 
 class Neighbours(NamedTuple):
-    """What an index returns, best first.
+    """Search results of an index, best first.
 
-    Slots that could not be filled have id -1, score -inf and valid False.
+    Unfilled slots have id -1, score -inf and valid False.
     """
 
     ids: Int64[np.ndarray, "queries k"]
@@ -113,19 +113,19 @@ class Neighbours(NamedTuple):
     valid: Bool[np.ndarray, "queries k"]
 
 
-# Of a memory's usual score: below, a query finds nothing of its kind.
+# Fraction of a memory's usual score below which a query finds nothing similar.
 FAR_BELOW = 0.8
 
 
 class Retrieved(NamedTuple):
-    """The documents that one query was given, best first.
+    """The documents retrieved for one query, best first.
 
     Attributes:
       ids: rows of the memory.
       scores: inner product of the query with each document's embedding.
       documents: the documents themselves, in the same order.
-      usual_score: what the best document of nearly every ordinary query of this memory
-        scores at least; NaN where it is unknown, as for documents picked by hand.
+      usual_score: the score that the best document reaches for nearly every ordinary
+        query of this memory; NaN if unknown, as for hand-picked documents.
     """
 
     ids: Int64[np.ndarray, " k"]
@@ -143,7 +143,7 @@ class Example(NamedTuple):
         retrieved ones, 0 on sentinels.
       is_main: True on the tokens of the main document and of its moved spans.
       cuts: half-open ranges of `tokens`, images of retrieved documents, that packing may
-        shorten at their end; the first ones first. Each is followed by one more token.
+        shorten at their end, in this order. Each is followed by one more token.
     """
 
     tokens: Int32[np.ndarray, " length"]
@@ -156,8 +156,8 @@ class Batch(NamedTuple):
     """Packed rows, already shifted by one: `targets[i]` follows `inputs[i]`.
 
     Attributes:
-      inputs: vocabulary ids; `<pad>` where the row is empty.
-      targets: the id that follows, within the same example.
+      inputs: tokens; `<pad>` where the row is empty.
+      targets: the next token in the same example.
       loss_weights: weight of each target; 0 on padding.
       segment_ids: 1, 2, ... number the examples of a row; 0 is padding.
       positions: 0, 1, ... from the start of each example.
@@ -173,13 +173,13 @@ class Batch(NamedTuple):
 
 
 class DraftCounts(NamedTuple):
-    """How the codes of images were guessed, so that one pass gave several.
+    """Statistics of speculative decoding of image codes (several per forward pass).
 
     Attributes:
       source: "table", "jacobi" or "off".
-      window: ids that a pass read at most.
-      passes: of the model, the mean of the samples.
-      acceptance: the fraction of guesses that were right; None where none was tested.
+      window: maximum number of tokens per pass.
+      passes: forward passes of the model, mean over the samples.
+      acceptance: fraction of accepted guesses; None if none was tested.
     """
 
     source: str
@@ -190,16 +190,16 @@ class DraftCounts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GenerationOutput:
-    """What a task of `Generator` returns; every list is one entry a sample, best first.
+    """Result of a task of `Generator`; lists have one entry per sample, best first.
 
     Attributes:
       documents: the generated documents (prompt and generated segments).
       scores: the ranking score of each sample (meaning depends on the task: CLIP
         similarity for images, mean log-likelihood in nats for text).
-      retrieved: the documents that the model was given, shared by all samples.
-      prompt: what was asked, as text.
+      retrieved: the documents in the context, shared by all samples.
+      prompt: the prompt as text.
       seed: reproduces the samples.
-      drafts: how the codes of images were guessed; None where none are written.
+      drafts: statistics of speculative decoding; None if no image was generated.
     """
 
     documents: list[Document]
@@ -211,7 +211,7 @@ class GenerationOutput:
 
     @property
     def images(self) -> list[UInt8[np.ndarray, "height width 3"]]:
-        """The last image of each sample, for samples that have one."""
+        """The last image of each sample that has one."""
         return [d.images[-1] for d in self.documents if d.images]
 
     @property
@@ -220,13 +220,13 @@ class GenerationOutput:
 
     @property
     def note(self) -> str:
-        """What to know about the retrieved documents; "" if they are as usual."""
+        """A warning if the retrieved documents match poorly; else ""."""
         scores = self.retrieved.scores[np.isfinite(self.retrieved.scores)]
         usual = self.retrieved.usual_score
         if not len(scores) or not scores.max() < FAR_BELOW * usual:
             return ""
         return (
             f"the memory seems to hold nothing like this: its best document scores "
-            f"{scores.max():.2f}, where others score {usual:.2f} or more; what was made "
+            f"{scores.max():.2f}, usual scores are {usual:.2f} or more; the result "
             "shows something else"
         )

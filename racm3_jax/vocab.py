@@ -1,10 +1,10 @@
-"""One vocabulary for text, image codes, sentinels and control ids.
+"""One vocabulary for text, image codes, sentinels and control tokens.
 
     id:   0 ........ | ........... | ........... | pad eod break eoss
-          text ids   | image codes | sentinels   | control
+          text       | image codes | sentinels   | control
 
-This is the only home of special ids: other modules ask a `Vocab`, they never write a
-number. Text ids come from the byte-level BPE, image ids are codebook indices moved up by
+Special tokens are defined only here: other modules use a `Vocab` and never write a
+number. Text tokens come from the byte-level BPE, image tokens are codebook indices plus
 a constant, sentinels are `<mask:i>` of the CM3 objective (arXiv 2201.07520, section 2).
 """
 
@@ -21,13 +21,13 @@ CONTROL_NAMES = ("pad", "eod", "break", "eoss")
 
 @dataclasses.dataclass(frozen=True)
 class Vocab:
-    """Id ranges. All predicates take NumPy or JAX integer arrays and return bool arrays.
+    """Token ranges. All predicates map NumPy or JAX integer arrays to bool arrays.
 
     Attributes:
       num_text_ids: size of the text tokenizer's vocabulary.
       num_image_codes: size of the image tokenizer's codebook.
-      image_length: codes per image; an image segment has exactly that many ids.
-      num_sentinels: how many `<mask:i>` exist (512 in the paper's code).
+      image_length: codes per image; an image segment has exactly this many tokens.
+      num_sentinels: number of `<mask:i>` tokens (512 in the paper's code).
     """
 
     num_text_ids: int
@@ -80,7 +80,7 @@ class Vocab:
 
     @property
     def break_(self) -> int:
-        """Stands between the segments of a document."""
+        """Separates the segments of a document."""
         return self.control_range[2]
 
     @property
@@ -89,7 +89,7 @@ class Vocab:
         return self.control_range[3]
 
     def sentinel(self, i: int) -> int:
-        """The id of `<mask:i>`."""
+        """The token `<mask:i>`."""
         if not 0 <= i < self.num_sentinels:
             raise ValueError(
                 f"<mask:{i}> does not exist: there are {self.num_sentinels} sentinels"
@@ -97,11 +97,11 @@ class Vocab:
         return self.sentinel_range[i]
 
     def image_tokens(self, codes):
-        """Codebook indices -> vocabulary ids."""
+        """Codebook indices -> tokens."""
         return codes + self.image_range.start
 
     def image_codes(self, tokens):
-        """Vocabulary ids of an image -> codebook indices."""
+        """Tokens of an image -> codebook indices."""
         return tokens - self.image_range.start
 
     def is_text(self, tokens):
@@ -119,9 +119,9 @@ class Vocab:
         return tokens >= self.control_range.start
 
     def name(self, token: int) -> str:
-        """A readable name of one id, for pictures of rows in tests and logs."""
+        """A readable name of one token, for tests and logs."""
         if not 0 <= token < self.size:
-            raise ValueError(f"id {token} is outside the vocabulary of {self.size}")
+            raise ValueError(f"token {token} is outside the vocabulary of {self.size}")
         if token in self.text_range:
             return f"t{token}"
         if token in self.image_range:
@@ -130,11 +130,11 @@ class Vocab:
             return f"<mask:{token - self.sentinel_range.start}>"
         return f"<{CONTROL_NAMES[token - self.control_range.start]}>"
 
-    def picture(self, tokens) -> str:
-        """`"<eod> t3 t5 <break> i7 <eod>"`: a row as a person reads it."""
+    def to_text(self, tokens) -> str:
+        """`"<eod> t3 t5 <break> i7 <eod>"`: a readable form of a row."""
         return " ".join(self.name(int(t)) for t in np.asarray(tokens))
 
     def fingerprint(self) -> str:
-        """Equal for equal id assignments; stored beside everything that holds ids."""
+        """Equal for equal token ranges; stored with everything that contains tokens."""
         fields = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]

@@ -205,7 +205,7 @@ def test_names_that_are_no_tree_are_one_sentence(tmp_path):
         record = json.loads(path.read_text())
         record["fingerprint"] = compute_fingerprint(tensors)
         path.write_text(json.dumps(record))
-        with pytest.raises(CheckpointError, match="fits no tree"):
+        with pytest.raises(CheckpointError, match="not a name of a parameter"):
             load_weights(folder)
 
 
@@ -223,7 +223,7 @@ def test_a_config_is_built_or_named():
         ({"width": "2"}, "width='2'.* wants int"),
         ({"width": True}, "width=True"),
         ({"width": 2, "height": 3}, "says height"),
-        ({}, "describes no Sizes"),
+        ({}, "is not a valid Sizes"),
     ):
         with pytest.raises(CheckpointError, match=message):
             build_config(Sizes, fields, where)

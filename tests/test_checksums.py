@@ -98,9 +98,12 @@ def test_who_reads_what():
     seen = np.zeros((2, 3, 1), np.uint8)
     seen[1, 2] = 1
     known, sizes = np.zeros((2, 3), bool), np.ones((2, 3), np.float32)
-    assert checksums.share_out(seen, known, sizes).tolist() == [[0, 1, 0], [0, 1, 1]]
+    assert checksums.assign_readers(seen, known, sizes).tolist() == [
+        [0, 1, 0],
+        [0, 1, 1],
+    ]
     known[1, 0] = True
-    assert checksums.share_out(seen, known, sizes)[:, 0].tolist() == [1, 1]
+    assert checksums.assign_readers(seen, known, sizes)[:, 0].tolist() == [1, 1]
 
 
 def test_hosts_that_see_the_same_files_read_each_once(folder, reading, four_hosts):

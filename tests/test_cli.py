@@ -100,7 +100,7 @@ def test_near_misses_are_named(capsys):
     ]:
         assert f"did you mean {near}?" in sentence(capsys, *words)
     error = sentence(capsys, "xyzzy")
-    assert "there is no 'xyzzy'; known are quickstart, fit, train" in error
+    assert "there is no 'xyzzy'; known: quickstart, fit, train" in error
 
 
 def test_the_help_names_every_option_and_its_default():
@@ -111,7 +111,7 @@ def test_the_help_names_every_option_and_its_default():
                 continue
             assert action.help and "None" not in action.help, (parser.prog, action)
         shown[parser.prog] = " ".join(parser.format_help().split())
-    assert "(nucleus) (default: 0.9)" in shown["racm3 generate"]
+    assert "of the kept tokens (default: 0.9)" in shown["racm3 generate"]
     assert (
         "PNG file of the results (default: search.png)" in shown["racm3 memory search"]
     )
@@ -221,7 +221,7 @@ def test_ctrl_c_has_its_own_status(failing, capsys):
 
 def test_what_the_system_refuses_names_path_and_remedy(failing, capsys):
     for number, words in [
-        (errno.ENOSPC, "the disk is full: make room"),
+        (errno.ENOSPC, "the disk is full: free some space"),
         (errno.EROFS, "read-only: give another path"),
         (errno.EACCES, "permission denied: change its permissions"),
         (errno.EPIPE + 900, "check the path"),

@@ -159,7 +159,7 @@ def test_learned_positions_end_somewhere():
     pairing = Pairing(
         PairingConfig(1.0, (0, 4), rename=False), np.array([0, 0, 1]), None
     )
-    with pytest.raises(ValueError, match="hold positions up to 67: raise it"):
+    with pytest.raises(ValueError, match="have positions up to 67: raise it"):
         check_positions(model, fits, None, pairing)
     rotary = dataclasses.replace(model, position="rope")
     check_positions(rotary, fits, None, pairing)

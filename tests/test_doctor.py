@@ -20,7 +20,7 @@ def test_a_sound_installation(capsys, tmp_path):
     assert cli.main(["doctor", "--json", f"--workdir={tmp_path}/new"]) == 0
     findings = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
     assert all(f["verdict"] != "problem" for f in findings.values()), findings
-    assert "drawing work" in findings["self-test"]["words"]
+    assert "generation work" in findings["self-test"]["words"]
     assert findings["jax"]["words"].count(".") == 2
     assert str(tmp_path) in findings["disk"]["words"]
 

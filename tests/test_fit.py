@@ -11,7 +11,7 @@ from PIL import Image
 
 from racm3_jax import fit, run
 from racm3_jax.commands.configs import find_config, load_config_file
-from racm3_jax.fit import Pictures, choose_plan, look_at
+from racm3_jax.fit import SourceStats, choose_plan, inspect_source
 from racm3_jax.metrics import read_jsonl
 
 STEPS = {"tokenizer_steps": 2, "clip_steps": 2, "generator_steps": 2}
@@ -56,11 +56,11 @@ def photos(tmp_path_factory):
 
 
 def test_sizes_follow_the_pictures_and_the_machine():
-    few = choose_plan(Pictures(200, 192), cores=2, accelerated=False)
+    few = choose_plan(SourceStats(200, 192), cores=2, accelerated=False)
     assert (few.image_size, few.num_codes) == (128, 512)
-    assert choose_plan(Pictures(200, 90), 2, False).image_size == 64
-    assert choose_plan(Pictures(50_000, 512), 2, False).image_size == 64
-    large = choose_plan(Pictures(50_000, 512), 16, True)
+    assert choose_plan(SourceStats(200, 90), 2, False).image_size == 64
+    assert choose_plan(SourceStats(50_000, 512), 2, False).image_size == 64
+    large = choose_plan(SourceStats(50_000, 512), 16, True)
     assert large.image_size == 256 and large.generator_steps > few.generator_steps
 
 
@@ -97,7 +97,7 @@ def test_it_runs_from_files_to_drawings_and_resumes(photos, tmp_path, monkeypatc
     begin()
     assert (workdir / "samples.png").stat().st_size > 1000
     report = (workdir / "report.html").read_text()
-    assert "bits_per_image" in report and "own pictures" in report
+    assert "bits_per_image" in report and "own images" in report
     for name in ("tokenizer", "generator"):
         sheets = sorted(p.name for p in (workdir / name / "samples").iterdir())
         assert sheets == ["step-000001.png", "step-000002.png"]
@@ -135,7 +135,7 @@ def test_stages_that_are_done_are_not_run_again(photos, tmp_path, monkeypatch):
     source = f"folder:{photos}"
     trained = [(name, 2, source) for name in ("tokenizer", "clip", "clip", "generator")]
     assert runs == [*trained[:3], "memory", trained[3], "report"]
-    with pytest.raises(ValueError, match="begun with another --num_codes"):
+    with pytest.raises(ValueError, match="started with another --num_codes"):
         begin(sizes=SMALL | {"num_codes": 8})
     with pytest.raises(ValueError, match=r"another --holdout \('0.3'\)"):
         begin(holdout="0.2")
@@ -143,5 +143,5 @@ def test_stages_that_are_done_are_not_run_again(photos, tmp_path, monkeypatch):
 
 def test_a_source_without_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(ValueError, match="shows no image"):
-        look_at(f"folder:{tmp_path}")
+    with pytest.raises(ValueError, match="has no image"):
+        inspect_source(f"folder:{tmp_path}")

@@ -94,7 +94,7 @@ def test_places_that_cannot_be_written(tmp_path):
     with pytest.raises(FileExistsError, match="device is not a regular file"):
         own_files.check(tmp_path / "device")
     with pytest.raises(ValueError, match="'x.jpg' does not end in .png"):
-        own_files.check_pictures("x.jpg")
+        own_files.check_png_paths("x.jpg")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["device", "file", "memory"]
 
 

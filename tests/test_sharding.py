@@ -67,8 +67,8 @@ def test_a_tpu_slice_does_not_reduce_over_all_of_its_devices(
         ({"data": 3}, "does not fit 8 devices"),
         ({"dcn": 16}, "does not fit 8 devices"),
         ({"dcn": -1}, "one of data, fsdp and tensor may be -1"),
-        ({"data": -1, "tensor": -1}, "or data and fsdp both"),
-        ({"data": 0}, "sizes are >= 1"),
+        ({"data": -1, "tensor": -1}, "or both data and fsdp"),
+        ({"data": 0}, "sizes must be >= 1"),
     ],
 )
 def test_meshes_that_do_not_fit(sizes, message):

@@ -153,7 +153,7 @@ def test_long_names_have_leftovers_too(tmp_path):
 
 def test_work_is_claimed_by_one(tmp_path):
     lock = tmp_path / "lock"
-    words = r"runs/a is under way .*host .*process"
+    words = r"runs/a is already running .*host .*process"
     with storage.claimed(lock, "a training in runs/a"):
         again = storage.claimed(lock, "a training in runs/a")
         with pytest.raises(storage.BusyError, match=words), again:

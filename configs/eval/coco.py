@@ -1,4 +1,4 @@
-"""MS-COCO: 30,000 drawn captions, or the 5,000 captioned images of the Karpathy split.
+"""MS-COCO: images of 30,000 captions, or captions of the 5,000 Karpathy test images.
 
 racm3 evaluate --suite=coco --workdir=out/coco \
     --config.coco=DATA/coco --config.models=WORKDIR --config.memory=MEMORY
@@ -12,12 +12,12 @@ def get_config(arg: str = "") -> ConfigDict:
     task = arg or "text_to_image"
     config = ConfigDict()
     config.suite = "coco"
-    # The folder with annotations/ and the images beside it.
+    # The folder with annotations/ and the images.
     config.coco = ""
-    # Images of the list: 30,000 of val2014, or all of the Karpathy test split.
+    # Number of images: 30,000 of val2014, or all of the Karpathy test split.
     config.num_items = 30_000 if task == "text_to_image" else 5_000
     config.split = "val2014" if task == "text_to_image" else "test"
-    # Work directory of the trained model, and the memory that it retrieves from.
+    # Work directory of the trained model, and its memory.
     config.models = ""
     config.memory = ""
     config.strategy = dict(max_similarity=0.9)
@@ -38,10 +38,10 @@ def get_config(arg: str = "") -> ConfigDict:
         num_distance_resamples=20,
         num_sheet_rows=8,
     )
-    # Files of weights of the judges; empty leaves a judge out.
+    # Weight files of the evaluation models; empty skips one.
     config.inception = dict(weights="", variant="fid", resizing="clean")
-    # A CLIP other than the one that retrieves; "" judges with that one and says so.
+    # Another CLIP than the retriever's; "" uses the retriever's, with a note.
     config.judge_clip = ""
-    # Where features of the real images are kept for further runs; "": in the workdir.
+    # Cache of features of the real images for later runs; "": in the workdir.
     config.reference = ""
     return config

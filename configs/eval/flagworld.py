@@ -1,4 +1,4 @@
-"""The flagworld suite: are retrieved documents read, drawn and named?
+"""The flagworld suite: does the model use retrieved documents for images and captions?
 
 racm3 evaluate --suite=flagworld --workdir=out/evaluation
 """
@@ -9,7 +9,7 @@ from configs import flagworld
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for the shipped models, or the folder of others (its `model`, `twin`)."""
+    """`arg`: "" for the shipped models, or a folder with `model` and `twin`."""
     config = ConfigDict()
     config.suite = "flagworld"
     config.models = arg or "shipped:flagworld"

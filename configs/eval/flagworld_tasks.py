@@ -9,10 +9,10 @@ from configs.eval import flagworld
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for the shipped models, or the folder of others (its `model`, `twin`)."""
+    """`arg`: "" for the shipped models, or a folder with `model` and `twin`."""
     config = flagworld.get_config(arg)
     config.suite = "flagworld_tasks"
-    del config.num_scene_examples  # only `flagworld` judges scenes
+    del config.num_scene_examples  # only `flagworld` evaluates scenes
     config.settings = ConfigDict(
         dict(
             num_items=0,

@@ -12,31 +12,31 @@ from configs.eval import flagworld
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for the shipped models, or the folder of others (its `model`, `twin`)."""
+    """`arg`: "" for the shipped models, or a folder with `model` and `twin`."""
     shared = flagworld.get_config(arg)
     config = ConfigDict()
     config.suite = "likelihood"
-    # "" for `twin` leaves the model without retrieval out.
+    # "" for `twin` skips the baseline without retrieval.
     for name in ("models", "model", "twin", "world", "memory", "strategy"):
         config[name] = shared[name]
-    # What is scored: "kind:path" as `racm3 memory build` takes it; "" is flagworld's
-    # held-out test. Of these the first by sha256 of the id, or 0 for all.
+    # Evaluation documents: "kind:path" as for `racm3 memory build`; "" is flagworld's
+    # held-out test. The number of items, first by sha256 of the id; 0 means all.
     config.source = ""
     config.num_items = 0
-    # A memory that is there; "" builds flagworld's in the work directory.
+    # An existing memory; "" builds flagworld's in the work directory.
     config.memory_path = ""
-    # Metadata that is equal where documents tell the same: the classes of k-shot, and
-    # the documents that the retriever should find. "" leaves k-shot out, and the
-    # document to find is the one of the same id.
+    # Metadata key of a document's class: the classes of k-shot, and the correct results
+    # of the retriever. "" skips k-shot, and the correct result is the document with the
+    # same id.
     config.class_key = "nation"
-    # What k-shot shows and asks; "" is flagworld's memory of held-out nations, or the
-    # scored documents where a memory is named.
+    # Source of the k-shot examples; "" is flagworld's memory of held-out nations, or
+    # the evaluation documents if a memory is given.
     config.kshot_source = ""
     config.settings = dict(
         variants=("retrieval", "no_retrieval", "random", "copy", "twin"),
         num_retrieved=2,
         query="text",
-        # Flagworld's CLIP puts different pictures of one flag 0.95 alike.
+        # Different images of one flag have a similarity of 0.95 in flagworld's CLIP.
         max_similarity=0.995,
         recall_ks=(1, 5, 10),
         shots=(0, 1, 2),

@@ -1,4 +1,4 @@
-"""The weight of retrieved documents in the loss, at two learning rates.
+"""The loss weight of retrieved documents, at two learning rates.
 
 racm3 sweep --config=configs/sweeps/flagworld_alpha.py --workdir=out/alpha
 racm3 sweep --config=configs/sweeps/flagworld_alpha.py:tiny --workdir=out/alpha_tiny

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A training on a TPU slice of Google Kubernetes Engine: one pod a host, an indexed job.
+# A training on a TPU slice of Google Kubernetes Engine: one pod per host, an indexed job.
 #
 #   experiments/launch/gke_tpus.sh NAME IMAGE v5p 4x4x4 --config=configs/racm3_2b7.py \
 #     --workdir=/mnt/shared/racm3_2b7 --config.memory_path=/mnt/shared/memory
 #
 # IMAGE has racm3_jax[tpu] and the project's configs. CLAIM names a PersistentVolumeClaim
-# that all hosts mount at /mnt/shared (default: racm3). A host that is taken away ends the
-# training with a save; the job starts it again, and it resumes. DRY_RUN=1 prints the
+# that all hosts mount at /mnt/shared (default: racm3). If a host is preempted, the
+# training saves and ends; the job restarts it, and it resumes. DRY_RUN=1 prints the
 # manifest.
 set -euo pipefail
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A training on GPU nodes under SLURM: one process a GPU, which JAX joins by itself.
+# A training on GPU nodes with SLURM: one process per GPU, joined by JAX.
 #
 #   sbatch --nodes=8 experiments/launch/slurm_gpus.sh --config=configs/racm3_2b7.py \
 #     --workdir=/shared/racm3_2b7 --config.memory_path=/shared/memory
@@ -21,7 +21,7 @@ if (($# == 0)); then
   sed -n '2,9p' "$0"
   exit 2
 fi
-# JAX takes three quarters of a card unless it is told.
+# By default JAX takes three quarters of a GPU's memory.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 command=(srun --kill-on-bad-exit=0 racm3 train "$@")
 if [[ ${DRY_RUN:-} ]]; then

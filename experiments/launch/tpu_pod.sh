@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A training on a TPU pod of Google Cloud: makes the pod, installs, trains on all hosts.
+# A training on a TPU pod of Google Cloud: creates the pod, installs, trains on all hosts.
 #
 #   experiments/launch/tpu_pod.sh NAME ZONE v5p-128 --config=configs/racm3_2b7.py \
 #     --workdir=/mnt/shared/racm3_2b7 --config.memory_path=/mnt/shared/memory
 #
-# The type of a v5p counts cores, two a chip: v5p-128 has 64 chips; v5litepod-64 and
-# v6e-64 count chips. All hosts must see the work directory. SPOT=1 asks for spot machines:
-# when they are taken, the training saves and ends with status 75; the same command makes
+# The type of a v5p counts cores, two per chip: v5p-128 has 64 chips; v5litepod-64 and
+# v6e-64 count chips. All hosts must see the work directory. SPOT=1 uses spot machines:
+# on preemption, the training saves and ends with status 75; the same command creates
 # the pod again and resumes. DRY_RUN=1 prints the commands.
 set -euo pipefail
 

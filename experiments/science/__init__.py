@@ -1,1 +1,1 @@
-"""The paper's claims, measured on flagworld; `experiments/run_all.py` runs them."""
+"""The paper's claims, tested on flagworld; `experiments/run_all.py` runs them."""

@@ -1,7 +1,7 @@
-"""Do the results of one run hold in another one, with other seeds?
+"""Checks whether the results agree with another run with other seeds.
 
-A figure agrees when the other run's mean lies within the first run's 95% interval, or the
-first one's within the other's: both are means of few seeds.
+A result agrees if the other run's mean is in the first run's 95% interval, or the first
+one's in the other's: both are means of few seeds.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def write_agreement(experiment: Experiment, rerun: Path, published: Path) -> Pat
 def compare_results(
     experiment: Experiment, first: dict[str, Any], second: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One row for every figure of the table that both runs have."""
+    """One row for every result of the table that both runs have."""
     rows = []
     for condition, title in experiment.conditions.items():
         for name, words in experiment.columns.items():

@@ -16,12 +16,12 @@ from science.measures import (
 from science.worlds import EASY, open_bench
 
 ALPHAS = (0.0, 0.03, 0.1, 0.3, 1.0)
-# What it is about, generation without documents, needs no model that copies.
+# Generation without documents, the main question, does not need a model that copies.
 NUM_STEPS = 3000
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """A model trained with this α draws and captions, with documents and without."""
+    """A model trained with this α: images and captions with and without documents."""
     bench = open_bench(seed, place, **EASY)
     alpha = float(condition)
     plain = variants.train_model(
@@ -80,7 +80,7 @@ EXPERIMENT = Experiment(
     settings=variants.SETTINGS | {"num_steps": NUM_STEPS},
     notes=(
         f"Trained for {NUM_STEPS} steps, half of those of the experiments below: whether "
-        "a model copies by then hangs on its seed. K=0 is the same model without "
+        "a model copies by then depends on its seed. K=0 is the same model without "
         f"documents. {DISTANCE_NOTE}"
     ),
 )

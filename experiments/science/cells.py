@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def cell_path(experiment: Experiment, condition: str, seed: int, place: Place) -> Path:
-    """Where the figures of one cell are kept."""
+    """File of the results of one cell."""
     name = f"{condition}-seed{seed}.json"
     return place.work / place.scale.name / "cells" / experiment.name / name
 
@@ -32,7 +32,7 @@ def cell_path(experiment: Experiment, condition: str, seed: int, place: Place) -
 def read_cell(
     experiment: Experiment, condition: str, seed: int, place: Place
 ) -> Cell | None:
-    """The cell, if it was measured with the present settings."""
+    """The cell, if it was measured with the current settings."""
     path = cell_path(experiment, condition, seed, place)
     if not path.exists():
         return None
@@ -41,7 +41,7 @@ def read_cell(
 
 
 def read_cells(experiment: Experiment, place: Place) -> dict[tuple[str, int], Cell]:
-    """All cells that are there, by (condition, seed)."""
+    """All existing cells, by (condition, seed)."""
     found = {}
     for condition in experiment.conditions:
         for seed in experiment.seeds:
@@ -52,10 +52,10 @@ def read_cells(experiment: Experiment, place: Place) -> dict[tuple[str, int], Ce
 
 
 def restore_cells(experiment: Experiment, place: Place, results: Path) -> int:
-    """Takes cells from published results, so that they are not measured again.
+    """Restores cells from published results, so that they are not measured again.
 
     Returns:
-      How many; none of other settings, of another scale, or that are there already.
+      Their number, without cells of other settings or scale, or existing ones.
     """
     published = results / f"{experiment.name}.json"
     if not published.exists():
@@ -75,7 +75,7 @@ def restore_cells(experiment: Experiment, place: Place, results: Path) -> int:
 
 
 def read_figures(cell: Cell) -> Figures:
-    """The figures as they were measured."""
+    """The measured results."""
     return {
         name: Share(value["successes"], value["total"], value.get("design_effect", 1.0))
         if isinstance(value, dict)
@@ -85,14 +85,14 @@ def read_figures(cell: Cell) -> Figures:
 
 
 def read_curves(cell: Cell) -> dict[str, Curve]:
-    """The curves that were kept with it, if any."""
+    """The curves stored with it, if any."""
     return {name: Curve(**found) for name, found in cell.get("curves", {}).items()}
 
 
 def measure_cell(
     experiment: Experiment, condition: str, seed: int, place: Place
 ) -> Cell:
-    """Measures one cell and writes it aside, renamed when complete."""
+    """Measures one cell and writes it atomically."""
     started, before = time.monotonic(), cpu_seconds()
     measured = experiment.measure(condition, seed, place)
     figures: Figures = {}
@@ -130,21 +130,21 @@ def _settings(experiment: Experiment) -> Any:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Writes aside and renames."""
+    """Writes atomically (temporary file, then rename)."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     os.replace(aside, path)
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and of its finished children."""
     used = [resource.getrusage(resource.RUSAGE_SELF)]
     used.append(resource.getrusage(resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def two_core_hours(cells: Iterable[Cell]) -> float:
-    """Hours on two cores; a cell that was kept to one of them counts half."""
+    """Hours on two cores; a cell that used one core counts half."""
     return sum(c["wall_seconds"] * c["num_cores"] for c in cells) / 2 / 3600
 
 
@@ -169,7 +169,7 @@ def find_commit() -> str:
 
 @contextlib.contextmanager
 def hold(lock: Path | None) -> Iterator[None]:
-    """Holds a lock file, as flock(1) does, where a machine is shared by such a file."""
+    """Holds a lock file (like flock(1)) for sharing a machine."""
     if lock is None:
         yield
         return

@@ -1,11 +1,11 @@
-"""Seeds -> a mean with its 95% interval; the difference of two conditions, seed by seed.
+"""Combines seeds: means with 95% intervals; differences of conditions, seed by seed.
 
-A share has two sources of chance, the nations of a seed and the seed itself. Its interval
-is the wider of two at each end: Student's t over the seeds, and Wilson's of the outcomes
-of all seeds together, which stays honest where all seeds say 0% or 100%.
+A fraction has two sources of variance, the nations of a seed and the seed itself. Its
+interval is the wider of two at each end: Student's t over the seeds, and Wilson's over
+the outcomes of all seeds, which stays valid if all seeds have 0% or 100%.
 
-A difference of shares carries the error of the questions and that of the seeds (see
-`evaluation.intervals`): three seeds that happen to agree are no certainty.
+A difference of fractions has the error of the questions and of the seeds (see
+`evaluation.intervals`): three seeds that agree by chance are not a certainty.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from racm3_jax.evaluation.intervals import Share, difference_of_shares
 
 @dataclasses.dataclass(frozen=True)
 class Combined:
-    """A figure over the seeds.
+    """A result over the seeds.
 
     Attributes:
       value: the mean of the seeds.
       interval: 95%; None of a single seed without outcomes.
-      seeds: the figure of each seed.
-      is_share: it counts outcomes.
-      p_value: of a difference, two-sided, not corrected for others; None where it is
-        none, or of fewer than two seeds.
+      seeds: the result of each seed.
+      is_share: whether it is a fraction of outcomes.
+      p_value: of a difference, two-sided, uncorrected; None if it is not a difference
+        or has fewer than two seeds.
     """
 
     value: float
@@ -51,7 +51,7 @@ class Combined:
 
 
 def combine(figures: Sequence[Share | float]) -> Combined:
-    """The figure of all seeds.
+    """The result over all seeds.
 
     Raises:
       ValueError: there are none, or shares and other numbers are mixed.
@@ -77,7 +77,7 @@ def combine(figures: Sequence[Share | float]) -> Combined:
 def compare(
     figures: Sequence[Share | float], reference: Sequence[Share | float]
 ) -> Combined:
-    """The figure less that of the reference, of each seed, with its interval."""
+    """The difference from the reference, over the seeds, with its interval."""
     pairs = list(zip(figures, reference, strict=True))
     values = [_value(a) - _value(b) for a, b in pairs]
     mean = float(np.mean(values))
@@ -101,7 +101,7 @@ def _value(figure: Share | float) -> float:
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95% of the mean by Student's t; None of fewer than two values, or infinite ones."""
+    """Student's 95% interval of a mean; None for fewer than two or infinite values."""
     if len(values) < 2 or not np.isfinite(values).all():
         return None
     mean, count = float(np.mean(values)), len(values)

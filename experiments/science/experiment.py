@@ -1,9 +1,9 @@
-"""What an experiment is, and what a cell of it is measured with.
+"""The definition of an experiment, and of how a cell is measured.
 
-    experiment = conditions x seeds of cells;  cell -> figures by name
+    experiment = conditions x seeds cells;  cell -> results by name
 
-A seed is a world of its own (held-out nations that no model was trained on), the sampling
-in it, and, where a model is trained, its initialisation, order and masks.
+Each seed has its own world (held-out nations that no model was trained on), sampling,
+and, where a model is trained, initialisation, data order and masks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Figures = dict[str, Share | float]
 
 
 class Curve(NamedTuple):
-    """Values over a course; kept with a cell, drawn, and in no table."""
+    """A curve, stored with a cell and plotted, but not in a table."""
 
     x: list[float]
     y: list[float]
@@ -27,18 +27,18 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """Sizes of an experiment.
 
     Attributes:
-      name: keeps the cells of scales apart.
-      num_heldout: nations that are asked for, a seed.
-      num_others: further nations of the memory, which are never asked for.
-      num_trained: nations that the small models are trained on.
-      num_scene_examples: pictures that the scene classifier learns from.
-      max_steps: no training is longer.
-      d_model: no model is wider.
-      num_layers: no model has more.
-      num_episodes: k-shot questions a seed.
+      name: separates the cells of scales.
+      num_heldout: tested nations per seed.
+      num_others: other nations in the memory, never tested.
+      num_trained: training nations of the small models.
+      num_scene_examples: training images of the scene classifier.
+      max_steps: maximum training steps.
+      d_model: maximum width.
+      num_layers: maximum number of layers.
+      num_episodes: k-shot questions per seed.
     """
 
     name: str
@@ -58,11 +58,11 @@ TINY = Scale("tiny", 3, 8, 12, 60, 2, 32, 1, 3)
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a cell is measured.
+    """Where and at which scale a cell is measured.
 
     Attributes:
-      work: keeps cells, memories and trained models.
-      scale: how large everything is.
+      work: folder of cells, memories and trained models.
+      scale: the sizes.
     """
 
     work: Path
@@ -71,13 +71,13 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One plot: figures over the conditions.
+    """One plot: results over the conditions.
 
     Attributes:
-      title: what the axis shows.
-      figures: their names, with the words of the legend.
-      percent: they are shares.
-      log_scale: of the axis of the figures.
+      title: of the axis.
+      figures: their names, with legend labels.
+      percent: whether they are fractions.
+      log_scale: of the results' axis.
     """
 
     title: str
@@ -88,27 +88,27 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One question to the method.
+    """One question about the method.
 
     Attributes:
       number: its place in the list.
-      name: of its files, and of `--only`.
+      name: of its files, and for `--only`.
       title: the question.
-      claim: what the paper says, with where it says so.
-      conditions: what is compared, in the order of the table, with their titles.
-      measure: (condition, seed, place) -> figures, and curves if there are some.
-      columns: the figures of the table, with their titles.
+      claim: the paper's claim, with its section.
+      conditions: compared conditions, in table order, with their titles.
+      measure: (condition, seed, place) -> results, and curves if any.
+      columns: the results in the table, with their titles.
       panels: of the plot.
-      hours: estimated, all cells, on two quiet cores.
-      settings: whatever changes the figures; cells measured with others are run anew.
-      reference: the condition that the others are compared with, seed by seed.
-      also_compared: further references, with the conditions that are compared with each.
+      hours: estimate for all cells, on two idle cores.
+      settings: all that affects the results; cells with other settings are run again.
+      reference: the condition with which the others are compared, seed by seed.
+      also_compared: more references, with the conditions compared with each.
       seeds: at least three.
-      notes: what a reader of the table must know.
-      x_values: of the conditions, where they are numbers of one kind.
+      notes: explanations of the table.
+      x_values: of the conditions, if they are numbers.
       x_title: what these numbers are.
-      proof: the conditions that prove the code, on the tiny scale; all paths through it.
-      draw: draws another picture, from (experiment, cells, its file).
+      proof: conditions that test all code paths, on the tiny scale.
+      draw: draws another plot, from (experiment, cells, its file).
     """
 
     number: int
@@ -134,7 +134,7 @@ class Experiment:
 
     @property
     def comparisons(self) -> dict[str, tuple[str, ...]]:
-        """What is compared with each reference."""
+        """The conditions compared with each reference."""
         others = tuple(c for c in self.conditions if c != self.reference)
         own = {self.reference: others} if self.reference else {}
         return own | dict(self.also_compared)

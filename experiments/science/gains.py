@@ -1,4 +1,4 @@
-"""1. What retrieval gains, beside copying the neighbour and beside random documents."""
+"""1. The gain of retrieval, vs. copying the neighbour and random documents."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from science.worlds import (
 )
 
 TESTS_PER_NATION = 2
-# RA-CM3 took 24,000 steps of two rows, its twin of one: so many more make them equal.
+# RA-CM3 took 24,000 steps of two rows, the baseline of one: this many more are equal.
 TWIN_STEPS = 24_000
 RANDOM = dataclasses.replace(STRATEGY, ranking="random", max_similarity=2.0)
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Drawings, their distance to the real pictures, and captions."""
+    """Images, their distance to real images, and captions."""
     bench = open_bench(seed, place, tests_per_nation=TESTS_PER_NATION)
     if condition == "copy":
         return _copy(bench)
@@ -64,7 +64,7 @@ def _open(condition: str, bench: Bench, place: Place) -> tuple[Generator, int]:
 
 
 def train_twin(place: Place) -> Generator:
-    """The twin, trained on until it has read as many positions as RA-CM3."""
+    """The baseline, trained until it has read as many positions as RA-CM3."""
     config = load_config_file(find_config("flagworld.py") + ":twin")
     config.init_from = f"{SHIPPED}/twin"
     config.seed = 2
@@ -83,7 +83,7 @@ def train_twin(place: Place) -> Generator:
 
 
 def _copy(bench: Bench) -> Figures:
-    """The picture of the document nearest to the caption, and the other way round."""
+    """The image of the document nearest to the caption, and vice versa."""
     generator = bench.over_memory(open_shipped("model"))
     texts = [test.text for test in bench.tests]
     found = generator.retrieve_for(texts, 1, None)
@@ -111,8 +111,8 @@ EXPERIMENT = Experiment(
         "unguided": "RA-CM3, 2 documents, no guidance",
         "random": "RA-CM3, 2 random documents, guided by them",
         "no_documents": "RA-CM3, no documents",
-        "twin": "twin trained without retrieval, equal data",
-        "twin_equal_compute": "the same twin, trained on to equal compute",
+        "twin": "baseline without retrieval, equal data",
+        "twin_equal_compute": "the same baseline, trained to equal compute",
         "copy": "return the nearest document",
     },
     measure=measure,
@@ -141,9 +141,10 @@ EXPERIMENT = Experiment(
     }
     | shipped_weights(),
     notes=(
-        "Model and twin have seen the same main documents, masked alike, in the same "
-        "order; RA-CM3 reads documents besides, and so takes twice the compute, which "
-        f"the last twin gets too. {DISTANCE_NOTE} A test is asked in a scene in which "
-        "the memory never shows its nation, so that copying cannot be right in both."
+        "Model and baseline have seen the same main documents with the same masks in "
+        "the same order; RA-CM3 also reads documents, and so takes twice the "
+        f"compute, which the last baseline gets, too. {DISTANCE_NOTE} Each test uses "
+        "a scene in which the memory never shows its nation, so that copying cannot "
+        "get both right."
     ),
 )

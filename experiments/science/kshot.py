@@ -1,4 +1,4 @@
-"""10. k-shot classification in context, with labels that mean nothing."""
+"""10. k-shot classification in context, with meaningless labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SENTENCES = ("the flag of Dax", "the flag of Wug")
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Two nations, labels drawn anew for each question, `condition` examples of each."""
+    """Two nations, labels sampled for each question, `condition` examples of each."""
     shots = int(condition)
     bench = open_bench(seed, place)
     probes = TaskProbes(
@@ -49,7 +49,7 @@ def classify(
     seed: int,
     by: ClassifyBy,
 ) -> Share:
-    """One example of each label a pass; the passes are averaged, as in the paper."""
+    """One example of each label per pass; passes are averaged, as in the paper."""
     rng = np.random.default_rng([seed, shots])
     right = []
     for i, test in enumerate(probes.tests):
@@ -67,7 +67,7 @@ def classify(
 
 
 def classify_by_clip(generator: Generator, probes: TaskProbes, shots: int) -> Share:
-    """The label of the example whose CLIP embedding is nearest: needs no model."""
+    """The label of the example with the nearest CLIP embedding, without the model."""
     assert generator.embedder is not None  # load_generator always opens one
     embed = generator.embedder.embed_images
     right = []
@@ -115,10 +115,11 @@ EXPERIMENT = Experiment(
     proof=("0", "2"),
     settings={"shots": list(SHOTS)} | shipped_weights(),
     notes=(
-        "Two of the held-out nations a question; chance is 50%. Further shots are further "
+        "Two held-out nations per question; chance is 50%. More shots are more "
         "passes, whose probabilities are averaged. By the label, as in the paper: an "
-        "example of each label stands in the context, and the labels' likelihoods behind "
-        "the image are compared. By the image: the image's likelihoods are, each behind "
-        "one label and its own example (a noisy channel, arXiv 2108.04106)."
+        "example of each label is in the context, and the likelihoods of the labels "
+        "after the image are compared. By the image: the image's likelihoods are "
+        "compared, each given one label and its own example (a noisy channel, arXiv "
+        "2108.04106)."
     ),
 )

@@ -1,4 +1,4 @@
-"""How models are measured: drawings, captions, likelihoods, distances of image sets."""
+"""Measurements of models: images, captions, likelihoods, distances of image sets."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from science.experiment import Figures
 from science.worlds import Bench
 
 NUM_RETRIEVED = 2
-# As the suite of configs/eval/flagworld.py draws and captions.
+# As in the suite of configs/eval/flagworld.py.
 TEMPERATURE, TOP_P, GUIDANCE = 0.5, 0.9, 2.0
 FEATURES = "image tower of the shipped flagworld CLIP, 128 features"
 DISTANCE_NOTE = (
-    f"FID is computed on own features ({FEATURES}), against the pictures of the same test "
-    "documents: it compares rows of this table, never with other papers. KID is left out: "
-    "its estimate wants sets that are independent, and these are paired."
+    f"FID is computed on our own features ({FEATURES}), against the images of the "
+    "same test documents: it compares rows of this table only, not other papers. KID "
+    "is omitted: its estimator needs independent sets, and these are paired."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn.
+    """Sampling settings of images.
 
     Attributes:
-      guidance: weight; 1 is none.
-      guide_documents: away from what is drawn without the documents and the text, or
-        (False) without the text alone.
-      temperature: of the ids.
+      guidance: weight; 1 is off.
+      guide_documents: guidance against generation without documents and text, or
+        (False) without the text only.
+      temperature: of the tokens.
     """
 
     guidance: float = GUIDANCE
@@ -50,7 +50,7 @@ TEXT_GUIDED = Sampling(guide_documents=False)
 
 
 def first_seed(seed: int) -> int:
-    """Of the sampling of a seed: item i draws from `first_seed + i`."""
+    """Sampling seed: item i uses `first_seed + i`."""
     return 100_000 * seed
 
 
@@ -61,7 +61,7 @@ def draw(
     num_retrieved: int = NUM_RETRIEVED,
     sampling: Sampling = UNGUIDED,
 ) -> list[GenerationOutput]:
-    """Draws every test once. Without documents there is no guidance by them."""
+    """Generates every test once. Without documents there is no guidance by them."""
     guided = num_retrieved or not sampling.guide_documents
     return generator.text_to_image_batch(
         [test.text for test in bench.tests],
@@ -77,14 +77,14 @@ def draw(
 def judge_drawings(
     outputs: Sequence[GenerationOutput], bench: Bench, prefix: str = ""
 ) -> Figures:
-    """Is the flag the asked nation's, and the scene the asked one?"""
+    """Whether flag and scene are the requested ones."""
     return judge_pictures([output.images[0] for output in outputs], bench, prefix)
 
 
 def judge_pictures(
     images: Sequence[np.ndarray], bench: Bench, prefix: str = ""
 ) -> Figures:
-    """The same of any pictures, one a test."""
+    """The same for any images, one per test."""
     return {
         f"{prefix}flag": compute_share(bench.judge.flag_verdicts(images)),
         f"{prefix}scene": compute_share(bench.judge.scene_verdicts(images)),
@@ -99,7 +99,7 @@ def measure_drawing(
     sampling: Sampling = UNGUIDED,
     prefix: str = "",
 ) -> Figures:
-    """Draws and judges."""
+    """Generates and evaluates images."""
     outputs = draw(generator, bench, seed, num_retrieved, sampling)
     return judge_drawings(outputs, bench, prefix)
 
@@ -111,7 +111,7 @@ def write_captions(
     num_retrieved: int = NUM_RETRIEVED,
     **settings: Any,
 ) -> list[GenerationOutput]:
-    """Captions every test picture, greedily."""
+    """Captions every test image, greedily."""
     plain: dict[str, Any] = {"temperature": 0.0, "guidance": 1.0, "num_candidates": 0}
     return generator.caption_batch(
         [test.images[0] for test in bench.tests],
@@ -122,7 +122,7 @@ def write_captions(
 
 
 def judge_captions(captions: Sequence[str], bench: Bench, prefix: str = "") -> Figures:
-    """Is the right nation named, and how near is the text (CIDEr-D, one reference)?"""
+    """Whether the right nation is named, and CIDEr-D with one reference."""
     scores = score_captions(
         [caption or "-" for caption in captions], [[t.text] for t in bench.tests]
     )
@@ -139,13 +139,13 @@ def measure_captions(
     num_retrieved: int = NUM_RETRIEVED,
     prefix: str = "",
 ) -> Figures:
-    """Captions and judges."""
+    """Captions and evaluates."""
     outputs = write_captions(generator, bench, seed, num_retrieved)
     return judge_captions([output.texts[0] for output in outputs], bench, prefix)
 
 
 def measure_recall(outputs: Sequence[GenerationOutput], bench: Bench) -> Figures:
-    """Is a document of the right nation among the retrieved ones?"""
+    """Whether a document of the right nation is retrieved."""
     return {"recall": compute_share(bench.judge.retrieval_verdicts(outputs))}
 
 
@@ -158,8 +158,8 @@ def measure_likelihood(
 ) -> Figures:
     """Perplexity of the captions and bits of the images of the tests.
 
-    A test asks with its own caption, so that its text perplexity with documents is that
-    of a text whose neighbours are known.
+    The query is the test's own caption, so its text perplexity with documents is that
+    of a text with known neighbours.
     """
     means = compute_likelihoods(
         generator, bench.tests, num_retrieved=num_retrieved, query=query
@@ -176,7 +176,7 @@ def measure_reading(
     seed: int,
     num_retrieved: int = NUM_RETRIEVED,
 ) -> Figures:
-    """What most experiments ask: guided drawings, captions, likelihoods."""
+    """The measurements of most experiments: guided images, captions, likelihoods."""
     return {
         **measure_drawing(generator, bench, seed, num_retrieved, Sampling()),
         **measure_captions(generator, bench, seed, num_retrieved),
@@ -190,7 +190,7 @@ def measure_distances(
     generator: Generator,
     prefix: str = "",
 ) -> Figures:
-    """FID on own features; of a generator with the shipped embedder."""
+    """FID on our own features, of a generator with the shipped embedder."""
     assert generator.embedder is not None  # load_generator always opens one
     features = CLIPFeatures(generator.embedder)
 

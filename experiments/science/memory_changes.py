@@ -1,4 +1,4 @@
-"""9. The memory changes: it grows, loses documents, goes stale, misleads."""
+"""9. Changes of the memory: more, fewer, outdated and misleading documents."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from science.worlds import (
     shipped_weights,
 )
 
-# Further nations in the memory, 4 documents each.
+# Other nations in the memory, 4 documents each.
 SIZES = {"nations_0": 0, "nations_1000": 1000, "nations_4000": 4000}
-# Documents of each nation that is asked for.
+# Documents of each tested nation.
 DEPTHS = {"documents_1": 1, "documents_2": 2, "documents_4": 4}
-# Of 8 documents a nation, how many show its flag before it changed, and after.
+# Of 8 documents per nation, how many show its old flag, and its new one.
 MIXTURES = {
     "stale": (8, 0),
     "added": (8, 8),
@@ -36,7 +36,7 @@ REMOVALS = {"removed_half": 0.5, "removed_all": 1.0}
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Drawings over a changed memory."""
+    """Images with a changed memory."""
     if condition in MIXTURES:
         return _measure_mixture(*MIXTURES[condition], seed, place)
     if condition in REMOVALS:
@@ -56,13 +56,14 @@ def _draw(bench: Bench, seed: int) -> Figures:
 
 
 def _measure_removal(share: float, condition: str, seed: int, place: Place) -> Figures:
-    """Removes documents of each nation for good, of a copy of the memory on disk."""
+    """Removes documents of each nation permanently, in a copy of the memory on disk."""
     bench = open_bench(seed, place)
     folder = place.work / place.scale.name / "removed" / f"{condition}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(bench.memory.path, folder)
     memory = Memory.load(folder)
-    # The model is opened before, and asked after: what is removed is gone at once.
+    # The model is opened before, and used after the removal, which has immediate
+    # effect.
     generator = bench.over_memory(open_shipped("model"), memory=memory)
     shown = read_flagworld(bench.world, "heldout_memory")
     doomed = [d.id for i, d in enumerate(shown) if i % 8 < 8 * share]
@@ -162,7 +163,7 @@ EXPERIMENT = Experiment(
     }
     | shipped_weights(),
     notes=(
-        "No weight changes in any row. Misleading documents and new documents are the "
-        "same thing seen from two sides: which flag is right is for the memory to say."
+        "The weights are the same in all rows. Misleading and new documents are the "
+        "same case from two perspectives: the memory defines which flag is right."
     ),
 )

@@ -1,4 +1,4 @@
-"""5. What of a retrieved document the model is given: its image, its text, or both."""
+"""5. The modality of retrieved documents: image, text, or both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GIVEN = ("both", "image", "text")
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """The shipped model, or one that was trained on such documents, reads them."""
+    """The shipped model, or one trained on such documents."""
     how, _, given = condition.partition("_")
     strategy = dataclasses.replace(STRATEGY, given=given)
     if how == "test":
@@ -60,8 +60,8 @@ EXPERIMENT = Experiment(
     proof=("test_text", "trained_image"),
     settings=variants.SETTINGS | shipped_weights(),
     notes=(
-        "The retriever finds the same documents in all rows; the model is given parts of "
-        "them. The shipped model has been trained on whole documents only; the models of "
-        "the last three rows are small, and were trained on what they are given."
+        "The retriever finds the same documents in all rows; the context has parts of "
+        "them. The shipped model was trained on whole documents only; the models of "
+        "the last three rows are small, and were trained on the same parts."
     ),
 )

@@ -1,4 +1,4 @@
-"""2. How many documents at test."""
+"""2. The number of documents at test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNTS = (0, 1, 2, 4)
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Drawing, with and without guidance, captions and likelihood behind K documents."""
+    """Images with and without guidance, captions and likelihoods with K documents."""
     k = int(condition)
     bench = open_bench(seed, place)
     generator = bench.over_memory(open_shipped("model"))
@@ -40,9 +40,9 @@ EXPERIMENT = Experiment(
     name="num_documents",
     title="How many retrieved documents does a prompt need?",
     claim=(
-        "Two documents at test are used throughout, after training with K ~ U{0, 1, 2}; "
-        "the successor (arXiv 2309.02591) prints FID 10.82, 5.78 and 4.88 with "
-        "0, 1 and 2 documents."
+        "Two documents at test are used throughout, after training with K ~ "
+        f"U{0, 1, 2}; the successor (arXiv 2309.02591) prints FID 10.82, 5.78 and 4.88 "
+        "with 0, 1 and 2 documents."
     ),
     conditions={str(k): f"K = {k}" for k in COUNTS},
     measure=measure,
@@ -75,7 +75,7 @@ EXPERIMENT = Experiment(
     proof=("0", "4"),
     settings={"counts": list(COUNTS)} | shipped_weights(),
     notes=(
-        "Training has shown at most 2 documents: behind 4, positions follow that no example "
-        f"of the training had. {DISTANCE_NOTE}"
+        "Training has at most 2 documents: 4 documents lead to positions that no "
+        f"training example had. {DISTANCE_NOTE}"
     ),
 )

@@ -1,7 +1,7 @@
-"""experiments/README.md: the page that a reviewer of the paper reads.
+"""Generates experiments/README.md, the summary of all experiments.
 
 Tables come from the committed results, conclusions from `CONCLUSIONS`, which are written
-by hand after an experiment is done and shown only beside its results.
+by hand after an experiment and shown only with its results.
 """
 
 from __future__ import annotations
@@ -16,46 +16,47 @@ from science.experiment import FULL, Experiment
 HEAD = """\
 # Does retrieval do what the paper says?
 
-Ten questions to RA-CM3 ([arXiv 2211.12561](https://arxiv.org/abs/2211.12561)), asked on
-flagworld: a generated world of nations, each with an invented name that says nothing about
-its flag. Nations that are asked for were in no model's training; the memory shows them. So
-whether a flag is right, or a name, is decided exactly, by a program that knows the world
-and no model.
+Ten questions about RA-CM3 ([arXiv 2211.12561](https://arxiv.org/abs/2211.12561)),
+tested on flagworld: a synthetic world of nations, each with an invented name that does
+not predict its flag. The tested nations were in no model's training, only in the
+memory. So whether a flag or a name is right is decided exactly, by a program that knows
+the world, without another model.
 
 ```bash
 python experiments/run_all.py                             # state and time of each
 python experiments/run_all.py --run                       # what is missing, in order
-taskset -c 0 python experiments/run_all.py --run --seeds=1 # one core a seed: 1.3 times as fast
+taskset -c 0 python experiments/run_all.py --run --seeds=1 # a core per seed: 1.3x as fast
 python experiments/run_all.py --run --only=num_documents  # one of them
 python experiments/run_all.py --run --tiny --out=out/tiny # proves the code on a small world
 python experiments/run_all.py --page                      # writes this page again
 ```
 
-A run that was stopped resumes. Every experiment is at least three seeds; a seed is a world
-of its own, with {num_heldout} held-out nations, {num_documents:,} documents in the memory
-unless a row says otherwise, and its own sampling; where a model is trained, also its own
-initialisation and order. Brackets are 95% intervals: Student's t over the seeds; for shares
-the wider, at each end, of that and Wilson's over all outcomes. The plots show them as bars,
-and each seed as a small circle. Drawing samples at temperature 0.5, top-p 0.9; "guided" is
-weight 2 away from what is drawn without the documents; captions are greedy. Experiments 1,
-2, 9, 10 and half of 5 ask the shipped models (3.6 million parameters); the others train
-small ones from nothing, in an easier world (flags of one size, hanging still, at two
-heights), so that all of them together take hours on two cores, not days.
-FID is computed on own features, and is comparable within a table only.
+An interrupted run resumes. Every experiment has at least three seeds; each seed has its
+own world, with {num_heldout} held-out nations, {num_documents:,} documents in the
+memory unless a row says otherwise, and its own sampling; where a model is trained, also
+its own initialisation and data order. Brackets are 95% intervals: Student's t over the
+seeds; for fractions the wider, at each end, of that and Wilson's over all outcomes. The
+plots show them as bars, and each seed as a small circle. Images are sampled at
+temperature 0.5, top-p 0.9; "guided" means guidance with weight 2 against generation
+without the documents; captions are greedy. Experiments 1, 2, 9, 10 and half of 5 test
+the shipped models (3.6 million parameters); the others train small ones from scratch,
+in an easier world (flags of one size, not waving, at two heights), so that all of them
+together take hours on two cores, not days. FID is computed on our own features, and is
+comparable only within a table.
 """
 
-# Of experiments that ask the shipped models, whose weights are among their settings.
+# For experiments with the shipped models, whose weights are among their settings.
 ONE_PAIR = (
-    "The seeds of what asks the shipped models share that one trained pair: their "
+    "All seeds that test the shipped models share the same trained pair: their "
     "intervals are over worlds, questions and samples, not over trainings."
 )
 TAIL = """\
 ## The other files here
 
-`bench_*.py` measure speed, `faults.py`, `memory_faults.py` and `checkpoint_faults.py` what
-survives faults; each says in its first lines what it does and how it is run.
-`make_shipped_weights.py` makes the shipped weights again, from nothing.
-`emojiworld/` asks for real drawings of things that no model saw: see its README.md.
+`bench_*.py` measure speed; `faults.py`, `memory_faults.py` and `checkpoint_faults.py`
+test robustness to faults; each has its description and usage in its first lines.
+`make_shipped_weights.py` trains the shipped weights again, from scratch.
+`emojiworld/` tests generation of real emoji of held-out things: see its README.md.
 """
 
 
@@ -96,7 +97,7 @@ def _overview(experiments: Sequence[Experiment], results: Path) -> str:
 
 
 def _anchor(title: str) -> str:
-    """As GitHub makes the anchor of a heading."""
+    """The anchor of a heading on GitHub."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
     return kept.replace(" ", "-")
 

@@ -1,4 +1,4 @@
-"""What a reviewer reads of an experiment: JSON with every figure, a table, a plot."""
+"""The report of an experiment: JSON with all results, a table, a plot."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _SIGNIFICANT = 0.05
 def combine_cells(
     experiment: Experiment, cells: Mapping[tuple[str, int], Cell]
 ) -> tuple[Results, dict[str, Results]]:
-    """(figures over the seeds, differences from each reference), by condition and name.
+    """(results over the seeds, differences from each reference), by condition and name.
 
-    Differences take the seeds that both have.
+    Differences use the seeds that both have.
     """
     figures = {key: read_figures(cell) for key, cell in cells.items()}
     means: Results = {}
@@ -54,7 +54,7 @@ def combine_cells(
 def _compare(
     own: Mapping[int, Figures], other: Mapping[int, Figures]
 ) -> dict[str, Combined]:
-    """The differences of what all shared seeds have; none of fewer than two seeds."""
+    """Differences over the shared seeds; none for fewer than two seeds."""
     shared = [seed for seed in own if seed in other]
     if len(shared) < 2:
         return {}
@@ -72,7 +72,7 @@ def _of(
 
 
 def format_table(experiment: Experiment, means: Results) -> str:
-    """One row a condition; figures with their 95% intervals."""
+    """One row per condition; results with 95% intervals."""
     names = {
         name: title
         for name, title in experiment.columns.items()
@@ -113,7 +113,7 @@ def format_differences(
     differences: Results,
     adjusted: Mapping[tuple[str, str], float],
 ) -> str:
-    """The differences that stay after Holm's correction, in one list.
+    """The differences that are significant after Holm's correction.
 
     Args:
       experiment: names conditions and figures.
@@ -219,7 +219,7 @@ def _to_json(results: Results) -> dict[str, Any]:
 
 
 def plot(experiment: Experiment, means: Results, path: Path) -> None:
-    """One panel beside the other; bars are the 95% intervals, small circles the seeds."""
+    """Panels side by side; bars are 95% intervals, small circles the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""8. How often a whole segment is moved: captioning by infilling, and guidance."""
+"""8. The probability of rotation: captioning by infilling, and guidance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROBABILITIES = (0.0, 0.1, 0.25, 0.5)
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Captions by infilling, and drawings with both kinds of guidance and with none."""
+    """Captions by infilling, and images with both kinds of guidance and with none."""
     bench = open_bench(seed, place, **EASY)
     plain = variants.train_model(
         seed, place, changes={"masking.rotation_probability": float(condition)}
@@ -43,8 +43,8 @@ EXPERIMENT = Experiment(
     title="How often must a whole caption be moved?",
     claim=(
         "The paper captions by infilling, with the prompt `Photo of <mask>`, after "
-        "training on spans alone; whole-segment rotation is an option of its successors "
-        "(arXiv 2309.02591), whose guidance replaces the text by `<mask>`."
+        "training on spans alone; whole-segment rotation is an option of its "
+        "successors (arXiv 2309.02591), whose guidance replaces the text by `<mask>`."
     ),
     conditions={str(p): f"rotation {p:g}" for p in PROBABILITIES},
     measure=measure,
@@ -77,8 +77,8 @@ EXPERIMENT = Experiment(
     proof=("0.5",),
     settings=variants.SETTINGS,
     notes=(
-        "Guidance has weight 2. Spans of images and captions move besides (Poisson with "
-        "mean 0.2), as in configs/flagworld.py. Likelihoods are those of whole documents, "
-        "nothing moved."
+        "Guidance has weight 2. Spans of images and captions are moved, too (Poisson "
+        "with mean 0.2), as in configs/flagworld.py. Likelihoods are of documents "
+        "without masks."
     ),
 )

@@ -1,4 +1,4 @@
-"""6. Retrieval from the first step on, against a plain model that learns it later."""
+"""6. Retrieval from the first step on, vs. a plain model that learns it later."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from science.experiment import Experiment, Figures, Panel, Place
 from science.measures import measure_reading
 from science.worlds import EASY, open_bench
 
-# A plain model takes half the positions a step; so do the steps with documents after it.
+# A plain model takes half the positions per step of one with documents.
 FINETUNE_STEPS = variants.NUM_STEPS // 2
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """The finished model draws, captions and is scored."""
+    """Images, captions and likelihoods of the trained model."""
     bench = open_bench(seed, place, **EASY)
     if condition == "scratch":
         plain = variants.train_model(seed, place)
@@ -38,8 +38,8 @@ EXPERIMENT = Experiment(
     conditions={
         "scratch": f"with documents from scratch, {variants.NUM_STEPS} steps",
         "finetuned": (
-            f"plain for {variants.NUM_STEPS} steps, then {FINETUNE_STEPS} with documents: "
-            "equal compute"
+            f"plain for {variants.NUM_STEPS} steps, then {FINETUNE_STEPS} with "
+            "documents: equal compute"
         ),
         "finetuned_longer": (
             f"plain for {variants.NUM_STEPS} steps, then {variants.NUM_STEPS} with "
@@ -64,9 +64,9 @@ EXPERIMENT = Experiment(
     proof=("finetuned",),
     settings=variants.SETTINGS | {"finetune_steps": FINETUNE_STEPS},
     notes=(
-        "Compute counts positions of training; each part has its own schedule. The models "
-        "from scratch are the ones that experiment 5 trains on whole documents: trained "
-        "anew for this run, they count in the hours of both; in one place they are trained "
-        "once."
+        "Compute counts positions of training; each part has its own schedule. The "
+        "models from scratch are the ones that experiment 5 trains on whole "
+        "documents: trained again for this run, they count in the hours of both; in "
+        "one place they are trained once."
     ),
 )

@@ -1,4 +1,4 @@
-"""7. Size: what retrieval gains at each, and against compute."""
+"""7. Size: the gain of retrieval at each size, and against compute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CURVE_POINTS = 60
 def measure(
     condition: str, seed: int, place: Place
 ) -> dict[str, Share | float | Curve]:
-    """A model of one size draws, captions and is scored; and what its training took."""
+    """Images, captions and likelihoods of a model of one size; cost of its training."""
     size, _, kind = condition.partition("_")
     retrieval = kind == "retrieval"
     config = make_config(size, retrieval, seed, place)
@@ -44,7 +44,7 @@ def measure(
 
 
 def smooth(steps: Sequence[int], values: Sequence[float], a_step: float) -> Curve:
-    """Means of neighbouring values, over the compute that was spent; a few points."""
+    """Smoothed values over the training compute; a few points."""
     parts = min(len(steps), CURVE_POINTS)
     means = [
         [float(f"{np.mean(part):.4g}") for part in np.array_split(whole, parts)]
@@ -69,7 +69,7 @@ def make_config(size: str, retrieval: bool, seed: int, place: Place) -> Any:
 def draw_curves(
     experiment: Experiment, cells: dict[tuple[str, int], Cell], path: Path
 ) -> None:
-    """Losses against the compute that was spent, one line a training."""
+    """Losses over training compute, one line per training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,9 +103,9 @@ EXPERIMENT = Experiment(
     name="sizes",
     title="Does retrieval gain at every size, and at equal compute?",
     claim=(
-        "RA-CM3 does better than plain models with less compute (under 30% of DALL-E's, "
-        "abstract). An ablation over sizes is mentioned; its figures are not in what we "
-        "could read."
+        "RA-CM3 does better than plain models with less compute (under 30% of "
+        "DALL-E's, abstract). An ablation over sizes is mentioned; its figures are "
+        "not in what we could read."
     ),
     conditions={
         f"{size}_{kind}": f"{size} ({width} wide, {layers} layers), {words}"
@@ -137,9 +137,9 @@ EXPERIMENT = Experiment(
     proof=("small_retrieval", "small_plain"),
     settings=variants.SETTINGS | {"sizes": {k: list(v) for k, v in SIZES.items()}},
     notes=(
-        "At one size both kinds take the same number of positions: the plain model takes "
-        "twice the steps, and sees twice the main documents. Compute is PaLM's count. "
-        "Minutes are of this machine, which may have been busy."
+        "At each size both kinds use the same number of positions: the model without "
+        "documents takes twice the steps, and sees twice the main documents. Compute "
+        "is PaLM's count. Minutes are of this machine, which may have been busy."
     ),
     draw=draw_curves,
 )

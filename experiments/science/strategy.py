@@ -1,4 +1,4 @@
-"""4. Which documents are shown in training, where the memory holds planted copies."""
+"""4. Retrieval strategies in training, with planted copies in the memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from science.measures import (
 from science.worlds import EASY, STRATEGY, open_bench
 
 DUPLICATE_SHARE = 0.5
-# Nothing is dropped but the main document itself.
+# Only the main document itself is dropped.
 _KEEP_ALL = {"max_similarity": 2.0, "drop_same_source": False}
 _DIVERSE = {"max_similarity": STRATEGY.max_similarity, "drop_same_source": True}
-# Condition -> (strategy, queries with dropout that the memory holds).
+# Condition -> (strategy, queries with dropout in the memory).
 STRATEGIES: dict[str, tuple[dict[str, Any], int]] = {
     "random": (_KEEP_ALL | {"ranking": "random"}, 0),
     "relevance": (_KEEP_ALL, 0),
@@ -29,9 +29,9 @@ STRATEGIES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """A model trained with a strategy, over a memory with copies.
+    """A model trained with a strategy and a memory with copies.
 
-    It is asked twice: with the strategy of its own training, and with the whole one.
+    It is tested twice: with the strategy of its training, and with the full one.
     """
     planted = EASY | {"duplicate_share": DUPLICATE_SHARE}
     bench = open_bench(seed, place, **planted)
@@ -58,8 +58,9 @@ EXPERIMENT = Experiment(
     title="Which documents should a model be trained to read?",
     claim=(
         "Relevance, whole documents and diversity (skip a candidate that is more than "
-        "0.9 alike to the query or to a taken one) make retrieval work; dropping 20% of "
-        "the query in training is worth 3 points of perplexity and more (section 3.1)."
+        "0.9 alike to the query or to a taken one) make retrieval work; dropping 20% "
+        "of the query in training is worth 3 points of perplexity and more (section "
+        "3.1)."
     ),
     conditions={
         "random": "random documents",
@@ -96,9 +97,9 @@ EXPERIMENT = Experiment(
     settings=variants.SETTINGS | {"duplicate_share": DUPLICATE_SHARE},
     notes=(
         f"{DUPLICATE_SHARE:.0%} of the documents have an exact copy in the memory, in "
-        "training and at test, which names the same source. "
-        '"Most relevant" drops nothing but the document itself; diversity drops what is '
-        "more than 0.95 alike, and documents of the same source. Likelihoods are those "
+        "training and at test, with the same source. "
+        '"Most relevant" drops only the document itself; diversity drops documents with a '
+        "similarity above 0.95, and those of the same source. Likelihoods are measured "
         "with the whole strategy at test."
     ),
 )

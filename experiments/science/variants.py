@@ -1,8 +1,8 @@
-"""Small models trained from nothing, one a variant and seed; equal ones are shared.
+"""Small models trained from scratch, one per variant and seed; equal ones are shared.
 
-Each is `racm3_jax.train(config, folder)` with configs/flagworld.py and what the variant
-changes. The folder's name is a hash of the config, so that an experiment finds what
-another one has trained, and a training that was interrupted goes on.
+Each is `racm3_jax.train(config, folder)` with configs/flagworld.py and the variant's
+changes. The folder's name is a hash of the config, so that experiments share trained
+models, and interrupted trainings resume.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from science.cells import cpu_seconds, write_json
 from science.experiment import Place
 from science.worlds import EASY, open_memory
 
-# The model of experiments 3 to 8, but where one says otherwise: width, layers, steps. At
-# half as many steps it hangs on the seed whether a model has begun to copy (LOG.md).
+# The model of experiments 3 to 8, unless one says otherwise: width, layers, steps. With
+# half as many steps, whether a model has begun to copy depends on the seed (LOG.md).
 D_MODEL, NUM_LAYERS = 128, 4
 NUM_STEPS = 6000
-# Many small steps: at half as many of twice as much, and a learning rate of 2e-3, as many
-# examples teach half as much copying (flags 26 of 100 instead of 48).
+# Many small steps: with half as many steps of twice the batch, and a learning rate of
+# 2e-3, the same examples teach half as much copying (flags 26 of 100 vs. 48).
 LEARNING_RATE = 4e-3
 EXAMPLES, ROWS, ROW_LENGTH = 6, 4, 272
-# Rows without documents are half as full: a plain model takes half the positions a step.
+# Rows without documents are half as full: a plain model takes half the positions.
 PLAIN_ROWS = 2
 ROTATION = 0.25
-# Twice for an id of a caption costs half of the flags, and wins no names (LOG.md).
+# A weight of 2 for caption tokens loses half of the flags, and gains no names (LOG.md).
 TEXT_WEIGHT = 1.0
 SETTINGS = {
     "d_model": D_MODEL,
@@ -73,15 +73,15 @@ def make_config(
 
     Args:
       seed: of initialisation, order, masks and queries.
-      place: keeps the memory.
+      place: has the memory.
       retrieval: False trains the plain model.
       num_steps: of this training.
       d_model: width of the model.
       num_layers: of the model.
       init_from: folder of weights to start from.
-      changes: further settings by their dotted names.
-      world_changes: of the world that is trained on.
-      num_query_variants: queries with dropout; 0 asks with whole queries.
+      changes: more settings by dotted name.
+      world_changes: of the training world.
+      num_query_variants: queries with dropout; 0 uses full queries.
     """
     config = load_config_file(
         find_config("flagworld.py") + ("" if retrieval else ":twin")
@@ -90,7 +90,7 @@ def make_config(
     config.seed = seed
     config.init_from = init_from
     config.world.num_nations = place.scale.num_trained
-    # Held-out nations of the training world are not used: each seed brings its own.
+    # Held-out nations of the training world are not used: each seed has its own.
     config.world.num_heldout = 0
     for name, value in (EASY | dict(world_changes or {})).items():
         config.world[name] = value
@@ -139,7 +139,7 @@ def make_config(
 
 
 def train(config: Any, place: Place) -> Path:
-    """Trains a variant, or finds it trained; says what it cost in `cost.json`."""
+    """Trains a variant, if not done yet; writes its cost to `cost.json`."""
     names = copy.deepcopy(config)
     names.memory_path = Path(config.memory_path).name
     names.init_from = Path(config.init_from).parent.name
@@ -163,7 +163,7 @@ def train(config: Any, place: Place) -> Path:
 
 
 def read_cost(folder: Path) -> dict[str, float]:
-    """Seconds of a training, its interruptions left out."""
+    """Seconds of a training, without interruptions."""
     path = folder / "cost.json"
     if not path.exists():
         return {"wall_seconds": 0.0, "cpu_seconds": 0.0}
@@ -181,7 +181,7 @@ def train_model(seed: int, place: Place, **how: Any) -> Generator:
 
 
 def count_flops(config: Any, generator: Generator) -> float:
-    """Products and sums of a whole training: all positions of all rows."""
+    """FLOPs of a whole training: all positions of all rows."""
     model = generator.model.config
     pipeline = config.pipeline
     a_token = flops_per_token(

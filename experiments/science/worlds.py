@@ -1,7 +1,7 @@
-"""Worlds, their memories and judges, and the models that the package ships.
+"""Worlds, their memories and judges, and the shipped models.
 
-A seed's world holds nations that no model was trained on: `num_heldout` that are asked
-for and shown by 8 documents each, among the documents of `num_others` further nations.
+A seed's world has nations that no model was trained on: `num_heldout` tested nations
+with 8 documents each, among the documents of `num_others` other nations.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from racm3_jax.types import Document
 from science.cells import hold
 from science.experiment import TINY, Place
 
-# Seeds of worlds of their own: the shipped models know world 0.
+# Seeds of new worlds: the shipped models know world 0.
 FIRST_WORLD = 1000
 TRAINED_WORLD = 0
 SHIPPED = "shipped:flagworld"
 # Of the shipped CLIP: see configs/flagworld.py.
 STRATEGY = StrategyConfig(max_similarity=0.95, num_candidates=24)
-# The world of the small models, in which fewer steps suffice to learn to copy: flags of
-# one size, hanging still, at one of two heights.
+# The world of the small models, in which fewer steps are enough to learn copying: flags
+# of one size, not waving, at one of two heights.
 EASY: dict[str, Any] = {
     "flag_sizes": ((48, 32),),
     "wave_amplitudes": (0.0,),
@@ -48,13 +48,13 @@ EASY: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What a seed's models are asked.
+    """The tests of a seed.
 
     Attributes:
       world: of the seed.
       tests: documents in scenes in which the memory never shows their nation.
-      judge: knows the world and says who is right.
-      memory: shows every nation that is asked for.
+      judge: decides by the world what is right.
+      memory: has documents of every tested nation.
     """
 
     world: FlagworldConfig
@@ -74,9 +74,9 @@ class Bench:
 
 
 def seed_world(seed: int, place: Place, **changes: Any) -> FlagworldConfig:
-    """The world of a seed, which shares no flag with the one that models know."""
+    """The world of a seed, which shares no flag with the training world."""
     scale = place.scale
-    # A tiny run proves the code, whatever its models know.
+    # A tiny run tests the code only.
     avoided = 0 if scale.name == TINY.name else _num_trained_nations()
     return FlagworldConfig(
         **(
@@ -106,7 +106,7 @@ def open_bench(
 
     Args:
       seed: of the world.
-      place: keeps the memory.
+      place: has the memory.
       tests_per_nation: 1 or 2 of the scenes in which the memory never shows it.
       documents: of the memory, instead of the world's own.
       **changes: settings of the world.
@@ -117,7 +117,7 @@ def open_bench(
             *read_flagworld(world, "heldout_memory"),
             *read_flagworld(world, "train"),
         ]
-    # A tiny run proves the code, whatever its models know.
+    # A tiny run tests the code only.
     known = frozenset() if place.scale.name == TINY.name else _trained_names()
     tests = choose_tests(world, tests_per_nation, known)
     return Bench(
@@ -159,7 +159,7 @@ def _trained_names() -> frozenset[str]:
 def open_judge(
     world: FlagworldConfig, tests: Sequence[Document], place: Place
 ) -> FlagworldJudge:
-    """Judges drawings of the tests; scenes look the same in all worlds."""
+    """Evaluates images of the tests; scenes are the same in all worlds."""
     return FlagworldJudge(
         world, tests, *_scene_examples(place.scale.num_scene_examples)
     )
@@ -167,7 +167,7 @@ def open_judge(
 
 @functools.cache
 def _scene_examples(count: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Pictures as the image tokenizer gives them back, and their scenes."""
+    """Images reconstructed by the image tokenizer, and their scenes."""
     world = FlagworldConfig(seed=0, num_nations=max(1, count // 5), num_heldout=0)
     documents = list(read_flagworld(world, "train"))[:count]
     tokenizer = open_shipped("model").tokenizer.image
@@ -189,7 +189,7 @@ def open_memory(
     num_query_variants: int = 0,
     query_drop: float = 0.2,
 ) -> Memory:
-    """The memory of these documents, built with the shipped models, or found again."""
+    """The memory of these documents, built with the shipped models if missing."""
     shipped = open_shipped("model")
     digest = hashlib.sha256(
         json.dumps(
@@ -202,7 +202,7 @@ def open_memory(
             digest.update(image.tobytes())
     path = place.work / "memories" / digest.hexdigest()[:16]
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Seeds that are measured side by side share the memory that they train on.
+    # Seeds measured in parallel share the memory of their trainings.
     with hold(path.with_suffix(".lock")):
         if not (path / "manifest.json").exists():
             Memory.build(
@@ -218,7 +218,7 @@ def open_memory(
 
 
 def shipped_weights() -> dict[str, str]:
-    """The fingerprints of the shipped weights, for settings: new ones, new cells."""
+    """The fingerprints of the shipped weights, as settings: new weights, new cells."""
     folder = wiring.resolve(SHIPPED)
     return {
         name: json.loads((folder / name / "config.json").read_text())["fingerprint"][

@@ -1,14 +1,15 @@
-"""Weights as safetensors, and training state through Orbax; nothing is trusted unread.
+"""Weights as safetensors, and training state with Orbax; all verified before use.
 
 Two formats, for two purposes:
 
 - `save_weights` / `load_weights`: one directory with `model.safetensors` (flat
-  `a/b/c` names), `config.json` (kind, config, fingerprint) and `manifest.json`, the seal
-  of both. For finished models: portable, readable by any safetensors tool, no pickle.
+  `a/b/c` names), `config.json` (kind, config, fingerprint) and `manifest.json`, with
+  the checksums. For finished models: portable, readable by any safetensors tool, no
+  pickle.
 - `Checkpoints`: the state of a run, saved asynchronously by Orbax and restored to any
-  mesh. Orbax restores some corrupted checkpoints without an error, so each step
-  carries a sha256 manifest that is written last; `latest_good` verifies it, moves what
-  fails into `quarantine/` and falls back to the step before.
+  mesh. Orbax restores some corrupted checkpoints without an error, so each step has a
+  sha256 manifest that is written last; `latest_good` verifies it, moves corrupted steps
+  to `quarantine/` and falls back to the previous step.
 """
 
 from __future__ import annotations

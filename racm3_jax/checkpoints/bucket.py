@@ -4,10 +4,10 @@
                        parts/1f3a-0001.json    what process 1 wrote, after that
                        manifest.json           by process 0, when all parts are there
 
-Each process saves into a folder of its own, by Orbax's rule for machines without a common
-disk, copies its files and then their list. A checkpoint without a manifest is unfinished
-and is never read; of one with a manifest only the files that this names are. So nothing
-has to be renamed, which buckets cannot do, and what a dead process left is harmless.
+Each process saves to its own folder (Orbax's mode for machines without a shared disk),
+uploads its files and then their list. A checkpoint without a manifest is unfinished and
+is never read; otherwise only the files in the manifest are read. So no renames are
+needed, which buckets do not have, and leftovers of crashed processes are harmless.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from racm3_jax.buckets import Bucket, each
 from racm3_jax.checkpoints import manifest as manifest_lib
 from racm3_jax.checkpoints.manifest import MANIFEST_NAME
 
-# Zarr's chunks, of which each process writes its own; all else comes from process 0.
+# Zarr chunks, written by every process; process 0 uploads everything else.
 _OF_ALL = re.compile(r"state/(?:.+/\d+(?:\.\d+)*|array_metadatas/[^/]+)")
 _WHOLE = re.compile(rf"(\d+)/{re.escape(MANIFEST_NAME)}")
 _DAMAGED_NAME = f"{MANIFEST_NAME}.damaged"
@@ -38,11 +38,11 @@ class BucketSteps:
 
     Args:
       bucket: that folder.
-      directory: this process's own; holds a folder a step.
+      directory: of this process; one folder per step.
       index: of this process.
-      count: how many processes write.
-      attempt: equal in all processes of this run, and different in every other.
-      poll_seconds: between two looks at who has finished.
+      count: number of processes.
+      attempt: equal in all processes of this run, different in every other run.
+      poll_seconds: polling interval for the other processes.
     """
 
     def __init__(
@@ -63,19 +63,19 @@ class BucketSteps:
         self._poll_seconds = poll_seconds
 
     def steps(self) -> list[int]:
-        """The finished ones, oldest first."""
+        """The finished steps, oldest first."""
         found = map(_WHOLE.fullmatch, self.bucket.find())
         return sorted(int(m[1]) for m in found if m)
 
     def publish(
         self, step: int, keep: int, before: Callable[[], None] | None = None
     ) -> None:
-        """Copies what this process saved; process 0 returns when the step is finished.
+        """Uploads this process's files; process 0 returns when the step is finished.
 
         Args:
-          step: lies in `directory`.
-          keep: so many finished steps are left in the bucket.
-          before: called by process 0 before the step is a finished one.
+          step: saved in `directory`.
+          keep: number of finished steps to keep in the bucket.
+          before: called by process 0 before the step is marked as finished.
 
         Raises:
           OSError: the bucket cannot be written.
@@ -104,7 +104,7 @@ class BucketSteps:
         return f"{step}/parts/{self._attempt}-{index:04d}.json"
 
     def _read_part(self, step: int, index: int) -> Mapping[str, Any]:
-        """Waits for what another process wrote; should it die, JAX ends this one, too."""
+        """Waits for another process's part; if that dies, JAX ends this one, too."""
         while True:
             try:
                 return json.loads(self.bucket.read(self._part(step, index)))["files"]
@@ -112,9 +112,9 @@ class BucketSteps:
                 time.sleep(self._poll_seconds)
 
     def _prune(self, keep: int) -> None:
-        """Removes older steps, finished or not, but for damaged ones.
+        """Removes older steps, finished or not, except damaged ones.
 
-        A manifest goes before what it names.
+        A manifest is removed before its files.
         """
         found = sorted(self.bucket.find(), key=lambda n: not _WHOLE.fullmatch(n))
         whole = sorted(int(m[1]) for m in map(_WHOLE.fullmatch, found) if m)
@@ -126,7 +126,7 @@ class BucketSteps:
                 self.bucket.remove(name)
 
     def fetch(self, step: int) -> str | None:
-        """Copies a finished step into `directory`, whole, and verifies it.
+        """Downloads a finished step to `directory` and verifies it.
 
         Returns:
           What is wrong with it, or None.
@@ -152,7 +152,7 @@ class BucketSteps:
         return manifest_lib.verify_manifest(folder)
 
     def set_aside(self, step: int) -> None:
-        """Makes a damaged step an unfinished one; its files stay for inspection."""
+        """Marks a damaged step as unfinished; its files stay for inspection."""
         data = self.bucket.read(f"{step}/{MANIFEST_NAME}")
         self.bucket.write(f"{step}/{_DAMAGED_NAME}", data)
         self.bucket.remove(f"{step}/{MANIFEST_NAME}")

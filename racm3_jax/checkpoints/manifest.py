@@ -2,9 +2,9 @@
 
     folder/  config.json  model.safetensors  …  manifest.json
 
-The manifest is written last, so a folder without one is unfinished; a file that is
-changed, missing or not listed is noticed before anything is used. The seal has no key:
-it finds damage and mixed-up files, it does not say who wrote them.
+The manifest is written last, so a folder without one is unfinished; changed, missing or
+unlisted files are detected before use. The checksum has no key: it detects damage and
+mixed-up files, not tampering.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _MAX_JSON_BYTES = 50_000_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or weights directory that cannot be used as it is."""
+    """A checkpoint or weights directory that cannot be used."""
 
 
 def write_manifest(directory: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Seals every file below `directory`.
+    """Writes the manifest of all files below `directory`.
 
     Args:
-      directory: holds everything else already.
-      facts: JSON-serialisable, kept under the seal: kind, origin, ….
+      directory: must be complete.
+      facts: JSON-serialisable metadata in the manifest: kind, origin, ….
     """
     names = [n for n in storage.list_files(directory) if n != MANIFEST_NAME]
     files = storage.describe_files(directory, names)
@@ -41,13 +41,13 @@ def write_manifest(directory: Path, facts: Mapping[str, Any] | None = None) -> N
 
 
 def encode(files: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> bytes:
-    """The manifest of files as `storage.describe_files` describes them."""
+    """The encoded manifest of files from `storage.describe_files`."""
     record = {**(facts or {}), "format_version": FORMAT_VERSION, "files": dict(files)}
     return storage.encode_sealed(record)
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The record of a manifest that agrees with its own seal; None without one.
+    """The verified content of a manifest; None without one.
 
     Manifests of format 1 had no seal.
 
@@ -77,12 +77,12 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         and isinstance(entry.get("sha256"), str)
         for name, entry in files.items()
     ):
-        raise CheckpointError(f"{path} is damaged: its list of files is no such list")
+        raise CheckpointError(f"{path} is damaged: its list of files is invalid")
     return record
 
 
 def verify_manifest(directory: Path) -> str | None:
-    """None when every file is as `write_manifest` saw it, else what is wrong."""
+    """None if every file matches the manifest, else what is wrong."""
     try:
         record = read_manifest(directory)
     except CheckpointError as error:
@@ -95,17 +95,17 @@ def verify_manifest(directory: Path) -> str | None:
 def verify_folder(
     directory: Path, only: Sequence[str] | None = None
 ) -> dict[str, Any] | None:
-    """The manifest of a folder of weights or of a tokenizer, once it is verified.
+    """The manifest of a folder of weights or of a tokenizer, after verification.
 
-    None for a folder of an earlier version, which had no seal and is left to the checks
-    of its reader. A swap that a dead writer broke off is rolled back.
+    None for a folder of an earlier version without a manifest, which its reader checks.
+    An interrupted swap is rolled back.
 
     Args:
       directory: the folder.
-      only: files whose content is compared; of the others just names and sizes.
+      only: files whose content is verified; of the others only names and sizes.
 
     Raises:
-      CheckpointError: names the first file that is changed, missing or not listed.
+      CheckpointError: names the first changed, missing or unlisted file.
     """
     if not directory.exists() and storage.leftover(directory, "replaced").is_dir():
         storage.clean(directory)
@@ -117,13 +117,13 @@ def verify_folder(
     if problem is not None:
         raise CheckpointError(
             f"{directory} is not as it was saved: {problem}; copy the directory again, "
-            "and put nothing else into it"
+            "without other files in it"
         )
     return record if sealed else None
 
 
 def verify_file(path: Path) -> None:
-    """Compares one file with the manifest beside it, if that lists it.
+    """Verifies one file against the manifest next to it, if listed there.
 
     Raises:
       CheckpointError: it differs.
@@ -162,7 +162,7 @@ def _find_difference(
 
 
 def _list_kept(directory: Path) -> list[str]:
-    """Files below a folder, without its manifest and without what a dead writer left."""
+    """Files below a folder, without its manifest and leftovers of crashed writers."""
     return [
         name
         for name in storage.list_files(directory)
@@ -179,15 +179,15 @@ def sealed_folder(
     facts: Mapping[str, Any] | None = None,
     is_old: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
-    """A folder that appears whole and sealed, or not at all.
+    """Writes a folder with a manifest atomically.
 
     Args:
-      path: of the folder; its parents are created when missing.
-      kind: what it holds; it takes the place of a folder of the same kind only, and of
-        none that holds a file which its manifest does not list.
-      overwrite: whether it may take such a place.
+      path: of the folder; its parents are created if missing.
+      kind: its kind; it replaces only a folder of the same kind without files that its
+        manifest does not list.
+      overwrite: whether it may replace such a folder.
       facts: for the manifest.
-      is_old: whether a folder without a seal is one of this kind.
+      is_old: whether a folder without a manifest is of this kind.
 
     Raises:
       FileExistsError: something else is at `path`.
@@ -215,7 +215,7 @@ def sealed_folder(
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object from a file of anyone.
+    """Reads a JSON object from an untrusted file.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -26,27 +26,26 @@ QUARANTINE_NAME = "quarantine"
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last, verified before they are trusted.
+    """The checkpoints of one run, newest last, verified before use.
 
     ```
     directory/
-      1000/  state/ extra/ manifest.json     a step; without manifest it is unfinished
+      1000/  state/ extra/ manifest.json     a step; unfinished without the manifest
       2000/  …
-      quarantine/  1500.0/                    what failed its checksum, for inspection
+      quarantine/  1500.0/                    corrupted steps, for inspection
     ```
 
     Saving is asynchronous: the state is copied to the host, then a thread writes it,
     waits for Orbax to commit, and writes the sha256 manifest last.
 
     Args:
-      directory: created when missing.
-      keep: how many steps stay on disk.
+      directory: created if missing.
+      keep: number of steps to keep.
       save_interval: `should_save` is true at its multiples.
-      bucket: where the checkpoints are kept (`checkpoints.bucket`); `directory` is then
-        this process's own, from which they are copied. None: `directory` is what all
-        processes see.
-      before_finished: called by process 0 before a checkpoint in the bucket is whole: to
-        copy there what a run that resumes from it should find.
+      bucket: remote folder of the checkpoints (`checkpoints.bucket`); `directory` is
+        then local to this process. None: `directory` is shared by all processes.
+      before_finished: called by process 0 before a checkpoint in the bucket is marked
+        as finished: to upload what a resumed run needs.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Checkpoints:
         bucket: Bucket | None = None,
         before_finished: Callable[[], None] | None = None,
     ) -> None:
-        # Imported here: loading weights should not wait seconds for Orbax.
+        # Imported here, as Orbax takes seconds and loading weights does not need it.
         import orbax.checkpoint as ocp
 
         if keep < 1 or save_interval < 1:
@@ -73,14 +72,14 @@ class Checkpoints:
         self._before_finished = before_finished
         self._remote = None
         count = jax.process_count()
-        # Of processes that do not see one another's files, each is the first.
+        # Without a shared disk, each process is primary.
         apart = bucket is not None and count > 1
         options = ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                # OCDBT would join the files of all processes on their common disk.
+                # OCDBT would merge the files of all processes on a shared disk.
                 "state": ocp.StandardCheckpointHandler(
                     multiprocessing_options=options, use_ocdbt=not apart
                 ),
@@ -106,7 +105,7 @@ class Checkpoints:
         return step % self.save_interval == 0
 
     def steps(self) -> list[int]:
-        """Steps that lie on disk, verified or not, oldest first."""
+        """Steps on disk, verified or not, oldest first."""
         return sorted(
             int(path.name)
             for path in self.directory.iterdir()
@@ -116,17 +115,17 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, extra: Mapping[str, Any] | None = None
     ) -> None:
-        """Starts to save; the state may be donated as soon as this returns.
+        """Starts an asynchronous save; the state may be donated when this returns.
 
-        A step that lies on disk already is not saved again.
+        An existing step is not saved again.
 
         Args:
-          step: updates done.
+          step: number of updates so far.
           state: any pytree of arrays.
           extra: JSON-serialisable: data position, config, fingerprints.
 
         Raises:
-          Exception: whatever the previous save failed with (a full disk, say).
+          Exception: the error of the previous save (e.g. a full disk).
         """
         self.wait()
         if step in self.steps():
@@ -150,7 +149,7 @@ class Checkpoints:
             write_manifest(self.directory / str(step))
 
     def wait(self) -> None:
-        """Returns when the last save is complete; raises what it failed with."""
+        """Waits for the last save; raises its error."""
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None
             unfinished.result()
@@ -159,7 +158,7 @@ class Checkpoints:
         """The newest step whose files all match its manifest, or None.
 
         Args:
-          quarantine: move newer steps that fail out of the way. False for readers of a
+          quarantine: move corrupted newer steps away. False for readers of a
             run that may still be writing.
         """
         self.wait()
@@ -187,7 +186,7 @@ class Checkpoints:
         return _agree(good)
 
     def _fetch_good(self, remote: BucketSteps, quarantine: bool) -> int:
-        """Every process fetches the whole step; all of them must get it undamaged."""
+        """Every process downloads the whole step; all must get it intact."""
         left = remote.steps() if jax.process_index() == 0 else []
         while (step := _agree(left.pop() if left else -1)) >= 0:
             problem = remote.fetch(step)
@@ -206,13 +205,13 @@ class Checkpoints:
         os.replace(self.directory / str(step), directory / f"{step}.{number}")
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads one step onto the mesh on which `like` lies.
+        """Restores one step with the shardings of `like`.
 
         Args:
           step: usually from `latest_good`.
           like: a state of the same shapes, real or abstract (from
-            `training.step.abstract_state`), in the places that are wanted; the mesh
-            need not be the one that saved.
+            `training.step.abstract_state`), with the wanted shardings; the mesh may
+            differ from the one that saved.
 
         Returns:
           (state, extra)
@@ -240,7 +239,7 @@ class Checkpoints:
             ),
             like,
         )
-        # Compared here: Orbax's own error on a mismatch is a page long.
+        # Compared here: Orbax's own error for a mismatch is a page long.
         stored = _shapes(self._manager.item_metadata(step)["state"].tree)
         wanted = _shapes(like)
         differing = [
@@ -264,7 +263,7 @@ class Checkpoints:
         return restored["state"], dict(restored["extra"])
 
     def close(self) -> None:
-        """Finishes the last save and releases Orbax's threads."""
+        """Finishes the last save and stops Orbax's threads."""
         try:
             self.wait()
         finally:
@@ -279,7 +278,7 @@ class Checkpoints:
 
 
 def _agree(value: int) -> int:
-    """What process 0 says; all must ask."""
+    """The value of process 0; a collective call."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -288,7 +287,7 @@ def _agree(value: int) -> int:
 
 
 def _all_agree(value: bool) -> bool:
-    """Whether it is so in every process; all must ask."""
+    """Whether it is true in every process; a collective call."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils

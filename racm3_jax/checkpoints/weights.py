@@ -1,4 +1,4 @@
-"""Finished weights: one safetensors file and one JSON file, verified at load."""
+"""Finished weights: one safetensors file and one JSON file, verified on load."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from racm3_jax.checkpoints.manifest import (
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-# What folders of format 1, which had no seal, may hold.
+# Allowed files in folders of format 1, which had no manifest.
 _UNSEALED_NAMES = {WEIGHTS_NAME, CONFIG_NAME, "tokenizer.json", MANIFEST_NAME}
 _UNSEALED_VERSION = 1
-# The types of what `config.json` must say.
+# Types of the required fields of `config.json`.
 _FIELDS: dict[str, tuple[type, ...]] = {
     "kind": (str,),
     "config": (dict,),
@@ -47,7 +47,7 @@ _PLAIN: dict[Any, tuple[type, ...]] = {
     float: (float, int),
     str: (str,),
 }
-# A tree of parameters is walked by recursion.
+# Parameter trees are traversed recursively.
 _MAX_DEPTH = 50
 
 T = TypeVar("T")
@@ -84,19 +84,18 @@ def save_weights(
     extra: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> str:
-    """Writes the weights of one model into a folder of their own, under a seal.
+    """Writes the weights of one model to a folder of their own, with a manifest.
 
-    The folder appears whole, and takes the place of one of the same kind; after a crash
-    the old one or the new one is there.
+    Atomic; replaces a folder of the same kind.
 
     Args:
-      directory: created when missing.
+      directory: created if missing.
       params: nested dict of arrays (unboxed).
-      kind: what the model is ("vqgan", "clip", "generator"); checked at load.
+      kind: of the model ("vqgan", "clip", "generator"); checked on load.
       config: JSON-serialisable fields that rebuild the module.
-      extra: further JSON-serialisable facts (fingerprints, the command that made it).
+      extra: more JSON-serialisable metadata (fingerprints, the command that made it).
       dtype: "float16" or "bfloat16" stores float32 tensors at half the size;
-        `load_weights` gives float32 back. None keeps every dtype.
+        `load_weights` returns float32. None keeps every dtype.
 
     Returns:
       The fingerprint: sha256 over names, dtypes, shapes and bytes as stored.
@@ -113,7 +112,7 @@ def save_weights(
 
 @contextlib.contextmanager
 def weights_folder(directory: str | os.PathLike[str], kind: str) -> Iterator[Path]:
-    """A `sealed_folder` for weights of one kind and for what belongs to them."""
+    """A `sealed_folder` for weights of one kind and their other files."""
     with sealed_folder(
         directory,
         kind,
@@ -141,7 +140,7 @@ def write_weights(
     extra: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> str:
-    """Writes both files into a folder that its caller seals; see `save_weights`."""
+    """Writes both files to a folder; the caller writes the manifest."""
     if dtype is not None and dtype not in STORAGE_DTYPES:
         raise CheckpointError(
             f"cannot store weights as {dtype!r}: choose one of {sorted(STORAGE_DTYPES)}"
@@ -176,7 +175,7 @@ def write_config(
     num_parameters: int,
     fingerprint: str,
 ) -> None:
-    """Writes the `config.json` of a weights folder; its caller seals the folder."""
+    """Writes the `config.json` of a weights folder; the caller writes the manifest."""
     record = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -191,10 +190,10 @@ def write_config(
 
 
 def round_to_half(params: Any) -> Any:
-    """float32 parameters with float16's precision.
+    """Rounds float32 parameters to float16 precision.
 
-    Models that others are trained on top of (tokenizers, encoders) are rounded before
-    they are used, so that storing them at half size changes nothing afterwards.
+    Models on which others are trained (tokenizers, encoders) are rounded before use, so
+    that storing them at half size does not change them.
     """
     return jax.tree.map(
         lambda x: np.asarray(x).astype(np.float16).astype(np.float32), params
@@ -204,11 +203,11 @@ def round_to_half(params: Any) -> Any:
 def load_weights(
     directory: str | os.PathLike[str], kind: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Reads what `save_weights` wrote, and verifies it.
+    """Loads and verifies weights from `save_weights`.
 
     Args:
       directory: the directory given to `save_weights`.
-      kind: the kind that is wanted, or None for any.
+      kind: the expected kind, or None for any.
 
     Returns:
       (params, config, extra): params is a nested dict of NumPy arrays; tensors that
@@ -236,13 +235,13 @@ def load_weights(
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}): copy it again"
         ) from None
-    # A seal covers the bytes already.
+    # A manifest covers the bytes already.
     if record["format_version"] == _UNSEALED_VERSION and (
         compute_fingerprint(tensors) != record["fingerprint"]
     ):
         raise CheckpointError(
             f"the checksum of {path} differs from the one in {CONFIG_NAME}: the weights "
-            "are damaged or of another save; copy the directory again"
+            "are damaged or from another save; copy the directory again"
         )
     storage_dtype = record["storage_dtype"]
     if storage_dtype is not None:
@@ -268,8 +267,8 @@ def _read_verified(directory: Path, only: Sequence[str] | None) -> dict[str, Any
     record = _read_record(directory)
     if sealed is None and record["format_version"] != _UNSEALED_VERSION:
         raise CheckpointError(
-            f"{directory} has no {MANIFEST_NAME}: its files were not copied all, or one "
-            "of another version was put there; copy the directory again"
+            f"{directory} has no {MANIFEST_NAME}: not all files were copied, or one "
+            "of another version was added; copy the directory again"
         )
     return record
 
@@ -309,7 +308,7 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 
 def build_config(kind: type[T], fields: Mapping[str, Any], where: Path) -> T:
-    """The frozen dataclass of a config that a file says.
+    """Builds a frozen dataclass from a config file.
 
     Args:
       kind: the dataclass.
@@ -317,7 +316,7 @@ def build_config(kind: type[T], fields: Mapping[str, Any], where: Path) -> T:
       where: the file or folder, for the error.
 
     Raises:
-      CheckpointError: unknown fields, wrong types, or values that it refuses.
+      CheckpointError: unknown fields, wrong types, or invalid values.
     """
     assert dataclasses.is_dataclass(kind)
     known = {field.name for field in dataclasses.fields(kind)}
@@ -339,7 +338,7 @@ def build_config(kind: type[T], fields: Mapping[str, Any], where: Path) -> T:
         return kind(**fields)  # pyright: ignore[reportReturnType]
     except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{where} describes no {kind.__name__} ({error}): copy it again"
+            f"{where} is not a valid {kind.__name__} ({error}): copy it again"
         ) from None
 
 
@@ -359,7 +358,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]
     for key, value in tree.items():
         if not isinstance(key, str) or not key or "/" in key:
             raise CheckpointError(
-                f"parameter name {prefix + str(key)!r} cannot be stored: names are "
+                f"parameter name {prefix + str(key)!r} cannot be stored: names must be "
                 "non-empty strings without '/'"
             )
         if isinstance(value, Mapping):
@@ -376,7 +375,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]
 
 
 def _deserialize(content: bytes) -> dict[str, np.ndarray]:
-    # safetensors.numpy.load does not know bfloat16.
+    # safetensors.numpy.load does not support bfloat16.
     return {
         name: np.frombuffer(entry["data"], SAFETENSORS_DTYPES[entry["dtype"]]).reshape(
             entry["shape"]
@@ -396,7 +395,7 @@ def _unflatten(tensors: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
                 break
         if not isinstance(node, dict) or leaf in node or len(parents) > _MAX_DEPTH:
             raise CheckpointError(
-                f"{path} holds {name[:80]!r}, which fits no tree of parameters: give a "
+                f"{path} holds {name[:80]!r}, not a name of a parameter: give a "
                 "directory that save_weights wrote"
             )
         node[leaf] = tensors[name]

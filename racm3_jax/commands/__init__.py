@@ -1,1 +1,1 @@
-"""The subcommands of `racm3`, one module a family; each has `register(commands)`."""
+"""The subcommands of `racm3`, one module per family, each with `register(commands)`."""

@@ -1,6 +1,6 @@
-"""What an option may be: paths, numbers in their range, texts that say something.
+"""argparse types of options: paths, numbers in a range, non-empty strings.
 
-Types of argparse. What is wrong in itself is refused before anything is loaded.
+Invalid values are refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from typing import Any
 
 from racm3_jax.buckets import is_url, refuse_url
 
-# Above this, a number of things is a slip of the finger.
+# Larger counts are typing errors.
 MANY = 10**9
 MAX_SEED = 2**32 - 1
 
 
 class UrlError(argparse.ArgumentTypeError, ValueError):
-    """A URL where a path is wanted: wrong input, of an option or inside of one."""
+    """A URL instead of a path, as an option or inside one."""
 
 
 def path(text: str) -> str:
-    """A path here; `~` is the home folder also after `=`, where shells leave it alone."""
+    """A local path; expands `~` also after `=`, where shells do not."""
     try:
         refuse_url(text, "this")
     except ValueError as error:
         raise UrlError(str(error)) from None
-    return os.path.expanduser(filled(text))
+    return os.path.expanduser(non_empty(text))
 
 
 def place(text: str) -> str:
-    """A path, or the URL of a place in a bucket."""
+    """A path, or a URL in a bucket."""
     return text if is_url(text) else path(text)
 
 
 def add_memory(sub: Any, required: bool = False) -> None:
-    """`--memory` of a command that only reads it, and where one at a URL is copied to."""
+    """Adds `--memory` of a command that only reads it, and `--memory_cache`."""
     sub.add_argument(
         "--memory",
         type=place,
         default=None,
         required=required,
-        help="its directory, or a URL" if required else "another one, or a URL of one",
+        help="its directory, or a URL" if required else "another one, or its URL",
     )
     sub.add_argument(
         "--memory_cache",
@@ -55,7 +55,7 @@ def add_memory(sub: Any, required: bool = False) -> None:
 
 
 def local_memory(arguments: argparse.Namespace) -> Any:
-    """The folder of `--memory`, if any; of a URL, that of an up-to-date copy here."""
+    """The folder of `--memory`, if any; for a URL, of an up-to-date local copy."""
     if arguments.memory is None or not is_url(arguments.memory):
         return arguments.memory
     from racm3_jax.memory.staging import stage
@@ -63,15 +63,15 @@ def local_memory(arguments: argparse.Namespace) -> Any:
     return str(stage(arguments.memory, arguments.memory_cache))
 
 
-def filled(text: str) -> str:
-    """A text that is not empty."""
+def non_empty(text: str) -> str:
+    """A non-empty string."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty: give a value, or leave it out")
     return text
 
 
-def whole(low: int = 0, high: int = MANY) -> Callable[[str], int]:
-    """A whole number from `low` to `high`."""
+def integer(low: int = 0, high: int = MANY) -> Callable[[str], int]:
+    """An integer from `low` to `high`."""
 
     def read(text: str) -> int:
         try:
@@ -80,7 +80,7 @@ def whole(low: int = 0, high: int = MANY) -> Callable[[str], int]:
             value = None
         if value is None or not low <= value <= high:
             raise argparse.ArgumentTypeError(
-                f"{_short(text)} is not a whole number from {low} to {high}"
+                f"{_short(text)} is not an integer from {low} to {high}"
             )
         return value
 

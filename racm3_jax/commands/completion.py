@@ -1,4 +1,4 @@
-"""completion: the script by which a shell completes commands, options and names."""
+"""completion: prints a shell script for tab completion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def register(
 
     Args:
       commands: of the parser.
-      build_parser: makes that parser again, with all of its commands.
+      build_parser: builds that parser, with all of its commands.
     """
     text = "Print a script for tab completion."
     sub = commands.add_parser(
@@ -33,7 +33,7 @@ def register(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.set_defaults(command=lambda arguments: _print(arguments.shell, build_parser()))
-    sub.add_argument("shell", choices=("bash", "zsh"), help="whose script")
+    sub.add_argument("shell", choices=("bash", "zsh"), help="the shell")
 
 
 def _print(shell: str, parser: argparse.ArgumentParser) -> None:

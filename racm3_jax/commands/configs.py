@@ -18,14 +18,14 @@ from racm3_jax.buckets import refuse_url
 
 
 class UsageError(Exception):
-    """Wrong input; its text is the one sentence that the user sees."""
+    """Wrong input; the message is the one sentence that the user sees."""
 
 
 def read_config(flags: Sequence[str], default: str = "") -> Any:
     """Parses `--config=file.py[:arg] --config.key=value ...` into a locked ConfigDict.
 
     Raises:
-      UsageError: no such file, an argument that it does not take, or an unknown key
+      UsageError: no such file, an invalid argument, or an unknown key
         (names the nearest one).
     """
     from absl import flags as absl_flags
@@ -77,11 +77,11 @@ def load_config_file(path: str) -> Any:
 
 
 def call_config(path: str, module: types.ModuleType, name: str, given: Any) -> Any:
-    """Calls a function of a config file; whatever fails in it is the file's fault.
+    """Calls a function of a config file; any failure is an error of the file.
 
     Raises:
-      ValueError: raised by the function itself (of an argument that it does not take).
-      UsageError: it is missing, or raises anything else; names file and line.
+      ValueError: raised by the function itself (for an invalid argument).
+      UsageError: it is missing, or raises another error; names file and line.
     """
     function = getattr(module, name, None)
     if not callable(function):
@@ -95,7 +95,7 @@ def call_config(path: str, module: types.ModuleType, name: str, given: Any) -> A
 
 
 def _broken_config(what: str, file: str | None, error: BaseException) -> UsageError:
-    """Names the kind of the error and the last line of the file that it passed."""
+    """Names the type of the error and the last line of the file in its traceback."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
@@ -113,11 +113,11 @@ def _broken_config(what: str, file: str | None, error: BaseException) -> UsageEr
 def load_config_module(path: str) -> tuple[types.ModuleType, str]:
     """The module and the argument of `file.py:arg`, or of `name:arg`.
 
-    Inside the file, `from configs import other` finds the files of the same `configs`
-    folder, wherever that folder is.
+    Inside the file, `from configs import other` imports from the same `configs` folder,
+    wherever it is.
 
     Raises:
-      UsageError: there is no such file, or it does not run.
+      UsageError: there is no such file, or it fails.
     """
     refuse_url(path, "a config file")
     name, _, argument = path.partition(":")
@@ -136,7 +136,7 @@ def load_config_module(path: str) -> tuple[types.ModuleType, str]:
 
 @contextlib.contextmanager
 def _configs_importable(path: Path) -> Iterator[None]:
-    """Makes the folder `configs` above `path` the package of that name, for a while."""
+    """Temporarily makes the `configs` folder above `path` importable."""
     folder = next((p for p in path.parents if p.name == "configs"), path.parent)
     package = types.ModuleType("configs")
     package.__path__ = [str(folder)]
@@ -155,7 +155,7 @@ def _configs_importable(path: Path) -> Iterator[None]:
 
 
 def _override_problem(config: Any, overrides: Sequence[str], error: Exception) -> str:
-    """Names the override that does not fit, and the nearest key that exists."""
+    """Names the invalid override, and the nearest existing key."""
     for override in overrides:
         key = override.removeprefix("--config.").split("=")[0]
         place, where = config, "config"
@@ -170,7 +170,7 @@ def _override_problem(config: Any, overrides: Sequence[str], error: Exception) -
 
 
 def _find_file(name: str) -> str:
-    """The path of a config that the user names: a file, or one of `list_configs`.
+    """The path of a config: a file, or a name of `list_configs`.
 
     Raises:
       UsageError: there is no such file or name; suggests the nearest name.
@@ -187,7 +187,7 @@ def _find_file(name: str) -> str:
 
 
 def list_configs() -> list[str]:
-    """The names of the configs of this installation, as `--config=NAME` takes them."""
+    """The names of the installed configs, for `--config=NAME`."""
     return sorted(
         path.relative_to(folder).with_suffix("").as_posix()
         for folder in _folders()
@@ -221,6 +221,6 @@ def add_config_option(sub: Any) -> None:
     sub.add_argument(
         "--config",
         metavar="NAME|FILE.py[:ARG]",
-        help="a config by its name (see configs/) or file, and the argument that it "
-        "takes; --config.key=value changes one of its settings",
+        help="a config by name (see configs/) or file, with its optional "
+        "argument; --config.key=value overrides a setting",
     )

@@ -1,4 +1,4 @@
-"""convert, export, tokenize: public weights in, ours out, and a look at codes."""
+"""convert, export, tokenize: import public weights, export ours, inspect codes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Arguments = argparse.Namespace
 
 _CONVERT_DETAILS = """
 
-The layout of the source is found from the names and shapes of its tensors. Of a folder
-the safetensors are read; .pt, .ckpt and .bin files are read without running what they
-hold. Nothing is written unless every tensor fits and is finite."""
+The layout of the source is detected by the names and shapes of its tensors. In a folder
+the safetensors are read; .pt, .ckpt and .bin files are read without executing pickles.
+Nothing is written unless all tensors match and are finite."""
 _CONVERT_EXAMPLES = """examples:
   racm3 convert clip hub:openai/clip-vit-large-patch14 out/clip
   racm3 convert clip ViT-L-14.pt out/clip --merges=bpe_simple_vocab_16e6.txt.gz
@@ -32,7 +32,7 @@ def register(commands: Any) -> None:
 
 
 def _register_convert(commands: Any) -> None:
-    text = "Convert public weights (CLIP, VQGAN, Chameleon) into a folder of ours."
+    text = "Convert public weights (CLIP, VQGAN, Chameleon) to our format."
     sub = commands.add_parser(
         "convert",
         help=text,
@@ -41,7 +41,7 @@ def _register_convert(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.set_defaults(command=_convert)
-    sub.add_argument("kind", choices=["clip", "vqgan", "chameleon"], help="what it is")
+    sub.add_argument("kind", choices=["clip", "vqgan", "chameleon"], help="model type")
     sub.add_argument(
         "source",
         type=options.path,
@@ -54,9 +54,9 @@ def _register_convert(commands: Any) -> None:
     sub.add_argument(
         "--activation",
         choices=["quick_gelu", "gelu"],
-        help="clip: of a file that does not say",
+        help="clip: for a file that does not specify it",
     )
-    sub.add_argument("--image_size", type=int, help="vqgan, chameleon: pixels a side")
+    sub.add_argument("--image_size", type=int, help="vqgan, chameleon: side in pixels")
     sub.add_argument(
         "--vqgan", type=options.path, help="chameleon: its image tokenizer"
     )
@@ -66,18 +66,18 @@ def _register_convert(commands: Any) -> None:
     sub.add_argument(
         "--accept_licence",
         action="store_true",
-        help="chameleon: you read its licence and accept it",
+        help="chameleon: confirm that you accept its licence",
     )
     sub.add_argument("--licence", default="", help="clip, vqgan: for the manifest")
     sub.add_argument(
         "--part",
-        help="of a larger checkpoint: which weights (keys joined by dots, or a prefix "
+        help="which weights of a larger checkpoint (keys joined by dots, or a prefix "
         "of the names)",
     )
     sub.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace OUT if it is a folder of the same kind and holds nothing else",
+        help="replace OUT if it is a folder of the same kind with no other files",
     )
 
 
@@ -85,10 +85,10 @@ def _register_export(commands: Any) -> None:
     text = "Write a CLIP or a converted Chameleon for other libraries."
     sub = commands.add_parser("export", help=text, description=text)
     sub.set_defaults(command=_export)
-    sub.add_argument("source", type=options.path, help="a folder of ours")
+    sub.add_argument("source", type=options.path, help="a folder in our format")
     sub.add_argument("out", type=options.path, help="new folder")
     sub.add_argument(
-        "--format", choices=["hf"], default="hf", help="hf: files of transformers"
+        "--format", choices=["hf"], default="hf", help="hf: for transformers"
     )
     sub.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export at OUT"
@@ -96,7 +96,7 @@ def _register_export(commands: Any) -> None:
 
 
 def _register_tokenize(commands: Any) -> None:
-    text = "Encode an image to codes; with --roundtrip decode them and measure."
+    text = "Encode an image to codes; with --roundtrip, decode and measure the PSNR."
     sub = commands.add_parser("tokenize", help=text, description=text)
     sub.set_defaults(command=_tokenize)
     sub.add_argument("image", type=options.path, help="an image file of any size")
@@ -104,7 +104,7 @@ def _register_tokenize(commands: Any) -> None:
         "--tokenizer",
         type=options.path,
         required=True,
-        help="folder of a tokenizer, or of its image part (shipped:flagworld/tokenizer is "
+        help="folder of a tokenizer, or its image part (shipped:flagworld/tokenizer is "
         "inside racm3_jax)",
     )
     sub.add_argument(
@@ -170,11 +170,11 @@ _OPTIONS = {
 
 
 def _refuse_foreign_options(arguments: Arguments) -> None:
-    """An option that would do nothing is a mistake worth saying."""
+    """Refuses options that have no effect."""
     for name in sorted(set().union(*_OPTIONS.values()) - _OPTIONS[arguments.kind]):
         if getattr(arguments, name):
             raise ValueError(
-                f"--{name} does nothing for {arguments.kind}; its options are "
+                f"--{name} has no effect for {arguments.kind}; its options are "
                 + ", ".join(f"--{n}" for n in sorted(_OPTIONS[arguments.kind]))
             )
 
@@ -199,7 +199,9 @@ def _tokenize(arguments: Arguments) -> None:
 
     if arguments.roundtrip:
         change = "give another --out"
-        own_files.check_pictures(arguments.out, inputs=[arguments.image], change=change)
+        own_files.check_png_paths(
+            arguments.out, inputs=[arguments.image], change=change
+        )
     folder = wiring.resolve(arguments.tokenizer)
     if (folder / "image").is_dir():
         folder = folder / "image"

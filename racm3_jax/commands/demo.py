@@ -1,4 +1,4 @@
-"""demo: everything a work directory can do, on a page in the browser."""
+"""demo: all tasks of a work directory, on a page in the browser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def register(commands: Any) -> None:
     """Adds `demo` to the parser's subcommands."""
-    text = "A page in the browser, on this machine only (needs the [demo] extra)."
+    text = "A web demo, on this machine only (needs the [demo] extra)."
     sub = commands.add_parser("demo", help=text, description=text)
     sub.set_defaults(command=_demo)
     sub.add_argument(
@@ -26,11 +26,11 @@ def register(commands: Any) -> None:
     options.add_memory(sub)
     sub.add_argument(
         "--port",
-        type=options.whole(0, 2**16 - 1),
+        type=options.integer(0, 2**16 - 1),
         default=7860,
-        help="0 takes any free one",
+        help="0 takes any free port",
     )
-    sub.add_argument("--int8", action="store_true", help="weights in 8 bits")
+    sub.add_argument("--int8", action="store_true", help="8-bit weights")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -65,7 +65,7 @@ def _serve(arguments: argparse.Namespace, uploads: UploadFolder) -> None:
 
 
 def missing_gradio(workdir: Path) -> str:
-    """How to install it, and what there is without it."""
+    """How to install gradio, and the alternative without it."""
     report = workdir / "report.html"
     without = f"open {report} without it"
     if not report.exists():
@@ -77,8 +77,8 @@ def missing_gradio(workdir: Path) -> str:
 
 
 def missing_memory(workdir: str) -> str:
-    """What is not possible without one."""
+    """What is not possible without a memory."""
     return (
         f"There is no memory in {workdir}: nothing can be retrieved, only your own "
-        "documents are read; racm3 memory build makes one, and --memory=FOLDER opens it."
+        "documents are used; racm3 memory build makes one, --memory=FOLDER opens it."
     )

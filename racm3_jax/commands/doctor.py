@@ -14,7 +14,7 @@ _MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 
 def register(commands: Any) -> None:
     """Adds `doctor` to the parser's subcommands."""
-    text = "Look at this installation and say what is missing."
+    text = "Check this installation and report what is missing."
     sub = commands.add_parser("doctor", help=text, description=text)
     sub.set_defaults(command=_doctor)
     sub.add_argument(

@@ -1,4 +1,4 @@
-"""estimate: memory, traffic, speed and hours of a training, before it starts."""
+"""estimate: memory, communication, speed and hours of a training, before it starts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from racm3_jax.compilation.figures import Figures, Largest
     from racm3_jax.compilation.machines import Machine
     from racm3_jax.compilation.programs import Program
-    from racm3_jax.training.hardware import Plan
+    from racm3_jax.training.hardware import TrainingEstimate
 
 WHAT = ("train", "decode", "embed", "search")
-# These say something about a compilation, so they need one.
+# Options that need --compile.
 _NEED_COMPILE = ("what", "topology", "slices", "size", "max_compiles", "save")
 
 
 def register(commands: Any) -> None:
     """Adds `estimate` to the parser's subcommands."""
     text = (
-        "What a generator's training needs: memory, speed, hours, by a formula; with "
-        "--compile by the accelerator's own compiler, which needs no accelerator."
+        "Estimate memory, speed and hours of a generator's training by a formula; with "
+        "--compile by the accelerator's compiler, which does not need the accelerator."
     )
     sub = commands.add_parser("estimate", help=text, description=text)
     sub.set_defaults(command=_estimate)
@@ -39,38 +39,40 @@ def register(commands: Any) -> None:
         "--device", required=True, help="name:number, for example h200:8 or v5p:64"
     )
     sub.add_argument(
-        "--compile", action="store_true", help="compile for that device, absent or not"
+        "--compile", action="store_true", help="compile for that device (may be absent)"
     )
-    sub.add_argument("--what", choices=WHAT, help="what is compiled; train by default")
-    sub.add_argument("--topology", help="of a TPU slice, 4x4x4; of GPUs, 1xNODESxCARDS")
+    sub.add_argument("--what", choices=WHAT, help="what to compile; default: train")
+    sub.add_argument(
+        "--topology", help="of a TPU slice, e.g. 4x4x4; of GPUs, 1xNODESxGPUS"
+    )
     sub.add_argument("--slices", type=int, help="TPU slices of that topology")
     sub.add_argument(
         "--size",
         type=int,
-        help="rows, prompts, images or documents; the config's rows by default",
+        help="rows, prompts, images or documents; default: the config's rows",
     )
     sub.add_argument(
         "--max_compiles",
         type=int,
-        help="at most so many, to find the largest size that fits (4); 1 finds none",
+        help="compilations to find the largest size that fits (4); 1: no search",
     )
     sub.add_argument(
         "--save",
         type=options.path,
-        help="write the compiled step, for train --compiled=FILE",
+        help="save the compiled step for train --compiled=FILE",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 def parse_device(text: str, *, compiled: bool = False) -> tuple[str, int]:
-    """ "h200:8" -> ("h200", 8); one device without a number.
+    """ "h200:8" -> ("h200", 8); without a number, one device.
 
     Args:
       text: of `--device`.
-      compiled: whether "cpu" is a device too.
+      compiled: whether "cpu" is allowed, too.
 
     Raises:
-      UsageError: a device that is not in the table, or no number above 0.
+      UsageError: a device that is not in the table, or an invalid number.
     """
     from racm3_jax.training.hardware import DEVICES
 
@@ -78,8 +80,7 @@ def parse_device(text: str, *, compiled: bool = False) -> tuple[str, int]:
     known = [*DEVICES, *(["cpu"] if compiled else [])]
     if name not in known:
         raise UsageError(
-            f"--device={text}: {name!r} is not in the table; known are "
-            f"{', '.join(known)}"
+            f"--device={text}: {name!r} is not in the table; known: {', '.join(known)}"
         )
     if number and not (number.isdigit() and int(number)):
         raise UsageError(f"--device={text}: give a number of devices, as in {name}:8")
@@ -90,7 +91,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config_flags)
     if config.kind != "generator":
         raise UsageError(
-            f"estimate plans generators; this config's kind is {config.kind!r}"
+            f"estimate is for generators; this config's kind is {config.kind!r}"
         )
     from racm3_jax.compilation import machines
 
@@ -99,18 +100,18 @@ def _estimate(arguments: argparse.Namespace) -> None:
     machines.use_host_only()
     given = [name for name in _NEED_COMPILE if getattr(arguments, name) is not None]
     if given:
-        raise UsageError(f"--{given[0]} is about compiling: add --compile")
+        raise UsageError(f"--{given[0]} needs --compile")
     name, num_devices = parse_device(arguments.device)
-    plan = _make_plan(config, name, num_devices)
+    estimate = _make_estimate(config, name, num_devices)
     if arguments.json:
-        return print(json.dumps({"formula": _plan_as_json(plan)}, indent=1))
-    _print_plan(config, name, num_devices, plan)
-    if not plan.fits:
-        _print_changes(_changes(config, plan))
+        return print(json.dumps({"formula": _as_json(estimate)}, indent=1))
+    _print_estimate(config, name, num_devices, estimate)
+    if not estimate.fits:
+        _print_changes(_changes(config, estimate))
     return None
 
 
-def _make_plan(config: Any, name: str, num_devices: int) -> Plan:
+def _make_estimate(config: Any, name: str, num_devices: int) -> TrainingEstimate:
     from racm3_jax import wiring
     from racm3_jax.training import hardware
 
@@ -118,7 +119,7 @@ def _make_plan(config: Any, name: str, num_devices: int) -> Plan:
     platform = hardware.DEVICES[name].platform
     shards, _ = wiring.count_shards(config, num_devices, platform)
     half = config.optimizer.get("first_moment_dtype", "float32") == "bfloat16"
-    return hardware.plan_training(
+    return hardware.estimate_training(
         model_config,
         num_params,
         hardware.DEVICES[name],
@@ -133,7 +134,9 @@ def _make_plan(config: Any, name: str, num_devices: int) -> Plan:
     )
 
 
-def _print_plan(config: Any, name: str, num_devices: int, plan: Plan) -> None:
+def _print_estimate(
+    config: Any, name: str, num_devices: int, estimate: TrainingEstimate
+) -> None:
     from racm3_jax import wiring
     from racm3_jax.training import hardware
 
@@ -144,15 +147,15 @@ def _print_plan(config: Any, name: str, num_devices: int, plan: Plan) -> None:
         "batch": f"{config.pipeline.rows} rows of {config.pipeline.row_length}",
         "assumed": f"{hardware.DEVICES[name].utilisation:.0%} of the peak (PaLM's count)",
     }
-    print(hardware.format_plan(plan, details))
+    print(hardware.format_estimate(estimate, details))
 
 
-def _changes(config: Any, plan: Plan) -> list[str]:
+def _changes(config: Any, estimate: TrainingEstimate) -> list[str]:
     from racm3_jax import wiring
     from racm3_jax.training import hardware
 
     model_config, _ = wiring.build_model_shape(config)
-    return hardware.suggest_changes(model_config, plan, config.pipeline.rows)
+    return hardware.suggest_changes(model_config, estimate, config.pipeline.rows)
 
 
 def _print_changes(changes: Any) -> None:
@@ -161,12 +164,12 @@ def _print_changes(changes: Any) -> None:
         print(f"  {change}")
 
 
-def _plan_as_json(plan: Plan) -> dict[str, Any]:
+def _as_json(estimate: TrainingEstimate) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(plan),
-        "total": plan.total,
-        "capacity": plan.capacity,
-        "fits": plan.fits,
+        **dataclasses.asdict(estimate),
+        "total": estimate.total,
+        "capacity": estimate.capacity,
+        "fits": estimate.fits,
     }
 
 
@@ -174,7 +177,7 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
     name, number = parse_device(arguments.device, compiled=True)
     what = arguments.what or "train"
     if arguments.save and what != "train":
-        raise UsageError(f"--save keeps a training step; --what is {what!r}")
+        raise UsageError(f"--save is for a training step; --what is {what!r}")
     if arguments.max_compiles is not None and arguments.max_compiles < 1:
         raise UsageError(f"--max_compiles={arguments.max_compiles}: give 1 or more")
     from racm3_jax.compilation import machines
@@ -193,11 +196,11 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
     device = hardware.DEVICES.get(name)
     capacity = device.capacity if device else None
     program = programs.build_program(what, config, devices, arguments.size, capacity)
-    plan = None
+    estimate = None
     if what == "train" and device is not None:
         sized = config.copy_and_resolve_references()
         sized.pipeline.rows = program.size
-        plan = _make_plan(sized, name, machine.num_devices)
+        estimate = _make_estimate(sized, name, machine.num_devices)
     cache = saved.without_cache() if arguments.save else contextlib.nullcontext()
     with cache:
         first, parts = figures.compile_program(
@@ -205,7 +208,7 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
         )
     if arguments.save:
         _save(arguments.save, program, first, parts, devices, config)
-    del parts  # hundreds of MB that later compilations may need
+    del parts  # frees hundreds of MB for later compilations
     largest = None
     most = 4 if arguments.max_compiles is None else arguments.max_compiles
     if most > 1 and capacity is not None:
@@ -216,18 +219,18 @@ def _estimate_compiled(arguments: argparse.Namespace, config: Any) -> None:
             first,
             program.step,
             most,
-            plan.weights + plan.optimizer if plan else 0.0,
+            estimate.weights + estimate.optimizer if estimate else 0.0,
         )
     if arguments.json:
         found = {"compiled": report.as_json(machine, program, first, largest)}
-        if plan is not None:
-            found["formula"] = _plan_as_json(plan)
+        if estimate is not None:
+            found["formula"] = _as_json(estimate)
         return print(json.dumps(found, indent=1))
-    if plan is not None:
-        _print_plan(config, name, machine.num_devices, plan)
+    if estimate is not None:
+        _print_estimate(config, name, machine.num_devices, estimate)
         print()
-    print(report.format_compiled(machine, program, first, plan))
-    _print_verdict(config, machine, program, first, largest, plan)
+    print(report.format_compiled(machine, program, first, estimate))
+    _print_verdict(config, machine, program, first, largest, estimate)
     return None
 
 
@@ -237,9 +240,9 @@ def _print_verdict(
     program: Program,
     first: Figures,
     largest: Largest | None,
-    plan: Plan | None,
+    estimate: TrainingEstimate | None,
 ) -> None:
-    """What fits, and what to change if this does not."""
+    """Prints what fits, and what to change if this does not."""
     from racm3_jax.compilation import report
     from racm3_jax.training.hardware import format_bytes
 
@@ -247,17 +250,17 @@ def _print_verdict(
         return
     print()
     room = f"{format_bytes(first.peak)} of {format_bytes(first.capacity)}"
-    print(f"{'fits' if first.fits else 'does not fit'}: {room} a device")
+    print(f"{'fits' if first.fits else 'does not fit'}: {room} per device")
     if largest is not None:
         print(report.format_largest(program, largest))
     if first.fits:
         return
-    if plan is None:
+    if estimate is None:
         return _print_changes(report.suggest_smaller(program, largest))
     fitting = largest.fits if largest is not None else 0
     microbatches = config.train.get("num_microbatches", 1)
     rows = fitting * config.mesh.tensor // (machine.num_devices * microbatches)
-    compiled = dataclasses.replace(plan, largest_rows=rows) if largest else plan
+    compiled = dataclasses.replace(estimate, largest_rows=rows) if largest else estimate
     return _print_changes(_changes(config, compiled))
 
 
@@ -289,7 +292,7 @@ def _save(
 
 @contextlib.contextmanager
 def _watch(text: str) -> Iterator[None]:
-    """Elapsed seconds on standard error; one line where that is not a terminal."""
+    """Shows elapsed seconds on standard error; without a terminal, one line."""
     if not sys.stderr.isatty():
         started = time.monotonic()
         yield

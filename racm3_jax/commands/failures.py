@@ -1,4 +1,4 @@
-"""What a failed command says: one sentence that names the path and what to do."""
+"""Error messages of commands: one sentence that names the path and what to do."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import errno
 import os
 from pathlib import Path
 
-# What to do, by the kind of the system's error.
+# What to do, by errno.
 _WORDS = {
-    errno.ENOSPC: "the disk is full: make room there, or give a path on another disk",
-    errno.EDQUOT: "your quota is used up: make room there, or give another path",
-    errno.EFBIG: "no file here may be so large: give a path on another disk",
+    errno.ENOSPC: "the disk is full: free some space, or give a path on another disk",
+    errno.EDQUOT: "your quota is exceeded: free some space, or give another path",
+    errno.EFBIG: "the file is too large for this disk: give a path on another disk",
     errno.EROFS: "this file system is read-only: give another path",
     errno.EACCES: "permission denied: change its permissions, or give another path",
     errno.EPERM: "permission denied: change its permissions, or give another path",
@@ -23,14 +23,14 @@ _WORDS = {
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine: close some programs",
     errno.ENOMEM: "there is not enough memory: close some programs",
-    errno.EIO: "the disk fails to read or write: check it, or give another path",
+    errno.EIO: "the disk has read or write errors: check it, or give another path",
 }
 _SHOWN_LENGTH = 120
 _MAX_LENGTH = 2000
 
 
 def explain(error: BaseException) -> str:
-    """The sentence of an error that a user can correct."""
+    """The message of an error that a user can correct."""
     if isinstance(error, OSError) and error.errno is not None:
         words = _WORDS.get(error.errno) or f"{error.strerror}: check the path"
         paths = [p for p in (error.filename, error.filename2) if p not in (None, "")]
@@ -49,7 +49,7 @@ def _show(path: object) -> str:
 
 
 def is_missing_setting(error: BaseException) -> bool:
-    """Whether a config lacks a setting that was read, which is the config's fault."""
+    """Whether the error is a missing setting of a config."""
     if not isinstance(error, AttributeError | KeyError) or error.__traceback__ is None:
         return False
     trace = error.__traceback__

@@ -1,7 +1,7 @@
-"""generate, caption, infill, edit, classify: what runs from a work directory.
+"""generate, caption, infill, edit, classify: tasks of a work directory.
 
-Every command prints what it made and from which documents; with `--json`, one line of
-JSON. Images carry the same record: in a file next to them, and inside the PNG.
+Every command prints its result and the documents used; with `--json`, one line of JSON.
+Images have the same record in a file next to them, and inside the PNG.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from racm3_jax.commands.outputs import (
     check_outputs,
     explain_sheet,
     report,
+    save_images,
     save_parts,
-    save_pictures,
     show_progress,
 )
 from racm3_jax.commands.support import KEY as EXAMPLES_KEY
@@ -35,26 +35,24 @@ def register(commands: Any) -> None:
 
 
 def _register_generate(commands: Any) -> None:
-    sub = _add(
-        commands, "generate", _generate, "Generate images of what a prompt says."
-    )
+    sub = _add(commands, "generate", _generate, "Generate images from a prompt.")
     given = sub.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", type=options.filled, help="what to generate")
+    given.add_argument("--prompt", type=options.non_empty, help="what to generate")
     given.add_argument(
         "--parts",
         type=options.path,
-        help='a JSON file, [{"text": ...}, {"image": file}, ...]: continue it freely',
+        help='a JSON file, [{"text": ...}, {"image": file}, ...], to continue freely',
     )
-    _add_retrieval(sub, "instead of retrieved ones: a demonstration to follow")
+    _add_retrieval(sub, "instead of retrieved ones, as demonstrations")
     _add_neighbours(sub)
     _add_sampling(sub)
     _add_ranking(sub)
     _add_preview(sub)
     sub.add_argument(
         "--max_segments",
-        type=options.whole(1, 1000),
+        type=options.integer(1, 1000),
         default=2,
-        help="with --parts: texts and images to write, at most",
+        help="with --parts: maximum number of generated texts and images",
     )
     sub.add_argument(
         "--out", type=options.path, default="sample.png", help="PNG file to write"
@@ -65,19 +63,21 @@ def _register_generate(commands: Any) -> None:
 def _register_caption(commands: Any) -> None:
     sub = _add(commands, "caption", _caption, "Describe an image.")
     sub.add_argument("--image", type=options.path, required=True, help="image file")
-    sub.add_argument("--prefix", default="", help='how it begins, as in "Photo of"')
+    sub.add_argument(
+        "--prefix", default="", help='beginning of the caption, e.g. "Photo of"'
+    )
     sub.add_argument(
         "--caption_prompt",
         choices=("masked", "last"),
         default="masked",
-        help="masked: at a mask before the image; last: for a model of captions after images",
+        help="masked: mask before the image; last: for models with images first",
     )
     _add_retrieval(sub, "instead of retrieved ones")
     sub.add_argument(
         "--num_candidates",
-        type=options.whole(),
+        type=options.integer(),
         default=None,
-        help="retrieve so many, keep the --num_retrieved that explain the image best; 0 "
+        help="retrieve this many, keep the --num_retrieved that explain the image best; 0 "
         f"keeps what is found ({_MEASURED}, else 0)",
     )
     sub.add_argument(
@@ -97,8 +97,8 @@ def _register_regions(commands: Any) -> None:
     sub.add_argument("--image", type=options.path, help="image file")
     sub.add_argument(
         "--text",
-        type=options.filled,
-        help='with a gap, as in "the flag of <mask> on the moon"',
+        type=options.non_empty,
+        help='text with a gap, e.g. "the flag of <mask> on the moon"',
     )
     _add_region(sub)
     _add_retrieval(sub, "instead of retrieved ones")
@@ -106,7 +106,7 @@ def _register_regions(commands: Any) -> None:
     _add_ranking(sub)
 
     sub = _add(
-        commands, "edit", _edit, "Fill in a region as a chosen document shows it."
+        commands, "edit", _edit, "Fill in a region, guided by a chosen document."
     )
     sub.add_argument("--image", type=options.path, required=True, help="image file")
     _add_region(sub)
@@ -118,7 +118,7 @@ def _register_regions(commands: Any) -> None:
 
 
 def _register_classify(commands: Any) -> None:
-    sub = _add(commands, "classify", _classify, "Choose a label from examples.")
+    sub = _add(commands, "classify", _classify, "Choose a label by few-shot examples.")
     sub.add_argument("--image", type=options.path, required=True, help="image file")
     sub.add_argument(
         "--support",
@@ -128,20 +128,20 @@ def _register_classify(commands: Any) -> None:
     )
     sub.add_argument(
         "--labels",
-        type=options.filled,
+        type=options.non_empty,
         help="separated by commas; default: those of --support",
     )
     sub.add_argument(
         "--shots_per_pass",
-        type=options.whole(1),
+        type=options.integer(1),
         default=None,
-        help="examples of each label in the context at once; default: as many as fit",
+        help="examples per label in the context; default: as many as fit",
     )
     sub.add_argument(
         "--by",
         choices=("image", "label"),
         default="image",
-        help="compare how likely the image is after each label, or each label after it",
+        help="compare likelihoods of the image given each label, or of labels given it",
     )
 
 
@@ -155,13 +155,13 @@ def _add(commands: Any, name: str, command: Callable, text: str) -> Any:
     sub.add_argument(
         "--compilation_cache",
         type=options.path,
-        help="a folder that keeps compiled programs between runs",
+        help="folder of the compilation cache",
     )
-    sub.add_argument("--int8", action="store_true", help="weights in 8 bits")
+    sub.add_argument("--int8", action="store_true", help="8-bit weights")
     sub.add_argument(
         "--tensor",
-        type=options.whole(1, 10_000),
-        help="devices that share a copy of the model; as many as hold one by default",
+        type=options.integer(1, 10_000),
+        help="tensor-parallel devices per copy of the model; default: as few as fit",
     )
     return sub
 
@@ -181,9 +181,9 @@ def _add_retrieval(sub: Any, text: str) -> None:
     options.add_memory(sub)
     sub.add_argument(
         "--num_retrieved",
-        type=options.whole(0, 10_000),
+        type=options.integer(0, 10_000),
         default=2,
-        help="documents of the memory that are read",
+        help="number of retrieved documents",
     )
     _add_documents(sub, text)
 
@@ -191,9 +191,9 @@ def _add_retrieval(sub: Any, text: str) -> None:
 def _add_neighbours(sub: Any) -> None:
     sub.add_argument(
         "--num_neighbours",
-        type=options.whole(0, 10_000),
+        type=options.integer(0, 10_000),
         default=0,
-        help="documents of the memory most similar to --document, to read after it",
+        help="number of nearest documents to --document, added after it",
     )
 
 
@@ -212,33 +212,33 @@ def _add_sampling(sub: Any, measured: bool = False) -> None:
 
     sub.add_argument(
         "--num_samples",
-        type=options.whole(1, 10_000),
+        type=options.integer(1, 10_000),
         default=1,
-        help="how many are made",
+        help="number of samples",
     )
     sub.add_argument(
         "--seed",
-        type=options.whole(0, options.MAX_SEED),
+        type=options.integer(0, options.MAX_SEED),
         default=0,
-        help="the same seed makes the same samples",
+        help="the same seed gives the same samples",
     )
     sub.add_argument(
         "--temperature",
         type=options.number(),
-        help=explain("divides the logits; 0 takes the most probable token", 1.0),
+        help=explain("softmax temperature; 0 is greedy decoding", 1.0),
         **own(1.0),
     )
     sub.add_argument(
         "--top_p",
         type=options.number(0, 1),
         default=0.9,
-        help="probability mass of the tokens that are kept (nucleus)",
+        help="nucleus sampling: probability mass of the kept tokens",
     )
     sub.add_argument(
         "--top_k",
-        type=options.whole(),
+        type=options.integer(),
         default=0,
-        help="number of tokens that are kept; 0 keeps all",
+        help="number of the most probable tokens that are kept; 0 keeps all",
     )
     sub.add_argument(
         "--min_p",
@@ -253,7 +253,7 @@ def _add_sampling(sub: Any, measured: bool = False) -> None:
         **own(1.0),
     )
     sub.add_argument(
-        "--contrastive_k", type=options.whole(), default=0, help="0 is none"
+        "--contrastive_k", type=options.integer(), default=0, help="0 is none"
     )
     sub.add_argument(
         "--contrastive_alpha",
@@ -265,7 +265,8 @@ def _add_sampling(sub: Any, measured: bool = False) -> None:
         "--guide_documents",
         action="store_true",
         help=explain(
-            "guide away from what is generated without the documents, too", "not"
+            "classifier-free guidance also against generation without the documents",
+            "not",
         ),
         **own(False),
     )
@@ -276,17 +277,17 @@ def _add_ranking(sub: Any) -> None:
         "--draft",
         choices=("auto", "off", "table", "jacobi"),
         default="auto",
-        help="how the next codes of an image are guessed, so that one pass gives several: "
-        "by a table counted over the memory, by the pass before, not at all; auto is what "
-        "is fastest; the images are the same",
+        help="speculative decoding of image codes: by a table of counts over the "
+        "memory, by the previous pass (Jacobi), or off; auto is the fastest; the images "
+        "are the same",
     )
     sub.add_argument(
         "--rank_by",
         choices=("auto", "clip", "document", "likelihood"),
         default="auto",
-        help="which of the samples is best: like the prompt (clip), like the first "
-        "document, the likeliest; auto is clip where it was measured to align texts with "
-        "images, else likelihood",
+        help="rank the samples by similarity to the prompt (clip), similarity to the "
+        "first document, or likelihood; auto is clip if it was measured to align texts "
+        "with images, else likelihood",
     )
 
 
@@ -294,23 +295,23 @@ def _add_preview(sub: Any) -> None:
     sub.add_argument(
         "--preview",
         type=options.path,
-        help="PNG file, rewritten while the image is generated",
+        help="PNG file, updated while the image is generated",
     )
 
 
 def _add_scale(sub: Any) -> None:
     sub.add_argument(
         "--scale",
-        type=options.whole(1, 16),
+        type=options.integer(1, 16),
         default=1,
-        help="times the size at which pictures are written",
+        help="scale factor of the written images",
     )
 
 
 def _add_region(sub: Any) -> None:
     _add_preview(sub)
     sub.add_argument(
-        "--box", type=options.filled, help="left,top,right,bottom in pixels"
+        "--box", type=options.non_empty, help="left,top,right,bottom in pixels"
     )
     sub.add_argument(
         "--mask",
@@ -320,9 +321,9 @@ def _add_region(sub: Any) -> None:
     sub.add_argument("--prompt", default="", help="the caption of the image, if any")
     sub.add_argument(
         "--max_spans",
-        type=options.whole(1, 10_000),
+        type=options.integer(1, 10_000),
         default=1,
-        help="masks that the region may take, at most",
+        help="maximum number of masks for the region",
     )
     sub.add_argument(
         "--region_prompt",
@@ -337,7 +338,7 @@ def _add_region(sub: Any) -> None:
 
 
 def _check_and_run(command: Callable, arguments: Arguments) -> None:
-    """What is wrong in the options themselves is said before a model is loaded."""
+    """Checks the options before a model is loaded."""
     from racm3_jax.generation.settings import SamplingSettings, make_config
 
     settings: Any = {
@@ -362,12 +363,12 @@ def _generate(arguments: Arguments) -> None:
     documents = _documents(arguments)
     if arguments.num_neighbours and (documents is None or arguments.parts is not None):
         raise ValueError(
-            "--num_neighbours asks for documents like those of --document: give --prompt "
-            "and --document, or leave it out"
+            "--num_neighbours adds documents similar to those of --document: give "
+            "--prompt and --document, or remove it"
         )
     if arguments.parts is not None:
         if arguments.preview:
-            raise ValueError("--parts writes texts, too: leave --preview out")
+            raise ValueError("--parts writes texts, too: remove --preview")
         parts = _read_parts(Path(arguments.parts))
         generator = _open(arguments)
         output = generator.generate(
@@ -395,7 +396,7 @@ def _generate(arguments: Arguments) -> None:
             num_neighbours=arguments.num_neighbours,
             **common,
         )
-    save_pictures(arguments, output)
+    save_images(arguments, output)
 
 
 def _caption(arguments: Arguments) -> None:
@@ -430,13 +431,13 @@ def _infill(arguments: Arguments) -> None:
     }
     if arguments.text is not None:
         if arguments.box or arguments.mask:
-            raise ValueError("--text fills in words: leave --box and --mask out")
+            raise ValueError("--text fills in words: remove --box and --mask")
         if arguments.rank_by == "document":
-            raise ValueError("--text writes no image: leave --rank_by=document out")
+            raise ValueError("--text writes no image: remove --rank_by=document")
         if arguments.preview:
-            raise ValueError("--text writes no image: leave --preview out")
+            raise ValueError("--text writes no image: remove --preview")
         if arguments.draft != "auto":
-            raise ValueError("--text writes no image: leave --draft out")
+            raise ValueError("--text writes no image: remove --draft")
         output = _open(arguments).infill_text(
             arguments.text, image, **common, **_sampling(arguments)
         )
@@ -455,7 +456,7 @@ def _infill(arguments: Arguments) -> None:
         **common,
         **_sampling(arguments),
     )
-    save_pictures(arguments, output)
+    save_images(arguments, output)
 
 
 def _edit(arguments: Arguments) -> None:
@@ -476,7 +477,7 @@ def _edit(arguments: Arguments) -> None:
         on_progress=show_progress(generator, arguments.preview),
         **_sampling(arguments),
     )
-    save_pictures(arguments, output)
+    save_images(arguments, output)
 
 
 def _classify(arguments: Arguments) -> None:
@@ -516,8 +517,8 @@ def _open(arguments: Arguments) -> Any:
 
     if arguments.int8 and current_platform() == "cpu":
         raise ValueError(
-            "--int8 is for accelerators: on a CPU weights in 8 bits are no faster than "
-            "those in 32; leave it out"
+            "--int8 is for accelerators: on a CPU, 8-bit weights are not faster than "
+            "32-bit ones; remove it"
         )
     if arguments.compilation_cache:
         import jax
@@ -535,17 +536,17 @@ def _open(arguments: Arguments) -> Any:
     memory = options.local_memory(arguments)
     generator = run.load(arguments.workdir, memory=memory, mesh=mesh)
     if generator.retriever is not None and getattr(arguments, "num_retrieved", 0):
-        from racm3_jax.retrieval.misfit import explain_misfit
+        from racm3_jax.retrieval.mismatch import explain_mismatch
 
-        misfit = explain_misfit(
+        mismatch = explain_mismatch(
             generator.retriever.memory, generator.tokenizer, generator.embedder
         )
-        arguments.notes = (*getattr(arguments, "notes", ()), misfit)
+        arguments.notes = (*getattr(arguments, "notes", ()), mismatch)
     return generator.quantized() if arguments.int8 else generator
 
 
 def _sampling(arguments: Arguments) -> dict[str, Any]:
-    """Those of the tasks' settings that the command has, by the same names."""
+    """The sampling settings of the command, by name."""
     from racm3_jax.generation.settings import SamplingSettings
 
     names = {"num_samples", "seed", *SamplingSettings.__annotations__}
@@ -610,7 +611,7 @@ def _read_list(path: Path, *forms: set[str]) -> list[dict[str, Any]]:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """A path as a file names it: from its own folder, or from the home folder."""
+    """A path in a file: relative to the file's folder, or to the home folder."""
     return path.parent / Path(name).expanduser()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from racm3_jax import own_files
 from racm3_jax.commands import arguments as options
-from racm3_jax.commands import memory_flags, memory_pictures
+from racm3_jax.commands import memory_flags, memory_images
 from racm3_jax.commands.configs import UsageError
 
 Arguments = argparse.Namespace
@@ -56,14 +56,14 @@ def _run(command: Callable, arguments: Arguments) -> None:
 
 
 def load_models(tokenizer: str, embedder: str) -> tuple[Any, Any]:
-    """The tokenizer, and the embedder or the name of one."""
+    """The tokenizer, and the embedder or its name."""
     from racm3_jax import wiring
     from racm3_jax.retrieval.embedder import DocumentEmbedder
     from racm3_jax.tokenizers.mixed import MixedTokenizer
 
     opened = MixedTokenizer.load(wiring.resolve(tokenizer))
     if embedder == "name:":
-        raise UsageError("--embedder=name: names no encoder: give name:ENCODER")
+        raise UsageError("--embedder=name: has no encoder: give name:ENCODER")
     if embedder.startswith("name:"):
         return opened, embedder.removeprefix("name:")
     return opened, DocumentEmbedder.load(wiring.resolve(embedder))
@@ -87,7 +87,7 @@ def _config(arguments: Arguments, **more: Any) -> Any:
 
 
 def _build(arguments: Arguments) -> None:
-    from racm3_jax.commands import memory_words
+    from racm3_jax.commands import memory_report
     from racm3_jax.memory import beam as beam_build
     from racm3_jax.memory import merge
     from racm3_jax.memory.format import read_manifest
@@ -119,23 +119,23 @@ def _build(arguments: Arguments) -> None:
         )
     manifest = read_manifest(path)
     print(f"{path}: {manifest['num_documents']} documents, {manifest['index']} index")
-    _say(memory_words.describe_build(manifest))
+    _say(memory_report.describe_build(manifest))
     bad = merge.bad_records_file(path)
     if bad.is_file():
         print(f"  bad records are listed in {bad}")
-    _print_misfit(arguments)
+    _print_mismatch(arguments)
 
 
-def _print_misfit(arguments: Arguments) -> None:
-    """Says so if the embedder was not made for what the memory holds."""
+def _print_mismatch(arguments: Arguments) -> None:
+    """Prints a note if the embedder does not suit the memory's documents."""
     from racm3_jax.memory.memory import Memory
-    from racm3_jax.retrieval.misfit import explain_misfit
+    from racm3_jax.retrieval.mismatch import explain_mismatch
 
     tokenizer, embedder = _load_models(arguments)
     known = None if isinstance(embedder, str) else embedder
     with Memory.load(arguments.memory) as memory:
-        if misfit := explain_misfit(memory, tokenizer, known):
-            print(f"  note: {misfit}")
+        if mismatch := explain_mismatch(memory, tokenizer, known):
+            print(f"  note: {mismatch}")
 
 
 def _say(lines: Iterable[str]) -> None:
@@ -148,7 +148,7 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
     from racm3_jax.progress import open_progress
 
     tokenizer, embedder = _load_models(arguments)
-    with open_progress(desc="build memory", unit="steps of work") as bar:
+    with open_progress(desc="build memory", unit="steps") as bar:
 
         def show(num_documents: int, done: int, total: int) -> None:
             bar.total = total
@@ -169,7 +169,7 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
 def _add_documents(arguments: Arguments) -> None:
     import dataclasses
 
-    from racm3_jax.commands import memory_words
+    from racm3_jax.commands import memory_report
     from racm3_jax.memory import config as config_lib
     from racm3_jax.memory import edit
     from racm3_jax.memory.format import read_manifest
@@ -180,7 +180,7 @@ def _add_documents(arguments: Arguments) -> None:
         num_query_variants=manifest["num_query_variants"],
         query_drop=manifest["query_drop"],
     )
-    maker = config_lib.make_maker(config, *_load_models(arguments))
+    maker = config_lib.make_chunk_builder(config, *_load_models(arguments))
     counts = edit.add_documents(
         arguments.memory,
         _read_source(arguments),
@@ -190,29 +190,29 @@ def _add_documents(arguments: Arguments) -> None:
     )
     print(f"{arguments.memory}: added {counts['added']} documents")
     for title in ("bad", "left_out", "filtered"):
-        _say(memory_words.describe_counts(title, counts[title]))
-    _say(memory_words.describe_renamed(counts["renamed"]))
+        _say(memory_report.describe_counts(title, counts[title]))
+    _say(memory_report.describe_renamed(counts["renamed"]))
     if counts["filtered"].get("removed before"):
         print("  --readmit takes back what was removed")
 
 
 def _search(arguments: Arguments) -> None:
-    from racm3_jax.commands.originals import read_for_picture
+    from racm3_jax.commands.originals import read_for_display
     from racm3_jax.documents.images import read_image
     from racm3_jax.memory.memory import Memory
-    from racm3_jax.retrieval.misfit import explain_misfit
+    from racm3_jax.retrieval.mismatch import explain_mismatch
 
     given = (arguments.text, arguments.image, arguments.words)
     if sum(value is not None for value in given) != 1:
-        raise UsageError("give --text, --image or --words, one of them")
+        raise UsageError("give one of --text, --image and --words")
     _check_out(arguments)
     image = None if arguments.image is None else read_image(arguments.image)
     tokenizer, embedder = _load_models(arguments)
     if arguments.words is not None:
-        embedder = None  # any memory has captions
+        embedder = None  # not needed for keyword search
     elif isinstance(embedder, str):
         raise UsageError("a query needs an encoder: give --embedder=FOLDER")
-    misfit = ""
+    mismatch = ""
     path = options.local_memory(arguments)
     with Memory.load(path, embedder, tokenizer) as memory:
         if embedder is None:
@@ -225,39 +225,39 @@ def _search(arguments: Arguments) -> None:
             )
             found = memory.search(queries, arguments.k)
             rows, scores = found.ids[found.valid], found.scores[found.valid]
-            misfit = explain_misfit(memory, tokenizer, embedder)
-        documents, note = read_for_picture(memory, tokenizer, rows, arguments.originals)
+            mismatch = explain_mismatch(memory, tokenizer, embedder)
+        documents, note = read_for_display(memory, tokenizer, rows, arguments.originals)
     asked: Any = image if image is not None else arguments.text or arguments.words
-    picture = memory_pictures.draw_results(asked, documents, scores.tolist())
+    picture = memory_images.render_results(asked, documents, scores.tolist())
     own_files.write_png(arguments.out, picture)
     results = [
         {"id": d.id, "score": round(float(s), 4), "text": d.text, "source": d.source}
         for d, s in zip(documents, scores, strict=True)
     ]
     if arguments.json:
-        record = {"results": results, "out": arguments.out, "note": misfit}
+        record = {"results": results, "out": arguments.out, "note": mismatch}
         print(json.dumps(record))
         return
     for result in results:
         print(f"{result['score']:.3f}  {result['id']}  {result['text'][:80]}")
     print(f"wrote {arguments.out}{note}")
-    if misfit:
-        print(f"note: {misfit}")
+    if mismatch:
+        print(f"note: {mismatch}")
 
 
 def _find_words(
     memory: Any, tokenizer: Any, arguments: Arguments
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose captions say the words, best first, with their scores.
+    """Rows whose captions match the words, best first, with their scores.
 
     Raises:
-      UsageError: no caption does.
+      UsageError: no caption matches.
     """
-    from racm3_jax.retrieval.words import search_words
+    from racm3_jax.retrieval.bm25 import search_bm25
 
     rows = memory.allowed_ids()
     texts = [tokenizer.decode_text(document) for document in memory.documents(rows)]
-    places, scores = search_words(texts, arguments.words, arguments.k)
+    places, scores = search_bm25(texts, arguments.words, arguments.k)
     if not len(places):
         raise UsageError(
             f"no caption of {arguments.memory} has a word of --words={arguments.words!r}"
@@ -266,8 +266,8 @@ def _find_words(
 
 
 def _stats(arguments: Arguments) -> None:
-    from racm3_jax.commands import memory_words
-    from racm3_jax.commands.originals import read_for_picture
+    from racm3_jax.commands import memory_report
+    from racm3_jax.commands.originals import read_for_display
     from racm3_jax.memory.memory import Memory
     from racm3_jax.memory.stats import compute_stats
 
@@ -276,21 +276,21 @@ def _stats(arguments: Arguments) -> None:
     path = options.local_memory(arguments)
     with Memory.load(path, tokenizer=tokenizer) as memory:
         stats = compute_stats(memory, num_queries=arguments.num_queries)
-        shown = memory_pictures.choose_rows(memory.allowed_ids())
-        documents, note = read_for_picture(
+        shown = memory_images.choose_rows(memory.allowed_ids())
+        documents, note = read_for_display(
             memory, tokenizer, shown, arguments.originals
         )
-    own_files.write_png(arguments.out, memory_pictures.draw_contacts(documents))
+    own_files.write_png(arguments.out, memory_images.render_contact_sheet(documents))
     if arguments.json:
         print(json.dumps({**stats, "out": arguments.out}))
         return
-    _say(memory_words.describe_stats(stats, arguments.num_queries))
+    _say(memory_report.describe_stats(stats, arguments.num_queries))
     print(f"wrote {arguments.out}{note}")
 
 
 def _check_out(arguments: Arguments) -> None:
     image = getattr(arguments, "image", None)
-    own_files.check_pictures(
+    own_files.check_png_paths(
         arguments.out, inputs=[image] if image else [], change="give another --out"
     )
 
@@ -299,9 +299,9 @@ def _verify(arguments: Arguments) -> None:
     from racm3_jax.memory import edit
 
     counts = edit.verify(options.local_memory(arguments), arguments.share)
-    whole = "are whole" if arguments.share == 1 else "were sampled (see above)"
+    checked = "are intact" if arguments.share == 1 else "were sampled (see above)"
     print(
-        f"{arguments.memory}: {counts['files']} files {whole}, "
+        f"{arguments.memory}: {counts['files']} files {checked}, "
         f"{counts['documents']} documents, {counts['removed']} removed ones are not "
         f"found, {counts['on_disk']} of them on disk until compaction"
     )
@@ -326,7 +326,7 @@ def _remove(arguments: Arguments) -> None:
             print(f"removed {memory.remove(rows)} of {len(rows)} documents found")
     if arguments.compact and not arguments.dry_run:
         count = edit.compact(arguments.memory)
-        print(f"{count} documents have left the disk")
+        print(f"{count} documents deleted from disk")
 
 
 def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
@@ -359,7 +359,7 @@ def _rows_to_remove(arguments: Arguments, memory: Any) -> np.ndarray:
     _, embedder = _load_models(arguments)
     memory.check(embedder=embedder)
     query = embedder.embed_images(image[None])[0]
-    return edit.find_like(memory, query, arguments.min_similarity)[0]
+    return edit.find_similar_images(memory, query, arguments.min_similarity)[0]
 
 
 def _neighbours(arguments: Arguments) -> None:

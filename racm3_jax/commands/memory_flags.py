@@ -7,13 +7,13 @@ from typing import Any
 from racm3_jax.commands import arguments as options
 from racm3_jax.index import registry
 
-# Actions for which a memory at a URL is copied here.
+# Actions that copy a memory at a URL.
 _READING = ("search", "stats", "verify")
 _SHIPPED = "shipped:flagworld"
 
 
 def add_action(actions: Any, name: str) -> Any:
-    """The parser of one action; all but `plan` need a memory."""
+    """The parser of one action; all except `plan` need a memory."""
     text, add_flags = ACTIONS[name]
     sub = actions.add_parser(name, help=text, description=text)
     if name in _READING:
@@ -37,27 +37,27 @@ def _add_build(sub: Any) -> None:
     sub.add_argument("--index", default="auto", help=f"auto|{_kinds()}")
     sub.add_argument(
         "--num_query_variants",
-        type=options.whole(0, 1000),
+        type=options.integer(0, 1000),
         default=4,
-        help="training queries with dropout of every document",
+        help="training queries with dropout per document",
     )
     sub.add_argument(
         "--query_drop",
         type=options.number(0, 1),
         default=0.2,
-        help="fraction of its tokens that a training query drops",
+        help="fraction of tokens that a training query drops",
     )
     sub.add_argument(
         "--seed",
-        type=options.whole(0, options.MAX_SEED),
+        type=options.integer(0, options.MAX_SEED),
         default=0,
-        help="of the tokens that queries drop",
+        help="of the query dropout",
     )
     sub.add_argument(
         "--max_ram",
         type=options.number(),
         default=0.0,
-        help="GB of RAM that the index build may take; 0: no bound",
+        help="RAM limit of the index build in GB; 0: no limit",
     )
     sub.add_argument(
         "--recall_target",
@@ -66,30 +66,30 @@ def _add_build(sub: Any) -> None:
         help="fraction of the exact 10 nearest that the index must find",
     )
     sub.add_argument(
-        "--deduplicate", default="exact", help="none|exact|near: what is kept once"
+        "--deduplicate", default="exact", help="duplicates to drop: none|exact|near"
     )
     sub.add_argument(
-        "--overwrite", action="store_true", help="replace a memory that is there"
+        "--overwrite", action="store_true", help="replace an existing memory"
     )
     sub.add_argument(
         "--beam",
         default=None,
         metavar="OPTIONS",
-        help='run as an Apache Beam pipeline, as --beam="--runner=FlinkRunner …"',
+        help='run as an Apache Beam pipeline, e.g. --beam="--runner=FlinkRunner …"',
     )
 
 
 def _add_search(sub: Any) -> None:
     _models(sub)
-    sub.add_argument("--text", type=options.filled, default=None, help="query")
+    sub.add_argument("--text", type=options.non_empty, default=None, help="query")
     sub.add_argument(
-        "--words", type=options.filled, default=None, help="rank captions by BM25"
+        "--words", type=options.non_empty, default=None, help="rank captions by BM25"
     )
     sub.add_argument(
         "--image", type=options.path, default=None, help="query, an image file"
     )
     sub.add_argument(
-        "--k", type=options.whole(1, 10_000), default=8, help="documents to find"
+        "--k", type=options.integer(1, 10_000), default=8, help="documents to find"
     )
     sub.add_argument(
         "--out", type=options.path, default="search.png", help="PNG file of the results"
@@ -102,7 +102,7 @@ def _add_stats(sub: Any) -> None:
     _models(sub)
     sub.add_argument(
         "--num_queries",
-        type=options.whole(1),
+        type=options.integer(1),
         default=200,
         help="documents sampled for recall, latency and near-duplicates",
     )
@@ -121,7 +121,7 @@ def _add_verify(sub: Any) -> None:
         "--share",
         type=options.number(0, 1),
         default=1.0,
-        help="of its bytes; below 1 only files chosen at random are read",
+        help="fraction of bytes to read; below 1, randomly chosen files",
     )
 
 
@@ -131,22 +131,24 @@ def _add_remove(sub: Any) -> None:
         "--ids",
         type=options.place,
         default=None,
-        help="a,b,c or a file of one id a line",
+        help="a,b,c or a file with one id per line",
     )
     sub.add_argument(
         "--url_pattern",
-        type=options.filled,
+        type=options.non_empty,
         default=None,
-        help="as https://example.org/*",
+        help="e.g. https://example.org/*",
     )
     sub.add_argument("--like", type=options.path, default=None, help="an image file")
     sub.add_argument(
         "--min_similarity",
         type=options.number(-1, 1),
         default=0.95,
-        help="cosine to --like",
+        help="minimum cosine similarity to --like",
     )
-    sub.add_argument("--compact", action="store_true", help="also from the disk, now")
+    sub.add_argument(
+        "--compact", action="store_true", help="also delete removed documents from disk"
+    )
     sub.add_argument("--dry_run", action="store_true", help="only list them")
 
 
@@ -155,16 +157,19 @@ def _add_add(sub: Any) -> None:
     _models(sub)
     _filters(sub)
     sub.add_argument(
-        "--readmit", action="store_true", help="take back what was removed"
+        "--readmit", action="store_true", help="also add removed documents"
     )
 
 
 def _add_neighbours(sub: Any) -> None:
     sub.add_argument(
-        "--out", type=options.path, default=None, help="the table; default MEMORY/table"
+        "--out",
+        type=options.path,
+        default=None,
+        help="the table; default: MEMORY/table",
     )
     sub.add_argument(
-        "--k", type=options.whole(1), default=512, help="neighbours of each query"
+        "--k", type=options.integer(1), default=512, help="neighbours of each query"
     )
     sub.add_argument(
         "--engine", default="exact", help="exact (all devices of all processes)|memory"
@@ -176,25 +181,25 @@ def _add_plan(sub: Any) -> None:
         "--num_documents",
         type=options.number(1, 1e15),
         required=True,
-        help="how many, as 150e6",
+        help="number of documents, e.g. 150e6",
     )
     sub.add_argument(
         "--d_embed",
-        type=options.whole(1),
+        type=options.integer(1),
         default=768,
         help="dimensions of an embedding",
     )
     sub.add_argument(
         "--hosts",
-        type=options.whole(1),
+        type=options.integer(1),
         default=1,
-        help="machines that build and search it",
+        help="number of hosts",
     )
     sub.add_argument(
         "--devices_per_host",
-        type=options.whole(1),
+        type=options.integer(1),
         default=8,
-        help="accelerators of each",
+        help="accelerators per host",
     )
     sub.add_argument(
         "--index", default="", help=f"{_kinds()}; default: the first sharded"
@@ -205,14 +210,14 @@ def _add_plan(sub: Any) -> None:
 def _source(sub: Any) -> None:
     sub.add_argument(
         "--source",
-        type=options.filled,
+        type=options.non_empty,
         required=True,
         help="kind:path, see documents.readers",
     )
     sub.add_argument(
         "--follow_links",
         action="store_true",
-        help="read also what links point to outside of the source's folder",
+        help="also follow links to outside the source's folder",
     )
 
 
@@ -224,7 +229,7 @@ def _models(sub: Any) -> None:
         "--embedder",
         type=options.path,
         default=f"{_SHIPPED}/clip",
-        help="a folder, or name:ENCODER for a source that brings its embeddings",
+        help="a folder, or name:ENCODER for a source with embeddings",
     )
 
 
@@ -234,8 +239,8 @@ def _originals(sub: Any) -> None:
         type=options.path,
         default=None,
         metavar="FOLDER",
-        help="the image files, which are shown instead of what the memory keeps of them; "
-        "default: the folder that it was built from",
+        help="folder of the image files, shown instead of the memory's decoded images; "
+        "default: the folder it was built from",
     )
 
 
@@ -244,14 +249,14 @@ def _filters(sub: Any) -> None:
         "--max_bad",
         type=options.number(0, 1),
         default=0.1,
-        help="fraction of the records that may be bad",
+        help="maximum fraction of bad records",
     )
     sub.add_argument(
         "--opt_out", type=options.path, help="file of ids and URL patterns"
     )
     sub.add_argument(
         "--held_out",
-        type=options.filled,
+        type=options.non_empty,
         action="append",
         default=[],
         help="source of evaluation documents",
@@ -271,15 +276,15 @@ def _filters(sub: Any) -> None:
 
 
 ACTIONS = {
-    "build": ("Index a corpus; the same call resumes.", _add_build),
-    "search": ("Show what a query finds.", _add_search),
+    "build": ("Build a memory from a corpus; the same call resumes.", _add_build),
+    "search": ("Search with a query and show the results.", _add_search),
     "stats": ("Counts, sizes, recall, latency, duplicates.", _add_stats),
-    "verify": ("Check every byte, and that removed documents are gone.", _add_verify),
-    "remove": ("Remove documents for good.", _add_remove),
+    "verify": ("Verify every byte, and that removed documents are gone.", _add_verify),
+    "remove": ("Remove documents permanently.", _add_remove),
     "add": ("Add the documents of a source.", _add_add),
     "neighbours": ("Precompute all training searches.", _add_neighbours),
     "plan": (
-        "Disk, RAM, FLOPs and hours of a memory before it is built.",
+        "Estimate disk, RAM, FLOPs and hours of a memory before it is built.",
         _add_plan,
     ),
 }

@@ -1,7 +1,7 @@
-"""The images that a memory was made from, where their files are still in a folder.
+"""The original image files of a memory, if they still exist in a folder.
 
-A memory keeps what the model reads: codes, which look as the image tokenizer decodes them.
-People who look at a memory of their own photographs want to see the photographs.
+A memory stores codes, which look as the image tokenizer decodes them. Users want to see
+their original photographs.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.types import Document, Segment
 
 
-def read_for_picture(
+def read_for_display(
     memory: Memory,
     tokenizer: MixedTokenizer,
     rows: Int[np.ndarray, " n"],
     wanted: str | None,
 ) -> tuple[list[Document], str]:
-    """The documents of these rows, with their files as images where they are found.
+    """The documents of these rows, with the original files as images if found.
 
     Args:
       memory: an open one.
       tokenizer: of its documents.
-      rows: which.
-      wanted: folder of the files that the user names, if any (see `find_folder`).
+      rows: of the memory.
+      wanted: folder of the files given by the user, if any (see `find_folder`).
 
     Returns:
-      (documents, note): the note says what could not be shown so; "" where all could.
+      (documents, note): the note says which originals are missing; "" if none.
     """
     source = read_manifest(memory.path).get("source") or ""
     folder = find_folder(wanted, source)
@@ -52,16 +52,16 @@ def read_for_picture(
     if not rest:
         return documents, ""
     return documents, (
-        f": {rest} of {len(documents)} images as the memory keeps them "
+        f": {rest} of {len(documents)} images decoded from the memory "
         "(--originals=FOLDER shows the files)"
     )
 
 
 def find_folder(wanted: str | None, source: str) -> Path | None:
-    """The folder that the user names, or that a memory was built from, if it is there.
+    """The folder given by the user, or the memory's source folder if it exists.
 
     Args:
-      wanted: of the command line; None leaves the choice to the memory.
+      wanted: from the command line; None means the memory's source.
       source: of the memory's manifest; "" if unknown.
 
     Raises:
@@ -81,16 +81,16 @@ def show_originals(
     hashes: UInt64[np.ndarray, " documents"] | None,
     folder: Path | None,
 ) -> tuple[list[Document], int]:
-    """Replaces decoded images by the files that they were made from.
+    """Replaces decoded images by their original files.
 
     Args:
-      documents: as the tokenizer gives them back; a file is named by the document's id.
-      hashes: perceptual ones that the memory has kept of the first images. A file whose
-        own is another one has changed, and is not shown.
-      folder: where the files are.
+      documents: decoded by the tokenizer; the document's id is the file name.
+      hashes: perceptual hashes of the first images in the memory. A file with another
+        hash has changed, and is not shown.
+      folder: of the files.
 
     Returns:
-      (documents, how many of them show their file).
+      (documents, number of them with their original).
     """
     if folder is None or hashes is None:
         return list(documents), 0
@@ -109,7 +109,7 @@ def show_originals(
 
 
 def _read(folder: Path, document: Document, known: int) -> np.ndarray | None:
-    """The file of a document of one image, if it is still what it was."""
+    """The file of a document with one image, if it is unchanged."""
     if len(document.images) != 1:
         return None
     try:

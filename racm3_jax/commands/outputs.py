@@ -1,4 +1,4 @@
-"""What the generating commands write: images, records next to and inside them, lines."""
+"""Output of the generating commands: images, their records, text lines."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _SETTINGS = (  # and those of sampling
 
 
 def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
-    """Refuses, before the work, what `--out` and `--preview` must not replace.
+    """Refuses, before generating, what `--out` and `--preview` must not replace.
 
     Args:
       arguments: of a generating command.
-      writes_out: whether this call writes an image at all.
+      writes_out: whether this call writes an image.
 
     Raises:
       OSError, ValueError: names the path and says what to do.
@@ -45,7 +45,7 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
     if writes_out:
         out = Path(arguments.out)
         change = "give another --out"
-        own_files.check_pictures(arguments.out, inputs=inputs, change=change)
+        own_files.check_png_paths(arguments.out, inputs=inputs, change=change)
         if getattr(arguments, "parts", None):
             drawn = out.parent.glob(f"{glob.escape(out.stem)}_*_*.png")
             own_files.check(*drawn, inputs=inputs, change=change)
@@ -58,25 +58,25 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
         if writes_out and os.path.abspath(preview) == os.path.abspath(arguments.out):
             raise ValueError("--preview and --out are the same file: give two")
         change = "give another --preview"
-        own_files.check_pictures(preview, inputs=inputs, change=change)
+        own_files.check_png_paths(preview, inputs=inputs, change=change)
 
 
 def sample_paths(out: Path, num_samples: int) -> list[Path]:
-    """`x.png` -> `x-0.png`, `x-1.png`, …; none where the sheet is the only sample."""
+    """`x.png` -> `x-0.png`, `x-1.png`, …; empty for a single sample."""
     if num_samples == 1:
         return []
     return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(num_samples)]
 
 
-def save_pictures(arguments: Arguments, output: Any) -> None:
-    """The samples in one PNG, best first, and each in its own; records in all of them."""
+def save_images(arguments: Arguments, output: Any) -> None:
+    """Writes the samples as one PNG, best first, and one each, all with records."""
     from racm3_jax.evaluation.pictures import enlarge, tile
 
     path = Path(arguments.out)
     samples = sample_paths(path, len(output.images))
     more = {"out": arguments.out, "samples": [str(sample) for sample in samples]}
     record = _record(arguments, output, more)
-    check_outputs(arguments)  # again: a drawing takes its time
+    check_outputs(arguments)  # again: generation takes time
     images = [enlarge(image, arguments.scale) for image in output.images]
     own_files.write_png(path, tile(images), record)
     for i, sample in enumerate(samples):
@@ -86,7 +86,7 @@ def save_pictures(arguments: Arguments, output: Any) -> None:
 
 
 def explain_sheet(path: str) -> str:
-    """Says so if a picture is a sheet of several samples; "" for any other."""
+    """An error text if an image is a sheet of several samples; else ""."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -105,7 +105,7 @@ def explain_sheet(path: str) -> str:
 
 
 def save_parts(out: str, output: Any) -> list[list[dict[str, str]]]:
-    """Free documents: their images as PNG files next to `out`, their texts as they are."""
+    """Free documents: writes their images as PNG files next to `out`."""
     stem = Path(out).with_suffix("")
     written = []
     for i, document in enumerate(output.documents):
@@ -124,12 +124,12 @@ def save_parts(out: str, output: Any) -> list[list[dict[str, str]]]:
 
 
 def report(arguments: Arguments, output: Any, more: dict[str, Any]) -> None:
-    """Prints what was made and which documents it was made from."""
+    """Prints the result and the documents used."""
     _print(arguments, _record(arguments, output, more))
 
 
 def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str, Any]:
-    """What was made, from which documents, with which settings and versions."""
+    """The record: result, documents, settings and versions."""
     import jax
 
     from racm3_jax.generation.settings import SamplingSettings
@@ -201,12 +201,12 @@ def _line(parts: Sequence[dict[str, str]]) -> str:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN, which is the score of a document that was picked by hand."""
+    """None for NaN, the score of a hand-picked document, which JSON does not have."""
     return round(float(value), 4) if math.isfinite(value) else None
 
 
 def show_progress(generator: Any, preview: str | None) -> Callable[[Any], None] | None:
-    """Shows the speed on a terminal, and the image in a file."""
+    """Shows the speed on a terminal, and writes the partial image to a file."""
     if preview is None and not sys.stderr.isatty():
         return None
 

@@ -1,4 +1,4 @@
-"""The parser of every command: errors in one sentence, near misses, complete help."""
+"""The argument parser: one-sentence errors, suggestions, defaults in the help."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from racm3_jax.commands.configs import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong, as everything else does."""
+    """An ArgumentParser with one-sentence errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises the message as a sentence that names the help."""
+        """Raises the message as one sentence, with a hint to --help."""
         sentence = message.removeprefix("argument ")
         raise UsageError(f"{sentence}; see {self.prog} --help")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """A word that is none of the choices: the nearest, or else all of them."""
+        """For an invalid choice, suggests the nearest, or lists all of them."""
         if action.choices is None or value in action.choices:
             return
         known = [str(choice) for choice in action.choices]
-        hint = suggest(str(value), known) or f"; known are {', '.join(known)}"
+        hint = suggest(str(value), known) or f"; known: {', '.join(known)}"
         raise argparse.ArgumentError(action, f"there is no {value!r}{hint}")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean NAME?` with the name nearest to a word, or "" if none is near."""
+    """`; did you mean NAME?` with the nearest name, or "" if none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -43,7 +43,7 @@ def find_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Shows the defaults in the help, and tells each command which parser read it."""
+    """Shows the defaults in the help, and stores the parser of each command."""
     for child in find_parsers(parser):
         child.set_defaults(parser=child)
         for action in child._actions:
@@ -53,9 +53,9 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 
 def join_config_values(words: Sequence[str]) -> list[str]:
-    """`--config.key value` -> `--config.key=value`, as ml_collections takes both.
+    """`--config.key value` -> `--config.key=value`, as ml_collections accepts both.
 
-    A word that begins with `--` is no value: `--config.key` alone sets it to True.
+    A word that starts with `--` is not a value: `--config.key` alone sets it to True.
     """
     joined: list[str] = []
     for word in words:
@@ -71,10 +71,10 @@ def join_config_values(words: Sequence[str]) -> list[str]:
 def check_unknown(
     words: Sequence[str], parser: argparse.ArgumentParser, takes_config: bool
 ) -> None:
-    """Refuses what no option has taken, except the settings of a config.
+    """Refuses unknown arguments, except the settings of a config.
 
     Raises:
-      UsageError: names the first such word, and the option nearest to it.
+      UsageError: names the first one, and the nearest option.
     """
     unknown = [w for w in words if not (takes_config and w.startswith("--config."))]
     if unknown:

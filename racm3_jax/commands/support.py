@@ -51,7 +51,7 @@ def _write(arguments: argparse.Namespace) -> None:
     images = [image for image, _ in pairs]
     own_files.check(out, inputs=images, change="give another --out", key=KEY)
     for image, label in pairs:
-        read_image(image)  # what is not an image is refused now
+        read_image(image)  # refuses files that are not images
         if not label.strip():
             raise UsageError(
                 f"the label of {image} is empty: give --example IMAGE LABEL"
@@ -78,7 +78,7 @@ def _find_examples(folder: Path) -> list[tuple[str, str]]:
     ]
     if not found:
         raise UsageError(
-            f"--folder={folder} holds no images in folders of their own: put each "
+            f"--folder={folder} has no images in subfolders: put each "
             "label's images into a folder with the label's name"
         )
     return found

@@ -40,7 +40,7 @@ def register(commands: Any) -> None:
     sub.add_argument(
         "--print_commands",
         action="store_true",
-        help="print one `racm3 train` command a point instead (for a cluster)",
+        help="print one `racm3 train` command per point instead (for a cluster)",
     )
 
 
@@ -64,7 +64,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     if not points:
         raise UsageError(f"get_hyper of {files[-1]} returned no points")
     for point in points:
-        read_config([*flags, *as_flags(point)])  # a wrong name ends it before the first
+        read_config([*flags, *as_flags(point)])  # invalid names fail now
     workdir = Path(arguments.workdir)
     if arguments.print_commands:
         for point in points:

@@ -17,7 +17,7 @@ from racm3_jax.commands.configs import (
 )
 
 Arguments = argparse.Namespace
-# The exit status of a training that a signal ended, after a save (EX_TEMPFAIL).
+# Exit status of a training stopped by a signal, after a save (EX_TEMPFAIL).
 STOPPED_EARLY = 75
 SUITES = ("flagworld", "flagworld_tasks", "coco", "likelihood")
 # Fields of `fit.Plan`, which is imported when it is needed.
@@ -29,7 +29,7 @@ _PLAN_FLAGS = (
 
 def register(commands: Any) -> None:
     """Adds them to the parser's subcommands."""
-    text = "The main job on flagworld, in minutes."
+    text = "Train, retrieve and generate on flagworld, in minutes."
     sub = commands.add_parser("quickstart", help=text, description=text)
     sub.set_defaults(command=_quickstart)
     add_config_option(sub)
@@ -54,41 +54,39 @@ def register(commands: Any) -> None:
     sub.add_argument(
         "--profile_steps",
         default="",
-        help="FIRST:LAST step of a trace to write, as 10:12",
+        help="FIRST:LAST step of a profiler trace, e.g. 10:12",
     )
     sub.add_argument(
         "--compiled", type=options.path, help="file of racm3 estimate --compile --save"
     )
-    text = "Run a suite of measurements."
+    text = "Run an evaluation suite."
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.set_defaults(command=_evaluate)
     add_config_option(sub)
-    sub.add_argument(
-        "--suite", default="flagworld", choices=SUITES, help="what is measured"
-    )
+    sub.add_argument("--suite", default="flagworld", choices=SUITES, help="the suite")
     sub.add_argument(
         "--workdir", type=options.path, required=True, help="folder of the results"
     )
 
 
 def _register_fit(commands: Any) -> None:
-    text = "Train all models on your own pictures, from files to drawings; resumes."
+    text = "Train all models on your own images; the same command resumes."
     sub = commands.add_parser("fit", help=text, description=text)
     sub.set_defaults(command=_fit)
     sub.add_argument(
-        "--source", type=options.filled, required=True, help="as in folder:photos"
+        "--source", type=options.non_empty, required=True, help="e.g. folder:photos"
     )
     sub.add_argument(
         "--workdir", type=options.path, required=True, help="folder of all stages"
     )
+    sub.add_argument("--group_key", default="", help="the metadata key of the groups")
     sub.add_argument(
-        "--group_key", default="", help='the column that says "the same thing"'
-    )
-    sub.add_argument(
-        "--holdout", default="", help="a share, names of groups, or column=value"
+        "--holdout", default="", help="a fraction, names of groups, or key=value"
     )
     for name in _PLAN_FLAGS:
-        sub.add_argument(f"--{name}", type=options.whole(), help="else chosen, printed")
+        sub.add_argument(
+            f"--{name}", type=options.integer(), help="default: chosen and printed"
+        )
 
 
 def _fit(arguments: Arguments) -> int:
@@ -134,8 +132,8 @@ def _train(arguments: Arguments) -> int:
     if int(state.step) < config.train.num_steps:
         print(
             f"ended after step {int(state.step)} of {config.train.num_steps}: the "
-            f"held-out loss has not fallen in {config.train.patience} evaluations; its "
-            "best weights are kept",
+            f"held-out loss has not decreased in {config.train.patience} evaluations; "
+            "the best weights are kept",
             file=sys.stderr,
         )
     return 0

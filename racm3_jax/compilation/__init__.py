@@ -1,6 +1,6 @@
-"""The project's programs, compiled for machines that are not here.
+"""Compiles the project's programs for absent machines.
 
-machines (devices that are described, not attached) -> programs (training step, decoding,
-embedding, search, by shape) -> figures (bytes, traffic, the largest batch) -> saved (an
-executable in a file)
+machines (absent devices) -> programs (training step, decoding, embedding, search, by
+shape) -> figures (bytes, communication, largest batch) -> saved (an executable in a
+file)
 """

@@ -1,4 +1,4 @@
-"""Compiles a program and reads what its compiler says: bytes, traffic, what fits."""
+"""Compiles a program and reads its figures: bytes, communication, what fits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class PartFigures:
-    """One compiled part of a program; bytes and traffic are of one device.
+    """One compiled part of a program; bytes and communication are per device.
 
     Attributes:
       name: of the part.
-      seconds: that tracing and compiling took.
-      arguments: bytes of what goes in.
-      temporaries: bytes that live while it runs.
-      outputs: bytes of what comes out and does not take an argument's place.
+      seconds: of tracing and compiling.
+      arguments: bytes of the inputs.
+      temporaries: bytes of temporary buffers.
+      outputs: bytes of outputs that are not aliased to inputs.
       code: bytes of the program itself.
       traffic: collectives by kind, in one run.
     """
@@ -42,12 +42,12 @@ class PartFigures:
 
     @property
     def peak(self) -> int:
-        """Bytes that must be free before the part starts."""
+        """Peak bytes of the part."""
         return self.arguments + self.temporaries + self.outputs + self.code
 
     @property
     def bytes_on_wire(self) -> float:
-        """That one device sends in one run, all collectives together."""
+        """Bytes that one device sends in one run, over all collectives."""
         return sum(traffic.bytes_on_wire for traffic in self.traffic.values())
 
 
@@ -57,10 +57,10 @@ class Figures:
 
     Attributes:
       size: see `Program`.
-      parts: what was compiled; shorter where the compiler found no room.
-      peak: bytes of the largest part, or what the compiler would have needed.
-      capacity: bytes that a program may use on one device; None if nobody knows.
-      refused: the compiler's words when it found no room, else "".
+      parts: the compiled parts; fewer if one does not fit.
+      peak: bytes of the largest part, or the bytes that the compiler would need.
+      capacity: bytes that a program may use on one device; None if unknown.
+      refused: the compiler's message if it does not fit, else "".
     """
 
     size: int
@@ -81,7 +81,7 @@ class Figures:
 
 
 Watch = Callable[[str], contextlib.AbstractContextManager[Any]]
-"""`with watch("what is compiled"): ...` shows that something takes its time."""
+"""`with watch("what is compiled"): ...` shows progress."""
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def compile_program(
       machine: whose devices the program was built for.
       size: see `Program`.
       capacity: bytes that a program may use on one device, if known.
-      watch: shows what is under way.
+      watch: shows progress.
 
     Returns:
       The figures, and the compiled parts by name.
@@ -140,7 +140,7 @@ def compile_program(
 
 
 def read_figures(name: str, compiled: Any, seconds: float) -> PartFigures:
-    """What the compiler says of one compiled program."""
+    """The compiler's figures of one compiled program."""
     memory = compiled.memory_analysis()
     return PartFigures(
         name=name,
@@ -154,7 +154,7 @@ def read_figures(name: str, compiled: Any, seconds: float) -> PartFigures:
 
 
 def find_needed_bytes(words: str) -> float:
-    """What a compiler that ran out of memory would have needed; 0 if it does not say.
+    """Bytes that a compiler that ran out of memory would need; 0 if unknown.
 
     "Used 25.06G of 15.75G hbm" is in units of 2**30 bytes, as is "temporaries (16.00G)
     exceeds available", where temporaries alone are too large.
@@ -167,13 +167,13 @@ def find_needed_bytes(words: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """The largest size that fits, as far as it was tried.
+    """The largest size that fits, as far as tried.
 
     Attributes:
       fits: the largest size that was compiled and fits; 0 if none did.
       too_large: the smallest size that was compiled and does not; None if all fit.
       step: sizes are multiples of it.
-      tried: what was compiled, in order.
+      tried: the compiled sizes, in order.
     """
 
     fits: int
@@ -183,7 +183,7 @@ class Largest:
 
     @property
     def is_exact(self) -> bool:
-        """Whether no size between the two is left to try."""
+        """Whether no size between the two remains."""
         return self.too_large is not None and self.too_large - self.fits <= self.step
 
 
@@ -194,17 +194,17 @@ def find_largest(
     max_compiles: int,
     fixed_bytes: float,
 ) -> Largest:
-    """The largest size that fits, by bisection with a bound on the compilations.
+    """The largest size that fits, by a bounded number of compilations.
 
-    The bytes of what was compiled grow almost linearly with the size: each next size is
-    where that line meets the capacity, kept inside of what is still open.
+    Bytes grow almost linearly with the size: the next size is where that line meets the
+    capacity, limited to the open interval.
 
     Args:
       compile_at: size -> its figures.
       first: of a size that was compiled already.
       step: sizes are multiples of it.
-      max_compiles: the most compilations, the first one counted.
-      fixed_bytes: about what is needed at size 0 (weights, the optimizer's state).
+      max_compiles: maximum number of compilations, including the first.
+      fixed_bytes: approximate bytes at size 0 (weights, optimizer state).
     """
     tried = [first]
 
@@ -231,11 +231,12 @@ def find_largest(
 
 
 def _meet(tried: list[Figures], fixed_bytes: float, capacity: float) -> int:
-    """The size at which a line through what was tried reaches the capacity."""
+    """The size at which a line through the tried sizes reaches the capacity."""
     known = sorted((f.size, f.peak) for f in tried if f.peak)
-    if not known:  # no compiler said what it would need
+    if not known:  # no compiler reported its needs
         return min(f.size for f in tried) // 2
-    # The two points around the capacity, or next to it; the fixed part is one more.
+    # The two points around the capacity, or next to it; the fixed bytes are another
+    # one.
     known = [(0, min(fixed_bytes, known[0][1])), *known]
     above = next((i for i, (_, peak) in enumerate(known) if peak > capacity), None)
     end = len(known) - 1 if above is None else max(above, 1)

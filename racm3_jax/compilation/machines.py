@@ -1,8 +1,8 @@
-"""Devices that are not attached: TPU slices and GPU nodes, as their compilers know them.
+"""Absent devices: TPU slices and GPU nodes, as described to their compilers.
 
 XLA compiles for a described machine. libtpu describes a TPU by the name of its topology
-("v5p:4x4x4"); the CUDA plugin takes the figures of a card (`_GPU_FIGURES`) and how many of
-them a node has. Nothing of this needs the accelerator, a driver or a network.
+("v5p:4x4x4"); the CUDA plugin takes the properties of a GPU (`_GPU_FIGURES`) and the
+number per node. None of this needs the accelerator, a driver or a network.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Machine:
 
     Attributes:
       name: of the device, as in `training.hardware.DEVICES`, or "cpu".
-      num_devices: of all slices together.
-      topology: "4x4x4" chips of one TPU slice; "1x2x8" (groups x nodes x cards) of GPUs;
+      num_devices: over all slices.
+      topology: "4x4x4" chips of one TPU slice; "1x2x8" (groups x nodes x GPUs) of GPUs;
         "" on a CPU.
-      num_slices: TPU slices, joined by the data-centre network.
+      num_slices: TPU slices, connected by the data-centre network.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class _TPU:
-    """How libtpu calls a TPU, and the slices that can be had.
+    """libtpu's name of a TPU, and its slices.
 
     Attributes:
       prefix: before the colon of the topology's name.
       axes: of the torus, 2 or 3.
-      devices_per_chip: what JAX sees of one chip.
+      devices_per_chip: JAX devices per chip.
     """
 
     prefix: str
@@ -78,7 +78,7 @@ _TPUS = {
 }
 
 
-# What XLA asks about a card. Clocks and widths only weigh one kernel against another;
+# GPU properties for XLA. Clocks and widths only affect the choice of kernels;
 # the memory and the compute capability decide what fits and what is generated.
 _GPU_FIGURES: dict[str, dict[str, Any]] = {
     "h100": {
@@ -125,26 +125,26 @@ COMPILED_FOR = (*_TPUS, *_GPU_FIGURES, "cpu")
 def find_machine(
     name: str, num_devices: int, topology: str = "", num_slices: int = 1
 ) -> Machine:
-    """The machine of `--device=name:number`, or of `--topology`, which then counts.
+    """The machine of `--device=name:number`, or of `--topology`, which has precedence.
 
     Args:
       name: of the device.
-      num_devices: of one slice or node; 1 means "not given" where there is a topology.
-      topology: see `Machine`; the usual one of that many devices by default.
+      num_devices: of one slice or node; with a topology, 1 means "not given".
+      topology: see `Machine`; by default the usual one for this number of devices.
       num_slices: of TPUs.
 
     Raises:
-      MachineError: names what there is.
+      MachineError: names the alternatives.
     """
     if name not in COMPILED_FOR:
         raise MachineError(
-            f"--device={name}: there is no compiler for it here; --compile knows "
+            f"--device={name}: there is no compiler for it; --compile supports "
             f"{', '.join(COMPILED_FOR)}"
         )
     if num_slices < 1 or (num_slices > 1 and name not in _TPUS):
         raise MachineError(
-            f"--slices={num_slices}: a number of TPU slices, 1 or more; on GPUs it is "
-            "--device=h100:16 that spans nodes"
+            f"--slices={num_slices}: give a number of TPU slices >= 1; for GPUs use "
+            "--device=h100:16 for several nodes"
         )
     if name == "cpu":
         if topology:
@@ -168,13 +168,13 @@ def _find_slice(name: str, num_devices: int, topology: str) -> tuple[str, int]:
         if math.prod(_read_sizes(topology)) * tpu.devices_per_chip != num_devices:
             raise MachineError(
                 f"--device={name}:{num_devices}: JAX sees {tpu.devices_per_chip} "
-                "devices a chip there; give an even number"
+                "devices per chip; give an even number"
             )
     sizes = _read_sizes(topology)
     if len(sizes) != tpu.axes:
         example = "4x4" if tpu.axes == 2 else "2x2x4"
         raise MachineError(
-            f"--topology={topology}: a {name} slice has {tpu.axes} axes, as in {example}"
+            f"--topology={topology}: a {name} slice has {tpu.axes} axes, e.g. {example}"
         )
     return topology, math.prod(sizes) * tpu.devices_per_chip
 
@@ -184,7 +184,7 @@ def _find_nodes(name: str, num_devices: int, topology: str) -> tuple[str, int]:
         sizes = _read_sizes(topology)
         if len(sizes) != 3:
             raise MachineError(
-                f"--topology={topology}: give groups x nodes x cards, as in 1x2x8"
+                f"--topology={topology}: give groups x nodes x GPUs, e.g. 1x2x8"
             )
         return topology, math.prod(sizes)
     nodes, rest = divmod(num_devices, GPUS_PER_NODE)
@@ -192,8 +192,8 @@ def _find_nodes(name: str, num_devices: int, topology: str) -> tuple[str, int]:
         nodes, rest = 1, 0
     if rest:
         raise MachineError(
-            f"--device={name}:{num_devices}: more than a node is a multiple of "
-            f"{GPUS_PER_NODE}; other nodes are given by --topology=1xNODESxCARDS"
+            f"--device={name}:{num_devices}: several nodes need a multiple of "
+            f"{GPUS_PER_NODE} GPUs; for other nodes give --topology=1xNODESxGPUS"
         )
     return f"1x{nodes}x{num_devices // nodes}", num_devices
 
@@ -201,12 +201,12 @@ def _find_nodes(name: str, num_devices: int, topology: str) -> tuple[str, int]:
 def _read_sizes(topology: str) -> list[int]:
     parts = topology.split("x")
     if not all(part.isdigit() and int(part) for part in parts):
-        raise MachineError(f"--topology={topology}: give sizes, as in 4x4 or 2x2x4")
+        raise MachineError(f"--topology={topology}: give sizes, e.g. 4x4 or 2x2x4")
     return [int(part) for part in parts]
 
 
 def usual_slice(name: str, chips: int) -> tuple[int, ...]:
-    """The slice of so many chips that clouds give out: as square as can be.
+    """The usual shape of a cloud slice with this number of chips: nearly square.
 
     ```
     v5e, v6e   1: 1x1   4: 2x2   8: 2x4   16: 4x4   32: 4x8     64: 8x8
@@ -220,19 +220,19 @@ def usual_slice(name: str, chips: int) -> tuple[int, ...]:
     if chips < 1 or chips & (chips - 1):
         raise MachineError(
             f"--device={name}: slices of {chips} chips have no usual shape; give "
-            f"--topology={'x'.join(['4'] * axes)} or the like"
+            f"a --topology, e.g. {'x'.join(['4'] * axes)}"
         )
     power = chips.bit_length() - 1
     sizes = sorted(2 ** ((power + i) // axes) for i in range(axes))
-    # A host holds 2x2x1 chips: a small slice is flat.
+    # A host has 2x2x1 chips: a small slice is flat.
     return tuple(sizes if chips >= 8 or axes == 2 else reversed(sizes))
 
 
 def find_devices(machine: Machine) -> Sequence[Any]:
-    """The devices of a machine, attached or not; what a mesh is made of.
+    """The devices of a machine for a mesh, attached or not.
 
     Raises:
-      MachineError: its compiler is not installed, or knows no such topology.
+      MachineError: its compiler is not installed, or does not know this topology.
     """
     if machine.platform == "cpu":
         return _find_cpus(machine.num_devices)
@@ -246,17 +246,17 @@ def find_devices(machine: Machine) -> Sequence[Any]:
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:300]
-        raise MachineError(f"no {machine} can be described: {text}") from None
+        raise MachineError(f"{machine} cannot be described: {text}") from None
     return list(found.devices)
 
 
 def use_host_only(num_devices: int = 1) -> None:
-    """Keeps this process off any accelerator; call it before JAX starts.
+    """Keeps this process from using an accelerator; call it before JAX starts.
 
     Args:
-      num_devices: how many CPU devices JAX shows, unless JAX_NUM_CPU_DEVICES says it.
+      num_devices: number of JAX CPU devices, unless JAX_NUM_CPU_DEVICES is set.
     """
-    # libtpu and the CUDA plugin say on standard error that there is no accelerator.
+    # libtpu and the CUDA plugin print to stderr that there is no accelerator.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     import jax
@@ -264,7 +264,7 @@ def use_host_only(num_devices: int = 1) -> None:
     jax.config.update("jax_platforms", "cpu")
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    with contextlib.suppress(RuntimeError):  # it runs already: `find_devices` checks
+    with contextlib.suppress(RuntimeError):  # already running: `find_devices` checks
         jax.config.update("jax_num_cpu_devices", num_devices)
 
 
@@ -286,7 +286,7 @@ def _describe_tpu(machine: Machine) -> tuple[str, dict[str, Any]]:
             f"compiling for {machine.name} needs libtpu, which is not installed: "
             f"{TPU_EXTRA}"
         )
-    # libtpu asks a cloud's metadata server what it runs on, unless it is told.
+    # Otherwise libtpu queries a cloud's metadata server.
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -320,7 +320,7 @@ def _describe_gpu(machine: Machine) -> tuple[str, dict[str, Any]]:
 
 
 def _find_ptxas(name: str) -> None:
-    """Tells XLA where the assembler of the package `nvidia-cuda-nvcc` is."""
+    """Sets XLA's path to ptxas of the package `nvidia-cuda-nvcc`."""
     if "xla_gpu_cuda_data_dir" in os.environ.get("XLA_FLAGS", ""):
         return
     parent = importlib.util.find_spec("nvidia")
@@ -345,7 +345,7 @@ def _find_ptxas(name: str) -> None:
 
 
 def describe_gpu(name: str) -> str:
-    """A card as XLA's compiler takes it: the text form of `GpuTargetConfigProto`."""
+    """A GPU as text of XLA's `GpuTargetConfigProto`."""
     card = _GPU_FIGURES[name]
     return f"""
 gpu_device_info {{
@@ -376,11 +376,11 @@ device_description_str: "{card["description"]}"
 
 @contextlib.contextmanager
 def absent_cudnn(machine: Machine) -> Iterator[None]:
-    """While a program is traced for GPUs that are not here: cuDNN's answers for them.
+    """Answers JAX's cuDNN queries while tracing for absent GPUs.
 
-    JAX asks the cuDNN of this process for its version and the card for its capability
-    before it emits a call of cuDNN. Whether cuDNN then has a kernel for the shapes is
-    decided on the real machine, when the program is loaded.
+    Before emitting a cuDNN call, JAX queries the version of this process's cuDNN and
+    the GPU's capability. Whether cuDNN has a kernel for the shapes is decided on the
+    real machine, when the program is loaded.
     """
     if machine.platform != "gpu":
         yield

@@ -1,4 +1,4 @@
-"""What the project runs on an accelerator, by shape: nothing is loaded, nothing allocated.
+"""The project's accelerator programs, by shape: nothing is loaded or allocated.
 
 train    the training step of a config           size: rows of a batch
 decode   reading prompts, then sampling images    size: prompts, on a host's devices
@@ -39,7 +39,7 @@ from racm3_jax.vocab import Vocab
 
 PROGRAMS = ("train", "decode", "embed", "search")
 DEFAULT_SIZES = {"decode": 8, "embed": 128, "search": 1_000_000}
-# A prompt's own tokens, and those of a retrieved caption.
+# Tokens of a prompt, and of a retrieved caption.
 TEXT_LENGTH = 64
 # A guided prompt is read twice: as it is, and without its text.
 _STREAMS = 2
@@ -47,15 +47,15 @@ _STREAMS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One task of the project, to be compiled at any size.
+    """One program of the project, to be compiled at any size.
 
     Attributes:
       name: one of `PROGRAMS`.
       unit: what `size` counts.
-      size: that was asked for.
+      size: requested size.
       step: sizes are multiples of it.
       trace: size -> its compiled parts by name, traced.
-      facts: what its shapes follow from, for the reader.
+      facts: what determines its shapes, for the user.
     """
 
     name: str
@@ -73,17 +73,17 @@ def build_program(
     size: int | None = None,
     capacity: float | None = None,
 ) -> Program:
-    """The program that `--what` names.
+    """The program of `--what`.
 
     Args:
       what: one of `PROGRAMS`.
       config: of a generator.
       devices: attached or not.
-      size: see `Program`; the config's or a usual one by default.
+      size: see `Program`; by default the config's, or a typical one.
       capacity: bytes that a program may use on one device, if known.
 
     Raises:
-      ValueError: a config without what the program needs, or a size it cannot have.
+      ValueError: a config without what the program needs, or an invalid size.
     """
     if size is not None and size < 1:
         raise ValueError(f"--size={size}: give a number above 0")
@@ -113,19 +113,19 @@ def _build_training(config: Any, devices: Sequence[Any], size: int | None) -> Pr
 
 
 def trace_step(step: TrainStep, state: Any, batch: Any) -> jax.stages.Traced:
-    """A training step over shapes, for the devices of its own mesh."""
+    """A training step traced by shape, for the devices of its mesh."""
     compiled: Any = step.compiled
     with jax.set_mesh(step.mesh):
         return compiled.trace(state, batch)
 
 
 def _of_one_process(devices: Sequence[Any]) -> list[Any]:
-    """What one process decodes and embeds on: the devices of its host."""
+    """The devices of one process (host), for decoding and embedding."""
     return [d for d in devices if d.process_index == devices[0].process_index]
 
 
 def _put(tree: Any, place: NamedSharding) -> Any:
-    """Shapes that lie somewhere."""
+    """Shapes with a sharding."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
     )
@@ -134,9 +134,9 @@ def _put(tree: Any, place: NamedSharding) -> Any:
 def _build_decoding(
     config: Any, devices: Sequence[Any], size: int | None, capacity: float | None
 ) -> Program:
-    """Guided images after retrieved documents: what `generation.sample` compiles.
+    """Images with guidance and retrieved documents, as in `generation.sample`.
 
-    With guesses, as they are by default.
+    With the default speculative decoding.
     """
     vocab = wiring.build_vocab(config)
     model_config = wiring.build_model_config(config, vocab)
@@ -175,7 +175,7 @@ def _build_decoding(
     facts = {
         "prompts": f"guided, after {num_documents} documents of "
         f"{TEXT_LENGTH + vocab.image_length} tokens",
-        "guesses": f"{usual.source}, {usual.window} ids a pass" if usual else "none",
+        "drafts": f"{usual.source}, {usual.window} tokens a pass" if usual else "none",
         "on": f"a host's {mesh.size} devices: {copies} copies of the model, each over "
         f"{mesh.size // copies}",
     }

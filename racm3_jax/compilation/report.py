@@ -1,4 +1,4 @@
-"""What `racm3 estimate --compile` prints, as lines and as JSON."""
+"""The output of `racm3 estimate --compile`, as lines and as JSON."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 from racm3_jax.compilation.figures import Figures, Largest, PartFigures
 from racm3_jax.compilation.machines import Machine
 from racm3_jax.compilation.programs import Program
-from racm3_jax.training.hardware import Plan, format_bytes
+from racm3_jax.training.hardware import TrainingEstimate, format_bytes
 
 
 def format_compiled(
-    machine: Machine, program: Program, figures: Figures, plan: Plan | None
+    machine: Machine,
+    program: Program,
+    figures: Figures,
+    estimate: TrainingEstimate | None,
 ) -> str:
-    """The compiler's figures, and the formula's next to those that it has."""
+    """The compiler's figures, with the formula's next to them if available."""
     details = {
         "compiled for": f"{machine}, {machine.num_devices} devices",
         program.unit: f"{figures.size:,}",
@@ -23,19 +26,19 @@ def format_compiled(
     }
     lines = _align(details)
     for part in figures.parts:
-        lines += ["", f"{part.name}, one device", *_format_part(part, plan)]
+        lines += ["", f"{part.name}, one device", *_format_part(part, estimate)]
     if figures.refused:
-        lines += ["", f"the compiler found no room: {figures.refused}"]
+        lines += ["", f"it does not fit: {figures.refused}"]
     return "\n".join(lines)
 
 
-def _format_part(part: PartFigures, plan: Plan | None) -> list[str]:
+def _format_part(part: PartFigures, estimate: TrainingEstimate | None) -> list[str]:
     formula: dict[str, float] = {}
-    if plan is not None:
+    if estimate is not None:
         formula = {
-            "arguments": plan.weights + plan.optimizer,
-            "temporaries": plan.total - plan.weights - plan.optimizer,
-            "together": plan.total,
+            "arguments": estimate.weights + estimate.optimizer,
+            "temporaries": estimate.total - estimate.weights - estimate.optimizer,
+            "together": estimate.total,
         }
     numbers = {
         "arguments": part.arguments,
@@ -79,7 +82,7 @@ def format_largest(program: Program, largest: Largest) -> str:
 def as_json(
     machine: Machine, program: Program, figures: Figures, largest: Largest | None
 ) -> dict[str, Any]:
-    """The same figures under stable names; bytes and seconds."""
+    """The same figures with stable names, in bytes and seconds."""
     found: dict[str, Any] = {
         "what": program.name,
         "device": machine.name,
@@ -125,18 +128,18 @@ def _part_as_json(part: PartFigures) -> dict[str, Any]:
 
 
 def suggest_smaller(program: Program, largest: Largest | None) -> Sequence[str]:
-    """What to change where a program other than a training does not fit."""
+    """What to change if a program other than training does not fit."""
     fits = largest.fits if largest is not None else 0
     found = f"{fits:,} {program.unit} fit" if fits else f"fewer {program.unit}"
     return {
         "decode": [
-            f"{found} at a time: max_rows of Generator (by itself it takes what fits)",
+            f"{found} at a time: max_rows of Generator (default: what fits)",
             "config.mesh.tensor over more devices (--tensor of the commands)",
-            "weights in 8 bits (--int8 of the commands)",
+            "8-bit weights (--int8 of the commands)",
         ],
         "embed": [f"{found} at a time: batch_size of DocumentEmbedder"],
         "search": [
-            f"{found} on these devices; more devices hold more",
+            f"{found} on these devices; use more devices",
             'config.memory.index="scann" or "table", which need no accelerator',
         ],
     }[program.name]

@@ -1,12 +1,11 @@
-"""A compiled training step in a file: `racm3 estimate --save`, `racm3 train --compiled`.
+"""Saved training steps: `racm3 estimate --save`, `racm3 train --compiled`.
 
-    line 1     what it is: sealed JSON (versions, devices, program, config)
-    the rest   the executable, as XLA wrote it; its sha256 is in line 1
+    line 1     description: sealed JSON (versions, devices, program, config)
+    the rest   the executable from XLA; its sha256 is in line 1
 
 No pickle: shapes and trees come from the training that opens the file, and the file is
-refused unless its program is that training's own, traced again (a few seconds; compiling
-takes minutes). The executable is machine code all the same. XLA says of it what holds for
-every program: run only a file that you made or would run.
+refused unless its program equals that training's, which is traced again (seconds;
+compiling takes minutes). The executable is machine code: only run files that you trust.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _COMPILERS = {
 
 
 class CompiledFileError(ValueError):
-    """A file that is no compiled step, is damaged, or is one of another training."""
+    """Not a compiled step, damaged, or of another training."""
 
 
 def save_step(
@@ -51,22 +50,21 @@ def save_step(
     """Writes a compiled training step.
 
     Args:
-      path: replaced if it is such a file already.
+      path: replaced if it is already such a file.
       compiled: the step, compiled inside of `without_cache`.
-      traced: what it was compiled from.
-      mesh: that it was compiled for.
-      config: of the training, as plain values; what a refusal compares.
+      traced: the traced program it was compiled from.
+      mesh: of the compilation.
+      config: of the training, as plain values; compared in error messages.
 
     Returns:
       Bytes of the file.
 
     Raises:
-      CompiledFileError: there is another file at `path`.
+      CompiledFileError: another kind of file is at `path`.
     """
     if path.exists() and not _is_ours(path):
         raise CompiledFileError(
-            f"{path} exists and is no compiled step: it is not replaced; give another "
-            "name"
+            f"{path} exists and is not a compiled step: not replaced; give another name"
         )
     executable: Any = compiled.runtime_executable()
     payload = bytes(executable.serialize())
@@ -88,10 +86,10 @@ def save_step(
 
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
-    """Compiles what is to be saved without the cache.
+    """Compiles without the compilation cache, for saving.
 
-    What XLA's CPU compiler has read from JAX's compilation cache lacks its functions when
-    it is written again, and fails when it is run.
+    A CPU executable from JAX's compilation cache lacks its functions when it is
+    serialised again, and fails when run.
     """
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -108,20 +106,20 @@ def without_cache() -> Iterator[None]:
 def load_step(
     path: pathlib.Path, step: TrainStep, state: Any, batch: Any, config: Mapping
 ) -> TrainStep:
-    """The step of a training, from a file instead of a compilation.
+    """Loads a training step from a file instead of compiling it.
 
     Args:
-      path: what `save_step` wrote.
-      step: of the training; its mesh is of attached devices.
+      path: written by `save_step`.
+      step: of the training; its mesh has attached devices.
       state: its state, real or abstract.
       batch: its batch, abstract.
       config: see `save_step`.
 
     Returns:
-      A step that computes what `step` does.
+      A step equivalent to `step`.
 
     Raises:
-      CompiledFileError: says what differs, and how to make the right file.
+      CompiledFileError: says what differs, and how to make a new file.
     """
     check_step(path, step.mesh)
     head, payload = _read(path)
@@ -131,7 +129,7 @@ def load_step(
     traced = trace_step(step, state, batch)
     if head["program"] != fingerprint(traced):
         raise CompiledFileError(
-            f"{path} holds another program than this training's: "
+            f"{path} has another program than this training's: "
             f"{_name_differences(head['config'], config)}; {_REMEDY}"
         )
     run = _Executable(payload, traced, step.mesh)
@@ -139,7 +137,7 @@ def load_step(
 
 
 def check_step(path: pathlib.Path, mesh: Mesh) -> None:
-    """Refuses a file of other versions or devices, before anything else is loaded.
+    """Refuses a file of other versions or devices, before loading anything else.
 
     Raises:
       CompiledFileError: see `load_step`.
@@ -150,12 +148,12 @@ def check_step(path: pathlib.Path, mesh: Mesh) -> None:
 
 
 _REMEDY = (
-    "make it again with `racm3 estimate --compile --save=FILE`, or leave out --compiled"
+    "make it again with `racm3 estimate --compile --save=FILE`, or remove --compiled"
 )
 
 
 class _Executable:
-    """Calls a stored executable as the jitted step would be called."""
+    """Calls a saved executable like the jitted step."""
 
     def __init__(self, payload: bytes, traced: Any, mesh: Mesh) -> None:
         self._loaded = _deserialize(payload, list(mesh.devices.flat))
@@ -194,12 +192,12 @@ def _deserialize(payload: bytes, devices: Sequence[Any]) -> Any:
     except jax.errors.JaxRuntimeError as error:
         words = " ".join(str(error).split())[:300]
         raise CompiledFileError(
-            f"these devices do not load the executable: {words}; {_REMEDY}"
+            f"these devices cannot load the executable: {words}; {_REMEDY}"
         ) from None
 
 
 def find_versions(mesh: Mesh) -> dict[str, str]:
-    """What an executable depends on."""
+    """Versions on which an executable depends."""
     platform = mesh.devices.flat[0].platform
     found = {"racm3_jax": racm3_jax.__version__}
     for name in ("jax", "jaxlib", *_COMPILERS.get(platform, ())):
@@ -211,7 +209,7 @@ def find_versions(mesh: Mesh) -> dict[str, str]:
 
 
 def describe_devices(mesh: Mesh) -> dict[str, Any]:
-    """Kind, number, mesh, and where each device of the mesh is in its torus."""
+    """Kind, number, mesh, and position of each device of the mesh in its torus."""
     devices = list(mesh.devices.flat)
     places = [
         [*map(int, device.coords), int(getattr(device, "slice_index", 0) or 0)]
@@ -228,7 +226,7 @@ def describe_devices(mesh: Mesh) -> dict[str, Any]:
 
 
 def fingerprint(traced: Any) -> str:
-    """The sha256 of a program: its operations, and its arguments' shapes and places."""
+    """The sha256 of a program: operations, and shapes and shardings of arguments."""
     text = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
     arguments = [
         f"{info.shape} {np.dtype(info.dtype).name} {_spec(info)}"
@@ -257,7 +255,7 @@ def _check(words: str, stored: Mapping, own: Mapping, path: pathlib.Path) -> Non
 
 
 def _name_differences(stored: Mapping, own: Mapping) -> str:
-    """The settings in which two configs differ, or that the code does."""
+    """The settings in which two configs differ, or that the code differs."""
     own = json.loads(json.dumps(own, sort_keys=True))
     before, now = _flatten(stored), _flatten(own)
     names = [n for n in {**before, **now} if before.get(n) != now.get(n)]
@@ -300,7 +298,7 @@ def _read_head(path: pathlib.Path) -> dict[str, Any]:
         is_format = head["format"] == FORMAT
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise CompiledFileError(
-            f"{path} is no compiled step of racm3_jax: {_REMEDY}"
+            f"{path} is not a compiled step of racm3_jax: {_REMEDY}"
         ) from None
     if not is_format:
         raise CompiledFileError(
@@ -320,5 +318,5 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], bytes]:
         len(payload) != head["payload_bytes"]
         or hashlib.sha256(payload).hexdigest() != head["payload_sha256"]
     ):
-        raise CompiledFileError(f"{path} is damaged or cut short: {_REMEDY}")
+        raise CompiledFileError(f"{path} is damaged or truncated: {_REMEDY}")
     return head, payload

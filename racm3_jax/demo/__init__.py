@@ -1,1 +1,1 @@
-"""A page in the browser for everything a work directory can do (`racm3 demo`)."""
+"""The web demo of all tasks of a work directory (`racm3 demo`)."""

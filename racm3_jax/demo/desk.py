@@ -1,4 +1,4 @@
-"""What one visitor sees and has chosen. Values only: every change makes a new one."""
+"""The immutable state of one visitor: documents seen and chosen."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NUM_EARLIER = 6
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Given:
-    """A document that the model is given, or could be.
+    """A document that is, or could be, in the context.
 
     Attributes:
-      tokens: what the model reads.
-      shown: the same as text and pixels.
+      tokens: of the document.
+      shown: the decoded document.
       row: of the memory; -1 for the visitor's own documents.
       score: inner product with the query; NaN for the visitor's own documents.
-      pinned: stays when something else is searched for.
+      pinned: kept by later searches.
     """
 
     tokens: TokenizedDocument
@@ -50,7 +50,7 @@ class Given:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Earlier:
-    """An image that was generated before, and from what."""
+    """An earlier generated image, with its prompt and documents."""
 
     image: UInt8[np.ndarray, "height width 3"]
     prompt: str
@@ -60,13 +60,13 @@ class Earlier:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Desk:
-    """The documents in front of one visitor.
+    """The documents of one visitor.
 
     Attributes:
       prompt: what was searched for.
-      num_documents: how many are wanted; found ones fill up what is not chosen by hand.
-      given: own documents first, then pinned and found ones: the order the model reads.
-      dropped: ids that are not to be given.
+      num_documents: total number; retrieved ones are added to hand-picked ones.
+      given: own documents first, then pinned and retrieved ones, in context order.
+      dropped: excluded ids.
     """
 
     prompt: str = ""
@@ -77,13 +77,13 @@ class Desk:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """A drawing on its way.
+    """A generation in progress.
 
     Attributes:
-      desk: the documents that it is drawn from; none before they are known.
-      images: as far as they are drawn, grey where they are not.
-      share: fraction that is generated, 0 to 1.
-      output: the result, when it is done.
+      desk: the documents in the context; none before retrieval.
+      images: partial images, grey where not generated yet.
+      share: generated fraction, 0 to 1.
+      output: the final result.
     """
 
     desk: Desk
@@ -93,7 +93,7 @@ class Stage:
 
 
 def remember(earlier: tuple[Earlier, ...], stage: Stage) -> tuple[Earlier, ...]:
-    """With the best image of the last call in front; the oldest go."""
+    """Prepends the best image of the last call; drops the oldest."""
     if stage.output is None:
         return earlier
     ids = tuple(g.id for g in stage.desk.given)

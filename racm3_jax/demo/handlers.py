@@ -1,4 +1,4 @@
-"""What the page's buttons do: values of gradio in, panels out. The work is `Session`'s."""
+"""Event handlers of the page: gradio values in, panels out; `Session` does the work."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _EXPECTED = (ValueError, FileNotFoundError)
 
 
 def explained(method: Callable) -> Callable:
-    """What goes wrong is shown on the page in one sentence; surprises are logged, too."""
+    """Shows errors on the page in one sentence; logs unexpected ones, too."""
 
     def explain(error: Exception) -> gr.Error:
         if isinstance(error, gr.Error):
             return error
         if not isinstance(error, _EXPECTED):
             logging.getLogger("racm3").exception("the demo failed", exc_info=error)
-            sentence = f"this failed, and the terminal says where: {error!r}"
+            sentence = f"this failed, see the terminal for details: {error!r}"
         else:
             sentence = str(error)
-        # Gradio shows it as HTML, and it may quote what was typed.
+        # Gradio shows it as HTML, and it may quote user input.
         words = html.escape(sentence, quote=False)
         return gr.Error(words, duration=12, print_exception=False)
 
@@ -61,7 +61,7 @@ def explained(method: Callable) -> Callable:
 
 
 class Handlers:
-    """One method a button; `session` does the work."""
+    """One method per button; `session` does the work."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -96,7 +96,7 @@ class Handlers:
         shown = None
         options = name_settings(*settings)
         for stage in self.session.draw(desk, prompt, int(num), **options):
-            # Once: what is dropped or pinned meanwhile stays so.
+            # Only once, to keep documents dropped or pinned meanwhile.
             changed = (gr.skip(), gr.skip())
             if shown is None:
                 changed = (stage.desk, panels.draw_desk(stage.desk))
@@ -111,7 +111,7 @@ class Handlers:
     def new_seed(self) -> int:
         return int(np.random.default_rng().integers(2**31))
 
-    # Pictures for the other tabs
+    # Images for the other tabs
 
     @explained
     def refuse_upload(self, event: gr.EventData) -> None:
@@ -190,7 +190,7 @@ class Handlers:
         if image is None:
             raise ValueError("choose an image for the example first")
         if len(support) >= MAX_EXAMPLES:
-            raise ValueError(f"{MAX_EXAMPLES} examples are the most")
+            raise ValueError(f"at most {MAX_EXAMPLES} examples are allowed")
         support = [*support, (image, check_text(label, "the label", "dax"))]
         examples = panels.draw_examples(support)
         return support, examples, None, panels.draw_picked(None), ""
@@ -207,19 +207,19 @@ class Handlers:
     @explained
     def find_text(self, query: str, num_results: float) -> tuple:
         found = self.session.find(query, int(num_results))
-        return draw_results(found), query
+        return render_results(found), query
 
     @explained
     def find_image(self, image: np.ndarray | None, num_results: float) -> tuple:
         if image is None:
             raise ValueError("upload an image to search by first")
-        return draw_results(self.session.find(image, int(num_results))), image
+        return render_results(self.session.find(image, int(num_results))), image
 
     @explained
     def ask_removal(self, event: gr.EventData) -> tuple:
         words = (
-            f"Remove {event.about} from the memory for good? It is taken from the disk "
-            "for everyone who uses this memory, and cannot be brought back here."
+            f"Remove {event.about} from the memory permanently? It is removed "
+            "for all users of this memory, and cannot be restored here."
         )
         return event.about, panels.draw_note(words, "words"), gr.Column(visible=True)
 
@@ -227,7 +227,7 @@ class Handlers:
     def remove(self, id: str, query: Any, num_results: float) -> tuple:
         said = self.session.remove(id)
         found = self.session.find(query, int(num_results))
-        return draw_results(found), panels.draw_note(said), gr.Column(visible=False)
+        return render_results(found), panels.draw_note(said), gr.Column(visible=False)
 
     def keep(self) -> gr.Column:
         return gr.Column(visible=False)
@@ -240,7 +240,7 @@ def name_settings(
     guidance: float,
     guide_documents: bool,
 ) -> dict[str, Any]:
-    """The sliders, in the order of the page, as the generator calls them."""
+    """The sliders, in page order, as keyword arguments of the generator."""
     return {
         "num_samples": num_samples,
         "seed": seed,
@@ -251,19 +251,19 @@ def name_settings(
 
 
 def last_drawing(earlier: tuple[Earlier, ...]) -> np.ndarray:
-    """What was drawn last on the first tab."""
+    """The last image generated on the first tab."""
     if not earlier:
-        raise ValueError("nothing is drawn yet: draw something on the Draw tab first")
+        raise ValueError("nothing is generated yet: use the Draw tab first")
     return earlier[0].image
 
 
 def draw_read(given: tuple[Given, ...]) -> str:
-    """The documents that an answer was made from."""
+    """The documents in the context of an answer."""
     return panels.draw_cards(given) if given else panels.draw_note("no documents")
 
 
-def draw_results(found: tuple[Given, ...]) -> str:
-    """What a search of the memory found."""
+def render_results(found: tuple[Given, ...]) -> str:
+    """The results of a search in the memory."""
     if not found:
         return panels.draw_note("Nothing was found.")
     return panels.draw_cards(found, ("remove",))

@@ -1,4 +1,4 @@
-"""The page: tabs of components, and which handler each button calls."""
+"""The page: tabs of components, with the handler of each button."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DECODE: dict[str, Any] = {
     "concurrency_limit": 1,
     "api_visibility": "private",
 }
-# Small steps: the page is there before they are done.
+# Small steps: the page appears before they are finished.
 _QUICK: dict[str, Any] = {
     "show_progress": "hidden",
     "concurrency_limit": 4,
@@ -36,7 +36,7 @@ _QUICK: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the tabs share."""
+    """Components shared by the tabs."""
 
     handlers: Handlers
     desk: gr.State
@@ -44,17 +44,17 @@ class Parts:
 
 
 def build_page(session: Session, notice: str = "") -> gr.Blocks:
-    """The page over a session; `notice` is on top, if there is something to say."""
+    """The page of a session, with an optional `notice` on top."""
     title = "RA-CM3"
-    # Uploads are read at once; their files go within the hour.
+    # Uploads are read immediately; their files are deleted within the hour.
     with gr.Blocks(
         title=title, analytics_enabled=False, delete_cache=(600, 1800)
     ) as page:
         memory = session.memory
         held = "no memory" if memory is None else f"{memory.num_allowed:,} documents"
         gr.Markdown(
-            f"# {title}\nOne model reads documents that were retrieved from a memory "
-            f"({held}), and draws, captions, fills in and classifies."
+            f"# {title}\nOne model reads documents retrieved from a memory "
+            f"({held}), and generates, captions, infills and classifies."
         )
         if notice:
             gr.HTML(panels.draw_note(notice, "warning"), elem_id="notice")
@@ -94,11 +94,9 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
     tried = _panel(panels.draw_prompts(prompts), "prompts", visible=bool(prompts))
     with gr.Row():
         with gr.Column(scale=3):
-            gr.Markdown("### Documents that the model reads")
+            gr.Markdown("### Documents in the context")
             cards = _panel(panels.draw_desk(Desk()), "documents")
-            with gr.Accordion(
-                "Add a document of your own", open=False, elem_id="own_box"
-            ):
+            with gr.Accordion("Add your own document", open=False, elem_id="own_box"):
                 image, picked = _picture(parts, "own", with_last=False)
                 caption = gr.Textbox(label="its caption", elem_id="own_caption")
                 add = gr.Button("Add", size="sm", elem_id="own_add")
@@ -107,7 +105,7 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
                 settings = _settings()
             before = _panel("", "earlier")
         with gr.Column(scale=2):
-            gr.Markdown("### Picture")
+            gr.Markdown("### Image")
             picture = _panel(panels.draw_stage(None), "picture")
             with gr.Row():
                 seed = settings[1].render()
@@ -150,7 +148,7 @@ def _caption_tab(parts: Parts) -> None:
                 temperature = _temperature(0.0)
             ask = gr.Button("Caption", variant="primary", elem_id="caption_go")
             answer = _panel("", "captions")
-            gr.Markdown("### Documents that it read")
+            gr.Markdown("### Documents used")
             cards = _panel(panels.draw_note("none yet"), "caption_documents")
     ask.click(
         do.caption,
@@ -165,7 +163,7 @@ def _infill_tab(parts: Parts) -> None:
     do = parts.handlers
     with gr.Row():
         with gr.Column(scale=2):
-            gr.Markdown("Paint over what to generate again.")
+            gr.Markdown("Paint over the region to regenerate.")
             cells = gr.State("")
             image, brush = _picture(parts, "infill", cells=cells)
             brush.input(do.keep_cells, None, cells, queue=False, **_QUICK)
@@ -173,19 +171,19 @@ def _infill_tab(parts: Parts) -> None:
             prompt = gr.Textbox(label="caption of the image", elem_id="infill_prompt")
             follows = gr.Radio(
                 [
-                    ("documents found for it (infill)", False),
+                    ("retrieved documents (infill)", False),
                     ("the documents on the Draw tab (edit)", True),
                 ],
                 value=False,
-                label="draw it as shown by",
+                label="guided by",
             )
             with gr.Accordion("Settings", open=False):
                 num_documents = _documents_slider()
                 settings = _settings()
                 settings[1].render()
-            ask = gr.Button("Generate it again", variant="primary", elem_id="infill_go")
+            ask = gr.Button("Regenerate", variant="primary", elem_id="infill_go")
             picture = _panel(panels.draw_stage(None), "infilled")
-            gr.Markdown("### Documents that it read")
+            gr.Markdown("### Documents used")
             cards = _panel(panels.draw_note("none yet"), "infill_documents")
     ask.click(
         do.infill,
@@ -199,8 +197,8 @@ def _infill_tab(parts: Parts) -> None:
 def _classify_tab(parts: Parts) -> None:
     do, support = parts.handlers, gr.State([])
     gr.Markdown(
-        "Labelled examples in context; labels may mean nothing. The shipped model is at "
-        "chance in this: it shows how to ask, not how well it can be answered."
+        "Few-shot classification by examples; labels may be meaningless. The "
+        "shipped model is at chance in this task: it only shows the interface."
     )
     with gr.Row():
         with gr.Column():
@@ -209,7 +207,7 @@ def _classify_tab(parts: Parts) -> None:
             label = gr.Textbox(label="its label", elem_id="example_label")
             with gr.Row():
                 add = gr.Button("Add example", size="sm", elem_id="example_add")
-                clear = gr.Button("Start again", size="sm")
+                clear = gr.Button("Clear", size="sm")
             examples = _panel(panels.draw_examples([]), "examples")
         with gr.Column():
             gr.Markdown("### Which label has this one?")
@@ -261,7 +259,7 @@ def _memory_tab(parts: Parts) -> None:
 
 
 def _panel(value: str, name: str, visible: bool = True) -> gr.HTML:
-    """HTML whose buttons trigger `click` with an action."""
+    """HTML with buttons that trigger `click` with an action."""
     script = (HERE / "buttons.js").read_text(encoding="utf-8")
     return gr.HTML(
         value,
@@ -275,7 +273,7 @@ def _panel(value: str, name: str, visible: bool = True) -> gr.HTML:
 def _picture(
     parts: Parts, name: str, *, cells: gr.State | None = None, with_last: bool = True
 ) -> tuple[gr.State, gr.HTML]:
-    """Where an image is chosen: its state, and what shows it (a brush, with `cells`)."""
+    """An image picker: its state, and its view (a brush with `cells`)."""
     do, image = parts.handlers, gr.State(None)
     upload, take_last = do.upload, do.take_last
     shown = panels.draw_picked(None)
@@ -299,20 +297,20 @@ def _picture(
         )
         button.upload(upload, button, outputs, **_QUICK)
         if with_last:
-            last = gr.Button("Take the last drawing", size="sm", elem_id=f"{name}_last")
+            last = gr.Button("Use the last image", size="sm", elem_id=f"{name}_last")
             last.click(take_last, parts.earlier, outputs, **_QUICK)
     return image, panel
 
 
 def _settings() -> list[Any]:
-    """In the order of `handlers.name_settings`; the seed is placed by the caller."""
+    """Sliders in the order of `handlers.name_settings`; the caller adds the seed."""
     num_samples = _samples_slider()
     seed = _seed(render=False)
     with gr.Row():
         temperature = _temperature(0.5)
-        guidance = gr.Slider(0, 6, value=2, step=0.5, label="guidance (1 is none)")
+        guidance = gr.Slider(0, 6, value=2, step=0.5, label="guidance (1: off)")
     guide_documents = gr.Checkbox(
-        True, label="guide away from what is drawn without the documents, too"
+        True, label="guidance also against generation without documents"
     )
     return [num_samples, seed, temperature, guidance, guide_documents]
 

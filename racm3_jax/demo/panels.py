@@ -1,4 +1,4 @@
-"""Pieces of the page as HTML; every text from outside is escaped."""
+"""Parts of the page as HTML; all external text is escaped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNDRAWN = "the image appears here while it is generated"
 
 
 def draw_image(image: Image, words: str) -> str:
-    """An image inside the page; small ones are enlarged without smoothing."""
+    """An inline image; small ones are enlarged without smoothing."""
     data = base64.b64encode(encode_png(image)).decode()
     return (
         f'<img class="pixels" alt="{_text(words)}" src="data:image/png;base64,{data}">'
@@ -33,7 +33,7 @@ def draw_note(words: str, kind: str = "faint") -> str:
 
 
 def draw_cards(given: Sequence[Given], actions: Sequence[str] = ()) -> str:
-    """Documents side by side, with what is known about each, and buttons."""
+    """Documents as cards, with metadata and buttons."""
     return (
         '<div class="cards">'
         + "".join(_draw_card(g, actions) for g in given)
@@ -75,12 +75,12 @@ def _draw_button(action: str, label: str, value: str = "") -> str:
 
 
 def draw_desk(desk: Desk) -> str:
-    """The documents of a visitor, and which were dropped."""
+    """The documents of a visitor, and the dropped ones."""
     if not desk.given and not desk.prompt:
-        return draw_note("Find documents, or draw at once.")
+        return draw_note("Find documents, or generate directly.")
     cards = draw_cards(desk.given, ("pin", "drop"))
     if not desk.given:
-        cards = draw_note("No documents: the model draws from the prompt alone.")
+        cards = draw_note("No documents: the model uses only the prompt.")
     if not desk.dropped:
         return cards
     names = draw_note("dropped: " + ", ".join(desk.dropped))
@@ -89,33 +89,33 @@ def draw_desk(desk: Desk) -> str:
 
 
 def draw_prompts(prompts: Sequence[str]) -> str:
-    """Prompts to try, one button each."""
+    """Example prompts, one button each."""
     buttons = "".join(_draw_button("prompt", prompt, prompt) for prompt in prompts)
     return f'<div class="line"><span class="faint">try</span>{buttons}</div>'
 
 
 def draw_stage(stage: Stage | None) -> str:
-    """Pictures on their way, or done, with what is known about them."""
+    """Partial or final images, with their metadata."""
     if stage is None or not stage.images:
         words = (
             _UNDRAWN
             if stage is None
-            else "reading the documents … (the first drawing takes longest)"
+            else "reading the documents … (the first image takes longest)"
         )
         return f'<div class="pictures"><div class="blank">{words}</div></div>'
     if stage.output is not None:
         return draw_output(stage.output)
     percent = round(100 * stage.share)
-    images = "".join(draw_image(x, "being drawn") for x in stage.images)
+    images = "".join(draw_image(x, "in progress") for x in stage.images)
     return (
         f'<div class="pictures {_layout(stage.images)}" data-share="{percent}">{images}'
         f'</div><div class="bar"><div style="width:{percent}%"></div></div>'
-        + draw_note(f"drawing, {percent}%")
+        + draw_note(f"generating, {percent}%")
     )
 
 
 def draw_output(output: GenerationOutput) -> str:
-    """Generated images, best first; near copies of a document are named."""
+    """Generated images, best first, with a warning about near copies of documents."""
     figures = []
     for image, document, score in zip(
         output.images, output.documents, output.scores, strict=True
@@ -130,7 +130,7 @@ def draw_output(output: GenerationOutput) -> str:
         if nearest and document.metadata.get("near_copy"):
             warning = f"Nearly a copy of {nearest['id']}."
         figures.append(
-            f"<figure>{draw_image(image, output.prompt or 'drawn')}<figcaption>"
+            f"<figure>{draw_image(image, output.prompt or 'generated')}<figcaption>"
             f"{draw_note(words)}{draw_note(warning, 'warning')}</figcaption></figure>"
         )
     note = draw_note(output.note, "warning") if output.note else ""
@@ -146,7 +146,7 @@ def _layout(images: Sequence[object]) -> str:
 
 
 def draw_earlier(earlier: Sequence[Earlier]) -> str:
-    """What was drawn before, small."""
+    """Earlier images, small."""
     if len(earlier) < 2:
         return ""
     figures = "".join(
@@ -159,7 +159,7 @@ def draw_earlier(earlier: Sequence[Earlier]) -> str:
 
 
 def draw_captions(output: GenerationOutput) -> str:
-    """Captions, the likeliest first."""
+    """Captions, most likely first."""
     lines = "".join(
         f'<div class="answer">{_text(text)}</div>'
         + draw_note(f"seed {output.seed} · mean log-likelihood {score:.3f}")
@@ -169,7 +169,7 @@ def draw_captions(output: GenerationOutput) -> str:
 
 
 def draw_labels(found: Classification) -> str:
-    """Labels with their probabilities, the most probable first."""
+    """Labels with their probabilities, most probable first."""
     order = np.argsort(-found.probabilities, kind="stable")
     bars = "".join(
         f'<div class="line"><span class="label">{_text(found.labels[i])}</span>'
@@ -183,7 +183,7 @@ def draw_labels(found: Classification) -> str:
 def draw_examples(support: Sequence[tuple[Image, str]]) -> str:
     """Labelled images."""
     if not support:
-        return draw_note("No examples yet: two labels are needed at least.")
+        return draw_note("No examples yet: at least two labels are needed.")
     figures = "".join(
         f"<figure>{draw_image(image, label)}<figcaption>{_text(label)}</figcaption>"
         "</figure>"
@@ -193,7 +193,7 @@ def draw_examples(support: Sequence[tuple[Image, str]]) -> str:
 
 
 def draw_picked(image: Image | None) -> str:
-    """The image that a tab works on."""
+    """The chosen image of a tab."""
     if image is None:
         return '<div class="picked"><div class="blank">no image yet</div></div>'
     return f'<div class="picked">{draw_image(image, "the chosen image")}</div>'

@@ -1,4 +1,4 @@
-"""Serves the page on this machine only, and lets it load nothing from elsewhere."""
+"""Serves the page on this machine only, without external resources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from racm3_jax.demo.uploads import UploadFolder, UploadLimit, refuse
 
 HOST = "127.0.0.1"
-# Gradio compiles its templates in the page, hence eval.
+# Gradio compiles its templates in the page, which needs eval.
 _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
     "frame-ancestors 'none'; form-action 'self'; object-src 'none'"
@@ -19,7 +19,7 @@ _POLICY = (
 
 
 class ContentPolicy:
-    """ASGI middleware: adds the policy to every answer."""
+    """ASGI middleware: adds the policy to every response."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -36,11 +36,11 @@ class ContentPolicy:
 
 
 class SameOrigin:
-    """ASGI middleware: answers the demo's own page only.
+    """ASGI middleware: answers only requests of the demo's own page.
 
-    Any web site can make a visitor's browser send a form or a file here; what the
-    browser says about the sender (Origin, Sec-Fetch-Site) tells it from the page. The
-    page itself may be opened from anywhere.
+    Any web site can make a visitor's browser send a form or a file here; the browser's
+    headers (Origin, Sec-Fetch-Site) identify the sender. The page itself may be opened
+    from anywhere.
     """
 
     def __init__(self, app: Any) -> None:
@@ -58,7 +58,7 @@ class SameOrigin:
 
 
 def is_own_page(scope: Any) -> bool:
-    """Whether a request was sent by the page, or only opens it."""
+    """Whether a request was sent by the page, or opens the page."""
     headers = dict(scope["headers"])
     origin = headers.get(b"origin")
     site = headers.get(b"sec-fetch-site")
@@ -70,7 +70,7 @@ def is_own_page(scope: Any) -> bool:
 
 
 def prepare_environment(folder: Path) -> None:
-    """No telemetry, and all files in `folder`; before gradio's import."""
+    """Turns telemetry off and sets the folder of files; before importing gradio."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -78,10 +78,10 @@ def prepare_environment(folder: Path) -> None:
 
 
 def find_port(port: int) -> int:
-    """The port itself if it is free; any free one for 0.
+    """The port if it is free; for 0, any free one.
 
     Raises:
-      ValueError: it is taken, or no port.
+      ValueError: the port is in use or invalid.
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"--port is {port}; give 1 to 65535, or 0 for any free port")
@@ -98,7 +98,7 @@ def find_port(port: int) -> int:
 
 
 def serve(page: Any, port: int, max_upload_bytes: int, uploads: UploadFolder) -> None:
-    """Answers until Ctrl-C; prints the address."""
+    """Prints the address and serves until Ctrl-C."""
     from gradio.themes import Default  # pyright: ignore[reportMissingImports]
     from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
     from starlette.middleware.trustedhost import (  # pyright: ignore[reportMissingImports]
@@ -128,7 +128,7 @@ def serve(page: Any, port: int, max_upload_bytes: int, uploads: UploadFolder) ->
         css_paths=[Path(__file__).parent / "style.css"],
         app_kwargs={
             "middleware": [
-                # Other names for this machine could come from any web site.
+                # Other host names could come from any web site.
                 Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
                 Middleware(ContentPolicy),
                 Middleware(SameOrigin),
@@ -136,5 +136,5 @@ def serve(page: Any, port: int, max_upload_bytes: int, uploads: UploadFolder) ->
             ]
         },
     )
-    print(f"the demo is at {url} (Ctrl-C ends it)", flush=True)
+    print(f"the demo is at {url} (Ctrl-C to stop)", flush=True)
     page.block_thread()

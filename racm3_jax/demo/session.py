@@ -1,9 +1,9 @@
-"""What the demo does, without a page: search, choose, draw, ask, remove.
+"""The logic of the demo, without the page: search, choose, generate, classify, remove.
 
-    prompt -> documents on the desk (pin, drop, add) -> drawing, stage by stage
+    prompt -> documents on the desk (pin, drop, add) -> generation, stage by stage
 
-One `Session` serves all visitors; what is a visitor's own is in the `Desk` that goes in
-and comes out. Everything a visitor can do wrong is a ValueError of one sentence.
+One `Session` serves all visitors; the state of a visitor is in the `Desk`, an argument
+and result of each call. Invalid input is a ValueError with one sentence.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _NO_ROWS = np.zeros(0, np.int64)
 
 
 class Session:
-    """The generator of the page; safe to use from threads, one decode at a time.
+    """The generator of the page; thread-safe, one decode at a time.
 
     Attributes:
       generator: with or without a memory.
-      memory: what is searched, or None.
+      memory: the memory, or None.
       image_size: side of the model's images, pixels.
       side: of their grid of codes.
     """
@@ -60,7 +60,7 @@ class Session:
         self._kept = KeptPixels()
 
     def example_prompts(self, num: int = 4) -> list[str]:
-        """Texts of documents all over the memory, to try."""
+        """Texts of documents spread over the memory, as example prompts."""
         memory = self.memory
         if memory is None or not memory.num_allowed:
             return []
@@ -72,7 +72,7 @@ class Session:
         return list(dict.fromkeys(text for text in shown if text))
 
     def read_upload(self, content: bytes) -> Image:
-        """An uploaded image; one at a time is decoded, and all together are counted.
+        """Reads an uploaded image; decodes one at a time, and limits their total size.
 
         Raises:
           ValueError: too many bytes or pixels, or not an image.
@@ -81,7 +81,7 @@ class Session:
             return self._kept.keep(read_upload(content))
 
     def search(self, desk: Desk, prompt: str, num_documents: int) -> Desk:
-        """Own and pinned documents stay; what the prompt finds fills up the rest."""
+        """Keeps own and pinned documents, and adds retrieved ones."""
         prompt = check_text(prompt, "the prompt", "the flag of Velmoria on the moon")
         num_documents = int(num_documents)
         if not 0 <= num_documents <= MAX_DOCUMENTS:
@@ -99,7 +99,7 @@ class Session:
         )
 
     def pin(self, desk: Desk, id: str) -> Desk:
-        """Pins a document, or lets it go again."""
+        """Pins or unpins a document."""
         given = tuple(
             dataclasses.replace(g, pinned=not g.pinned) if g.id == id else g
             for g in desk.given
@@ -107,7 +107,7 @@ class Session:
         return dataclasses.replace(desk, given=given)
 
     def drop(self, desk: Desk, id: str) -> Desk:
-        """Takes a document away; the next one that the prompt finds takes its place."""
+        """Drops a document; the next retrieved one replaces it."""
         (dropped,) = [g for g in desk.given if g.id == id] or [None]
         if dropped is None:
             return desk
@@ -119,11 +119,11 @@ class Session:
         return self._search_again(desk)
 
     def restore(self, desk: Desk) -> Desk:
-        """Dropped documents may be found again."""
+        """Restores dropped documents."""
         return self._search_again(dataclasses.replace(desk, dropped=()))
 
     def add_own(self, desk: Desk, image: Image | None, caption: str) -> Desk:
-        """Puts the visitor's own document in front; no memory keeps it."""
+        """Adds the visitor's own document first, without adding it to the memory."""
         if image is None:
             raise ValueError("upload an image for your document first")
         caption = check_text(caption, "the caption", "the flag of Velmoria")
@@ -143,10 +143,10 @@ class Session:
     def draw(
         self, desk: Desk, prompt: str, num_documents: int, **settings: Any
     ) -> Iterator[Stage]:
-        """Draws what the prompt says from what is on the desk, after a new search.
+        """Generates images of a prompt with the desk's documents, after a new search.
 
-        `settings` are those of `Generator.text_to_image`. The first stage shows what it
-        is drawn from, the last has the output.
+        `settings` are those of `Generator.text_to_image`. The first stage shows the
+        documents, the last has the output.
         """
         settings = check_settings(settings)
         desk = self.search(desk, prompt, num_documents)
@@ -162,7 +162,7 @@ class Session:
     def follow(
         self, desk: Desk, task: Callable, *asked: Any, **settings: Any
     ) -> Iterator[Stage]:
-        """The stages of a task that draws, one decode at a time."""
+        """The stages of an image task, one decode at a time."""
         yield Stage(desk, [])
 
         def work(on_progress):
@@ -180,7 +180,7 @@ class Session:
     def caption(
         self, image: Image | None, num_documents: int, **settings: Any
     ) -> tuple[GenerationOutput, tuple[Given, ...]]:
-        """Describes an image; and the documents that were found for it."""
+        """Captions an image; also returns the retrieved documents."""
         image = check_picture(image)
         settings = check_settings(settings)
         if self.memory is None:
@@ -198,29 +198,29 @@ class Session:
         follow: Sequence[Given] | None = None,
         **settings: Any,
     ) -> Iterator[Stage]:
-        """Generates cells of an image again, stage by stage.
+        """Regenerates cells of an image, stage by stage.
 
         Args:
           image: the image.
-          cells: True where it is generated again, in the order of the codes.
+          cells: True where it is regenerated, in code order.
           prompt: the image's caption, or nothing.
-          num_documents: how many are retrieved.
-          follow: the documents to edit by, instead of retrieved ones.
+          num_documents: number of retrieved documents.
+          follow: documents that guide the edit, instead of retrieved ones.
           **settings: of `Generator.infill`.
         """
         image = resize_image(check_picture(image), self.image_size)
         if not cells.any():
-            raise ValueError("paint over what to generate again first")
-        # In place: what models of the shipped size do better by far (see README.md).
+            raise ValueError("first paint over the region to regenerate")
+        # In place: much better for models of the shipped size (see README.md).
         settings = check_settings(settings) | {"region_prompt": "in_place"}
         prompt = prompt.strip()
         if prompt:
             check_text(prompt, "the caption", "")
         elif not settings.get("guide_documents"):
-            settings["guidance"] = 1.0  # there is no text to do without
+            settings["guidance"] = 1.0  # no text, so no guidance
         if follow is not None and not follow:
             raise ValueError(
-                "there are no documents on the Draw tab to edit by: find some there, or "
+                "no documents on the Draw tab for editing: find some there, or "
                 "add your own"
             )
         grid = cells.reshape(self.side, self.side)
@@ -237,12 +237,12 @@ class Session:
     def classify(
         self, image: Image | None, support: Sequence[tuple[Image, str]]
     ) -> Classification:
-        """Chooses among the labels of a few examples."""
+        """Few-shot classification with the labels of the examples."""
         image = check_picture(image)
         return self.answer(self.generator.classify, image, list(support))
 
     def find(self, query: str | Image, num_results: int) -> tuple[Given, ...]:
-        """What the memory holds that is nearest to a text or an image."""
+        """The documents of the memory nearest to a text or an image."""
         memory = self._needed_memory()
         if isinstance(query, str):
             query = check_text(query, "the query", "a flag on the beach")
@@ -255,7 +255,7 @@ class Session:
         return self.show(Retrieved(rows, scores, tuple(memory.documents(rows))))
 
     def remove(self, id: str) -> str:
-        """Removes a document from the memory for good; says what happened."""
+        """Removes a document from the memory permanently; returns a message."""
         memory = self._needed_memory()
         (row,) = memory.find([id])
         if row < 0:
@@ -263,7 +263,7 @@ class Session:
         if not memory.remove([int(row)]):
             return f"{id} was removed before."
         return (
-            f"Removed {id}: no search returns it from now on. "
+            f"Removed {id}: searches no longer return it. "
             f"{memory.num_allowed:,} documents are left."
         )
 
@@ -289,7 +289,7 @@ class Session:
     def _rescore(
         self, pinned: Sequence[Given], query: Float32[np.ndarray, "1 d_embed"]
     ) -> list[Given]:
-        """Pinned documents as the new query sees them, without removed ones."""
+        """Pinned documents with scores for the new query, without removed ones."""
         memory = self._needed_memory()
         allowed = memory.allowed_ids() if pinned else _NO_ROWS
         return [
@@ -318,7 +318,7 @@ class Session:
 
 
 def read_upload(content: bytes) -> Image:
-    """An uploaded image, cut to a square; measured before it is decoded.
+    """Reads an uploaded image as a square; checks its size before decoding.
 
     Raises:
       ValueError: too many bytes or pixels, or not an image.
@@ -342,10 +342,10 @@ def check_size(name: str, num_bytes: int) -> None:
 
 
 def check_text(text: str, name: str, example: str) -> str:
-    """The text without spaces around it, if it says something, and not too much."""
+    """The stripped text, if it is neither empty nor too long."""
     text = (text or "").strip()
     if not text:
-        raise ValueError(f"{name} is empty: write something, as in {example!r}")
+        raise ValueError(f"{name} is empty: write something, e.g. {example!r}")
     if len(text) > MAX_TEXT_LENGTH:
         raise ValueError(
             f"{name} has {len(text)} characters; {MAX_TEXT_LENGTH} are allowed"
@@ -357,17 +357,17 @@ def check_picture(image: Image | None) -> Image:
     """The image, if there is one."""
     if image is None:
         raise ValueError(
-            "choose an image first: upload one, or take the last one generated"
+            "choose an image first: upload one, or use the last generated one"
         )
     return image
 
 
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Whole numbers where the page gives floats or nothing."""
+    """Converts floats or None from the page to integers."""
     settings = dict(settings)
     seed, num_samples = settings.get("seed", 0), settings.get("num_samples", 1)
     if seed is None:
-        raise ValueError("give a seed: a whole number from 0 on")
+        raise ValueError("the seed must be an integer >= 0")
     if not 1 <= num_samples <= MAX_SAMPLES:
-        raise ValueError(f"draw 1 to {MAX_SAMPLES} samples; got {num_samples}")
+        raise ValueError(f"generate 1 to {MAX_SAMPLES} samples; got {num_samples}")
     return settings | {"seed": int(seed), "num_samples": int(num_samples)}

@@ -1,4 +1,4 @@
-"""A call that reports its progress, as an iterator that the page can follow."""
+"""Turns a call with progress reports into an iterator for the page."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class _Abandoned(Exception):
-    """Nobody follows any more."""
+    """The iterator was closed."""
 
 
 def run_in_stages(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
-    """Runs `work(on_progress)` in a thread and yields what it reports, then its result.
+    """Runs `work(on_progress)` in a thread; yields its reports, then its result.
 
-    When the iterator is closed early, the work ends at its next report. What it raises
-    is raised here.
+    If the iterator is closed early, the work ends at its next report. Its exceptions
+    are raised here.
     """
     reports: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
     abandoned, done = threading.Event(), object()
@@ -36,7 +36,7 @@ def run_in_stages(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]
         else:
             reports.put((done, None))
 
-    # A daemon: Ctrl-C does not wait for a drawing.
+    # A daemon: Ctrl-C does not wait for a generation.
     threading.Thread(target=run, name="decode", daemon=True).start()
     try:
         while True:

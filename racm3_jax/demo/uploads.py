@@ -1,9 +1,9 @@
-"""What visitors send: in a folder of this process alone, below one total, never kept.
+"""Uploads of visitors: in a private temporary folder with a total limit.
 
     <temporary>/racm3_demo_x/   one folder a process, for its user only, locked by it
 
-It goes when the process ends, by Ctrl-C or a signal, too. A process that was killed
-leaves its folder without a lock: the next demo deletes it.
+It is deleted when the process ends, also by Ctrl-C or a signal. A killed process leaves
+its folder unlocked: the next demo deletes it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from racm3_jax import storage
 
 MAX_TOTAL_BYTES = 128 << 20
 MAX_TOTAL_PIXELS = 64_000_000
-# An upload is read at once; older files are only waiting to be deleted.
+# Uploads are read immediately; older files can be deleted.
 _READ_AFTER_SECONDS = 60.0
-# Until then, a demo that starts may not have locked its folder.
+# A starting demo may not have locked its folder before this.
 _LOCKED_AFTER_SECONDS = 60.0
 _PREFIX = "racm3_demo_"
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -61,7 +61,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def delete_abandoned() -> None:
-    """Deletes the folders of demos of this user that were killed."""
+    """Deletes the folders of this user's killed demos."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         if folder.is_symlink() or not folder.is_dir():
             continue
@@ -75,7 +75,7 @@ def delete_abandoned() -> None:
 
 
 class UploadFolder:
-    """Counts the bytes below a folder and those on their way to it.
+    """Counts the bytes in a folder and of uploads in progress.
 
     Args:
       folder: where the page's server writes uploads.
@@ -88,7 +88,7 @@ class UploadFolder:
         self.arriving = 0
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether so many more fit; deletes what was read already if they do not."""
+        """Whether `num_bytes` more fit; if not, first deletes files that were read."""
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         found = []
         for path in files:
@@ -109,7 +109,7 @@ class _TooMuch(Exception):
 
 
 class UploadLimit:
-    """ASGI middleware: refuses uploads that do not fit into the folder any more."""
+    """ASGI middleware: refuses uploads that exceed the folder's limit."""
 
     def __init__(self, app: Any, uploads: UploadFolder) -> None:
         self.app = app
@@ -121,7 +121,7 @@ class UploadLimit:
             return
         announced = dict(scope["headers"]).get(b"content-length", b"")
         if announced.isdigit() and not self.uploads.has_room(int(announced)):
-            await refuse(send, 413, "the demo holds too many uploads: try again later")
+            await refuse(send, 413, "the demo has too many uploads: try again later")
             return
         taken = 0
 
@@ -146,21 +146,21 @@ class UploadLimit:
             await self.app(scope, receive_counted, send_noted)
         except _TooMuch:
             if not has_answered:
-                words = "the demo holds too many uploads: try again later"
+                words = "the demo has too many uploads: try again later"
                 await refuse(send, 413, words)
         finally:
             self.uploads.arriving -= taken
 
 
 async def refuse(send: Any, status: int, words: str) -> None:
-    """Answers a request with a sentence."""
+    """Answers a request with a message."""
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": f"{words}\n".encode()})
 
 
 class KeptPixels:
-    """Counts the pixels of the images that all visitors hold, as long as they do."""
+    """Counts the pixels of all live images of visitors."""
 
     def __init__(self, max_pixels: int = MAX_TOTAL_PIXELS) -> None:
         self.max_pixels = max_pixels
@@ -169,10 +169,10 @@ class KeptPixels:
         self._lock = threading.Lock()
 
     def keep(self, image: Image) -> Image:
-        """The image itself, counted until nobody holds it any more.
+        """The image itself, counted until it is garbage-collected.
 
         Raises:
-          ValueError: together with the others it is too large.
+          ValueError: the total is too large.
         """
         size = image.shape[0] * image.shape[1]
         with self._lock:
@@ -180,10 +180,10 @@ class KeptPixels:
                 self._num_pixels -= self._forgotten.popleft()
             if self._num_pixels + size > self.max_pixels:
                 raise ValueError(
-                    "the demo holds too many images of its visitors: close other "
+                    "the demo has too many images of its visitors: close other "
                     "pages of it, or try again later"
                 )
             self._num_pixels += size
-        # The collector calls it in any thread at any place: it must not wait for a lock.
+        # Called by the garbage collector in any thread: it must not wait for a lock.
         weakref.finalize(image, self._forgotten.append, size)
         return image

@@ -1,1 +1,1 @@
-"""Documents from outside: readers, the document store, images, and flagworld."""
+"""Input documents: readers, the document store, images, and flagworld."""

@@ -1,8 +1,7 @@
-"""Images changed as a camera might: mirrored, shifted, with other colours.
+"""Image augmentation: mirroring, shifts, hue rotation.
 
-A change is drawn once and applied to any number of images, so that a target and the
-documents that it is read with can share it. Which one is drawn is the caller's: a
-function of a seed and a number.
+An augmentation is sampled once and applied to any number of images, so that a target
+and its retrieved documents can share it. The caller seeds the sampling.
 """
 
 from __future__ import annotations
@@ -19,17 +18,18 @@ Images = UInt8[np.ndarray, "images height width 3"]
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationConfig:
-    """`config.augmentation`: which changes, and how many of them.
+    """`config.augmentation`: which augmentations, and how many.
 
     Attributes:
-      mirror: half of the changes exchange left and right: not for captions that name a
-        side, nor for images of writing.
-      shift: images are moved by at most this share of their side; what comes in is
-        mirrored at the border.
-      hue: colours are turned by at most this part of their circle: not for captions that
-        name colours.
-      num_variants: of a generator, whose images are tokenised ahead: the changes that
-        its examples choose from, beside none. Each takes the disk of all tokens again.
+      mirror: flip half of the images horizontally: not for captions that name a side,
+        nor for images with text.
+      shift: maximum shift, as a fraction of the side; the border is filled by
+        reflection.
+      hue: maximum hue rotation, as a fraction of the circle: not for captions that name
+        colours.
+      num_variants: for a generator, whose images are tokenised ahead: number of
+        augmented versions besides the original. Each needs the disk space of all tokens
+        again.
     """
 
     mirror: bool = False
@@ -57,7 +57,7 @@ NO_AUGMENTATION = AugmentationConfig()
 
 
 class Change(NamedTuple):
-    """One change: left and right exchanged, moved (shares of the side), hue turned."""
+    """One augmentation: flip, shift (fractions of the side), hue rotation."""
 
     mirrored: bool
     down: float
@@ -66,14 +66,14 @@ class Change(NamedTuple):
 
 
 def sample_change(config: AugmentationConfig, rng: np.random.Generator) -> Change:
-    """Draws one of the changes that `config` allows, uniformly."""
+    """Samples an augmentation uniformly from those that `config` allows."""
     mirrored = bool(rng.random() < 0.5) and config.mirror
     down, right = rng.uniform(-config.shift, config.shift, 2)
     return Change(mirrored, down, right, rng.uniform(-config.hue, config.hue))
 
 
 def change_images(images: Images, change: Change) -> Images:
-    """The images with one change applied to all of them.
+    """Applies one augmentation to all images.
 
     a b c d, moved right by a quarter  ->  b a b c      (mirrored at the border)
     """
@@ -92,7 +92,7 @@ def change_images(images: Images, change: Change) -> Images:
 def augment_each(
     images: Images, config: AugmentationConfig, rng: np.random.Generator
 ) -> Images:
-    """Every image with a change of its own."""
+    """Augments every image independently."""
     if not config.changes_images:
         return images
     changes = [sample_change(config, rng) for _ in range(len(images))]
@@ -102,13 +102,13 @@ def augment_each(
 
 
 def _moved(length: int, share: float) -> Int[np.ndarray, " length"]:
-    """Where each row comes from; beyond the border it runs back."""
+    """Source index of each row, reflected at the border."""
     places = np.abs(np.arange(length) - round(share * length))
     return np.where(places >= length, 2 * (length - 1) - places, places)
 
 
 def _hue_rotation(turn: float) -> np.ndarray:
-    """Rows of RGB times this are turned about the axis of the greys."""
+    """Matrix that rotates RGB rows about the grey axis."""
     angle = 2 * math.pi * turn
     cosine, sine = math.cos(angle), math.sin(angle) / math.sqrt(3)
     third = (1 - cosine) / 3

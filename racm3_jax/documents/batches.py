@@ -1,6 +1,6 @@
-"""Batches of images alone, for the VQGAN's training.
+"""Batches of images for the VQGAN's training.
 
-Step t draws with a generator seeded by (seed, t), so a resumed run needs only t.
+Step t samples with a generator seeded by (seed, t), so a resumed run needs only t.
 """
 
 from __future__ import annotations

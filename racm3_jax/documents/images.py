@@ -1,4 +1,4 @@
-"""Images from outside, as uint8 RGB arrays; nothing is decoded before it is measured."""
+"""Input images as uint8 RGB arrays; sizes are checked before decoding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from racm3_jax.buckets import refuse_url
 
 # A 20 KB file can hold 500 MB of pixels: the header is checked first.
 DEFAULT_MAX_PIXELS = 64_000_000
-# Formats that Pillow decodes by itself; others (EPS) would start foreign programs.
+# Formats that Pillow decodes itself; others (EPS) would start external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
-# Brands of the box `ftyp` that a HEIC file begins with.
+# Brands of the `ftyp` box at the start of a HEIC file.
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-# Greys of cameras, scanners and microscopes have one of these depths, in 16 bits or 32.
+# Bit depths of grey images of cameras, scanners and microscopes, in 16 or 32 bits.
 _GREY_BITS = (8, 10, 12, 14, 16)
-# What Pillow's parsers raise on damaged files besides OSError.
+# Exceptions of Pillow's parsers for damaged files, besides OSError.
 _PARSE_ERRORS = (
     *(SyntaxError, EOFError, struct.error, zlib.error, LookupError, TypeError),
     *(RuntimeError, ArithmeticError, AssertionError, AttributeError),
@@ -34,7 +34,7 @@ class ImageError(ValueError):
     """An image that cannot be read.
 
     Attributes:
-      reason: the kind of fault, in a few words, equal for equal faults.
+      reason: the kind of error in a few words, equal for equal errors.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -45,11 +45,11 @@ class ImageError(ValueError):
 def read_image(
     source: str | os.PathLike[str] | bytes, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Read an image file as RGB.
+    """Reads an image file as RGB.
 
-    Transparent parts are laid on white, deep greys are scaled to 8 bits by their range,
+    Transparent parts become white, deep greys are scaled to 8 bits by their range,
     CMYK and palettes are converted, the EXIF rotation is applied; of an animation the
-    first picture is read. HEIC needs pillow-heif.
+    first image is read. HEIC needs pillow-heif.
 
     Args:
       source: a path, or the file's bytes.
@@ -104,7 +104,7 @@ def read_image(
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """What this installation decodes: HEIC only with pillow-heif."""
+    """Formats that this installation decodes: HEIC only with pillow-heif."""
     Image.init()
     wanted = _FORMATS
     try:
@@ -134,7 +134,7 @@ def _check_size(picture: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _rotated(picture: Image.Image) -> Image.Image:
-    """The picture as its EXIF says; damaged EXIF spoils no pixels, so it is ignored."""
+    """Applies the EXIF rotation; damaged EXIF is ignored."""
     try:
         return ImageOps.exif_transpose(picture)
     except (*_PARSE_ERRORS, ValueError, OSError):
@@ -155,7 +155,7 @@ def _to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
 def _scale_grey(
     grey: Integer[np.ndarray, "height width"] | Float[np.ndarray, "height width"],
 ) -> UInt8[np.ndarray, "height width"]:
-    """Deep greys as 0..255, by the range that their values show.
+    """Scales greys of more than 8 bits to 0..255, by the range of their values.
 
     whole numbers  0..255 as they are, 0..4095 (12 bits) / 16, 0..65535 / 256
     fractions      0..1 * 255, 0..255 as they are, 0..m * 255 / m
@@ -177,7 +177,7 @@ def _scale_grey(
 
 
 def encode_png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
-    """Encode without loss; the bytes depend on the pixels alone."""
+    """Encodes without loss; the bytes depend only on the pixels."""
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
         raise ValueError(
             "image must be uint8[height, width, 3]; got "
@@ -191,7 +191,7 @@ def encode_png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
 def resize_image(
     image: UInt8[np.ndarray, "height width 3"], size: int
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Cut the largest centred square and resample it to `size` by `size` pixels."""
+    """Crops the largest centred square and resizes it to `size` by `size` pixels."""
     if size < 1:
         raise ValueError(f"size must be >= 1; got {size}")
     height, width = image.shape[:2]

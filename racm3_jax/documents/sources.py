@@ -1,12 +1,13 @@
-"""What a model is trained on, and what it is judged by: one corpus, split by groups.
+"""The training and held-out documents of a corpus, split by groups.
 
 source     "folder:photos", or "2*folder:own + webdataset:more/*.tar": documents of
-           the first are seen twice an epoch
-group_key  the metadata key that says "the same thing"; without one every document is
-           a group of its own
-holdout    "0.1"               this share of the groups, chosen by their names
-           "split=val,test"    documents whose metadata have one of these values
-           "panda,violin"      these groups; a file of them ends in .txt, one a line
+           the first are seen twice per epoch
+group_key  the metadata key of the group ("the same thing"); without it every document
+is
+           its own group
+holdout    "0.1"               this fraction of the groups, chosen by hashed name
+           "split=val,test"    documents with one of these metadata values
+           "panda,violin"      these groups, or a .txt file of them, one per line
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class Corpus:
     """Documents in a fixed order, with their split in `metadata["split"]`.
 
     Attributes:
-      group_key: metadata key of what is the same thing; "" where nothing says it.
-      train: reads what is trained on.
-      heldout: reads what a model is judged by: of groups that no training sees.
-      shown: reads what a memory may show of held-out groups.
-      times: how often a document may be seen in an epoch, every value that occurs.
+      group_key: metadata key of the group; "" if there is none.
+      train: reads the training documents.
+      heldout: reads the evaluation documents, of groups that no training sees.
+      shown: reads the documents of held-out groups that a memory may contain.
+      times: all values of how often a document is seen per epoch.
     """
 
     group_key: str
@@ -57,7 +58,7 @@ def flagworld_corpus(world: FlagworldConfig) -> Corpus:
     """The built-in world: its held-out nations are in the memory in other scenes."""
     measured = world
     if world.description_share:
-        # Where some captions describe their image, those of a measurement do.
+        # If some captions describe their image, the evaluation captions do.
         measured = dataclasses.replace(world, description_share=1.0)
     return Corpus(
         "nation_id",
@@ -68,11 +69,11 @@ def flagworld_corpus(world: FlagworldConfig) -> Corpus:
 
 
 def source_corpus(source: str, group_key: str = "", holdout: str = "") -> Corpus:
-    """A corpus of files; see the module for what the three settings may say.
+    """A corpus of files; see the module's docstring for the three settings.
 
     Raises:
-      ValueError: a setting that cannot be understood.
-      FileNotFoundError: `holdout` names a file that is not there.
+      ValueError: an invalid setting.
+      FileNotFoundError: `holdout` names a missing file.
     """
     weighted = parse_sources(source)
     is_held_out = _read_holdout(holdout)
@@ -111,9 +112,7 @@ def parse_sources(source: str) -> list[tuple[str, float]]:
         if weighted is not None:
             place, times = weighted[2].strip(), float(weighted[1])
         if not times:
-            raise ValueError(
-                f"the source {part.strip()!r} has the weight 0: leave it out"
-            )
+            raise ValueError(f"the source {part.strip()!r} has weight 0: remove it")
         parse_source(place)
         found.append((place, times))
     return found
@@ -136,7 +135,7 @@ def _read_holdout(holdout: str) -> Callable[[str, Document], bool]:
     else:
         if not 0 <= share < 1:
             raise ValueError(
-                f"config.holdout is {holdout}; as a share it must lie in 0..1, as 0.1"
+                f"config.holdout is {holdout}; a fraction must be in 0..1, e.g. 0.1"
             )
         return lambda name, document: _place(name) < share
     key, equals, values = holdout.partition("=")
@@ -152,14 +151,14 @@ def _read_holdout(holdout: str) -> Callable[[str, Document], bool]:
 
 
 def _place(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """A number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
 
 def repeat_rows(
     times: Float[np.ndarray, " rows"], seed: int
 ) -> Int64[np.ndarray, " seen"]:
-    """Every row as often as it is to be seen in an epoch; 1.5 is once or twice."""
+    """Repeats every row as often as it is seen per epoch; 1.5 is once or twice."""
     chance = np.random.default_rng([seed, len(times)]).random(len(times))
     counts = np.floor(times + chance).astype(np.int64)
     return np.repeat(np.arange(len(times)), counts)

@@ -33,7 +33,7 @@ from racm3_jax.types import Document, Segment, TokenizedDocument, TokenizedSegme
 
 _DOCUMENT_TAG = b"RDOC"
 _TOKENIZED_TAG = b"RTOK"
-# One record a group: records are read in random order.
+# One record per group: records are read in random order.
 _WRITER_OPTIONS = "group_size:1"
 
 
@@ -78,7 +78,7 @@ def _split(tag: bytes, record: bytes, kind: str) -> tuple[dict[str, Any], memory
         and isinstance(header.get("segments"), list)
         and all(isinstance(entry, dict) for entry in header["segments"])
     ):
-        raise _damaged(kind, "id, source, metadata and segments are due")
+        raise _damaged(kind, "id, source, metadata and segments are required")
     return header, memoryview(record)[start + length :]
 
 
@@ -91,7 +91,7 @@ def _is_length(value: Any) -> bool:
 
 
 def encode_document(document: Document) -> bytes:
-    """Encode a document as one record; images become PNG.
+    """Encodes a document as one record; images become PNG.
 
     Raises:
       TypeError: the metadata is not JSON-serialisable.
@@ -108,7 +108,7 @@ def encode_document(document: Document) -> bytes:
 
 
 def decode_document(record: bytes) -> Document:
-    """Invert `encode_document`.
+    """Inverse of `encode_document`.
 
     Raises:
       ValueError: the record is damaged or of another kind.
@@ -127,7 +127,7 @@ def decode_document(record: bytes) -> Document:
 
 
 def encode_tokenized(document: TokenizedDocument) -> bytes:
-    """Encode a tokenized document as one record.
+    """Encodes a tokenized document as one record.
 
     Raises:
       TypeError: the metadata is not JSON-serialisable.
@@ -141,7 +141,7 @@ def encode_tokenized(document: TokenizedDocument) -> bytes:
 
 
 def decode_tokenized(record: bytes) -> TokenizedDocument:
-    """Invert `encode_tokenized`.
+    """Inverse of `encode_tokenized`.
 
     Raises:
       ValueError: the record is damaged or of another kind.
@@ -155,7 +155,7 @@ def decode_tokenized(record: bytes) -> TokenizedDocument:
     if len(rest) != 4 * sum(lengths):
         raise ValueError(
             f"the record of document {header['id']!r} holds {len(rest)} bytes of tokens "
-            f"where its header names {4 * sum(lengths)}"
+            f"but its header says {4 * sum(lengths)}"
         )
     tokens = np.frombuffer(rest, "<i4").astype(np.int32)
     parts = np.split(tokens, np.cumsum(lengths)[:-1]) if lengths else []
@@ -169,10 +169,10 @@ def decode_tokenized(record: bytes) -> TokenizedDocument:
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
-    """Writes records to an ArrayRecord file, which appears whole or not at all.
+    """Writes records to an ArrayRecord file atomically.
 
     Returns:
-      How many records were written.
+      The number of records.
 
     Raises:
       OSError: the file cannot be written.
@@ -187,7 +187,7 @@ def write_records(path: str | os.PathLike[str], records: Iterable[bytes]) -> int
 
 @contextlib.contextmanager
 def _open_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """Yields what writes a record; the writer's own errors are OSErrors."""
+    """Yields a function that writes a record; writer errors become OSErrors."""
 
     def check(call: Callable[..., Any], *args: Any) -> None:
         try:
@@ -206,9 +206,9 @@ def _open_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
 
 
 class RecordFile:
-    """Random access to an ArrayRecord file; threads may share one.
+    """Random access to an ArrayRecord file; thread-safe.
 
-    Read many records in one call: that is some fifty times faster than one by one.
+    Read many records per call: about fifty times faster than one by one.
 
     Args:
       path: written by `write_records`.
@@ -222,19 +222,19 @@ class RecordFile:
         self._path = Path(path)
         if not self._path.is_file():
             raise FileNotFoundError(f"there is no record file {self._path}")
-        # Without read-ahead a batched read fetches only the records asked for.
+        # Without read-ahead a batched read fetches only the requested records.
         self._reader = ArrayRecordReader(str(self._path), "readahead_buffer_size:0")
         if not self._reader.ok():
             raise ValueError(
-                f"{self._path} is damaged or no ArrayRecord file{self._complaint()}; "
-                "make it again"
+                f"{self._path} is damaged or not ArrayRecord{self._reader_error()}; "
+                "write it again"
             )
         self._length = self._reader.num_records()
         self._closed = False
         self._lock = threading.Lock()
 
-    def _complaint(self) -> str:
-        """What the reader has to say; it says so only on closing."""
+    def _reader_error(self) -> str:
+        """The reader's error message, which it raises only on closing."""
         try:
             self._reader.close()
         except RuntimeError as error:
@@ -256,7 +256,7 @@ class RecordFile:
         self.close()
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
-        """Read records in the order of `indices`; repeats are allowed.
+        """Reads records in the order of `indices`; repeats are allowed.
 
         Raises:
           IndexError: an index lies outside 0..len - 1.
@@ -280,7 +280,7 @@ class RecordFile:
             raise ValueError(f"{self._path} is damaged: {error}") from error
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Closes the file; a second call does nothing."""
         with self._lock:
             if not self._closed:
                 self._closed = True

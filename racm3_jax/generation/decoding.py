@@ -130,7 +130,7 @@ def read_prompts(
             rows.lengths,
             Prefix(read.layers, rows.visible),
             max_length,
-            method="prefill_behind",
+            method="prefill_after",
         )
     if ids is not None:
         logits = logits[:, ids[0] : ids[1]]

@@ -1,8 +1,8 @@
-"""Nearest neighbours by inner product: the contract that every back end keeps.
+"""Nearest neighbours by inner product: the contract of all back ends.
 
-All of them answer unfilled slots in the same way, refuse the same inputs with the same
-sentences, and pass one contract test. `Backend` holds what they share; `registry` has
-the table of them.
+All of them mark unfilled slots in the same way, refuse the same inputs with the same
+messages, and pass one contract test. `Backend` is their base class; `registry` lists
+them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from racm3_jax.index.folder import Allowed, Description
 from racm3_jax.index.rows import Rows
 from racm3_jax.types import Neighbours
 
-# A name of the registry's table.
+# A key of the registry's table.
 IndexKind = str
 
 
 class Index(Protocol):
-    """What a memory asks of a nearest-neighbour index. Safe to search from threads."""
+    """The interface of a nearest-neighbour index. Searching is thread-safe."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -38,11 +38,11 @@ class Index(Protocol):
     ) -> Neighbours:
         """The `k` rows of largest inner product with each query, best first.
 
-        Slots that could not be filled (k larger than the index, or fewer rows found)
-        come last, with id -1, score -inf and valid False.
+        Unfilled slots (k larger than the index, or fewer rows found) come last, with id
+        -1, score -inf and valid False.
 
         Raises:
-          ValueError: on a query that is not finite, another width, or k < 1.
+          ValueError: a query that is not finite, another width, or k < 1.
         """
         ...
 
@@ -50,7 +50,7 @@ class Index(Protocol):
 def check_queries(
     queries: Float[np.ndarray, "queries d_embed"], d_embed: int, k: int
 ) -> Float32[np.ndarray, "queries d_embed"]:
-    """The queries as contiguous float32, or a sentence about what is wrong."""
+    """The queries as contiguous float32; raises a readable error."""
     queries = np.ascontiguousarray(queries, np.float32)
     if queries.ndim != 2 or queries.shape[1] != d_embed:
         raise ValueError(
@@ -63,7 +63,7 @@ def check_queries(
     if len(bad):
         raise ValueError(
             f"query {bad[0]} has values that are not finite ({len(bad)} of "
-            f"{len(queries)} queries do); look at the embedder that made it"
+            f"{len(queries)} queries do); check the embedder that computed it"
         )
     return queries
 
@@ -71,19 +71,19 @@ def check_queries(
 def check_embeddings(
     embeddings: Float[np.ndarray, "rows d_embed"] | Rows,
 ) -> Float32[np.ndarray, "rows d_embed"]:
-    """The rows as contiguous float32; NaN rows would kill ScaNN's process."""
+    """The rows as contiguous float32; NaN rows would crash ScaNN."""
     embeddings = np.ascontiguousarray(embeddings, np.float32)
     if embeddings.ndim != 2 or embeddings.size == 0:
         raise ValueError(
             "an index needs float[rows, d_embed] embeddings with at least one row; "
             f"got {list(embeddings.shape)}"
         )
-    # NaN and inf survive a sum; a mask of all values would be a quarter of the rows.
+    # NaN and inf propagate through a sum; a mask of all values would need more memory.
     bad = np.flatnonzero(~np.isfinite(embeddings.sum(axis=1, dtype=np.float64)))
     if len(bad):
         raise ValueError(
             f"embedding row {bad[0]} has values that are not finite ({len(bad)} of "
-            f"{len(embeddings)} rows do); look at the embedder that made them"
+            f"{len(embeddings)} rows do); check the embedder that computed them"
         )
     return embeddings
 
@@ -103,7 +103,7 @@ def fill_slots(
     k: int,
     num_rows: int,
 ) -> Neighbours:
-    """Gives what a library found the shape and the marks of the contract.
+    """Brings a library's results into the form of the contract.
 
     A slot counts as filled when its score is finite and its row exists:
 
@@ -126,16 +126,16 @@ def score_rows(
     embeddings: Rows | None,
     denied: Bool[np.ndarray, " rows"],
 ) -> Neighbours:
-    """What was found, without denied rows, with exact scores, by (-score, id).
+    """Results without denied rows, with exact scores, sorted by (-score, id).
 
-    Without `embeddings`, the scores are exact already.
+    Without `embeddings`, the scores are already exact.
     """
     rows = np.maximum(found.ids, 0)
     valid = found.valid & ~denied[rows]
     scores = found.scores
     if embeddings is not None:
-        # einsum, not a matrix product: a score depends on its two vectors alone, not
-        # on the batch that they came in.
+        # einsum, not a matrix product: a score depends only on its two vectors, not
+        # on the batch.
         scores = np.einsum("qd,qkd->qk", queries, embeddings[rows])
     scores = np.where(valid, scores, -np.inf).astype(np.float32)
     ids = np.where(valid, found.ids, -1)
@@ -145,16 +145,16 @@ def score_rows(
 
 
 class Backend(abc.ABC):
-    """What the file of one back end gives: build, load, search, and what may be tuned.
+    """Base class of a back end: build, load, search, and tunable settings.
 
-    A subclass writes `_build`, `_write`, `_open` and `_search`; what it is given there
-    is checked already, and what it returns is brought into the contract's form here.
+    A subclass implements `_build`, `_write`, `_open` and `_search`; their inputs are
+    already checked, and their results are brought into the contract's form here.
 
     Attributes:
       kind: its name in the registry's table and in index.json.
-      files: the names that it may write into its folder; nothing else may be there.
-      build_ram_factor: memory that a build takes at its peak, in bytes of the rows.
-      settings: kept in index.json; searches follow them.
+      files: file names in its folder; others are not allowed.
+      build_ram_factor: peak memory of a build, as a multiple of the rows' bytes.
+      settings: stored in index.json; used by searches.
     """
 
     kind: ClassVar[str]
@@ -176,7 +176,7 @@ class Backend(abc.ABC):
 
     @classmethod
     def import_library(cls) -> Any:
-        """The library that searches, if it is another one than this package's own.
+        """Imports the search library, if the back end uses one.
 
         Raises:
           ImportError: says how to install it.
@@ -198,8 +198,8 @@ class Backend(abc.ABC):
           config: of the back end; None is its defaults.
 
         Raises:
-          ValueError: on rows that are not finite, or a setting that does not fit them.
-          ImportError: where the back end's library is not installed.
+          ValueError: rows that are not finite, or a setting that does not fit them.
+          ImportError: the back end's library is not installed.
         """
         index = cls._build(check_embeddings(embeddings), config)
         index.save(pathlib.Path(path))
@@ -213,17 +213,17 @@ class Backend(abc.ABC):
         *,
         verify: bool = True,
     ) -> Self:
-        """Opens what `build` wrote; no library sees the folder before it is checked.
+        """Opens an index from `build`; the folder is checked before a library opens it.
 
         Args:
           path: the directory.
-          embeddings: the rows, for a back end that keeps no copy.
-          verify: False where the caller has checked the sha256 of the files already.
+          embeddings: the rows, for a back end without its own copy.
+          verify: False if the caller has already verified the sha256 of the files.
 
         Raises:
-          FileNotFoundError: if there is no index.
-          IntegrityError: if a file is damaged, missing, or may not be there.
-          ValueError: if it is of another kind, or the rows are others.
+          FileNotFoundError: there is no index.
+          IntegrityError: a file is damaged, missing, or not allowed.
+          ValueError: it is of another kind, or was built from other rows.
         """
         path = pathlib.Path(path)
         description = folder.read_description(path)
@@ -246,7 +246,7 @@ class Backend(abc.ABC):
         try:
             return cls._open(path, description, embeddings)
         except (RuntimeError, IndexError, UnicodeError, MemoryError) as error:
-            # What the libraries raise about files that they cannot read.
+            # Exceptions of the libraries for files that they cannot read.
             raise storage.IntegrityError(
                 f"{path} cannot be opened as an index of kind {cls.kind!r} ({error}); "
                 f"{folder.REMEDY}"
@@ -271,7 +271,7 @@ class Backend(abc.ABC):
         self.describe(path)
 
     def describe(self, path: pathlib.Path) -> None:
-        """Writes index.json again, with the present settings, for files at `path`."""
+        """Rewrites index.json with the current settings, for files at `path`."""
         names = [name for name in sorted(self.files) if (path / name).is_file()]
         size = (self._num_rows, self._d_embed)
         folder.write_description(path, self.kind, *size, self.settings, names)
@@ -280,24 +280,24 @@ class Backend(abc.ABC):
     def allowed_settings(
         cls, settings: Mapping[str, Any], num_rows: int, d_embed: int
     ) -> Mapping[str, Allowed]:
-        """What each setting that must be there may be; see `folder.check_settings`."""
+        """Allowed values of each required setting; see `folder.check_settings`."""
         return {}
 
     @classmethod
     def index_row_bytes(cls, d_embed: int) -> int:
-        """Bytes of a row in a large index, in memory and on disk."""
+        """Bytes per row of a large index, in memory and on disk."""
         return 4 * d_embed
 
     def cheapest_settings(self) -> dict[str, Any] | None:
-        """Where tuning begins; None if there is nothing to tune."""
+        """Initial settings of tuning; None if there is nothing to tune."""
         return None
 
     def costlier_settings(self) -> list[dict[str, Any]]:
-        """One step from the present settings in each direction that may raise recall."""
+        """The next settings in each direction that may raise recall."""
         return []
 
     def compute_cost(self, settings: Mapping[str, Any]) -> float:
-        """Bytes that one query reads, weighted: a clock would differ from run to run."""
+        """Weighted bytes that one query reads; deterministic, unlike wall-clock time."""
         return 0.0
 
     @classmethod
@@ -319,7 +319,7 @@ class Backend(abc.ABC):
         description: Description,
         embeddings: Float[np.ndarray, "rows d_embed"] | Rows | None,
     ) -> Self:
-        """Opens what `_write` wrote; errors of a library become an IntegrityError."""
+        """Opens files from `_write`; library errors become an IntegrityError."""
 
     @abc.abstractmethod
     def _search(

@@ -4,8 +4,8 @@
     device 1: rows R .. 2R-1   in blocks: queries @ rows.T -> its k best
     all:      gather [devices * k] -> the k best
 
-The rows of every device stay where they are; only scores and ids travel. Scores of one
-block of rows are held at a time.
+Rows stay on their devices; only scores and ids are exchanged. Scores of one
+block of rows are in memory at a time.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ExactIndex(Backend):
 
     Args:
       embeddings: finite rows; each device keeps an equal part of them.
-      devices: that take part; None is JAX's default device.
+      devices: devices to use; None is JAX's default device.
       block_rows: rows scored at a time on a device.
     """
 
@@ -120,12 +120,13 @@ class ExactIndex(Backend):
         num_blocks, block_rows = split_rows(self._num_rows, len(devices), block_rows)
 
         def make_blocks(index: Any) -> np.ndarray:
-            """Of one device; what lies past the last row is zero."""
+            """The rows of one device; zero past the last row."""
             start, stop, _ = index[0].indices(num_blocks)
             blocks = np.zeros((stop - start, block_rows, self._d_embed), np.float32)
             rows = np.asarray(embeddings[start * block_rows : stop * block_rows])
             if not np.isfinite(rows.sum(axis=1, dtype=np.float64)).all():
-                # The whole array names the row as the caller counts.
+                # Checks the whole array again so that the error has the caller's row
+                # number.
                 check_embeddings(embeddings)
             blocks.reshape(-1, self._d_embed)[: len(rows)] = rows
             return blocks
@@ -154,7 +155,7 @@ class ExactIndex(Backend):
     ) -> Self:
         if embeddings is None:
             raise ValueError(
-                f"the index at {path} is exact and keeps no rows of its own: "
+                f"the index at {path} is exact and has no copy of the rows: "
                 "pass the embeddings that it was built from"
             )
         return cls(embeddings)
@@ -162,7 +163,7 @@ class ExactIndex(Backend):
     def _search(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int
     ) -> tuple[Int[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
-        # Powers of two, so that batches of any size share a few compiled programs.
+        # Powers of two, so that all batch sizes share a few compiled programs.
         width = min(_next_power_of_two(k), self._num_rows)
         ids, scores = [], []
         for start in range(0, len(queries), MAX_QUERIES_PER_CALL):

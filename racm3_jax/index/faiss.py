@@ -1,11 +1,10 @@
 """FAISS behind the `Index` contract (one host, CPU).
 
-It serves where ScaNN has no wheel. Rows lie in leaves (IVF); what they differ by from
-the leaf's centre is product codes of 4 bits, scored in registers ("fast scan"); the best
-are rescored in half precision.
-What the wrapper adds: a build that is the same in every process, one thread a search
-unless asked (OpenMP threads of several searches slow each other down), files verified
-before they are read.
+For platforms without a ScaNN wheel. Rows are in leaves (IVF); their residuals are 4-bit
+product codes, scored in registers ("fast scan"); the best are rescored in half
+precision. What the wrapper adds: a build that is the same in every process, one thread
+a search unless asked (OpenMP threads of several searches slow each other down), files
+verified before they are read.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ Mode = Literal["auto", "flat", "ivf"]
 FLAT_ROWS = 20_000
 # A code of 4 bits learns 16 centres.
 MIN_IVF_ROWS = 16
-# FAISS reads many kinds of index, some of which open further files. Ours begin so, and
-# hold nothing else.
+# FAISS reads many kinds of index, some of which open other files. Ours start like this
+# and contain nothing else.
 _MAGIC = {"flat": b"IxSQ", "ivf": b"IxRF"}
 _FILE = "faiss.index"
 
 
 @dataclasses.dataclass(frozen=True)
 class FaissConfig:
-    """How to search. The defaults follow the number of rows.
+    """How to search. The defaults depend on the number of rows.
 
     Attributes:
-      mode: "flat" scores every row in half precision; "ivf" looks into some leaves and
+      mode: "flat" scores every row in half precision; "ivf" searches some leaves and
         rescores the best; "auto" is "ivf" from 20,000 rows on.
       num_leaves: None is 2·sqrt(rows).
-      searched_share: share of the leaves that a query looks into.
-      num_reordered: candidates of the codes that are rescored.
+      searched_share: fraction of the leaves that a query searches.
+      num_reordered: number of candidates that are rescored.
       num_threads: of the build and of every search; 1, or builds may differ.
     """
 
@@ -87,7 +86,7 @@ def import_faiss() -> Any:
 
 @contextlib.contextmanager
 def _threads(faiss: Any, num_threads: int) -> Iterator[None]:
-    """OpenMP's number of threads belongs to the thread that asks."""
+    """Sets OpenMP's number of threads, which is per thread."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(num_threads)
     try:
@@ -99,10 +98,10 @@ def _threads(faiss: Any, num_threads: int) -> Iterator[None]:
 def resolve_settings(
     config: FaissConfig, num_rows: int, d_embed: int
 ) -> dict[str, Any]:
-    """What the configuration means for `num_rows` rows of width `d_embed`.
+    """Resolves the configuration for `num_rows` rows of width `d_embed`.
 
     Raises:
-      ValueError: if there are too few rows for the mode.
+      ValueError: too few rows for the mode.
     """
     mode = config.mode
     if mode == "auto":
@@ -132,7 +131,7 @@ def dimensions_per_code(d_embed: int) -> int:
 
 
 class FaissIndex(Backend):
-    """A FAISS index whose ids are the rows; never changed once built."""
+    """A FAISS index whose ids are the rows; immutable."""
 
     kind = "faiss"
     files = frozenset({_FILE})
@@ -165,7 +164,7 @@ class FaissIndex(Backend):
         index = faiss.index_factory(d_embed, recipe, faiss.METRIC_INNER_PRODUCT)
         if settings["mode"] == "ivf":
             base = faiss.downcast_index(index.base_index)
-            # FAISS warns on the console below 39 rows a centre; its seeds are fixed.
+            # FAISS warns on the console below 39 rows per centre; its seeds are fixed.
             base.cp.min_points_per_centroid = base.pq.cp.min_points_per_centroid = 1
         with _threads(faiss, settings["num_threads"]):
             index.train(embeddings)
@@ -193,7 +192,7 @@ class FaissIndex(Backend):
             magic = opened.read(4)
         faiss = import_faiss()
         if magic == _MAGIC[mode]:
-            # Lists of leaves may lie in a further file: not in one of another folder.
+            # Leaves may be in another file, which must not be in another folder.
             index = faiss.read_index(str(file), faiss.IO_FLAG_ONDISK_SAME_DIR)
             expected = (*description[1:3], faiss.METRIC_INNER_PRODUCT)
             right = (index.ntotal, index.d, index.metric_type) == expected
@@ -207,12 +206,12 @@ class FaissIndex(Backend):
                     right = right and found == expected
             if right:
                 opened = cls(index, *expected[:2], description.settings)
-                # Parts that do not fit one another are noticed by a first search.
+                # Inconsistent parts are detected by a first search.
                 opened._search(np.ones((1, description.d_embed), np.float32), 1)
                 return opened
         raise storage.IntegrityError(
-            f"{file} is no FAISS index of mode {mode!r} of {description.num_rows} rows "
-            f"as {path} describes it: it is not used; {REMEDY}"
+            f"{file} is not a FAISS index of mode {mode!r} of {description.num_rows} "
+            f"rows as described in {path}: it is not used; {REMEDY}"
         )
 
     def __reduce__(self) -> NoReturn:
@@ -227,7 +226,7 @@ class FaissIndex(Backend):
         """Scores carry half precision's error (about 0.05%)."""
         parameters = None
         if self.settings["mode"] == "ivf":
-            # Of this call alone: other threads may search with other ones.
+            # Only for this call: other threads may use other parameters.
             parameters = self._faiss.IndexRefineSearchParameters(
                 k_factor=max(1.0, self.settings["num_reordered"] / k),
                 base_index_params=self._faiss.SearchParametersIVF(
@@ -238,9 +237,9 @@ class FaissIndex(Backend):
             try:
                 scores, ids = self._index.search(queries, k, params=parameters)
             except RuntimeError as error:
-                # FAISS checks the ids of its leaves only when it meets them.
+                # FAISS checks the ids of its leaves only during search.
                 raise storage.IntegrityError(
-                    f"the FAISS index contradicts itself ({error}); {REMEDY}"
+                    f"the FAISS index is inconsistent ({error}); {REMEDY}"
                 ) from error
         return ids, scores
 
@@ -272,7 +271,7 @@ class FaissIndex(Backend):
         return tuning.search_few_leaves(self.settings)
 
     def costlier_settings(self) -> list[dict[str, Any]]:
-        """More leaves, or more rows rescored; see `Backend.costlier_settings`."""
+        """More leaves, or more rescored rows; see `Backend.costlier_settings`."""
         return tuning.search_or_rescore_more(self.settings, self._num_rows)
 
     def compute_cost(self, settings: Mapping[str, Any]) -> float:

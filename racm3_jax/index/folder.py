@@ -1,9 +1,9 @@
-"""An index's folder: its description, and the only files that may be in it.
+"""An index's folder: its description, and the check of its files.
 
-Search libraries trust what they open. ScaNN unpickles a file of document ids when its
-folder has one, and a checksum does not help: whoever writes the file can seal it. So a
-library is given a folder only if every entry is a plain file, its name is in the fixed
-list of the back end, and index.json names it, with its size and sha256.
+Search libraries trust the files that they open. ScaNN unpickles a file of document ids
+if its folder has one, and a checksum does not help against an attacker. So a library
+opens a folder only if every entry is a regular file, its name is in the fixed list of
+the back end, and index.json lists it with its size and sha256.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 REMEDY = "rebuild the index"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# What a setting may be: one of these words, or an integer from the first to the last.
+# Allowed values of a setting: one of these strings, or an integer in a range.
 Allowed = tuple[str, ...] | tuple[int, int]
 
 
 class Description(NamedTuple):
-    """What index.json says.
+    """Content of index.json.
 
     Attributes:
       kind: name of the back end.
       num_rows: indexed.
       d_embed: their width.
       settings: of the back end, JSON.
-      files: size and sha256 of the other files, by their names in the folder.
+      files: size and sha256 of the other files, by name.
     """
 
     kind: str
@@ -51,7 +51,7 @@ def write_description(
     settings: Mapping[str, Any],
     names: Collection[str],
 ) -> None:
-    """Writes index.json last, with the sha256 of the other files of the index."""
+    """Writes index.json, last, with the sha256 of the other files."""
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -65,12 +65,12 @@ def write_description(
 
 
 def read_description(path: pathlib.Path) -> Description:
-    """What `write_description` wrote, every field of its own type.
+    """Reads and type-checks the description from `write_description`.
 
     Raises:
-      FileNotFoundError: if there is no index at `path`.
-      IntegrityError: if the description is damaged, or a field is no such thing.
-      ValueError: if its format is another.
+      FileNotFoundError: there is no index at `path`.
+      IntegrityError: the description is damaged, or a field has another type.
+      ValueError: unsupported format.
     """
     file = path / INDEX_FILE
     if not file.is_file() or file.is_symlink():
@@ -96,7 +96,7 @@ def read_description(path: pathlib.Path) -> Description:
 
 
 def _describe_wrong(name: str, value: Any) -> str | None:
-    """What a field should be, where it is something else."""
+    """The expected type of a field, if it has another one; else None."""
     if name == "kind":
         return None if isinstance(value, str) else "a string"
     if name in ("num_rows", "d_embed"):
@@ -129,10 +129,10 @@ def _shorten(value: Any) -> str:
 def check_settings(
     path: pathlib.Path, settings: Mapping[str, Any], allowed: Mapping[str, Allowed]
 ) -> None:
-    """Compares the settings of an index with what its back end allows.
+    """Checks the settings of an index against the allowed values of its back end.
 
     Raises:
-      IntegrityError: names the first that is missing or may not be so.
+      IntegrityError: names the first missing or invalid setting.
     """
     for name, choices in allowed.items():
         value = settings.get(name)
@@ -153,17 +153,16 @@ def check_settings(
 def check_names(
     path: pathlib.Path, description: Description, allowed: Collection[str]
 ) -> None:
-    """Refuses a folder in which anything is that may not be there.
+    """Refuses a folder with files that are not allowed.
 
     Args:
       path: of the index.
-      description: of it.
-      allowed: the names that its back end may write.
+      description: of the index.
+      allowed: file names of its back end.
 
     Raises:
-      IntegrityError: a file, link or special file whose name the back end never
-        writes or the description does not list; a listed name of that kind; a listed
-        file that is missing.
+      IntegrityError: a file, link or special file that the back end does not write or
+        the description does not list; a listed link or special file; or a missing file.
     """
     for name in description.files:
         if name not in allowed:
@@ -175,7 +174,7 @@ def check_names(
     for name, entry in _walk(path):
         if entry.is_symlink() or not entry.is_file():
             raise storage.IntegrityError(
-                f"{path} holds {_shorten(name)}, which is a link or no file: it is not "
+                f"{path} holds {_shorten(name)}, a link or not a regular file: it is not "
                 f"opened; {REMEDY}"
             )
         if name != INDEX_FILE and name not in description.files:
@@ -192,7 +191,7 @@ def check_names(
 def _walk(
     directory: pathlib.Path, prefix: str = ""
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Everything below a directory but directories; links are not followed."""
+    """All entries below a directory except directories; does not follow links."""
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
             name = f"{prefix}{entry.name}"
@@ -207,9 +206,9 @@ def verify(
     description: Description,
     describe: storage.Describe = storage.describe_files,
 ) -> None:
-    """Compares the files of an index with its description.
+    """Verifies the files of an index against its description.
 
     Raises:
-      IntegrityError: names the first that is missing or differs.
+      IntegrityError: names the first missing or different file.
     """
     storage.verify_files(path, description.files, REMEDY, describe)

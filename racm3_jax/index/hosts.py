@@ -1,12 +1,13 @@
-"""Live search of an index whose shards several processes hold: each answers for its own.
+"""Live search of an index whose shards are spread over several processes.
 
     process 0   holds shards 0, 2     its queries go to all; their candidates
     process 1   holds shards 1, 3     are merged by (-score, id)
 
-What comes back is what one index of all shards would find. Processes ask whenever they
-like and as often as they must, so nothing here is a collective of the devices, which all
-would have to join in the same order: messages go over TCP, from each process to each.
-They are numbers, without pickle, between processes that know the key of this job.
+Results are the same as those of one index with all shards. Processes search at any time
+and with any frequency, so this does not use device collectives, which all processes
+would have to join in the same order: messages go over TCP between all pairs of
+processes. They are plain numbers, without pickle, authenticated with the key of this
+job.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ _FOUND, _FAILED = b"+", b"-"
 
 
 class HostsIndex:
-    """The shards of all processes, behind one contract. Made by `connect`.
+    """The shards of all processes as one index. Made by `connect`.
 
     Args:
       own: the shards of this process; None if it has none.
       num_rows: of all processes.
-      peers: connections to the others, by their numbers, which answer there.
-      askers: connections of the others, which are answered here.
+      peers: connections on which other processes answer, by process index.
+      askers: connections on which this process answers others.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class HostsIndex:
 
     @classmethod
     def connect(cls, own: Index | None, num_rows: int) -> Self:
-        """Joins the shards of all processes, which call this together.
+        """Connects the shards of all processes; a collective call.
 
         Args:
           own: the shards of this process; None if it has none.
@@ -101,9 +102,9 @@ class HostsIndex:
         return cls(own, num_rows, peers, askers)
 
     def close(self) -> None:
-        """Other processes cannot search any more, either."""
+        """Closes the connections; other processes cannot search any more, either."""
         for connection in (*self._peers.values(), *self._askers):
-            # Wakes the thread that reads, as closing does not.
+            # Wakes the reading thread, which closing does not.
             with (
                 contextlib.suppress(OSError),
                 socket.socket(fileno=os.dup(connection.fileno())) as way,
@@ -123,7 +124,7 @@ class HostsIndex:
         """See `Index.search`.
 
         Raises:
-          OSError: a process has ended; names it.
+          OSError: a process has exited; names it.
         """
         queries = np.ascontiguousarray(queries, "<f4")
         request = _REQUEST.pack(len(queries), k) + queries.tobytes()
@@ -140,8 +141,8 @@ class HostsIndex:
                         replies.append(peer.recv_bytes())
             except (EOFError, OSError) as error:
                 raise OSError(
-                    f"process {number}, which holds a part of the index, does not answer "
-                    f"({error or 'it has ended'}): run the same command again, it resumes"
+                    f"process {number}, which has some index shards, does not answer "
+                    f"({error or 'it has exited'}): the same command resumes"
                 ) from error
         found += [_unpack(reply, len(queries), k) for reply in replies]
         return merge_neighbours(found, k)
@@ -154,7 +155,7 @@ class HostsIndex:
         return self._own.search(queries, k)
 
     def _answer(self, asker: Connection) -> None:
-        """Answers one process until it ends."""
+        """Answers one process until it exits."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 request = asker.recv_bytes()
@@ -183,9 +184,9 @@ def _gather(values: np.ndarray) -> np.ndarray:
 
 
 def _find_own_host() -> str:
-    """The address by which the others reach this machine: that of the way to process 0.
+    """This machine's address as seen by the others: on the route to process 0.
 
-    JAX has no public name for where process 0 is.
+    JAX has no public API for the address of process 0.
     """
     from jax._src import distributed
 
@@ -193,7 +194,7 @@ def _find_own_host() -> str:
     name, _, port = coordinator.rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         try:
-            way.connect((name, int(port)))  # sends nothing
+            way.connect((name, int(port)))  # UDP: sends nothing
             return way.getsockname()[0]
         except (OSError, ValueError):
             return socket.gethostbyname(socket.gethostname())

@@ -1,8 +1,8 @@
-"""The table of back ends: an index is built by its kind, opened by its description.
+"""The table of back ends: builds an index by its kind, opens it by its description.
 
-A new back end is a file with a `contract.Backend`, one line of `TABLE`, and its own
-tests; the contract's tests, `racm3 memory build --index` and `racm3 memory plan` find it
-here. A kind that may be sharded is also one with the ending `_sharded`.
+A new back end needs a file with a `contract.Backend`, one line of `TABLE`, and its own
+tests; the contract tests, `racm3 memory build --index` and `racm3 memory plan` find it
+here. Shardable kinds also exist with the suffix `_sharded`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Entry(NamedTuple):
     """One line of the table.
 
     Attributes:
-      place: module of this package, and its `Backend`; imported when it is used.
-      library: that must be installed; "auto" takes the first kind whose library is.
-      is_shardable: builds and opens alone, without the rows of the memory.
-      is_built_of_rows: False where it is made in another way, and only opened here.
+      place: module of this package, and its `Backend`; imported on use.
+      library: required library; "auto" takes the first kind whose library is installed.
+      is_shardable: can be opened without the rows of the memory.
+      is_built_of_rows: False if it is built in another way, and only opened here.
     """
 
     place: str
@@ -45,24 +45,24 @@ TABLE = {
     "exact": Entry("exact:ExactIndex"),
     "table": Entry("table:TableIndex", is_built_of_rows=False),
 }
-# Below this, the exact search is as fast as any.
+# Below this, exact search is as fast as any index.
 MIN_ROWS = 1024
 
 
 def get_backend(kind: IndexKind) -> type[Backend]:
-    """The back end of a kind; of a sharded one, that of its shards."""
+    """The back end of a kind; for a sharded kind, that of its shards."""
     module, name = TABLE[kind.removesuffix(SUFFIX)].place.split(":")
     return getattr(importlib.import_module(f"racm3_jax.index.{module}"), name)
 
 
 def list_kinds() -> list[IndexKind]:
-    """The kinds that a memory's index can be built as."""
+    """The kinds of index that can be built for a memory."""
     whole = [kind for kind, entry in TABLE.items() if entry.is_built_of_rows]
     return whole + [kind + SUFFIX for kind in whole if TABLE[kind].is_shardable]
 
 
 def is_installed(kind: IndexKind) -> bool:
-    """Whether the library of a kind can be found here."""
+    """Whether the library of a kind is installed."""
     library = TABLE[kind.removesuffix(SUFFIX)].library
     return library is None or importlib.util.find_spec(library) is not None
 
@@ -75,10 +75,10 @@ def _import_library(kind: IndexKind) -> None:
 
 
 def choose_kind(kind: IndexKind | Literal["auto"], num_rows: int) -> IndexKind:
-    """Resolves "auto": the first installed library, unless the memory is tiny.
+    """Resolves "auto": the first installed library, or exact for a small memory.
 
     Raises:
-      ValueError: on any other word, or if the library of the kind is not installed.
+      ValueError: an unknown kind, or its library is not installed.
     """
     if kind == "auto":
         libraries = [k for k, entry in TABLE.items() if entry.library is not None]
@@ -95,7 +95,7 @@ def choose_kind(kind: IndexKind | Literal["auto"], num_rows: int) -> IndexKind:
 def fit_ram(
     kind: IndexKind, num_rows: int, d_embed: int, free_bytes: float
 ) -> tuple[IndexKind, int | None]:
-    """The kind, or its sharded form, whose build fits; and rows a shard.
+    """The kind, or its sharded form, whose build fits; and rows per shard.
 
     A kind that cannot be sharded is returned as it is.
     """
@@ -117,11 +117,11 @@ def build_index(
     """Builds an index of the rows and writes it into the directory `path`.
 
     Args:
-      kind: of the index; every kind takes any number of rows from 1 on.
+      kind: of the index; every kind supports any number of rows >= 1.
       embeddings: the rows.
       path: directory; made when it does not exist.
       rows_per_shard: of a sharded index; None is its default.
-      tune: called with every index that was built; see `tuning.tune`.
+      tune: called with every built index; see `tuning.tune`.
     """
     kind = choose_kind(kind, len(embeddings))
     backend, path = get_backend(kind), pathlib.Path(path)
@@ -145,13 +145,13 @@ def open_index(
 
     Args:
       path: the directory that `build_index` wrote.
-      embeddings: the rows; an exact index keeps no copy of its own.
-      verify: False where the caller has checked the sha256 of the files already.
+      embeddings: the rows; an exact index has no copy of its own.
+      verify: False if the caller has already verified the sha256 of the files.
 
     Raises:
-      FileNotFoundError: if there is no index.
-      IntegrityError: if a file is damaged, or may not be in an index.
-      ValueError: if an exact index is opened without its rows, or any with others; if
+      FileNotFoundError: there is no index.
+      IntegrityError: a file is damaged, or not allowed in an index.
+      ValueError: an exact index without its rows, any index with other rows, or
         the library of its kind is not installed.
     """
     path = pathlib.Path(path)
@@ -169,12 +169,12 @@ def open_index(
     return backend.load(path, embeddings, verify=verify)
 
 
-def share_parts(
+def assign_shards(
     paths: Sequence[pathlib.Path], process: int, num_processes: int
 ) -> list[list[int] | None]:
-    """Which shards of each part's index are for a process; None is a whole index.
+    """The shards of each part's index for a process; None means a whole index.
 
-    They are dealt out one by one, over the parts; `[]` is nothing of a part.
+    They are assigned round-robin over all parts; `[]` means no shard of a part.
     """
     shared: list[list[int] | None] = []
     first = 0
@@ -192,19 +192,19 @@ def open_parts(
     embeddings: Rows,
     shared: Sequence[list[int] | None] | None = None,
 ) -> Index | None:
-    """Opens the indexes of a memory's parts as one; their files are verified already.
+    """Opens the indexes of a memory's parts as one; their files are already verified.
 
     Args:
       paths: of the indexes.
       counts: rows of each.
       embeddings: the rows of all.
-      shared: the shards of this process, see `share_parts`; None is all.
+      shared: the shards of this process, see `assign_shards`; None means all.
 
     Returns:
       None if this process has no shard.
 
     Raises:
-      IntegrityError: if an index has another number of rows than its part.
+      IntegrityError: an index has another number of rows than its part.
     """
     shards: list[tuple[int, Index]] = []
     first = 0

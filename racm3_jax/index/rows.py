@@ -1,11 +1,11 @@
-"""Rows of vectors on disk, in .npy shards, and records in several files.
+"""Vectors on disk in .npy shards, and records in several files.
 
     embeddings_text-00000.npy   rows 0 .. R-1
     embeddings_text-00001.npy   rows R .. 2R-1
     embeddings_text-00002.npy   rows 2R .. n-1
 
-Rows are appended as they come, so a memory of any size streams through; reading maps
-the shards and gathers rows by number.
+Rows are appended as a stream, for memories of any size; reading memory-maps
+the shards and gathers rows by index.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class RowsWriter:
     """Appends rows to `directory/name-00000.npy`, `-00001.npy`, …
 
     Args:
-      directory: where the shards go; must exist.
+      directory: of the shards; must exist.
       name: their common name.
       row_shape: shape of one row.
       dtype: what is stored; rows are cast to it.
-      rows_per_shard: rows after which a new file begins.
+      rows_per_shard: rows per file.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RowsWriter:
         """Adds rows at the end.
 
         Raises:
-          ValueError: if their shape is not `[rows, *row_shape]`.
+          ValueError: their shape is not `[rows, *row_shape]`.
         """
         if rows.shape[1:] != self._row_shape:
             raise ValueError(
@@ -92,7 +92,7 @@ class RowsWriter:
             rows = rows[len(part) :]
 
     def close(self) -> None:
-        """Ends the last shard; an empty sequence of rows leaves one empty shard."""
+        """Finishes the last shard; without any rows, writes one empty shard."""
         if not self.shards:
             self._open_next_shard()
         self._end_shard()
@@ -117,13 +117,13 @@ class RowsWriter:
 
 
 class Rows:
-    """Rows that `RowsWriter` wrote, mapped into memory and read by number.
+    """Memory-mapped rows from `RowsWriter`, read by index.
 
     Args:
-      paths: the shards in order; of any lengths, as a memory that grew has them.
+      paths: the shards in order, of any lengths (a memory may have grown).
 
     Raises:
-      ValueError: no files, damaged ones, or rows of several shapes or types.
+      ValueError: no files, damaged files, or rows with different shapes or types.
     """
 
     def __init__(self, paths: list[pathlib.Path]):
@@ -150,7 +150,7 @@ class Rows:
             return np.asarray(self._shards[0][rows])
         rows = np.where(rows < 0, rows + len(self), rows)
         found = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
-        # From the right, so that empty shards are passed over.
+        # From the right, so that empty shards are skipped.
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         for shard in np.unique(shard_of):
             here = shard_of == shard
@@ -171,10 +171,10 @@ class Rows:
         yield from self._shards
 
     def release(self) -> None:
-        """Takes what was read out of this process's resident memory.
+        """Releases the pages that were read from resident memory.
 
-        Mapped pages stay resident once they are read; a pass over all rows would count
-        all of them.
+        Mapped pages stay resident after reading; a pass over all rows would count all
+        of them.
         """
         for shard in self._shards:
             mapped = getattr(shard, "_mmap", None)
@@ -183,7 +183,7 @@ class Rows:
 
 
 class Records:
-    """Tokenised documents in one or several ArrayRecord files, read by number."""
+    """Tokenised documents in one or more ArrayRecord files, read by index."""
 
     def __init__(self, paths: list[pathlib.Path]):
         self._files = [store.RecordFile(path) for path in paths]

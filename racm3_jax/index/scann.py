@@ -1,8 +1,8 @@
 """ScaNN behind the `Index` contract (one host).
 
-What the wrapper adds: a build that is the same in every process, rows and queries that
-cannot crash the library, unfilled slots marked, files verified before they are loaded.
-Where a number is not explained, it comes from ScaNN's docs/algorithms.md.
+The wrapper adds: deterministic builds, checks of rows and queries that would crash the
+library, marked unfilled slots, and verification of files before loading. Numbers
+without explanation come from ScaNN's docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from racm3_jax.index.rows import Rows
 Mode = Literal["auto", "brute_force", "hash", "tree"]
 BRUTE_FORCE_ROWS = 20_000
 HASH_ROWS = 100_000
-# Asymmetric hashing learns 16 centres for every block of dimensions.
+# Asymmetric hashing learns 16 centres per block of dimensions.
 MIN_HASH_ROWS = 16
 # More blocks than this lose the fast global top-N path.
 MAX_HASH_BLOCKS = 256
 _SUBDIRECTORY = "scann"
-# All that ScaNN 1.4.2 writes in the three modes, with SOAR and without.
+# All files of ScaNN 1.4.2 in the three modes, with and without SOAR.
 _ASSETS_FILE = "scann_assets.pbtxt"
 _ASSETS = (
     "ah_codebook.pb",
@@ -43,7 +43,7 @@ _ASSETS = (
     "serialized_partitioner.pb",
 )
 _NAMES = (_ASSETS_FILE, "scann_config.pb", *_ASSETS)
-# The asset file names the others, and ScaNN reads whatever it names.
+# The asset file lists the others, and ScaNN reads every file listed.
 _ASSETS_PATTERN = re.compile(
     r'(assets \{\s+asset_type: [A-Z0-9_]+\s+asset_path: "('
     + "|".join(map(re.escape, _ASSETS))
@@ -54,18 +54,18 @@ _IMPORT_LOCK = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class ScannConfig:
-    """How to search. The defaults follow the number of rows.
+    """How to search. The defaults depend on the number of rows.
 
     Attributes:
       mode: "brute_force" scores every row in bfloat16; "hash" scores every row by
-        asymmetric hashing and rescores the best; "tree" looks into some leaves only;
-        "auto" takes them in this order below 20,000, below 100,000 and from there on.
+        asymmetric hashing and rescores the best; "tree" searches some leaves only;
+        "auto" is the first below 20,000 rows, the second below 100,000, else the third.
       num_leaves: leaves of the tree; None is 2·sqrt(rows).
-      searched_share: share of the leaves that a query looks into.
+      searched_share: fraction of the leaves that a query searches.
       num_reordered: candidates of hashing that are rescored in bfloat16.
       soar_lambda: how much a row's second leaf differs from its first (SOAR).
       anisotropic_threshold: weight of the error along the row itself in hashing.
-      num_training_threads: 1, or builds differ from process to process.
+      num_training_threads: more than 1 makes builds non-deterministic.
     """
 
     mode: Mode = "auto"
@@ -89,13 +89,13 @@ class ScannConfig:
 
 
 def import_scann() -> Any:
-    """ScaNN's NumPy module, imported so that it cannot find TensorFlow.
+    """Imports ScaNN's NumPy module without TensorFlow.
 
     ScaNN probes for TensorFlow and fails (undefined symbol) where a newer one is
     installed; a None in `sys.modules` makes the probe end in ModuleNotFoundError.
 
     Raises:
-      ImportError: if ScaNN is not installed.
+      ImportError: ScaNN is not installed.
     """
     with _IMPORT_LOCK:
         missing = object()
@@ -119,10 +119,10 @@ def import_scann() -> Any:
 def resolve_settings(
     config: ScannConfig, num_rows: int, d_embed: int
 ) -> dict[str, Any]:
-    """What the configuration means for `num_rows` rows of width `d_embed`.
+    """Resolves the configuration for `num_rows` rows of width `d_embed`.
 
     Raises:
-      ValueError: if there are too few rows for the mode.
+      ValueError: too few rows for the mode.
     """
     mode = config.mode
     if mode == "auto":
@@ -151,9 +151,9 @@ def resolve_settings(
 
 
 class ScannIndex(Backend):
-    """A ScaNN searcher whose datapoint numbers are the rows.
+    """A ScaNN searcher whose datapoint indices are the rows.
 
-    Never changed once built: ScaNN crashes when one thread searches while another
+    Immutable: ScaNN crashes when one thread searches while another
     changes the index, so a changed memory gets a new index.
     """
 
@@ -223,7 +223,7 @@ class ScannIndex(Backend):
             assets.read_text("utf-8", errors="replace")
         ):
             raise storage.IntegrityError(
-                f"{assets} is missing, or names files that no ScaNN index of ours has: "
+                f"{assets} is missing, or lists files that our indexes do not have: "
                 f"it is not opened; {REMEDY}"
             )
         searcher = import_scann().load_searcher(
@@ -249,9 +249,9 @@ class ScannIndex(Backend):
         """Scores carry bfloat16's error (about 0.3%)."""
         if self.settings["mode"] != "tree":
             return self._search_call(queries, k)
-        # With a tree, the number of queries in a call (not what they are) changes up to
-        # 4% of the ids that come back (ScaNN 1.4.2, measured). One at a time costs no
-        # more than small batches do.
+        # With a tree, the number of queries in a call (not their content) changes up to
+        # 4% of the returned ids (ScaNN 1.4.2, measured). One at a time is as fast as
+        # small batches.
         parts = [self._search_call(query[None], k) for query in queries]
         ids, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
         return ids, scores
@@ -296,7 +296,7 @@ class ScannIndex(Backend):
         return tuning.search_few_leaves(self.settings)
 
     def costlier_settings(self) -> list[dict[str, Any]]:
-        """More leaves, or more rows rescored; see `Backend.costlier_settings`."""
+        """More leaves, or more rescored rows; see `Backend.costlier_settings`."""
         return tuning.search_or_rescore_more(self.settings, self._num_rows)
 
     def compute_cost(self, settings: Mapping[str, Any]) -> float:

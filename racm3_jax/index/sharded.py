@@ -1,11 +1,11 @@
-"""Several indexes as one: shards of the rows, searched apart, merged exactly.
+"""Several indexes as one: shards of the rows, searched separately, merged exactly.
 
     shard 0: rows 0 .. R-1        -> (.9, 4) (.7, 1)
     shard 1: rows R .. 2R-1       -> (.9, R) (.8, R+2)
     merged by (-score, id), k = 3 -> (.9, 4) (.9, R) (.8, R+2)
 
-One process may hold all shards, or each its own (`hosts`). Builds of several
-million rows peak at many times the rows' size; shards bound that.
+One process may have all shards, or each process some (`hosts`). Builds of several
+million rows peak at many times the rows' size; sharding bounds that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from racm3_jax.types import Neighbours
 SUFFIX = "_sharded"
 # Above this a ScaNN build of 768-d rows no longer fits 64 GB.
 ROWS_PER_SHARD = 4_000_000
-# Sets an index that was built at a path, of some rows; saves what it changes.
+# Tunes an index that was built at a path from some rows; saves the settings.
 Tune = Callable[[Backend, pathlib.Path, np.ndarray | Rows], object]
 
 
@@ -45,10 +45,10 @@ def merge_neighbours(parts: Sequence[Neighbours], k: int) -> Neighbours:
 
 
 class ShardedIndex:
-    """Indexes of consecutive rows, behind one contract.
+    """Indexes of consecutive rows as one index.
 
     Args:
-      shards: first row and index of each, ascending; may be some of a whole.
+      shards: first row and index of each, ascending; may be a subset.
     """
 
     def __init__(self, shards: Sequence[tuple[int, Index]]):
@@ -70,18 +70,18 @@ class ShardedIndex:
     ) -> ShardedIndex:
         """Builds an index of every `rows_per_shard` rows into `path`.
 
-        One shard is in memory at a time; all of them are opened at the end.
+        One shard is in memory at a time; all are opened at the end.
 
         Args:
-          backend: of every shard; one that keeps what it searches.
+          backend: of every shard; must be shardable.
           embeddings: the rows.
           path: directory; made when it does not exist.
           config: of every shard.
-          rows_per_shard: of all shards but the last.
-          tune: called with every shard, which must reach a recall target by itself.
+          rows_per_shard: of all shards except the last.
+          tune: called with every shard, which must reach the recall target by itself.
 
         Raises:
-          ValueError: on rows that are not finite, none, or a shard size below 1.
+          ValueError: rows that are not finite, no rows, or a shard size < 1.
         """
         path = pathlib.Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,8 @@ class ShardedIndex:
             if isinstance(embeddings, Rows):
                 embeddings.release()
             if not np.isfinite(rows.sum(axis=1, dtype=np.float64)).all():
-                # The whole array names the row as the caller counts.
+                # Checks the whole array again so that the error has the caller's row
+                # number.
                 contract.check_embeddings(np.asarray(embeddings))
             place = path / _name(number)
             index = backend.build(rows, place, config)
@@ -124,12 +125,12 @@ class ShardedIndex:
           backend: of every shard.
           path: the directory.
           verify: False where the caller has checked the files already.
-          only: numbers of the shards that this process holds; None is all.
+          only: indices of the shards of this process; None means all.
 
         Raises:
-          FileNotFoundError: if there is no index.
-          IntegrityError: if a file is damaged, missing, or may not be there.
-          ValueError: if a shard does not exist.
+          FileNotFoundError: there is no index.
+          IntegrityError: a file is damaged, missing, or not allowed.
+          ValueError: a shard does not exist.
         """
         path = pathlib.Path(path)
         description = folder.read_description(path)
@@ -193,13 +194,13 @@ def _name(number: int) -> str:
 
 
 def shard_of(name: str) -> int | None:
-    """The number of the shard that a file of an index is of; None if of none."""
+    """The index of the shard to which a file belongs; None if to none."""
     match = re.match(r"shard-(\d{5})/", name)
     return int(match[1]) if match else None
 
 
 def _names(backend: type[Backend], num_shards: int) -> set[str]:
-    """All that may be in the folder besides its description."""
+    """All files allowed in the folder besides its description."""
     return {
         f"{_name(number)}/{name}"
         for number in range(num_shards)

@@ -1,7 +1,7 @@
-"""Exact search of rows that need not fit the RAM: NumPy, one block after another.
+"""Exact search of rows that do not need to fit in RAM: NumPy, block by block.
 
-What must not depend on an index asks here: the neighbours that recall is measured
-against, and every row that is similar to one image.
+For results that must not depend on an index: the ground truth of recall, and all rows
+similar to an image.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def find_similar(
     queries: Float32[np.ndarray, "queries d_embed"],
     min_similarity: float,
 ) -> tuple[Int64[np.ndarray, " found"], Float32[np.ndarray, " found"]]:
-    """All rows whose largest inner product with a query is at least so large.
+    """Rows whose largest inner product with a query is at least `min_similarity`.
 
     Returns:
       Rows, ascending, and those inner products.

@@ -1,10 +1,10 @@
-"""Precomputed neighbours: a search is one look-up in a sorted table.
+"""Precomputed neighbours: a search is a look-up in a sorted table.
 
     query  --blake2b-->  key  --binary search-->  its row of ids and scores
 
-Training asks only queries that are known beforehand (`Memory.queries` of every document,
-modality and variant), so their neighbours can be found once, on a pod or overnight, and
-read by every run that follows: the same batches, without an index in RAM.
+Training uses only queries that are known in advance (`Memory.queries` of every
+document, modality and variant), so their neighbours can be computed once, on a pod or
+overnight, and read by all later runs: the same batches, without an index in RAM.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _KEYS, _IDS, _SCORES = "keys.npy", "ids.npy", "scores.npy"
 def hash_queries(
     queries: Float32[np.ndarray, "queries d_embed"],
 ) -> UInt64[np.ndarray, " queries"]:
-    """64 bits of the bytes of every query."""
+    """64-bit hash of the bytes of every query."""
     rows = np.ascontiguousarray(queries, "<f4")
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
     return np.frombuffer(b"".join(digests), "<u8")
 
 
 class TablePart(NamedTuple):
-    """Some queries of a table, by their keys, and what they found."""
+    """Some queries of a table, by their keys, with their results."""
 
     keys: UInt64[np.ndarray, " queries"]
     ids: Int64[np.ndarray, "queries width"]
@@ -46,7 +46,7 @@ class TablePart(NamedTuple):
     def find(
         cls, index: Index, queries: Float32[np.ndarray, "queries d_embed"], k: int
     ) -> TablePart:
-        """Asks `index` for the `k` neighbours of some queries."""
+        """Searches the `k` neighbours of some queries in `index`."""
         found = index.search(queries, k)
         return cls(hash_queries(queries), found.ids, found.scores)
 
@@ -56,13 +56,13 @@ class TableIndex(Backend):
 
     Args:
       keys: `hash_queries` of the known queries, ascending.
-      ids: their neighbours; the width is the largest `k` that the table answers.
-      scores: of the neighbours, best first; -inf where a slot is not filled.
+      ids: their neighbours; the width is the largest `k` of the table.
+      scores: of the neighbours, best first; -inf for unfilled slots.
       num_rows: of the memory.
       d_embed: of the queries.
-      fallback: answers other queries, and larger `k`; without one the first is an
+      fallback: index for other queries and larger `k`; without it other queries are an
         error, and slots beyond the table's width stay unfilled.
-      settings: what the table was made from; kept in its description.
+      settings: what the table was computed from; stored in its description.
     """
 
     kind = "table"
@@ -95,7 +95,7 @@ class TableIndex(Backend):
     ) -> None:
         """Writes the table of all parts into the directory `path`, one part in RAM.
 
-        A query that is in several parts is that of the first.
+        A query in several parts is taken from the first.
 
         Args:
           parts: each is read twice.
@@ -133,7 +133,7 @@ class TableIndex(Backend):
         verify: bool = True,
         fallback: Index | None = None,
     ) -> Self:
-        """Opens what `save` wrote; the arrays stay on disk, mapped.
+        """Opens a table; the arrays are memory-mapped.
 
         See `Backend.load`, and the class about `fallback`.
         """
@@ -145,9 +145,7 @@ class TableIndex(Backend):
     def _build(
         cls, embeddings: Float32[np.ndarray, "rows d_embed"], config: None
     ) -> NoReturn:
-        raise ValueError(
-            "a table is made of queries: compute it (racm3 memory neighbours)"
-        )
+        raise ValueError("a table is computed from queries (racm3 memory neighbours)")
 
     @classmethod
     def _open(
@@ -170,7 +168,7 @@ class TableIndex(Backend):
             len(keys) >= 1 and ids.shape == scores.shape and len(ids) == len(keys)
         ):
             raise storage.IntegrityError(
-                f"{path} holds arrays of other shapes or types than a table has "
+                f"{path} holds arrays with other shapes or types than a table "
                 f"({found}); {REMEDY}"
             )
         sizes = (description.num_rows, description.d_embed)
@@ -178,7 +176,7 @@ class TableIndex(Backend):
 
     @property
     def width(self) -> int:
-        """Neighbours kept for a query."""
+        """Neighbours per query."""
         return self._ids.shape[1]
 
     @property
@@ -188,13 +186,13 @@ class TableIndex(Backend):
 
     @property
     def num_queries(self) -> int:
-        """Queries that the table knows."""
+        """Number of queries in the table."""
         return len(self._keys)
 
     def _search(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int
     ) -> tuple[Int[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
-        """A query that the table does not know is an error without a fallback."""
+        """Without a fallback, a query that is not in the table is an error."""
         if k > self.width and self.fallback is not None:
             found = self.fallback.search(queries, k)
             return found.ids, found.scores
@@ -207,11 +205,11 @@ class TableIndex(Backend):
                 raise ValueError(
                     f"query {int(np.flatnonzero(~known)[0])} is not in the table of "
                     f"{self.num_queries} precomputed queries: search with the memory's "
-                    "own index, or make the table again (racm3 memory neighbours)"
+                    "own index, or compute the table again (racm3 memory neighbours)"
                 )
             live = self.fallback.search(queries[~known], k)
             ids[~known], scores[~known] = live.ids, live.scores
         return ids, scores
 
     def _write(self, path: pathlib.Path) -> None:
-        """Nothing: a table is written by `join` alone."""
+        """Does nothing: `join` writes the table."""

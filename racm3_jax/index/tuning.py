@@ -1,10 +1,10 @@
-"""How many leaves a search must look into, and how many rows it must rescore: measured.
+"""Tunes how many leaves a search visits and how many rows it rescores, by measurement.
 
-Rows that are not in a searched leaf are lost, and so are those that the coded scores
-rank too low; either can bound the recall, whatever the other is set to. One tuner serves
-every back end, which says what a setting costs and what may be raised. Text and image
-queries lie in different places of the space, so that a share of leaves which serves one
-kind may fail the other: each kind must reach the target.
+Rows outside the searched leaves are lost, and so are those that the coded scores rank
+too low; either can limit the recall, whatever the other setting. One tuner serves all
+back ends, which define the cost of settings and what can be raised. Text and image
+queries are in different regions of the space, so a fraction of leaves that is enough
+for one kind may not be for the other: each kind must reach the target.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NUM_QUERIES = 256
 _FIRST_LEAVES = 0.01
 _LEAVES_GROWTH = 1.5
 _REORDER_GROWTH = 2
-# Of the rows, the largest share that is rescored.
+# Maximum fraction of the rows that is rescored.
 _MOST_REORDERED = 0.02
-# A rescored row is read from anywhere: per byte it takes three times as long as the
-# coded rows of a leaf, which lie side by side (measured, 768 dimensions).
+# Rescored rows are read at random: per byte they take three times as long as the
+# coded rows of a leaf, which are contiguous (measured, 768 dimensions).
 _SCATTERED = 3
 
 
@@ -37,7 +37,7 @@ def compute_recall(
     expected: Int64[np.ndarray, "queries k"],
     queries: Float32[np.ndarray, "queries d_embed"],
 ) -> float:
-    """Share of the exact neighbours (`find_exact`) that an index finds."""
+    """Fraction of the exact neighbours (`find_exact`) that an index finds."""
     found = index.search(queries, expected.shape[1]).ids
     hits = sum(len(set(a) & set(b)) for a, b in zip(expected, found, strict=True))
     return hits / max(1, expected.size)
@@ -46,10 +46,10 @@ def compute_recall(
 def sample_queries(
     parts: Mapping[str, Rows], num_queries: int = NUM_QUERIES, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Text and image parts of random documents; kinds that no document has are left out.
+    """Text and image embeddings of random documents; absent kinds are omitted.
 
     Args:
-      parts: embeddings by kind; rows of zeros are absent parts.
+      parts: embeddings by kind; zero rows are absent.
       num_queries: of each kind, at most.
       seed: of the sample.
     """
@@ -66,7 +66,7 @@ def sample_queries(
 
 
 def search_few_leaves(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A hundredth of the leaves: few leaves with many rows rescored may be cheapest."""
+    """A hundredth of the leaves: few leaves with many rescored rows may be cheapest."""
     if "num_leaves" not in settings:
         return {}
     return {"num_searched": max(1, round(_FIRST_LEAVES * settings["num_leaves"]))}
@@ -91,10 +91,10 @@ def search_or_rescore_more(
 def count_bytes(
     settings: Mapping[str, Any], coded_bytes: float, rescored_bytes: float
 ) -> float:
-    """Bytes that one query reads, weighted by how they lie.
+    """Bytes that one query reads, weighted by locality.
 
     Args:
-      settings: "num_reordered", and of a tree "num_leaves" and "num_searched".
+      settings: "num_reordered", and for a tree "num_leaves" and "num_searched".
       coded_bytes: of all rows.
       rescored_bytes: of one row.
     """
@@ -114,24 +114,24 @@ def tune(
 ) -> dict[str, float]:
     """Raises the settings until every kind of query reaches the target; saves them.
 
-    It begins with `cheapest_settings`. Each step takes the one of `costlier_settings`
-    whose recall grows most for its cost (`compute_cost`). The same rows and queries give
-    the same settings. An index without settings is measured, and left as it is.
+    It starts with `cheapest_settings`. Each step takes the one of `costlier_settings`
+    with the largest gain of recall per cost (`compute_cost`). The same rows and queries
+    give the same settings. An index without settings is only measured.
 
     Args:
       index: built at `path`.
-      path: its directory, whose description gets the settings.
+      path: its directory; the settings are written to its description.
       embeddings: its rows.
       queries: by kind.
       recall_target: of the exact `k` nearest.
       k: neighbours.
 
     Returns:
-      The recall reached, by kind; below the target, which is logged, where no setting
-      can be raised any more.
+      The recall by kind; below the target, with a warning, if no setting can be raised
+      any more.
 
     Raises:
-      ValueError: if the target is no share.
+      ValueError: the target is not in (0, 1].
     """
     if not 0 < recall_target <= 1:
         raise ValueError(f"recall_target must be in (0, 1]; got {recall_target}")

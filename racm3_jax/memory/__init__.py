@@ -1,1 +1,1 @@
-"""The external memory: its format on disk, its one builder, and what changes it."""
+"""The external memory: its format on disk, how it is built, and how it is changed."""

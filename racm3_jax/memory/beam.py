@@ -1,14 +1,14 @@
-"""The build of a corpus as an Apache Beam pipeline, on any of its runners.
+"""Builds a memory with an Apache Beam pipeline, on any runner.
 
-    numbers of shards -> parts: read, filter, tokenise, embed    on workers
+    shard numbers     -> parts: read, filter, tokenise, embed    on workers
                       -> hashes of their rows, grouped           on workers
                       -> rows that repeat an earlier one         repeats-00000-of-00003 …
     parts and repeats -> the memory                              in the calling process
 
-Workers and caller run this package and share the file system that the memory is on. The
-parts are those of `builder`, made by the same function and under the same locks: a
-build that was begun by one may be finished by the other, and both end in the same bytes.
-Bad records are judged when all parts are made.
+Workers and caller run this package and share the file system of the memory. The parts
+are made by the same function and under the same locks as in `builder`: each can resume
+a build of the other, and both give the same bytes. The limit of bad records is checked
+when all parts are made.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from racm3_jax.documents.readers import Shard, find_shards
 from racm3_jax.memory import builder, filters, merge
 from racm3_jax.memory import parts as parts_lib
 from racm3_jax.memory.chunks import DocumentTokenizer, Embedder
-from racm3_jax.memory.config import CorpusConfig, make_maker
-from racm3_jax.memory.merge import Firsts, part_path
-from racm3_jax.memory.parts import Maker
+from racm3_jax.memory.config import CorpusConfig, make_chunk_builder
+from racm3_jax.memory.merge import FirstOccurrences, part_path
+from racm3_jax.memory.parts import ChunkBuilder
 
 REPEATS = "repeats"
-# What a row may repeat, in the order of `Firsts`; and the column that tells.
+# What a row may repeat, in the order of `FirstOccurrences`, and the column of its
+# hashes.
 _KINDS = {"contents": "content_hashes", "images": "image_hashes"}
 
 LoadModels = Callable[[], tuple[DocumentTokenizer, Embedder | str]]
@@ -43,11 +44,11 @@ Place = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What every worker is told; pickled by Beam.
+    """The job description for all workers; pickled by Beam.
 
     Attributes:
       source: of the documents.
-      load_models: makes tokenizer and embedder on a worker.
+      load_models: loads tokenizer and embedder on a worker.
       path: of the memory.
       config: of the build.
     """
@@ -64,14 +65,14 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Worker:
-    """What a worker process makes parts with; loaded once."""
+    """The models of a worker process; loaded once."""
 
     shards: Sequence[Shard]
-    maker: Maker
+    chunk_builder: ChunkBuilder
 
 
 def import_beam() -> Any:
-    """apache_beam.
+    """Imports apache_beam.
 
     Raises:
       ImportError: names the extra to install.
@@ -96,22 +97,22 @@ def build_memory_with_beam(
     overwrite: bool = False,
     options: Sequence[str] = (),
 ) -> None:
-    """Builds the memory that `builder.build_memory` builds, with Beam.
+    """Like `builder.build_memory`, with Beam.
 
     Args:
-      source: as `readers.read_documents` takes it; read by every worker.
-      load_models: returns tokenizer and embedder; must be picklable, as a function of a
-        module is.
-      path: the directory to make, on a file system that all workers share.
+      source: see `readers.read_documents`; read by all workers.
+      load_models: returns tokenizer and embedder; must be picklable, e.g. a function of
+        a module.
+      path: the directory to create, on a file system that all workers share.
       config: see `CorpusConfig`.
-      overwrite: replace a memory that is at `path`.
-      options: of the pipeline, as `["--runner=FlinkRunner", …]`; without any, Beam's
+      overwrite: replace an existing memory at `path`.
+      options: of the pipeline, e.g. `["--runner=FlinkRunner", …]`; without any, Beam's
         local runner.
 
     Raises:
-      FileExistsError: if something is at `path` and may not be replaced.
-      ImportError: without Apache Beam.
-      ValueError: another build is half done at `path`, or too many records are bad.
+      FileExistsError: `path` exists and may not be replaced.
+      ImportError: Apache Beam is not installed.
+      ValueError: another build is unfinished at `path`, or too many records are bad.
     """
     beam = import_beam()
     config = config or CorpusConfig()
@@ -120,8 +121,8 @@ def build_memory_with_beam(
     shards = find_shards(source)
     tokenizer, embedder = load_models()
     job = _Job(source, load_models, str(path), config)
-    plan = builder.make_plan(source, shards, config, tokenizer, embedder)
-    if not builder.begin(path, plan, overwrite):
+    spec = builder.make_build_spec(source, shards, config, tokenizer, embedder)
+    if not builder.begin(path, spec, overwrite):
         return
     for stale in job.work.glob(f"{REPEATS}-*"):
         stale.unlink()
@@ -130,12 +131,12 @@ def build_memory_with_beam(
         job.work,
         path,
         source,
-        storage.content_digest(plan),
+        storage.content_digest(spec),
         len(shards),
-        make_maker(config, tokenizer, embedder),
+        make_chunk_builder(config, tokenizer, embedder),
         config,
         overwrite,
-        functools.partial(_read_firsts, job.work),
+        functools.partial(_read_first_occurrences, job.work),
     )
     storage.delete_directory(job.work)
 
@@ -159,23 +160,23 @@ def _run_pipeline(
 
 
 def _make_part(job: _Job, shared: Any, number: int) -> int:
-    """Makes a part that is not there yet; Beam may ask for it more than once."""
+    """Makes a part if it does not exist yet; Beam may call it more than once."""
     path = part_path(job.work, number)
     with storage.locked(path.with_name(f"{path.name}.lock")):
         if not path.is_dir():
             worker = shared.acquire(functools.partial(_load_worker, job))
             shard = worker.shards[number]
-            parts_lib.write_shard_part(path, shard, number, worker.maker)
+            parts_lib.write_shard_part(path, shard, number, worker.chunk_builder)
     return number
 
 
 def _load_worker(job: _Job) -> _Worker:
-    maker = make_maker(job.config, *job.load_models())
-    return _Worker(find_shards(job.source), maker)
+    chunk_builder = make_chunk_builder(job.config, *job.load_models())
+    return _Worker(find_shards(job.source), chunk_builder)
 
 
 def _hash_rows(job: _Job, number: int) -> Iterator[tuple[tuple[str, int], Place]]:
-    """Kind and hash of every row, with its place; 0 repeats nothing."""
+    """Kind and hash of every row, with its place; hash 0 is never a repeat."""
     path = part_path(job.work, number)
     if not parts_lib.read_report(path)["num_documents"]:
         return
@@ -188,7 +189,7 @@ def _hash_rows(job: _Job, number: int) -> Iterator[tuple[tuple[str, int], Place]
 def _find_repeats(
     job: _Job, group: tuple[tuple[str, int], Iterable[Place]]
 ) -> Iterator[str]:
-    """`kind part row` of the rows of one hash that repeat an earlier one."""
+    """`kind part row` of the rows with one hash that repeat an earlier one."""
     (kind, value), found = group
     places = sorted(found)
     if len(places) == 1:
@@ -198,7 +199,7 @@ def _find_repeats(
     if kind == "images":
         hashes = np.full(len(places), value, np.uint64)
         rows = functools.partial(_gather_images, job, places)
-        first = filters.find_near_first(hashes, rows)
+        first = filters.find_first_near_duplicates(hashes, rows)
     for place in np.flatnonzero(~first):
         yield f"{kind} {places[place][0]} {places[place][1]}"
 
@@ -211,13 +212,15 @@ def _gather_images(job: _Job, places: Sequence[Place], wanted: np.ndarray) -> An
     return np.concatenate(rows)
 
 
-def _read_firsts(work: pathlib.Path, folders: Sequence[pathlib.Path]) -> Firsts:
-    """What the pipeline found, over the rows of the parts in order."""
+def _read_first_occurrences(
+    work: pathlib.Path, folders: Sequence[pathlib.Path]
+) -> FirstOccurrences:
+    """The repeats that the pipeline found, over the rows of all parts in order."""
     starts, total = {}, 0
     for folder in folders:
         starts[int(folder.name.removeprefix("part-"))] = total
         total += parts_lib.read_report(folder)["num_documents"]
-    firsts = Firsts(*np.ones((len(_KINDS), total), bool))
+    firsts = FirstOccurrences(*np.ones((len(_KINDS), total), bool))
     for file in sorted(work.glob(f"{REPEATS}-*")):
         for line in file.read_text().splitlines():
             kind, number, row = line.split()

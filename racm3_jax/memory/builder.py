@@ -1,14 +1,14 @@
-"""Builds a memory: in parts, resumable, from a source by several processes.
+"""Builds a memory from a source: in parts, resumable, by several processes.
 
-    memory.building/plan.json        what is built, of what, with which models
-    memory.building/part-00000/      one part a shard of the source (`parts`)
+    memory.building/plan.json        the build spec: source, settings, models
+    memory.building/part-00000/      one part per shard of the source (`parts`)
     memory.building/part-00001.lock  held by the process that makes it
     memory/                          the parts merged: unique, indexed
 
-Killed at any time and run again, the same call ends in the same memory. More processes
-that run the same call (on hosts with one file system) take the shards that are free; the
-last step is done by one of them. Documents that Python hands over go the same way, cut
-into parts as they come.
+If it is killed at any time, the same call resumes and gives the same memory. Other
+processes with the same call (on hosts that share the file system) take free shards; one
+of them does the last step. Documents from Python are built in the same way, split into
+parts as they come.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from racm3_jax.memory import filters, writer
 from racm3_jax.memory import format as format_lib
 from racm3_jax.memory import parts as parts_lib
 from racm3_jax.memory.chunks import DocumentTokenizer, Embedder
-from racm3_jax.memory.config import CorpusConfig, encoder_name, make_maker
+from racm3_jax.memory.config import CorpusConfig, encoder_name, make_chunk_builder
 from racm3_jax.memory.merge import merge_parts, part_path
-from racm3_jax.memory.parts import Maker
+from racm3_jax.memory.parts import ChunkBuilder
 from racm3_jax.types import Document
 
-PLAN_FILE = "plan.json"
-# Beside the plan of a build that was refused for what it was given.
+SPEC_FILE = "plan.json"
+# Next to the spec of a build that was refused because of its input.
 _REFUSED_FILE = "refused"
-# Documents from Python that make one part, and bytes of their images.
+# Documents from Python per part, and bytes of their images.
 PART_DOCUMENTS = 1024
 _PART_BYTES = 1 << 28
 _POLL_SECONDS = 0.2
-# Settings that decide what is in a part; the others belong to the merge.
+# Settings that affect the parts; the others affect the merge only.
 _OF_PARTS = (
     *("num_query_variants", "query_drop", "seed"),
     *("opt_out", "held_out", "max_nsfw", "max_watermark"),
 )
-# Documents done here, and sizes of shards done and of all (0 where it is unknown).
+# Documents done by this process, sizes of finished shards and of all (0 if unknown).
 Progress = Callable[[int, int, int], None]
 
 
@@ -61,103 +61,110 @@ def build_memory(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Builds a memory, or resumes where a killed build stopped.
+    """Builds a memory, or resumes an interrupted build.
 
     Args:
-      source: as `readers.read_documents` takes it, or documents; they stream through.
+      source: see `readers.read_documents`, or an iterable of documents (streamed).
       tokenizer: a `MixedTokenizer`.
-      embedder: a `DocumentEmbedder`, or the name of the encoder that made the
+      embedder: a `DocumentEmbedder`, or the name of the encoder of the
         embeddings of an "embeddings:" source.
-      path: the directory to make.
+      path: the directory to create.
       config: see `CorpusConfig`.
-      overwrite: replace a memory that is at `path`.
-      progress: called with documents done here, and sizes of shards done and of all.
+      overwrite: replace an existing memory at `path`.
+      progress: called with documents done here, sizes of finished shards and of all.
 
     Raises:
-      FileExistsError: if something is at `path` and may not be replaced.
-      FileNotFoundError: nothing at the source.
-      ValueError: another build is half done at `path`, or too many records are bad.
+      FileExistsError: `path` exists and may not be replaced.
+      FileNotFoundError: the source does not exist.
+      ValueError: another build is unfinished at `path`, or too many records are bad.
     """
     config = config or CorpusConfig()
     refuse_url(path, "a memory that is built")
     path = pathlib.Path(path)
     shards = find_shards(source) if isinstance(source, str) else None
-    maker = make_maker(config, tokenizer, embedder)
-    plan = make_plan(source, shards, config, tokenizer, embedder)
-    if not begin(path, plan, overwrite):
+    chunk_builder = make_chunk_builder(config, tokenizer, embedder)
+    spec = make_build_spec(source, shards, config, tokenizer, embedder)
+    if not begin(path, spec, overwrite):
         return
     work = work_directory(path)
-    with _refusals_marked(work):
+    with _marking_refused(work):
         if shards is not None:
-            _make_shard_parts(work, shards, maker, config, progress)
+            _make_shard_parts(work, shards, chunk_builder, config, progress)
             num_parts = len(shards)
         else:
             assert not isinstance(source, str)
-            num_parts = _make_document_parts(work, source, maker, progress)
+            num_parts = _make_document_parts(work, source, chunk_builder, progress)
         with storage.locked(work / "merge.lock") as held:
-            # Another process may have finished while this one waited.
-            if held and (work / PLAN_FILE).is_file():
+            # Another process may have finished meanwhile.
+            if held and (work / SPEC_FILE).is_file():
                 name = source if isinstance(source, str) else ""
-                digest = storage.content_digest(plan)
+                digest = storage.content_digest(spec)
                 merge_parts(
-                    work, path, name, digest, num_parts, maker, config, overwrite
+                    work,
+                    path,
+                    name,
+                    digest,
+                    num_parts,
+                    chunk_builder,
+                    config,
+                    overwrite,
                 )
                 storage.delete_directory(work)
 
 
 def work_directory(path: pathlib.Path) -> pathlib.Path:
-    """Where `path` is being built."""
+    """The folder where `path` is being built."""
     return path.with_name(f"{path.name}.building")
 
 
-def begin(path: pathlib.Path, plan: dict[str, Any], overwrite: bool) -> bool:
-    """Claims the work directory, once what dead builds left is cleaned.
+def begin(path: pathlib.Path, spec: dict[str, Any], overwrite: bool) -> bool:
+    """Claims the work directory, after cleaning up crashed builds.
 
     Returns:
-      False if a build of this plan died after its last step: there is nothing to do.
+      False if a build of this spec crashed after its last step: nothing is left to do.
 
     Raises:
-      FileExistsError: something at `path` that may not be replaced.
-      ValueError: another build is half done there.
+      FileExistsError: `path` exists and may not be replaced.
+      ValueError: another build is unfinished there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     work = work_directory(path)
     storage.clean(path)
     storage.clean(work)
-    if not overwrite and _end_finished(path, plan) and plan["shards"]:
+    if not overwrite and _end_finished(path, spec) and spec["shards"]:
         return False
     writer.check_target(path, overwrite)
-    claim_plan(work, plan)
+    claim_build_spec(work, spec)
     return True
 
 
-def _end_finished(path: pathlib.Path, plan: dict[str, Any]) -> bool:
-    """Deletes the work of a build that died between its last two steps.
+def _end_finished(path: pathlib.Path, spec: dict[str, Any]) -> bool:
+    """Deletes the work of a build that crashed between its last two steps.
 
     Returns:
-      Whether the memory at `path` is what it was building.
+      Whether the memory at `path` is the one it was building.
     """
     work = work_directory(path)
-    if not (format_lib.is_memory(path) and (work / PLAN_FILE).is_file()):
+    if not (format_lib.is_memory(path) and (work / SPEC_FILE).is_file()):
         return False
-    if format_lib.read_manifest(path).get("plan") != storage.content_digest(plan):
+    if format_lib.read_manifest(path).get("plan") != storage.content_digest(spec):
         return False
     with storage.locked(work / "merge.lock", wait=False) as is_free:
-        numbers = range(len(plan["shards"]))
+        numbers = range(len(spec["shards"]))
         if not is_free or not all(part_path(work, n).is_dir() for n in numbers):
-            return False  # a rebuild of the same is under way
+            return False  # a rebuild of the same memory is running
         storage.delete_directory(work)
     return True
 
 
-def make_plan(
+def make_build_spec(
     source: str | Iterable[Document],
     shards: Sequence[Shard] | None,
     config: CorpusConfig,
     tokenizer: DocumentTokenizer,
     embedder: Embedder | str,
 ) -> dict[str, Any]:
-    """What a build is of: equal for builds that may share their parts."""
+    """The spec of a build: equal for builds that may share their parts."""
     settings: dict[str, Any] = {
         name: value
         for name, value in dataclasses.asdict(config).items()
@@ -176,51 +183,51 @@ def make_plan(
     }
 
 
-def claim_plan(work: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Starts a build, or checks that the half-done one is the same.
+def claim_build_spec(work: pathlib.Path, spec: dict[str, Any]) -> None:
+    """Starts a build, or checks that the unfinished one has the same spec.
 
-    Parts of another plan are discarded where its build was refused, or had none yet.
+    Parts of another spec are discarded if its build was refused, or had no parts yet.
 
     Raises:
       ValueError: names what differs.
     """
     work.mkdir(parents=True, exist_ok=True)
     with storage.locked(work / "plan.lock"):
-        file = work / PLAN_FILE
+        file = work / SPEC_FILE
         if file.is_file():
             remedy = f"remove {work}"
             old = storage.decode_sealed(file.read_bytes(), str(file), remedy)
-            changed = [key for key in plan if plan[key] != old.get(key)]
+            changed = [key for key in spec if spec[key] != old.get(key)]
             if not changed:
                 (work / _REFUSED_FILE).unlink(missing_ok=True)
                 return
             parts = [part for part in work.glob("part-*") if part.is_dir()]
             if parts and not (work / _REFUSED_FILE).is_file():
                 raise ValueError(
-                    f"{work} holds a half-done build that differs in "
-                    f"{', '.join(changed)}: give what it was started with, or remove "
-                    "that folder to begin again"
+                    f"{work} holds an unfinished build that differs in "
+                    f"{', '.join(changed)}: use the settings it was started with, or "
+                    "remove that folder to start again"
                 )
             for part in parts:
                 storage.delete_directory(part)
-        storage.write_file(file, storage.encode_sealed(plan))
+        storage.write_file(file, storage.encode_sealed(spec))
         (work / _REFUSED_FILE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _refusals_marked(work: pathlib.Path) -> Iterator[None]:
-    """A build that is refused for what it was given does not block a corrected one."""
+def _marking_refused(work: pathlib.Path) -> Iterator[None]:
+    """Marks a build refused for its input, so that a corrected one can start."""
     try:
         yield
     except (ValueError, FileNotFoundError):
-        if (work / PLAN_FILE).is_file():
+        if (work / SPEC_FILE).is_file():
             storage.write_file(work / _REFUSED_FILE, b"")
         raise
 
 
 @contextlib.contextmanager
-def _nothing_left_of_nothing(work: pathlib.Path) -> Iterator[None]:
-    """Without any part there is nothing to resume; for builds of one process."""
+def _removed_if_empty(work: pathlib.Path) -> Iterator[None]:
+    """Removes a failed build without parts (nothing to resume); for one process."""
     try:
         yield
     except BaseException:
@@ -232,13 +239,13 @@ def _nothing_left_of_nothing(work: pathlib.Path) -> Iterator[None]:
 def _make_document_parts(
     work: pathlib.Path,
     documents: Iterable[Document],
-    maker: Maker,
+    chunk_builder: ChunkBuilder,
     progress: Progress | None,
 ) -> int:
-    """Makes a part of every block of documents; one that is there already stays.
+    """Makes one part per block of documents; existing parts are kept.
 
-    Documents have no names to tell one run from another, so every block is read and
-    compared with the part by its content before the models are spared.
+    Documents have no shard names that identify them across runs, so every block is read
+    and compared with its part by content before skipping the models.
 
     Returns:
       The number of parts.
@@ -252,7 +259,7 @@ def _make_document_parts(
             progress(num_documents, num_documents, 0)
 
     claim = storage.claimed(work / "documents.lock", f"the build in {work}")
-    with claim, _nothing_left_of_nothing(work):
+    with claim, _removed_if_empty(work):
         for number, block in enumerate(_blocks(iter(documents)), 1):
             place = part_path(work, number - 1)
             digest = _digest(block)
@@ -265,7 +272,7 @@ def _make_document_parts(
             report.num_documents = len(block)
             records = map(Record, block)
             parts_lib.write_records_part(
-                place, records, digest, number - 1, maker, report, count
+                place, records, digest, number - 1, chunk_builder, report, count
             )
         if not number:
             raise ValueError(f"there are no documents to build {work.stem} of")
@@ -294,7 +301,7 @@ def _digest(block: Sequence[Document]) -> str:
 def _make_shard_parts(
     work: pathlib.Path,
     shards: Sequence[Shard],
-    maker: Maker,
+    chunk_builder: ChunkBuilder,
     config: CorpusConfig,
     progress: Progress | None,
 ) -> None:
@@ -309,7 +316,7 @@ def _make_shard_parts(
         if progress is not None:
             progress(num_documents, sum(shards[n].size for n in counted), total)
 
-    while (work / PLAN_FILE).is_file():
+    while (work / SPEC_FILE).is_file():
         for number in range(len(shards)):
             if number not in counted and part_path(work, number).is_dir():
                 part = parts_lib.read_report(part_path(work, number))
@@ -320,7 +327,7 @@ def _make_shard_parts(
         free = [n for n in range(len(shards)) if n not in counted]
         if not free:
             return
-        if not any(_try_part(work, n, shards[n], maker, count) for n in free):
+        if not any(_try_part(work, n, shards[n], chunk_builder, count) for n in free):
             time.sleep(_POLL_SECONDS)
 
 
@@ -328,19 +335,19 @@ def _try_part(
     work: pathlib.Path,
     number: int,
     shard: Shard,
-    maker: Maker,
+    chunk_builder: ChunkBuilder,
     count: Callable[[int], None],
 ) -> bool:
-    """Whether this process has made the part just now."""
+    """Whether this process made the part in this call."""
     try:
         with storage.locked(work / f"part-{number:05d}.lock", wait=False) as held:
             if not held or part_path(work, number).is_dir():
                 return False
             parts_lib.write_shard_part(
-                part_path(work, number), shard, number, maker, count
+                part_path(work, number), shard, number, chunk_builder, count
             )
             return True
     except FileNotFoundError:
         if work.is_dir():
             raise
-        return False  # another process has finished the build
+        return False  # another process finished the build

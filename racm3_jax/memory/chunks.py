@@ -1,4 +1,4 @@
-"""Runs the models over documents: chunks of tokens, embeddings and queries."""
+"""Runs the models on documents: chunks of tokens, embeddings and queries."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ CHUNK_SIZE = 512
 
 
 class DocumentTokenizer(Protocol):
-    """What building asks of a `MixedTokenizer`."""
+    """The interface of `MixedTokenizer` that a build uses."""
 
     @property
     def vocab(self) -> Vocab:
-        """The ids that it writes."""
+        """Its vocabulary."""
         ...
 
     def tokenize(self, documents: Iterable[Document]) -> Iterable[TokenizedDocument]:
-        """One tokenised document for each, in order."""
+        """One tokenised document for each document, in order."""
         ...
 
     def fingerprint(self) -> str:
-        """Equal for equal ids."""
+        """Equal for equal tokens."""
         ...
 
 
 class Embedder(Protocol):
-    """What building asks of a `DocumentEmbedder`; all rows are f32[n, d_embed].
+    """The interface of `DocumentEmbedder` that a build uses; rows are f32[n, d_embed].
 
     Attributes:
-      config: its `image_size` is the side, in pixels, that images are brought to.
+      config: `image_size` is the side to which images are resized, in pixels.
       d_embed: width of the rows.
     """
 
@@ -43,17 +43,17 @@ class Embedder(Protocol):
     d_embed: int
 
     def embed_texts(self, texts: list[str], drop: float, rng: Any) -> np.ndarray:
-        """Unit rows, with a share `drop` of each text's tokens left out."""
+        """Unit rows, with a fraction `drop` of each text's tokens dropped."""
         ...
 
     def embed_images(
         self, images: Sequence[np.ndarray], drop: float, rng: Any
     ) -> np.ndarray:
-        """Unit rows of images of any sizes, a share `drop` of their patches left out."""
+        """Unit rows of images of any size; a fraction `drop` of patches is dropped."""
         ...
 
     def embed_documents(self, documents: list[Document]) -> Sequence[np.ndarray]:
-        """Text parts, image parts (zero rows where absent), documents, …."""
+        """Text embeddings, image embeddings (zero rows if absent), documents, …."""
         ...
 
     def fingerprint(self) -> str:
@@ -62,18 +62,18 @@ class Embedder(Protocol):
 
 
 class MemoryChunk(NamedTuple):
-    """Some consecutive documents, ready to be written.
+    """Consecutive documents, ready to be written.
 
     Attributes:
       documents: tokenised.
-      text: unit rows; zero where a document has no text.
-      image: unit rows; zero where it has no image.
-      document: normalised mean of the parts that are there.
-      text_queries: unit rows under query dropout, one a variant; zero where absent.
-      image_queries: the same of the images.
-      content_hashes: of text and pixels together; None if they are unknown.
-      image_hashes: perceptual, of the first image; 0 where there is none; None if they
-        are unknown.
+      text: unit rows; zero if a document has no text.
+      image: unit rows; zero if it has no image.
+      document: normalised mean of the non-zero text and image rows.
+      text_queries: unit rows with query dropout, one per variant; zero if absent.
+      image_queries: the same for images.
+      content_hashes: of text and pixels together; None if unknown.
+      image_hashes: perceptual hash of the first image; 0 without an image; None if
+        unknown.
     """
 
     documents: Sequence[TokenizedDocument]
@@ -93,7 +93,7 @@ def make_chunk(
     query_drop: float,
     rngs: Sequence[np.random.Generator],
 ) -> MemoryChunk:
-    """Runs the models over some documents; one generator a query variant."""
+    """Runs the models on some documents; `rngs` has one generator per query variant."""
     tokenized = tokenize(documents, tokenizer)
     text, image, document = embedder.embed_documents(documents)[:3]
     queries = embed_queries(documents, embedder, query_drop, rngs)
@@ -103,10 +103,10 @@ def make_chunk(
 def tokenize(
     documents: list[Document], tokenizer: DocumentTokenizer
 ) -> list[TokenizedDocument]:
-    """The documents as ids.
+    """Tokenises documents.
 
     Raises:
-      ValueError: if the tokenizer returned others.
+      ValueError: the tokenizer returned other documents.
     """
     tokenized = list(tokenizer.tokenize(documents))
     if [t.id for t in tokenized] != [d.id for d in documents]:
@@ -125,15 +125,15 @@ def embed_queries(
 ) -> tuple[
     Float32[np.ndarray, "n variants d_embed"], Float32[np.ndarray, "n variants d_embed"]
 ]:
-    """Text and image parts under query dropout; zero rows where a part is absent.
+    """Text and image queries with query dropout; zero rows if absent.
 
-    The image part of a document with several images is their normalised mean.
+    The image query of a document with several images is their normalised mean.
 
     Args:
-      documents: some, with text or images.
-      embedder: makes the rows.
-      drop: share of tokens or patches left out.
-      rngs: one for each variant.
+      documents: each with text or images.
+      embedder: computes the rows.
+      drop: fraction of tokens or patches dropped.
+      rngs: one per variant.
     """
     texts = [document.text for document in documents]
     with_text = np.asarray([i for i, text in enumerate(texts) if text.strip()], int)

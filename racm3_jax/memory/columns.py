@@ -1,4 +1,4 @@
-"""The columns of a memory while it is written: checked rows, a shard file at a time."""
+"""Writes the columns of a memory: checks rows, one shard file at a time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from racm3_jax.memory.chunks import MemoryChunk
 from racm3_jax.memory.format import COLUMN_TYPES, MODALITY_BITS, hash_name
 from racm3_jax.types import Modality, TokenizedDocument
 
-# How far from 1 the norm of an embedding may be.
+# Tolerance of an embedding's norm.
 NORM_TOLERANCE = 1e-2
 
 
 class Columns:
-    """The arrays of a memory, a row a document, while they are being written.
+    """The arrays of a memory (one row per document) while they are written.
 
     Args:
-      directory: where they go; must exist.
-      chunk: the first one, for shapes; it is not written.
+      directory: where they are written; must exist.
+      chunk: the first chunk, for shapes; it is not written.
     """
 
     def __init__(self, directory: pathlib.Path, chunk: MemoryChunk):
@@ -33,7 +33,7 @@ class Columns:
         d_embed = chunk.document.shape[1]
         shapes = {"embeddings": (d_embed,), "queries": chunk.text_queries.shape[1:]}
         for name, dtype in COLUMN_TYPES.items():
-            # Unknown of the documents of a memory that was built without them.
+            # Unknown for documents of a memory that was built without them.
             if (
                 name in ("content_hashes", "image_hashes")
                 and chunk.image_hashes is None
@@ -73,7 +73,7 @@ class Columns:
             for variant in range(queries.shape[1]):
                 rows = queries[:, variant]
                 _check_rows(chunk.documents, f"{name} query", rows, present)
-            # A ready embedding may stand for an image that is not there to be shown.
+            # A precomputed embedding may represent an image that is not available.
             shown = present & [name in d.modalities for d in chunk.documents]
             modalities[shown] |= MODALITY_BITS[name]
             self.num_with_modality[name] += int(shown.sum())
@@ -98,7 +98,7 @@ def _check_rows(
     rows: Float[np.ndarray, "n d_embed"],
     present: Bool[np.ndarray, " n"],
 ) -> None:
-    """Names the first document whose row is not finite, or not unit where it should."""
+    """Raises for the first row that is not finite, or not a unit vector."""
     if len(rows) != len(documents):
         raise ValueError(f"{len(documents)} documents came with {len(rows)} {what}s")
     norms = np.linalg.norm(np.asarray(rows, np.float32), axis=1)
@@ -107,5 +107,5 @@ def _check_rows(
         first = int(np.flatnonzero(wrong)[0])
         raise ValueError(
             f"the {what} of document {documents[first].id!r} has norm "
-            f"{norms[first]:.3g}, not 1: look at the embedder that made it"
+            f"{norms[first]:.3g}, not 1: check the embedder that computed it"
         )

@@ -1,4 +1,4 @@
-"""What a corpus is built with."""
+"""Settings of a memory build."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from racm3_jax.index import registry
 from racm3_jax.index.contract import IndexKind
 from racm3_jax.memory import filters
 from racm3_jax.memory.chunks import DocumentTokenizer, Embedder
-from racm3_jax.memory.parts import Maker
+from racm3_jax.memory.parts import ChunkBuilder
 
 Deduplicate = Literal["none", "exact", "near"]
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    """What a corpus is built with.
+    """Settings of a memory build.
 
     Attributes:
-      index: kind of the index; "auto" follows the size and `max_ram_gb`.
-      num_query_variants: queries with dropout for every document.
-      query_drop: share of a query that is left out.
+      index: kind of index; "auto" depends on the size and `max_ram_gb`.
+      num_query_variants: queries with dropout per document.
+      query_drop: fraction of a query that is dropped.
       seed: of the dropout.
-      max_bad: share of bad records above which the build stops.
-      recall_target: recall@10 that the index is tuned to, for text and for image
+      max_bad: fraction of bad records above which the build stops.
+      recall_target: recall@10 to which the index is tuned, for text and for image
         queries.
-      max_ram_gb: bounds the index build, by sharding it; 0 is no bound.
-      deduplicate: drop documents of equal text and pixels ("exact"), also those of a
-        near-equal image ("near"), or none of them.
+      max_ram_gb: RAM limit of the index build, which is sharded to fit; 0: no limit.
+      deduplicate: drop documents with equal text and pixels ("exact"), also those with
+        near-duplicate images ("near"), or "none".
       opt_out: file of ids and URL patterns that must not be used.
       held_out: sources of evaluation documents.
-      max_nsfw: highest NSFW score; None does not look.
-      max_watermark: highest watermark score.
+      max_nsfw: maximum NSFW score; None turns the filter off.
+      max_watermark: maximum watermark score.
     """
 
     index: IndexKind | Literal["auto"] = "auto"
@@ -67,17 +67,17 @@ class CorpusConfig:
             raise ValueError("num_query_variants and max_ram_gb must be >= 0")
 
 
-def make_maker(
+def make_chunk_builder(
     config: CorpusConfig, tokenizer: DocumentTokenizer, embedder: Embedder | str
-) -> Maker:
-    """The models and the filters of a build."""
+) -> ChunkBuilder:
+    """The models and filters of a build."""
     held_out = None
     if config.held_out:
         held_out = filters.HeldOut()
         for source in config.held_out:
             for document in read_documents(source, max_bad=config.max_bad):
                 held_out.add(document)
-    return Maker(
+    return ChunkBuilder(
         tokenizer,
         embedder,
         config.num_query_variants,

@@ -1,4 +1,4 @@
-"""Changes to a memory that is in use: add, find what to remove, compact, verify.
+"""Changes a memory in use: add, find what to remove, compact, verify.
 
     memory/                        memory/                        memory/
       manifest.json     add ->       manifest.json    compact ->    manifest.json
@@ -6,11 +6,11 @@
       deny.json                      added-00001/…                  deny-00002.json
                                      deny.json
 
-The manifest names every file, and is replaced in one step after all of them are on disk:
-a search sees the memory before or after a change, never between. Added documents get the
-next rows; compaction leaves denied ones out of every file, and numbers rows anew, so a
-memory that was opened before it must be opened again. Of what has left the disk two hashes
-stay (`removed.npy`), so that it does not come back with its source.
+The manifest lists every file, and is replaced atomically after all of them are on disk:
+a search sees the memory before or after a change, never in between. Added documents get
+the next rows; compaction drops denied documents from every file and renumbers the rows,
+so a memory that was opened before must be reopened. Two hashes of each deleted document
+are kept (`removed.npy`), so that it does not come back with its source.
 """
 
 from __future__ import annotations
@@ -34,43 +34,43 @@ from racm3_jax.memory import format as format_lib
 from racm3_jax.memory import parts as parts_lib
 from racm3_jax.memory.chunks import CHUNK_SIZE, MemoryChunk
 from racm3_jax.memory.memory import Memory
-from racm3_jax.memory.parts import Maker
+from racm3_jax.memory.parts import ChunkBuilder
 
 
 def add_documents(
     path: str | os.PathLike[str],
     source: str,
-    maker: Maker,
+    chunk_builder: ChunkBuilder,
     max_bad: float = 0.1,
     restore: bool = False,
 ) -> dict[str, Any]:
-    """Adds the documents of a source; whoever opens the memory next finds them.
+    """Adds the documents of a source; visible when the memory is next opened.
 
-    Documents whose text and pixels the memory holds already, or has held and lost by
-    removal and compaction, are left out and counted; an id that another document has is
-    no reason (see `parts.UniqueIds`).
+    Documents whose text and pixels are already in the memory, or were removed from it
+    by compaction, are skipped and counted; an id that is already taken is no reason to
+    skip (see `parts.UniqueIds`).
 
     Args:
       path: of the memory.
-      source: as `readers.read_documents` takes it.
-      maker: the memory's own models, with any filters.
-      max_bad: share of bad records above which nothing is added.
-      restore: takes back what was removed and has left the disk.
+      source: see `readers.read_documents`.
+      chunk_builder: the memory's models, with any filters.
+      max_bad: fraction of bad records above which nothing is added.
+      restore: also add documents that were removed and deleted.
 
     Returns:
       "added", "bad", "left_out", "filtered" and "renamed" counts.
 
     Raises:
-      ValueError: other models, too many bad records, or a change by another process.
+      ValueError: other models, too many bad records, or a concurrent change.
     """
     path = pathlib.Path(path)
-    manifest = _tidy(path)
-    embedder = maker.embedder
-    format_lib.check_fingerprints(path, manifest, embedder, maker.tokenizer)
-    if maker.num_query_variants != manifest["num_query_variants"]:
+    manifest = _clean_up(path)
+    embedder = chunk_builder.embedder
+    format_lib.check_fingerprints(path, manifest, embedder, chunk_builder.tokenizer)
+    if chunk_builder.num_query_variants != manifest["num_query_variants"]:
         raise ValueError(
             f"the memory has {manifest['num_query_variants']} query variants; got "
-            f"{maker.num_query_variants}"
+            f"{chunk_builder.num_query_variants}"
         )
     with Memory.load(path) as memory:
         known = memory.content_hashes
@@ -83,8 +83,8 @@ def add_documents(
     report, filtered = ReadReport(max_bad), {}
     number = _next_number(manifest)
     prefix = f"added-{number:05d}/"
-    chunks = _chunks(source, maker, number, report, filtered)
-    chunks = map(ids.rename, _new_ones(chunks, contents, removed, filtered))
+    chunks = _chunks(source, chunk_builder, number, report, filtered)
+    chunks = map(ids.rename, _skip_known(chunks, contents, removed, filtered))
     first = next(chunks, None)
     added = 0
     if first is not None:
@@ -96,7 +96,9 @@ def add_documents(
             return part
 
         with _new_part(path, prefix, manifest, write) as (part, newest):
-            format_lib.write_manifest(path, _grown(path, newest, prefix, part))
+            format_lib.write_manifest(
+                path, _add_to_manifest(path, newest, prefix, part)
+            )
         added = part.num_documents
     report.check(final=True)
     return {
@@ -108,14 +110,14 @@ def add_documents(
     }
 
 
-def _tidy(path: pathlib.Path) -> dict[str, Any]:
-    """The manifest, once what a dead writer left is ended."""
+def _clean_up(path: pathlib.Path) -> dict[str, Any]:
+    """The manifest, after cleaning up after crashed writers."""
     refuse_url(path, "a memory that is changed")
     staging.refuse_staged(path)
-    format_lib.read_manifest(path)  # a sentence, if there is no memory
+    format_lib.read_manifest(path)  # a readable error if there is no memory
     with format_lib.locked(path):
         manifest = format_lib.read_manifest(path)
-        format_lib.tidy(path, manifest)
+        format_lib.delete_untracked(path, manifest)
     return manifest
 
 
@@ -126,19 +128,19 @@ def _new_part(
     manifest: dict[str, Any],
     write: Callable[[pathlib.Path], writer.Part],
 ) -> Iterator[tuple[writer.Part, dict[str, Any]]]:
-    """Writes a folder of a memory, which its block then names in the manifest.
+    """Writes a new folder of a memory; the block then adds it to the manifest.
 
-    Nobody else changes the memory from before the folder appears until the block ends;
-    after an error there, the folder is gone.
+    The memory is locked from before the folder appears until the block ends; after an
+    error in the block, the folder is removed.
 
     Args:
       path: of the memory.
-      prefix: of the folder in it.
-      manifest: that the change started from.
+      prefix: name prefix of the folder.
+      manifest: on which the change is based.
       write: fills the folder.
 
     Yields:
-      What was written, and the manifest as it is now: rows may have been removed.
+      What was written, and the current manifest: rows may have been removed meanwhile.
 
     Raises:
       ValueError: another process changed the memory meanwhile.
@@ -164,7 +166,7 @@ def _new_part(
 def _write_part(
     directory: pathlib.Path, chunks: Iterable[MemoryChunk], manifest: dict[str, Any]
 ) -> writer.Part:
-    """With the index, recall target and shard size that the memory was built with."""
+    """Writes a part with the memory's index, recall target and shard size."""
     part = writer.write_part(
         directory,
         chunks,
@@ -178,30 +180,30 @@ def _write_part(
 
 def _chunks(
     source: str,
-    maker: Maker,
+    chunk_builder: ChunkBuilder,
     number: int,
     report: ReadReport,
     filtered: dict[str, int],
 ) -> Iterator[MemoryChunk]:
     for place, shard in enumerate(find_shards(source)):
         records = read_shard(shard, report)
-        yield from maker.chunks(records, number * 100_000 + place, filtered)
+        yield from chunk_builder.chunks(records, number * 100_000 + place, filtered)
 
 
-def _new_ones(
+def _skip_known(
     chunks: Iterable[MemoryChunk],
     contents: set[int] | None,
     removed: UInt64[np.ndarray, "removed 2"],
     filtered: dict[str, int],
 ) -> Iterator[MemoryChunk]:
-    """Without the documents that are there already, came before, or were removed.
+    """Drops documents that are already in the memory, were repeated, or were removed.
 
     Args:
-      chunks: what is added.
-      contents: content hashes that the memory holds; None keeps equal documents.
-      removed: hashes of id and content of what has left the disk. A content of 0 is
-        unknown: such a document is known by its id.
-      filtered: counts what is left out, by reason.
+      chunks: what is to be added.
+      contents: content hashes in the memory; None keeps equal documents.
+      removed: hashes of id and content of deleted documents. A content of 0 is unknown:
+        such a document is identified by its id.
+      filtered: counts what is skipped, by reason.
     """
     gone_contents = set(removed[:, 1].tolist()) - {0}
     gone_ids = set(removed[removed[:, 1] == 0, 0].tolist())
@@ -229,7 +231,7 @@ def _next_number(manifest: dict[str, Any]) -> int:
     return 1 + max((int(name.rstrip("/")[-5:]) for name in names), default=0)
 
 
-def _grown(
+def _add_to_manifest(
     path: pathlib.Path,
     manifest: dict[str, Any],
     prefix: str,
@@ -255,18 +257,18 @@ def _grown(
 def compact(path: str | os.PathLike[str]) -> int:
     """Rewrites a memory without its denied documents, and deletes the old files.
 
-    Documents that are removed while it runs stay removed; they leave the disk at the
-    next compaction. Broken off at any time, the memory is the old one or the new one,
-    and the next change of it deletes what is left of the other.
+    Documents that are removed while it runs stay removed; the next compaction deletes
+    them. If it is interrupted at any time, the memory is the old or the new one, and
+    the next change deletes the files of the other.
 
     Returns:
-      How many documents left the disk.
+      Number of deleted documents.
 
     Raises:
       ValueError: nothing would be left, or another process added documents meanwhile.
     """
     path = pathlib.Path(path)
-    manifest = _tidy(path)
+    manifest = _clean_up(path)
     with Memory.load(path) as memory:
         kept = np.ones(len(memory), bool)
         denied = format_lib.read_denied(path, manifest)
@@ -297,12 +299,12 @@ def compact(path: str | os.PathLike[str]) -> int:
         new_rows = np.cumsum(kept) - 1
         format_lib.write_denied(path, new, new_rows[removed_meanwhile])
         format_lib.write_manifest(path, new)
-    _tidy(path)
+    _clean_up(path)
     return int((~kept).sum())
 
 
 def _hashes(memory: Memory, rows: Int64[np.ndarray, " n"]) -> UInt64[np.ndarray, "n 2"]:
-    """Of id and content; 0 where contents are unknown."""
+    """Of id and content; 0 where contents unknown."""
     contents = memory.content_hashes
     own = np.zeros(len(rows), np.uint64) if contents is None else contents[rows]
     return np.stack([memory.id_hashes[rows], own], axis=1).astype(np.uint64)
@@ -323,7 +325,7 @@ def _compacted(
         "removed_file": f"{prefix}{format_lib.REMOVED_NAME}",
     }
     new.pop("lineage", None)
-    # Fixed now, since the name of the deny list becomes part of the manifest.
+    # Fixed now: the name of the deny list becomes part of the manifest.
     new["lineage"] = format_lib.fingerprint(new)
     return new
 
@@ -333,22 +335,21 @@ def verify(
     share: float = 1.0,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Proves a memory: every byte, no leftovers, and that what was removed is gone.
+    """Verifies a memory: every byte, no leftovers, and no removed document is found.
 
-    Every removed document is searched for with its own embedding, and must not come
-    back.
+    Each removed document is searched with its own embedding, and must not be returned.
 
     Args:
       path: of the memory.
-      share: of its bytes; below 1, files chosen at random are read.
-      say: called with the sentence about what was chosen.
+      share: fraction of its bytes to read; below 1, in randomly chosen files.
+      say: called with a message about what was chosen.
 
     Returns:
-      Counts: "documents", "removed" (searched for and not found), "on_disk" (removed,
-      and waiting for compaction), "files".
+      Counts: "documents", "removed" (searched and not found), "on_disk" (removed,
+      and not yet compacted), "files".
 
     Raises:
-      FileNotFoundError: no memory there.
+      FileNotFoundError: there is no memory.
       IntegrityError: names what is wrong.
     """
     path = pathlib.Path(path)
@@ -358,12 +359,12 @@ def verify(
         left += [p.name for p in path.iterdir() if storage.is_leftover(p.name)]
         if left:
             raise storage.IntegrityError(
-                f"{path} holds {left[0]}, which its manifest does not name "
-                f"({len(left)} such files): a change was broken off; run racm3 memory "
-                f"remove --compact --memory={path} to delete what is left of it"
+                f"{path} holds {left[0]}, which its manifest does not list "
+                f"({len(left)} such files): a change was interrupted; run racm3 memory "
+                f"remove --compact --memory={path} to clean up"
             )
         if len(np.unique(memory.id_hashes)) != len(memory):
-            raise storage.IntegrityError(f"{path} holds two documents of one id")
+            raise storage.IntegrityError(f"{path} holds two documents with the same id")
         denied = format_lib.read_denied(path, memory.manifest)
         for start in range(0, len(denied), CHUNK_SIZE):
             rows = denied[start : start + CHUNK_SIZE]
@@ -390,12 +391,12 @@ def find_urls(memory: Memory, pattern: str) -> Int64[np.ndarray, " n"]:
     return np.asarray(found, np.int64)
 
 
-def find_like(
+def find_similar_images(
     memory: Memory, query: Float32[np.ndarray, " d_embed"], min_similarity: float = 0.95
 ) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
-    """Allowed rows whose image part is at least so similar to an image's embedding.
+    """Allowed rows whose image embedding has at least this similarity to the query.
 
-    All rows are looked at: a removal must not depend on the index's recall.
+    Scans all rows: a removal must not depend on the index's recall.
 
     Returns:
       Rows and similarities, most similar first.

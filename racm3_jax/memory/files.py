@@ -1,4 +1,4 @@
-"""The files of an opened memory: verified before they are opened, opened when needed."""
+"""The files of an opened memory: verified first, opened when needed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from racm3_jax.memory import format as format_lib
 
 
 class MemoryFiles:
-    """Columns and index of a memory. Safe to use from threads.
+    """Columns and index of a memory. Thread-safe.
 
     Args:
       path: of the memory.
-      manifest: what its manifest says.
-      later: kinds of files (`format.kind_of`) that are verified and opened when they are
-        first used; the others are verified already, and opened now.
+      manifest: its manifest.
+      later: kinds of files (`format.kind_of`) that are verified and opened on first
+        use; the others are already verified, and opened now.
 
     Attributes:
       folders: of its parts.
 
     Raises:
-      IntegrityError: a column or an index does not fit the manifest.
+      IntegrityError: a column or an index does not match the manifest.
     """
 
     def __init__(
@@ -52,22 +52,24 @@ class MemoryFiles:
             self.open_index()
 
     def close(self) -> None:
-        """Ends the way to other processes, if the index is shared with them."""
+        """Closes the connections to other processes, if the index is shared."""
         if close := getattr(self._index, "close", None):
             close()
 
     def share_index(self) -> None:
-        """All processes together: each opens some shards of the index, all are searched.
+        """Collective: each process opens some index shards, and searches cover all.
 
-        The files of the other shards are neither read nor opened here. For a memory that
-        was loaded with its index for `later`; see `index.hosts`.
+        The files of other shards are neither read nor opened here. For a memory that
+        was loaded with its index in `later`; see `index.hosts`.
         """
         import jax
 
         from racm3_jax.index.hosts import HostsIndex
 
         places = [folder / format_lib.INDEX_DIRECTORY for folder in self.folders]
-        shared = registry.share_parts(places, jax.process_index(), jax.process_count())
+        shared = registry.assign_shards(
+            places, jax.process_index(), jax.process_count()
+        )
         own_of = dict(zip(format_lib.prefixes(self.manifest), shared, strict=True))
 
         def is_own(name: str) -> bool:
@@ -83,7 +85,7 @@ class MemoryFiles:
         self._index = HostsIndex.connect(own_shards, self.num_documents)
 
     def _unread(self, kind: str) -> set[str]:
-        """Files of a kind whose sha256 was not compared yet."""
+        """Files of a kind whose sha256 is not verified yet."""
         return {n for n in self._unverified if format_lib.kind_of(n) == kind}
 
     def _verify(self, names: set[str]) -> None:
@@ -96,7 +98,7 @@ class MemoryFiles:
         self._unverified -= names
 
     def open_index(self) -> Index:
-        """The memory's own, opened once."""
+        """The memory's index, opened once."""
         if self._index is None:
             with self._opening:
                 if self._index is None:
@@ -113,8 +115,8 @@ class MemoryFiles:
         """A column, opened once.
 
         Raises:
-          IntegrityError: it is damaged, or of another type, width or length than the
-            manifest says.
+          IntegrityError: it is damaged, or its type, width or length differs from the
+            manifest.
         """
         if name not in self._columns:
             with self._opening:
@@ -155,11 +157,11 @@ class MemoryFiles:
         if sum(format_lib.part_counts(self.manifest)) != self.num_documents:
             raise storage.IntegrityError(
                 f"the parts of {self.path} do not hold {self.num_documents} documents "
-                f"together; {format_lib.rebuild_remedy(self.path)}"
+                f"in total; {format_lib.rebuild_remedy(self.path)}"
             )
 
     def has_column(self, name: str) -> bool:
-        """Whether every part has it."""
+        """Whether every part has this column."""
         return all(
             any(f.startswith(f"{prefix}{name}-") for f in self.manifest["files"])
             for prefix in format_lib.prefixes(self.manifest)

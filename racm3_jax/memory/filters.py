@@ -1,10 +1,11 @@
-"""What does not enter a memory: opted-out, evaluation and filtered documents; duplicates.
+"""Filters of a memory build: opt-out, evaluation documents, scores, duplicates.
 
-Limits. NSFW and watermark scores are read from the metadata where the source has them
-(LAION's columns); elsewhere the embedder compares the image with a few sentences, which
-a small or domain-specific CLIP does badly: look at `racm3 memory stats` before trusting
-it. Exact means equal text and pixels; near means an equal perceptual hash *and* an image
-embedding above `NEAR_SIMILARITY`: crops and mirrored copies are not found.
+Limitations. NSFW and watermark scores are read from the metadata if the source has them
+(LAION's columns); otherwise the embedder compares the image with a few sentences, which
+does not work well with a small or domain-specific CLIP: check `racm3 memory stats`
+before trusting it. "Exact" means equal text and pixels; "near" means an equal
+perceptual hash *and* image embeddings more similar than `NEAR_SIMILARITY`: crops and
+mirrored copies are not found.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from racm3_jax.memory.format import hash_name
 from racm3_jax.types import Document
 
 NEAR_SIMILARITY = 0.95
-# A flatter image than this has a hash of noise.
+# The hash of a flatter image is noise.
 _MIN_CONTRAST = 8
 _NSFW_FIELDS = ("punsafe", "nsfw_score", "NSFW", "nsfw")
 _WATERMARK_FIELDS = ("pwatermark", "watermark_score", "watermark")
-# Of a record, by its source: its URL, and its id where a document's is a longer one.
+# Metadata keys of a record's URL, and of its original id if the document's was
+# extended.
 _GIVEN_NAMES = ("url", "URL", *ID_FIELDS)
 _PROMPTS = {
     "nsfw": ("a photo with nudity or violence", "an ordinary photo"),
@@ -37,12 +39,12 @@ _PROMPTS = {
 }
 # CLIP's own temperature.
 _LOGIT_SCALE = 100.0
-# LAION's words for its NSFW column.
+# Values of LAION's NSFW column.
 _WORDS = {"UNLIKELY": 0.0, "UNSURE": 0.5, "NSFW": 1.0}
 
 
 def hash_content(document: Document) -> int:
-    """Equal for documents of equal text and pixels."""
+    """Equal for documents with equal text and pixels."""
     digest = hashlib.blake2b(digest_size=8)
     for segment in document.segments:
         if segment.image is None:
@@ -69,10 +71,10 @@ def hash_pixels(image: UInt8[np.ndarray, "height width 3"]) -> int:
 
 
 def hash_image(image: UInt8[np.ndarray, "height width 3"]) -> int:
-    """A perceptual hash: whether each cell of 8 x 8 is darker than the one to its right.
+    """A perceptual hash (dHash): whether each of 8 x 8 cells is darker than the next.
 
-    Survives most rescaling, seldom recompression of flat areas. 0 for flat images, which
-    have none.
+    Robust to most rescaling, rarely to recompression of flat areas. 0 for flat images,
+    which have no hash.
     """
     grey = Image.fromarray(image).convert("L").resize((9, 8), Image.Resampling.BOX)
     cells = np.asarray(grey).astype(int)
@@ -83,11 +85,11 @@ def hash_image(image: UInt8[np.ndarray, "height width 3"]) -> int:
 
 
 class OptOut:
-    """Documents that their owners do not want used, by id or by URL.
+    """Documents whose owners have opted out, by id or by URL.
 
-    A line of the file is an id or a pattern with `*` and `?` (`https://example.org/*`),
-    compared with a document's id, also as its source gave it, and with where it came from;
-    `#` begins a comment.
+    A line of the file is an id or a pattern with `*` and `?` (`https://example.org/*`).
+    It is matched against a document's id, its original id in the source, and its source
+    and URL; `#` starts a comment.
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
@@ -98,11 +100,11 @@ class OptOut:
 
     @classmethod
     def read(cls, path: str | pathlib.Path) -> OptOut:
-        """Opens a file.
+        """Reads a file.
 
         Raises:
-          FileNotFoundError: if there is none.
-          ValueError: if it is no text.
+          FileNotFoundError: there is no such file.
+          ValueError: it is not a text file.
         """
         path = pathlib.Path(path)
         if not path.is_file():
@@ -127,8 +129,8 @@ class OptOut:
 class HeldOut:
     """Evaluation documents, which must not be in a memory.
 
-    Known by their source (a URL), their content, the pixels of any image, or a near-equal
-    image with the same text. Not by their id: two folders both have a `0001.jpg`.
+    Identified by source (a URL), content, pixels of any image, or a near-duplicate
+    image with the same text. Not by id: two folders may both have a `0001.jpg`.
     """
 
     sources: set[int] = dataclasses.field(default_factory=set)
@@ -137,7 +139,7 @@ class HeldOut:
     pairs: set[tuple[str, int]] = dataclasses.field(default_factory=set)
 
     def add(self, document: Document) -> None:
-        """Holds one more document out."""
+        """Adds an evaluation document."""
         self.sources |= {hash_name(document.source)} - {0}
         self.contents.add(hash_content(document))
         self.pixels |= {hash_pixels(image) for image in document.images}
@@ -160,11 +162,11 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreLimits:
-    """Highest scores that pass; None does not look.
+    """Maximum scores; None turns a filter off.
 
     Attributes:
       nsfw: probability that the image is unsafe.
-      watermark: probability that the image bears a watermark.
+      watermark: probability that the image has a watermark.
     """
 
     nsfw: float | None = None
@@ -176,12 +178,12 @@ class ScoreLimits:
         image_embeddings: Float[np.ndarray, "n d_embed"],
         embed_texts: Callable[[list[str]], np.ndarray] | None,
     ) -> list[str | None]:
-        """The name of the score that is too high, or None, for each document.
+        """For each document, the name of the score that is too high, or None.
 
         Args:
           documents: with metadata.
-          image_embeddings: unit rows, zero where there is no image.
-          embed_texts: of the same encoder; None leaves unscored documents in.
+          image_embeddings: unit rows, zero without an image.
+          embed_texts: of the same encoder; None keeps documents without scores.
         """
         found: list[str | None] = [None] * len(documents)
         for name, limit, fields in (
@@ -218,7 +220,7 @@ def _read_score(metadata: Mapping[str, Any], fields: Sequence[str]) -> float | N
 
 
 def find_first(hashes: UInt64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    """True at the first of equal hashes; 0 equals nothing.
+    """True at the first of equal hashes; 0 never matches.
 
     7 3 7 0 0 3  ->  T T F T T F
     """
@@ -227,15 +229,15 @@ def find_first(hashes: UInt64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     return first | (hashes == 0)
 
 
-def find_near_first(
+def find_first_near_duplicates(
     image_hashes: UInt64[np.ndarray, " n"],
     gather: Callable[[np.ndarray], Float[np.ndarray, "k d_embed"]],
 ) -> Bool[np.ndarray, " n"]:
-    """False where an earlier document has a near-equal image.
+    """False if an earlier document has a near-duplicate image.
 
     Args:
-      image_hashes: perceptual; 0 is compared with nothing.
-      gather: image embeddings of some rows.
+      image_hashes: perceptual; 0 never matches.
+      gather: returns the image embeddings of some rows.
     """
     kept = np.ones(len(image_hashes), bool)
     for group in _groups(image_hashes):
@@ -247,15 +249,15 @@ def find_near_first(
     return kept
 
 
-def find_alike(
+def find_near_duplicates(
     image_hashes: UInt64[np.ndarray, " n"],
     gather: Callable[[np.ndarray], Float[np.ndarray, "k d_embed"]],
 ) -> Bool[np.ndarray, " n"]:
-    """True where another document, earlier or later, has a near-equal image.
+    """True if another document, earlier or later, has a near-duplicate image.
 
     Args:
-      image_hashes: perceptual; 0 is compared with nothing.
-      gather: image embeddings of some rows.
+      image_hashes: perceptual; 0 never matches.
+      gather: returns the image embeddings of some rows.
     """
     alike = np.zeros(len(image_hashes), bool)
     for group in _groups(image_hashes):
@@ -268,7 +270,7 @@ def find_alike(
 
 
 def _groups(hashes: UInt64[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " group"]]:
-    """Rows of equal hashes, ascending, where there are several; 0 is none.
+    """Groups of two or more rows with equal hashes, ascending; 0 never matches.
 
     7 3 7 0 0 3  ->  [1 5] [0 2]
     """

@@ -1,8 +1,9 @@
-"""What may lie in a memory's directory, and what its manifest and deny list say.
+"""Files allowed in a memory's directory; format of its manifest and deny list.
 
-A memory comes from anywhere, and its seal has no key: whoever changes it can seal it
-again. So nothing in it is believed before its type is right, no path leads out of it, and
-a file that is not of the fixed list below is refused before any library sees the folder.
+Memories may come from untrusted sources, and the checksum has no key: anybody can
+change a memory and seal it again. So every field is type-checked before use, paths
+cannot leave the folder, and files that are not in the fixed list below are refused
+before any library opens the folder.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ INDEX_DIRECTORY = "index"
 DENY_FILE = "deny.json"
 REMOVED_NAME = "removed.npy"
 TABLE_DIRECTORY = "table"
-# The columns of a part, and what one row of each is.
+# The columns of a part, with dtype and row shape of each.
 COLUMN_TYPES: Mapping[str, str] = {
     "embeddings_document": "<f4",
     "embeddings_text": "<f4",
@@ -46,7 +47,7 @@ COLUMN_TYPES: Mapping[str, str] = {
     "image_hashes": "<u8",
     "modalities": "|u1",
 }
-# Columns that older memories do not have.
+# Columns that older memories may lack.
 OPTIONAL_COLUMNS = frozenset({"split_hashes", "content_hashes", "image_hashes"})
 _PART = r"(?:(?:added|compacted)-\d{5}/)?"
 _PREFIX = re.compile(r"|(?:added|compacted)-\d{5}/")
@@ -55,7 +56,7 @@ _LISTED = re.compile(
     rf"{_PART}(?:{re.escape(DOCUMENTS_FILE)}|{re.escape(REMOVED_NAME)}"
     rf"|(?:{'|'.join(COLUMN_TYPES)})-\d{{5}}\.npy|{INDEX_DIRECTORY}/[^/]+(?:/[^/]+)*)"
 )
-# What an index may hold is for `index.registry` to say.
+# Files of an index are defined by `index.registry`.
 _OWN = re.compile(
     rf"{_LISTED.pattern}|{_DENY_NAME.pattern}|{re.escape(MANIFEST_FILE)}"
     rf"|{TABLE_DIRECTORY}/[^/]+"
@@ -64,7 +65,7 @@ MODALITY_BITS: Mapping[Modality, int] = {"text": 1, "image": 2}
 
 
 class Fingerprinted(Protocol):
-    """Anything whose identity a memory can be compared with."""
+    """An object with a fingerprint that a memory can be compared with."""
 
     def fingerprint(self) -> str:
         """Equal for equal behaviour."""
@@ -72,7 +73,7 @@ class Fingerprinted(Protocol):
 
 
 def hash_name(name: str) -> int:
-    """64 bits of a document id or source; 0 stands for an empty one."""
+    """64-bit hash of a document id or source; 0 for an empty one."""
     if not name:
         return 0
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
@@ -80,8 +81,8 @@ def hash_name(name: str) -> int:
 
 
 def rebuild_remedy(path: pathlib.Path) -> str:
-    """What to do about a memory that cannot be used."""
-    return f"remove {path} and build it anew (racm3_jax.Memory.build)"
+    """How to fix a memory that cannot be used."""
+    return f"remove {path} and rebuild it (racm3_jax.Memory.build)"
 
 
 def is_memory(path: pathlib.Path) -> bool:
@@ -94,17 +95,17 @@ def is_memory(path: pathlib.Path) -> bool:
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
-    """What manifest.json says, once its format, version and seal are right.
+    """The manifest, after checking its format, version and checksum.
 
     Raises:
-      FileNotFoundError: if there is no memory at `path`.
-      ValueError: if its format version is another.
-      IntegrityError: if the manifest is damaged.
+      FileNotFoundError: there is no memory at `path`.
+      ValueError: unsupported format version.
+      IntegrityError: the manifest is damaged.
     """
     remedy = rebuild_remedy(path)
     file = path / MANIFEST_FILE
     if not path.is_dir():
-        # Its replacement may have been broken off.
+        # Its replacement may have been interrupted.
         storage.restore(path)
     if not path.is_dir():
         raise FileNotFoundError(
@@ -113,10 +114,10 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         )
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path} is no memory (it has no {MANIFEST_FILE}): {remedy}"
+            f"{path} is not a memory (it has no {MANIFEST_FILE}): {remedy}"
         )
     data = file.read_bytes()
-    # Before the seal, which another version may make in another way.
+    # Before the checksum, which other versions may compute differently.
     try:
         seen = json.loads(data)
     except (ValueError, RecursionError):
@@ -201,17 +202,17 @@ def _check_types(file: pathlib.Path, manifest: Mapping[str, Any], remedy: str) -
                 shown = repr(manifest.get(name))
                 shown = shown if len(shown) < 60 else f"{shown[:60]}…"
                 raise storage.IntegrityError(
-                    f"{file} is wrong: its field {name} is {shown}; {remedy}"
+                    f"{file} is invalid: its field {name} is {shown}; {remedy}"
                 )
-    strange = [name for name in manifest["files"] if not _LISTED.fullmatch(name)]
-    if strange:
+    unexpected = [name for name in manifest["files"] if not _LISTED.fullmatch(name)]
+    if unexpected:
         raise storage.IntegrityError(
-            f"{file} lists {strange[0]!r}, which is no file of a memory; {remedy}"
+            f"{file} lists {unexpected[0]!r}, which is not a file of a memory; {remedy}"
         )
 
 
 def kind_of(name: str) -> str:
-    """What a listed file is of: "index", "documents", "removed", or its column."""
+    """The kind of a listed file: "index", "documents", "removed", or its column."""
     *folders, last = name.split("/")
     if INDEX_DIRECTORY in folders:
         return INDEX_DIRECTORY
@@ -219,7 +220,7 @@ def kind_of(name: str) -> str:
 
 
 def list_files(path: pathlib.Path) -> list[str]:
-    """The files in a memory's folder, but for those that a writer left half-done."""
+    """The files in a memory's folder, without leftovers of crashed writers."""
     found = []
     for folder, folders, files in os.walk(path):
         folders[:] = [name for name in folders if not storage.is_leftover(name)]
@@ -231,21 +232,21 @@ def list_files(path: pathlib.Path) -> list[str]:
 
 
 def check_files(path: pathlib.Path) -> None:
-    """Refuses a folder that holds any file but those of a memory, listed or not.
+    """Refuses a folder with any file that does not belong to a memory.
 
     Raises:
       IntegrityError: names the first one.
     """
-    strange = [name for name in list_files(path) if not _OWN.fullmatch(name)]
-    if strange:
+    unexpected = [name for name in list_files(path) if not _OWN.fullmatch(name)]
+    if unexpected:
         raise storage.IntegrityError(
-            f"{path} holds {strange[0]!r}, which is no file of a memory "
-            f"({len(strange)} such files): remove it"
+            f"{path} holds {unexpected[0]!r}, which is not a file of a memory "
+            f"({len(unexpected)} such files): remove it"
         )
 
 
 def find_untracked(path: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Files in a memory's directory that its manifest does not name."""
+    """Files in a memory's directory that its manifest does not list."""
     known = {
         *manifest["files"],
         MANIFEST_FILE,
@@ -258,13 +259,12 @@ def find_untracked(path: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]
     ]
 
 
-def tidy(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Ends what a dead writer began: deletes what the manifest does not name.
+def delete_untracked(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Cleans up after a crashed writer: deletes files that the manifest does not list.
 
-    A change of a memory counts from the moment when the manifest is replaced. What a
-    writer made and did not come to name is deleted here, and so is what it replaced and
-    did not come to delete; nothing that a memory does not write is touched. For holders
-    of `locked`.
+    A change takes effect when the manifest is replaced. Files that a writer made before
+    that, or replaced and did not delete, are deleted here; only files that a memory
+    writes are touched. Call it with `locked` held.
     """
     storage.clean(path)
     for name in find_untracked(path, manifest):
@@ -278,40 +278,40 @@ def tidy(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Of a memory's content: equal for equal files and settings.
+    """Fingerprint of a memory's content: equal for equal files and settings.
 
-    What is removed does not count.
+    Removals do not change it.
     """
     content = {k: v for k, v in manifest.items() if k != "deny_version"}
     return storage.content_digest(content)[:16]
 
 
 def write_manifest(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Replaces the manifest in one step: all that it names is on disk."""
+    """Replaces the manifest atomically; all files that it lists must be on disk."""
     storage.write_file(path / MANIFEST_FILE, storage.encode_sealed(manifest))
 
 
 def prefixes(manifest: Mapping[str, Any]) -> list[str]:
-    """The folders, below the memory's, that its rows lie in; "" is its own.
+    """Subfolders of the memory's parts; "" is the memory's own folder.
 
-    A memory is built as one part; every `add` makes one more.
+    A memory is built as one part; every `add` adds one.
     """
     return [part["prefix"] for part in manifest.get("parts", ({"prefix": ""},))]
 
 
 def part_counts(manifest: Mapping[str, Any]) -> list[int]:
-    """Documents in each of these folders."""
+    """Number of documents in each part."""
     whole = ({"num_documents": manifest["num_documents"]},)
     return [part["num_documents"] for part in manifest.get("parts", whole)]
 
 
 def lineage(manifest: Mapping[str, Any]) -> str:
-    """Equal for memories whose row numbers mean the same documents."""
+    """Equal for memories whose row numbers refer to the same documents."""
     return manifest.get("lineage") or fingerprint(manifest)
 
 
 def deny_path(path: pathlib.Path, manifest: Mapping[str, Any]) -> pathlib.Path:
-    """Where the deny list of a memory lies."""
+    """Path of a memory's deny list."""
     return path / manifest.get("deny_file", DENY_FILE)
 
 
@@ -321,7 +321,7 @@ def check_fingerprints(
     embedder: Fingerprinted | str | None,
     tokenizer: Fingerprinted | str | None,
 ) -> None:
-    """Refuses an embedder or a tokenizer that the memory was not built with.
+    """Refuses another embedder or tokenizer than the memory was built with.
 
     Raises:
       ValueError: names both fingerprints.
@@ -337,14 +337,14 @@ def check_fingerprint(
     argument: str,
     given: Fingerprinted | str | None,
 ) -> None:
-    """Refuses an embedder or a tokenizer that the memory was not built with.
+    """Refuses another embedder or tokenizer than the memory was built with.
 
     Args:
       path: of the memory.
       manifest: of the memory.
       field: "encoder" or "tokenizer".
-      argument: what the caller calls it.
-      given: the object, its fingerprint, or None to compare nothing.
+      argument: name of the caller's argument.
+      given: the object, its fingerprint, or None to skip the check.
 
     Raises:
       ValueError: names both fingerprints.
@@ -366,8 +366,8 @@ def read_denied(
     """The denied rows of the memory at `path`, ascending.
 
     Raises:
-      IntegrityError: if the list is missing, damaged, or of another memory: a memory
-        does not open rather than show what was removed.
+      IntegrityError: the list is missing, damaged, or of another memory: the memory is
+        not opened, rather than showing what was removed.
     """
     file = deny_path(path, manifest)
     remedy = f"restore it from a copy, or {rebuild_remedy(path)}"
@@ -381,11 +381,11 @@ def read_denied(
     version = content.get("version", 0)
     is_list = isinstance(rows, list) and all(map(_is_count, rows))
     if not is_list or not _is_count(version):
-        raise storage.IntegrityError(f"{file} holds no list of rows; {remedy}")
+        raise storage.IntegrityError(f"{file} is not a list of rows; {remedy}")
     if version < manifest.get("deny_version", 0):
         raise storage.IntegrityError(
-            f"{file} is an older list than the memory's last one (version {version} of "
-            f"{manifest['deny_version']}): what was removed since would come back; "
+            f"{file} is older than the memory's last deny list (version {version} of "
+            f"{manifest['deny_version']}): documents removed since would come back; "
             f"{remedy}"
         )
     rows = np.asarray(rows, np.int64)
@@ -393,7 +393,7 @@ def read_denied(
     expected = (DENY_FORMAT, lineage(manifest))
     wrong = (content.get("format"), content.get("memory")) != expected
     if len(rows) and not rows.max() < num_rows:
-        # Rows may have been added, and some denied, since this manifest was read.
+        # Rows may have been added and denied since this manifest was read.
         grown = read_manifest(path)
         same = lineage(grown) == lineage(manifest)
         wrong |= not same or not rows.max() < grown["num_documents"]
@@ -407,7 +407,7 @@ def write_denied(
     manifest: Mapping[str, Any],
     rows: Int64[np.ndarray, " denied"],
 ) -> None:
-    """Replaces the deny list in one step; it is of the manifest's version."""
+    """Replaces the deny list atomically; it has the manifest's version."""
     content = {
         "format": DENY_FORMAT,
         "memory": lineage(manifest),
@@ -421,13 +421,13 @@ def write_denied(
 def deny(
     path: pathlib.Path, manifest: Mapping[str, Any], rows: Int64[np.ndarray, " rows"]
 ) -> int:
-    """Adds rows to the deny list, for holders of `locked`.
+    """Adds rows to the deny list; call it with `locked` held.
 
-    The list is on disk before the manifest that knows its version: broken off between
-    the two, the removal holds.
+    The list is written before the manifest with its version: if interrupted between the
+    two, the removal is kept.
 
     Returns:
-      How many of them were not denied before.
+      The number of newly denied rows.
     """
     before = read_denied(path, manifest)
     after = np.union1d(before, rows)
@@ -442,9 +442,9 @@ def deny(
 def read_removed(
     path: pathlib.Path, manifest: Mapping[str, Any]
 ) -> UInt64[np.ndarray, "removed 2"]:
-    """Hashes of id and content of what compactions have deleted: all that is left of it.
+    """Hashes of id and content of the documents that compactions have deleted.
 
-    By them a removed document is known when its source is added again; a content of 0 is
+    They identify a removed document when its source is added again; a content of 0 is
     unknown.
     """
     name = manifest.get("removed_file")
@@ -461,6 +461,6 @@ def read_removed(
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keeps two changes, in any two processes, from losing one of them."""
+    """Serialises changes of the memory by any processes."""
     with storage.locked(path):
         yield

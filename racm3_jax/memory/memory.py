@@ -12,9 +12,9 @@
       index/                           see `index`
       deny.json                        rows that are never returned
 
-A document's row is its id here. `builder` makes the directory; `remove` changes
-deny.json, `edit` adds documents (a folder added-00001/ of the same layout) and
-compacts. Nothing in it is a pickle, and nothing else may lie in it (`format`).
+Here a document's id is its row. `builder` makes the directory; `remove` changes
+deny.json, `edit` adds documents (a folder added-00001/ with the same layout) and
+compacts. It contains no pickles, and no other files are allowed (`format`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from racm3_jax.memory.format import MODALITY_BITS, Fingerprinted, hash_name
 from racm3_jax.types import Document, Modality, Neighbours, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
-# What a training needs seldom, or not at all, when a table answers its queries.
+# Files that a training rarely needs if a table answers its queries.
 UNUSED_WITH_TABLE = frozenset(
     {"index", "embeddings_document", "embeddings_text", "embeddings_image"}
 )
@@ -58,24 +58,24 @@ class _Denied(NamedTuple):
 
 
 class Memory:
-    """An opened memory. Reading and searching are safe from threads.
+    """An opened memory. Reading and searching are thread-safe.
 
     Made by `Memory.build` and `Memory.load`.
 
     Attributes:
       path: its directory.
-      manifest: what manifest.json says.
-      vocab: the ids that its documents are written in.
-      embeddings: f32[n, d], unit rows, mapped from disk: what is searched.
-      text_embeddings: the text parts; zero rows where there is none.
-      image_embeddings: the image parts; zero rows where there is none.
+      manifest: content of manifest.json.
+      vocab: vocabulary of its documents.
+      embeddings: f32[n, d], unit rows, memory-mapped: these are searched.
+      text_embeddings: embeddings of the texts; zero rows without text.
+      image_embeddings: embeddings of the images; zero rows without image.
       id_hashes: `hash_name` of every document's id.
-      source_hashes: of its source, 0 where it has none.
-      split_hashes: of the `split` in its metadata, 0 where it has none; None if unknown.
+      source_hashes: of its source, 0 if it has none.
+      split_hashes: of the `split` in its metadata, 0 if it has none; None if unknown.
       content_hashes: equal for equal text and pixels; None if unknown.
       image_hashes: perceptual, of the first image, 0 without; None if unknown.
-      is_multimodal: True where a document has both text and an image.
-      index: proposes neighbours; `search` scores them anew.
+      is_multimodal: True if a document has both text and an image.
+      index: proposes neighbours, which `search` scores again.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Memory:
         self.source_hashes: UInt64[np.ndarray, " n"] = np.asarray(
             column("source_hashes")
         )
-        # Older memories have none of these.
+        # Older memories lack these.
         self.split_hashes = self._hashes("split_hashes")
         self.content_hashes = self._hashes("content_hashes")
         self.image_hashes = self._hashes("image_hashes")
@@ -125,23 +125,24 @@ class Memory:
     ) -> Memory:
         """Tokenises, embeds and indexes documents into a directory, and opens it.
 
-        What `racm3 memory build` does: equal documents are kept once, what is left out
-        is counted in `manifest["report"]`, and a build that was killed resumes when it
-        is called again.
+        The same as `racm3 memory build`: equal documents are kept once, skipped ones
+          are
+        counted in `manifest["report"]`, and an interrupted build resumes when it is
+        called again.
 
         Args:
           documents: any iterable, or a source ("folder:photos").
           tokenizer: a `MixedTokenizer`.
           embedder: a `DocumentEmbedder`.
-          path: the directory to make.
-          overwrite: replace a memory that is at `path`.
-          progress: called with the number of documents done so far.
+          path: the directory to create.
+          overwrite: replace an existing memory at `path`.
+          progress: called with the number of documents so far.
           **settings: of `CorpusConfig`: index, num_query_variants, query_drop, seed,
             deduplicate, …
 
         Raises:
-          FileExistsError: if something is at `path` and may not be replaced.
-          ValueError: on no documents, or embeddings that are not unit rows.
+          FileExistsError: `path` exists and may not be replaced.
+          ValueError: no documents, or embeddings that are not unit rows.
         """
         from racm3_jax.memory import builder
         from racm3_jax.memory.config import CorpusConfig
@@ -170,24 +171,23 @@ class Memory:
     ) -> Memory:
         """Opens a memory after verifying the sha256 of all its files.
 
-        What was read on this machine before, and has not changed since, is not read
-        again: see `checksums` about what that means.
+        Unchanged files that were read on this machine before are not read again: see
+        `checksums` for the guarantees.
 
         Args:
-          path: its directory, or the URL of one in a bucket, which is staged first.
-          embedder: what queries will be embedded with, or its fingerprint; compared
-            with the memory's. None compares nothing.
-          tokenizer: what its documents will be read with, or its fingerprint.
-          cache: where memories of URLs are staged, see `staging`.
-          describe: how files are read for that; `storage.describe_files` reads all.
+          path: its directory, or a URL in a bucket, which is copied here first.
+          embedder: the embedder of the queries, or its fingerprint; checked against the
+            memory's. None skips the check.
+          tokenizer: the tokenizer of the documents, or its fingerprint.
+          cache: where memories at URLs are copied to, see `staging`.
+          describe: how files are read for it; `storage.describe_files` reads all.
           later: kinds of files ("index", "embeddings_text", …; see `format.kind_of`)
-            that are verified and opened when they are first used; now only their sizes
-            are compared.
+            that are verified and opened on first use; only their sizes are checked now.
 
         Raises:
-          FileNotFoundError: if there is no memory at `path`.
-          ValueError: if its format version, encoder or tokenizer is another.
-          IntegrityError: if a file is missing or damaged; names it.
+          FileNotFoundError: there is no memory at `path`.
+          ValueError: its format version, encoder or tokenizer is another one.
+          IntegrityError: a file is missing or damaged; names it.
         """
         path = staging.stage(path, cache) if is_url(path) else pathlib.Path(path)
         manifest = format_lib.read_manifest(path)
@@ -208,7 +208,7 @@ class Memory:
         embedder: Fingerprinted | str | None = None,
         tokenizer: Fingerprinted | str | None = None,
     ) -> None:
-        """Refuses models that the memory was not built with.
+        """Refuses other models than the memory was built with.
 
         Raises:
           ValueError: names both fingerprints.
@@ -257,7 +257,7 @@ class Memory:
 
     @property
     def num_query_variants(self) -> int:
-        """Queries with dropout of every document; variant 0 is without."""
+        """Number of queries with dropout per document; variant 0 is without dropout."""
         return self.manifest["num_query_variants"]
 
     @property
@@ -266,14 +266,14 @@ class Memory:
         return len(self) - self._check_denied().num
 
     def fingerprint(self) -> str:
-        """Equal for equal content; the deny list does not count."""
+        """Equal for equal content, whatever the deny list."""
         return self._fingerprint
 
     def documents(self, ids: Int[np.ndarray, " n"]) -> list[TokenizedDocument]:
         """The documents of these rows, in order, denied or not.
 
         Raises:
-          IndexError: if a row does not exist.
+          IndexError: a row does not exist.
         """
         rows = self._check_ids(ids)
         return [store.decode_tokenized(r) for r in self._records.read(rows)]
@@ -283,7 +283,7 @@ class Memory:
         return [document.metadata for document in self.documents(ids)]
 
     def find(self, document_ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
-        """The rows of documents named by their ids; -1 where there is none."""
+        """The rows of documents with these ids; -1 if there is none."""
         hashes = np.asarray([hash_name(name) for name in document_ids], np.uint64)
         places = np.searchsorted(self.id_hashes, hashes, sorter=self._id_order)
         rows = self._id_order[np.minimum(places, len(self) - 1)]
@@ -303,14 +303,14 @@ class Memory:
         """Answers known queries from precomputed neighbours.
 
         Args:
-          path: of the table that `racm3 memory neighbours` made.
-          fallback: ask the index about other queries, or for more neighbours than the
+          path: of a table from `racm3 memory neighbours`.
+          fallback: use the index for other queries, or for more neighbours than the
             table has; it is opened then. False makes such queries an error.
           describe: see `load`.
 
         Raises:
-          FileNotFoundError: no table there.
-          ValueError: it was made of another memory.
+          FileNotFoundError: there is no table.
+          ValueError: it was computed from another memory.
         """
         path = pathlib.Path(path)
         folder.verify(path, folder.read_description(path), describe)
@@ -318,24 +318,24 @@ class Memory:
         table = TableIndex.load(path, verify=False, fallback=live)
         if table.settings.get("memory") != self.fingerprint():
             raise ValueError(
-                f"the table at {path} was made of another memory, or of this one before "
-                "it changed: make it anew (racm3 memory neighbours)"
+                f"the table at {path} was computed from another memory, or before this "
+                "one changed: compute it again (racm3 memory neighbours)"
             )
         self._table = table
 
     def queries(
         self, ids: Int[np.ndarray, " n"], modality: Modality, variant: int = 0
     ) -> Float32[np.ndarray, "n d_embed"]:
-        """Parts of documents as unit query rows.
+        """Text or image embeddings of documents as unit query rows.
 
         Args:
           ids: rows.
-          modality: which part; a document without it is queried by the other one.
+          modality: which one; a document without it is queried by the other one.
           variant: 0 is without query dropout, 1..num_query_variants are with it.
 
         Raises:
-          IndexError: if a row does not exist.
-          ValueError: if the modality or the variant does not exist.
+          IndexError: a row does not exist.
+          ValueError: the modality or the variant does not exist.
         """
         if modality not in MODALITY_BITS:
             raise ValueError(f'modality must be "text" or "image"; got {modality!r}')
@@ -346,8 +346,8 @@ class Memory:
             )
         rows = self._check_ids(ids)
         queries = np.asarray(self.part(rows, modality, variant), np.float32)
-        # A ready embedding may stand for a part that is not there to be shown, so that
-        # the rows themselves tell what a document can be queried by.
+        # A precomputed embedding may represent an image that is not available, so the
+        # rows themselves tell by what a document can be queried.
         absent = ~queries.any(axis=1)
         other: Modality = "image" if modality == "text" else "text"
         queries[absent] = self.part(rows[absent], other, variant)
@@ -358,12 +358,12 @@ class Memory:
     ) -> Neighbours:
         """The `k` allowed documents nearest to each query, best first.
 
-        The index proposes; scores are then the exact inner products with the stored
-        embeddings, ordered by (-score, id). Denied rows are never returned: while they
-        take slots away, the index is asked for more.
+        The index proposes candidates; scores are the exact inner products with the
+        stored embeddings, ordered by (-score, id). Denied rows are never returned: if
+        they take slots, the index is searched for more.
 
         Raises:
-          ValueError: on queries that are not finite, another width, or k < 1.
+          ValueError: queries that are not finite, another width, or k < 1.
         """
         queries = contract.check_queries(queries, self.d_embed, k)
         result = contract.empty_neighbours(len(queries), k)
@@ -379,12 +379,12 @@ class Memory:
         return result
 
     def usual_score(self, modality: Modality) -> float:
-        """What nearly every document's nearest other one scores at least.
+        """The score that nearly every document's nearest neighbour reaches.
 
-        The documents' own text or image parts ask (a sample of them, the same one every
-        time), and the 1st percentile of their best scores is taken: a prompt far below
-        asks for something that the memory does not hold. NaN for a memory too small to
-        tell. Computed once.
+        The 1st percentile of the best scores of queries with the documents' own text or
+        image embeddings (a fixed sample): a prompt that scores far below asks for
+        something that is not in the memory. NaN if the memory is too small. Computed
+        once.
         """
         if modality not in self._usual_scores:
             self._usual_scores[modality] = self._compute_usual_score(modality)
@@ -410,7 +410,7 @@ class Memory:
         width: int,
         max_width: int,
     ) -> None:
-        """Asks for more and more neighbours until every query has what it needs.
+        """Searches more and more neighbours until every query has enough.
 
         ```
         width        queries 0 1 2 ask for 8 candidates    take -> [True False False]
@@ -418,16 +418,16 @@ class Memory:
         …            query 2 asks for max_width            the end
         ```
 
-        Whoever drops candidates (the deny list here, the retriever's strategy) looks at
-        what is found and says whether that is enough.
+        A caller that drops candidates (the deny list here, the retriever's strategy)
+        inspects the results and says whether they are enough.
 
         Args:
           queries: finite rows.
-          take: gets the numbers of the queries that are still asking, and their allowed
-            neighbours with exact scores, best first; slots of denied rows are not valid.
-            Returns bool[asking]: True where no more are needed.
-          width: candidates asked for at first.
-          max_width: and at most.
+          take: gets the numbers of the unfinished queries, and their allowed neighbours
+            with exact scores, best first; slots of denied rows are not valid. Returns
+            bool[asking]: True for queries that are finished.
+          width: number of candidates at first.
+          max_width: maximum number of candidates.
         """
         max_width = min(max_width, len(self))
         width = min(width, max_width)
@@ -440,7 +440,7 @@ class Memory:
                 queries[asking], found, embeddings, self._check_denied().mask
             )
             done = np.asarray(take(asking, kept), bool)
-            # An index that left slots unfilled has no more to give.
+            # An index that left slots unfilled has no more results.
             done |= ~found.valid.all(axis=1)
             if width >= max_width:
                 return
@@ -448,29 +448,29 @@ class Memory:
             width = min(max_width, _WIDENING * width)
 
     def remove(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> int:
-        """Denies rows for good: no search returns them from the next one on.
+        """Denies rows permanently, from the next search on.
 
-        The list is replaced in one step on disk, so it survives a crash and reaches
+        The list is replaced atomically on disk, so it survives a crash and reaches
         other processes that have this memory open.
 
         Returns:
-          How many of them were not denied before.
+          The number of newly denied rows.
 
         Raises:
-          IndexError: if a row does not exist; then nothing is removed.
+          IndexError: a row does not exist; nothing is removed then.
           ValueError: this is a copy of a memory in a bucket.
         """
         rows = self._check_ids(np.asarray(ids, np.int64))
         staging.refuse_staged(self.path)
         with format_lib.locked(self.path):
-            # Of the memory as it is on disk: others may have added to it.
+            # Of the memory on disk: others may have added documents.
             manifest = format_lib.read_manifest(self.path)
             if format_lib.lineage(manifest) != format_lib.lineage(self.manifest):
                 raise ValueError(
                     f"the memory at {self.path} was compacted or replaced since it was "
-                    "opened, which numbers its rows anew: open it again"
+                    "opened, which renumbers its rows: open it again"
                 )
-            format_lib.tidy(self.path, manifest)
+            format_lib.delete_untracked(self.path, manifest)
             num_removed = format_lib.deny(self.path, manifest, rows)
         self._check_denied()
         return num_removed
@@ -480,7 +480,7 @@ class Memory:
         return np.flatnonzero(~self._check_denied().mask).astype(np.int64)
 
     def share_index(self) -> None:
-        """All processes together: see `MemoryFiles.share_index`."""
+        """Collective: see `MemoryFiles.share_index`."""
         self._files.share_index()
 
     def _hashes(self, name: str) -> UInt64[np.ndarray, " n"] | None:
@@ -490,7 +490,7 @@ class Memory:
     def part(
         self, rows: Int64[np.ndarray, " n"], modality: Modality, variant: int = 0
     ) -> Float[np.ndarray, "n d_embed"]:
-        """The text or image parts of these rows; zero where a document has none."""
+        """The text or image embeddings of these rows; zero if a document has none."""
         if variant:
             return self._files.column(f"queries_{modality}")[rows][:, variant - 1]
         return self._files.column(f"embeddings_{modality}")[rows]
@@ -506,7 +506,7 @@ class Memory:
         return rows
 
     def _check_denied(self) -> _Denied:
-        """The deny list; read again when another process has replaced the file."""
+        """The deny list; read again after another process replaced the file."""
         file = format_lib.deny_path(self.path, self.manifest)
         try:
             status = os.stat(file)
@@ -525,7 +525,7 @@ class Memory:
 
 
 class _OwnIndex:
-    """What a table asks when it does not know: the memory's index, with exact scores."""
+    """A table's fallback: the memory's index, with exact scores."""
 
     def __init__(self, memory: Memory):
         self._memory = memory

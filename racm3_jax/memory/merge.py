@@ -1,4 +1,4 @@
-"""The parts of a corpus -> one memory: repeats left out, leakage counted, indexed."""
+"""Merges parts into one memory: deduplicates, counts leakage, builds the index."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from racm3_jax.index.contract import IndexKind
 from racm3_jax.memory import filters, writer
 from racm3_jax.memory import parts as parts_lib
 from racm3_jax.memory.config import CorpusConfig, Deduplicate, encoder_name
-from racm3_jax.memory.parts import Maker
+from racm3_jax.memory.parts import ChunkBuilder
 
 
-class Firsts(NamedTuple):
-    """Which rows of all parts repeat no earlier one, by what they could repeat.
+class FirstOccurrences(NamedTuple):
+    """Which rows of all parts are first occurrences, by content and by image.
 
     Attributes:
-      contents: False where an earlier row has the same text and pixels.
-      images: where an earlier one has a near-equal image.
+      contents: False if an earlier row has the same text and pixels.
+      images: False if an earlier row has a near-duplicate image.
     """
 
     contents: Bool[np.ndarray, " n"]
     images: Bool[np.ndarray, " n"]
 
 
-FindFirsts = Callable[[Sequence[pathlib.Path]], Firsts]
+FindFirsts = Callable[[Sequence[pathlib.Path]], FirstOccurrences]
 
 
 def part_path(work: pathlib.Path, number: int) -> pathlib.Path:
-    """Where the part of a shard is made."""
+    """Path of the part of a shard."""
     return work / f"part-{number:05d}"
 
 
 def bad_records_file(path: pathlib.Path) -> pathlib.Path:
-    """Where the bad records of the build of `path` are listed."""
+    """File with the list of bad records of the build of `path`."""
     return path.with_name(f"{path.name}.bad_records.jsonl")
 
 
-def find_firsts(folders: Sequence[pathlib.Path]) -> Firsts:
+def find_first_occurrences(folders: Sequence[pathlib.Path]) -> FirstOccurrences:
     """Compares all rows of the parts in this process."""
     contents, images = (
         np.asarray(parts_lib.open_rows(folders, name))
         for name in ("content_hashes", "image_hashes")
     )
     embeddings = parts_lib.open_rows(folders, "embeddings_image")
-    return Firsts(
+    return FirstOccurrences(
         filters.find_first(contents),
-        filters.find_near_first(images, embeddings.__getitem__),
+        filters.find_first_near_duplicates(images, embeddings.__getitem__),
     )
 
 
@@ -63,28 +63,28 @@ def merge_parts(
     work: pathlib.Path,
     path: pathlib.Path,
     source: str,
-    plan: str,
+    spec_digest: str,
     num_parts: int,
-    maker: Maker,
+    chunk_builder: ChunkBuilder,
     config: CorpusConfig,
     overwrite: bool,
-    find: FindFirsts = find_firsts,
+    find: FindFirsts = find_first_occurrences,
 ) -> None:
-    """All parts in order -> the memory.
+    """Merges all parts, in order, into the memory.
 
     Args:
-      work: where the parts are.
+      work: folder of the parts.
       path: of the memory.
-      source: that the parts were made of; "" for documents from Python.
-      plan: digest of what is built, kept in the manifest.
-      num_parts: one a shard.
-      maker: that made them.
+      source: source of the parts; "" for documents from Python.
+      spec_digest: digest of the build spec, kept in the manifest.
+      num_parts: one per shard.
+      chunk_builder: that made them.
       config: of the build.
-      overwrite: replace a memory that is at `path`.
-      find: which rows repeat none.
+      overwrite: replace an existing memory at `path`.
+      find: finds the first occurrences.
 
     Raises:
-      ValueError: too many records were bad, or no document is left.
+      ValueError: too many bad records, or no document is left.
     """
     parts = [part_path(work, number) for number in range(num_parts)]
     reports = [parts_lib.read_report(part) for part in parts]
@@ -109,8 +109,8 @@ def merge_parts(
     def describe() -> dict[str, Any]:
         return {
             "source": source,
-            "plan": plan,
-            # For the parts that are added later, and for compaction.
+            "plan": spec_digest,
+            # For parts that are added later, and for compaction.
             "recall_target": config.recall_target,
             "rows_per_shard": rows_per_shard,
             "deduplicate": config.deduplicate,
@@ -128,9 +128,9 @@ def merge_parts(
     writer.write_memory(
         map(ids.rename, parts_lib.read_chunks(folders, kept)),
         path=path,
-        vocab=maker.tokenizer.vocab,
-        tokenizer_fingerprint=maker.tokenizer.fingerprint(),
-        encoder_fingerprint=encoder_name(maker.embedder),
+        vocab=chunk_builder.tokenizer.vocab,
+        tokenizer_fingerprint=chunk_builder.tokenizer.fingerprint(),
+        encoder_fingerprint=encoder_name(chunk_builder.embedder),
         index=index,
         query_drop=config.query_drop,
         overwrite=overwrite,
@@ -162,11 +162,11 @@ def _list_bad_records(path: pathlib.Path, report: ReadReport) -> None:
 
 
 def choose_kept(
-    firsts: Firsts, deduplicate: Deduplicate
+    firsts: FirstOccurrences, deduplicate: Deduplicate
 ) -> tuple[Bool[np.ndarray, " n"], dict[str, int]]:
-    """Which rows enter the memory, and how many repeat others.
+    """Which rows enter the memory, and how many are duplicates.
 
-    Of equal documents the first stays. All are counted.
+    The first of equal documents is kept. Duplicates are counted.
     """
     contents, images = firsts
     counts = {
@@ -181,11 +181,11 @@ def choose_kept(
 def count_leakage(
     folders: Sequence[pathlib.Path], kept: Bool[np.ndarray, " n"]
 ) -> dict[str, int]:
-    """How many documents of the memory would be given what retrieval must withhold.
+    """Number of documents with others in the memory that retrieval must exclude.
 
-    Every document finds itself; "same source", "exact copy" and "near copy" count those
-    that have another one of that kind in the memory. The retriever leaves all of these
-    out; evaluation documents are not in the memory, and are counted as filtered.
+    Every document finds itself; "same source", "exact copy" and "near copy" count the
+    documents with another one of that kind in the memory. The retriever excludes all of
+    these; evaluation documents are not in the memory, and are counted as filtered.
     """
     rows = np.flatnonzero(kept)
     columns = {
@@ -194,7 +194,7 @@ def count_leakage(
     }
     embeddings = parts_lib.open_rows(folders, "embeddings_image")
     images = columns["image"]
-    near = filters.find_alike(images, lambda places: embeddings[rows[places]])
+    near = filters.find_near_duplicates(images, lambda places: embeddings[rows[places]])
     return {
         "itself": len(rows),
         "same source": int(_find_shared(columns["source"]).sum()),
@@ -204,7 +204,7 @@ def count_leakage(
 
 
 def _find_shared(hashes: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """True where another row has the same hash; 0 is none."""
+    """True if another row has the same hash; 0 never matches."""
     _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     return (counts[inverse] > 1) & (hashes != 0)
 
@@ -212,9 +212,9 @@ def _find_shared(hashes: np.ndarray) -> Bool[np.ndarray, " n"]:
 def _choose_index(
     config: CorpusConfig, folders: Sequence[pathlib.Path], num_rows: int
 ) -> tuple[IndexKind, int | None]:
-    """A kind, and rows a shard, whose build stays within `max_ram_gb`.
+    """The kind of index, and rows per shard, whose build stays within `max_ram_gb`.
 
-    What the process holds already, the models above all, is part of it.
+    It includes what the process already uses, mainly the models.
     """
     kind = registry.choose_kind(config.index, num_rows)
     if not config.max_ram_gb:
@@ -225,7 +225,7 @@ def _choose_index(
 
 
 def _resident_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
+    """Resident memory of this process; 0 if the system does not report it."""
     status = pathlib.Path("/proc/self/statm")
     if not status.is_file():
         return 0

@@ -1,10 +1,10 @@
-"""The neighbours of every document of a memory, as a table.
+"""Precomputes the neighbours of every document of a memory as a table.
 
-Made once, by exact search on all devices of all processes or by the memory's own index;
-training then reads them (`Memory.use_table`) and needs no index.
+Computed once, by exact search on all devices of all processes or with the memory's
+index; training then reads the table (`Memory.use_table`) and needs no index.
 
-    .table-parts.partial/plan.json       of what memory, how many neighbours
-    .table-parts.partial/00000.npz       one part for so many rows, a modality and a variant
+    .table-parts.partial/plan.json       memory, number of neighbours, ...
+    .table-parts.partial/00000.npz       one part: some rows, one modality, one variant
     table/                               the parts, sorted by query
 
 Several processes (`jax.distributed`) make a part each at a time:
@@ -12,8 +12,8 @@ Several processes (`jax.distributed`) make a part each at a time:
     process 0   queries of part 0 -> | all queries, | -> their neighbours -> 00000.npz
     process 1   queries of part 1 -> | all devices  | -> their neighbours -> 00001.npz
 
-A part is the same whoever makes it; killed at any time and run again, the same call, by
-any number of processes, makes those that are missing.
+A part does not depend on the process that makes it; after an interruption, the same
+call, with any number of processes, makes the missing parts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from racm3_jax.sharding import leader_first
 from racm3_jax.types import Modality, Neighbours
 
 QUERIES_PER_BLOCK = 1024
-# Of one modality and variant: what is computed again after a kill, at most.
+# Per modality and variant; at most one part is recomputed after an interruption.
 ROWS_PER_PART = 1 << 16
 _VALUES_PER_BLOCK = 1 << 25
 
@@ -58,26 +58,26 @@ def compute_neighbours(
     modalities: Sequence[Modality] = ("text", "image"),
     progress: Callable[[int, int], None] | None = None,
 ) -> TableIndex:
-    """Writes the `k` nearest documents to every query that training may ask.
+    """Writes the `k` nearest documents of every query that training may use.
 
-    All processes of a job call it. The queries are the text and image parts of every
-    document, with and without query dropout. Removed and own documents are in the table
-    too, and are left out when it is read: a removal needs no new table. Training gives
-    the batches of a live search when `k` is at least what the strategy looks at
-    (`max_candidates`), or all documents.
+    All processes of a job call it. The queries are the text and image embeddings of
+    every document, with and without query dropout. Removed documents and the document
+    itself are in the table too, and are excluded when it is read: a removal needs no
+    new table. Training batches are the same as with live search if `k` is at least the
+    strategy's `max_candidates`, or the number of documents.
 
     Args:
-      memory: whose documents ask and are found.
-      path: directory of the table; another table there is replaced.
-      k: neighbours of a query.
-      engine: "exact" on all devices, or the "memory"'s own index.
+      memory: its documents are the queries and the results.
+      path: directory of the table; replaces another table.
+      k: neighbours per query.
+      engine: "exact" on all devices, or "memory" for its own index.
       modalities: of the queries.
-      progress: called with queries done and all queries.
+      progress: called with the numbers of finished queries and of all queries.
 
     Raises:
-      BusyError: another job makes this table.
-      FileExistsError: anything but a table is at `path`.
-      ValueError: k below 1, or another engine.
+      BusyError: another job is computing this table.
+      FileExistsError: something other than a table is at `path`.
+      ValueError: k < 1, or an unknown engine.
     """
     path = pathlib.Path(path)
     storage.check_target(path, "table of neighbours", is_table, overwrite=True)
@@ -110,8 +110,8 @@ def compute_neighbours(
             multihost_utils.sync_global_devices("parts of neighbours")
             if _find_missing(parts):
                 raise ValueError(
-                    f"the processes do not all see {work}: compute the neighbours where "
-                    "one folder is theirs together, or with one process"
+                    f"not all processes see {work}: compute the neighbours in a "
+                    "shared folder, or with one process"
                 )
         with leader_first():
             if jax.process_index() == 0:
@@ -158,18 +158,18 @@ def _list_parts(
 def _claimed(
     work: pathlib.Path, path: pathlib.Path, plan: dict[str, Any]
 ) -> Iterator[None]:
-    """A folder of parts that are of this plan; parts of another are deleted.
+    """A folder for the parts of this plan; parts of another plan are deleted.
 
-    After an error it stays if it holds a part.
+    After an error it is kept if it has a part.
 
     Raises:
-      BusyError: another job makes this table.
+      BusyError: another job is computing this table.
     """
     work.mkdir(parents=True, exist_ok=True)
     with storage.locked(work, wait=False) as is_free:
         if not is_free:
             raise storage.BusyError(
-                f"the neighbours of {path} are being computed already: wait for that"
+                f"the neighbours of {path} are already being computed: wait for that"
             )
         file, sealed = work / "plan.json", storage.encode_sealed(plan)
         try:
@@ -185,7 +185,7 @@ def _claimed(
 
 
 def _find_missing(parts: Sequence[_Part]) -> list[_Part]:
-    """The parts that some process does not see; the same in all, which must all ask."""
+    """The parts that some process does not see, the same in all; a collective call."""
     seen = np.asarray([part.file.is_file() for part in parts])
     by_all = multihost_utils.process_allgather(seen).all(axis=0)
     return [part for part, is_there in zip(parts, by_all, strict=True) if not is_there]
@@ -197,7 +197,7 @@ def _make_parts(
     missing: Sequence[_Part],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Makes the missing parts, one a process at a time, in step with the others."""
+    """Makes the missing parts, one per process at a time, in lockstep."""
     total = sum(part.stop - part.start for part in parts)
     done = total - sum(part.stop - part.start for part in missing)
     for first in range(0, len(missing), jax.process_count()):
@@ -232,14 +232,14 @@ def _read_part(file: pathlib.Path) -> TablePart:
             return TablePart(*(arrays[name] for name in TablePart._fields))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise storage.IntegrityError(
-            f"{file} is damaged ({error}): remove it, and the same command makes it again"
+            f"{file} is damaged ({error}): remove it and run the same command again"
         ) from error
 
 
 class _Finder:
-    """Each process asks its own queries, at the same time; all devices answer.
+    """Each process has its own queries; all devices search them together.
 
-    Scores are those of `contract.score_rows`: they do not depend on the devices.
+    Scores are those of `contract.score_rows`, independent of the devices.
     """
 
     def __init__(self, memory: Memory, live: Index, k: int) -> None:
@@ -255,9 +255,9 @@ class _Finder:
     def search(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int
     ) -> Neighbours:
-        """See `Index.search`; at most `QUERIES_PER_BLOCK` queries, maybe none."""
+        """See `Index.search`; 0 to `QUERIES_PER_BLOCK` queries."""
         found = self._search_together(queries, k)
-        # Rows of embeddings that are in memory at a time.
+        # Embedding rows in memory at a time.
         step = max(1, _VALUES_PER_BLOCK // (k * self.memory.d_embed))
         scored = [
             contract.score_rows(

@@ -1,7 +1,7 @@
-"""Records of one shard -> one part of a memory on disk, and back to chunks.
+"""Writes the records of one shard as a part of a memory, and reads parts as chunks.
 
-A part is a function of (records, settings, models) alone. It appears whole or not at all,
-so that a build which is killed makes again only the parts that are missing.
+A part depends only on (records, settings, models). It is written atomically, so an
+interrupted build only makes the missing parts.
 
     part-00007/   documents.array_record, embeddings_*.npy, …, report.json
 """
@@ -28,7 +28,7 @@ from racm3_jax.memory.chunks import DocumentTokenizer, Embedder, MemoryChunk
 from racm3_jax.types import Document
 
 REPORT_FILE = "report.json"
-# Pixels of a chunk's images that are held at once.
+# Limit of the pixels of a chunk's images.
 MAX_CHUNK_BYTES = 1 << 28
 _COLUMNS = (
     *("embeddings_text", "embeddings_image", "embeddings_document"),
@@ -38,14 +38,14 @@ _HASHES = ("content_hashes", "image_hashes")
 
 
 @dataclasses.dataclass(frozen=True)
-class Maker:
-    """What turns records into chunks.
+class ChunkBuilder:
+    """Turns records into chunks.
 
     Attributes:
       tokenizer: of the documents.
-      embedder: of texts and images; a name where the source brings its embeddings.
-      num_query_variants: queries with dropout for every document.
-      query_drop: share of a query that is left out.
+      embedder: of texts and images; a name if the source has embeddings.
+      num_query_variants: queries with dropout per document.
+      query_drop: fraction of a query that is dropped.
       seed: of the dropout.
       opt_out: documents that must not be used.
       held_out: evaluation documents.
@@ -73,9 +73,9 @@ class Maker:
         """The chunks of a part.
 
         Args:
-          records: of a shard, say.
+          records: e.g. of a shard.
           number: of the part; seeds the dropout.
-          filtered: counts what was read and left out, by reason.
+          filtered: counts skipped documents, by reason.
           progress: called with the number of documents of each chunk.
         """
         first = 0
@@ -149,16 +149,16 @@ def _given_rows(batch: Iterable[Record]) -> Iterator[tuple[Document, np.ndarray]
 
 
 def _check_unembedded(batch: Iterable[Record], d_embed: int) -> None:
-    """Refuses to exchange the source's embeddings for others without a word.
+    """Refuses to silently replace the source's embeddings.
 
     Raises:
       ValueError: says both widths.
     """
     for document, row in _given_rows(batch):
         raise ValueError(
-            f"the source brings embeddings of width {len(row)} (of {document.id!r}), and "
-            f"the embedder given writes {d_embed}: give --embedder=name:ENCODER (the "
-            "name of the encoder that made them) to keep them"
+            f"the source has embeddings of width {len(row)} (of {document.id!r}), but "
+            f"the embedder's width is {d_embed}: give --embedder=name:ENCODER (the "
+            "name of the encoder that computed them) to keep them"
         )
 
 
@@ -169,12 +169,12 @@ def _check_widths(batch: Iterable[Record]) -> None:
         if len(row) != width:
             raise ValueError(
                 f"the embedding of {document.id!r} has width {len(row)}, and those "
-                f"before it {width}: a memory holds the embeddings of one encoder"
+                f"before it {width}: all embeddings of a memory must be of one encoder"
             )
 
 
 def _hash_record(record: Record) -> int:
-    """Of text and pixels, and of embeddings that stand for what is not there."""
+    """Hash of text and pixels, and of embeddings of missing images or texts."""
     known = (record.text_embedding, record.image_embedding)
     given = [row for row in known if row is not None]
     content = filters.hash_content(record.document)
@@ -187,7 +187,7 @@ def _first_image_hash(document: Document) -> int:
 
 
 def _batches(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
-    """At most `size` records, and not many more than `MAX_CHUNK_BYTES` of pixels."""
+    """Batches of at most `size` records and about `MAX_CHUNK_BYTES` of pixels."""
     batch: list[Record] = []
     num_bytes = 0
     for record in records:
@@ -203,14 +203,14 @@ def _batches(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
 def _ready_chunk(
     batch: list[Record], tokenizer: DocumentTokenizer, num_variants: int
 ) -> MemoryChunk:
-    """Of embeddings that the source brought: their queries are without dropout."""
+    """A chunk of the source's own embeddings: their queries are without dropout."""
     rows = [
         r for record in batch for r in (record.text_embedding, record.image_embedding)
     ]
     given = [row for row in rows if row is not None]
     if not given:
         raise ValueError(
-            "the source brings no embeddings, and there is no embedder: give one"
+            "the source has no embeddings and no embedder was given: give one"
         )
     zero = np.zeros_like(given[0])
     parts = [zero if row is None else row for row in rows]
@@ -236,24 +236,24 @@ def write_records_part(
     records: Iterable[Record],
     name: str,
     number: int,
-    maker: Maker,
+    chunk_builder: ChunkBuilder,
     report: ReadReport,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Makes a part of records at `path`, whole or not at all.
+    """Writes a part of records at `path` atomically.
 
     Args:
       path: of the part.
-      records: what it is made of.
-      name: of the shard, or a digest of the documents: what the part is of.
+      records: its content.
+      name: of the shard, or a digest of the documents.
       number: seeds the dropout.
-      maker: the models and filters.
-      report: of what was read, complete when the records are.
+      chunk_builder: the models and filters.
+      report: of the reader; complete after the last record.
       progress: called with the number of documents of each chunk.
     """
     filtered: dict[str, int] = {}
     with storage.new_directory(path) as directory:
-        chunks = maker.chunks(records, number, filtered, progress)
+        chunks = chunk_builder.chunks(records, number, filtered, progress)
         part = writer.write_part(directory, chunks, index=None)
         content = {
             "shard": name,
@@ -268,26 +268,28 @@ def write_shard_part(
     path: pathlib.Path,
     shard: Shard,
     number: int,
-    maker: Maker,
+    chunk_builder: ChunkBuilder,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Makes the part of one shard of a source at `path`, whole or not at all."""
+    """Writes the part of one shard of a source at `path` atomically."""
     report = ReadReport(max_bad=1.0)
     records = read_shard(shard, report)
-    write_records_part(path, records, shard.name, number, maker, report, progress)
+    write_records_part(
+        path, records, shard.name, number, chunk_builder, report, progress
+    )
 
 
 class UniqueIds:
-    """Gives a document whose id another one has an id of its own; counts them.
+    """Makes document ids unique, and counts the renamed ones.
 
-    Ids of different sources meet by chance (`IMG_0001.jpg` of every camera), so an equal
-    id is no reason to drop a document. The first keeps it; another one gets the beginning
-    of its content's hash, which is the same in every build:
+    Different sources may have equal ids (`IMG_0001.jpg` of every camera), so an equal
+    id is no reason to drop a document. The first one keeps it; others get the beginning
+    of their content hash appended, which is the same in every build:
 
         IMG_0001.jpg  IMG_0001.jpg  ->  IMG_0001.jpg  IMG_0001.jpg#1f3a9c2e
 
     Args:
-      taken: hashes of ids that other documents have.
+      taken: hashes of the ids of other documents.
     """
 
     def __init__(self, taken: Iterable[int] = ()) -> None:
@@ -314,10 +316,10 @@ class UniqueIds:
 
 
 def read_report(path: pathlib.Path) -> dict[str, Any]:
-    """What `write_shard_part` counted.
+    """The counts of `write_shard_part`.
 
     Raises:
-      IntegrityError: if the report is damaged.
+      IntegrityError: the report is damaged.
     """
     file = path / REPORT_FILE
     return storage.decode_sealed(file.read_bytes(), str(file), f"remove {path}")

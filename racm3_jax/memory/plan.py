@@ -1,7 +1,7 @@
-"""Arithmetic for memories that do not exist yet: disk, RAM, FLOPs, hours.
+"""Estimates for a memory before it is built: disk, RAM, FLOPs, hours.
 
-Every figure follows from the formats of this package and the numbers in `MACHINES`;
-speeds are shares of a machine's peak that were reached, not promises.
+All figures follow from the formats of this package and the numbers in `MACHINES`;
+speeds are typical fractions of a machine's peak, not guarantees.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from racm3_jax.index import registry
 from racm3_jax.index.contract import IndexKind
 
-# Dense bf16 peak in FLOP/s, from the makers' data sheets, and the share of it that a
-# large matrix product, or a ViT, commonly reaches.
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets, and the fraction of it that
+# a large matrix product, or a ViT, typically reaches.
 MACHINES: dict[str, float] = {
     "NVIDIA H100 SXM": 989e12,
     "NVIDIA A100": 312e12,
@@ -33,14 +33,14 @@ class PlanConfig:
     """The memory to plan.
 
     Attributes:
-      num_documents: of one caption and one image.
+      num_documents: each with one caption and one image.
       d_embed: width of the embeddings.
-      hosts: that hold a shard each.
-      devices_per_host: accelerators of a host.
-      num_query_variants: queries with dropout a document.
-      tokens_per_document: ids of text and image.
-      max_candidates: neighbours kept in a table.
-      index: kind of the index; "" is the first that can be sharded.
+      hosts: number of hosts, one shard each.
+      devices_per_host: accelerators per host.
+      num_query_variants: queries with dropout per document.
+      tokens_per_document: tokens of text and image.
+      max_candidates: neighbours per query in a table.
+      index: kind of index; "" means the first that can be sharded.
     """
 
     num_documents: int
@@ -118,7 +118,7 @@ def compute_plan(config: PlanConfig) -> dict[str, Any]:
 
 
 def format_plan(config: PlanConfig, plan: dict[str, Any]) -> str:
-    """The plan as a text for people."""
+    """The plan as text."""
     head = (
         f"{config.num_documents:,} documents x {config.d_embed}, {config.hosts} hosts "
         f"with {config.devices_per_host} devices each"

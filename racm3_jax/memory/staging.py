@@ -1,19 +1,19 @@
-"""A memory in a bucket, which is searched from a copy on this machine's disk.
+"""Memories in buckets: copied to a local disk and searched there.
 
-    gs://me/memory/               only read from
+    gs://me/memory/               read-only
     ~/.cache/racm3/memories/
       5f0c…/                      one URL
         staged.json               the URL, and which copies racm3 made here
-        manifest/                 of the URL, as it was last seen
-        9b1e….partial/            being copied; a killed copy goes on there
-        9b1e…/                    a memory; the name is its fingerprint
+        manifest/                 of the URL, as last seen
+        9b1e….partial/            being copied; an interrupted copy resumes there
+        9b1e…/                    a memory; its name is its fingerprint
         9b1e….used                locked by every process that has it open
 
-The first process of a machine copies, the others wait. Sizes and checksums are those of
-the manifest. A fingerprint is of all that the manifest says, but for removals: those, and
-a table of neighbours, are copied again when they are others there. When the memory at the
-URL has another fingerprint it is staged beside the old copy, which is then removed, unless
-a process has it open or racm3 did not make it.
+The first process of a machine copies, the others wait. Sizes and checksums come from
+the manifest. The fingerprint covers the manifest except removals: those, and a table of
+neighbours, are copied again when they change. If the memory at the URL has another
+fingerprint, it is copied next to the old copy, which is then removed, unless a process
+has it open or racm3 did not make it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RECORD_FILE = "staged.json"
 _FORMAT = "racm3-staged-memories"
 _COPY_NAME = re.compile(r"[0-9a-f]{16}")
 _SEEN_DIRECTORY = "manifest"
-# Shared locks on the copies that this process may have open; they end with it.
+# Shared locks on the copies that this process may have open, until it exits.
 _in_use: dict[pathlib.Path, int] = {}
 
 
@@ -59,13 +59,13 @@ def stage(
 
     Args:
       url: of the memory's folder.
-      cache: where copies lie; see `cache_directory`.
+      cache: folder of the copies; see `cache_directory`.
 
     Raises:
       FileNotFoundError: there is no memory at `url`.
-      IntegrityError: what is there is damaged.
+      IntegrityError: the memory there is damaged.
       OSError: the bucket cannot be read, or the disk is full.
-      ValueError: the bucket's client is not installed, or the format is another.
+      ValueError: the bucket's client is not installed, or an unsupported format.
     """
     bucket = Bucket(str(url))
     top = cache_directory(cache)
@@ -97,7 +97,7 @@ def stage(
 
 
 def _read_manifest(folder: pathlib.Path, data: bytes, url: str) -> dict[str, Any]:
-    """A manifest that came from a bucket, judged as one of a folder is."""
+    """Checks a manifest from a bucket like one in a folder."""
     folder.mkdir(exist_ok=True)
     storage.write_file(folder / MANIFEST_FILE, data)
     try:
@@ -108,7 +108,7 @@ def _read_manifest(folder: pathlib.Path, data: bytes, url: str) -> dict[str, Any
 
 
 def refuse_staged(path: pathlib.Path) -> None:
-    """Refuses to change a copy that `stage` made: the next staging would undo it.
+    """Refuses to change a copy made by `stage`: the next staging would undo it.
 
     Raises:
       ValueError: names the URL.
@@ -120,8 +120,8 @@ def refuse_staged(path: pathlib.Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     raise ValueError(
-        f"{path} is a copy of {url}, and a change of it would be lost: change the memory "
-        "that was copied there, and copy it there again"
+        f"{path} is a copy of {url}, and changes to it would be lost: change the "
+        "original memory and upload it again"
     )
 
 
@@ -150,10 +150,10 @@ def _partial(copy: pathlib.Path) -> pathlib.Path:
 def _copy_all(
     bucket: Bucket, data: bytes, files: Mapping[str, Any], copy: pathlib.Path
 ) -> None:
-    """Copies the files that a manifest lists; they appear at `copy` all at once."""
+    """Copies the files that a manifest lists to `copy`, atomically."""
     if not all(storage.is_inside(n) and _is_size(e) for n, e in files.items()):
         raise storage.IntegrityError(
-            f"{bucket.url}/{MANIFEST_FILE} is damaged: its list of files is no such list"
+            f"{bucket.url}/{MANIFEST_FILE} is damaged: its list of files is invalid"
         )
     partial = _partial(copy)
     partial.mkdir(exist_ok=True)
@@ -163,8 +163,8 @@ def _copy_all(
     free = shutil.disk_usage(partial).free
     if wanted > free:
         raise OSError(
-            f"the memory at {bucket.url} needs {wanted / 1e9:.1f} GB more, and the disk "
-            f"of {partial} has {free / 1e9:.1f} GB: make room there, or give another "
+            f"the memory at {bucket.url} needs {wanted / 1e9:.1f} GB more, but the "
+            f"disk of {partial} has {free / 1e9:.1f} GB: free some space, or give another "
             "--memory_cache (config.memory.cache)"
         )
     lock = threading.Lock()
@@ -194,10 +194,10 @@ def _is_size(entry: Any) -> bool:
 def _copy_file(
     bucket: Bucket, name: str, entry: Mapping[str, Any], path: pathlib.Path, show: Any
 ) -> None:
-    """Copies by ranges, from where a killed copy ended; its checksum says if it is right.
+    """Copies by ranges, resuming an interrupted copy; verified by its checksum.
 
     Raises:
-      IntegrityError: the file there is not the one of the manifest.
+      IntegrityError: the file does not match the manifest.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     started = path.stat().st_size if path.exists() else 0
@@ -222,7 +222,7 @@ def _copy_file(
             show(-at)
     path.unlink()
     raise storage.IntegrityError(
-        f"{bucket.url}/{name} is not the file that the memory's manifest names: it is "
+        f"{bucket.url}/{name} is not the file that the memory's manifest lists: it is "
         "damaged, or the memory was being replaced; try again, or copy the memory there "
         "again"
     )
@@ -231,16 +231,16 @@ def _copy_file(
 def _refresh(
     bucket: Bucket, data: bytes, copy: pathlib.Path, known: dict[str, Any]
 ) -> None:
-    """Copies removals and the table again if they are others there.
+    """Copies removals and the table again if they changed.
 
     Args:
       bucket: the memory's.
       data: its manifest, which counts the removals.
-      copy: the copy here.
+      copy: the local copy.
       known: versions of these files when they were copied; changed in place.
     """
     deny = format_lib.deny_path(copy, format_lib.read_manifest(copy)).name
-    found = {name: f for name, f in bucket.find().items() if _is_loose(name, deny)}
+    found = {name: f for name, f in bucket.find().items() if _is_mutable(name, deny)}
     new = {name: _version(facts) for name, facts in found.items()}
     changed = [n for n in new if known.get(n) != new[n] or not (copy / n).is_file()]
     for name in changed:
@@ -255,7 +255,7 @@ def _refresh(
     known.update(new)
 
 
-def _is_loose(name: str, deny: str) -> bool:
+def _is_mutable(name: str, deny: str) -> bool:
     folder, _, rest = name.partition("/")
     return name == deny or (
         folder == TABLE_DIRECTORY and storage.is_inside(rest) and "/" not in rest
@@ -267,7 +267,7 @@ def _version(facts: Found) -> list[str]:
 
 
 def _use(copy: pathlib.Path) -> None:
-    """Keeps other processes from removing a copy as long as this one runs."""
+    """Prevents other processes from removing a copy while this one runs."""
     if copy in _in_use:
         return
     descriptor = os.open(copy.with_name(f"{copy.name}.used"), os.O_RDWR | os.O_CREAT)
@@ -276,7 +276,7 @@ def _use(copy: pathlib.Path) -> None:
 
 
 def _remove(copy: pathlib.Path) -> bool:
-    """Removes an old copy of ours, whole or half; False while a process has it open."""
+    """Removes an old copy, complete or not; False while a process has it open."""
     used = copy.with_name(f"{copy.name}.used")
     with storage.locked(used, wait=False) as is_free:
         if not is_free:

@@ -1,4 +1,4 @@
-"""What a memory holds and how well it is searched: sizes, recall, latency, duplicates."""
+"""Statistics of a memory: sizes, recall, latency, duplicates."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _MODALITIES: tuple[Modality, ...] = ("text", "image")
 def compute_stats(
     memory: Memory, *, num_queries: int = 200, k: int = 10, seed: int = 0
 ) -> dict[str, Any]:
-    """Measures a memory on sampled queries, text and image queries apart.
+    """Measures a memory on sampled queries, separately for text and image queries.
 
     Args:
       memory: opened.
-      num_queries: of each kind, drawn among the allowed documents.
-      k: neighbours asked for.
+      num_queries: of each kind, sampled from the allowed documents.
+      k: neighbours per query.
       seed: of the sample.
 
     Returns:
-      "documents", "removed", "with_text", "with_image", "multimodal", "bytes" by what
-      they are of, "index", and for each kind of query "recall" (share of the exact k
-      nearest that the index finds), "latency_ms" (p50, p90, p99 of one query a call)
-      and "near_duplicates" (share of the sampled documents whose nearest other one has
-      a similarity of at least 0.95); documents without that part are left out.
+      "documents", "removed", "with_text", "with_image", "multimodal", "bytes" by kind
+      of file, "index", and for each kind of query "recall" (fraction of the exact k
+      nearest that the index finds), "latency_ms" (p50, p90, p99 of one query per call)
+      and "near_duplicates" (fraction of the sampled documents whose nearest neighbour
+      has a similarity of at least 0.95); documents without that modality are skipped.
       JSON-serialisable.
 
     Raises:
-      ValueError: if every document is removed.
+      ValueError: every document is removed.
     """
     allowed = memory.allowed_ids()
     if not len(allowed):

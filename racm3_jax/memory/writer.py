@@ -1,6 +1,6 @@
-"""Streams chunks to disk: one part of a memory, or a whole one.
+"""Streams chunks to disk: one part of a memory, or a whole memory.
 
-No model runs here; `chunks` ran them.
+No model runs here; `chunks` runs them.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ def write_memory(
     recall_target: float | None = None,
     about: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Streams chunks into a new memory directory, which appears whole or not at all.
+    """Streams chunks into a new memory directory, atomically.
 
     Args:
-      chunks: what is written, in order; their documents' ids are unique.
-      path: the directory to make.
+      chunks: written in order; document ids must be unique.
+      path: the directory to create.
       vocab: of the tokens.
-      tokenizer_fingerprint: what documents must be read with.
-      encoder_fingerprint: what queries must be embedded with.
+      tokenizer_fingerprint: of the tokenizer of the documents.
+      encoder_fingerprint: of the encoder of queries and documents.
       index: a kind of `index.registry`, or "auto".
-      query_drop: share of a query that was left out.
-      overwrite: replace a memory that is at `path`.
-      progress: called with the number of documents done so far.
-      rows_per_shard: of a sharded index; None is its default.
+      query_drop: fraction of a query that was dropped.
+      overwrite: replace an existing memory at `path`.
+      progress: called with the number of documents so far.
+      rows_per_shard: of a sharded index; None means its default.
       recall_target: see `write_part`.
-      about: makes more fields of the manifest, once the chunks are written.
+      about: returns more fields of the manifest, after the chunks are written.
 
     Raises:
-      FileExistsError: if something is at `path` and may not be replaced.
-      ValueError: on no documents, or embeddings that are not unit rows.
+      FileExistsError: `path` exists and may not be replaced.
+      ValueError: no documents, or embeddings that are not unit rows.
     """
     path = pathlib.Path(path)
     check_target(path, overwrite)
@@ -93,7 +93,7 @@ def write_memory(
 
 
 class Part(NamedTuple):
-    """What `write_part` wrote, in the manifest's words."""
+    """Result of `write_part`: fields of the manifest."""
 
     num_documents: int
     num_with_modality: dict[str, int]
@@ -115,11 +115,11 @@ def write_part(
 
     Args:
       directory: empty.
-      chunks: at least one; without any, nothing is written and None is returned.
+      chunks: if there are none, nothing is written and None is returned.
       index: its kind; None makes no index.
       rows_per_shard: of a sharded index.
-      recall_target: tunes the index to it; None leaves the defaults.
-      progress: called with the number of documents done so far.
+      recall_target: tunes the index to it; None keeps the defaults.
+      progress: called with the number of documents so far.
     """
     chunks = iter(chunks)
     first = next(chunks, None)
@@ -134,7 +134,7 @@ def write_part(
     embeddings = columns.read("embeddings_document")
     kind = None if index is None else registry.choose_kind(index, num_rows)
     if kind is not None:
-        # A fresh directory that is renamed as a whole needs no swap of its own.
+        # A new directory that is renamed as a whole needs no swap of its own.
         place = directory / format_lib.INDEX_DIRECTORY
         tune = None
         if recall_target is not None:
@@ -152,9 +152,9 @@ def write_part(
 
 
 def check_target(path: pathlib.Path, overwrite: bool) -> None:
-    """Refuses a path whose content is not ours to replace.
+    """Refuses a path whose content may not be replaced.
 
     Raises:
-      FileExistsError: says what is there.
+      FileExistsError: says what exists there.
     """
     storage.check_target(path, "memory", format_lib.is_memory, overwrite)

@@ -1,1 +1,1 @@
-"""The generator: a decoder-only Transformer over token ids, and its decoding cache."""
+"""The generator: a decoder-only Transformer over tokens, and its KV cache."""

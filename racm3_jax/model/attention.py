@@ -1,4 +1,4 @@
-"""Causal self-attention within segments: one function, implementations behind it.
+"""Causal self-attention within segments: one function, several implementations.
 
 A token attends to itself and to earlier tokens of its own segment (packed example):
 
@@ -10,9 +10,9 @@ A token attends to itself and to earlier tokens of its own segment (packed examp
                               i 2  . . . x x .
                               e 0  . . . . . x
 
-Padding (segment 0) attends to padding, so that no row of weights is empty; nothing reads
-what it computes. All implementations agree, and none lets one segment touch another: a
-forbidden key has weight exactly 0, and gradient exactly 0.
+Padding (segment 0) attends to padding, so that no softmax is empty; its output is not
+used. All implementations agree, and segments never affect each other: a masked key has
+exactly weight 0 and gradient 0.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from racm3_jax.sharding import current_platform
 
 # Finite, so that a fully masked row would still be a softmax without NaN.
 _MASKED = -1e30
-# Most queries of one block. On 2 AVX-512 cores, forward and backward of 16x272 tokens with
-# 4 heads of 64: float32 took 60 ms with blocks of 68, 98 with 136, 134 with `plain`;
-# bfloat16 65 ms and 52; of 2x512 with 8 heads, bfloat16 took 48 and 36. The machine was
-# shared; other runs differ by a third. Fewer blocks compile faster, too.
+# Maximum queries per block. On 2 AVX-512 cores, forward and backward of 16x272 tokens
+# with 4 heads of 64: float32 took 60 ms with blocks of 68, 98 with 136, 134 with
+# `plain`; bfloat16 65 and 52 ms; for 2x512 with 8 heads, bfloat16 took 48 and 36 ms.
+# The machine was shared; other runs differ by a third. Fewer blocks compile faster,
+# too.
 _BLOCK_QUERIES = 72
 _BLOCK_QUERIES_HALF = 136
 
@@ -49,17 +50,17 @@ IMPLEMENTATIONS = ("plain", "blocked", "cudnn", "splash")
 
 
 def choose_implementation(dtype: str = "bfloat16") -> str:
-    """What "auto" means where the program will run, see `sharding.current_platform`.
+    """Resolves "auto" for the current platform, see `sharding.current_platform`.
 
     - "blocked" on one CPU device, where it takes half the time of "plain". It loops over
-      the rows of the batch, which would undo a sharding of that axis: under a mesh of
+      the rows of the batch, which would undo a sharding of that axis: with a mesh of
       several CPU devices (`jax.set_mesh`) it is "plain". Without a mesh every process
-      computes for itself, so that several give what one gives.
+      computes independently, so that several give the same result as one.
     - "cudnn" on NVIDIA GPUs from Hopper on, in half precision; "plain" on others.
     - "splash" on TPUs.
 
     Args:
-      dtype: of the products.
+      dtype: of the matmuls.
     """
     backend = current_platform()
     if backend == "cpu":
@@ -81,7 +82,7 @@ def attention(
 ) -> _Q:
     """Softmax attention, causal and within segments, scaled by 1/sqrt(head_dim).
 
-    Query head `h` reads key head `h // (heads / kv_heads)`. The products run in the
+    Query head `h` uses key head `h // (heads / kv_heads)`. The matmuls run in the
     dtype of `q`; softmax and sums in float32.
 
     Args:
@@ -90,13 +91,14 @@ def attention(
       v: values.
       segment_ids: numbers the examples of each row; a segment is contiguous.
       implementation: one of `IMPLEMENTATIONS`, or "auto" for this machine's best.
-      max_segments: of one row, padding counted as one; "cudnn" alone needs the bound.
+      max_segments: maximum per row, padding counted as one; only "cudnn" needs the
+        bound.
 
     Returns:
       The attended values, in the dtype of `q`.
 
     Raises:
-      ValueError: if there is no such implementation.
+      ValueError: unknown implementation.
     """
     chosen = implementation
     if implementation == "auto":
@@ -125,24 +127,25 @@ def attend_to_cache(
     positions: Int[Array, "batch length"],
     prefix: tuple[_Keys, _Values, Int[Array, " batch"]] | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Attention of new tokens to a cache that already holds their keys and values.
+    """Attention of new tokens to a cache that already contains their keys and values.
 
-    A prefix that several rows share is read once for all of them: it and each row's own
-    cache have sums of their own, merged by their highest scores, which is exact.
+    A prefix shared by several rows is read once for all of them: prefix and row cache
+    have separate softmax sums, which are merged exactly (as in FlashAttention).
 
     Args:
       q: queries of the new tokens.
-      k: cached keys of each row, as the product with queries reads them.
+      k: cached keys of each row, in the layout of the product with queries.
       v: cached values.
-      positions: index of each new token in its row; it reads keys 0..position.
-      prefix: keys and values that rows share, the rows of a prefix being neighbours, and
-        how many of its prefix's tokens each row reads.
+      positions: index of each new token in its row; it attends to keys 0..position.
+      prefix: shared keys and values (the rows of a prefix are adjacent), and the number
+        of prefix tokens that each row attends to.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     dtype = str(q.dtype)
-    # Query heads that share keys are rows of one product: [row, kv_head, query, head_dim].
+    # Query heads that share keys are rows of one matmul: [row, kv_head, query,
+    # head_dim].
     rows = (q * head_dim**-0.5).reshape(batch, length, kv_heads, group, head_dim)
     rows = rows.swapaxes(1, 2).reshape(batch, kv_heads, -1, head_dim)
     last = jnp.repeat(positions, group, axis=1)
@@ -169,9 +172,9 @@ def _read(
     visible: Int[Array, "rows 1 queries 1"],
     dtype: str,
 ) -> tuple[Array, Array, Array]:
-    """Weighted sums of values, the sums of their weights, and what these are against.
+    """Weighted sums of values, sums of weights, and the maximum scores.
 
-    The weights are exponentials of scores less the highest one of each query.
+    The weights are exp(score - maximum score of the query).
     """
     scores = contract("bkqd,bkds->bkqs", q, k, dtype)
     scores = jnp.where(jnp.arange(k.shape[3]) < visible, scores, _MASKED)
@@ -182,7 +185,7 @@ def _read(
 
 
 def _merge(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
-    """Two results of `_read` as one that read the keys of both."""
+    """Merges two results of `_read` over different keys."""
     highest = jnp.maximum(one[2], other[2])
     scales = [jnp.exp(part[2] - highest) for part in (one, other)]
     sums = [one[i] * scales[0] + other[i] * scales[1] for i in range(2)]
@@ -190,7 +193,7 @@ def _merge(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
 
 
 def _plain(q, k, v, segment_ids):
-    """The definition: every pair is scored. Reference of the tests."""
+    """Plain attention over all pairs; the reference of the tests."""
     length = q.shape[1]
     dtype = str(q.dtype)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -203,7 +206,7 @@ def _plain(q, k, v, segment_ids):
 
 
 def _blocks(length: int, dtype: str) -> list[tuple[int, int]]:
-    """Even ranges of queries, `[start, stop)`; block i needs the keys `[0, stop)`."""
+    """Ranges of queries, `[start, stop)`; block i needs the keys `[0, stop)`."""
     most = _BLOCK_QUERIES if dtype == "float32" else _BLOCK_QUERIES_HALF
     count = -(-length // most)
     size = -(-length // count)
@@ -221,9 +224,9 @@ def _visible(
 def _blocked(q, k, v, segment_ids):
     """Row by row, block of queries by block: skips the keys after each block.
 
-    What one step touches stays in the processor's cache, and the backward pass
-    recomputes the weights from their log-sum instead of storing them (as
-    FlashAttention does, arXiv 2205.14135).
+    The data of one step stays in the CPU cache, and the backward pass recomputes the
+    weights from their log-sum instead of storing them (as FlashAttention, arXiv
+    2205.14135).
     """
     return jax.lax.map(_forward_row, (q, k, v, segment_ids))[0]
 

@@ -1,7 +1,7 @@
-"""Attention by the vendors' kernels: cuDNN on NVIDIA GPUs, Splash on TPUs.
+"""Attention with vendor kernels: cuDNN on NVIDIA GPUs, Splash on TPUs.
 
-Both take queries that are scaled already, `[batch, length, heads, head_dim]`, and keys
-and values that may have fewer heads. Neither ever forms the scores of a whole row.
+Both take scaled queries, `[batch, length, heads, head_dim]`, and keys and values that
+may have fewer heads. Neither materialises the scores of a whole row.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _SPLASH_LEAST, _SPLASH_MOST = 128, 512
 _LANES = 128
 
 
-# NVIDIA's names for what has compute capability 9 or more, for GPUs that are not here.
+# Names of NVIDIA GPUs with compute capability >= 9, for absent GPUs.
 _PACKED_CUDNN_GPUS = ("h20", "h100", "h200", "h800", "gh200", "b100", "b200", "b300")
 
 
 def has_packed_cudnn() -> bool:
-    """Whether the GPUs of the current mesh run cuDNN's packed attention: Hopper on.
+    """Whether the current mesh's GPUs support cuDNN's packed attention (Hopper on).
 
-    False, with a line in the log, where the GPUs do and the software does not.
+    False, with a warning, if only the software does not support it.
     """
     if current_platform() != "gpu":
         return False
@@ -64,10 +64,10 @@ def has_packed_cudnn() -> bool:
 
 
 def _import_packed_cudnn() -> Any:
-    """JAX's module around cuDNN's packed attention, which it does not publish.
+    """JAX's private module for cuDNN's packed attention.
 
     Raises:
-      ValueError: this version of JAX has none, or another one.
+      ValueError: this version of JAX has no such module, or another one.
     """
     try:
         cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
@@ -78,7 +78,7 @@ def _import_packed_cudnn() -> Any:
         known = False
     if not known:
         raise ValueError(
-            f"jax {jax.__version__} has no packed cuDNN attention as this package knows "
+            f"jax {jax.__version__} has no packed cuDNN attention as supported here "
             'it (that of jax 0.9 and 0.10): set config.model.attention="plain", or '
             "install such a jax"
         )
@@ -90,13 +90,13 @@ def find_segments(
 ) -> tuple[
     Int[Array, "batch slots"], Int[Array, "batch max_segments"], Int[Array, " batch"]
 ]:
-    """Where each run of equal ids starts and how long it is, padding included.
+    """Start and length of each segment, including padding.
 
     ```
     segment_ids  1 1 1 2 2 0      max_segments 4
-    starts       0 3 5 -1 -1      one slot more than segments, as cuDNN wants it
+    starts       0 3 5 -1 -1      one slot more than segments, as cuDNN requires
     lengths      3 2 1 -1
-    counts       3                may be above max_segments: then some are missing
+    counts       3                if above max_segments, some are missing
     ```
     """
     batch, length = segment_ids.shape
@@ -104,7 +104,7 @@ def find_segments(
     is_start = jnp.concatenate(
         [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
     )
-    # Starts first, in order; what is no start sorts behind them.
+    # Starts first, in order; other positions sort after them.
     ordered = jnp.sort(jnp.where(is_start, index, length), axis=1)
     slots = max_segments + 1
     ordered = jnp.pad(
@@ -124,17 +124,17 @@ def attend_cudnn(
 ) -> _Q:
     """cuDNN's fused attention over packed rows; half precision, Hopper or newer.
 
-    The public entry point of jax takes no segments; this is the one beneath it, in which
-    every segment is a sequence of its own. A row of more than `max_segments` segments
-    cannot be expressed: its output is NaN, so that it ends a training instead of letting
-    one example read another.
+    The public function of jax has no segments; this is the internal one, where every
+    segment is a separate sequence. A row with more than `max_segments` segments is not
+    supported: its output is NaN, which ends a training instead of letting examples
+    attend to each other.
 
     Args:
       q: queries, scaled.
       k: keys.
       v: values.
       segment_ids: numbers the examples of each row; a segment is contiguous.
-      max_segments: of one row, padding counted as one.
+      max_segments: maximum per row, padding counted as one.
 
     Raises:
       ValueError: this version of JAX has no such function.
@@ -161,7 +161,7 @@ def attend_cudnn(
 
 
 def _make_splash(heads: int, length: int) -> Callable[..., Any]:
-    """The kernel of one row. It holds arrays of the trace that makes it: never kept."""
+    """The kernel of one row. Contains arrays of the current trace: never cache it."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = next(b for b in (_SPLASH_MOST, 256, _SPLASH_LEAST) if length % b == 0)
@@ -184,10 +184,10 @@ def _make_splash(heads: int, length: int) -> Callable[..., Any]:
 
 
 def attend_splash(q: _Q, k: _KV, v: _KV, segment_ids: _Segments) -> _Q:
-    """Pallas' Splash attention: skips the tiles above the diagonal; any dtype.
+    """Pallas Splash attention: skips the tiles above the diagonal; any dtype.
 
-    Where a mesh is current, rows and heads are split over it, as the compiler cannot
-    split a kernel by itself. Off a TPU the kernel is interpreted, which is slow: for
+    With a current mesh, rows and heads are split over it, as the compiler cannot split
+    a kernel. On other platforms than TPUs the kernel is interpreted, which is slow: for
     tests.
 
     Args:
@@ -219,7 +219,7 @@ def _attend_splash(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     rows = ((0, 0), (0, -length % _SPLASH_LEAST))
     lanes = (0, -head_dim % _LANES)
     padded = [jnp.pad(x, (*rows, (0, 0), lanes)).swapaxes(1, 2) for x in (q, k, v)]
-    # The rows' own padding is no segment of theirs.
+    # The padding of rows is not a segment.
     ids = jnp.pad(segment_ids, rows, constant_values=-1)
     kernel = _make_splash(q.shape[2], padded[0].shape[2])
     out = jax.vmap(kernel)(*padded, splash.SegmentIds(q=ids, kv=ids))

@@ -1,14 +1,14 @@
-"""Keys and values of the tokens that were read, so that decoding reads each once.
+"""The KV cache: keys and values of the tokens read so far.
 
 row 0:  k0 k1 k2 k3 .  .  .     length 4: the next token is written at 4
 row 1:  k0 k1 ?  ?  .  .  .     length 2: ? came from right padding, is never
                                 attended to, and is overwritten next
 
-Behind a shared prefix (the retrieved documents, read once for all samples and for both
-streams of guidance) the rows hold only what is their own:
+After a shared prefix (the retrieved documents, read once for all samples and for both
+streams of guidance) the rows contain only their own tokens:
 
-prefix:  p0 p1 p2          row 0:  k0 k1 .      reads p0 p1 p2, then k0 k1
-                           row 1:  k0 .  .      sees 1 of the prefix: p0, then k0
+prefix:  p0 p1 p2          row 0:  k0 k1 .      attends to p0 p1 p2, then k0 k1
+                           row 1:  k0 .  .      attends to 1 of the prefix: p0, then k0
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from racm3_jax.model.config import ModelConfig
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, each as its product reads it: no pass turns them."""
+    """Keys and values of one layer, in the layout of their matmuls (no transposes)."""
 
     k: Float[Array, "batch kv_heads head_dim max_length"]
     v: Float[Array, "batch kv_heads max_length head_dim"]
@@ -42,10 +42,10 @@ class LayerCache:
     def write(
         self, new: LayerCache, write_at: Int[Array, "batch length"]
     ) -> LayerCache:
-        """Puts each row's tokens at its own places; places past the end are dropped."""
+        """Writes each row's tokens at its positions; drops those past the end."""
 
-        # Row by row, so that the compiler sees that no row's places are another's: it
-        # would send all new tokens to all devices that hold some of the rows.
+        # Row by row, so that the compiler knows that rows are independent: otherwise it
+        # would send all new tokens to all devices that have some of the rows.
         def put(axis: int, rows: Array, values: Array) -> Array:
             def put_in_row(row: Array, value: Array, places: Array) -> Array:
                 at = (slice(None),) * axis + (places,)
@@ -56,7 +56,7 @@ class LayerCache:
         return LayerCache(k=put(2, self.k, new.k), v=put(1, self.v, new.v))
 
     def pad(self, max_length: int) -> LayerCache:
-        """Room for `max_length` tokens a row."""
+        """Pads to `max_length` tokens per row."""
         none, more = (0, 0), (0, max_length - self.v.shape[2])
         return LayerCache(
             k=jnp.pad(self.k, (none, none, none, more)),
@@ -66,13 +66,13 @@ class LayerCache:
 
 @flax.struct.dataclass
 class Prefix:
-    """What several rows have read in common.
+    """Prefixes shared by several rows.
 
-    The rows of a prefix are neighbours: of 2 prefixes and 6 rows, 0 1 2 read the first.
+    The rows of a prefix are adjacent: with 2 prefixes and 6 rows, 0 1 2 use the first.
 
     Attributes:
       layers: keys and values of the prefixes.
-      visible: how many of its prefix's tokens each row reads.
+      visible: number of prefix tokens that each row attends to.
     """
 
     layers: tuple[LayerCache, ...]
@@ -81,7 +81,7 @@ class Prefix:
 
 @flax.struct.dataclass
 class Cache:
-    """A pytree: one `LayerCache` a layer, and how many tokens each row has of its own.
+    """A pytree: one `LayerCache` per layer, and the number of each row's own tokens.
 
     A tuple over layers, not one stacked array: slicing a stack copies it each step.
     """
@@ -92,15 +92,15 @@ class Cache:
 
     @property
     def max_length(self) -> int:
-        """How many tokens a row can hold."""
+        """Maximum number of tokens per row."""
         return self.layers[0].v.shape[2]
 
     def advance(self, counts: Int[Array, " batch"]) -> Cache:
-        """So many more tokens of each row, which lie there already, count as read."""
+        """Marks the next `counts` tokens of each row, already written, as read."""
         return self.replace(length=self.length + counts)  # pyright: ignore
 
     def repeat(self, num_samples: int) -> Cache:
-        """Each row `num_samples` times, neighbours: rows a b -> a a a b b b."""
+        """Repeats each row `num_samples` times: rows a b -> a a a b b b."""
         repeat = functools.partial(jnp.repeat, repeats=num_samples, axis=0)
         prefix = self.prefix
         if prefix is not None:  # its keys and values are shared, not repeated
@@ -113,7 +113,7 @@ def make_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
     """An empty cache.
 
     Raises:
-      ValueError: if `max_length` exceeds the model's.
+      ValueError: `max_length` exceeds the model's.
     """
     if max_length > config.max_length:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a Transformer is: sizes, style and how it is computed; and named presets.
+"""Transformer configs: sizes, style and computation; and named presets.
 
 Two styles share the code. CM3 style (arXiv 2201.07520 and its public code): learned
 positions, pre-LayerNorm, ReLU or GELU, biases, tied embeddings. Chameleon style (arXiv
@@ -44,25 +44,25 @@ class ModelConfig:
       d_ff: hidden width of the feed-forward part.
       max_length: longest sequence; the number of learned positions.
       position: "learned" table added to the embedding, or "rope" in every layer.
-      norm: pre-normalisation of every part, and of the output.
+      norm: pre-normalisation of every sublayer, and of the output.
       activation: "swiglu" has a third matrix.
       qk_norm: LayerNorm of each head's queries and keys (Chameleon).
       use_bias: biases of the linear layers.
       tie_embeddings: the head reuses the embedding.
-      dropout: share of the residual updates dropped, when `apply` gets a "dropout" rng.
+      dropout: fraction of residual updates dropped, if `apply` gets a "dropout" rng.
       norm_epsilon: added to the variance.
       rope_base: longest wavelength of the rotary positions, over 2 pi.
-      compute_dtype: of the matrix products; parameters, norms, softmax and sums stay
-        float32. "auto" is bfloat16, but on a CPU that has no instructions for it, where
-        float32 is 1.45 times as fast.
+      compute_dtype: of the matmuls; parameters, norms, softmax and sums are float32.
+        "auto" is bfloat16, except on a CPU without instructions for it, where float32
+        is 1.45 times as fast.
       attention: "auto" chooses by platform, see `attention.choose_implementation`.
-      max_segments: most segments of one row: examples, and the padding after them. Rows
-        are packed with no more; where attention is "cudnn" a row of more is NaN.
-      scan_layers: one compiled block and stacked parameters, instead of a copy a layer.
-      remat: what the backward pass recomputes: nothing, all of each block, or all but
-        the matrix products.
-      outputs_first: kernels lie in panels of 16 outputs, as `prepare_decoding` puts them
-        on a CPU: products of few rows read them as they are.
+      max_segments: maximum segments per row: examples, and the padding after them. It
+        limits packing; with "cudnn" attention a row with more is NaN.
+      scan_layers: one compiled block and stacked parameters, instead of one per layer.
+      remat: what the backward pass recomputes: nothing, all of each block, or all
+        except the matmuls.
+      outputs_first: kernels are stored in panels of 16 outputs, as by
+        `prepare_decoding` on a CPU, which makes matmuls of few rows contiguous.
     """
 
     vocab_size: int
@@ -90,7 +90,7 @@ class ModelConfig:
     outputs_first: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses sizes and names that no Transformer has."""
+        """Refuses invalid sizes and names."""
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -123,7 +123,7 @@ class ModelConfig:
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """What `compute_dtype` means where the program will run."""
+        """`compute_dtype` with "auto" resolved for the current platform."""
         if self.compute_dtype != "auto":
             return self.compute_dtype
         return "bfloat16" if multiplies_bfloat16() else "float32"

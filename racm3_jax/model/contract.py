@@ -1,4 +1,4 @@
-"""Matrix products in a compute dtype, with float32 sums and sound gradients."""
+"""Matmuls in a compute dtype, with float32 accumulation and correct gradients."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Outputs of a panel. On one AVX2 core, 4 MB of weights, in microseconds: kernels with
+# Outputs per panel. On one AVX2 core, 4 MB of weights, in microseconds: kernels with
 # their outputs first took 277, 589, 866, 1112, 1456 for 1, 2, 8, 16, 32 rows; panels of 16
-# took 296, 380, 617, 980, 1841; of 32 and 64 more from 4 rows on.
+# took 296, 380, 617, 980, 1841; panels of 32 and 64 more from 4 rows on.
 PANEL = 16
-# Of more rows, the copies that the panels are multiplied with cost more than one kernel.
+# With more rows, the copies for the panels cost more than one kernel.
 _FEW_ROWS = 64
 
 
@@ -38,9 +38,9 @@ def contract(
 
 
 def panel_shape(shape: tuple[int, ...], num_inputs: int) -> tuple[int, int, int]:
-    """Of a kernel of `shape` that lies in panels: (panels, inputs, outputs of a panel).
+    """The panel form of a kernel of `shape`: (panels, inputs, outputs per panel).
 
-    A panel has outputs of one head only, so that heads can lie on several devices.
+    A panel has outputs of one head only, so that heads can be on several devices.
     """
     inputs, outputs = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
     width = math.gcd(shape[-1], PANEL)
@@ -50,7 +50,7 @@ def panel_shape(shape: tuple[int, ...], num_inputs: int) -> tuple[int, int, int]
 def to_panels(
     kernel: Float[Array, " *shape"], num_inputs: int
 ) -> Float[Array, "panels inputs width"]:
-    """A kernel `[inputs..., outputs...]` as panels, each of a few outputs."""
+    """A kernel `[inputs..., outputs...]` as panels of a few outputs each."""
     panels, inputs, width = panel_shape(kernel.shape, num_inputs)
     return kernel.reshape(inputs, panels, width).swapaxes(0, 1)
 
@@ -62,7 +62,7 @@ def multiply_panels(
 ) -> Float[Array, "*rows outputs"]:
     """`x` times a kernel in panels, summed and returned in float32.
 
-    Few rows read each panel from its beginning to its end, once, and turn nothing.
+    With few rows, each panel is read once, contiguously, without transposes.
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) <= _FEW_ROWS:
@@ -94,7 +94,7 @@ def _contract_bwd(spec, dtype, operands, cotangent):
 
 
 def _ordered(dtype, first, second, out) -> Array:
-    """Contracts with the operand first that the output begins with.
+    """Contracts with the operand first whose indices start the output.
 
     Otherwise XLA folds the transposition into the dot, and the CPU back end has no
     bfloat16 kernel for some of those ("Unsupported element type for DotThunk").

@@ -1,4 +1,4 @@
-"""Rows of a table that is split over the mesh, for ids that are split as a batch is."""
+"""Embedding look-up in a table sharded over the mesh, for a sharded batch of ids."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def look_up(
     ids: Int[Array, "batch length"],
     axis: str = "vocab",
 ) -> Float[Array, "batch length d_model"]:
-    """`table[ids]`; on a mesh without ever gathering the table or its gradient.
+    """`table[ids]`; on a mesh, without gathering the table or its gradient.
 
-    A device holds some columns of the table. It looks up its columns for the tokens of
-    all devices that hold the others, and they exchange what each one's own rows need:
+    A device has some columns of the table. It looks up its columns for the tokens of
+    all devices with the other columns, and they exchange the results for their own
+    rows:
 
     ```
             fsdp 0   fsdp 1                       fsdp 0     fsdp 1
@@ -29,8 +30,9 @@ def look_up(
     row 1   c        d          -------->   row 1              c d
     ```
 
-    The gradient takes the way back. By itself the compiler sums the gradient of the
-    whole table over all devices: 2.0 GB a step on the wire at 65,536 x 2560, not 0.1.
+    The gradient takes the reverse path. The compiler alone would reduce the gradient of
+    the whole table over all devices: 2.0 GB per step on the wire at 65,536 x 2560, vs.
+    0.1.
 
     Args:
       table: with the logical axes `axis` and "embed".
@@ -41,7 +43,7 @@ def look_up(
     if not set(BATCH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
         return table[ids]
     if len(ids) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
-        return table[ids]  # a few prompts: the compiler's own way
+        return table[ids]  # a few prompts: left to the compiler
     spec = partition_spec("embedding", (axis, "embed"), table.shape, mesh)
     rows = PartitionSpec(BATCH_AXES)
     return jax.shard_map(
@@ -55,12 +57,12 @@ def look_up(
 def _look_up_columns(
     axis: str | None, embed: str | None, table: Array, ids: Array
 ) -> Array:
-    """One device's part; `axis` and `embed` name the mesh axes that split the table."""
+    """One device's part; `axis` and `embed` are the mesh axes of the table."""
     if embed is not None:
         ids = jax.lax.all_gather(ids, embed, tiled=True)
     if axis is None:
         columns = table[ids]
-    else:  # ids of other devices are out of range and yield zeros
+    else:  # ids of other devices are out of range and give zeros
         own = ids - jax.lax.axis_index(axis) * len(table)
         own = jnp.where(own < 0, len(table), own)
         columns = table.at[own].get(mode="fill", fill_value=0)

@@ -1,8 +1,7 @@
 """The parts of a block: norms, projections, feed-forward, rotary positions.
 
-Every parameter carries the logical names of its axes; `sharding` maps them to the mesh.
-Activations that cross a part's border are float32; the matrix products inside run in
-the compute dtype.
+Every parameter has logical axis names; `sharding` maps them to the mesh. Activations
+between sublayers are float32; the matmuls inside run in the compute dtype.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ Rotary = (
 
 
 def partitioned(initializer: Any, *axes: str) -> Any:
-    """An initializer whose parameter remembers the logical names of its axes."""
+    """An initializer that sets the logical axis names of its parameter."""
     return nn.with_logical_partitioning(initializer, axes)
 
 
 def as_product(x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
-    """Marks a matrix product's result, in the dtype in which `remat="dots"` keeps it.
+    """Marks a matmul's result, in the dtype in which `remat="dots"` saves it.
 
-    By name, because no policy sees into the custom gradient of `contract`.
+    By name, because remat policies do not see inside the custom gradient of `contract`.
     """
     return checkpoint_name(x, PRODUCT)
 
@@ -49,8 +48,8 @@ class Norm(nn.Module):
     Attributes:
       kind: "layernorm" or "rmsnorm".
       epsilon: added to the variance.
-      axes: logical names of the normalised axis and of the ones before it that have
-        parameters of their own.
+      axes: logical names of the normalised axis and of preceding axes with their
+        own parameters.
     """
 
     kind: str
@@ -75,9 +74,9 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A product with a kernel of any rank, plus a bias.
+    """A linear layer with a kernel of any rank, plus a bias.
 
-    Weights start normal with variance `gain**2 / fan_in`, biases at zero.
+    Initial weights are normal with variance `gain**2 / fan_in`, biases zero.
 
     Attributes:
       spec: the einsum of input and kernel.
@@ -87,7 +86,7 @@ class Linear(nn.Module):
       use_bias: whether there is a bias over the output axes.
       dtype: of the product.
       gain: of the initial weights.
-      outputs_first: the kernel lies in panels, see `ModelConfig`.
+      outputs_first: the kernel is in panels, see `ModelConfig`.
     """
 
     spec: str
@@ -129,7 +128,7 @@ class Linear(nn.Module):
 
 
 def make_rotary(config: ModelConfig, positions: Int[Array, "batch length"]) -> Rotary:
-    """Angles of RoPE (arXiv 2104.09864), or None where the config has none."""
+    """Angles of RoPE (arXiv 2104.09864), or None without RoPE."""
     if config.position != "rope":
         return None
     half = config.head_dim // 2
@@ -141,7 +140,7 @@ def make_rotary(config: ModelConfig, positions: Int[Array, "batch length"]) -> R
 def rotate(
     x: Float[Array, "batch length heads head_dim"], rotary: Rotary
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Turns the pairs `(x[i], x[i + head_dim/2])`: the half-split order."""
+    """Rotates the pairs `(x[i], x[i + head_dim/2])`: the half-split order."""
     if rotary is None:
         return x
     cos, sin = (angle[:, :, None, :] for angle in rotary)
@@ -157,7 +156,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        """Declares the projections and, for Chameleon, the norms of q and k."""
+        """Defines the projections and, for Chameleon, the norms of q and k."""
         c = self.config
 
         def project(heads: int, axis: str) -> Linear:
@@ -185,13 +184,13 @@ class Attention(nn.Module):
             outputs_first=c.outputs_first,
         )
         if c.qk_norm:
-            # One scale a head, as in the public weights: LayerNorm, not RMSNorm.
+            # One scale per head, as in the public weights: LayerNorm, not RMSNorm.
             self.query_norm = Norm("layernorm", c.norm_epsilon, ("heads", "head_dim"))
             self.key_norm = Norm("layernorm", c.norm_epsilon, ("kv_heads", "head_dim"))
 
     def _project(self, x: _Hidden, rotary: Rotary) -> tuple[Array, Array, Array]:
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.config.qk_norm:  # whose gradient reads what it normalised
+        if self.config.qk_norm:  # its gradient needs its inputs
             q, k = self.query_norm(as_product(q)), self.key_norm(as_product(k))
         dtype = self.config.dtype
         q, k = rotate(q, rotary).astype(dtype), rotate(k, rotary).astype(dtype)
@@ -220,8 +219,8 @@ class Attention(nn.Module):
     ) -> tuple[_Hidden, LayerCache]:
         """Writes the new keys and values, then attends to the cache up to each token.
 
-        `positions` count a row's own tokens; `prefix` is what rows share before them, and
-        how much of it each reads.
+        `positions` count a row's own tokens; `prefix` is the shared prefix, and how
+        much of it each row attends to.
         """
         q, k, v = self._project(x, rotary)
         cache = cache.write(LayerCache.of(k, v), write_at)
@@ -237,7 +236,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: _Hidden) -> _Hidden:
-        """Maps every token by itself."""
+        """Maps every token independently."""
         c = self.config
 
         def widen(name: str) -> Array:
@@ -252,7 +251,7 @@ class FeedForward(nn.Module):
                 outputs_first=c.outputs_first,
                 name=name,
             )
-            # Kept for the backward pass: in the compute dtype it is half the memory.
+            # Saved for the backward pass: half the memory in the compute dtype.
             return as_product(linear(x).astype(c.dtype))
 
         if c.activation == "swiglu":
@@ -280,7 +279,7 @@ class Block(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        """Declares both parts and their norms."""
+        """Defines both sublayers and their norms."""
         c = self.config
         self.attention_norm = Norm(c.norm, c.norm_epsilon)
         self.attention = Attention(c)
@@ -298,13 +297,13 @@ class Block(nn.Module):
     def __call__(
         self, x: _Hidden, rotary: Rotary, segment_ids: Int[Array, "batch length"]
     ) -> tuple[_Hidden, None]:
-        """A whole row, for training; a pair, as `nn.scan` wants it."""
+        """A whole row, for training; returns a pair for `nn.scan`."""
         return self.prefill(x, rotary, segment_ids)[0], None
 
     def prefill(
         self, x: _Hidden, rotary: Rotary, segment_ids: Int[Array, "batch length"]
     ) -> tuple[_Hidden, LayerCache]:
-        """A whole row, with the keys and values that decoding goes on from."""
+        """A whole row, with keys and values for decoding."""
         update, cache = self.attention(self.attention_norm(x), rotary, segment_ids)
         return self._finish(x, update), cache
 

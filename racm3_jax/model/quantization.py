@@ -1,9 +1,10 @@
-"""Weights in 8 bits for decoding, where reading them is what takes the time.
+"""8-bit weights for decoding, which is bound by reading weights.
 
     kernel [inputs, outputs] float   ->   kernel int8, kernel_scale float32 [outputs]
 
 Symmetric, one scale an output channel, rounded to nearest: the largest weight of a
-channel is 127 steps. Products run in the compute dtype; embedding, head and norms stay.
+channel is 127 steps. Matmuls run in the compute dtype; embedding, head and norms are
+kept.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from jaxtyping import Array, Float, Int8
 Params = Mapping[str, Any]
 SCALE = "kernel_scale"
 _STEPS = 127
-# Axes of the kernel that are summed over, where it is not one.
+# Number of contracted kernel axes, if not one.
 _NUM_INPUTS = {"out": 2}
 
 
 def num_inputs_of(name: str) -> int:
-    """Axes of the kernel of the layer of this name that are summed over."""
+    """Number of contracted kernel axes of the layer with this name."""
     return _NUM_INPUTS.get(name, 1)
 
 
 def quantize_kernel(
     kernel: Float[Array, " *shape"], num_inputs: int = 1, outputs_first: bool = False
 ) -> tuple[Int8[Array, " *shape"], Float[Array, " *outputs"]]:
-    """A kernel in 8 bits, and the size of a step in each output channel."""
+    """An 8-bit kernel, and the scale of each output channel."""
     kernel = kernel.astype(jnp.float32)
     inputs = (1,) if outputs_first else tuple(range(num_inputs))
     scale = jnp.abs(kernel).max(inputs, keepdims=True) / _STEPS
@@ -40,15 +41,15 @@ def quantize_kernel(
 def quantize_weights(
     params: Params, name: str = "", *, outputs_first: bool = False
 ) -> Params:
-    """Parameters of an unrolled model with every kernel in 8 bits; a copy.
+    """A copy of the parameters of an unrolled model with 8-bit kernels.
 
     Args:
-      params: as `prepare_decoding` gives them.
-      name: of the module that `params` are of, when it is not the whole model.
+      params: from `prepare_decoding`.
+      name: of the module of `params`, if it is not the whole model.
       outputs_first: of the model's config.
 
     Raises:
-      ValueError: stacked layers, whose kernels have one more axis.
+      ValueError: layers are stacked.
     """
     if "layers" in params:
         raise ValueError("layers are stacked; quantise what prepare_decoding returns")

@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: ids in, hidden states or next-token logits out.
+"""The decoder-only Transformer: from tokens to hidden states or next-token logits.
 
 Functional use, with `params` a plain (unboxed) tree of float32 arrays:
 
@@ -12,8 +12,8 @@ Functional use, with `params` a plain (unboxed) tree of float32 arrays:
     logits, cache = model.apply({"params": params}, token, cache, method="decode")
 
 With `scan_layers` the blocks' parameters are stacked under "layers"; without it they are
-"layers_0", "layers_1", ... A decode loop should run on what `prepare_decoding` returns,
-called once before it: slicing stacked weights copies them at every step.
+"layers_0", "layers_1", ... Call `prepare_decoding` once before a decode loop: slicing
+stacked weights would copy them at every step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _Tokens = Int[Array, "batch length"]
 _Hidden = Float[Array, "batch length d_model"]
 _Logits = Float[Array, "batch vocab"]
 
-# "dots" keeps matrix products; it recomputes norms, activations and attention.
+# "dots" saves matmuls; it recomputes norms, activations and attention.
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        """Declares embedding, positions, blocks, output norm and head."""
+        """Defines embedding, positions, blocks, output norm and head."""
         c = self.config
         normal = nn.initializers.normal(0.02)
         self.embedding = self.param(
@@ -106,10 +106,10 @@ class Transformer(nn.Module):
     ) -> _Hidden:
         """Normalised hidden states, in the compute dtype; times the head: the logits.
 
-        Dropout is on when `apply` gets `rngs={"dropout": key}`.
+        Dropout is on if `apply` gets `rngs={"dropout": key}`.
 
         Args:
-          inputs: token ids.
+          inputs: tokens.
           positions: of each token in its own example; below `config.max_length`.
           segment_ids: numbers the examples of each row; 0 is padding.
         """
@@ -127,15 +127,15 @@ class Transformer(nn.Module):
         """Reads prompts in one pass.
 
         Args:
-          tokens: prompts, padded on the right with any id.
+          tokens: prompts, right-padded with any token.
           lengths: true length of each prompt, at least 1.
-          max_length: room of the cache: prompt, padding and what will be generated.
+          max_length: size of the cache: prompt, padding and generated tokens.
 
         Returns:
           The logits that follow each prompt's last token, and the cache.
 
         Raises:
-          ValueError: if `max_length` is shorter than the prompts or longer than the
+          ValueError: `max_length` is shorter than the prompts or longer than the
             model allows.
         """
         if not tokens.shape[1] <= max_length <= self.config.max_length:
@@ -155,21 +155,21 @@ class Transformer(nn.Module):
         last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         return self._logits(last), cache
 
-    def prefill_behind(
+    def prefill_after(
         self,
         tokens: _Tokens,
         lengths: Int[Array, " batch"],
         prefix: Prefix,
         max_length: int,
     ) -> tuple[_Logits, Cache]:
-        """Reads what rows have of their own behind a prefix that `prefill` has read.
+        """Reads the rows' own tokens after a prefix that `prefill` has read.
 
         Args:
-          tokens: the rows after the prefix, padded on the right with any id.
+          tokens: the rows after the prefix, right-padded with any token.
           lengths: true length of each, at least 1.
-          prefix: what the rows share.
-          max_length: room for each row's own tokens and what will be generated; the
-            caller sees to it that prefix and row together fit the model.
+          prefix: shared by the rows.
+          max_length: room for each row's own and generated tokens; the caller must
+            ensure that prefix and row together fit the model.
         """
         empty = make_cache(self.config, len(tokens), max_length)
         cache = Cache(layers=empty.layers, length=empty.length, prefix=prefix)
@@ -182,14 +182,14 @@ class Transformer(nn.Module):
         cache: Cache,
         head: Float[Array, "_ _"] | None = None,
     ) -> tuple[_Logits, Cache]:
-        """Reads several further tokens a row, after those in the cache.
+        """Reads more tokens per row, after those in the cache.
 
         Args:
-          tokens: continuations, padded on the right with any id.
-          lengths: true length of each continuation, at least 1; the caller sees to it
+          tokens: continuations, right-padded with any token.
+          lengths: true length of each continuation, at least 1; the caller must ensure
             that `cache.length + lengths <= cache.max_length`.
-          cache: what was read so far; rows may differ in length.
-          head: of `slice_head`, where only some ids' logits are asked for.
+          cache: the tokens read so far; rows may differ in length.
+          head: from `slice_head`, if only the logits of some tokens are needed.
         """
         x, layers = self._read_after(tokens, lengths, cache)
         length = cache.length + lengths
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
         cache: Cache,
         head: Float[Array, "_ _"] | None = None,
     ) -> tuple[_Logits, Cache]:
-        """Reads one token a row; returns the logits that follow it, and the cache."""
+        """Reads one token per row; returns the next-token logits and the cache."""
         return self.extend(token[:, None], jnp.ones_like(token), cache, head)
 
     def decode_window(
@@ -212,16 +212,16 @@ class Transformer(nn.Module):
         cache: Cache,
         head: Float[Array, "_ _"] | None = None,
     ) -> tuple[Float[Array, "batch length vocab"], Cache]:
-        """Reads tokens of which only a beginning may stay.
+        """Reads tokens of which only a prefix may be accepted.
 
         Args:
-          tokens: of each row; those that would lie beyond the cache are not kept.
-          cache: what was read so far.
-          head: of `slice_head`, where only some ids' logits are asked for.
+          tokens: of each row; those beyond the end of the cache are dropped.
+          cache: the tokens read so far.
+          head: from `slice_head`, if only the logits of some tokens are needed.
 
         Returns:
-          The logits that follow each token, and the cache with its lengths as they were:
-          `cache.advance` says how many of the tokens stay.
+          The next-token logits of each token, and the cache with unchanged lengths:
+          `cache.advance` accepts tokens.
         """
         lengths = jnp.full(len(tokens), tokens.shape[1], jnp.int32)
         x, layers = self._read_after(tokens, lengths, cache)
@@ -257,7 +257,7 @@ class Transformer(nn.Module):
         return x, make_rotary(self.config, positions)
 
     def _layer(self, i: int, method: str, *args: Any) -> tuple[_Hidden, LayerCache]:
-        """Runs block `i`, which under scan is a slice of the stacked parameters."""
+        """Runs block `i`, with scan a slice of the stacked parameters."""
         if not self.config.scan_layers:
             return getattr(self.layers[i], method)(*args)
         stacked = self.variables["params"]["layers"]
@@ -282,7 +282,7 @@ class Transformer(nn.Module):
 
 
 def init_params(config: ModelConfig, key: Array, *, boxed: bool = False) -> Params:
-    """Fresh float32 parameters.
+    """Initial float32 parameters.
 
     Args:
       config: of the model.
@@ -307,8 +307,8 @@ def count_params(params: Params) -> int:
 def head_weights(params: Params, config: ModelConfig) -> Float[Array, "d_model vocab"]:
     """The matrix that turns hidden states into logits.
 
-    The barrier keeps XLA from folding the transposition into the product that forms
-    the gradient, for which its CPU back end has no bfloat16 kernel.
+    The barrier keeps XLA from folding the transpose into the matmul of the gradient,
+    for which its CPU backend has no bfloat16 kernel.
     """
     if config.tie_embeddings:
         return jax.lax.optimization_barrier(params["embedding"].T)
@@ -318,7 +318,7 @@ def head_weights(params: Params, config: ModelConfig) -> Float[Array, "d_model v
 def slice_head(
     params: Params, config: ModelConfig, start: int, stop: int
 ) -> Float[Array, "d_model ids"] | Float[Array, "panels d_model width"]:
-    """The columns of the head for the ids `start` to `stop`; see `outputs_first`."""
+    """The columns of the head for the tokens `start` to `stop`; see `outputs_first`."""
     if config.tie_embeddings:
         columns = params["embedding"][start:stop].T
     else:
@@ -329,7 +329,7 @@ def slice_head(
 def compute_logits(
     params: Params, config: ModelConfig, hidden: Float[Array, "batch length d_model"]
 ) -> Float[Array, "batch length vocab"]:
-    """Logits of every position, float32; training uses the chunked loss instead."""
+    """Float32 logits of every position; training uses the chunked loss instead."""
     head = head_weights(params, config)
     return contract("bld,dv->blv", hidden, head, config.dtype)
 
@@ -356,12 +356,12 @@ def stack_layers(params: Params) -> Params:
 
 
 def prepare_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The form that decodes fastest, of the same model; call once, outside the loop.
+    """The fastest form of a model for decoding; call once, outside the loop.
 
     Layers are unrolled, and the weights cast to the compute dtype, so that each step
-    reads them once in that size. On CPU decoding is float32 whatever the training was:
-    a bfloat16 product with one row is tens of times slower there. Kernels lie in panels
-    there, see `ModelConfig.outputs_first`.
+    reads them in that size. On a CPU, decoding is always float32 (a bfloat16 matmul
+    with one row is tens of times slower there), with kernels in panels, see
+    `ModelConfig.outputs_first`.
     """
     on_cpu = current_platform() == "cpu"
     dtype = "float32" if on_cpu else config.dtype

@@ -1,12 +1,12 @@
-"""Public Chameleon weights -> a folder that `racm3 generate` opens.
+"""Converts public Chameleon weights to a folder for `racm3 generate`.
 
-    OUT/model/      the Transformer, rows in our order of ids
+    OUT/model/      the Transformer, with rows in our token order
     OUT/tokenizer/  text, image (encoder and decoder), mixed.json
     OUT/clip/       the retriever's encoder, if one was given
     OUT/source/     their config and tokenizer, unchanged
     OUT/manifest.json   sha256 of every file, layout, licence and its acknowledgement
 
-The weights are read one tensor at a time: at most two copies of the largest one are in
+Weights are read one tensor at a time: at most two copies of the largest one are in
 memory, 1.1 GB for the 7B model's embedding in bfloat16.
 """
 
@@ -54,12 +54,12 @@ from racm3_jax.tokenizers.mixed import MixedTokenizer
 KIND = "chameleon"
 LICENCE = "Chameleon Research License"
 LICENCE_NOTICE = (
-    "Chameleon's weights come under the Chameleon Research License: for research only, "
-    "and it forbids enabling again what was disabled before the release. Read it where "
+    "Chameleon's weights are under the Chameleon Research License: for research only, "
+    "and it forbids re-enabling what was disabled before the release. Read it where "
     "you got the weights; if you accept it, repeat the command with --accept_licence"
 )
 CODEBOOK = "model.vqmodel.quantize.embedding.weight"
-# Their image encoder (the decoder is left out there), and constants of the rotary code.
+# Their image encoder (without decoder), and constants of the rotary code.
 _IGNORED = (r"model\.vqmodel\..*", r".*rotary_emb\.inv_freq", r"rope\.freqs")
 _TOKENIZERS = ("tokenizer.json", "tokenizer/text_tokenizer.json", "text_tokenizer.json")
 _VQGANS = ("tokenizer/vqgan.ckpt", "vqgan.ckpt")
@@ -86,16 +86,16 @@ def convert_chameleon(
       vqgan: the image tokenizer, converted or not; None looks for `vqgan.ckpt`.
       clip: a converted CLIP, copied into `out`.
       accept_licence: the user read the licence and accepts it.
-      image_size: pixels a side, when `vqgan` is not converted yet.
-      part: of a larger checkpoint, which weights: see `files.open_tensors`.
-      overwrite: `out` may be a converted Chameleon, which is replaced.
+      image_size: side in pixels, if `vqgan` is not converted yet.
+      part: which weights of a larger checkpoint: see `files.open_tensors`.
+      overwrite: replace a converted Chameleon at `out`.
 
     Returns:
-      The sizes that were found.
+      The detected sizes.
 
     Raises:
-      PortingError: names everything that does not fit; nothing is written.
-      FileExistsError: something is at `out`.
+      PortingError: lists everything that does not match; nothing is written.
+      FileExistsError: `out` exists.
     """
     if not accept_licence:
         raise PortingError(LICENCE_NOTICE)
@@ -119,7 +119,7 @@ def convert_chameleon(
     if vqgan is None:
         raise PortingError(
             f"{root} holds no {' or '.join(_VQGANS)}: give the image tokenizer with "
-            "--vqgan, without its decoder no image could be drawn"
+            "--vqgan; its decoder is needed to generate images"
         )
     facts = {"source": root.name, "part": part, "layout": LAYOUT_NAMES[layout]}
     facts |= {"licence": LICENCE, "licence_accepted": True}
@@ -147,7 +147,7 @@ def convert_chameleon(
 
 
 def _copy_clip(clip: Path, directory: Path) -> None:
-    """The folder with its seal; one of an earlier version has none."""
+    """Copies the folder with its manifest; one of an earlier version has none."""
     shutil.copytree(clip, directory)
     record = read_manifest(directory)
     if record is not None and record["format_version"] == 1:
@@ -172,7 +172,7 @@ def read_model_config(source: TensorSource, folder: Path) -> ModelConfig:
     """Sizes from `config.json` (Hugging Face's form) or `params.json` and the shapes.
 
     Raises:
-      PortingError: settings that our network does not have.
+      PortingError: settings that our network does not support.
     """
     if (folder / "params.json").exists():
         fields = _native_fields(source, folder)
@@ -247,7 +247,7 @@ def _native_fields(source: TensorSource, folder: Path) -> dict[str, Any]:
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if name not in tensors:
             raise PortingError(
-                f"{source.where} lacks {name}: it is no native Chameleon"
+                f"{source.where} lacks {name}: it is not a native Chameleon"
             )
     try:
         d_model, heads = int(record["dim"]), int(record["n_heads"])
@@ -275,7 +275,7 @@ def _check_setting(path: Path, name: str, found: Any, wanted: Any) -> None:
 
 
 def _norm_rows(source: TensorSource, layout: Layout) -> tuple[int, int] | None:
-    """Lumina's norms have one row for all heads (or one a tensor-parallel part)."""
+    """Lumina's norms have one row for all heads (or one per tensor-parallel part)."""
     if layout != "lumina":
         return None
     prefix = "model.layers.0.self_attn"
@@ -290,9 +290,9 @@ def _norm_rows(source: TensorSource, layout: Layout) -> tuple[int, int] | None:
 def _open_image_tokenizer(
     vqgan: Path, directory: Path, image_size: int
 ) -> ImageTokenizer:
-    """A converted one is opened, another is converted on the way."""
+    """Opens a converted image tokenizer, or converts another one."""
     config = vqgan / CONFIG_NAME
-    # A foreign folder may have a config.json too, but without a fingerprint.
+    # Other projects' folders may have a config.json too, but without a fingerprint.
     if config.is_file() and "fingerprint" in read_json(config):
         return ImageTokenizer.load(vqgan)
     folder = directory / "image"
@@ -305,17 +305,17 @@ def _open_image_tokenizer(
 def _check_codes(
     image: ImageTokenizer, vocabulary: Vocabulary, source: TensorSource
 ) -> None:
-    """The image tokenizer must be the one that the ids of images were made with."""
+    """Checks that the image tokenizer is the one of the vocabulary's image tokens."""
     if image.num_codes != vocabulary.num_codes:
         raise PortingError(
-            f"the image tokenizer has {image.num_codes} codes, but the vocabulary names "
+            f"the image tokenizer has {image.num_codes} codes, but the vocabulary has "
             f"{vocabulary.num_codes}: give the model's own with --vqgan"
         )
     if CODEBOOK not in source.tensors:
         return
     theirs = np.asarray(source.read(CODEBOOK), np.float32)
     ours = np.asarray(image.params["codebook"], np.float32)
-    # Theirs may be rounded to bfloat16, at 3 digits.
+    # Theirs may be rounded to bfloat16 (3 digits).
     if theirs.shape != ours.shape or not np.allclose(theirs, ours, 1e-2, 1e-4):
         raise PortingError(
             f"the codebook of the image tokenizer is not the one in {source.where}: "
@@ -326,7 +326,7 @@ def _check_codes(
 def _keep_source(
     directory: Path, folder: Path, tokenizer: Path, vocabulary: Vocabulary
 ) -> None:
-    """What `export` needs to write their form again."""
+    """Keeps the files that `export` needs to write their format."""
     directory.mkdir()
     shutil.copyfile(tokenizer, directory / "tokenizer.json")
     if (folder / CONFIG_NAME).exists():

@@ -1,13 +1,13 @@
-"""Chameleon's four checkpoint layouts -> our Transformer, one rule a parameter.
+"""Rules for Chameleon's four checkpoint layouts, one per parameter.
 
     layout   names         norm of q, k         rotary pairs of q and k
-    native   layers.0...   (head_dim,)          neighbours: rows are reordered here
-    anole    model....     (head_dim,)          neighbours: rows are reordered here
-    lumina   model....     (1, head_dim)        halves, as ours
-    hf       model....     (heads, head_dim)    halves, as ours
+    native   layers.0...   (head_dim,)          adjacent: rows are reordered here
+    anole    model....     (head_dim,)          adjacent: rows are reordered here
+    lumina   model....     (1, head_dim)        halves, like ours
+    hf       model....     (heads, head_dim)    halves, like ours
 
-Anole, Lumina and Hugging Face share every name, and the wrong reading loads without an
-error and samples badly: the rank of the norm decides.
+Anole, Lumina and Hugging Face have the same names, and the wrong layout loads without
+an error and samples badly: the rank of the norm decides.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _QK_NORM = {
 
 
 def detect_layout(source: TensorSource, num_heads: int) -> Layout:
-    """Which of the four it is.
+    """Detects which of the four layouts it is.
 
     Raises:
       PortingError: none of them.
@@ -46,7 +46,7 @@ def detect_layout(source: TensorSource, num_heads: int) -> Layout:
         return "native"
     if _QK_NORM["hf"] not in tensors:
         raise PortingError(
-            f"{source.where} is no Chameleon: it has neither {_QK_NORM['hf']} nor "
+            f"{source.where} is not a Chameleon: it has neither {_QK_NORM['hf']} nor "
             f"{_QK_NORM['native']}, but {', '.join(sorted(tensors)[:3])}"
         )
     shape = tensors[_QK_NORM["hf"]].shape
@@ -57,7 +57,7 @@ def detect_layout(source: TensorSource, num_heads: int) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """What a layout calls the parts of layer `{i}`, and those outside."""
+    """A layout's names of the parameters of layer `{i}`, and of the others."""
 
     layer: str
     query: str
@@ -113,7 +113,7 @@ _HUGGING_FACE = _Names(
 
 
 def halves_from_neighbours(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Reorders the rows of each head: neighbours that turn together -> two halves.
+    """Reorders the rows of each head: adjacent rotary pairs -> two halves.
 
     ```
     head_dim 6:  a0 b0 a1 b1 a2 b2  ->  a0 a1 a2 b0 b1 b2
@@ -138,7 +138,7 @@ def _projection(num_heads: int, head_dim: int, neighbours: bool) -> Form:
 
 
 def _head_norm(num_heads: int, head_dim: int, neighbours: bool) -> Form:
-    """The scale or bias of each head's norm; fewer rows are shared by runs of heads."""
+    """The scale or bias of each head's norm; fewer rows are shared by heads."""
 
     def to_ours(x: np.ndarray) -> np.ndarray:
         if neighbours:
@@ -149,7 +149,7 @@ def _head_norm(num_heads: int, head_dim: int, neighbours: bool) -> Form:
 
 
 def _rows(order: np.ndarray, *, transposed: bool) -> Form:
-    """Rows of embedding or head in our order of ids."""
+    """Rows of embedding or head in our token order."""
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
 
@@ -172,7 +172,7 @@ def chameleon_rules(
 
     Args:
       config: its sizes.
-      vocabulary: the order of the ids.
+      vocabulary: the token order.
       layout: from `detect_layout`.
       norm_rows: rows of the norms of q and k in the "lumina" layout.
     """

@@ -1,9 +1,9 @@
-"""Public CLIP weights: the layouts of OpenAI, Hugging Face and OpenCLIP -> our CLIP.
+"""Converts public CLIP weights: layouts of OpenAI, Hugging Face and OpenCLIP.
 
     layout     first names                          sizes and activation from
     hf         vision_model... text_model...        config.json
     openai     visual.conv1... transformer...       the shapes; heads of 64, quick_gelu
-    openclip   the same, or with `text.` in front   open_clip_config.json
+    openclip   the same, or with prefix `text.`     open_clip_config.json
 
 The towers must be OpenAI's: ViT with a class token, MLPs four times as wide.
 """
@@ -43,7 +43,7 @@ LAYOUT_NAMES = {
     "openai": "OpenAI CLIP",
     "openclip": "OpenCLIP",
 }
-# Buffers and facts that travel among the weights.
+# Buffers and settings among the weights.
 _IGNORED = (
     r"(text|vision)_model\.embeddings\.position_ids",
     r"(visual\.)?attn_mask",
@@ -63,23 +63,23 @@ def convert_clip(
     part: str | None = None,
     overwrite: bool = False,
 ) -> CLIPConfig:
-    """Converts public CLIP weights into what `DocumentEmbedder.load` opens.
+    """Converts public CLIP weights for `DocumentEmbedder.load`.
 
     Args:
       source: a weights file, or a folder with its config and tokenizer.
       out: new folder: `model.safetensors`, `config.json`, `tokenizer.json`, manifest.
-      merges: the BPE's merges, when they are not next to the weights.
-      activation: for a bare OpenCLIP file, which does not name its activation.
-      licence: what the weights' model card says, for the manifest.
-      part: of a larger checkpoint, which weights: see `files.open_tensors`.
-      overwrite: `out` may be a CLIP's folder, which is replaced.
+      merges: the BPE's merges, if they are not next to the weights.
+      activation: for an OpenCLIP file without config.
+      licence: from the weights' model card, for the manifest.
+      part: which weights of a larger checkpoint: see `files.open_tensors`.
+      overwrite: replace a CLIP's folder at `out`.
 
     Returns:
-      The sizes that were found.
+      The detected sizes.
 
     Raises:
-      PortingError: names everything that does not fit; nothing is written.
-      FileExistsError: something is at `out`.
+      PortingError: lists everything that does not match; nothing is written.
+      FileExistsError: `out` exists.
     """
     path = Path(source)
     folder = path if path.is_dir() else path.parent
@@ -112,11 +112,11 @@ def convert_clip(
 
 
 def detect_layout(source: TensorSource, folder: Path | None) -> Layout:
-    """Which project's names these are.
+    """Detects the layout by the names.
 
     Args:
       source: the checkpoint.
-      folder: where a config may be; None for a single file.
+      folder: of an optional config; None for a single file.
 
     Raises:
       PortingError: none of the three.
@@ -131,7 +131,7 @@ def detect_layout(source: TensorSource, folder: Path | None) -> Layout:
             return "openclip"
         return "openai"
     raise PortingError(
-        f"{source.where} is no CLIP with ViT towers: it has neither "
+        f"{source.where} is not a CLIP with ViT towers: it has neither "
         "vision_model.embeddings.class_embedding (Hugging Face) nor visual.conv1.weight "
         f"(OpenAI, OpenCLIP), but {', '.join(sorted(names)[:3])}"
         + suggest_part(names, _FIRST_NAMES)
@@ -139,7 +139,7 @@ def detect_layout(source: TensorSource, folder: Path | None) -> Layout:
 
 
 class _TextUnwrapped:
-    """OpenCLIP's newer class keeps the text tower under `text.`; the older does not."""
+    """Handles OpenCLIP's newer class, which has the text tower under `text.`."""
 
     def __init__(self, source: TensorSource) -> None:
         inner = without_prefix(source, "text.")
@@ -190,7 +190,7 @@ def _hf_rules(config: CLIPConfig) -> list[Rule]:
             f"{text}.position_embedding.weight",
             (config.context_length, config.text_width),
         ),
-        # The missing letter is in the public names.
+        # The typo is in the public names.
         *norm("vision/pre_norm", "vision_model.pre_layrnorm", width),
         *norm("vision/post_norm", "vision_model.post_layernorm", width),
         *norm("text/final_norm", "text_model.final_layer_norm", config.text_width),
@@ -253,7 +253,7 @@ def _openai_rules(config: CLIPConfig) -> list[Rule]:
         *norm("vision/pre_norm", "visual.ln_pre", width),
         *norm("vision/post_norm", "visual.ln_post", width),
         *norm("text/final_norm", "ln_final", config.text_width),
-        # Both projections are matrices to multiply by, not linear layers.
+        # Both projections are plain matrices, not linear layers.
         Rule("vision/projection/kernel", "visual.proj", (width, config.d_embed)),
         Rule(
             "text/projection/kernel",

@@ -15,7 +15,7 @@ from racm3_jax.retrieval.clip import CLIPConfig
 
 Layout = Literal["hf", "openai", "openclip"]
 _HEAD_WIDTH = 64
-# Hugging Face leaves out what equals these (ViT-B/32).
+# Hugging Face omits settings equal to these (ViT-B/32).
 _HF_TEXT = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -53,8 +53,8 @@ def read_clip_config(
             fields |= _openclip_fields(folder)
         elif activation is None and "input_resolution" not in source.tensors:
             raise PortingError(
-                f"{source.where} does not say its activation: give "
-                "--activation=quick_gelu for weights that OpenAI trained, gelu for most "
+                f"{source.where} does not specify its activation: give "
+                "--activation=quick_gelu for OpenAI's weights, gelu for most "
                 "of OpenCLIP's"
             )
     if activation is not None:
@@ -78,8 +78,8 @@ def _hf_fields(folder: Path) -> dict[str, Any]:
             f"{folder / 'config.json'} gives the towers different activations, "
             f"{text['hidden_act']} and {vision['hidden_act']}; ours share one"
         )
-    # The output at the highest id is the text's embedding; "2" is an old file's way to
-    # say just that.
+    # The output at the highest id is the text's embedding; "2" in old files means
+    # the same.
     end = text["vocab_size"] - 1
     if text.get("eos_token_id", end) not in (2, end):
         raise PortingError(
@@ -118,13 +118,13 @@ def _section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _openai_fields(source: TensorSource) -> dict[str, Any]:
-    """Every size but the number of heads is seen in a shape."""
+    """All sizes from the shapes, except the number of heads."""
     tensors = source.tensors
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors or len(tensors[name].shape) != rank:
             raise PortingError(
-                f"{source.where} lacks {name} of rank {rank}: it is no CLIP of OpenAI's "
+                f"{source.where} lacks {name} of rank {rank}: not a CLIP of OpenAI's "
                 "form"
             )
         return tensors[name].shape

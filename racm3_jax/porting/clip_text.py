@@ -1,10 +1,10 @@
-"""CLIP's byte-pair merges -> a `TextTokenizer` with OpenAI's ids.
+"""Builds a `TextTokenizer` with OpenAI's ids from CLIP's merges.
 
 0 .. 255         the bytes, in the order of `byte_symbols`
 256 .. 511       the bytes that end a word, `a</w>`
-512 ..           one id a merge
-the two highest  <|startoftext|> <|endoftext|>: not in the tokenizer, which a text
-                 could otherwise spell; `CLIPTokenizer` adds them
+512 ..           one id per merge
+the two highest  <|startoftext|> <|endoftext|>: not in the tokenizer, as a text
+                 could otherwise produce them; `CLIPTokenizer` adds them
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Merge = tuple[str, str]
 
 
 def byte_symbols() -> list[str]:
-    """The character that stands for each byte, in the order of CLIP's first ids.
+    """The character for each byte, in the order of CLIP's first ids.
 
-    Printable bytes of Latin-1 stand for themselves and come first; the others follow as
+    Printable bytes of Latin-1 represent themselves and come first; the others follow as
     the characters from U+0100.
     """
     ranges = (range(33, 127), range(161, 173), range(174, 256))
@@ -61,13 +61,13 @@ def find_merges(folder: Path, merges: str | Path | None) -> list[Merge]:
     if (folder / "tokenizer.json").exists():
         return read_merges(folder / "tokenizer.json")
     raise PortingError(
-        f"{folder} holds no merges of a BPE: put {OPENAI_MERGES} of OpenAI's CLIP "
-        "repository there (or Hugging Face's merges.txt), or name it with --merges"
+        f"{folder} has no merges of a BPE: put {OPENAI_MERGES} of OpenAI's CLIP "
+        "repository there (or Hugging Face's merges.txt), or give it with --merges"
     )
 
 
 def read_merges(path: Path) -> list[Merge]:
-    """Merges of a `tokenizer.json`, or a text file of one a line under a header line.
+    """Merges of a `tokenizer.json`, or of a text file with a header and one per line.
 
     Raises:
       PortingError: no such file, or not of that form.
@@ -76,7 +76,7 @@ def read_merges(path: Path) -> list[Merge]:
         with foreign_settings(path):
             found = read_json(path)["model"]["merges"]
             if not isinstance(found, list):
-                raise PortingError(f"{path} is no tokenizer.json of a BPE")
+                raise PortingError(f"{path} is not a tokenizer.json of a BPE")
             lines = [m if isinstance(m, str) else " ".join(m) for m in found]
     else:
         try:
@@ -108,10 +108,10 @@ def build_clip_tokenizer(merges: list[Merge], vocab_size: int) -> TextTokenizer:
 
     Args:
       merges: best first; OpenAI's file has more than its models use.
-      vocab_size: of the CLIP, its two control ids included.
+      vocab_size: of the CLIP, including its two control tokens.
 
     Raises:
-      PortingError: the merges are too few, or do not build on one another.
+      PortingError: too few merges, or inconsistent ones.
     """
     symbols = byte_symbols()
     vocab = symbols + [symbol + END_OF_WORD for symbol in symbols]

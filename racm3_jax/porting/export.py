@@ -1,7 +1,7 @@
-"""Our weights back to the folders that `transformers` loads: CLIP and Chameleon's style.
+"""Exports our weights to folders for `transformers`: CLIP and Chameleon.
 
-The forms of `rules` run backwards, so that what was converted from Hugging Face's layout
-comes back bit for bit.
+It inverts the forms of `rules`, so that weights converted from Hugging Face's layout
+are restored bit for bit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from racm3_jax.retrieval.clip import CLIPConfig
 from racm3_jax.retrieval.embedder import TOKENIZER_NAME
 from racm3_jax.tokenizers.vqgan import VQGANConfig
 
-_METADATA = {"format": "pt"}  # transformers asks for it
+_METADATA = {"format": "pt"}  # required by transformers
 
 
 def export_hf(source: str | Path, out: str | Path, *, overwrite: bool = False) -> str:
@@ -49,13 +49,13 @@ def export_hf(source: str | Path, out: str | Path, *, overwrite: bool = False) -
     Args:
       source: a folder of `convert_clip` or `convert_chameleon`, or of a trained CLIP.
       out: new folder: `model.safetensors`, `config.json`, `tokenizer.json`, manifest.
-      overwrite: `out` may be a folder that this function wrote, which is replaced.
+      overwrite: replace an earlier export at `out`.
 
     Returns:
-      The kind that it was, "clip" or "generator".
+      The kind, "clip" or "generator".
 
     Raises:
-      PortingError: another kind, or a model that `transformers` has no class for.
+      PortingError: another kind, or a model without a class in `transformers`.
     """
     source = Path(source)
     generator = (source / "model").is_dir()
@@ -69,7 +69,7 @@ def export_hf(source: str | Path, out: str | Path, *, overwrite: bool = False) -
     kind = record["kind"]
     if kind != ("generator" if generator else "clip"):
         raise PortingError(
-            f"{source} holds a {kind!r}: export takes the folder of a CLIP, or of a "
+            f"{source} holds a {kind!r}: export needs the folder of a CLIP, or of a "
             "generator with its tokenizer"
         )
     with (
@@ -146,7 +146,7 @@ def _export_clip(source: Path, record: Mapping[str, Any], directory: Path) -> No
 
 
 def _export_clip_tokenizer(source: Path, config: CLIPConfig, directory: Path) -> None:
-    """Ours without control tokens -> theirs with both, and their light cleaning."""
+    """Our tokenizer plus their control tokens and text cleaning."""
     fields = read_json(source / TOKENIZER_NAME)
     ids = dict(zip(CONTROL, (config.start, config.end), strict=True))
     fields["model"]["vocab"] |= ids
@@ -219,7 +219,7 @@ def _export_chameleon(source: Path, record: Mapping[str, Any], directory: Path) 
     shutil.copyfile(source / "source" / "tokenizer.json", directory / "tokenizer.json")
     theirs = source / "source" / "config.json"
     if theirs.exists() and "hidden_size" in (kept := read_json(theirs)):
-        # Everything that is not ours to know, such as ids of special tokens.
+        # Settings without a counterpart here, such as ids of special tokens.
         fields = kept
     else:
         fields = _chameleon_fields(config, vqgan, tokenizer)
@@ -264,7 +264,7 @@ def _chameleon_fields(
 
 
 class _Outgoing:
-    """Collects rules to run backwards, and streams the result into one file."""
+    """Collects rules to invert, and streams the result to one file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""A file, a folder or `hub:owner/name` -> one source of tensors."""
+"""Opens a file, a folder or `hub:owner/name` as one source of tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from racm3_jax.porting.torch_files import TorchFile
 HUB_PREFIX = "hub:"
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _FIRST_OF_SEVERAL = "consolidated.00.pth"
-# Safetensors first: they hold nothing but tensors.
+# Safetensors first: they contain only tensors.
 _WEIGHT_NAMES = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -32,7 +32,7 @@ _WEIGHT_NAMES = (
     "consolidated.pth",
     _FIRST_OF_SEVERAL,
 )
-# What wrappers put before every name, and what they put anywhere in it.
+# Prefixes of wrappers, and what they insert anywhere in a name.
 _OUTER_WRAPPERS = ("module.", "model.")
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _HUB_TEXT = ("*.json", "*.txt", "*.gz", "*.yaml")
@@ -41,17 +41,17 @@ _HUB_TEXT = ("*.json", "*.txt", "*.gz", "*.yaml")
 def open_tensors(path: str | os.PathLike[str], part: str | None = None) -> TensorSource:
     """Opens a weights file, or the one weights file (or set of shards) of a folder.
 
-    Prefixes that wrappers put before all names (`module.`, `_orig_mod.`, `model.`) are
-    taken off.
+    Prefixes that wrappers add to all names (`module.`, `_orig_mod.`, `model.`) are
+    removed.
 
     Args:
       path: of the file or the folder.
-      part: of a larger checkpoint, which weights: the keys under which they are, joined
+      part: which weights of a larger checkpoint: their keys, joined
         by dots, or a prefix of the names ("ema", "state_dict", "model.clip").
 
     Raises:
-      FileNotFoundError: nothing at `path`.
-      PortingError: no weights there, more than one candidate, or a damaged file.
+      FileNotFoundError: `path` does not exist.
+      PortingError: no weights, more than one candidate, or a damaged file.
     """
     path = Path(path)
     if not path.exists():
@@ -82,11 +82,11 @@ def open_tensors(path: str | os.PathLike[str], part: str | None = None) -> Tenso
 
 
 def suggest_part(names: Iterable[str], first_names: Sequence[str]) -> str:
-    """The end of a sentence: under which prefix the wanted names are, if they are.
+    """A hint for an error message: the prefix of the wanted names, if found.
 
     Args:
       names: of a checkpoint.
-      first_names: by which a layout is known.
+      first_names: that identify a layout.
     """
     found = {
         name.removesuffix(f".{first}")
@@ -104,7 +104,7 @@ def _unwrap(source: TensorSource) -> TensorSource:
     names = {name: name for name in source.tensors}
     for wrapper in _WRAPPERS:
         shorter = {name.replace(wrapper, ""): old for name, old in names.items()}
-        if len(shorter) == len(names):  # else two names would become one
+        if len(shorter) == len(names):  # otherwise names would collide
             names = shorter
     while prefix := next(
         (p for p in _OUTER_WRAPPERS if names and all(n.startswith(p) for n in names)),
@@ -170,7 +170,7 @@ def _open_shards(index: Path) -> MergedTensors:
 
 
 def resolve_source(source: str) -> Path:
-    """The local path of `SRC`; `hub:owner/name[@revision]` is fetched, or found cached.
+    """The local path of `SRC`; downloads `hub:owner/name[@revision]` if not cached.
 
     Raises:
       PortingError: a wrong hub name, no huggingface_hub, or a failed download.
@@ -211,7 +211,7 @@ def _fetch(hub: Any, name: str, revision: str | None) -> Path:
             ) from None
         folder = Path(folder)
         weights = {p.name for pattern in patterns for p in folder.rglob(pattern)}
-        # An interrupted download leaves a snapshot without some of its shards.
+        # An interrupted download leaves an incomplete snapshot.
         for index in folder.rglob("*.safetensors.index.json") if local else ():
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not set(listed.values()) <= weights:
@@ -220,12 +220,12 @@ def _fetch(hub: Any, name: str, revision: str | None) -> Path:
 
     torch_files = tuple(f"*{suffix}" for suffix in TORCH_SUFFIXES)
     for local in (True, False):
-        # Both forms of one model are often there: the second is fetched only if needed.
+        # Models often have both formats: the second is downloaded only if needed.
         for patterns in (("*.safetensors",), torch_files):
             folder = snapshot(patterns, local)
             if folder is not None:
                 return folder
-    raise PortingError(f"{HUB_PREFIX}{name} holds no weights that can be read")
+    raise PortingError(f"{HUB_PREFIX}{name} has no supported weights")
 
 
 def read_json(path: Path) -> dict[str, Any]:

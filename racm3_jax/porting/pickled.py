@@ -1,4 +1,4 @@
-"""What a pickle may hold for us: names, tensors as views of storages, and inert notes."""
+"""Objects from a pickle: names, tensors as views of storages, inert records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STORAGE_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """A function or class that a pickle mentions; never imported, never called."""
+    """A function or class named in a pickle; never imported, never called."""
 
     module: str
     name: str
@@ -37,14 +37,14 @@ class Name:
 
 @dataclasses.dataclass(frozen=True)
 class Inert:
-    """What a pickle wanted called: nothing was called, and its arguments are dropped."""
+    """A call in a pickle that was not executed; its arguments are dropped."""
 
     what: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """Bytes of the archive, and how many elements of what they are."""
+    """Bytes in the archive, with their element type and number."""
 
     dtype: np.dtype
     key: str

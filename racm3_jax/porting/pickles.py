@@ -1,11 +1,11 @@
 """Pickles of tensors, read without unpickling.
 
 A pickle is a program for a stack machine, and the standard machine runs any function
-that the program names. This one has no import and calls nothing: it builds dicts, lists,
-tuples, numbers and strings, and knows the few names that stand for tensors. Anything
-else that a program wants called (Lightning's hyper-parameters hold a Namespace or a
-NumPy scalar) becomes an `Inert` note of its name: not called, not filled, not kept. A
-file that calls what acts on the machine is refused as a whole, by name.
+that it names. This one imports and calls nothing: it builds dicts, lists, tuples,
+numbers and strings, and knows the few names that represent tensors. Any other call
+(Lightning's hyper-parameters have a Namespace or a NumPy scalar) becomes an `Inert`
+record of its name: not called, not filled, not kept. A file that calls functions that
+act on the machine is refused completely.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from racm3_jax.porting.pickled import (
 )
 from racm3_jax.porting.tensors import PortingError
 
-# No checkpoint needs these: such a file was made to do harm where it is unpickled.
+# No checkpoint needs these: such a file is malicious.
 _ACTING_MODULES = frozenset(
     [
         "os",
@@ -70,12 +70,12 @@ _ACTING_BUILTINS = frozenset(
         "breakpoint",
     ]
 )
-# Instructions, and items that are copied: a few repeated bytes can ask for gigabytes.
+# Limit of instructions and copied items: a few repeated bytes can request gigabytes.
 _MAX_STEPS = 2_000_000
 
 
 class _Mark:
-    """Where a run of items on the stack begins."""
+    """Marks the start of a run of items on the stack."""
 
 
 _CONSTANTS = {
@@ -90,7 +90,7 @@ _EMPTY: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": set,
     "MARK": _Mark,
 }
-# These push the argument that follows in the program.
+# These push the following argument.
 _LITERALS = frozenset(
     [
         "INT",
@@ -124,11 +124,11 @@ def read_plain_pickle(content: bytes, where: str) -> Any:
     """Builds the tensors and plain containers of a pickle.
 
     Args:
-      content: the program; later ones after it are not read.
+      content: the first program; later ones are not read.
       where: the file, for error messages.
 
     Raises:
-      PortingError: it wants something called that acts on the machine, is too long, or
+      PortingError: it calls a function that acts on the machine, is too long, or
         is damaged.
     """
     machine = _Machine(where)
@@ -175,7 +175,7 @@ class _Machine:
         self._num_steps = 0
 
     def spend(self, number: int) -> None:
-        """Counts instructions, and items that are copied."""
+        """Counts instructions and copied items."""
         self._num_steps += number
         if self._num_steps > _MAX_STEPS:
             raise PortingError(
@@ -217,7 +217,7 @@ class _Machine:
             self._make(name, argument)
 
     def _join(self, opcode: str) -> bool:
-        """Puts items into a container; whether this was such an instruction."""
+        """Adds items to a container; returns whether this was such an instruction."""
         stack = self.stack
         if opcode == "TUPLE":
             stack.append(tuple(self._pop_run()))
@@ -250,7 +250,7 @@ class _Machine:
         return True
 
     def _make(self, opcode: str, argument: Any) -> None:
-        """Makes an object of a named class or function, or a note instead of it."""
+        """Makes an object of a named class or function, or an inert record."""
         stack = self.stack
         if opcode == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
@@ -261,7 +261,7 @@ class _Machine:
                 if type(state) is not dict:
                     raise TypeError(f"a module of a {type(state).__name__}")
                 target.update(state)
-            # An OrderedDict's attributes (`_metadata`) are not its items: dropped.
+            # The attributes of an OrderedDict (`_metadata`) are not items: dropped.
             elif not isinstance(target, (dict, PickledTensor, Inert)):
                 refuse(target, self.where)
         elif opcode == "NEWOBJ":
@@ -283,7 +283,7 @@ class _Machine:
             refuse(f"the pickle instruction {opcode}", self.where)
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """The few functions that stand for data."""
+        """Handles the few functions that represent data."""
         known = str(function) if isinstance(function, Name) else ""
         if known in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
             storage, offset, shape, strides = arguments[:4]
@@ -306,7 +306,7 @@ class _Machine:
         return self._leave(function)
 
     def _leave(self, function: Any) -> Inert:
-        """A note of what would have been called."""
+        """An inert record of a call."""
         if isinstance(function, Inert):
             return function
         if not isinstance(function, Name):
@@ -318,7 +318,7 @@ class _Machine:
         return Inert(str(function))
 
     def _target(self, kind: type) -> Any:
-        """The container that is filled; what is left inert takes anything."""
+        """The container being filled; inert records accept anything."""
         target = self.stack[-1]
         if isinstance(target, Inert):
             return kind()
@@ -327,7 +327,7 @@ class _Machine:
         return target
 
     def _pop_run(self) -> list[Any]:
-        """Items above the last mark, which goes too."""
+        """Pops the items above the last mark, and the mark."""
         stack = self.stack
         start = len(stack) - 1
         while start >= 0 and not isinstance(stack[start], _Mark):
@@ -340,16 +340,16 @@ class _Machine:
 
 
 def refuse(wanted: Any, where: str) -> None:
-    """Raises the error that names what a file asks for."""
+    """Raises the error for an unsupported or dangerous call of a file."""
     if str(wanted).startswith("torch."):
         advice = "save the state_dict alone, in float32, float16 or bfloat16"
     else:
         advice = (
-            "such a file runs code where it is unpickled, so it is refused; use a "
+            "such a file would run code when unpickled, so it is refused; use a "
             "safetensors file, or save its state_dict alone"
         )
     raise PortingError(
-        f"{where} asks for {wanted}, which is neither a tensor nor a plain container: "
+        f"{where} calls {wanted}, which is neither a tensor nor a plain container: "
         f"{advice}"
     )
 
@@ -359,7 +359,7 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or an item of a set; hashing goes down into nested tuples."""
+    """Checks a dict key or set item, as hashing recurses into nested tuples."""
     items = value if type(value) is tuple else (value,)
     if any(type(item) in (tuple, frozenset) for item in items):
         raise ValueError("a key of nested tuples")

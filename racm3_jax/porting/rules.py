@@ -1,4 +1,4 @@
-"""One rule a parameter: its name and form in a foreign checkpoint, and with us."""
+"""One rule per parameter: its name and form in another project, and here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from racm3_jax.porting.tensors import PortingError, TensorSource
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How an array changes on the way in, and on the way out where that is possible."""
+    """The conversion of an array on import, and on export if possible."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray] | None
@@ -32,7 +32,7 @@ SAME = Form(_same, _same)
 LINEAR = Form(np.transpose, np.transpose)
 # Convolution OIHW <-> HWIO.
 CONV = Form(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
-# A linear layer that is a 1x1 convolution with us.
+# A linear layer that is a 1x1 convolution here.
 POINTWISE = Form(lambda x: x.T[None, None], lambda x: x[0, 0].T)
 
 
@@ -41,14 +41,14 @@ def _uncut_patches(x: np.ndarray) -> np.ndarray:
     return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
-# The convolution that cuts patches <-> the matrix that reads flattened ones.
+# The patch convolution <-> the matrix for flattened patches.
 PATCHES = Form(
     lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), _uncut_patches
 )
 
 
 def linear_part(part: int, num_parts: int) -> Form:
-    """One of several linear layers (or their biases) that are stored as one."""
+    """One of several fused linear layers (or their biases)."""
 
     def to_ours(x: np.ndarray) -> np.ndarray:
         size = len(x) // num_parts
@@ -59,13 +59,13 @@ def linear_part(part: int, num_parts: int) -> Form:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where one of our parameters comes from.
+    """The source of one of our parameters.
 
     Attributes:
       ours: path in our parameters, `vision/layers_0/mlp/up/kernel`.
-      theirs: name in the foreign checkpoint.
-      shape: of the foreign tensor.
-      form: what happens to it.
+      theirs: name in the other project's checkpoint.
+      shape: of their tensor.
+      form: its conversion.
     """
 
     ours: str
@@ -98,16 +98,17 @@ def check_names(
     layout: str,
     ignored: Sequence[str] = (),
 ) -> None:
-    """Compares a checkpoint with what the rules need, before anything is read.
+    """Compares a checkpoint with the rules before reading tensors.
 
     Args:
       rules: of every parameter.
       source: the checkpoint.
-      layout: its name for the message, "Hugging Face CLIP".
-      ignored: regular expressions of whole names that may be there for nothing.
+      layout: its name for messages, e.g. "Hugging Face CLIP".
+      ignored: regular expressions (full match) of keys that may be present and are
+        ignored.
 
     Raises:
-      PortingError: lists every missing, unexpected and mis-shaped tensor.
+      PortingError: lists all missing and unexpected tensors, and wrong shapes.
     """
     wanted = {rule.theirs: rule.shape for rule in rules}
     found = source.tensors
@@ -133,13 +134,13 @@ def check_names(
     ]
     if problems:
         raise PortingError(
-            f"{source.where} does not fit the {layout} layout of its config, so nothing "
-            f"was loaded: {'; '.join(problems)}"
+            f"{source.where} does not match the {layout} layout of its config, so "
+            f"nothing was loaded: {'; '.join(problems)}"
         )
 
 
 def parameter_shapes(init: Callable[[Any], Any]) -> dict[str, tuple[int, ...]]:
-    """`{path: shape}` of the parameters that `init(key)` would make."""
+    """`{path: shape}` of the parameters of `init(key)`."""
     tree = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -148,10 +149,10 @@ def parameter_shapes(init: Callable[[Any], Any]) -> dict[str, tuple[int, ...]]:
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the highest number that the group of `pattern` finds; 0 for none.
+    """One more than the highest number in the group of `pattern`; 0 if none.
 
     Raises:
-      PortingError: there are fewer names than such numbers.
+      PortingError: there are fewer names than this.
     """
     names = list(names)
     found = (re.match(pattern, name) for name in names)
@@ -161,10 +162,10 @@ def count(names: Iterable[str], pattern: str) -> int:
 
 
 def check_count(number: int, names: Collection[str], what: str) -> None:
-    """Refuses to make more layers than a checkpoint has tensors.
+    """Refuses more layers than a checkpoint has tensors.
 
     Raises:
-      PortingError: `what`, but there are fewer tensors.
+      PortingError: with `what` in the message.
     """
     if number > len(names):
         raise PortingError(

@@ -1,4 +1,4 @@
-"""A source of named tensors, of which one at a time is in memory."""
+"""Sources of named tensors, read one at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from racm3_jax.checkpoints.weights import SAFETENSORS_DTYPES
 
-# A header is names and shapes; 32 MB are those of 200,000 tensors.
+# A header has names and shapes; 32 MB are enough for 200,000 tensors.
 _MAX_HEADER_BYTES = 32_000_000
 _FINITE_CHUNK = 1 << 22
 _MAX_SIZE = 1 << 48
@@ -24,12 +24,12 @@ MAX_RANK = 8
 
 
 class PortingError(ValueError):
-    """Foreign weights that cannot be used; says what was found and what mends it."""
+    """External weights that cannot be used; says what was found and how to fix it."""
 
 
 @contextlib.contextmanager
 def foreign_settings(where: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what wrong types in another project's settings raise into one sentence."""
+    """Turns type errors in another project's settings into one readable error."""
     try:
         yield
     except (PortingError, FileNotFoundError):
@@ -43,7 +43,7 @@ def foreign_settings(where: str | os.PathLike[str]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype of a tensor that was not read yet."""
+    """Shape and dtype of a tensor, without reading it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -54,7 +54,7 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """Named tensors of a file or of several; `read` goes to the disk each time."""
+    """Named tensors of one or more files; `read` reads from disk each time."""
 
     @property
     def where(self) -> str:
@@ -63,22 +63,22 @@ class TensorSource(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """All that can be read."""
+        """All tensors."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, whole."""
+        """Reads one tensor."""
         ...
 
 
 class SafetensorsFile:
-    """A `.safetensors` file; its header is checked against its length at once.
+    """A `.safetensors` file; its header is checked on opening.
 
     Args:
       path: of the file.
 
     Raises:
-      PortingError: not such a file, truncated, or a header that cannot be true.
+      PortingError: another kind of file, truncated, or with an invalid header.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -113,13 +113,13 @@ class SafetensorsFile:
             ) from None
         if self._data_start + end != num_bytes:
             raise PortingError(
-                f"{path} is truncated or damaged: its header promises "
+                f"{path} is truncated or damaged: its header needs "
                 f"{self._data_start + end} bytes and it has {num_bytes}; download it "
                 "again"
             )
 
     def _check_extents(self) -> int:
-        """Tensors lie one after another; returns where the last one ends."""
+        """Checks that tensors are contiguous; returns the end of the last one."""
         end = 0
         for name in sorted(self._offsets, key=self._extent):
             start, stop = self._extent(name)
@@ -148,12 +148,12 @@ def _read_entry(name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo, int]:
     if any(
         type(n) is not int or not 0 <= n <= _MAX_SIZE for n in (start, stop, *shape)
     ):
-        raise ValueError(f"{name} has a size or an offset that cannot be")
+        raise ValueError(f"{name} has an invalid size or offset")
     if len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) > _MAX_SIZE:
-        raise ValueError(f"{name} has a shape that cannot be")
+        raise ValueError(f"{name} has an invalid shape")
     info = TensorInfo(tuple(shape), SAFETENSORS_DTYPES[entry["dtype"]])
     if stop - start != info.num_bytes:
-        raise ValueError(f"the extent of {name} does not fit its shape")
+        raise ValueError(f"the extent of {name} does not match its shape")
     return info, start
 
 
@@ -165,7 +165,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class MergedTensors:
-    """Several sources as one (shards); a name may occur once.
+    """Several sources (shards) as one, with unique names.
 
     Raises:
       PortingError: two sources have a tensor of the same name.
@@ -193,11 +193,11 @@ class MergedTensors:
 
 
 class RenamedTensors:
-    """A source seen under other names.
+    """A source with other names.
 
     Args:
       source: the tensors.
-      names: new name -> name in `source`; what is not named is left out.
+      names: new name -> name in `source`; others are omitted.
     """
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
@@ -211,26 +211,26 @@ class RenamedTensors:
 
 
 def without_prefix(source: TensorSource, prefix: str) -> RenamedTensors:
-    """The tensors below `prefix`, which their names lose."""
+    """The tensors below `prefix`, with the prefix removed."""
     names = {n.removeprefix(prefix): n for n in source.tensors if n.startswith(prefix)}
     return RenamedTensors(source, names)
 
 
 def read_finite(source: TensorSource, name: str) -> np.ndarray:
-    """Reads a tensor of numbers.
+    """Reads a tensor and checks that it is finite.
 
     Raises:
-      PortingError: it holds a NaN or an infinity, or no floating-point numbers.
+      PortingError: it has NaN or infinite values, or is not floating-point.
     """
     array = source.read(name)
     if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
         raise PortingError(
             f"{name} of {source.where} is {array.dtype.name}, not floating-point: "
-            "quantised weights are not read, give those of the original"
+            "quantised weights are not supported, give the original ones"
         )
     flat = array.reshape(-1)
     for start in range(0, flat.size, _FINITE_CHUNK):
-        # A chunk at a time: the mask of a whole embedding would be hundreds of MB.
+        # In chunks: the mask of a whole embedding would be hundreds of MB.
         chunk = flat[start : start + _FINITE_CHUNK]
         if not np.isfinite(chunk).all():
             kind = "NaN" if np.isnan(chunk).any() else "infinite value"

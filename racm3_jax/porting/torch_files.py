@@ -1,10 +1,9 @@
-"""What `torch.save` wrote, as a source of tensors: no torch, no unpickling.
+"""Files of `torch.save` as a source of tensors, without torch or unpickling.
 
     archive.zip   <root>/data.pkl     the program, see `pickles`
                   <root>/data/<key>   the bytes of each storage, not compressed
 
-Every size that the archive promises is compared with the size of the file before
-anything of that size is made.
+Every size in the archive is checked against the size of the file before allocating.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from racm3_jax.porting.pickled import Inert, PickledTensor, Script
 from racm3_jax.porting.pickles import read_plain_pickle, refuse
 from racm3_jax.porting.tensors import PortingError, TensorInfo
 
-# What a zip file of another maker, an encrypted or a damaged one raises.
+# Exceptions of unsupported, encrypted or damaged zip files.
 _ZIP_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
@@ -41,7 +40,7 @@ _ZIP_ERRORS = (
 )
 _MAX_PROGRAM_BYTES = 32_000_000
 _MAX_DIRECTORY_BYTES = 16_000_000
-# Where frameworks put the weights inside what they save, the likeliest first.
+# Keys under which frameworks save the weights, most common first.
 _STATE_KEYS = (
     "state_dict",
     "model_state_dict",
@@ -53,7 +52,7 @@ _STATE_KEYS = (
     "network",
     "weights",
 )
-# Moments and schedules have tensors too.
+# Optimizer states and schedules have tensors too.
 _TRAINING_KEYS = ("optim", "sched", "scaler", "callback", "loop", "rng", "hyper_param")
 _MAX_DEPTH = 4
 _MAX_DICTS = 200_000
@@ -61,7 +60,7 @@ _MAX_MODULES = 100_000
 
 
 class _Directory(io.FileIO):
-    """A zip file while its directory is read, in pieces of a sensible size only."""
+    """A zip file that limits the size of reads of its directory."""
 
     def read(self, size: int | None = -1) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
@@ -76,8 +75,8 @@ class TorchFile:
 
     Args:
       path: of the file.
-      part: which weights of a larger checkpoint, "ema" or "state.model"; None takes
-        those that are alone there, or where frameworks put the model's.
+      part: which weights of a larger checkpoint, "ema" or "state.model"; None takes the
+        only ones, or those under the usual keys.
 
     Raises:
       PortingError: not torch's zip form, damaged, or without weights.
@@ -138,12 +137,12 @@ class TorchFile:
     def _check(
         self, name: str, tensor: PickledTensor, entries: Mapping[str, zipfile.ZipInfo]
     ) -> None:
-        """Refuses what the file does not hold, before anything of its size is made."""
+        """Checks sizes against the file before allocating."""
         storage = tensor.storage
         entry = entries.get(f"{self._root}data/{storage.key}")
         expected = storage.num_elements * storage.dtype.itemsize
         found = -1 if entry is None else entry.file_size
-        # A compressed entry could unpack to any size; torch never compresses.
+        # A compressed entry could expand to any size; torch never compresses.
         if (
             entry is None
             or not expected <= found <= self.path.stat().st_size
@@ -189,17 +188,17 @@ class TorchFile:
 def find_state_dict(
     value: Any, where: str, part: str | None = None
 ) -> dict[str, PickledTensor]:
-    """The tensors by name, wherever the saving framework put them.
+    """Finds the tensors by name, for all frameworks.
 
         {"state_dict": {…}, "optimizer_states": […], "hyper_parameters": …}
 
     Args:
-      value: what the file holds.
+      value: content of the file.
       where: the file, for error messages.
-      part: the path of the wanted ones, keys joined by dots; None finds them.
+      part: path of the wanted ones, keys joined by dots; None detects them.
 
     Raises:
-      PortingError: there are none, or several and no `part`.
+      PortingError: there are none, or several without `part`.
     """
     parts = dict(_find_parts(value)) if isinstance(value, dict) else {}
     chosen = [p for p in parts if not _mentions(p, _TRAINING_KEYS)]
@@ -219,7 +218,7 @@ def find_state_dict(
         ][:1] or chosen
     if len(chosen) > 1:
         raise PortingError(
-            f"{where} holds several sets of weights: say which with --part, one of "
+            f"{where} has several sets of weights: choose one with --part, one of "
             + ", ".join(chosen)
         )
     if chosen:
@@ -227,22 +226,20 @@ def find_state_dict(
     inert = _first_inert(value)
     if inert is not None:
         refuse(inert.what, where)
-    raise PortingError(
-        f"{where} holds no named tensors: save the model's state_dict, not another part"
-    )
+    raise PortingError(f"{where} has no named tensors: save the model's state_dict")
 
 
 def _find_parts(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(path, dict) of every dict that holds named tensors; "." is the outermost."""
+    """(path, dict) of every dict with named tensors; "." is the outermost."""
     waiting: list[tuple[str, Any, tuple[int, ...]]] = [("", value, ())]
-    # It grows while it is walked, breadth first.
+    # Grows during iteration: breadth-first search.
     for number, (path, values, above) in enumerate(waiting):
         if number > _MAX_DICTS:
             raise PortingError(f"the file nests more than {_MAX_DICTS:,} dicts")
         if isinstance(values, Script):
             yield path or ".", _flatten_script(values)
             continue
-        # A dict may be its own member.
+        # A dict may contain itself.
         if len(above) > _MAX_DEPTH or id(values) in above:
             continue
         named = {k: v for k, v in values.items() if isinstance(k, str)}
@@ -258,7 +255,7 @@ def _find_parts(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _find_part(
     parts: Mapping[str, Mapping[str, Any]], order: list[str], part: str
 ) -> Mapping[str, Any] | None:
-    """A dict by its path, or what is under a prefix of the names in one."""
+    """A dict by its path, or the entries with a prefix of their names."""
     if part in parts:
         return parts[part]
     for path in order:
@@ -278,7 +275,7 @@ def _mentions(path: str, words: tuple[str, ...]) -> bool:
 
 
 def _take(values: Mapping[str, Any], where: str) -> dict[str, PickledTensor]:
-    """The tensors of one part, without the numbers and settings among them."""
+    """The tensors of one part, without other values."""
     tensors = {}
     for name, item in values.items():
         if isinstance(item, PickledTensor):

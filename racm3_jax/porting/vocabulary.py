@@ -1,4 +1,4 @@
-"""Chameleon's vocabulary, read by name and laid out in our ranges.
+"""Chameleon's vocabulary, read by name and mapped to our ranges.
 
     their id   0     1      2     3      4..8195     8196    8197           8198..8709
     name       <s>   <pad>  </s>  <unk>  IMGIMG...Z  <eoss>  <racm3:break>  <reserved...>
@@ -6,10 +6,10 @@
 
     our ids:   text | images by codebook index | sentinels | pad eod break eoss | the rest
 
-Their image ids do not follow the codebook: the index is in the name, in letters A..J
-for digits. `<eod>` opens and closes a document with us; with Chameleon `<s>` opens and
-`</s>` closes. So it takes the input row of the one and the output row of the other, and
-the two rows that are left over change places among the rest: nothing is lost.
+Their image tokens are not in codebook order: the index is in the name, with letters
+A..J for digits. Our `<eod>` opens and closes a document; Chameleon's `<s>` opens and
+`</s>` closes. So `<eod>` takes the input row of one and the output row of the other,
+and the two unused rows are swapped among the rest: nothing is lost.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _RESERVED_NAME = re.compile(r"<reserved(\d+)>")
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Which of their ids is at each of ours.
+    """The mapping from our tokens to theirs.
 
     Attributes:
-      text_ids: their ids of the text tokens, rising.
-      num_codes: image codes.
-      num_sentinels: ids that may mark a moved span.
-      inputs: for each of our ids, their row of the embedding.
-      outputs: for each of our ids, their row of the head.
+      text_ids: their ids of the text tokens, ascending.
+      num_codes: number of image codes.
+      num_sentinels: number of sentinels.
+      inputs: for each of our tokens, their row of the embedding.
+      outputs: for each of our tokens, their row of the head.
     """
 
     text_ids: Int[np.ndarray, " text"]
@@ -55,7 +55,7 @@ class Vocabulary:
 
 
 def code_of_name(name: str) -> int | None:
-    """The codebook index that a name spells; None for other names."""
+    """The codebook index of a name; None for other names."""
     match = _IMAGE_NAME.fullmatch(name)
     if match is None:
         return None
@@ -69,11 +69,11 @@ def read_vocabulary(
 
     Args:
       tokenizer: its content.
-      vocab_size: rows of the model's embedding; ids without a name join the rest.
+      vocab_size: rows of the model's embedding; ids without a name go to the rest.
       where: the file, for error messages.
 
     Raises:
-      PortingError: names that are missing, or that contradict one another.
+      PortingError: missing or contradictory names.
     """
     ids, added = _names(tokenizer, where)
     if max(ids.values()) >= vocab_size:
@@ -128,7 +128,9 @@ def _names(tokenizer: Mapping[str, Any], where: str) -> tuple[dict[str, int], se
             for entry in tokenizer.get("added_tokens") or ()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PortingError(f"{where} is no tokenizer.json of a BPE ({error})") from None
+        raise PortingError(
+            f"{where} is not a tokenizer.json of a BPE ({error})"
+        ) from None
     for name, i in added.items():
         if ids.setdefault(name, i) != i:
             raise PortingError(f"{where} gives {name} two ids, {ids[name]} and {i}")
@@ -140,10 +142,10 @@ def _names(tokenizer: Mapping[str, Any], where: str) -> tuple[dict[str, int], se
 def build_text_tokenizer(
     tokenizer: Mapping[str, Any], vocabulary: Vocabulary, where: str
 ) -> TextTokenizer:
-    """The text part of their tokenizer, with our ids and without any control token.
+    """The text part of their tokenizer, with our ids and without control tokens.
 
     Raises:
-      PortingError: merges that need more than the text tokens, or no byte-level BPE.
+      PortingError: merges that need other tokens than text, or not a byte-level BPE.
     """
     model = dict(tokenizer["model"])
     ours = {int(i): n for n, i in enumerate(vocabulary.text_ids)}

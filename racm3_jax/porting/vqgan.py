@@ -1,11 +1,11 @@
-"""Public VQGAN weights -> our VQGAN, encoder and decoder both.
+"""Converts public VQGAN weights, encoder and decoder.
 
     layout     first names                            quantizer
     taming     encoder.down.0.block.0..., quantize.   codebook, or Gumbel's linear scores
     diffusers  encoder.down_blocks.0.resnets.0...     codebook
 
-Chameleon's image tokenizer is of taming's layout (512 pixels, factor 16, 8,192 codes).
-Sizes are read from the shapes; only the image's size must be known.
+Chameleon's image tokenizer has taming's layout (512 pixels, factor 16, 8,192 codes).
+Sizes are read from the shapes; only the image size must be given.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 
 Layout = Literal["taming", "diffusers"]
 LAYOUT_NAMES = {"taming": "taming VQGAN", "diffusers": "diffusers VQModel"}
-# What taming's training kept besides the network.
+# Other contents of taming's checkpoints.
 _IGNORED = (r"loss\..*", r"model_ema\..*", "colorize", r"quantize\.(used|re_embed)")
 _FIRST_NAMES = (
     "encoder.down.0.block.0.conv1.weight",
@@ -52,22 +52,22 @@ def convert_vqgan(
     part: str | None = None,
     overwrite: bool = False,
 ) -> VQGANConfig:
-    """Converts public VQGAN weights into what `ImageTokenizer.load` opens.
+    """Converts public VQGAN weights for `ImageTokenizer.load`.
 
     Args:
       source: a weights file, or a folder with its config.
       out: new folder: `model.safetensors`, `config.json`, manifest.
-      image_size: pixels a side; None takes the config's `sample_size`, or 256.
-      licence: what the weights' model card says, for the manifest.
-      part: of a larger checkpoint, which weights: see `files.open_tensors`.
-      overwrite: `out` may be a VQGAN's folder, which is replaced.
+      image_size: side in pixels; None means the config's `sample_size`, or 256.
+      licence: from the weights' model card, for the manifest.
+      part: which weights of a larger checkpoint: see `files.open_tensors`.
+      overwrite: replace a VQGAN's folder at `out`.
 
     Returns:
-      The sizes that were found.
+      The detected sizes.
 
     Raises:
-      PortingError: names everything that does not fit; nothing is written.
-      FileExistsError: something is at `out`.
+      PortingError: lists everything that does not match; nothing is written.
+      FileExistsError: `out` exists.
     """
     path = Path(source)
     tensors = open_tensors(path, part)
@@ -103,10 +103,10 @@ def write_vqgan(
 
 
 def detect_layout(source: TensorSource) -> Layout:
-    """Which project's names these are.
+    """Detects the layout by the names.
 
     Raises:
-      PortingError: none that is known, or without a decoder.
+      PortingError: unknown layout, or no decoder.
     """
     names = source.tensors
     if "encoder.conv_in.weight" in names and "decoder.conv_in.weight" not in names:
@@ -120,7 +120,7 @@ def detect_layout(source: TensorSource) -> Layout:
     if diffusers in names:
         return "diffusers"
     raise PortingError(
-        f"{source.where} is no VQGAN of taming's or diffusers' form: it holds "
+        f"{source.where} is not a VQGAN of taming's or diffusers' layout: it has "
         f"{', '.join(sorted(names)[:3])}{suggest_part(names, _FIRST_NAMES)}"
     )
 
@@ -131,10 +131,10 @@ def read_vqgan_config(
     folder: Path | None = None,
     image_size: int | None = None,
 ) -> VQGANConfig:
-    """Sizes from the shapes, and from diffusers' `config.json` where it is there.
+    """Sizes from the shapes, and from diffusers' `config.json` if it exists.
 
     Raises:
-      PortingError: shapes or settings that our network does not have.
+      PortingError: shapes or settings that our network does not support.
     """
     tensors = source.tensors
     record: dict[str, Any] = {}
@@ -158,7 +158,7 @@ def read_vqgan_config(
     ]
     if any(width % channels for width in widths):
         raise PortingError(
-            f"{source.where} has levels of {widths} channels, which are no multiples of "
+            f"{source.where} has levels of {widths} channels, not multiples of "
             f"the first convolution's {channels}"
         )
     attended = {
@@ -183,11 +183,11 @@ def read_vqgan_config(
             norm_groups=record.get("norm_num_groups", _NORM_GROUPS),
         )
     except ValueError as error:
-        raise PortingError(f"{source.where} is no VQGAN of ours: {error}") from None
+        raise PortingError(f"{source.where} is not supported: {error}") from None
 
 
 def _check_diffusers(record: Mapping[str, Any], folder: Path) -> None:
-    """Settings that change the computation and are not seen in the shapes."""
+    """Checks settings that affect the computation but not the shapes."""
     expected = {
         "act_fn": "silu",
         "in_channels": 3,
@@ -221,7 +221,7 @@ def vqgan_rules(config: VQGANConfig, layout: Layout) -> list[Rule]:
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """What a project calls the parts; `{i}` is the level, `{k}` counted from the bottom."""
+    """A project's parameter names; `{i}` is the level, `{k}` counts from the bottom."""
 
     down: str
     up: str
@@ -271,7 +271,7 @@ _DIFFUSERS = _Names(
 
 
 class _Network:
-    """Walks the network in the order of its forward pass, collecting rules."""
+    """Collects rules in the order of the forward pass."""
 
     def __init__(self, config: VQGANConfig, names: _Names) -> None:
         self.config, self.names = config, names
@@ -331,7 +331,7 @@ class _Network:
     def _level(
         self, ours: str, theirs: str, width: int, new: int, level: int, more: int
     ) -> int:
-        """Blocks of a level, with attention after each where the map has that size."""
+        """Blocks of a level, with attention after each if set for this map size."""
         config, names = self.config, self.names
         attended = (config.image_size >> level) in config.attention_resolutions
         for j in range(config.num_res_blocks + more):

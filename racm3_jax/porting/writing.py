@@ -1,4 +1,4 @@
-"""Weights written one tensor at a time, into a folder that appears whole or not at all."""
+"""Writes weights one tensor at a time, to a folder that appears atomically."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def converted_folder(
     *,
     overwrite: bool = False,
 ) -> Iterator[Path]:
-    """A folder to fill, which appears at `out` whole and sealed, or not at all.
+    """A folder to fill, which appears at `out` atomically, with a manifest.
 
     Args:
       out: new or empty; see `overwrite`.
-      kind: what it holds.
+      kind: of its content.
       facts: source, layout, licence and whether it was acknowledged, for the manifest.
-      overwrite: take the place of a folder of the same kind.
+      overwrite: replace a folder of the same kind.
 
     Raises:
-      FileExistsError: `out` is there already.
+      FileExistsError: `out` exists.
     """
     origin = {"converted_by": f"racm3_jax {racm3_jax.__version__}", **facts}
     with sealed_folder(
@@ -65,22 +65,22 @@ def convert_weights(
     config: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes what `checkpoints.load_weights` reads, holding one tensor at a time.
+    """Writes weights for `checkpoints.load_weights`, one tensor at a time.
 
     float32, float16 and bfloat16 tensors keep their dtype; others become float32, and so
-    do all if both half formats occur, because a weights folder names one.
+    do all if both half formats occur, because a weights folder has one dtype.
 
     Args:
       directory: of the result.
-      source: the foreign checkpoint, which `rules.check_names` found to fit.
+      source: the checkpoint, checked by `rules.check_names`.
       rules: one for each of our parameters.
       shapes: of our parameters, from `rules.parameter_shapes`.
       kind: "clip", "vqgan" or "generator".
       config: fields of the model's config.
-      extra: further facts for `config.json`.
+      extra: more fields of `config.json`.
 
     Raises:
-      PortingError: a tensor that holds a NaN, or a rule that makes a wrong shape.
+      PortingError: a tensor with NaN, or a rule that gives a wrong shape.
     """
     by_name = {rule.ours: rule for rule in rules}
     if set(by_name) != set(shapes):
@@ -121,19 +121,19 @@ def write_safetensors(
     make: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Streams tensors into a file, in the order of their names.
+    """Streams tensors to a file, sorted by name.
 
     Args:
-      path: of the file, which appears whole.
+      path: of the file, written atomically.
       plan: shape and dtype of every tensor.
-      make: gives the tensor of a name; it is cast to the planned dtype.
+      make: returns the tensor of a name; it is cast to the planned dtype.
       metadata: strings for the header.
 
     Returns:
       The fingerprint, equal to `checkpoints.compute_fingerprint` of all tensors.
 
     Raises:
-      PortingError: `make` gives another shape than planned.
+      PortingError: `make` returns another shape than planned.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -155,7 +155,7 @@ def write_safetensors(
             array = make(name)
             if array.shape != info.shape:
                 raise PortingError(
-                    f"{name} came out as {list(array.shape)}, not {list(info.shape)}: "
+                    f"{name} has shape {list(array.shape)}, not {list(info.shape)}: "
                     "the checkpoint is of another model"
                 )
             array = np.asarray(array, info.dtype, order="C")

@@ -1,1 +1,1 @@
-"""Which documents to read: CLIP, the embedder, the index, the memory, the strategy."""
+"""Retrieval: CLIP, the embedder, the retriever and its strategy."""

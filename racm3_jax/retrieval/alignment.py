@@ -1,13 +1,13 @@
-"""How well a CLIP brings texts and images together: measured once, kept beside it.
+"""How well a CLIP aligns texts and images: measured once, stored with its weights.
 
     row i of the texts belongs to row i of the images
 
-    recall@1      is a text's own image nearer to it than all others'?  (and back)
-    preference    is it nearer than one other's? The mean over all others; chance is 0.5.
-                  It does not depend on how many pairs there are.
+    recall@1      is a text's own image nearer to it than all others?  (and vice versa)
+    preference    is it nearer than one other? Mean over all others; chance is 0.5.
+                  Independent of the number of pairs.
 
-A CLIP that was trained to keep texts and images apart ranks generated samples by noise:
-`may_rank` says whether it may rank at all.
+A CLIP that was trained to separate texts and images would rank generated samples by
+noise: `may_rank` says whether it is good enough for ranking.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float32, Int64
 
-# Samples for one prompt are more alike than images of different documents, so a CLIP that
-# ranks them must tell the latter apart nearly always.
+# Samples for one prompt are more similar than images of different documents, so a CLIP
+# for ranking must tell the latter apart nearly always.
 MIN_PREFERENCE = 0.9
 _BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """What was measured.
+    """Measured alignment.
 
     Attributes:
-      num_pairs: texts with their images; recall@1 of chance is one of so many.
+      num_pairs: number of text-image pairs; recall@1 by chance is 1 / num_pairs.
       text_to_image: recall@1 of images by their texts.
       image_to_text: recall@1 of texts by their images.
-      preference: of a text for its own image over another one.
+      preference: how often a text prefers its own image over another one.
       own_similarity: mean inner product of a text and its own image.
-      other_similarity: of a text and another's.
+      other_similarity: of a text and another document's image.
     """
 
     num_pairs: int
@@ -47,12 +47,12 @@ class Alignment:
 
     @property
     def chance(self) -> float:
-        """Recall@1 of a CLIP that knows nothing."""
+        """Recall@1 by chance."""
         return 1 / self.num_pairs
 
     @property
     def may_rank(self) -> bool:
-        """Whether samples may be ordered by how well they fit their prompt."""
+        """Whether samples may be ranked by their similarity to the prompt."""
         return self.preference >= MIN_PREFERENCE
 
     def to_json(self) -> dict[str, float]:
@@ -60,7 +60,7 @@ class Alignment:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any] | None) -> Self | None:
-        """None where nothing was measured.
+        """None if nothing was measured.
 
         Raises:
           ValueError: other fields than those of a measurement.
@@ -80,7 +80,7 @@ def compute_ranks(
     queries: Float32[np.ndarray, "pairs d_embed"],
     candidates: Float32[np.ndarray, "pairs d_embed"],
 ) -> Int64[np.ndarray, " pairs"]:
-    """How many other candidates are at least as near as a query's own; 0 is best."""
+    """Number of other candidates at least as near as a query's own; 0 is best."""
     ranks = []
     for start in range(0, len(queries), _BLOCK):
         scores = queries[start : start + _BLOCK] @ candidates.T
@@ -93,7 +93,7 @@ def measure_alignment(
     texts: Float32[np.ndarray, "pairs d_embed"],
     images: Float32[np.ndarray, "pairs d_embed"],
 ) -> Alignment:
-    """Measures unit rows, row i with row i.
+    """Measures the alignment of unit rows, row i with row i.
 
     Raises:
       ValueError: fewer than two pairs, or other shapes.

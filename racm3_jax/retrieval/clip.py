@@ -27,7 +27,7 @@ from racm3_jax.sharding import current_platform
 # NumPy's arrays or JAX's.
 ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 
-# What OpenAI's models were trained with (their `preprocess`), channel by channel, of 0..1.
+# Per channel, for pixels in 0..1, as in OpenAI's `preprocess`.
 OPENAI_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -40,17 +40,18 @@ class CLIPConfig:
     """Sizes of both towers. The defaults are flagworld's.
 
     Attributes:
-      vocab_size: ids of the text tower, `<start>` and `<end>` included: the two highest.
-      image_size: pixels a side.
-      patch_size: pixels a side of a patch; divides `image_size`.
-      context_length: ids of a text, `<start>` and `<end>` included.
+      vocab_size: of the text tower, including `<start>` and `<end>`, the two highest
+        ids.
+      image_size: side of the images, in pixels.
+      patch_size: side of a patch, in pixels; divides `image_size`.
+      context_length: tokens of a text, including `<start>` and `<end>`.
       d_embed: dimensions of the shared space.
       activation: "quick_gelu" for OpenAI's weights, "gelu" for most others.
       image_mean: subtracted from pixels of 0..1, by channel.
-      image_std: divides what is left, by channel.
-      compute_dtype: of the products but the last; "auto" is bfloat16 on accelerators, where
-        float32 takes twice the memory and several times as long, and float32 on a CPU. It
-        is no property of the weights and not kept with them.
+      image_std: divisor of the difference, by channel.
+      compute_dtype: of all matmuls except the last; "auto" is bfloat16 on accelerators,
+        where float32 takes twice the memory and several times as long, and float32 on a
+        CPU. Not a property of the weights, and not stored with them.
     """
 
     vocab_size: int
@@ -70,7 +71,7 @@ class CLIPConfig:
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
     def __post_init__(self) -> None:
-        # Lists come back from JSON; a hashable config can key a compiled function.
+        # JSON has lists; the config must be hashable, as a key of compiled functions.
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
         object.__setattr__(self, "image_std", tuple(self.image_std))
         if self.image_size % self.patch_size:
@@ -103,14 +104,14 @@ class CLIPConfig:
             )
 
     def of_weights(self) -> dict[str, Any]:
-        """What is kept with the weights, and their fingerprint covers."""
+        """The fields stored with the weights and covered by their fingerprint."""
         fields = dataclasses.asdict(self)
         del fields["compute_dtype"]
         return fields
 
     @property
     def dtype(self) -> str:
-        """What `compute_dtype` means where the program will run."""
+        """`compute_dtype` with "auto" resolved for the current platform."""
         if self.compute_dtype != "auto":
             return self.compute_dtype
         return "float32" if current_platform() == "cpu" else "bfloat16"
@@ -121,12 +122,12 @@ class CLIPConfig:
 
     @property
     def start(self) -> int:
-        """The id that opens every text."""
+        """The first token of every text."""
         return self.vocab_size - 2
 
     @property
     def end(self) -> int:
-        """The id that closes every text; its output is the text's embedding."""
+        """The last token of every text; its output is the text's embedding."""
         return self.vocab_size - 1
 
 
@@ -151,11 +152,11 @@ class CLIP(nn.Module):
         images: Float[Array, "batch height width 3"],
         kept_patches: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch d_embed"]:
-        """Embeds images that went through `normalise_images`.
+        """Embeds images from `normalise_images`.
 
         Args:
           images: normalised pixels.
-          kept_patches: row-major indices of the patches that the tower sees; all if None.
+          kept_patches: row-major indices of the patches to use; None means all.
         """
         patches = cut_patches(images, self.config.patch_size)
         return self.encode_patches(patches, kept_patches)
@@ -165,13 +166,13 @@ class CLIP(nn.Module):
         patches: Float[Array, "batch patches values"],
         kept_patches: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch d_embed"]:
-        """As `encode_image`, of what `cut_patches` makes of the images."""
+        """Like `encode_image`, for patches from `cut_patches`."""
         return self.vision(patches, kept_patches)
 
     def encode_text(
         self, tokens: Int[Array, "batch length"]
     ) -> Float[Array, "batch d_embed"]:
-        """Embeds texts as `CLIPTokenizer` gives them; length <= `context_length`."""
+        """Embeds token rows from `CLIPTokenizer`; length <= `context_length`."""
         return self.text(tokens)
 
     def __call__(
@@ -227,7 +228,7 @@ class VisionTower(nn.Module):
                 config.dtype,
                 name=f"layers_{i}",
             )
-            # Of the last layer only the class token is read.
+            # Only the class token of the last layer is used.
             is_last = i == config.vision_layers - 1
             x = layer(x, num_read=1 if is_last else None)
         x = norm("post_norm")(x[:, 0])
@@ -242,7 +243,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal Transformer read out at `<end>`, the highest id (CLIP, 2.4)."""
+    """Causal Transformer; the output is at `<end>`, the highest id (CLIP, 2.4)."""
 
     config: CLIPConfig
 
@@ -254,7 +255,7 @@ class TextTower(nn.Module):
         length = tokens.shape[1]
         if length > config.context_length:
             raise ValueError(
-                f"a text of {length} ids is longer than clip.context_length "
+                f"a text of {length} tokens is longer than clip.context_length "
                 f"{config.context_length}"
             )
         embedding = self.param(
@@ -277,7 +278,8 @@ class TextTower(nn.Module):
                 config.dtype,
                 name=f"layers_{i}",
             )(x, may_attend)
-        # argmax finds the first <end>: nothing after it can have changed its output.
+        # argmax finds the first <end>; tokens after it do not affect its output
+        # (causal).
         end = jnp.argmax(tokens, axis=1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         x = norm("final_norm")(x)
@@ -315,9 +317,9 @@ def cut_patches(
 def normalise_images(
     images: Int[Array, "*batch values"], config: CLIPConfig
 ) -> Float[Array, "*batch values"]:
-    """Pixels 0..255 -> what the vision tower reads.
+    """Pixels 0..255 -> inputs of the vision tower.
 
-    The last axis holds one pixel's red, green and blue, or those of a patch's pixels.
+    The last axis is the RGB of one pixel, or of all pixels of a patch.
     """
     repeats = images.shape[-1] // 3
     mean = jnp.tile(jnp.asarray(config.image_mean, jnp.float32), repeats)
@@ -326,44 +328,44 @@ def normalise_images(
 
 
 def count_kept_patches(num_patches: int, drop: float) -> int:
-    """How many patches stay when the share `drop` leaves: at least one."""
+    """Number of patches kept when a fraction `drop` is dropped; at least one."""
     return max(1, num_patches - round(drop * num_patches))
 
 
 def init_params(config: CLIPConfig, key: Array) -> Any:
-    """Fresh parameters with their logical axis names (unbox with `nn.unbox`)."""
+    """Initial parameters with their logical axis names (unbox with `nn.unbox`)."""
     images = jnp.zeros((1, config.image_size, config.image_size, 3))
     tokens = jnp.full((1, config.context_length), config.end, jnp.int32)
     return CLIP(config).init(key, images, tokens)["params"]
 
 
 class TextEncoder(Protocol):
-    """What `CLIPTokenizer` needs of a text tokenizer (`tokenizers.bpe.TextTokenizer`)."""
+    """The interface of a text tokenizer for `CLIPTokenizer` (`tokenizers.bpe`)."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids; all are below it."""
+        """Size of the vocabulary; all ids are below it."""
         ...
 
     def encode_batch(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> Sequence[Any]:
-        """One array of ids for each text, or its first `max_length` ids."""
+        """One array of ids per text, truncated to `max_length`."""
         ...
 
 
 class CLIPTokenizer:
-    """Texts -> padded rows of ids: `<start> text <end> 0 0 ...`.
+    """Texts -> padded token rows: `<start> text <end> 0 0 ...`.
 
-    `<start>` and `<end>` are the two ids above the text tokenizer's: no text can spell
-    them. A text that is too long loses its tail, never its `<end>`.
+    `<start>` and `<end>` are the two ids above the text tokenizer's: no text can
+    produce them. Texts that are too long are truncated before `<end>`.
     """
 
     def __init__(self, text: TextEncoder, context_length: int) -> None:
         """Wraps a text tokenizer.
 
         Args:
-          text: its ids are `0 .. text.vocab_size - 1`.
+          text: a text tokenizer with ids `0 .. text.vocab_size - 1`.
           context_length: length of the rows, >= 3.
         """
         if context_length < 3:
@@ -381,9 +383,9 @@ class CLIPTokenizer:
         drop: float = 0.0,
         rng: np.random.Generator | None = None,
     ) -> Int32[np.ndarray, "texts context_length"]:
-        """Encodes texts, leaving out each id with probability `drop`.
+        """Encodes texts, dropping a fraction `drop` of the tokens.
 
-        At least one id of a text stays. `rng` is needed when `drop` is above 0.
+        At least one token of a text is kept. `rng` is needed if `drop` > 0.
         """
         start, end = self.vocab_size - 2, self.vocab_size - 1
         rows = np.zeros((len(texts), self.context_length), np.int32)
@@ -401,10 +403,10 @@ class CLIPTokenizer:
 def drop_tokens(
     ids: Int32[np.ndarray, " length"], drop: float, rng: np.random.Generator | None
 ) -> Int32[np.ndarray, " kept"]:
-    """Leaves out a share of ids in order: `a b c d e` -> `a c d e` (at 0.2).
+    """Drops a fraction of the tokens, in order: `a b c d e` -> `a c d e` (at 0.2).
 
-    The count is `round(drop * length)`, so that the share is the same for every text,
-    but at least one id stays.
+    The number is `round(drop * length)`, so that the fraction is the same for every
+    text, but at least one token is kept.
     """
     if not 0 <= drop < 1:
         raise ValueError(f"drop must be in [0, 1); got {drop}")

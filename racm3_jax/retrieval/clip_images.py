@@ -1,4 +1,4 @@
-"""Pictures of any size -> squares of CLIP's size, pixel for pixel as OpenAI's code does."""
+"""Resizes images to squares for CLIP, pixel for pixel like OpenAI's code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 def fit_image(
     image: UInt8[np.ndarray, "height width 3"], size: int
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Resamples the shorter side to `size` (bicubic, antialiased), then cuts the centre.
+    """Resizes the shorter side to `size` (bicubic, antialiased), then crops the centre.
 
-    In this order, because the public weights saw it: the resampling then reads pixels
-    beyond the cut, and the cut falls on whole pixels. A square image is only resampled.
+    In this order, as for the public weights: resizing then uses pixels outside the
+    crop, and the crop falls on whole pixels. A square image is only resized.
 
     ```
     600 x 400, size 224  ->  336 x 224  ->  columns 56..279
@@ -24,7 +24,7 @@ def fit_image(
     height, width = image.shape[:2]
     if height == width == size:
         return image
-    # The longer side is rounded down, as the reference does.
+    # The longer side is rounded down, as in the reference.
     if height <= width:
         new_height, new_width = size, int(size * width / height)
     else:
@@ -32,6 +32,6 @@ def fit_image(
     picture = Image.fromarray(image)
     if (new_height, new_width) != (height, width):
         picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
-    # Halves are rounded to even, as the reference does.
+    # Halves are rounded to even, as in the reference.
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return np.array(picture.crop((left, top, left + size, top + size)))

@@ -1,4 +1,4 @@
-"""What both towers of CLIP are made of: pre-LayerNorm Transformer layers."""
+"""The layers of both CLIP towers: pre-LayerNorm Transformer layers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 
-# From this length on a CPU computes attention faster in a loop over the heads.
+# From this length on, a CPU computes attention faster in a loop over heads.
 _HEAD_BY_HEAD_LENGTH = 128
 _Heads = Float[Array, "batch n heads head_dim"]
 _MayAttend = Bool[Array, "n length"] | None
 
 
 class Layer(nn.Module):
-    """Pre-LayerNorm attention and MLP; weights start as in OpenAI's code."""
+    """Pre-LayerNorm attention and MLP, initialised as in OpenAI's code."""
 
     num_heads: int
     num_layers: int
@@ -39,8 +39,8 @@ class Layer(nn.Module):
     ) -> Float[Array, "batch read width"]:
         """Returns the first `num_read` positions; None returns all.
 
-        All are attended to in any case: the positions that nobody reads only lose their
-        queries and their MLP, five sixths of the layer.
+        All positions are attended to in any case: unused positions only skip their
+        queries and MLP, five sixths of the layer.
         """
         width = x.shape[-1]
         out_std = width**-0.5 * (2 * self.num_layers) ** -0.5
@@ -55,16 +55,16 @@ class Layer(nn.Module):
 def _computed_once(
     x: Float[Array, "batch length width"],
 ) -> Float[Array, "batch length width"]:
-    """A sum that the compiler may not take apart again.
+    """A sum that the compiler must not split again.
 
-    XLA for TPUs adds up the outputs of all earlier layers wherever the sum is read, and
-    keeps them until the end: 60 MB an image at ViT-L/14.
+    XLA for TPUs would add up the outputs of all earlier layers wherever the sum is
+    used, and keep them until the end: 60 MB per image for ViT-L/14.
     """
     return x if current_platform() == "cpu" else jax.lax.optimization_barrier(x)
 
 
 class Attention(nn.Module):
-    """Plain multi-head attention; the rows are short (50 to 577 patches, 77 ids)."""
+    """Plain multi-head attention; the rows are short (50 to 577 patches, 77 tokens)."""
 
     num_heads: int
     out_std: float
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
 
 def attend(query: _Heads, key: _Heads, value: _Heads, may_attend: _MayAttend) -> _Heads:
-    """Softmax attention, all heads at once; the queries are scaled already."""
+    """Softmax attention, all heads at once; queries are already scaled."""
     scores = jnp.einsum(
         "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
     )
@@ -112,9 +112,9 @@ def attend(query: _Heads, key: _Heads, value: _Heads, may_attend: _MayAttend) ->
 def attend_head_by_head(
     query: _Heads, key: _Heads, value: _Heads, may_attend: _MayAttend
 ) -> _Heads:
-    """`attend` in a loop over heads, whose scores then stay in a CPU's cache.
+    """`attend` in a loop over heads, whose scores then fit in a CPU's cache.
 
-    At ViT-L/14's 257 patches the attention costs a third of what it costs all at once.
+    With ViT-L/14's 257 patches it takes a third of the time of `attend`.
     """
     batch, _, heads, head_dim = query.shape
 
@@ -133,7 +133,7 @@ def attend_head_by_head(
 
 
 class MLP(nn.Module):
-    """Four times as wide inside."""
+    """MLP with a hidden width of 4x."""
 
     activation: str
     out_std: float
@@ -152,12 +152,12 @@ class MLP(nn.Module):
 
 
 def as_rows(x: Float[Array, "batch length ..."]) -> Float[Array, "rows width"]:
-    """One matrix: XLA on CPU computes a kernel's gradient 2.5 times as fast from it."""
+    """Flattens to a matrix: XLA on CPU computes kernel gradients 2.5x faster."""
     return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
 def normal(std: float, names: tuple[str | None, ...]) -> Any:
-    """An initialiser that also names the parameter's logical axes."""
+    """An initialiser that also sets the parameter's logical axes."""
     return nn.with_logical_partitioning(nn.initializers.normal(std), names)
 
 
@@ -169,9 +169,9 @@ def dense(
     dtype: str,
     use_bias: bool = True,
 ) -> nn.Dense:
-    """A dense layer whose kernel has these logical axes; its bias has the last one.
+    """A dense layer with these logical axes of the kernel; the bias has the last one.
 
-    It computes in `dtype`; the norms' results and the sums of the layers are float32.
+    It computes in `dtype`; norm outputs and residual sums are float32.
     """
     return nn.Dense(
         features,
@@ -187,7 +187,7 @@ def norm(name: str) -> nn.LayerNorm:
     """CLIP's LayerNorm."""
     return nn.LayerNorm(
         epsilon=1e-5,
-        use_fast_variance=False,  # the fast form cancels; parity wants the plain one
+        use_fast_variance=False,  # the fast form is less precise; parity needs this one
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         name=name,

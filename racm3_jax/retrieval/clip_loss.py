@@ -1,4 +1,4 @@
-"""What CLIP is trained with here: images against texts, and queries against documents.
+"""The loss of CLIP training: images vs. texts, and queries vs. documents.
 
 A batch holds pairs of documents (a, b) that belong together (the same nation, album,
 page), no two pairs from the same group:
@@ -7,9 +7,9 @@ page), no two pairs from the same group:
     retrieval  text a, 20% dropped   ->  document b          r(q, m) of RA-CM3 (arXiv
                image a, 20% dropped  ->  document b          2211.12561, section 3.1)
 
-where `document = normalise(text part + image part)`, which is what the memory stores, and
-the other documents of the batch are the wrong answers. Without groups, pair a document
-with itself: the dropout then makes the two sides differ.
+where `document = normalise(text + image)` is what the memory stores, and the other
+documents of the batch are negatives. Without groups, pair a document with itself: the
+query dropout then makes the two sides differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from racm3_jax.retrieval.clip import (
     normalise_images,
 )
 
-# OpenAI's code never lets the logits be scaled by more than 100.
+# Maximum scale of the logits in OpenAI's code.
 MAX_LOG_SCALE = float(np.log(100.0))
 
 Metrics = dict[str, tuple[Array, Array]]
@@ -44,7 +44,7 @@ LossFn = Callable[[Any, "PairBatch", Array, Array], tuple[Array, Metrics]]
 
 
 class PairBatch(TypedDict):
-    """Pairs of documents; row i of `a` and row i of `b` belong together."""
+    """Pairs of documents; rows i of `a` and `b` belong together."""
 
     images_a: UInt8[Shaped, "pairs height width 3"]
     tokens_a: Int32[Shaped, "pairs context_length"]
@@ -57,16 +57,16 @@ class CLIPLossConfig:
     """Weights of the terms.
 
     Attributes:
-      contrast_weight: of images against texts.
-      retrieval_weight: of queries against documents.
+      contrast_weight: weight of images vs. texts.
+      retrieval_weight: weight of queries vs. documents.
       retrieval_temperature: divides similarities of queries and documents.
-      max_pair_similarity: a query and its document that are more alike than this are not
-        pulled closer. It leaves room for what differs within a group: the strategy drops
-        documents that are more than 0.9 alike. At most 0.71 can be reached when texts
-        and images are orthogonal; 1 pulls always.
-      separation_weight: of the mean squared similarity of query parts with the other
-        modality's parts of documents.
-      query_drop: share of a query's tokens or patches that is left out.
+      max_pair_similarity: a query and its document that are more similar than this are
+        not pulled closer. It keeps the documents of a group distinguishable: the
+        strategy drops documents with a similarity above 0.9. If texts and images are
+        orthogonal, the maximum is 0.71; 1 turns the limit off.
+      separation_weight: weight of the mean squared similarity of query embeddings with
+        document embeddings of the other modality.
+      query_drop: fraction of a query's tokens or patches that is dropped.
     """
 
     contrast_weight: float = 0.1
@@ -89,7 +89,7 @@ class CLIPLossConfig:
 
 
 def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
-    """Builds the loss for the trainer: (params, batch, key, step) -> (loss, metrics)."""
+    """Builds the training loss: (params, batch, key, step) -> (loss, metrics)."""
     model: Any = CLIP(config)
 
     def encode_images(params: Any, images: Array, kept: Array | None) -> Array:
@@ -156,7 +156,7 @@ def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
 
 
 def normalise(x: Float[Array, "rows d_embed"]) -> Float[Array, "rows d_embed"]:
-    """Rows of unit length; a row of zeros stays zero, with a finite gradient."""
+    """Unit rows; a row of zeros stays zero, with a finite gradient."""
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
 
 
@@ -172,10 +172,10 @@ def info_nce(
       queries: unit rows.
       keys: unit rows.
       scale: inverse temperature.
-      max_similarity: pairs above it count as if they had it, and get no gradient.
+      max_similarity: pairs above it are clipped to it, without gradient.
 
     Returns:
-      The loss in nats, and the share of queries whose nearest key is their own.
+      The loss in nats, and the fraction of queries whose nearest key is their own.
     """
     similarities = queries @ keys.T
     is_pair = jnp.eye(len(similarities), dtype=bool)
@@ -189,9 +189,9 @@ def info_nce(
 def drop_tokens_on_device(
     tokens: Int[Array, "batch length"], drop: float, end: int, key: Array
 ) -> Int[Array, "batch length"]:
-    """Leaves out each text id with probability `drop` and closes the gaps.
+    """Drops each text token with probability `drop` and closes the gaps.
 
-    `<start>` and `<end>` always stay:
+    `<start>` and `<end>` are always kept:
 
         <start> a b c d <end> 0 0   ->   <start> a c d <end> 0 0 0
     """
@@ -202,7 +202,7 @@ def drop_tokens_on_device(
     end_place = jnp.argmax(tokens == end, axis=1)[:, None]
     is_text = (place > 0) & (place < end_place)
     is_dropped = is_text & (jax.random.uniform(key, (batch, length)) < drop)
-    # A stable sort on "dropped" moves the kept ids forward in their order.
+    # A stable sort by "dropped" moves the kept tokens forward, in order.
     order = jnp.argsort(is_dropped, axis=1, stable=True)
     moved = jnp.take_along_axis(tokens, order, axis=1)
     num_kept = length - is_dropped.sum(axis=1, keepdims=True)
@@ -212,7 +212,7 @@ def drop_tokens_on_device(
 def sample_kept_patches(
     batch: int, num_patches: int, drop: float, key: Array
 ) -> Int[Array, "batch kept"] | None:
-    """Indices of the patches that stay, ascending; None when all of them do."""
+    """Indices of the kept patches, ascending; None if all are kept."""
     num_kept = count_kept_patches(num_patches, drop)
     if num_kept == num_patches:
         return None
@@ -231,25 +231,25 @@ def make_pair_batches(
     num_steps: int | None = None,
     augmentation: AugmentationConfig = NO_AUGMENTATION,
 ) -> Iterator[PairBatch]:
-    """Draws pairs of two documents of one group; step t depends on `seed` and t alone.
+    """Samples pairs of two documents of a group; step t depends only on `seed` and t.
 
-    Every epoch passes once through all groups in a new order. A group of one document
-    is paired with itself.
+    Every epoch visits all groups once, in a new order. A single document of a group is
+    paired with itself.
 
     Args:
-      images: of every document, all of one size.
+      images: of every document, all of the same size.
       tokens: of every document, from `CLIPTokenizer`.
-      groups: equal numbers for documents that answer each other's queries.
-      num_pairs: groups in a batch; at most the number of groups.
-      seed: of order and choice.
-      start_step: the step to begin with (resuming).
-      num_steps: ends after the batch of step `num_steps - 1`; None goes on for ever.
-      augmentation: changes of each image.
+      groups: equal numbers for documents that are correct results for each other.
+      num_pairs: pairs (groups) per batch; at most the number of groups.
+      seed: of order and sampling.
+      start_step: the first step (for resuming).
+      num_steps: ends after the batch of step `num_steps - 1`; None is endless.
+      augmentation: of each image.
 
     Raises:
       ValueError: `num_pairs` is larger than the number of groups.
     """
-    # Rows are cut to the longest text; context_length may leave room for longer queries.
+    # Rows are cut to the longest text; context_length may be longer, for queries.
     tokens = tokens[:, : 1 + int(tokens.argmax(axis=1).max())]
     names, sizes = np.unique(groups, return_counts=True)
     if not 1 <= num_pairs <= len(names):

@@ -1,10 +1,10 @@
-"""Documents, texts and images -> unit vectors, by a trained CLIP.
+"""Embeds documents, texts and images as unit vectors with a trained CLIP.
 
-    text part  = normalise(mean of its text's embedding)       E_Q and E_M of RA-CM3
+    text part  = normalise(embedding of its text)              E_Q and E_M of RA-CM3
     image part = normalise(mean of its images' embeddings)     (arXiv 2211.12561, 3.1)
     document   = normalise(text part + image part)
 
-A query is a text part or an image part; its score with a document is the inner product.
+A query is a text or image embedding; its score for a document is the inner product.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from racm3_jax.types import Document
 KIND = "clip"
 TOKENIZER_NAME = "tokenizer.json"
 
-# Text rows are cut to a multiple of this many ids: few compiled shapes, little padding.
+# Text rows are cut to a multiple of this length: few compiled shapes, little padding.
 _LENGTH_BUCKET = 8
 
 
 class DocumentEmbeddings(NamedTuple):
-    """Rows of unit length; a part that a document lacks is a row of zeros.
+    """Unit rows; zero rows for a modality that a document lacks.
 
     Attributes:
       text: embedding of all the document's text.
       image: normalised mean over its images.
-      document: normalised mean of the parts that are there; what an index holds.
-      has_text: True where there is text.
-      has_image: True where there is an image.
+      document: normalised mean of the non-zero ones; this is what an index holds.
+      has_text: True if there is text.
+      has_image: True if there is an image.
     """
 
     text: Float32[np.ndarray, "documents d_embed"]
@@ -65,15 +65,15 @@ class DocumentEmbeddings(NamedTuple):
 
 
 class DocumentEmbedder:
-    """A frozen CLIP with its tokenizer; compiled once for each batch shape.
+    """A frozen CLIP with its tokenizer; compiled once per batch shape.
 
     Attributes:
       config: sizes of the towers.
-      params: their (unboxed) parameters, on every device that computes.
-      tokenizer: texts -> rows of ids.
-      batch_size: rows that a device computes at a time; the last batch is padded.
-      alignment: of texts with images, as far as it was measured; kept with the weights.
-      mesh: the devices that share the rows; None is JAX's default device.
+      params: their (unboxed) parameters, replicated on all devices.
+      tokenizer: texts -> token rows.
+      batch_size: rows per device at a time; the last batch is padded.
+      alignment: of texts with images, if measured; stored with the weights.
+      mesh: devices over which rows are split; None is JAX's default device.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class DocumentEmbedder:
 
         Args:
           config: sizes of the towers.
-          params: as `clip.init_params` shapes them, unboxed.
-          tokenizer: the text tokenizer that the text tower was trained with.
-          batch_size: memory goes up with it.
-          alignment: what was measured of these weights.
-          mesh: of devices that share the rows; all of this process by default.
+          params: with the shapes of `clip.init_params`, unboxed.
+          tokenizer: the text tokenizer of the text tower's training.
+          batch_size: larger batches need more memory.
+          alignment: measured for these weights.
+          mesh: devices over which rows are split; all of this process by default.
 
         Raises:
-          ValueError: the text tower is for another vocabulary.
+          ValueError: the text tower has another vocabulary.
         """
         self.config = config
         self.mesh = sharding.local_mesh() if mesh is None else mesh
@@ -128,12 +128,12 @@ class DocumentEmbedder:
         drop: float = 0.0,
         rng: np.random.Generator | None = None,
     ) -> Float32[np.ndarray, "texts d_embed"]:
-        """Embeds texts, each without a share `drop` of its ids.
+        """Embeds texts, dropping a fraction `drop` of the tokens of each.
 
         Args:
-          texts: any strings; ids beyond `config.context_length` are cut off.
-          drop: share of ids to leave out (query dropout), in [0, 1).
-          rng: chooses them; needed when `drop` is above 0.
+          texts: any strings, truncated to `config.context_length` tokens.
+          drop: fraction of tokens to drop (query dropout), in [0, 1).
+          rng: randomness of the dropout; needed if `drop` > 0.
         """
         tokens = self.tokenizer.encode_batch(texts, drop, rng)
         length = 1 + int((tokens == self.config.end).argmax(axis=1).max(initial=0))
@@ -147,28 +147,28 @@ class DocumentEmbedder:
         drop: float = 0.0,
         rng: np.random.Generator | None = None,
     ) -> Float32[np.ndarray, "images d_embed"]:
-        """Embeds images, each without a share `drop` of its patches.
+        """Embeds images, dropping a fraction `drop` of the patches of each.
 
         Args:
-          images: pixels 0..255, in one array or in a list of any sizes; what has not the
-            tower's size goes through `clip_images.fit_image`.
-          drop: share of patches to leave out (query dropout), in [0, 1).
-          rng: chooses them; needed when `drop` is above 0.
+          images: pixels 0..255, as one array or a list with any sizes; images of
+            another size than the tower's are resized by `clip_images.fit_image`.
+          drop: fraction of patches to drop (query dropout), in [0, 1).
+          rng: randomness of the dropout; needed if `drop` > 0.
 
         Raises:
           ValueError: not uint8[height, width, 3] each.
         """
         images = _fit_images(images, self.config.image_size)
         kept = _sample_kept_patches(len(images), self.config.num_patches, drop, rng)
-        # Cut here: an accelerator pads an axis of three colours to its lanes, a TPU to
-        # 128 of them.
+        # On the host: an accelerator pads an axis of three colours to its lanes, a TPU
+        # to 128 of them.
         patches = cut_patches(images, self.config.patch_size)
         if kept is None:
             return self._embed(encode_patches, patches)
         return self._embed(encode_patches, patches, kept)
 
     def embed_documents(self, documents: Sequence[Document]) -> DocumentEmbeddings:
-        """Embeds the text part, the image part and the whole of each document."""
+        """Embeds the text, the images and the whole of each document."""
         texts = [document.text for document in documents]
         has_text = np.array([bool(text.strip()) for text in texts], bool)
         with_text = np.flatnonzero(has_text)
@@ -186,7 +186,7 @@ class DocumentEmbedder:
         )
 
     def fingerprint(self) -> str:
-        """Equal for embedders that give equal embeddings."""
+        """Equal for embedders with equal embeddings."""
         return self._fingerprint
 
     @functools.cached_property
@@ -204,9 +204,9 @@ class DocumentEmbedder:
         """Writes weights, config and text tokenizer into a folder of their own.
 
         Args:
-          directory: created when missing; takes the place of another CLIP's.
+          directory: created if missing; replaces another CLIP.
           dtype: "float16" halves the file. The loaded embedder then differs slightly
-            from this one, in its fingerprint too: build memories with the loaded one.
+            from this one, also in its fingerprint: build memories with the loaded one.
 
         Raises:
           FileExistsError: `directory` holds something else.
@@ -231,11 +231,11 @@ class DocumentEmbedder:
         batch_size: int = 128,
         compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> DocumentEmbedder:
-        """Opens what `save` wrote.
+        """Loads an embedder from `save`.
 
         Args:
-          directory: that `save` wrote.
-          batch_size: memory goes up with it.
+          directory: written by `save`.
+          batch_size: larger batches need more memory.
           compute_dtype: see `CLIPConfig`.
 
         Raises:
@@ -250,10 +250,10 @@ class DocumentEmbedder:
         return cls(config, params, tokenizer, batch_size, alignment)
 
     def measure(self, documents: Sequence[Document]) -> Alignment:
-        """Measures how well texts and images of documents are aligned; kept by `save`.
+        """Measures the alignment of texts with images of documents; stored by `save`.
 
         Args:
-          documents: with a text and an image each, unseen in the training.
+          documents: each with a text and an image, not seen in training.
 
         Raises:
           ValueError: fewer than two of them.
@@ -296,13 +296,13 @@ def encode_patches(
     patches: UInt8[Array, "batch patches values"],
     kept_patches: Int[Array, "batch kept"] | None = None,
 ) -> Float32[Array, "batch d_embed"]:
-    """Unit embeddings of images of pixels 0..255, as `clip.cut_patches` cuts them.
+    """Unit embeddings of images with pixels 0..255, cut by `clip.cut_patches`.
 
     Args:
       config: sizes of the towers.
-      params: theirs.
+      params: of the towers.
       patches: of the images.
-      kept_patches: row-major indices of the patches that are read; all if None.
+      kept_patches: row-major indices of the patches to use; None means all.
     """
     model: Any = CLIP(config)
 
@@ -326,16 +326,16 @@ def _normalise_on_device(
 def _normalise(
     rows: Float32[np.ndarray, "rows d_embed"],
 ) -> Float32[np.ndarray, "rows d_embed"]:
-    """Unit rows; rows of zeros stay."""
+    """Unit rows; zero rows stay zero."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms > 0, norms, 1)
 
 
 def _fit_images(images: Any, size: int) -> UInt8[np.ndarray, "images size size 3"]:
-    """One array of squares, from one array or a list of images of any sizes.
+    """One array of square images, from one array or a list with any sizes.
 
     Raises:
-      ValueError: not RGB pixels of 8 bits.
+      ValueError: not 8-bit RGB.
     """
     one_array = isinstance(images, np.ndarray)
     for image in images[:1] if one_array else images:

@@ -1,4 +1,4 @@
-"""From queries to documents: one index search for a whole batch, then the strategy."""
+"""From queries to documents: one index search per batch, then the strategy."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from racm3_jax.types import Modality, Neighbours, Retrieved, TokenizedDocument
 
 
 class Retriever:
-    """Retrieves documents of a memory by a strategy. Safe to use from threads.
+    """Retrieves documents of a memory by a strategy. Thread-safe.
 
     Args:
-      memory: where the documents are.
-      strategy: how they are chosen.
+      memory: the documents.
+      strategy: how documents are chosen.
 
     Raises:
-      ValueError: `strategy.exclude_keys` names what no document of the memory has.
+      ValueError: no document of the memory has a key of `strategy.exclude_keys`.
     """
 
     def __init__(self, memory: Memory, strategy: StrategyConfig | None = None):
         self.memory = memory
         self.strategy = strategy or StrategyConfig()
-        if self.strategy.own_keys:
-            self._check_keys(self.strategy.own_keys)
-            # Hashes of the rows' names, filled when a row is a candidate; 0: unread.
-            self._own_names = np.zeros(len(memory), np.uint64)
+        if self.strategy.parsed_exclude_keys:
+            self._check_keys(self.strategy.parsed_exclude_keys)
+            # Hashes of the rows' key values, read when a row is a candidate; 0: unread.
+            self._key_hashes = np.zeros(len(memory), np.uint64)
 
     def _check_keys(self, keys: Sequence[str]) -> None:
-        """Looks at documents from all over the memory."""
+        """Samples documents from the whole memory."""
         rows = np.unique(
             np.linspace(0, len(self.memory) - 1, _NUM_LOOKED_AT, dtype=int)
         )
@@ -58,14 +58,14 @@ class Retriever:
 
         Args:
           queries: unit rows.
-          nums: how many documents each query asks for; 0 asks for none. Fewer come back
-            when the strategy drops all other candidates.
-          mains: the document that each query stands for, which is never returned, nor
-            any that the strategy calls its own; None where there is none.
+          nums: number of documents per query, may be 0. Fewer are returned if the
+            strategy drops all other candidates.
+          mains: the main document of each query, which is never returned, nor any that
+            the strategy excludes for it; None if there is none.
 
         Raises:
-          ValueError: if the lengths differ, a number is negative, or larger than the
-            number of documents that the memory may show.
+          ValueError: the lengths differ, or a number is negative or larger than the
+            number of allowed documents in the memory.
         """
         nums = np.asarray(nums, np.int64)
         if not len(queries) == len(nums) == len(mains):
@@ -87,7 +87,7 @@ class Retriever:
             return np.asarray([len(chosen[n][0]) >= nums[n] for n in numbers], bool)
 
         if config.ranking == "relevance":
-            # Denied rows take slots of the search, not of the candidates.
+            # Denied rows take slots of the search, but do not count as candidates.
             denied = len(self.memory) - self.memory.num_allowed
             self.memory.search_until(
                 queries[asking],
@@ -103,7 +103,7 @@ class Retriever:
         return self._read(chosen)
 
     def usual_score(self, modality: Modality) -> float:
-        """See `Memory.usual_score`; NaN where the strategy takes random documents."""
+        """See `Memory.usual_score`; NaN if the strategy takes random documents."""
         if self.strategy.ranking != "relevance":
             return float("nan")
         return self.memory.usual_score(modality)
@@ -126,9 +126,9 @@ class Retriever:
         asking: Int[np.ndarray, " asking"],
         mains: Sequence[TokenizedDocument | None],
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rows and scores taken for each asking query, out of its candidates."""
+        """Rows and scores selected for each unfinished query from its candidates."""
         config, memory = self.strategy, self.memory
-        # Unfilled slots read row 0; they are excluded.
+        # Unfilled slots point to row 0; they are excluded.
         rows = np.maximum(found.ids, 0)
         excluded = ~found.valid
         if config.require_multimodal:
@@ -139,14 +139,14 @@ class Retriever:
         for j, i in enumerate(asking):
             main = mains[i]
             if main is not None:
-                excluded[j] |= strategy_lib.find_own(
+                excluded[j] |= strategy_lib.find_self_and_same_source(
                     memory.id_hashes[rows[j]],
                     memory.source_hashes[rows[j]],
                     hash_name(main.id),
                     hash_name(main.source),
                     drop_same_source=config.drop_same_source,
                 )
-                excluded[j] |= self._find_alike(rows[j], main)
+                excluded[j] |= self._find_equal_keys(rows[j], main)
             taken = strategy_lib.select(
                 found.scores[j],
                 memory.embeddings[rows[j]] if nums[i] > 1 and compares else None,
@@ -165,37 +165,37 @@ class Retriever:
         width = min(width, len(allowed))
         found = empty_neighbours(len(queries), width)
         for j, query in enumerate(queries):
-            rows = strategy_lib.draw_candidates(allowed, width, query)
+            rows = strategy_lib.sample_candidates(allowed, width, query)
             found.ids[j, : len(rows)] = rows
             found.scores[j, : len(rows)] = self.memory.embeddings[rows] @ query
             found.valid[j, : len(rows)] = True
         return found
 
-    def _find_alike(
+    def _find_equal_keys(
         self, rows: Int[np.ndarray, " k"], main: TokenizedDocument
     ) -> Bool[np.ndarray, " k"] | np.bool_:
-        """True where a candidate agrees with the main document in `exclude_keys`."""
-        keys = self.strategy.own_keys
-        name = strategy_lib.own_name(main.metadata, keys)
+        """True if a candidate agrees with the main document in all `exclude_keys`."""
+        keys = self.strategy.parsed_exclude_keys
+        name = strategy_lib.join_key_values(main.metadata, keys)
         if not name:
             return np.False_
-        unread = np.unique(rows[self._own_names[rows] == 0])
+        unread = np.unique(rows[self._key_hashes[rows] == 0])
         if len(unread):
             names = [
-                hash_name(strategy_lib.own_name(facts, keys))
+                hash_name(strategy_lib.join_key_values(facts, keys))
                 for facts in self.memory.metadata(unread)
             ]
-            self._own_names[unread] = np.array(names, np.uint64) | _READ
-        return self._own_names[rows] == (np.uint64(hash_name(name)) | _READ)
+            self._key_hashes[unread] = np.array(names, np.uint64) | _READ
+        return self._key_hashes[rows] == (np.uint64(hash_name(name)) | _READ)
 
     def _find_copies(
         self,
         rows: Int[np.ndarray, "asking k"],
         mains: Sequence[TokenizedDocument | None],
     ) -> Bool[np.ndarray, "asking k"]:
-        """True where a candidate is an exact or a near copy of the main document.
+        """True if a candidate is an exact or near duplicate of the main document.
 
-        Known only of memories that keep hashes of their documents' content.
+        Only for memories with content hashes.
         """
         memory = self.memory
         copies = np.zeros(rows.shape, bool)
@@ -220,7 +220,7 @@ class Retriever:
         return copies
 
     def _read(self, chosen: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Retrieved]:
-        """One read of the records for the whole batch."""
+        """Reads the records of the whole batch at once."""
         documents = iter(
             self.memory.documents(
                 np.concatenate([_NOTHING[0], *(c[0] for c in chosen)])
@@ -231,7 +231,7 @@ class Retriever:
                 rows,
                 scores,
                 tuple(
-                    strategy_lib.keep_parts(next(documents), self.strategy.given)
+                    strategy_lib.keep_modality(next(documents), self.strategy.given)
                     for _ in rows
                 ),
             )
@@ -240,6 +240,6 @@ class Retriever:
 
 
 _NUM_LOOKED_AT = 64
-# Set in every name that was read.
+# Set in every hash that was read.
 _READ = np.uint64(1 << 63)
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.float32))

@@ -1,7 +1,7 @@
-"""Which of the candidates become context: relevance, modality, diversity. NumPy only.
+"""Selects documents from the candidates: relevance, modality, diversity. NumPy only.
 
-RA-CM3 (arXiv 2211.12561, section 3.1): walk the ranked list; keep whole image-and-text
-documents; skip a candidate that is too similar to the query or to one already taken.
+RA-CM3 (arXiv 2211.12561, section 3.1): go through the ranked list; keep documents with
+both image and text; skip candidates too similar to the query or to a selected one.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class StrategyConfig:
     """How retrieved documents are chosen.
 
     Attributes:
-      max_similarity: a candidate whose inner product with the query, or with a document
-        already taken, is above this is skipped (0.9 in the paper); 1 or more keeps all.
-      num_candidates: neighbours looked at for each query at first.
-      max_candidates: when too few of those are left, four times as many are looked at,
-        up to this number.
-      require_multimodal: keep only documents that have both text and an image.
+      max_similarity: candidates whose inner product with the query, or with an already
+        selected document, is above this are skipped (0.9 in the paper); >= 1 keeps all.
+      num_candidates: number of candidates per query at first.
+      max_candidates: if too few of them are left, four times as many are searched, up
+        to this number.
+      require_multimodal: keep only documents with both text and an image.
       drop_same_source: skip candidates with the main document's source.
       exclude_keys: metadata keys, "house,thing": skip candidates that agree with the main
-        document in all of them. One that lacks a key agrees with none. "" skips none.
-      ranking: "relevance" takes what is nearest to the query; "random" is the baseline
-        that draws the candidates evenly, whatever the query says.
-      given: which parts of the retrieved documents the model is given.
+        document in all of them. A missing key never agrees. "" skips none.
+      ranking: "relevance" takes the nearest to the query; "random" is the baseline that
+        samples candidates uniformly, independent of the query.
+      given: which parts of the retrieved documents are in the context.
     """
 
     max_similarity: float = 0.9
@@ -59,7 +59,7 @@ class StrategyConfig:
         if self.given != "both" and not self.require_multimodal:
             raise ValueError(
                 f"strategy.given={self.given!r} needs strategy.require_multimodal=True: "
-                "a document without that part would be empty"
+                "a document without that modality would be empty"
             )
         if self.num_candidates < 1:
             raise ValueError(
@@ -72,14 +72,14 @@ class StrategyConfig:
             )
 
     @property
-    def own_keys(self) -> tuple[str, ...]:
-        """The names in `exclude_keys`."""
+    def parsed_exclude_keys(self) -> tuple[str, ...]:
+        """The keys in `exclude_keys`."""
         names = (name.strip() for name in self.exclude_keys.split(","))
         return tuple(name for name in names if name)
 
 
-def own_name(metadata: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Equal for documents that agree in all keys; "" where one is missing.
+def join_key_values(metadata: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Equal for documents that agree in all keys; "" if one is missing.
 
     {"thing": "owl", "house": "noto"}, (house, thing)  ->  '["noto", "owl"]'
     """
@@ -89,7 +89,7 @@ def own_name(metadata: Mapping[str, Any], keys: Sequence[str]) -> str:
     return json.dumps([str(value) for value in values])
 
 
-def find_own(
+def find_self_and_same_source(
     id_hashes: UInt64[np.ndarray, " k"],
     source_hashes: UInt64[np.ndarray, " k"],
     main_id_hash: int,
@@ -97,11 +97,11 @@ def find_own(
     *,
     drop_same_source: bool = True,
 ) -> Bool[np.ndarray, " k"]:
-    """True where a candidate is the main document itself, or of the same source.
+    """True if a candidate is the main document itself, or has the same source.
 
     Args:
       id_hashes: of the candidates' ids.
-      source_hashes: of their sources; 0 where a document has none.
+      source_hashes: of their sources; 0 if a document has none.
       main_id_hash: of the main document's id.
       main_source_hash: of its source, or 0.
       drop_same_source: False compares ids only.
@@ -120,7 +120,7 @@ def select(
     excluded: Bool[np.ndarray, " k"],
     max_similarity: float = 0.9,
 ) -> Int[np.ndarray, " taken"]:
-    """Walks the ranked candidates of one query and takes at most `num`.
+    """Goes through the ranked candidates of one query and selects at most `num`.
 
         scores        .97   .80   .79   .60   .55
         excluded       no    no    no   yes    no
@@ -129,15 +129,15 @@ def select(
 
     Args:
       scores: inner products of the query with the candidates, best first.
-      embeddings: unit rows of the candidates; None compares them with nothing but the
+      embeddings: unit rows of the candidates; None compares them only with the
         query.
-      num: how many to take.
-      excluded: True drops a candidate outright: itself, same source, denied, unfilled
-        slot, or without the wanted modalities.
+      num: maximum number to select.
+      excluded: True for candidates to drop: the main document itself, same source,
+        denied, unfilled slot, or missing modality.
       max_similarity: see `StrategyConfig`.
 
     Returns:
-      Positions of the taken candidates, in the order of the list.
+      Positions of the selected candidates, in the order of the list.
     """
     taken: list[int] = []
     for position in np.flatnonzero(~excluded & (scores <= max_similarity)):
@@ -151,21 +151,21 @@ def select(
     return np.asarray(taken, np.int64)
 
 
-def draw_candidates(
+def sample_candidates(
     rows: Int[np.ndarray, " allowed"], num: int, query: Float[np.ndarray, " d_embed"]
 ) -> Int[np.ndarray, " num"]:
-    """Random retrieval: `num` different rows, drawn evenly.
+    """Random retrieval: `num` different rows, sampled uniformly.
 
-    Which ones depends on the query's bytes alone, so that a resumed training draws the
-    same ones again.
+    They depend only on the query's bytes, so that a resumed training samples the same
+    ones again.
     """
     digest = hashlib.sha256(np.ascontiguousarray(query, np.float32).tobytes()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     return rows[rng.choice(len(rows), min(num, len(rows)), replace=False)]
 
 
-def keep_parts(document: TokenizedDocument, given: Given) -> TokenizedDocument:
-    """The document with its texts or its images alone, or all of it.
+def keep_modality(document: TokenizedDocument, given: Given) -> TokenizedDocument:
+    """The document with only its texts or only its images, or all of it.
 
     t1 t2 <break> i1 i2,  "image"  ->  i1 i2
     """

@@ -1,15 +1,15 @@
-"""The CM3 objective: spans of a document move to the end of the sequence.
+"""The CM3 objective: spans of a document are moved to the end of the sequence.
 
     plain    <eod> t1 t2 t3 <break> i1 i2 <eod>
     masked   <eod> t1 <mask:0> t3 <break> i1 i2 <eod> <mask:0> t2 <eoss>
     rotated  <eod> <mask:0> <break> i1 i2 <eod> <mask:0> t1 t2 t3 <eoss>
 
-A causal model that reads such sequences learns to fill a gap with both of its sides in
-view (arXiv 2201.07520, section 2). Spans do not cross `<break>` (arXiv 2309.02591): one
-that would is clipped to the segment that it overlaps most, the first of equals, as in
-the public code of CM3 and CM3Leon. Clipping to the segment where a span starts would give captions more spans, but nearly all of them
-suffixes, and would hardly ever start an image span at the first code (one mask,
-rotation off):
+A causal model trained on such sequences learns infilling with context on both sides
+(arXiv 2201.07520, section 2). Spans do not cross `<break>` (arXiv 2309.02591): one that
+would is clipped to the segment with the largest overlap, the first one if equal, as in
+the public code of CM3 and CM3Leon. Clipping to the segment where a span starts would
+give captions more spans, but nearly all of them suffixes, and image spans would almost
+never start at the first code (one mask, rotation off):
 
     caption and image in tokens     spans in     of those,   of image spans,
                                     captions     suffixes    from the first code
@@ -18,8 +18,8 @@ rotation off):
     10 and 64, largest overlap         3.83%       61.43%       24.63%
     10 and 64, where it starts        25.20%       94.13%        3.10%
 
-A whole caption is almost never hit by chance, so rotation of a whole segment has a
-probability of its own: without it captioning by infilling would stay untrained.
+A span almost never covers a whole caption by chance, so rotation of a whole segment has
+its own probability: without it, captioning by infilling would not be trained.
 
 Pure NumPy: functions take `rng` and return arrays.
 """
@@ -42,12 +42,12 @@ Span = tuple[int, int]
 
 
 class ExampleTooLong(ValueError):
-    """The moved spans of a document alone are longer than a row."""
+    """The moved spans of a document are longer than a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalMaskingConfig:
-    """How many spans move, and which.
+    """How many spans are moved, and which.
 
     With `num_masks="none"` and `rotation_probability=0` sequences are plain documents.
 
@@ -56,16 +56,16 @@ class CausalMaskingConfig:
         "poisson_clamp1" is the paper's Clamp(Poisson(mean), 1, max_masks),
         "poisson_clamp0" the later code's clamp from 0 (at mean 1, 37% stay plain),
         "fixed" is `mean` spans, "single" one span, "none" no span.
-      mean: of the Poisson distribution, or the number of "fixed".
-      max_masks: most spans of a document; at most the sentinels of the vocabulary.
-      rotation_probability: share of documents of which one whole segment is the only
+      mean: of the Poisson distribution, or the number of spans for "fixed".
+      max_masks: maximum spans per document; at most the number of sentinels.
+      rotation_probability: fraction of documents with one whole segment as the only
         span. Independent of `num_masks`.
-      rotation_text_share: of the rotated documents, the share of which a text is moved,
-        not an image. A document without the drawn modality rotates the other one.
-      mask_retrieved: retrieved documents are masked too, as the paper has them, each by
-        a draw of its own; their spans move to the end of the sequence as well.
+      rotation_text_share: fraction of the rotated documents in which a text is moved,
+        not an image. A document without the sampled modality rotates the other one.
+      mask_retrieved: retrieved documents are masked too, as in the paper, each sampled
+        independently; their spans are moved to the end of the sequence as well.
       sentinel_weight: loss weight of `<mask:i>` as a target.
-      text_weight: loss weight of the main document's text tokens; its image tokens have 1.
+      text_weight: loss weight of the main document's text tokens; image tokens have 1.
     """
 
     num_masks: NumMasks = "poisson_clamp1"
@@ -104,7 +104,7 @@ class CausalMaskingConfig:
 
 
 def sample_num_masks(config: CausalMaskingConfig, rng: np.random.Generator) -> int:
-    """How many spans one document that is not rotated gets, before overlaps."""
+    """Samples the number of spans of a document without rotation, before overlaps."""
     if config.num_masks == "none":
         return 0
     if config.num_masks == "single":
@@ -121,17 +121,17 @@ def sample_spans(
     vocab: Vocab,
     rng: np.random.Generator,
 ) -> list[Span]:
-    """Which ranges of one document move.
+    """Samples the ranges of one document that are moved.
 
     Args:
       tokens: a document as `layout.document_tokens` makes it.
       config: the distribution.
-      vocab: tells `<break>` from the rest.
+      vocab: identifies `<break>`.
       rng: the only source of randomness.
 
     Returns:
-      Half-open ranges of `tokens`, ascending, disjoint, none empty, none with `<break>`.
-      Fewer than drawn when the document is too short to hold them apart.
+      Half-open ranges of `tokens`, ascending, disjoint, not empty, without `<break>`.
+      Fewer than sampled if the document is too short to keep them disjoint.
     """
     if rng.random() < config.rotation_probability:
         return _sample_rotation(tokens, config, vocab, rng)
@@ -139,7 +139,7 @@ def sample_spans(
     inside = np.flatnonzero(tokens != vocab.break_)
     if num_masks == 0 or len(inside) == 0:
         return []
-    # n*n candidates for n masks, first come first served, as in the authors' code.
+    # n*n candidates for n masks, the first ones that fit win, as in the authors' code.
     ends = _segment_ends(tokens, vocab)
     starts = np.append(0, ends[:-1] + 1)
     candidates = rng.integers(len(inside), size=(num_masks * num_masks, 2))
@@ -159,7 +159,7 @@ def sample_spans(
 def apply_masks(
     tokens: Int32[np.ndarray, " length"], spans: Sequence[Span], vocab: Vocab
 ) -> Int32[np.ndarray, " masked_length"]:
-    """Replace each span by its sentinel and move it after the last `<eod>`.
+    """Replaces each span by its sentinel and moves it after the last `<eod>`.
 
     index    0     1  2  3  4       5  6  7
     tokens   <eod> t1 t2 t3 <break> i1 i2 <eod>          spans [(2, 3), (5, 6)]
@@ -169,8 +169,8 @@ def apply_masks(
     Args:
       tokens: a whole sequence as `layout.join` makes it.
       spans: half-open ranges of `tokens`, ascending, disjoint, not empty, without
-        `<eod>` and `<break>`; they take `<mask:0>`, `<mask:1>`, ... from left to right.
-      vocab: gives sentinels and `<eoss>`.
+        `<eod>` and `<break>`; they get `<mask:0>`, `<mask:1>`, ... from left to right.
+      vocab: of the tokens.
 
     Raises:
       ValueError: spans overlap, are empty, leave the sequence, or hold a control token.
@@ -181,18 +181,18 @@ def apply_masks(
 def unmask(
     tokens: Int32[np.ndarray, " masked_length"], vocab: Vocab
 ) -> Int32[np.ndarray, " length"]:
-    """Put moved spans back: the inverse of `apply_masks`.
+    """Moves spans back: the inverse of `apply_masks`.
 
     <eod> t1 <mask:0> t3 <eod> <mask:0> t2 <eoss>  ->  <eod> t1 t2 t3 <eod>
 
     Raises:
       ValueError: the sequence has no `<eod>`; a moved span is not
-        `<mask:i> ... <eoss>`; or a sentinel has no span, or a span no sentinel.
+        `<mask:i> ... <eoss>`; or a sentinel has no span, or a span has no sentinel.
     """
     tokens = np.asarray(tokens, np.int32)
     eods = np.flatnonzero(tokens == vocab.eod)
     if not len(eods):
-        raise ValueError("unmask wants a sequence with <eod>; got one without")
+        raise ValueError("unmask needs a sequence with <eod>; got one without")
     body, moved = tokens[: eods[-1] + 1], tokens[eods[-1] + 1 :]
     spans: dict[int, np.ndarray] = {}
     start = 0
@@ -200,14 +200,14 @@ def unmask(
         name = int(moved[start]) if start < end else vocab.eoss
         if not vocab.is_sentinel(name) or name in spans:
             raise ValueError(
-                "a moved span must begin with a sentinel of its own and end with "
-                f"<eoss>; got {vocab.picture(moved[start : end + 1])}"
+                "a moved span must start with its own sentinel and end with "
+                f"<eoss>; got {vocab.to_text(moved[start : end + 1])}"
             )
         spans[name] = moved[start + 1 : end]
         start = int(end) + 1
     if start != len(moved):
         raise ValueError(
-            f"a moved span has no <eoss>: {vocab.picture(moved[start:][:8])} ..."
+            f"a moved span has no <eoss>: {vocab.to_text(moved[start:][:8])} ..."
         )
     pieces, position = [], 0
     for at in np.flatnonzero(vocab.is_sentinel(body)):
@@ -233,31 +233,31 @@ def build_example(
     rng: np.random.Generator,
     ranks: Sequence[int] | None = None,
 ) -> Example:
-    """One training sequence: retrieved documents, the main one, its moved spans.
+    """One training sequence: retrieved documents, main document, moved spans.
 
         tokens   <eod> r1 <break> r2 <eod> <mask:0> <break> i1 <eod> <mask:0> t1 <eoss>
         weights  0     a  a       a  a     0        1       1  1     0        1  1
         is_main  .     .  .       .  .     x        x       x  x     x        x  x
 
-    Retrieved documents are taken in their order as long as they fit whole; one that does
-    not is left out, and a shorter one after it may still be taken. If the main document
-    alone is too long, it loses tokens from its beginning (an image whole). Moved spans are never touched, and their sentinels stay
-    in place. The masks of the main document depend on `main` and `rng` only, whatever
-    was retrieved.
+    Retrieved documents are added in order if they fit completely; one that does not is
+    skipped, and a shorter one after it may still be added. If the main document alone
+    is too long, it is truncated from its beginning (images as a whole). Moved spans are
+    never truncated, and their sentinels stay in place. The masks of the main document
+    depend only on `main` and `rng`, not on what was retrieved.
 
     Args:
-      main: the document to learn.
+      main: the main document.
       retrieved: documents of the memory, in the order of the sequence.
       config: the masking distribution.
-      vocab: gives control tokens and sentinels.
+      vocab: of the tokens.
       alpha: loss weight of retrieved documents (the paper: 0.1).
-      max_length: most tokens of the result; a row of n positions holds n + 1.
+      max_length: maximum number of tokens; a row of n positions holds n + 1.
       rng: the only source of randomness.
-      ranks: of each retrieved document, 0 for the most relevant one, where they do not
-        come in that order.
+      ranks: relevance rank of each retrieved document, 0 for the most relevant one, if
+        they are not in that order.
 
     Raises:
-      ExampleTooLong: the moved spans alone do not fit into `max_length`.
+      ExampleTooLong: the moved spans do not fit into `max_length`.
       ValueError: `config.max_masks` exceeds the sentinels of the vocabulary.
     """
     if config.max_masks > vocab.num_sentinels:
@@ -324,7 +324,7 @@ def _weigh(
     weights = np.where(is_main, np.float32(1), np.float32(alpha)).astype(np.float32)
     weights[vocab.is_sentinel(tokens)] *= config.sentinel_weight
     weights[is_main & vocab.is_text(tokens)] *= config.text_weight
-    weights[0] = 0  # nothing comes before it, so it is never a target
+    weights[0] = 0  # the first token is never a target
     return weights
 
 
@@ -334,13 +334,13 @@ def _find_cuts(
     ranks: Int64[np.ndarray, " retrieved"],
     vocab: Vocab,
 ) -> Int64[np.ndarray, "images 2"]:
-    """Images of retrieved documents, the least relevant document's last image first.
+    """Images of retrieved documents, from the last of the least relevant document on.
 
         tokens   <eod> t1 <break> i1 i2 <eod> i3 i4 <break> t2 <eod> ...      ranks 0 1
         owners     -1   0      0  0  0     0   1  1       1  1     1 ...
         cuts                     [3,    5)   [6,    8)                second, then first
 
-    Part of an image that ends in a sentinel is no cut: its tail was moved.
+    A part of an image that ends in a sentinel is not a cut: its tail was moved.
     """
     is_image = vocab.is_image(tokens) & (owners >= 0)
     edges = np.diff(is_image.astype(np.int8), prepend=0, append=0)
@@ -352,13 +352,13 @@ def _find_cuts(
 
 
 class _Order(NamedTuple):
-    """Where each token of a masked sequence comes from.
+    """The source of each token of a masked sequence.
 
     Attributes:
-      source: index into the plain sequence; of an inserted token, the index of a token of
-        its span (so that both belong to the same document).
-      inserted: the inserted token, or -1 where the token is copied from `source`.
-      body_length: tokens up to and with the last `<eod>`; the rest are moved spans.
+      source: index into the plain sequence; for an inserted token, the index of a token
+        of its span (so that both belong to the same document).
+      inserted: the inserted token, or -1 if the token is copied from `source`.
+      body_length: tokens up to and including the last `<eod>`; then moved spans.
     """
 
     source: Int64[np.ndarray, " masked_length"]
@@ -379,7 +379,7 @@ def _sample_rotation(
     vocab: Vocab,
     rng: np.random.Generator,
 ) -> list[Span]:
-    """One whole segment as the only span; none when the document is empty."""
+    """One whole segment as the only span; none if the document is empty."""
     ends = _segment_ends(tokens, vocab)
     starts = np.append(0, ends[:-1] + 1)
     spans = [(int(s), int(e)) for s, e in zip(starts, ends, strict=True) if s < e]
@@ -395,7 +395,7 @@ def _sample_rotation(
 def _arrange(
     tokens: Int32[np.ndarray, " length"], spans: Sequence[Span], vocab: Vocab
 ) -> _Order:
-    """The order of the masked sequence; see `apply_masks` for the picture."""
+    """The order of the masked sequence; see the diagram of `apply_masks`."""
     body: list[np.ndarray] = []
     moved: list[np.ndarray] = []
     position = 0
@@ -408,7 +408,7 @@ def _arrange(
         if vocab.is_control(tokens[start:end]).any():
             raise ValueError(
                 f"span {i} is [{start}, {end}) and holds a control token: "
-                f"{vocab.picture(tokens[start:end])}; spans stay within a segment"
+                f"{vocab.to_text(tokens[start:end])}; spans stay within a segment"
             )
         sentinel = vocab.sentinel(i)
         body += [_copied(position, start), _inserted(start, sentinel)]
@@ -444,7 +444,7 @@ def _trim(
     vocab: Vocab,
     document_id: str,
 ) -> _Order:
-    """Leave out `overflow` tokens (or more) from the beginning of the main document.
+    """Drops `overflow` or more tokens from the beginning of the main document.
 
     <eod> t1 <mask:0> t3 t4 <eod> <mask:0> t2 <eoss>      overflow 2
     <eod>    <mask:0>    t4 <eod> <mask:0> t2 <eoss>

@@ -1,12 +1,12 @@
-"""Wrong documents among the retrieved ones, in any order, so that a model must read them.
+"""Distractors among the retrieved documents, in any order, so that a model must read.
 
     retrieved       a  a'      b  b'      c           best first
-    distractors     a  b'      b  b'      c           the last one, another example's
+    distractors     a  b'      b  b'      c           the last one from another example
     shuffled        b' a       b  b'      c
 
-When the best document always comes first and is nearly always right, a small model learns
-to copy the first document and to read neither names nor pictures. Nothing of this is in
-RA-CM3, which ranks 150 million documents and so has wrong ones among them anyway.
+If the best document always comes first and is nearly always right, a small model learns
+to copy the first document without reading names or images. RA-CM3 does not do this: it
+retrieves from 150 million documents, and so gets wrong ones anyway.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ def mix_documents(
 ) -> tuple[list[Documents], list[tuple[int, ...]]]:
     """The documents of each example, with distractors, in the configured order.
 
-    Examples of fewer than two documents stay as they are: a wrong document alone would
-    teach a model not to trust any.
+    Examples with fewer than two documents are unchanged: a wrong document alone would
+    teach the model to ignore documents.
 
     Args:
-      retrieved: of each example of a batch, best first; distractors come from the others.
-      mains: the examples' main documents, which are no distractors of their own.
+      retrieved: per example of a batch, best first; distractors come from other
+        examples.
+      mains: the examples' main documents, which are never their own distractors.
       config: `distractor_probability` and `document_order`.
-      rngs: one an example; not drawn from where nothing is to be mixed.
+      rngs: one per example; not used if nothing is to be mixed.
 
     Returns:
-      The documents, and the rank of each by relevance, 0 first; distractors are last.
+      The documents, and the relevance rank of each, 0 is best; distractors are last.
     """
     ranks = [tuple(range(len(documents))) for documents in retrieved]
     if not config.distractor_probability and config.document_order == "relevance":

@@ -1,7 +1,7 @@
-"""From main documents to masked sequences: retrieve, mix, ask, mask; by one search.
+"""From main documents to masked sequences: retrieve, mix, make episodes, mask.
 
-Every example is a function of the seed and its global index alone (and of what is
-retrieved with it, where distractors are wanted), whoever makes it and when.
+Every example depends only on the seed and its global index (with distractors, also on
+the other examples of its search), not on the process or time.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from racm3_jax.sequences.variants import Variants
 from racm3_jax.types import Example, Modality, Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
-# Names of the random streams; a change of any changes every batch.
+# Names of the random streams; changing one changes every batch.
 MASKING, RETRIEVAL, EPISODES, DISTRACTORS, PAIRING, RENAMING, POSITIONS = range(7)
 AUGMENTATION, SEGMENT_ORDER = 7, 8
 
 
 class DocumentStore(Protocol):
-    """What the pipeline asks of a memory; calls come from several threads."""
+    """The memory interface of the pipeline; called from several threads."""
 
     def documents(self, ids: Int64[np.ndarray, " n"]) -> Sequence[TokenizedDocument]:
         """The documents of these rows, in order."""
@@ -42,12 +42,12 @@ class DocumentStore(Protocol):
     def queries(
         self, ids: Int64[np.ndarray, " n"], modality: Modality, variant: int
     ) -> Float32[np.ndarray, "n d_embed"]:
-        """Their text or image parts as queries; variant 0 is without query dropout."""
+        """Their text or image embeddings as queries; variant 0 is without dropout."""
         ...
 
 
 class DocumentRetriever(Protocol):
-    """What the pipeline asks of a retriever; calls come from several threads."""
+    """The retriever interface of the pipeline; called from several threads."""
 
     def retrieve(
         self,
@@ -60,12 +60,12 @@ class DocumentRetriever(Protocol):
 
 
 class ExampleMaker:
-    """Makes examples; safe to use from threads.
+    """Makes examples; thread-safe.
 
     Args:
-      memory: the documents, their queries.
-      retriever: not needed (None) when nothing is retrieved.
-      vocab: that the documents were tokenised with.
+      memory: documents and queries.
+      retriever: may be None if nothing is retrieved.
+      vocab: of the documents' tokens.
       masking: the CM3 objective.
       config: retrieval, sizes, seed.
       episodes: see `pipeline.make_batches`.
@@ -92,8 +92,8 @@ class ExampleMaker:
         self._episodes = episodes
         self._pairing = pairing
         self._variants = variants
-        # What an episode asks is at its end already.
-        self._asking = dataclasses.replace(
+        # The answer of an episode is already at its end.
+        self._episode_masking = dataclasses.replace(
             masking, num_masks="none", rotation_probability=0.0
         )
 
@@ -104,12 +104,12 @@ class ExampleMaker:
 
         Args:
           ids: rows of the memory.
-          first: global index of the first one; the others follow it.
+          first: global index of the first one; the others follow.
 
         Returns:
-          Examples, without those whose moved spans are longer than a row; and how many
-          were "skipped" for that, "retrieved" documents, "episodes", and more of the
-          search.
+          Examples, without those whose moved spans are longer than a row; and counts of
+          these ("skipped"), of "retrieved" documents, "episodes", and search
+          statistics.
 
         Raises:
           ValueError: too many examples are too long.
@@ -119,7 +119,7 @@ class ExampleMaker:
         paired = self._pair(ids, first)
         retrieved, ranks, found = self._retrieve(ids, mains, first, paired)
         self._show_pairs(paired, mains, retrieved, ranks, first)
-        asked = self._ask(ids, mains, retrieved, ranks, first)
+        episodes = self._make_episodes(ids, mains, retrieved, ranks, first)
         self._change_images(mains, retrieved, first)
         self._order_segments(retrieved, first)
         examples: list[Example] = []
@@ -129,7 +129,7 @@ class ExampleMaker:
                 example = build_example(
                     main,
                     documents,
-                    self._asking if i in asked else self._masking,
+                    self._episode_masking if i in episodes else self._masking,
                     self._vocab,
                     alpha=config.alpha,
                     max_length=config.row_length + 1,
@@ -141,18 +141,18 @@ class ExampleMaker:
                 if num_skipped > config.max_skipped_share * len(mains):
                     raise ValueError(
                         f"more than {config.max_skipped_share:.0%} of the {len(mains)} "
-                        f"main documents cannot be used; the last one: {error}"
+                        f"main documents cannot be used; the last error: {error}"
                     ) from error
                 continue
-            if i in asked and self._episodes is not None:
-                example = self._episodes.weigh(example, self._vocab)
+            if i in episodes and self._episodes is not None:
+                example = self._episodes.reweight(example, self._vocab)
             elif self._pairing is not None:
-                example = self._pairing.weigh(example, main)
+                example = self._pairing.reweight(example, main)
             examples.append(example)
         stats = {
             "skipped": float(num_skipped),
             "retrieved": float(sum(len(documents) for documents in retrieved)),
-            "episodes": float(len(asked)),
+            "episodes": float(len(episodes)),
             **found,
         }
         return examples, stats
@@ -163,7 +163,7 @@ class ExampleMaker:
         retrieved: list[tuple[TokenizedDocument, ...]],
         first: int,
     ) -> None:
-        """Puts all images of an example under one change, in place."""
+        """Applies one augmentation to all images of an example, in place."""
         if self._variants is None:
             return
         for i, main in enumerate(mains):
@@ -188,7 +188,7 @@ class ExampleMaker:
     def _pair(
         self, ids: Int64[np.ndarray, " n"], first: int
     ) -> dict[int, Int64[np.ndarray, " documents"]]:
-        """Which examples are given documents by class, and their rows."""
+        """Which examples get documents by class, and their rows."""
         paired: dict[int, Int64[np.ndarray, " documents"]] = {}
         if self._pairing is None:
             return paired
@@ -207,7 +207,7 @@ class ExampleMaker:
         ranks: list[tuple[int, ...]],
         first: int,
     ) -> None:
-        """Puts the documents of pairs in place, with the names of their classes new."""
+        """Inserts the paired documents, with their classes renamed."""
         if self._pairing is None:
             return
         shown: dict[int, tuple[TokenizedDocument, ...]] = {}
@@ -221,7 +221,7 @@ class ExampleMaker:
             documents = shown.get(i, retrieved[i])
             mains[i], retrieved[i] = self._pairing.rename(main, documents, rng)
 
-    def _ask(
+    def _make_episodes(
         self,
         ids: Int64[np.ndarray, " n"],
         mains: list[TokenizedDocument],
@@ -229,20 +229,20 @@ class ExampleMaker:
         ranks: list[tuple[int, ...]],
         first: int,
     ) -> dict[int, Episode]:
-        """Turns some examples into episodes, in place; says which."""
+        """Turns some examples into episodes, in place; returns which."""
         if self._episodes is None:
             return {}
-        drawn: dict[int, Episode] = {}
+        episodes: dict[int, Episode] = {}
         for i, row in enumerate(ids.tolist()):
             rng = np.random.default_rng([self._config.seed, EPISODES, first + i])
-            episode = self._episodes.draw(row, rng)
+            episode = self._episodes.sample(row, rng)
             if episode is not None and "image" in mains[i].modalities:
-                drawn[i] = episode
-        if not drawn:
-            return drawn
-        rows = np.concatenate([episode.rows for episode in drawn.values()])
+                episodes[i] = episode
+        if not episodes:
+            return episodes
+        rows = np.concatenate([episode.rows for episode in episodes.values()])
         shown = iter(self._memory.documents(rows))
-        for i, episode in drawn.items():
+        for i, episode in episodes.items():
             retrieved[i] = tuple(
                 self._episodes.label(next(shown), int(label), episode.label_first)
                 for label in episode.labels
@@ -251,7 +251,7 @@ class ExampleMaker:
             mains[i] = self._episodes.label(
                 mains[i], episode.answer, episode.label_first
             )
-        return drawn
+        return episodes
 
     def _retrieve(
         self,
@@ -262,7 +262,7 @@ class ExampleMaker:
     ) -> tuple[
         list[tuple[TokenizedDocument, ...]], list[tuple[int, ...]], dict[str, float]
     ]:
-        """Documents of each example and their ranks, by one search; how that went."""
+        """Documents of each example and their ranks, by one search; its statistics."""
         config = self._config
         found: list[tuple[TokenizedDocument, ...]] = [()] * len(mains)
         ranks: list[tuple[int, ...]] = [()] * len(mains)
@@ -279,14 +279,14 @@ class ExampleMaker:
                 variant = 1 + int(rng.integers(config.num_query_variants))
             parts.append((modality, variant))
         nums[list(paired)] = 0
-        asking = np.flatnonzero(nums).tolist()
-        if not asking:
+        wanted = np.flatnonzero(nums).tolist()
+        if not wanted:
             return found, ranks, _describe([], nums)
-        queries = self._queries(ids[asking], [parts[i] for i in asking])
+        queries = self._queries(ids[wanted], [parts[i] for i in wanted])
         results = self._retriever.retrieve(
-            queries, nums[asking], [mains[i] for i in asking]
+            queries, nums[wanted], [mains[i] for i in wanted]
         )
-        for i, result in zip(asking, results, strict=True):
+        for i, result in zip(wanted, results, strict=True):
             found[i] = tuple(result.documents)
         rngs = (
             np.random.default_rng([config.seed, DISTRACTORS, first + i])
@@ -298,7 +298,7 @@ class ExampleMaker:
     def _queries(
         self, ids: Int64[np.ndarray, " n"], parts: Sequence[tuple[Modality, int]]
     ) -> Float32[np.ndarray, "n d_embed"]:
-        """One query a document, read with one call per (modality, variant)."""
+        """One query per document, read with one call per (modality, variant)."""
         groups: dict[tuple[Modality, int], list[int]] = {}
         for i, part in enumerate(parts):
             groups.setdefault(part, []).append(i)
@@ -314,16 +314,17 @@ class ExampleMaker:
 def _describe(
     results: Sequence[Retrieved], nums: Int64[np.ndarray, " n"]
 ) -> dict[str, float]:
-    """The mean K, the mean similarity, and the share of queries given too few."""
+    """Mean K, mean similarity, and the fraction of queries with too few results."""
     scores = [result.scores for result in results if len(result.documents)]
-    asked = nums[nums > 0]
+    wanted = nums[nums > 0]
     short = sum(
-        len(result.documents) < num for result, num in zip(results, asked, strict=False)
+        len(result.documents) < num
+        for result, num in zip(results, wanted, strict=False)
     )
     return {
         "mean_retrieved": float(sum(len(s) for s in scores) / max(1, len(nums))),
         "mean_similarity": float(np.concatenate(scores).mean()) if scores else 0.0,
-        "share_starved": float(short / max(1, len(asked))),
+        "share_starved": float(short / max(1, len(wanted))),
     }
 
 

@@ -1,18 +1,18 @@
-"""The order of tokens in a sequence, written down here and nowhere else.
+"""The order of tokens in a sequence, defined only here.
 
     <eod> text <break> image <eod> text <break> image <eod> text <break> image <eod>
     `-- retrieved ------------'-- retrieved --------------'-- the main document ---'
 
-The order of the retrieved documents is the caller's: best first in generation, and in
-training unless `pipeline.document_order` or pairing shuffles them.
+The caller decides the order of the retrieved documents: best first in generation, and
+in training unless `pipeline.document_order` or pairing shuffles them.
 
-With causal masking (`causal_masking`) spans move after the last `<eod>`:
+With causal masking (`causal_masking`), spans are moved after the last `<eod>`:
 
     ... <eod> text <mask:0> text <break> image <eod> <mask:0> span <eoss>
 
-The prompts of generation are beginnings of these same sequences, so that a task asks the
-model only for what it was trained to write. This is the layout of CM3Leon
-(arXiv 2309.02591) and Chameleon, the successors of RA-CM3.
+Generation prompts are prefixes of these sequences, so that the model generates only
+what it was trained on. This is the layout of CM3Leon (arXiv 2309.02591) and Chameleon,
+the successors of RA-CM3.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def document_tokens(
         (t1 t2) (i3 i4)  ->  t1 t2 <break> i3 i4
 
     Raises:
-      ValueError: the document has no segments, a text segment holds a token that is no
-        text token, or an image segment is not `vocab.image_length` image tokens.
+      ValueError: the document has no segments, a text segment has other tokens than
+        text tokens, or an image segment does not have `vocab.image_length` image
+        tokens.
     """
     if not document.segments:
         raise ValueError(f"document {document.id!r} has no segments")
@@ -59,12 +60,12 @@ def document_tokens(
                 raise ValueError(
                     f"an image of document {document.id!r} has {len(tokens)} tokens, "
                     f"{int(vocab.is_image(tokens).sum())} of them image tokens; the "
-                    f"vocabulary wants {vocab.image_length} image tokens: was the "
+                    f"vocabulary needs {vocab.image_length} image tokens: was the "
                     "document tokenised with another tokenizer?"
                 )
         elif ((tokens < 0) | ~vocab.is_text(tokens)).any():
             raise ValueError(
-                f"a text of document {document.id!r} holds tokens outside 0.."
+                f"a text of document {document.id!r} has tokens outside 0.."
                 f"{vocab.num_text_ids - 1}: was the document tokenised with another "
                 "tokenizer?"
             )
@@ -77,7 +78,7 @@ def document_tokens(
 def retrieved_prefix(
     retrieved: Sequence[TokenizedDocument], vocab: Vocab
 ) -> Int32[np.ndarray, " length"]:
-    """What comes before the main document; equal for all prompts with these documents.
+    """The prefix before the main document; equal for all prompts with these documents.
 
     []      ->  <eod>
     [a, b]  ->  <eod> a <eod> b <eod>
@@ -94,7 +95,7 @@ def join(
     main_tokens: Int32[np.ndarray, " main_length"],
     vocab: Vocab,
 ) -> Int32[np.ndarray, " length"]:
-    """Retrieved documents first, the main one last, one `<eod>` between documents.
+    """Retrieved documents first, the main document last, `<eod>` between documents.
 
     [a, b], main  ->  <eod> a <eod> b <eod> main <eod>
     """
@@ -108,7 +109,7 @@ def text_to_image_prompt(
     text_tokens: Int32[np.ndarray, " text_length"],
     vocab: Vocab,
 ) -> Int32[np.ndarray, " length"]:
-    """The sequence up to where the image of the main document begins.
+    """The sequence up to the start of the main document's image.
 
     [a], t1 t2  ->  <eod> a <eod> t1 t2 <break>
     """
@@ -121,7 +122,7 @@ def beginning_prompt(
     tokens: Int32[np.ndarray, " known"],
     vocab: Vocab,
 ) -> Int32[np.ndarray, " length"]:
-    """The sequence up to where the known tokens of the main document end.
+    """The sequence up to the end of the main document's known tokens.
 
     [a], t1 t2 <break> i1  ->  <eod> a <eod> t1 t2 <break> i1
     """
@@ -135,23 +136,22 @@ def infill_prompt(
     spans: Sequence[tuple[int, int]],
     vocab: Vocab,
 ) -> Int32[np.ndarray, " length"]:
-    """Ask for the first of the spans that are left out of a document.
+    """The prompt for the first of the missing spans of a document.
 
-    The model goes on with the tokens of the first span and `<eoss>`; for the next span
-    append `<mask:1>`, and so on.
+    The model continues with the tokens of the first span and `<eoss>`; for the next
+    span append `<mask:1>`, and so on.
 
         [a], t1 t2 t3 t4, [(1, 3)]  ->  <eod> a <eod> t1 <mask:0> t4 <eod> <mask:0>
 
     Args:
       retrieved: documents of the memory, in the order of the sequence.
-      tokens: the document as `document_tokens` makes it; what is inside a span is
-        not read.
+      tokens: the document from `document_tokens`; tokens inside a span are ignored.
       spans: half-open ranges of `tokens`, ascending, disjoint; an empty range
-        (start = end) asks for an insertion.
-      vocab: gives the sentinels.
+        (start = end) means an insertion.
+      vocab: of the tokens.
 
     Raises:
-      ValueError: there is no span, or they overlap or leave the document.
+      ValueError: there is no span, or spans overlap or leave the document.
     """
     if not spans:
         raise ValueError("infill_prompt needs at least one span; got none")
@@ -176,11 +176,11 @@ def caption_prompt(
     vocab: Vocab,
     prefix_tokens: Int32[np.ndarray, " prefix_length"] | Sequence[int] = (),
 ) -> Int32[np.ndarray, " length"]:
-    """Ask for the caption of an image: the sequence of a wholly rotated caption.
+    """The prompt for an image's caption: the sequence with the caption rotated.
 
         [a], i1 i2  ->  <eod> a <eod> <mask:0> <break> i1 i2 <eod> <mask:0>
 
-    `prefix_tokens` ("Photo of", as the paper prompts) stay in front of `<mask:0>`.
+    `prefix_tokens` ("Photo of", as in the paper) come before `<mask:0>`.
     """
     prefix = np.asarray(prefix_tokens, np.int32)
     break_ = np.array([vocab.break_], np.int32)

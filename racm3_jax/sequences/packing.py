@@ -1,4 +1,4 @@
-"""Several examples into one row; the shift by one happens here and nowhere else.
+"""Packs examples into rows; the shift by one is only here.
 
     examples   a b c d      e f g      h i j k l              row_length 6, 2 rows
 
@@ -7,19 +7,19 @@
     segments   1 1 2 2 2 2        1 1 1 0 0 0
     positions  0 1 0 1 2 3        0 1 2 0 0 0
 
-An example of n tokens takes n - 1 positions. No example may see another: attention masks
-by `segment_ids`, and positions restart at 0. Pure NumPy.
+An example of n tokens takes n - 1 positions. Examples cannot attend to each other:
+attention masks by `segment_ids`, and positions restart at 0. Pure NumPy.
 
-Where documents are a large part of a row (1024 tokens an image in 4096), whole examples
-leave a quarter of it empty. Then `max_trim` lets a row's examples lose the tails of their
-retrieved images (upper case here), those of the least relevant documents first, until
-they fit. No caption and no token of the main document is ever cut:
+If documents are a large part of a row (1024 tokens per image in 4096), whole examples
+leave a quarter of it empty. `max_trim` then allows truncating the retrieved images of a
+row's examples (upper case here), starting with the least relevant documents, until they
+fit. Captions and the main document are never truncated:
 
     examples   . r S T . m n .      . u V . p .        row_length 11, 1 row, max_trim 1
 
-    inputs     . r S . m n . u V . p                   T is lost
+    inputs     . r S . m n . u V . p                   T is dropped
     targets    r S . m n . u V . p .
-    weights    a a 0 1 1 1 a a a 1 1                   what follows a cut is not learned
+    weights    a a 0 1 1 1 a a a 1 1                   the target after a cut: 0
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from racm3_jax.types import Batch, Example
 
 
 class Packed(NamedTuple):
-    """A batch, and what it has no room for.
+    """A batch, and the examples that did not fit.
 
     Attributes:
       batch: the rows.
-      waiting: positions of the examples that did not fit, ascending.
+      waiting: indices of the examples that did not fit, ascending.
     """
 
     batch: Batch
@@ -55,22 +55,22 @@ def pack(
     max_examples: int = 0,
     overtake: bool = False,
 ) -> Packed:
-    """Pack examples into rows, best fit, longest first.
+    """Packs examples into rows: best fit, longest first.
 
-    When not all of them fit, the last ones are left out until the rest fits. Which
-    examples wait thus does not depend on their length: leaving out the longest, or those
-    that best fit by itself has no place for, would starve some kind of example.
+    If not all of them fit, the last ones are left out until the rest fits. So which
+    examples wait does not depend on their length: leaving out the longest, or those
+    that best fit cannot place, would starve some kinds of examples.
 
     Args:
-      examples: sequences of at least 2 tokens. Inside a row they keep this order.
+      examples: sequences of at least 2 tokens. They keep this order inside a row.
       num_rows: rows of the batch.
       row_length: positions of a row.
-      pad: the token that fills inputs and targets where a row is empty.
-      max_trim: how many image tokens of retrieved documents a row's examples may lose,
-        together, so that one more fits.
-      max_examples: of one row; 0: as many as fit. Some attention kernels need a bound.
-      overtake: what is left of the rows then goes to later examples that happen to fit.
-        For callers that put the waiting ones first next time, so that none waits long.
+      pad: padding token of inputs and targets.
+      max_trim: how many image tokens of retrieved documents a row's examples may lose
+        in total, so that one more fits.
+      max_examples: per row; 0: as many as fit. Some attention kernels need a bound.
+      overtake: fill the remaining space with later examples that happen to fit. For
+        callers that put the waiting ones first next time, so that none waits long.
 
     Raises:
       ValueError: an example has fewer than 2 tokens or is longer than a row, or a size
@@ -105,7 +105,7 @@ def pack(
     batch = _empty_batch(num_rows, row_length, pad)
     for row, members in enumerate(rows.members):
         chosen = sorted(members)
-        cuts = _share_out(lengths[chosen].sum() - row_length, spare[chosen])
+        cuts = _split_excess(lengths[chosen].sum() - row_length, spare[chosen])
         _write(
             batch,
             row,
@@ -115,12 +115,12 @@ def pack(
 
 
 def shorten(example: Example, num_tokens: int) -> Example:
-    """Leaves out the tails of retrieved images, `num_tokens` in all.
+    """Truncates retrieved images by `num_tokens` in total.
 
     Args:
-      example: with `cuts`, in whose order images are shortened; each keeps its first
+      example: its images are shortened in the order of `cuts`; each keeps its first
         token.
-      num_tokens: at most what the images have to lose.
+      num_tokens: at most what the images can lose.
     """
     if num_tokens <= 0:
         return example
@@ -129,7 +129,7 @@ def shorten(example: Example, num_tokens: int) -> Example:
     for start, end in example.cuts.tolist():
         cut = min(num_tokens, end - start - 1)
         keep[end - cut : end] = False
-        # A sequence never ends within an image: this target would teach that it may.
+        # This target would teach the model to stop in the middle of an image.
         weights[end] = 0 if cut else weights[end]
         num_tokens -= cut
     return Example(example.tokens[keep], weights[keep], example.is_main[keep])
@@ -141,7 +141,7 @@ def _count_spare(example: Example) -> int:
 
 
 class _Rows:
-    """Which examples are in which row, so far."""
+    """The assignment of examples to rows so far."""
 
     def __init__(
         self, num_rows: int, row_length: int, max_trim: int, max_examples: int
@@ -150,17 +150,17 @@ class _Rows:
         self._room = np.full(num_rows, row_length, np.int64)
         self._spare = np.zeros(num_rows, np.int64)
         self._max_trim = max_trim
-        # A row of n positions has no place for more than n examples.
+        # A row of n positions holds at most n examples.
         self._places = np.full(num_rows, max_examples or row_length, np.int64)
 
     def place(self, member: int, length: int, spare: int) -> bool:
-        """Puts one more example where it fits best; False if it fits nowhere."""
+        """Adds an example to the row where it fits best; False if it fits nowhere."""
         left = self._room - length
         fits = left + np.minimum(self._spare + spare, self._max_trim) >= 0
         fits &= self._places > 0
         if not fits.any():
             return False
-        # The row that comes out fullest; of two that are cut, the one that loses less.
+        # The row that becomes fullest; among truncated rows, the one that loses least.
         row = int(np.where(fits, np.abs(left), np.iinfo(np.int64).max).argmin())
         self._places[row] -= 1
         self._room[row] = left[row]
@@ -169,10 +169,10 @@ class _Rows:
         return True
 
 
-def _share_out(excess: int, spare: Int[np.ndarray, " members"]) -> list[int]:
-    """How many tokens each example of a row loses: first those that have most to lose.
+def _split_excess(excess: int, spare: Int[np.ndarray, " members"]) -> list[int]:
+    """Number of tokens that each example of a row loses, first the one with the most.
 
-    They have most documents, so that their least relevant one matters least.
+    It has the most documents, so its least relevant one matters least.
     """
     cuts = [0] * len(spare)
     for i in np.argsort(-spare, kind="stable"):

@@ -1,17 +1,17 @@
-"""Documents by class in place of retrieved ones, so that a model must read them.
+"""Context documents by class instead of retrieved ones, so that a model must read them.
 
     main document           the flag of Velmoria, on the moon
     paired, in any order    a flag of Ostrania             a wrong document
                             a flag of Velmoria, at sea     a right one
     renamed                 Velmoria -> Kadrelia, Ostrania -> Bruvimar
 
-A retriever that is nearly always right teaches a small model to copy whatever document
-comes first. Here a document of another class is among those of an example (in all of
-them, or in a share), at any place, and only the class that the main document shows says
-which one is right. Renaming gives the classes of an example new names, the same ones in
-all of its documents, so that no name can be learned by heart: classes never end.
+A retriever that is nearly always right teaches a small model to copy the first
+document. Here an example (or a fraction of the examples) also has a document of another
+class, at any place, and only the class of the main document tells which one is right.
+Renaming gives the classes of an example new names, the same in all of its documents, so
+that names cannot be memorised: the number of classes is unlimited.
 
-Everything that is sampled depends on (seed, global index) alone.
+All sampling depends only on (seed, global index).
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ from racm3_jax.types import Example, TokenizedDocument
 
 @dataclasses.dataclass(frozen=True)
 class PairingConfig:
-    """How many examples are given documents by class, and which.
+    """How many examples get documents by class, and which documents.
 
     Attributes:
-      probability: fraction of the main documents whose documents are chosen by class;
-        the others ask the retriever.
-      num_documents: how many, one of these values, each as likely as the others. A
-        document alone is always right.
+      probability: fraction of the main documents with documents chosen by class;
+        the others use the retriever.
+      num_documents: number of documents, sampled uniformly from these values. A
+        single document is always right.
       wrong_probability: fraction of the examples with two or more documents in which at
         least one is of another class.
       right_probability: fraction of the examples with two or more documents in which at
         least one is of the main document's class.
       same_probability: fraction of the examples in which the main document itself is one
-        of the right ones, which is the easiest to find: for the beginning of a
-        curriculum.
-      class_key: the metadata that says what a document shows.
-      rename: the classes of an example are given new names. Their names are the values
-        of `class_key` as they are spelled in the documents' texts.
-      name_weight: further loss weight of the main document's name. Which name it is, is
-        one bit that only reading gives; the words around it hold several that no
+        of the right ones, which is the easiest case: for the start of a curriculum.
+      class_key: metadata key of a document's class.
+      rename: give the classes of an example new names. Their names are the values of
+        `class_key` as spelled in the documents' texts.
+      name_weight: factor of the loss weight of the main document's name. The name is
+        one bit that only reading gives; the words around it have several bits that no
         document tells.
     """
 
@@ -78,12 +77,12 @@ class PairingConfig:
 
 
 class Names(NamedTuple):
-    """How texts are read, written, and how new names are made.
+    """Functions to decode and encode texts and to sample new names.
 
     Attributes:
-      decode: token ids of a text to its characters.
-      encode: the way back.
-      sample: a name that is not in use anywhere, from a random generator.
+      decode: tokens of a text -> string.
+      encode: the inverse.
+      sample: samples a name that is not used anywhere.
     """
 
     decode: Callable[[Int32[np.ndarray, " length"]], str]
@@ -96,12 +95,12 @@ class Pairing:
 
     Args:
       config: fractions and numbers.
-      classes: of every row of the memory that may be shown; -1 is never shown.
-      names: not needed where nothing is renamed.
+      classes: class of every row of the memory; -1 for rows that are not used.
+      names: not needed if nothing is renamed.
 
     Raises:
-      ValueError: fewer than two classes, or no `names` though classes are renamed or
-        weigh more.
+      ValueError: fewer than two classes, or no `names` although `rename` or
+        `name_weight` needs them.
     """
 
     def __init__(
@@ -132,11 +131,11 @@ class Pairing:
     def sample(
         self, row: int, rng: np.random.Generator
     ) -> Int64[np.ndarray, " documents"] | None:
-        """Rows of the memory for the main document `row`, in the order of the sequence.
+        """Samples rows of the memory for the main document `row`, in sequence order.
 
-        None leaves the example to the retriever; so does a row without a class. Whether
-        it is left is drawn first, with the configured probability. A document that is the
-        only one of its class is given wrong documents only.
+        None leaves the example to the retriever, also for a row without a class; this
+        is sampled first, with the configured probability. A document that is the only
+        one of its class gets wrong documents only.
         """
         config = self.config
         if rng.random() >= config.probability or self._classes[row] < 0:
@@ -167,9 +166,9 @@ class Pairing:
     def _sample_wrong(
         self, own: int, count: int, rng: np.random.Generator
     ) -> Int64[np.ndarray, " count"]:
-        """Documents of one to `count` other classes, as the majority tells nothing.
+        """Samples documents of 1 to `count` other classes, so that majority is no cue.
 
-        None is shown twice: where a class has too few, there are fewer than `count`.
+        Without repetition: if a class has too few, there are fewer than `count`.
         """
         if not count:
             return np.zeros(0, np.int64)
@@ -192,8 +191,8 @@ class Pairing:
     ) -> tuple[TokenizedDocument, tuple[TokenizedDocument, ...]]:
         """The same documents with a new name for each class, equal in all of them.
 
-        The main document's class is named first, so that its name does not depend on
-        the documents. A text that does not spell the name of its class stays as it is.
+        The main document's class is renamed first, so that its name does not depend on
+        the documents. A text without the name of its class is unchanged.
         """
         if not self.config.rename:
             return main, tuple(documents)
@@ -209,20 +208,20 @@ class Pairing:
             )
         return renamed[0], tuple(renamed[1:])
 
-    def weigh(self, example: Example, main: TokenizedDocument) -> Example:
-        """The example with the main document's name weighing `name_weight` times more.
+    def reweight(self, example: Example, main: TokenizedDocument) -> Example:
+        """Multiplies the loss weights of the main document's name by `name_weight`.
 
         tokens    ... <mask:0> the flag of Ve lmoria <eoss>
         weights   ... 0        1   1    1  5  5      1          name_weight 5
 
-        A name that a moved span cuts in two is left as it is.
+        A name that is split by a moved span is unchanged.
         """
         name = str(main.metadata.get(self.config.class_key, ""))
         if self.config.name_weight == 1 or not name:
             return example
         assert self._names is not None  # checked in __init__
         weights = example.weights.copy()
-        # After a space, and at the beginning of a text.
+        # After a space, and at the start of a text.
         for spelled in (f" {name}", name):
             tokens = self._names.encode(spelled)
             windows = np.lib.stride_tricks.sliding_window_view(
@@ -244,7 +243,7 @@ def _replace(
     config: PairingConfig,
     names: Names,
 ) -> TokenizedDocument:
-    """With the new name in the texts and in the metadata."""
+    """Replaces the name in the texts and in the metadata."""
     if not old:
         return document
     segments = []

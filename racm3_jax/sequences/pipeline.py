@@ -1,13 +1,13 @@
-"""The input pipeline: memory and retriever in, packed batches out, in the background.
+"""The input pipeline: from memory and retriever to packed batches, in the background.
 
     window w = steps w*W .. w*W + W-1               W = window_steps
-      -> its global indices, shared among groups    `PipelineConfig.plan`
+      -> its global indices, split over groups      `PipelineConfig.index_range`
       -> main documents                             shuffled in each epoch, by seed
-      step by step, each group of rows on its own:
+      step by step, for each group of rows:
       -> K, query modality and variant of each      rng(seed, RETRIEVAL, global index)
       -> one batched search for all of them         threads; ScaNN releases the GIL
       -> masked sequences                           rng(seed, MASKING, global index)
-      -> packed rows                                what does not fit is first next time
+      -> packed rows                               what does not fit goes first next time
 
 One group's examples a b c ... over a window of three steps of two rows:
 
@@ -15,19 +15,19 @@ One group's examples a b c ... over a window of three steps of two rows:
     step 1    takes e f g      rows  e e e e f f    . . . . . .     g waits
     step 2    takes h i        rows  g g g g g .    h h h h h .     i is dropped
 
-A step takes its share of the window's examples, as long as what waits with them is at
-most an eighth more than a share: what will find no room is never retrieved. The rows of
-a window are thus a function of (memory, main_ids, config, window), a step's of its window:
-to resume, give the step number; the steps before it in its window are made again.
+A step takes its fraction of the window's examples, but with the waiting ones at most an
+eighth more than that: examples that will not fit are never retrieved. The rows of a
+window are thus a function of (memory, main_ids, config, window), and so are those of a
+step: to resume, give the step number; earlier steps of its window are made again.
 
 Rows belong to shards of the batch, not to hosts: a host makes those that the sharding
-gives it (`rows`), and they are the same whatever the number of hosts.
+assigns to it (`rows`), and they do not depend on the number of hosts.
 
-Masking and retrieval draw from streams of their own, so that a twin without retrieval
-sees the same main documents, masked alike, in the same order.
+Masking and retrieval use separate random streams, so that a baseline without retrieval
+sees the same main documents with the same masks in the same order.
 
 Grain runs it in threads of this process: worker processes would each load the index, and
-their order depends on their number.
+their order would depend on their number.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ from racm3_jax.sequences.variants import Variants
 from racm3_jax.types import Batch, Example
 from racm3_jax.vocab import Vocab
 
-# Statistics of a step that are means over its groups; the others are sums.
+# Statistics of a step that are averaged over its groups; the others are summed.
 _SHARES = ("fill", "mean_retrieved", "mean_similarity", "share_starved")
-# A step may work on its share of the examples and so much of it that waits.
+# A step processes its fraction of the examples, plus waiting ones up to this factor.
 _MOST_WAITING = 1 / 8
 
 Step = tuple[Batch, dict[str, float]]
@@ -67,7 +67,7 @@ Step = tuple[Batch, dict[str, float]]
 class Batches:
     """Iterator of (batch, stats). Close it, or use it as a context manager.
 
-    `close` returns once no thread uses the memory or the retriever any more.
+    `close` returns when no thread uses the memory or the retriever any more.
     """
 
     def __init__(
@@ -121,32 +121,32 @@ def make_batches(
 ) -> Batches:
     """Batches of steps `start_step`, `start_step + 1`, ..., `num_steps` of them.
 
-    Each comes with `stats`, of the groups that this host makes: "examples" packed,
-    "waiting" for the next step, "dropped" (found no room in their window, retrieved or
-    not), "skipped" (moved spans longer than a row), "retrieved" documents given, "fill"
-    (share of positions in use); with retrieval also "mean_retrieved" (K),
-    "mean_similarity" of what was retrieved to its query, and "share_starved" of the
-    queries that got fewer documents than were asked for.
+    Each comes with `stats` of the groups that this host makes: "examples" packed,
+    "waiting" for the next step, "dropped" (did not fit in their window, retrieved or
+    not), "skipped" (moved spans longer than a row), "retrieved" documents, "fill"
+    (fraction of used positions); with retrieval also "mean_retrieved" (K),
+    "mean_similarity" of retrieved documents to their query, and "share_starved"
+    (fraction of the queries that got fewer documents than requested).
 
     Args:
-      memory: the documents, their queries.
-      retriever: not needed (None) when nothing is retrieved.
-      main_ids: rows of the memory that are main documents; the memory may hold more.
-      vocab: that the documents were tokenised with.
+      memory: documents and queries.
+      retriever: may be None if nothing is retrieved.
+      main_ids: rows of the memory that are main documents; the memory may have more.
+      vocab: of the documents' tokens.
       masking: the CM3 objective.
       config: sizes, retrieval, seed, threads.
       start_step: the first step; to resume, the number of steps taken.
-      num_steps: how many steps follow.
-      rows: which rows of every batch to make, in this order; all of them by default. A
-        process of a training makes those of `sharding.local_rows`.
-      episodes: some main documents become questions about labelled demonstrations, if
-        anything is retrieved at all.
-      pairing: some main documents are given documents by class, not by search.
-      variants: changed images, of which each example draws one change for all of its own.
+      num_steps: number of steps.
+      rows: which rows of every batch to make, in this order; all by default. A process
+        of a training makes those of `sharding.local_rows`.
+      episodes: turns some main documents into k-shot queries, if anything is retrieved.
+      pairing: gives some main documents context documents by class, not by search.
+      variants: augmented images; each example samples one augmentation for all of its
+        images.
 
     Raises:
-      ValueError: no main documents, no retriever though one is needed, sizes below 0, or
-        rows that the batch does not have.
+      ValueError: no main documents, a missing retriever, negative sizes, or rows that
+        the batch does not have.
     """
     main_ids = np.asarray(main_ids, np.int64)
     if main_ids.ndim != 1 or not len(main_ids):
@@ -195,11 +195,11 @@ def _own_rows(
 
 
 class _Order:
-    """Which main document has which global index; shuffled in each epoch."""
+    """Maps global indices to main documents; shuffled in each epoch."""
 
     def __init__(self, main_ids: Int64[np.ndarray, " n"], seed: int) -> None:
         self._main_ids = main_ids
-        # Endless: reading by number needs no `repeat`, whose length may overflow.
+        # Endless: reading by index needs no `repeat`, whose length may overflow.
         self._shuffled = grain.MapDataset.range(len(main_ids)).seed(seed).shuffle()
 
     def read(self, first: int, last: int) -> Int64[np.ndarray, " n"]:
@@ -208,7 +208,7 @@ class _Order:
 
 
 class _Windows:
-    """Number of a window -> its steps; called from Grain's threads."""
+    """Index of a window -> its steps; called from Grain's threads."""
 
     def __init__(
         self,
@@ -226,14 +226,15 @@ class _Windows:
         self._vocab = vocab
         group_rows = config.rows // config.groups
         self._groups, inverse = np.unique(rows // group_rows, return_inverse=True)
-        # Where these rows are among those of the groups, one group below the other.
+        # The positions of these rows in the concatenated groups.
         self._places = inverse * group_rows + rows % group_rows
         self.closed = False
         self._running = 0
         self._idle = threading.Condition()
 
     def __call__(self, window: int) -> list[Step]:
-        # Grain's `close` does not wait for its threads: refuse new work, count the old.
+        # Grain's `close` does not wait for its threads: refuse new calls, count running
+        # ones.
         with self._idle:
             self._running += 1
         try:
@@ -249,7 +250,7 @@ class _Windows:
             self._idle.wait_for(lambda: self._running == 0)
 
     def _make(self, window: int) -> Iterator[Step]:
-        """The wanted steps of a window; stops early when nobody wants them any more."""
+        """The requested steps of a window; stops early after `close`."""
         size = self._config.window_steps
         groups = [self._fill(window, int(group)) for group in self._groups]
         for step in range(window * size, min((window + 1) * size, self._steps.stop)):
@@ -263,11 +264,11 @@ class _Windows:
                 yield self._join(parts)
 
     def _join(self, parts: Sequence[Step]) -> Step:
-        """The rows of this host, out of its groups."""
+        """The rows of this host from its groups."""
         all_stats = [stats for _, stats in parts]
         fields = zip(*(batch for batch, _ in parts), strict=True)
         batch = Batch(*(np.concatenate(field)[self._places] for field in fields))
-        # A group that took no example in this step has no statistics of a search.
+        # A group without new examples in this step has no search statistics.
         names = {name: None for stats in all_stats for name in stats}
         found = {name: [s[name] for s in all_stats if name in s] for name in names}
         return batch, {
@@ -276,9 +277,9 @@ class _Windows:
         }
 
     def _fill(self, window: int, group: int) -> Iterator[Step]:
-        """One group's rows, step after step of a window."""
+        """The rows of one group, for each step of a window."""
         config = self._config
-        begin, end = config.plan(window, group)
+        begin, end = config.index_range(window, group)
         share = (end - begin) / config.window_steps
         most = int(np.ceil(share * (1 + _MOST_WAITING)))
         taken = begin

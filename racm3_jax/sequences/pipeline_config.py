@@ -1,4 +1,4 @@
-"""What a training batch is made of."""
+"""Settings of the input pipeline."""
 
 from __future__ import annotations
 
@@ -11,47 +11,46 @@ DocumentOrder = Literal["relevance", "shuffled"]
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """What a batch is made of.
+    """Settings of the input pipeline.
 
     Attributes:
       rows: rows of a batch.
       row_length: positions of a row.
-      examples_per_batch: main documents of a step, in the mean. What does not fit waits
-        for the next step of its window; too many are dropped at a window's end, too few
-        leave padding. `stats["fill"]` and `stats["dropped"]` show which.
+      examples_per_batch: mean number of main documents per step. What does not fit
+        waits for the next step of its window; too many are dropped at a window's end,
+        too few leave padding. `stats["fill"]` and `stats["dropped"]` show which.
       max_documents: K ~ Uniform{min_documents..max_documents} documents are retrieved.
-      min_documents: 0 as in the paper, so that the model learns to do without, too.
+      min_documents: 0 as in the paper, so that the model also learns without retrieval.
       alpha: loss weight of retrieved documents.
-      query_modality: the part of the main document that is the query; "both" draws one.
-        A document without that part is queried by the other one.
-      num_query_variants: queries with dropout that the memory holds, numbered from 1, one
-        of which is drawn; with 0 the query without dropout is taken. They are embedded
-        once, when the memory is built, so that the pipeline needs no accelerator: a
-        document's query has these few forms in all epochs, where the paper drops other
-        tokens each time.
+      query_modality: which modality of the main document is the query; "both" samples
+        one. A document without that modality is queried by the other one.
+      num_query_variants: number of queries with dropout in the memory, one of which is
+        sampled; 0 takes the query without dropout. They are embedded once, when the
+        memory is built, so that the pipeline needs no accelerator: a document has these
+        few queries in all epochs, while the paper drops other tokens each time.
       document_order: "relevance", the best one next to the first `<eod>`, or "shuffled".
-      distractor_probability: share of the examples with two or more documents whose last
-        one is exchanged for a document of another example (see `distractors`).
+      distractor_probability: fraction of the examples with two or more documents whose
+        last one is replaced by a document of another example (see `distractors`).
       seed: of order, masks, K and queries; 0..2^32-1.
-      prefetch: batches made ahead; 0 makes each when it is asked for.
-      threads: that make them.
-      retrieval: False for the twin: K is 0, all else is equal.
-      groups: parts of a step that are filled on their own, each `rows / groups` rows. A
-        host makes the groups that its rows are in: with more hosts than groups, several
-        hosts make the same ones. The batches do not depend on the hosts, but on this.
-      window_steps: steps over which a group's examples are planned together (see
-        `pipeline`). A resumed run makes the steps before it in its window again.
+      prefetch: number of batches made ahead; 0 makes each on demand.
+      threads: number of threads of the pipeline.
+      retrieval: False for the baseline without retrieval: K is 0, all else is equal.
+      groups: parts of a step that are filled independently, `rows / groups` rows each.
+        A host makes the groups of its rows: with more hosts than groups, several hosts
+        make the same ones. The batches depend on this number, not on the hosts.
+      window_steps: steps over which a group's examples are distributed (see
+        `pipeline`). A resumed run makes the earlier steps of its window again.
       max_trim: image tokens of retrieved documents that the examples of a row may lose,
         so that one more fits (see `packing.pack`).
-      max_examples: of one row; 0: as many as fit. A training gives the bound of its
-        model, `model.max_segments` less the one segment that padding is.
-      max_position_offset: examples begin at a position of 0 to so many; see `positions`.
-      max_position_gap: positions skipped after each retrieved document, at most.
+      max_examples: per row; 0: as many as fit. A training uses the model's bound,
+        `model.max_segments` minus one segment for the padding.
+      max_position_offset: examples start at a position of 0 to this; see `positions`.
+      max_position_gap: maximum number of positions skipped after a retrieved document.
       image_first_probability: fraction of the examples whose retrieved documents have
-        their images in front of their texts, so that a caption may be asked for in this
-        order (`generation.captioning`).
-      max_skipped_share: a step in which a larger share of the main documents cannot be
-        used is an error.
+        their images before their texts, so that captions can be asked for in this order
+        (see `generation.captioning`).
+      max_skipped_share: maximum fraction of the main documents of a step that cannot be
+        used; more is an error.
     """
 
     rows: int
@@ -132,15 +131,15 @@ class PipelineConfig:
             raise ValueError(
                 f"pipeline.groups={self.groups} is more than "
                 f"pipeline.examples_per_batch={self.examples_per_batch}: every group "
-                "needs an example a step"
+                "needs an example per step"
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"pipeline.seed must be in 0..2^32-1; got {self.seed}")
 
-    def plan(self, window: int, group: int) -> tuple[int, int]:
-        """The global indices of a group's examples in a window: first, and one past.
+    def index_range(self, window: int, group: int) -> tuple[int, int]:
+        """The global indices of a group's examples in a window, as a half-open range.
 
-        They are split evenly, whatever divides them:
+        They are split as evenly as possible:
 
             window_steps 2, examples_per_batch 5, groups 3
 
@@ -152,6 +151,6 @@ class PipelineConfig:
         return window * num + first, window * num + last
 
     def last_position(self, num_documents: int) -> int:
-        """The largest position of an example with so many documents before it."""
+        """The largest position of an example with this many retrieved documents."""
         most = self.row_length - 1 + self.max_position_offset
         return most + self.max_position_gap * num_documents

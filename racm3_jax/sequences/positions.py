@@ -1,14 +1,14 @@
-"""Positions that begin anywhere and skip some numbers between documents.
+"""Positions with random offsets, and gaps between documents.
 
     inputs      <eod> a1 a2 <eod> b1 <eod> m1 m2 <eod>      one example
     as packed   0     1  2  3     4  5     6  7  8
     offset 4    4     5  6  7     8  9     10 11 12
     gaps 2, 1   0     1  2  5     6  8     9  10 11
 
-Learned positions past those of training are not trained at all, and a model that has
-read two documents knows no distance to a third. An offset trains every learned position;
-it changes nothing with rotary ones, which know differences alone. Gaps after the retrieved
-documents make distances of more and longer documents, for both kinds.
+Learned positions beyond those of training are not trained, and a model trained with two
+documents has never seen the distance to a third. Offsets train every learned position;
+they have no effect on rotary ones, which depend only on differences. Gaps after
+retrieved documents simulate the distances of more and longer documents, for both kinds.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def shift_positions(
     max_gap: int,
     rng: np.random.Generator,
 ) -> Batch:
-    """A batch with positions moved; everything else is the same.
+    """A batch with shifted positions; everything else is the same.
 
     Args:
-      batch: as `packing.pack` makes it.
+      batch: from `packing.pack`.
       eod: the token before every document.
-      max_offset: each example begins at 0 to so many.
-      max_gap: before each `<eod>` that ends a retrieved document, 0 to so many numbers
-        are skipped. Those after the main document are not touched: moved spans follow it.
+      max_offset: each example starts at 0 to this.
+      max_gap: before each `<eod>` that ends a retrieved document, 0 to this many
+        positions are skipped; none after the main document, where moved spans follow.
       rng: the only source of randomness.
     """
     if not max_offset and not max_gap:
@@ -43,7 +43,7 @@ def shift_positions(
         for number in range(1, int(segments.max()) + 1):
             places = np.flatnonzero(segments == number)
             offset = int(rng.integers(max_offset + 1))
-            # The first <eod> begins the example; the first main target comes after the
+            # The first <eod> starts the example; the first main target comes after the
             # last one that counts.
             begins = batch.inputs[row, places] == eod
             begins[0] = False

@@ -1,7 +1,7 @@
-"""Images of the memory under a few changes, tokenised ahead (see `documents.augmentation`).
+"""Augmented images of the memory, tokenised ahead (see `documents.augmentation`).
 
-An example draws one change, or none, and all its images have it: what the model reads of
-a document is then still what it is to draw.
+An example samples one augmentation, or none, for all its images: what the model reads
+in a document is then still what it has to generate.
 
     change 0    main  a b c d     retrieved  e f g h      as the memory has them
     change 2    main  d c b a     retrieved  h g f e      both mirrored, say
@@ -19,12 +19,12 @@ from racm3_jax.types import TokenizedDocument
 
 
 class Variants:
-    """Tokens of changed images, by the documents' ids; safe to use from threads.
+    """Tokens of augmented images, by document id; thread-safe.
 
     Args:
-      tokens: of every change and image, vocabulary ids.
-      places: id of a document -> number of its first image; the others follow it. What
-        has no place stays as it is.
+      tokens: of every augmentation and image.
+      places: document id -> index of its first image; the others follow. Documents
+        without an entry are unchanged.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class Variants:
         self._places = places
 
     def sample(self, rng: np.random.Generator) -> int:
-        """The number of a change, 0 for none."""
+        """Samples the number of an augmentation, 0 for none."""
         return int(rng.integers(len(self._tokens) + 1))
 
     def change(self, document: TokenizedDocument, number: int) -> TokenizedDocument:
-        """The document with its images under a change."""
+        """The document with its images augmented."""
         place = self._places.get(document.id, -1)
         if not number or place < 0:
             return document

@@ -1,1 +1,1 @@
-"""Documents to token ids and back: text (bpe), images (vqgan, image), both (mixed)."""
+"""Tokenizers: text (bpe), images (vqgan, image), documents (mixed)."""

@@ -1,8 +1,8 @@
-"""Text to ids and back: byte-level BPE on the `tokenizers` library.
+"""The text tokenizer: byte-level BPE on the `tokenizers` library.
 
-The vocabulary holds no control string at all. `tokenizers` would emit control tokens
-from plain text, and the flag that stops it is lost on save and load; here there is
-nothing to emit, whatever a caption spells.
+The vocabulary has no control strings. `tokenizers` would emit control tokens for plain
+text, and the flag that prevents it is lost on save and load; here there are none to
+emit, whatever a caption contains.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ _SPACES = re.compile(r"(?<=\S)\s")
 
 
 class TextTokenizer:
-    """Byte-level BPE: every string has ids, and decoding gives the string back.
+    """Byte-level BPE: lossless for every string.
 
-    A BPE that marks the ends of words is CLIP's: it was learned on cleaned texts in lower
-    case, so it encodes them that way and decoding gives the cleaned words.
+    A BPE with end-of-word marks is CLIP's: it was trained on cleaned texts in lower
+    case, so it encodes texts in that form and decoding gives the cleaned words.
 
     Attributes:
-      vocab_size: how many ids there are; all of them are text.
+      vocab_size: number of ids; all of them are text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Takes a `tokenizers.Tokenizer`; use `train` or `load`.
+        """Wraps a `tokenizers.Tokenizer`; use `train` or `load`.
 
         Raises:
-          ValueError: if it has added tokens, or lacks one of the 256 bytes.
+          ValueError: it has added tokens, or lacks one of the 256 bytes.
         """
         added = sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())
         if added:
             raise ValueError(
                 f"a text tokenizer must have no added (special) tokens; got {added[:5]}: "
-                "control ids belong to Vocab, remove them from tokenizer.json"
+                "control tokens belong to Vocab, remove them from tokenizer.json"
             )
         missing = set(ByteLevel.alphabet()) - set(tokenizer.get_vocab())
         if missing:
             raise ValueError(
                 f"the text tokenizer lacks {len(missing)} of the {NUM_BYTES} bytes; a "
-                "byte-level BPE with its whole alphabet is needed"
+                "byte-level BPE with the full alphabet is needed"
             )
         vocab = tokenizer.get_vocab()
         ids = vocab.values()
         if sorted(ids) != list(range(len(ids))):
             raise ValueError(
-                f"the text tokenizer has {len(ids)} tokens, but their ids are not each "
-                f"of 0..{len(ids) - 1} once (the highest is {max(ids)}): other ids would "
+                f"the ids of the text tokenizer's {len(ids)} tokens are not exactly "
+                f"0..{len(ids) - 1} (the highest is {max(ids)}): other ids would "
                 "be taken for images"
             )
         self._tokenizer = tokenizer
@@ -73,18 +73,18 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-        """Learns merges.
+        """Trains the merges.
 
         Args:
           texts: the corpus; read once.
-          vocab_size: ids at most, 256 of them bytes; a small corpus yields fewer.
+          vocab_size: maximum size, including 256 bytes; a small corpus gives fewer.
 
         Returns:
-          A tokenizer that depends on the texts and the size alone.
+          A tokenizer that depends only on the texts and the size.
         """
         if vocab_size < NUM_BYTES:
             raise ValueError(
-                f"vocab_size must be >= {NUM_BYTES}, one id a byte; got {vocab_size}"
+                f"vocab_size must be >= {NUM_BYTES}, one id per byte; got {vocab_size}"
             )
         tokenizer = Tokenizer(BPE())
         tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -126,24 +126,24 @@ class TextTokenizer:
         return cls(tokenizer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`; the directory is made if need be."""
+        """Writes `tokenizer.json`; creates the directory if needed."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.write_file(path, self._tokenizer.to_str(pretty=True).encode())
 
     def encode(self, text: str) -> Int32[np.ndarray, " length"]:
-        """The ids of a string; unpaired surrogates become `?`."""
+        """Encodes a string; unpaired surrogates become `?`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> list[Int32[np.ndarray, " length"]]:
-        """The ids of each string, on all cores.
+        """Encodes each string, on all cores.
 
         Args:
           texts: any strings.
-          max_length: only so many ids of each are wanted. They are the first of the whole
-            text's, at the cost of a short one.
+          max_length: return only this many ids per text; long texts then cost as much
+            as short ones.
         """
         if max_length is None:
             return self._encode(
@@ -160,9 +160,9 @@ class TextTokenizer:
         return [row[:max_length] for row in rows]
 
     def _cut(self, text: str, length: int) -> str:
-        """The beginning of a text as it is encoded, cut between words if it can be.
+        """A prefix of a text as it is encoded, cut between words if possible.
 
-        A word that is cut changes its last ids only, and no id stands for more than
+        Cutting a word changes only its last ids, and no id covers more than
         `_longest` characters: half of `length` is margin.
         """
         end = len(text)
@@ -180,10 +180,10 @@ class TextTokenizer:
         return [np.asarray(e.ids, np.int32) for e in encodings]
 
     def decode(self, ids: Int[np.ndarray, " length"] | Sequence[int]) -> str:
-        """The string of some ids; bytes that are no UTF-8 become the character U+FFFD.
+        """Decodes ids; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-          ValueError: an id is not one of this vocabulary.
+          ValueError: an id is outside this vocabulary.
         """
         array = np.asarray(ids, np.int64)
         if array.size and not (0 <= array.min() and array.max() < self.vocab_size):
@@ -198,7 +198,7 @@ class TextTokenizer:
         return text
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give equal ids, whatever the file's layout."""
+        """Equal for tokenizers with equal ids, independent of the file's layout."""
         fields = json.loads(self._tokenizer.to_str())
         content = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]

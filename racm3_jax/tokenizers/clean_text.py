@@ -1,9 +1,9 @@
-"""Texts as CLIP's tokenizer sees them: repaired, unescaped, in lower case.
+"""Text cleaning of CLIP's tokenizer: repaired, unescaped, in lower case.
 
-OpenAI's code calls `ftfy.fix_text`, unescapes HTML twice, folds white space and lowers.
-Every repair that ftfy makes character by character is here; what it guesses from
-context (text that was decoded with a wrong encoding, "mojibake") is not: such texts get
-other ids than OpenAI's code would give them.
+OpenAI's code calls `ftfy.fix_text`, unescapes HTML twice, normalises white space and
+lowers the case. All character-level repairs of ftfy are implemented here, but not its
+contextual ones (text decoded with a wrong encoding, "mojibake"): such texts get other
+ids than with OpenAI's code.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 import unicodedata
 
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
-# Ampersands that were escaped again and again: &amp;amp;amp;
+# Repeatedly escaped ampersands: &amp;amp;amp;
 _AMPERSAND = re.compile("&(?:(?:amp|AMP|#0{0,20}38|#[xX]0{0,20}26);)+")
-# Python refuses to read numbers of thousands of digits.
+# Python refuses to parse numbers of thousands of digits.
 _ZEROS = re.compile("(&#)0{20,}(?=[0-9])|(&#[xX])0{20,}(?=[0-9a-fA-F])")
 _LONG_NUMBER = re.compile("(&#(?:[0-9]{20}|[xX][0-9a-fA-F]{20}))[0-9a-fA-F]+")
 _TERMINAL_ESCAPE = re.compile("\033\\[[\\d;]*[a-zA-Z]")
@@ -55,18 +55,18 @@ _MAX_REPAIRS = 32
 
 
 def clean_text(text: str, rest: str = "") -> str:
-    """The text whose words CLIP's BPE encodes.
+    """The cleaned text that CLIP's BPE encodes.
 
     "Caf&eacute;  “ﬁne”\\n"  ->  'café "fine"'
 
     Args:
       text: any string.
-      rest: what followed it in its last line, where it was cut.
+      rest: the rest of its last line, if it was cut.
     """
     cleaned, unescapes = [], True
     lines = text.split("\n")
     for i, line in enumerate(lines):
-        # Without a tag in it so far, a text with entities is taken for escaped.
+        # A text with entities and no tag so far is considered escaped.
         unescapes = unescapes and "<" not in line
         if i == len(lines) - 1:
             unescapes = unescapes and "<" not in rest
@@ -76,7 +76,7 @@ def clean_text(text: str, rest: str = "") -> str:
 
 
 def _unescape(text: str) -> str:
-    """`html.unescape`, for numbers of any length."""
+    """`html.unescape` for numbers of any length."""
     if "&#" in text:
         text = _ZEROS.sub(lambda match: match.group(1) or match.group(2), text)
         text = _LONG_NUMBER.sub(r"\1", text)
@@ -84,7 +84,7 @@ def _unescape(text: str) -> str:
 
 
 def _repair(line: str, unescapes: bool) -> str:
-    """Repairs until nothing changes: one repair can uncover another."""
+    """Repairs until nothing changes, as one repair may enable another."""
     for _ in range(_MAX_REPAIRS):
         before = line
         if unescapes:
@@ -106,7 +106,7 @@ def _unescape_one(match: re.Match[str]) -> str:
     entity = match.group(0)
     plain = html.unescape(entity)
     if ";" in plain and plain.isupper():
-        # &EACUTE; is no entity, but what else would it be?
+        # &EACUTE; is not an entity, but the intention is clear.
         plain = html.unescape(entity.lower()).upper()
     return entity if ";" in plain else plain
 

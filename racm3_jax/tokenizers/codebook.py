@@ -1,4 +1,4 @@
-"""A first codebook: k-means of latents, so that training starts with every code in use."""
+"""Initialises a codebook by k-means of latents, so that all codes are in use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def fit_codebook(
     seed: int = 0,
     num_iterations: int = 12,
 ) -> Float32[np.ndarray, "num_codes d_code"]:
-    """Lloyd's k-means; a code that no latent chooses moves to a badly coded latent.
+    """Lloyd's k-means; an unused code moves to a badly coded latent.
 
     Args:
-      latents: of many images; equal ones may be many.
-      num_codes: how many to make, at most `len(latents)`.
-      seed: of the first codes and of the moves.
+      latents: of many images; may have many duplicates.
+      num_codes: at most `len(latents)`.
+      seed: of the initial codes and of the moves.
       num_iterations: passes over the latents.
 
     Raises:

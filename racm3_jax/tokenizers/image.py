@@ -1,4 +1,4 @@
-"""Images to codebook indices and back, with a trained VQGAN."""
+"""The image tokenizer: images to codes and back, with a trained VQGAN."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ KIND = "vqgan"
 
 
 class ImageTokenizer:
-    """A frozen VQGAN; compiled once for each direction, whatever the number of images.
+    """A frozen VQGAN; compiled once per direction, for any number of images.
 
     Attributes:
       config: shape of the network.
-      params: unboxed parameters of `VQGAN`, on every device that computes.
-      batch_size: images that a device has at a time; the last batch is padded.
-      mesh: the devices that share the images; None is JAX's default device.
+      params: unboxed parameters of `VQGAN`, replicated on all devices.
+      batch_size: images per device at a time; the last batch is padded.
+      mesh: devices over which images are split; None is JAX's default device.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class ImageTokenizer:
         Args:
           config: shape of the network.
           params: of `VQGAN`, boxed or not.
-          batch_size: memory goes up with it.
-          mesh: of devices that share the images; all of this process by default.
+          batch_size: larger batches need more memory.
+          mesh: devices over which images are split; all of this process by default.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1; got {batch_size}")
@@ -97,7 +97,7 @@ class ImageTokenizer:
         """The same weights for images of another size, with the same codebook.
 
         Raises:
-          ValueError: a size that is not a multiple of what one code covers.
+          ValueError: the size is not a multiple of a code's size.
         """
         config = dataclasses.replace(self.config, image_size=image_size)
         return ImageTokenizer(config, self.params, self.batch_size, self.mesh)
@@ -105,7 +105,7 @@ class ImageTokenizer:
     def encode(
         self, images: UInt8[np.ndarray, "images height width 3"]
     ) -> Int32[np.ndarray, "images length"]:
-        """Codes of images, row by row from the top left.
+        """Encodes images to codes, row by row from the top left.
 
         Raises:
           ValueError: not uint8, or not `image_size` pixels high and wide.
@@ -123,10 +123,11 @@ class ImageTokenizer:
     def decode(
         self, codes: Int[np.ndarray, "images length"]
     ) -> UInt8[np.ndarray, "images height width 3"]:
-        """Images of codes.
+        """Decodes codes to images.
 
         Raises:
-          ValueError: not `image_length` codes an image, or an index past the codebook.
+          ValueError: not `image_length` codes per image, or an index outside the
+            codebook.
         """
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.shape[1] != self.image_length:
@@ -141,7 +142,7 @@ class ImageTokenizer:
         return self._in_batches(self._decode, codes.astype(np.int32), empty)
 
     def fingerprint(self) -> str:
-        """Equal for equal configuration and weights."""
+        """Equal for equal config and weights."""
         digest = hashlib.sha256(repr(self.config).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(jax.tree_util.keystr(path).encode())
@@ -164,7 +165,7 @@ class ImageTokenizer:
     def load(
         cls, directory: str | os.PathLike[str], batch_size: int = 64
     ) -> ImageTokenizer:
-        """Reads what `save` wrote, and verifies it.
+        """Loads and verifies what `save` wrote.
 
         Raises:
           CheckpointError: missing, damaged, or not the weights of a VQGAN.
@@ -195,7 +196,7 @@ def compute_psnr(
 def compute_codebook_usage(
     codes: Int[np.ndarray, "images length"], num_codes: int
 ) -> tuple[float, float]:
-    """Share of the codebook that occurs in `codes`, and the perplexity of their use."""
+    """Fraction of the codebook that occurs in `codes`, and the codes' perplexity."""
     counts = np.bincount(np.asarray(codes).reshape(-1), minlength=num_codes)
     p = counts[counts > 0] / max(counts.sum(), 1)
     return float((counts > 0).mean()), float(np.exp(-(p * np.log(p)).sum()))

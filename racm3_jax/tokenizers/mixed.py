@@ -1,10 +1,10 @@
-"""Documents to vocabulary ids and back: the one place where text and images meet.
+"""Documents to tokens and back: combines the text and the image tokenizer.
 
-    text   "a red flag"      --bpe-->    17 301 44          ids of the text range
-    image  uint8[h, w, 3]    --vqgan-->  codes + constant  -->  ids of the image range
+    text   "a red flag"      --bpe-->    17 301 44          tokens of the text range
+    image  uint8[h, w, 3]    --vqgan-->  codes + constant   tokens of the image range
 
-Sentinel and control ids are assigned by range in `Vocab`. No tokenizer can produce one:
-a caption that spells `<eod>` is encoded as its characters.
+Sentinels and control tokens are ranges of `Vocab`. No tokenizer can produce one: a
+caption with `<eod>` is encoded as its characters.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _UNSEALED_NAMES = {
 
 
 class MixedTokenizer:
-    """Tokenizes documents of any mixture of text and images.
+    """Tokenizes documents with any mixture of text and images.
 
     Attributes:
       text: the text tokenizer.
       image: the image tokenizer.
-      vocab: the id ranges.
+      vocab: the token ranges.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class MixedTokenizer:
     def tokenize(
         self, documents: Iterable[Document], batch: int = 256
     ) -> Iterator[TokenizedDocument]:
-        """Yields each document as ids, in order.
+        """Yields the tokenized documents, in order.
 
         Args:
           documents: read once, `batch` at a time.
-          batch: documents whose texts, and whose images, are encoded together.
+          batch: number of documents that are encoded together.
         """
         if batch < 1:
             raise ValueError(f"batch must be >= 1; got {batch}")
@@ -80,13 +80,13 @@ class MixedTokenizer:
             yield from self._tokenize_chunk(chunk)
 
     def encode_text(self, text: str) -> Int32[np.ndarray, " length"]:
-        """Ids of a text; all lie in the text range."""
+        """Tokens of a text, all in the text range."""
         return self.text.encode(text)
 
     def encode_image(
         self, image: UInt8[np.ndarray, "height width 3"]
     ) -> Int32[np.ndarray, " length"]:
-        """Ids of an image of any size (cropped to a square and resized)."""
+        """Tokens of an image of any size (cropped to a square and resized)."""
         return self._encode_images([image])[0]
 
     def decode_text(self, document: TokenizedDocument) -> str:
@@ -98,10 +98,10 @@ class MixedTokenizer:
         )
 
     def decode(self, document: TokenizedDocument) -> Document:
-        """Ids back to text and pixels; the pixels are those of the VQGAN, so only close.
+        """Decodes tokens to text and pixels; the pixels are the VQGAN's, so not exact.
 
         Raises:
-          ValueError: a segment that is not whole, or holds ids of another range.
+          ValueError: an incomplete segment, or tokens of another range.
         """
         images = [s.tokens for s in document.segments if s.modality == "image"]
         for tokens in images:
@@ -121,19 +121,19 @@ class MixedTokenizer:
     def split_tokens(
         self, tokens: Int[np.ndarray, " length"] | Sequence[int], id: str = ""
     ) -> TokenizedDocument:
-        """One document's ids back to its segments.
+        """Splits one document's tokens into segments.
 
             <eod> t4 t9 <break> i1 i7 i7 i2 <eod>  ->  text [t4 t9], image [i1 i7 i7 i2]
 
-        `<break>` parts segments, and so does a change between text and image ids;
-        `<eod>`, `<pad>`, sentinels and `<eoss>` are dropped.
+        `<break>` separates segments, and so does a change between text and image
+        tokens; `<eod>`, `<pad>`, sentinels and `<eoss>` are dropped.
 
         Args:
-          tokens: vocabulary ids of one document, unmasked.
+          tokens: of one document, without masks.
           id: name of the result.
 
         Raises:
-          ValueError: ids outside the vocabulary, an image that is not whole, or more
+          ValueError: tokens outside the vocabulary, an incomplete image, or more
             than one document.
         """
         array = np.asarray(tokens, np.int32)
@@ -145,8 +145,8 @@ class MixedTokenizer:
         ends = array == self.vocab.eod
         if ends[kept[0] : kept[-1]].any():
             raise ValueError(
-                "tokens hold an <eod> between segments, so more than one document; cut "
-                "them at <eod> first"
+                "the tokens have an <eod> between segments, so more than one document; "
+                "split them at <eod> first"
             )
         number = np.cumsum(array == self.vocab.break_)[kept]
         changes = (np.diff(number) != 0) | (np.diff(is_image[kept].astype(int)) != 0)
@@ -160,7 +160,7 @@ class MixedTokenizer:
         return TokenizedDocument(id, tuple(segments))
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give equal ids for equal documents."""
+        """Equal for tokenizers with equal tokens for equal documents."""
         if self._fingerprint is None:
             parts = (f.fingerprint() for f in (self.text, self.image, self.vocab))
             content = "/".join(parts)
@@ -170,12 +170,12 @@ class MixedTokenizer:
     def save(
         self, directory: str | os.PathLike[str], *, dtype: str | None = None
     ) -> None:
-        """Writes `text/tokenizer.json`, `image/` and `mixed.json` under one seal.
+        """Writes `text/tokenizer.json`, `image/` and `mixed.json` with a manifest.
 
-        The folder appears whole, and takes the place of another tokenizer's.
+        Atomic; replaces another tokenizer's folder.
 
         Args:
-          directory: created when missing.
+          directory: created if missing.
           dtype: of the image tokenizer's weights, as in `checkpoints.save_weights`; a
             loss of precision changes the fingerprint, which `load` then refuses.
 
@@ -196,10 +196,10 @@ class MixedTokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> MixedTokenizer:
-        """Reads what `save` wrote, once every file is verified.
+        """Loads what `save` wrote, after verifying all files.
 
         Raises:
-          FileNotFoundError: no tokenizer there.
+          FileNotFoundError: there is no tokenizer.
           ValueError: damaged, of another format, or parts of different tokenizers.
         """
         directory = Path(directory)
@@ -246,14 +246,14 @@ class MixedTokenizer:
     def _check_image(self, tokens: Int[np.ndarray, " length"]) -> None:
         if len(tokens) != self.vocab.image_length:
             raise ValueError(
-                f"an image has exactly {self.vocab.image_length} ids; got {len(tokens)}"
+                f"an image has {self.vocab.image_length} tokens; got {len(tokens)}"
             )
         self._check_range(tokens, self.vocab.image_range, "the image range")
 
     def _check_range(self, tokens: np.ndarray, ids: range, name: str) -> None:
         if tokens.size and not (ids.start <= tokens.min() <= tokens.max() < ids.stop):
             raise ValueError(
-                f"ids of {name} lie in {ids.start}..{ids.stop - 1}; got "
+                f"tokens of {name} are in {ids.start}..{ids.stop - 1}; got "
                 f"{tokens.min()}..{tokens.max()}"
             )
 
@@ -280,8 +280,8 @@ def _read_record(directory: Path, sealed: bool) -> tuple[int, str]:
         )
     if found == FORMAT and not sealed:
         raise ValueError(
-            f"{directory} has no {checkpoints.MANIFEST_NAME}: its files were not copied "
-            "all; copy the directory again"
+            f"{directory} has no {checkpoints.MANIFEST_NAME}: not all files were "
+            "copied; copy the directory again"
         )
     return num_sentinels, fingerprint
 

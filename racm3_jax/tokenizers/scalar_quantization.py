@@ -1,7 +1,7 @@
-"""Finite scalar quantization: a codebook that is a grid (arXiv 2309.15505).
+"""Finite scalar quantization: the codebook is a grid (arXiv 2309.15505).
 
-Each of a few numbers is bounded and rounded to some levels; the code is the number that
-these digits spell. Nothing is learned here, so no code can die.
+Each of a few numbers is bounded and rounded to some levels; the code has these as mixed
+radix digits. There is no learned codebook, so codes cannot die.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def round_to_grid(z: Float[Array, "*rest d"], levels: tuple[int, ...]) -> Array:
 
         8 levels:  -4 -3 -2 -1 0 1 2 3, divided by 4    5 levels:  -2 … 2, divided by 2
 
-    The gradient is that of the bound, as if nothing was rounded.
+    The gradient is that of the bound, without the rounding (straight-through).
     """
     steps = jnp.asarray(levels, jnp.float32)
-    # A little wider than the grid: at 2 levels the shift below is infinite otherwise.
+    # A little wider than the grid: with 2 levels the shift below would be infinite.
     half_range = (steps - 1) * (1 + 1e-3) / 2
-    # An even grid has no middle: it is moved by half a step so that 0 stays at 0.
+    # An even grid has no middle: shifted by half a step so that 0 maps to 0.
     offset = jnp.where(steps % 2 == 0, 0.5, 0.0)
     bounded = jnp.tanh(z + jnp.arctanh(offset / half_range)) * half_range - offset
     rounded = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
@@ -37,7 +37,7 @@ def _basis(levels: tuple[int, ...]) -> list[int]:
 def codes_of_grid(
     z_q: Float[Array, "*rest d"], levels: tuple[int, ...]
 ) -> Int[Array, "*rest"]:
-    """Grid points to indices; the first number counts fastest."""
+    """Grid points to indices; the first number varies fastest."""
     half = jnp.asarray(levels) // 2
     digits = jnp.round(z_q * half).astype(jnp.int32) + half
     return (digits * jnp.asarray(_basis(levels))).sum(-1).astype(jnp.int32)

@@ -1,21 +1,22 @@
 """The VQGAN in Flax: images to a grid of codebook indices and back.
 
-The network has the shape of taming-transformers' (arXiv 2012.09841): an encoder of
-ResNet blocks, a codebook, a decoder, named so that public weights map one to one:
+The architecture of taming-transformers (arXiv 2012.09841): an encoder of ResNet blocks,
+a codebook, a decoder, named so that public weights map one to one:
 
     image ─ conv_in ─ down_0 ─ down_1 … ─ mid ─ norm_out ─ conv_out ─ quant_conv ─┐
                                                                                codebook
     image ─ conv_out ─ norm_out ─ up_0 ─ up_1 … ─ mid ─ conv_in ─ post_quant_conv ─┘
 
-Three things are not taming's and off by default. `stem_patch` > 1 folds pixels into
+Three options are not in taming, and off by default. `stem_patch` > 1 folds pixels into
 channels before `conv_in` (and back after `conv_out`), which makes small images cheap on
-a CPU. The "patch" encoder sees each of these blocks alone, so that equal blocks have
-equal codes wherever they stand: what a generator copies, it copies code by code. The
-quantizer may compare unit vectors ("cosine", arXiv 2110.04627) or round a few
-bounded numbers to a fixed grid ("fsq", arXiv 2309.15505): no codebook, no dead code.
+a CPU. The "patch" encoder encodes each of these blocks independently, so that equal
+blocks have equal codes at any position, and a generator can copy them code by code. The
+quantizer may compare unit vectors ("cosine", arXiv 2110.04627) or round a few bounded
+numbers to a fixed grid ("fsq", arXiv 2309.15505): no codebook, no dead codes.
 
 The "gumbel" quantizer is that of public GumbelVQ weights: a linear layer scores the codes
-of each latent. Reading takes the best one; the sampling of its training is not here.
+of each latent. Encoding takes the best one; its training-time sampling is not
+implemented.
 """
 
 from __future__ import annotations
@@ -47,15 +48,16 @@ from racm3_jax.tokenizers.vqgan_layers import (
 
 @dataclasses.dataclass(frozen=True)
 class VQGANConfig:
-    """Shape of the network; the defaults are those of taming's f8 models.
+    """Architecture of the network; the defaults are those of taming's f8 models.
 
     Attributes:
       image_size: height and width of the images, in pixels.
-      stem_patch: side of the pixel blocks folded into channels; 1 is taming's network.
+      stem_patch: side of the pixel blocks folded into channels; 1 as in taming.
       encoder: "conv" is taming's; "patch" is linear in each block of `stem_patch` pixels.
       channels: width of the first level.
-      channel_multipliers: width of each level; each level but the first halves the map.
-      num_res_blocks: ResNet blocks a level in the encoder; the decoder has one more.
+      channel_multipliers: width of each level; each level except the first halves the
+        map.
+      num_res_blocks: ResNet blocks per encoder level; the decoder has one more.
       attention_resolutions: map sizes at which every block is followed by attention.
       z_channels: width of the encoder's output.
       num_codes: size of the codebook.
@@ -65,7 +67,7 @@ class VQGANConfig:
       fsq_levels: steps of each number of an "fsq" latent; their product is `num_codes`,
         their count `d_code`. Empty for the other quantizers.
       norm_groups: groups of every GroupNorm.
-      dropout: share of activations dropped inside the ResNet blocks in training.
+      dropout: fraction of activations dropped in the ResNet blocks in training.
     """
 
     image_size: int = 256
@@ -84,7 +86,7 @@ class VQGANConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        # JSON and ConfigDict hand in lists; a config must stay hashable.
+        # JSON and ConfigDict have lists; a config must be hashable.
         for name in ("channel_multipliers", "attention_resolutions", "fsq_levels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.image_size % self.downsampling:
@@ -131,7 +133,7 @@ class VQGANConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a code covers, along one side."""
+        """Side in pixels that a code covers."""
         return self.stem_patch * 2 ** (len(self.channel_multipliers) - 1)
 
     @property
@@ -151,11 +153,11 @@ class Quantized(NamedTuple):
     Attributes:
       z_q: the chosen codes, with the gradient of `z` (straight-through).
       codes: codebook indices, row by row.
-      commitment_loss: squared distance that moves the encoder towards its codes.
-      codebook_loss: squared distance that moves the codes towards the encoder's output.
+      commitment_loss: squared distance; its gradient goes to the encoder.
+      codebook_loss: squared distance; its gradient goes to the codes.
       entropy_loss: mean entropy of a latent's soft choice minus the entropy of the mean
         choice, in nats: low when choices are sharp and all codes are in use.
-      latents: what was quantized.
+      latents: before quantization.
     """
 
     z_q: Float[Array, "batch height width d_code"]
@@ -188,7 +190,7 @@ class Encoder(nn.Module):
         config = self.config
         x = patchify(images, config.stem_patch)
         if config.encoder == "patch":
-            # Distances between patches survive, so that k-means of latents is k-means
+            # Distances between patches are kept, so that k-means of latents is k-means
             # of pixels.
             return Conv(
                 config.z_channels,
@@ -245,7 +247,8 @@ class Decoder(nn.Module):
         x = nn.swish(GroupNorm(config.norm_groups, name="norm_out")(x))
         x = Conv(3 * config.stem_patch**2, name="conv_out")(x)
         if config.encoder == "patch":
-            # A code is nearly a patch already: the network adds what its neighbours tell.
+            # A code is nearly a patch already: the network adds information from its
+            # neighbours.
             x = x + Conv(x.shape[-1], size=1, name="patch_out")(z)
         return unpatchify(x, config.stem_patch)
 
@@ -322,7 +325,7 @@ class VQGAN(nn.Module):
 
         Args:
           z: latents from `encode`.
-          temperature: sharpness of the soft choice behind `entropy_loss`.
+          temperature: of the soft choice in `entropy_loss`.
         """
         if self.config.quantizer == "fsq":
             z_q = round_to_grid(z, self.config.fsq_levels)

@@ -14,7 +14,7 @@ def partitioned(initializer: Callable, *names: str | None) -> Callable:
     return nn.with_logical_partitioning(initializer, names)
 
 
-# Residual branches start near zero, so the fresh network is close to a linear one.
+# Residual branches start near zero, so the initial network is nearly linear.
 _SMALL = nn.initializers.variance_scaling(1e-2, "fan_in", "truncated_normal")
 
 
@@ -37,11 +37,11 @@ def unpatchify(
 
 
 class Conv(nn.Module):
-    """A square convolution with a bias, in the form that XLA's CPU backend does well.
+    """A square convolution with a bias, in a form that is fast on XLA's CPU backend.
 
-    Stride 1 beats nine shifted matmuls and im2col there, but the gradient of a strided
-    one runs through naive loops. So stride 2 is computed as the equal stride-1
-    convolution over 2×2 blocks folded into channels; the parameters do not show it.
+    Stride 1 is faster than nine shifted matmuls and im2col there, but the gradient of a
+    strided convolution uses naive loops. So stride 2 is computed as the equivalent
+    stride-1 convolution over 2×2 blocks folded into channels; parameters are the same.
 
     Attributes:
       features: channels of the output.
@@ -91,7 +91,7 @@ def _fold_stride(
     kernel: Float[Array, "k k c d"],
     padding: tuple[int, int],
 ) -> tuple[Array, Array]:
-    """Input and kernel of the stride-1 convolution that equals a stride-2 one.
+    """Input and kernel of the stride-1 convolution equivalent to a stride-2 one.
 
     x    a b c d | e f     kernel  0 1 2          (one row shown; 0 fills up to even)
          blocks: (a b) (c d) (e f)       (0 1) (2 0)
@@ -133,7 +133,7 @@ class GroupNorm(nn.Module):
             return spread.reshape(batch, channels)
 
         mean = group_mean(x.mean((1, 2)))
-        # Clipped because E[x²] - E[x]² can fall a rounding error below zero.
+        # Clipped because E[x²] - E[x]² may be slightly negative by rounding.
         variance = jnp.maximum(group_mean((x * x).mean((1, 2))) - mean**2, 0.0)
         gain = scale * jax.lax.rsqrt(variance + self.epsilon)
         shift = bias - mean * gain

@@ -1,8 +1,8 @@
-"""What the VQGAN is trained on: reconstruction, edges, codebook, patch adversary.
+"""The VQGAN loss: reconstruction, edges, codebook, patch discriminator.
 
-One backward pass serves both players. The discriminator's term sees a stopped
-reconstruction, the VQGAN's adversarial term sees stopped discriminator weights, so the
-sum of both has each player's own gradient and one optimizer can step them together.
+One backward pass serves both networks. The discriminator's term has `stop_gradient` on
+the reconstruction, the VQGAN's adversarial term on the discriminator weights, so the
+sum has the correct gradient for each network and one optimizer can update both.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ VQGANLossFn = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class VQGANLossConfig:
-    """Weights of the terms; a weight of 0 leaves the term out of the computation.
+    """Weights of the terms; a weight of 0 skips the term.
 
     Attributes:
       l1_weight: absolute pixel error, pixels in [-1, 1].
       l2_weight: squared pixel error (what PSNR measures).
       edge_weight: absolute error of neighbouring pixels' differences, at full and half
         size: a perceptual term that costs next to nothing and keeps borders sharp.
-      codebook_weight: pulls codes to latents.
-      commitment_weight: pulls latents to codes (0.25 in arXiv 1711.00937).
+      codebook_weight: moves codes towards latents.
+      commitment_weight: moves latents towards codes (0.25 in arXiv 1711.00937).
       entropy_weight: keeps all codes in use (arXiv 2310.05737, section 3).
-      codebook_decay: codes follow the mean of their latents, of which a step keeps this
-        share (0.99 in arXiv 1711.00937, A.1), in place of the codebook's term; 0 learns
-        them by gradient.
-      revive_below: with a decay, a code that is chosen less often than this share of the
-        mean moves to a latent of the batch; 0 moves none.
-      adversarial_weight: patch discriminator (arXiv 2012.09841); 0 builds none.
-      adversarial_start: the step at which the discriminator and its term begin.
+      codebook_decay: EMA decay of codes as means of their latents (0.99 in arXiv
+        1711.00937, A.1), instead of the codebook loss; 0 trains them by gradient.
+      revive_below: with a decay, a code used less often than this fraction of the mean
+        moves to a latent of the batch; 0: never.
+      adversarial_weight: patch discriminator (arXiv 2012.09841); 0: none.
+      adversarial_start: first step of the discriminator and its term.
       discriminator_channels: width of the discriminator's first layer.
       discriminator_layers: strided layers; a patch is 2^layers pixels or more.
     """
@@ -93,7 +92,8 @@ class Discriminator(nn.Module):
             features = self.channels * min(2**i, 8)
             x = Conv(features, size=4, stride=2, name=f"conv_{i}")(x)
             if i > 0:
-                # GroupNorm where pix2pix has BatchNorm: no state, no leak in a batch.
+                # GroupNorm instead of pix2pix's BatchNorm: no state, no leak in a
+                # batch.
                 x = GroupNorm(min(8, features), name=f"norm_{i}")(x)
             x = nn.leaky_relu(x, 0.2)
         return Conv(1, size=3, name="conv_out")(x)
@@ -102,14 +102,14 @@ class Discriminator(nn.Module):
 def init_vqgan(
     config: VQGANConfig, loss: VQGANLossConfig, key: Array
 ) -> dict[str, Any]:
-    """Fresh parameters, boxed with their logical axis names.
+    """Initial parameters, boxed with their logical axis names.
 
     Returns:
       {"vqgan": ...}; if the adversarial weight is not 0, "discriminator"; and with a
       codebook decay "codebook_means", the running counts and sums of codes' latents.
 
     Raises:
-      ValueError: a codebook decay of a quantizer that has no codebook to move.
+      ValueError: a codebook decay with a quantizer without a learned codebook.
     """
     if loss.codebook_decay and config.quantizer not in ("euclidean", "cosine"):
         raise ValueError(
@@ -134,7 +134,7 @@ def init_vqgan_from_images(
     key: Array,
     images: UInt8[np.ndarray, "n h w 3"],
 ) -> dict[str, Any]:
-    """Fresh parameters, unboxed, whose codebook is the k-means of `images`' latents."""
+    """Initial parameters, unboxed, with the codebook from k-means of latents."""
     params = meta.unbox(init_vqgan(config, loss, key))
     encode: Any = jax.jit(
         lambda x: VQGAN(config).apply(
@@ -162,7 +162,7 @@ def vqgan_loss(config: VQGANConfig, loss: VQGANLossConfig) -> VQGANLossFn:
 
     Returns:
       `loss_fn(params, batch, key, step) -> (loss, metrics)`. With a codebook decay, the
-      gradient of `ASSIGNED` parameters is what is to be taken off them, see
+      gradient of `ASSIGNED` parameters is what a step subtracts from them, see
       `training.step.make_train_step`. `params` as `init_vqgan`
       returns them (unboxed); `batch["images"]` is uint8[b, h, w, 3] or floats in
       [-1, 1]; metrics are (sum, weight) pairs.
@@ -208,32 +208,32 @@ def vqgan_loss(config: VQGANConfig, loss: VQGANLossConfig) -> VQGANLossFn:
     return loss_fn
 
 
-# Parameters that a step moves by their "gradient" itself: nothing is learned of them.
+# Parameters that are set by their "gradient" (running means), without the optimizer.
 ASSIGNED = ("vqgan/codebook", "codebook_means")
-# A revived code counts as if it were chosen this share of the mean.
+# Initial count of a revived code, as a fraction of the mean.
 _REVIVED_COUNT = 0.2
 
 
 def start_means(config: VQGANConfig, codebook: Any) -> dict[str, Any]:
-    """Counts (1 is the mean) and sums of a codebook, boxed or not, as it is at first."""
+    """Initial counts (1 is the mean) and sums of a codebook, boxed or not."""
     return {"counts": jnp.ones(config.num_codes), "sums": codebook}
 
 
 def _move_codes(
     loss: VQGANLossConfig, params: Any, quantized: Any, key: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """Codes to the running means of their latents; unused ones to latents of the batch.
+    """Moves codes to the running means of their latents, unused ones to latents.
 
     Returns:
-      0 whose gradient is the old parameters less the new ones, and how many codes are in
-      use and were revived.
+      0 whose gradient is the old minus the new parameters, and the numbers of used and
+      of revived codes.
     """
     stop = jax.lax.stop_gradient
     old = stop({"codebook": params["vqgan"]["codebook"], **params["codebook_means"]})
     num_codes, d_code = old["codebook"].shape
     latents = stop(quantized.latents).reshape(-1, d_code)
     codes = quantized.codes.reshape(-1)
-    # Counts are measured in the mean count of a code, whatever the batch's size.
+    # Counts are relative to the mean count of a code, independent of the batch size.
     share = num_codes / len(codes)
     counts = jnp.zeros(num_codes).at[codes].add(share)
     sums = jnp.zeros_like(old["sums"]).at[codes].add(share * latents)
@@ -276,7 +276,7 @@ def _edge_loss(recon: Array, images: Array) -> Float[Array, ""]:
 def adversarial_terms(
     loss: VQGANLossConfig, params: Any, recon: Array, images: Array, step: Array
 ) -> dict[str, tuple[Array, Array]]:
-    """Hinge losses of both players, with weight 0 before the start step.
+    """Hinge losses of both networks, with weight 0 before the start step.
 
     The step gates the weights, not the computation: XLA's CPU backend is some 50 times
     slower at a convolution's gradient inside a `lax.cond`.
@@ -299,7 +299,7 @@ def _build_discriminator(loss: VQGANLossConfig) -> Discriminator:
 
 
 def _psnr(recon: Array, images: Array) -> Float[Array, " b"]:
-    """Decibels of each image, as 8-bit pixels have it: the range is 2, clipped."""
+    """PSNR in decibels of each image; the range is 2, clipped."""
     error = jnp.square(jnp.clip(recon, -1.0, 1.0) - images).mean((1, 2, 3))
     return 10.0 * jnp.log10(4.0 / jnp.maximum(error, 1e-10))
 
@@ -307,7 +307,7 @@ def _psnr(recon: Array, images: Array) -> Float[Array, " b"]:
 def _codebook_metrics(
     codes: Int[Array, "b length"], num_codes: int
 ) -> dict[str, Array]:
-    """Share of the codebook that this batch uses, and the perplexity of its choice."""
+    """Fraction of the codebook used by this batch, and the perplexity of its codes."""
     counts = jnp.zeros((num_codes,)).at[codes.reshape(-1)].add(1.0)
     p = counts / codes.size
     return {

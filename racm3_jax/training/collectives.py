@@ -1,8 +1,8 @@
-"""What a compiled program sends between devices: its collectives, loop trips counted.
+"""Communication of a compiled program: its collectives, with loop trips counted.
 
-XLA's own cost analysis counts the body of a loop once, so a gather in a loop over 32
-layers looks like one. Here the optimised program's text (`compiled.as_text()`) is read:
-which computation calls which, how often each loop runs, and what each collective moves.
+XLA's cost analysis counts the body of a loop once, so a gather in a loop over 32 layers
+looks like one. This module parses the optimised program (`compiled.as_text()`): which
+computation calls which, how often each loop runs, and how much each collective moves.
 
     traffic = count_collectives(compiled.as_text())
     traffic["all-gather"].count           executions in one run of the program
@@ -48,11 +48,11 @@ class Collective:
       kind: one of `KINDS`.
       name: of the operation in the program's text.
       trips: how often it is executed in one run of the program.
-      trips_known: False inside of a loop whose number of trips depends on data; such a
-        loop counts once.
-      group_size: devices that take part.
-      whole_bytes: of the whole array: what is gathered, or what is reduced.
-      asynchronous: whether other work may run while it is under way.
+      trips_known: False inside a loop whose trip count depends on data; such a loop
+        counts once.
+      group_size: number of participating devices.
+      whole_bytes: size of the full array that is gathered or reduced.
+      asynchronous: whether it can overlap with other work.
     """
 
     kind: str
@@ -74,11 +74,11 @@ class Traffic:
     """All collectives of one kind, for one device and one run of the program.
 
     Attributes:
-      count: executions, loop trips counted.
-      bytes_on_wire: that one device sends, by the ring algorithm.
-      asynchronous_count: of `count`, those that may overlap with other work.
-      asynchronous_bytes: of `bytes_on_wire`, likewise.
-      trips_known: False if some are in a loop whose trips depend on data.
+      count: executions, with loop trips counted.
+      bytes_on_wire: bytes that one device sends, by the ring algorithm.
+      asynchronous_count: those of `count` that can overlap with other work.
+      asynchronous_bytes: the same for `bytes_on_wire`.
+      trips_known: False if some are in a loop whose trip count depends on data.
     """
 
     count: int
@@ -89,7 +89,7 @@ class Traffic:
 
 
 def count_collectives(program: str) -> dict[str, Traffic]:
-    """Collectives of a compiled program by kind; kinds that it has not are left out.
+    """Collectives of a compiled program by kind; absent kinds are omitted.
 
     Args:
       program: `compiled.as_text()` of `jax.jit(f).lower(...).compile()`.
@@ -112,11 +112,11 @@ def count_collectives(program: str) -> dict[str, Traffic]:
 def find_collectives(program: str) -> list[Collective]:
     """Every collective operation that a run of a compiled program executes.
 
-    Those in which every device is alone, which a mesh axis of size 1 leaves, are none.
+    Collectives over groups of one device (from mesh axes of size 1) are ignored.
 
-    Three forms are known: one operation; a pair `...-start` and `...-done`; and the
-    TPU's fusions, in which one collective is started, carried through the fusions that
-    overlap with it and finished, always under one channel number.
+    Three forms are recognised: one operation; a pair `...-start` and `...-done`; and
+    TPU fusions, where one collective is started, passed through the fusions that
+    overlap with it, and finished, all under the same channel number.
 
     Args:
       program: see `count_collectives`.
@@ -158,7 +158,7 @@ class _Operation:
 
     @property
     def kind(self) -> str | None:
-        """The collective that it is, if it is one."""
+        """Which collective it is; None if it is not one."""
         name = self.opcode.removesuffix("-start").removesuffix("-done")
         return name if name in KINDS else None
 
@@ -185,7 +185,7 @@ class _Module:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """How a computation is reached: its trips, and the computation it is fused into."""
+    """How a computation is reached: trip count, and the computation it is fused into."""
 
     trips: int
     trips_known: bool
@@ -206,8 +206,8 @@ def _parse(program: str) -> _Module:
             current[operation.name] = operation
     if not entry:
         raise ValueError(
-            "this is no compiled program: it has no ENTRY computation; give what "
-            "compiled.as_text() returns"
+            "this is not a compiled program (no ENTRY computation): pass the result of "
+            "compiled.as_text()"
         )
     sizes = [
         int(_find(rf"{name}=(\d+)", program.split("\n", 1)[0]) or 1)
@@ -236,7 +236,7 @@ def _parse_operation(line: str) -> _Operation | None:
 
 
 def _closing(text: str, opened: int) -> int:
-    """Where the parenthesis closes that opens at `opened`."""
+    """Index of the parenthesis that closes the one at `opened`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opened):
         depth += 1 if match[0] == "(" else -1
@@ -279,7 +279,7 @@ def _walk(module: _Module, computation: str, call: _Call) -> Iterator[_Call]:
 
 def _called(operation: _Operation) -> list[str]:
     if operation.opcode not in ("fusion", "call", "async-start", "conditional"):
-        return []  # what sums two numbers, and the like
+        return []  # the reduction's scalar function
     lists = re.findall(
         r"(?:calls|to_apply|branch_computations|true_computation|false_computation)="
         r"(\{[^}]*\}|%?[\w.\-]+)",
@@ -291,10 +291,10 @@ def _called(operation: _Operation) -> list[str]:
 def _count_trips(
     module: _Module, caller: str, loop: _Operation, body: str
 ) -> int | None:
-    """Trips of a loop, from the compiler's note or from its counter; None if unknown.
+    """Trip count of a loop, from the compiler's annotation or its counter; else None.
 
-    A counter is an element of the loop's tuple that starts at a constant, to which the
-    body adds a constant, and which the condition compares with a constant.
+    A counter is an element of the loop's tuple that starts at a constant, is
+    incremented by a constant, and is compared with a constant in the condition.
     """
     known = _find(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if known is not None:
@@ -334,7 +334,7 @@ def _element(
 def _constant(
     module: _Module, computation: str, operation: _Operation | None
 ) -> int | None:
-    """The integer that an operation yields, through copies; None if it is not one."""
+    """The integer constant behind an operation, through copies; None if not constant."""
     operations = module.computations[computation]
     while operation is not None and operation.opcode in ("copy", "bitcast"):
         operation = operations.get(operation.operand_names[0])
@@ -416,7 +416,7 @@ _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 
 
 def _type_bytes(text: str) -> list[int]:
-    """Bytes of every array that a type names, in order."""
+    """Bytes of every array in a type, in order."""
     sizes = []
     for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,<= ]*)\]", text):
         bits = _BITS.get(dtype, int(_find(r"^[a-z](\d+)", dtype) or 8))
@@ -429,12 +429,12 @@ def _whole_bytes(operation: _Operation, kind: str, group: int) -> int:
     """Bytes of the array that is gathered, reduced, exchanged or passed on."""
     is_start = operation.opcode.endswith("-start")
     text = operation.type
-    if is_start:  # what the runtime keeps for itself comes last
+    if is_start:  # the runtime's own context comes last
         text = re.sub(r",\s*(/\*.*?\*/)?[us]32\[\](\{[^}]*\})?(?=[,)])", "", text)
     total = sum(_type_bytes(text))
     if not is_start or kind == "all-reduce":
         return total * group if kind == "reduce-scatter" else total
-    # A start yields operands and results.
+    # A start returns operands and results.
     if kind in ("all-gather", "reduce-scatter"):
         return round(total * group / (group + 1))
     return total // 2
@@ -449,7 +449,7 @@ def _group_size(attributes: str, num_devices: int) -> int:
     replica_groups=mesh['a'=2,'b'=4] {'b'}        4
     replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}    2
     replica_groups={}                             all devices
-    source_target_pairs={{0,1},{1,0}}             2; 1 if everyone keeps his own
+    source_target_pairs={{0,1},{1,0}}             2; 1 if each device keeps its own
     ```
     """
     pairs = _find(r"source_target_pairs=\{(.*?)\}\}?,", attributes + "},")

@@ -1,4 +1,4 @@
-"""What a training step costs, and what devices give: the arithmetic of MFU and plans."""
+"""Cost of a training step and speed of devices: arithmetic for MFU and estimates."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator as JAX counts them, by its vendor's data sheet.
+    """One JAX device, with figures from the vendor's data sheet.
 
     Attributes:
-      flops: dense bfloat16 products and sums a second.
+      flops: peak dense bfloat16 FLOP/s.
       memory: bytes.
-      utilisation: share of `flops` that a well-built step of billions of parameters
-        reaches (PaLM's count); what a plan assumes before anything was measured.
-      usable: bytes that a program may have, as the compiler for it says; None: not
-        known, 92% of `memory`.
+      utilisation: MFU that a good step with billions of parameters reaches (PaLM's
+        definition); estimates assume it until something was measured.
+      usable: bytes available to a program, according to its compiler; None means
+        unknown: 92% of `memory` is assumed.
     """
 
     flops: float
@@ -31,17 +31,17 @@ class Device:
 
     @property
     def platform(self) -> str:
-        """What JAX calls it: "tpu" or "gpu"."""
+        """JAX's name of the platform: "tpu" or "gpu"."""
         return "tpu" if self in _TPUS else "gpu"
 
     @property
     def capacity(self) -> float:
-        """Bytes that a program may have; the runtime keeps the rest."""
+        """Bytes available to a program; the runtime reserves the rest."""
         return 0.92 * self.memory if self.usable is None else self.usable
 
 
 DEVICES: dict[str, Device] = {
-    "t4": Device(65e12, 16 * GB, 0.3),  # float16; it has no bfloat16
+    "t4": Device(65e12, 16 * GB, 0.3),  # float16; no bfloat16
     "l4": Device(121e12, 24 * GB),
     "a10": Device(125e12, 24 * GB),
     "a10g": Device(70e12, 24 * GB),
@@ -63,7 +63,7 @@ DEVICES: dict[str, Device] = {
     "tpu7x": Device(1153.5e12, 96 * GIB, 0.45),
 }
 _TPUS = [DEVICES[name] for name in ("v4", "v5e", "v5p", "v6e", "tpu7x")]
-# What jax calls them -> the names above; the first that is part of the kind wins.
+# Substrings of JAX's device kind -> the names above; the first match wins.
 _KINDS: dict[str, str | None] = {
     "a100-sxm4-40gb": "a100-40gb",
     "a100-pcie-40gb": "a100-40gb",
@@ -77,7 +77,7 @@ _KINDS: dict[str, str | None] = {
     "gb200": "gb200",
     "b300": "b300",
     "b200": "b200",
-    "nvidia l40": None,  # not in the table, and its name begins as the next one's
+    "nvidia l40": None,  # not in the table; a prefix of the next one
     "nvidia l4": "l4",
     "tesla t4": "t4",
     "mi300x": "mi300x",
@@ -99,15 +99,16 @@ def find_device(kind: str) -> Device | None:
 
 
 def flops_per_token(config: ModelConfig, num_params: int, length: float) -> float:
-    """Products and sums of a training step, a token of input (PaLM, appendix B).
+    """FLOPs of a training step per input token (PaLM, appendix B).
 
-    6 a parameter that multiplies (the embedding counts once, as the head), and
-    12 x layers x heads x head_dim x length for full attention; a causal, packed row
-    reads half of its example's length, as counted here. Recomputation does not count.
+    6 per parameter that multiplies (the embedding counts once, as the head), plus
+    12 x layers x heads x head_dim x length for full attention; in a causal, packed row
+    each token attends to half of its example, as counted here. Recomputation does not
+    count.
 
     Args:
       config: of the model.
-      num_params: all of them.
+      num_params: of the whole model.
       length: mean length of an example in a row.
     """
     looked_up = 0 if config.tie_embeddings else config.vocab_size * config.d_model
@@ -120,21 +121,21 @@ def flops_per_token(config: ModelConfig, num_params: int, length: float) -> floa
 def activation_bytes(
     config: ModelConfig, tokens: float, tensor: int = 1
 ) -> tuple[float, float]:
-    """Bytes of activations on one device: kept for the backward pass, and of a layer.
+    """Activation bytes on one device: saved for the backward pass, and of one layer.
 
-    A token and layer keep, without recomputation, the inputs of every product and of
-    every norm and activation; with `remat="full"` the block's input alone; with "dots"
-    the products' outputs. The layer at work has all of them, and their gradients. The
-    factors were set by what XLA's compilers ask for, on TPUs and GPUs (the tests hold
-    them to it within 10%).
+    Without rematerialisation, each layer saves per token the inputs of every matmul,
+    norm and activation; with `remat="full"` only the block's input; with "dots" the
+    outputs of the matmuls. The layer being computed holds all of them and their
+    gradients. The factors are fitted to what XLA allocates on TPUs and GPUs (tests
+    check them within 10%).
 
     Args:
       config: of the model.
-      tokens: positions of the rows that the device works on.
-      tensor: over how many devices heads and the inner width are split.
+      tokens: positions of the rows on the device.
+      tensor: number of devices over which heads and the MLP width are split.
 
     Returns:
-      (kept, at work).
+      (saved for the backward pass, of the layer being computed).
     """
     size = 4 if config.compute_dtype == "float32" else 2
     heads = config.num_heads * config.head_dim / tensor
@@ -159,15 +160,15 @@ def activation_bytes(
 def gathered_bytes(
     config: ModelConfig, num_params: int, tensor: int = 1
 ) -> tuple[float, float]:
-    """Bytes of weights that a device holds whole while it uses them: a layer, the head.
+    """Bytes of weights that are gathered on a device while in use: a layer, the head.
 
-    A layer in the compute dtype and the next one, and its gradient in float32; the head
-    and its gradient, which exist once a step.
+    A layer in the compute dtype, the next one, and its gradient in float32; the head
+    and its gradient, once per step.
 
     Args:
       config: of the model.
       num_params: of the model.
-      tensor: over how many devices both are split even so.
+      tensor: number of devices over which both stay split.
     """
     size = 4 if config.compute_dtype == "float32" else 2
     head = config.vocab_size * config.d_model
@@ -177,22 +178,23 @@ def gathered_bytes(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What `plan_training` finds; bytes are for one device.
+class TrainingEstimate:
+    """Result of `estimate_training`; bytes are per device.
 
     Attributes:
       num_params: of the model.
       weights: float32 master weights.
       optimizer: Adam's two moments.
-      gradients: float32, alive between the backward pass and the update.
-      activations: kept of the rows that one device holds.
-      layer: of the layer at work: its activations, and its weights where they are
-        gathered from other devices.
-      loss: of the loss at work: logits of a chunk, and the head where it is gathered.
+      gradients: float32, live between the backward pass and the update.
+      activations: saved for the backward pass, for the rows of one device.
+      layer: of the layer being computed: its activations, and its weights where they
+        are gathered from other devices.
+      loss: of the loss: logits of one chunk, and the head where it is gathered.
       memory: of the device.
-      capacity: of it, what a program may have.
-      largest_rows: rows at a time that fit on each device (on each `tensor` devices).
-      tokens_per_second: of all devices, padding counted.
+      capacity: the part of it that a program may use.
+      largest_rows: largest number of rows that fit on each device (or on each group of
+        `tensor` devices) at a time.
+      tokens_per_second: of all devices, including padding.
       hours: for all steps.
     """
 
@@ -211,7 +213,7 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes at the peak; a layer and the loss are not at work together."""
+        """Peak bytes; a layer and the loss are never computed at the same time."""
         parts = (self.weights, self.optimizer, self.gradients, self.activations)
         return sum(parts) + max(self.layer, self.loss)
 
@@ -220,7 +222,7 @@ class Plan:
         return self.total <= self.capacity
 
 
-def plan_training(
+def estimate_training(
     config: ModelConfig,
     num_params: int,
     device: Device,
@@ -235,28 +237,28 @@ def plan_training(
     chunk_length: int = 64,
     example_length: float | None = None,
     first_moment_bytes: int = 4,
-) -> Plan:
-    """Memory, speed and hours of a training, before it is begun.
+) -> TrainingEstimate:
+    """Estimates memory, speed and hours of a training run before it starts.
 
     Args:
       config: of the model.
       num_params: of the model.
       device: from `DEVICES`.
-      num_devices: how many.
-      rows: of a batch, over all devices.
+      num_devices: total number of devices.
+      rows: global batch size in rows.
       row_length: positions of a row.
       num_steps: of the training.
-      shards: over how many devices each weight is split (fsdp x tensor).
-      tensor: of `shards`, over how many devices a layer's heads and width are split.
+      shards: number of devices over which each weight is split (fsdp x tensor).
+      tensor: the tensor-parallel factor of `shards`, which splits heads and widths.
       num_microbatches: see `make_train_step`.
       chunk_length: see `GeneratorLossConfig`.
       example_length: mean length of an example; a row's by default.
-      first_moment_bytes: of one number of Adam's first moment.
+      first_moment_bytes: per parameter, of Adam's first moment.
     """
     moments = 4 + first_moment_bytes
     own = num_params / shards
     rows_at_once = rows / (num_devices / tensor) / num_microbatches
-    # Parts of a batch add to sums that wait beside each part's own gradients.
+    # Microbatches accumulate into sums that live next to each one's own gradients.
     gradients = 4 * own * (2 if num_microbatches > 1 else 1)
     is_split = shards > tensor
     gathered = gathered_bytes(config, num_params, tensor) if is_split else (0.0, 0.0)
@@ -274,14 +276,14 @@ def plan_training(
     activations, layer, loss = for_rows(rows_at_once)
     free = device.capacity - (4 + moments) * own - gradients
     largest = 0
-    if needed(1) <= free:  # a slope of two parts: the loss counts for the first rows
+    if needed(1) <= free:  # piecewise linear: the loss dominates for few rows
         kept, work = activation_bytes(config, row_length, tensor)
         largest = int((free - gathered[0]) // (kept + work))
         while largest > 1 and needed(largest) > free:
             largest -= 1
     flops = flops_per_token(config, num_params, example_length or row_length)
     tokens_per_second = num_devices * device.flops * device.utilisation / flops
-    return Plan(
+    return TrainingEstimate(
         num_params=num_params,
         weights=4 * own,
         optimizer=moments * own,
@@ -297,17 +299,19 @@ def plan_training(
     )
 
 
-def suggest_changes(config: ModelConfig, plan: Plan, rows: int) -> list[str]:
-    """Suggested fixes of a plan that does not fit, least intrusive first."""
+def suggest_changes(
+    config: ModelConfig, estimate: TrainingEstimate, rows: int
+) -> list[str]:
+    """Suggested fixes for a run that does not fit, least intrusive first."""
     changes = []
     if config.remat == "none":
         changes.append('config.model.remat="dots" (recomputes norms and activations)')
     if config.remat != "full":
         changes.append('config.model.remat="full" (a third more compute)')
-    if plan.largest_rows:
+    if estimate.largest_rows:
         changes.append(
             f"config.train.num_microbatches so that a device holds "
-            f"{plan.largest_rows} rows at a time (now a batch of {rows})"
+            f"{estimate.largest_rows} rows at a time (now a batch of {rows})"
         )
     else:
         changes.append("config.mesh.fsdp over more devices (weights do not fit)")
@@ -315,11 +319,11 @@ def suggest_changes(config: ModelConfig, plan: Plan, rows: int) -> list[str]:
 
 
 def explain_out_of_memory(error: BaseException, config: Any) -> str:
-    """What to change in a config after this error; "" if it is another error.
+    """What to change in a config after an out-of-memory error; "" for other errors.
 
     Args:
-      error: what a step or its compilation raised.
-      config: the training's ConfigDict; only what it has is suggested.
+      error: raised by a step or its compilation.
+      config: the training's ConfigDict; only settings that it has are suggested.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
@@ -338,7 +342,7 @@ def explain_out_of_memory(error: BaseException, config: Any) -> str:
         changes.append(f"config.train.num_microbatches={twice}  (the same gradients)")
     mesh = sections.get("mesh", {})
     if "fsdp" in mesh and (mesh["fsdp"], mesh.get("data")) != (-1, -1):
-        # Both free is what `sharding.mesh_sizes` chooses by the machine.
+        # With both free, `sharding.mesh_sizes` chooses for the machine.
         changes.append(
             "config.mesh.fsdp=-1 --config.mesh.data=-1  (splits the weights as far as "
             "pays)"
@@ -357,20 +361,20 @@ def explain_out_of_memory(error: BaseException, config: Any) -> str:
     )
 
 
-def format_plan(plan: Plan, details: dict[str, Any]) -> str:
-    """The plan as aligned lines."""
+def format_estimate(estimate: TrainingEstimate, details: dict[str, Any]) -> str:
+    """The estimate as aligned lines."""
     lines = {
-        "parameters": f"{plan.num_params / 1e6:,.1f} M",
-        "weights (f32)": format_bytes(plan.weights),
-        "Adam moments": format_bytes(plan.optimizer),
-        "gradients": format_bytes(plan.gradients),
-        "activations": format_bytes(plan.activations),
-        "a layer at work": format_bytes(plan.layer),
-        "the loss at work": format_bytes(plan.loss),
-        "together, a device": f"{format_bytes(plan.total)} of {format_bytes(plan.capacity)}",
-        "largest rows a device": str(plan.largest_rows),
-        "tokens/s, expected": f"{plan.tokens_per_second:,.0f}",
-        "hours, expected": f"{plan.hours:,.1f}",
+        "parameters": f"{estimate.num_params / 1e6:,.1f} M",
+        "weights (f32)": format_bytes(estimate.weights),
+        "Adam moments": format_bytes(estimate.optimizer),
+        "gradients": format_bytes(estimate.gradients),
+        "activations": format_bytes(estimate.activations),
+        "layer in progress": format_bytes(estimate.layer),
+        "loss": format_bytes(estimate.loss),
+        "total per device": f"{format_bytes(estimate.total)} of {format_bytes(estimate.capacity)}",
+        "largest rows per device": str(estimate.largest_rows),
+        "tokens/s, expected": f"{estimate.tokens_per_second:,.0f}",
+        "hours, expected": f"{estimate.hours:,.1f}",
         **details,
     }
     width = max(map(len, lines))
@@ -378,5 +382,5 @@ def format_plan(plan: Plan, details: dict[str, Any]) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """In GB of 10**9, or in MB."""
+    """In GB (10**9 bytes) or MB."""
     return f"{number / GB:,.2f} GB" if number >= GB / 10 else f"{number / 1e6:,.1f} MB"

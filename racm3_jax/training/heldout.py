@@ -1,4 +1,4 @@
-"""Held-out loss while a model trains: what is best so far, and when to stop."""
+"""Held-out loss during training: the best step so far, and early stopping."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Evaluate = Callable[[TrainState], Mapping[str, float]]
 
 
 class HeldOut:
-    """Judges states, and says whether further training is worth it.
+    """Evaluates states and implements early stopping.
 
-    Its history goes into every checkpoint, so that a resumed training stops where an
-    unbroken one does.
+    Its history is part of every checkpoint, so that a resumed run stops where an
+    uninterrupted one does.
 
     Args:
-      evaluate: state -> figures by name, "loss" among them.
-      patience: evaluations in a row without a lower loss that end a training; 0: none do.
-      keep: called with a state that is the best so far; with a patience alone.
+      evaluate: state -> metrics by name, including "loss".
+      patience: consecutive evaluations without a lower loss that end it; 0: off.
+      keep: called with each state that is the best so far; only with a patience.
       history: [step, loss] of earlier evaluations.
     """
 
@@ -36,7 +36,7 @@ class HeldOut:
         self.history: list[list[float]] = [list(entry) for entry in history]
 
     def __call__(self, state: TrainState) -> Mapping[str, float]:
-        """The figures of this state; remembers its loss."""
+        """The metrics of this state; records its loss."""
         values = self._evaluate(state)
         step, loss = int(state.step), float(values["loss"])
         # A resumed training repeats the steps since its checkpoint.
@@ -48,12 +48,12 @@ class HeldOut:
 
     @property
     def best_step(self) -> int:
-        """The step of the lowest loss, the first where several have it; 0 before any."""
+        """The (first) step of the lowest loss; 0 before any evaluation."""
         best = min(self.history, key=lambda entry: entry[1], default=[0])
         return int(best[0])
 
     @property
     def is_over(self) -> bool:
-        """Whether the loss has not fallen for the whole patience."""
+        """Whether the loss has not decreased for `patience` evaluations."""
         since = sum(entry[0] > self.best_step for entry in self.history)
         return bool(self._patience) and since >= self._patience

@@ -1,4 +1,4 @@
-"""What a process that computes asks of its machine; imports no jax by itself."""
+"""Process settings of the host machine; does not import jax."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _JAX_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def prepare_host() -> None:
-    """For the start of every command, training and evaluation; harmless when repeated."""
+    """Called at the start of every command, training and evaluation; idempotent."""
     keep_compiled_programs()
     keep_freed_memory()
 
 
 def keep_compiled_programs() -> None:
-    """Compiled programs are kept on disk, so that a restart compiles nothing again.
+    """Turns on JAX's persistent compilation cache, so that restarts do not recompile.
 
-    In `~/.cache/racm3/programs`, or in the folder that RACM3_CACHE names;
-    RACM3_CACHE=off keeps nothing. Where JAX was told of a folder, that one is used.
+    It is in `~/.cache/racm3/programs`, or in the folder RACM3_CACHE; RACM3_CACHE=off
+    turns it off. A cache folder that JAX is configured with takes precedence.
     """
     if os.environ.get(_JAX_VARIABLE):
         return
@@ -44,10 +44,10 @@ def keep_compiled_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc not to give large blocks back after every step.
+    """Tells glibc not to return large blocks to the kernel after every step.
 
-    XLA on CPU allocates and frees its buffers in each call; asking the kernel for fresh
-    pages every time took a seventh of a training step.
+    XLA on CPU allocates and frees its buffers in each call; fresh pages from the kernel
+    took a seventh of a training step.
     """
     import ctypes
 
@@ -56,7 +56,7 @@ def keep_freed_memory() -> None:
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        return  # another C library
+        return  # not glibc
     trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # from malloc.h
     mallopt(mmap_threshold, 2**30)
     mallopt(trim_threshold, 2**31 - 1)

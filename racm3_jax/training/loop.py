@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import jax
 from absl import logging
 
-from racm3_jax.training.processes import SignsOfLife, StopRequest, Watchdog
+from racm3_jax.training.processes import ProcessHeartbeats, StopRequest, Watchdog
 from racm3_jax.training.progress import StepLog, Writer, report_parameters
 from racm3_jax.training.step import Metrics, TrainState
 
 
 class Saver(Protocol):
-    """Where states go; `racm3_jax.checkpoints.Checkpoints` is one."""
+    """Saves states; `racm3_jax.checkpoints.Checkpoints` is one."""
 
     def should_save(self, step: int) -> bool: ...
 
@@ -30,11 +30,11 @@ class Saver(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Which steps a trace is written of (open it in TensorBoard or Perfetto).
+    """Steps to trace with the profiler (view in TensorBoard or Perfetto).
 
     Attributes:
-      first_step: the trace begins before this step.
-      last_step: and ends after this one.
+      first_step: first step of the trace.
+      last_step: last step of the trace.
       directory: where it is written.
     """
 
@@ -52,29 +52,29 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class FitSettings:
-    """How long `fit` trains, and what it does beside the steps.
+    """How long `fit` trains, and what it does between steps.
 
     Attributes:
-      num_steps: the last step's number, counted from the run's very start.
+      num_steps: total number of steps, including those before a resume.
       writer: receives every log line.
-      checkpoints: asked `should_save(step)` after each step, and saved at the end.
-      checkpoint_extra: JSON-serialisable facts that are stored with every save.
+      checkpoints: `should_save(step)` is called after each step; saved at the end, too.
+      checkpoint_extra: JSON-serialisable metadata stored with every checkpoint.
       log_every: steps between two log lines.
       eval_fn: `eval_fn(state) -> {name: number}`, logged as `eval/<name>`.
-      eval_every: steps between two evaluations, which also runs at the end; 0: never.
-      should_end: asked before every step; True ends the training there, after a save.
-      progress: a progress bar on stderr.
+      eval_every: steps between two evaluations, one also at the end; 0: never.
+      should_end: called before every step; True saves and ends the training.
+      progress: show a progress bar on stderr.
       description: its label.
-      with_stats: whether batches come as pairs `(batch, {name: number})`, whose numbers
-        are averaged into the log.
+      with_stats: whether batches are pairs `(batch, {name: number})`, whose numbers are
+        averaged into the log.
       max_skipped_steps: how many steps in a row may be skipped as not finite (see
         `make_train_step`) before training ends.
-      peak_flops: of all devices together, a second; with `flops_per_token` it gives the
+      peak_flops: FLOP/s of all devices together; with `flops_per_token` it gives the
         logged `mfu`.
-      flops_per_token: of a training step, a token of input.
+      flops_per_token: FLOPs of a training step per input token.
       profile: steps to trace.
-      watchdog_seconds: ends the process when no step ends for so long; see `Watchdog`.
-      signs: of several processes, for the watchdog to name the one that is stuck.
+      watchdog_seconds: timeout of a step, which ends the process; see `Watchdog`.
+      heartbeats: of several processes, so that the watchdog names the stuck one.
     """
 
     num_steps: int
@@ -93,10 +93,10 @@ class FitSettings:
     flops_per_token: float = 0.0
     profile: Profile | None = None
     watchdog_seconds: float = 0.0
-    signs: SignsOfLife | None = None
+    heartbeats: ProcessHeartbeats | None = None
 
     def open_log(self, step: int) -> StepLog:
-        """The log of a training that begins after `step`."""
+        """The log of a run that starts after `step`."""
         log = StepLog(
             step, self.num_steps, self.writer, self.progress, self.description
         )
@@ -114,27 +114,27 @@ def fit(
 ) -> TrainState:
     """Trains from `state.step` up to `settings.num_steps`.
 
-    The host never waits for a step except at log, evaluation and save points: while
-    the device computes step t, the host already fetches and transfers batch t+1.
+    The host waits for the device only at log, evaluation and save points: while the
+    device computes step t, the host fetches and transfers batch t+1.
 
     To resume, restore the state and start the iterator at `state.step`: the loop takes
-    exactly one batch a step and none in advance of a save, so a state at step t means
-    that batches 0..t-1 were used. SIGTERM and Ctrl-C save (when there are `checkpoints`)
-    and return early; compare `state.step` with `num_steps`.
+    exactly one batch per step and none ahead of a save, so a state at step t means that
+    batches 0..t-1 were used. SIGTERM and Ctrl-C save (if there are `checkpoints`) and
+    return early; compare `state.step` with `num_steps`.
 
     Args:
-      state: is donated; use the returned one.
+      state: donated; use the returned one.
       step_fn: from `make_train_step`; it transfers the batch itself.
-      batches: one pytree of arrays a step. Its `close` is left to the caller.
+      batches: one pytree of arrays per step. The caller closes it.
       settings: see `FitSettings`.
 
     Returns:
       The state after the last step.
 
     Raises:
-      TrainingDiverged: the objective of some step, which it names, is not finite, or
-        too many steps in a row were skipped for that.
-      RuntimeError: `batches` ended early.
+      TrainingDiverged: the objective of a step (named in the error) is not finite, or
+        too many such steps in a row were skipped.
+      RuntimeError: `batches` is exhausted early.
     """
     num_steps, checkpoints = settings.num_steps, settings.checkpoints
     eval_fn, eval_every = settings.eval_fn, settings.eval_every
@@ -145,7 +145,7 @@ def fit(
     def save() -> None:
         nonlocal saved_step
         log.flush()  # never save a state that has diverged
-        dog.doing = f"saves step {step}"
+        watchdog.activity = f"saves step {step}"
         with log.paused():
             assert checkpoints is not None
             checkpoints.save(step, state, {**settings.checkpoint_extra, "step": step})
@@ -155,18 +155,18 @@ def fit(
         log,
         StopRequest() as stop,
         _tracing(settings.profile) as trace,
-        Watchdog(settings.watchdog_seconds, signs=settings.signs) as dog,
+        Watchdog(settings.watchdog_seconds, heartbeats=settings.heartbeats) as watchdog,
     ):
         while step < num_steps and not settings.should_end() and not stop.reached(step):
             trace(step, state)
-            dog.doing = f"reads the batch of step {step + 1}"
+            watchdog.activity = f"reads the batch of step {step + 1}"
             with log.waiting():
                 batch, stats = _next_batch(batches, step, settings.with_stats)
             step += 1
-            dog.doing = f"computes step {step}"
+            watchdog.activity = f"computes step {step}"
             state, metrics = step_fn(state, batch)
             log.enqueue(step, metrics, stats)
-            dog.pat()
+            watchdog.heartbeat()
             is_last = step == num_steps
             if is_last or (settings.log_every and step % settings.log_every == 0):
                 log.write()
@@ -193,15 +193,15 @@ def _next_batch(
         item = next(batches)
     except StopIteration:
         raise RuntimeError(
-            f"the batches ended after step {step}: give an iterator that is as long "
-            "as the training"
+            f"the batches ended after step {step}: the iterator must be as long as "
+            "the training"
         ) from None
     return item if with_stats else (item, {})
 
 
 @contextlib.contextmanager
 def _tracing(profile: Profile | None) -> Iterator[Callable[[int, TrainState], None]]:
-    """Yields what is called before each step: it starts and ends the trace."""
+    """Yields a function to call before each step: it starts and stops the trace."""
     running = False
 
     def trace(step: int, state: TrainState) -> None:

@@ -1,8 +1,8 @@
 """The generator's loss: weighted cross-entropy, computed in chunks of a row.
 
-Logits of a whole batch are large (16 rows of 4096 ids over 65,536 words are 17 GB in
-float32), so they exist for one chunk of positions at a time, and the gradient is formed
-in the same visit instead of computing the logits a second time in the backward pass.
+Logits of a whole batch are large (16 rows of 4096 tokens and a vocabulary of 65,536 are
+17 GB in float32), so they exist for one chunk of positions at a time, and the gradient
+is computed in the same pass instead of recomputing the logits in the backward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from racm3_jax.vocab import Vocab
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorLossConfig:
-    """How the generator's loss is formed.
+    """Settings of the generator's loss.
 
     Attributes:
       z_loss: weight of the squared log-partition (Chameleon, section 2.3: 1e-5), which
@@ -44,13 +44,13 @@ class GeneratorLossConfig:
 
 
 class TokenLosses(NamedTuple):
-    """What `chunked_cross_entropy` returns.
+    """Result of `chunked_cross_entropy`.
 
     Attributes:
       total: sum over tokens of weight x (nll + z_loss x log_partition^2), in nats; the
         only field through which gradients flow.
       nll: negative log-likelihood of each target, in nats.
-      correct: True where no id is more likely than the target.
+      correct: True where no token is more likely than the target.
     """
 
     total: Float[Array, ""]
@@ -69,19 +69,19 @@ def chunked_cross_entropy(
 ) -> TokenLosses:
     """Cross-entropy of `hidden @ head` against `targets`, without keeping logits.
 
-    Chunks run along the length, never the batch, so rows stay where they are sharded.
-    Products are computed in the dtype of `hidden`; logits, softmax, sums and the
-    accumulated gradient of `head` are float32.
+    Chunks are cut along the length, not the batch, so rows stay where they are sharded.
+    Matmuls run in the dtype of `hidden`; logits, softmax, sums and the accumulated
+    gradient of `head` are float32.
 
-    At its peak it holds one chunk's logits and their gradient, 8 bytes x batch x
-    chunk_length x vocab, and the float32 gradient of `head`: for 2 rows of 4096 over
-    65,536 ids 67 MB and 671 MB (width 2560), where plain cross-entropy holds 4.3 GB.
+    Peak memory is one chunk's logits and their gradient, 8 bytes x batch x
+    chunk_length x vocab, and the float32 gradient of `head`: for 2 rows of 4096 and a
+    vocabulary of 65,536, 67 MB and 671 MB (width 2560), vs. 4.3 GB without chunks.
 
     Args:
       hidden: the last layer's output, after its norm.
       head: output weights; float32 master weights are cast here.
-      targets: vocabulary ids.
-      weights: factor of each target in `total`; gradients do not flow into it.
+      targets: target tokens.
+      weights: weight of each target in `total`; no gradient flows into it.
       chunk_length: see `GeneratorLossConfig`.
       z_loss: see `GeneratorLossConfig`.
     """
@@ -98,13 +98,13 @@ def chunked_cross_entropy(
 
 
 class _Place(NamedTuple):
-    """How the operands lie on the mesh, as mesh axes; all empty without a mesh.
+    """How the operands are sharded, as mesh axes; all empty without a mesh.
 
     ```
     head [d_model, vocab] as P("fsdp", "tensor")
       embed   ("fsdp",)    gathered, before the first chunk
-      vocab   ()           gathered likewise
-      split   ("tensor",)  every device computes the logits of its own ids
+      vocab   ()           gathered in the same way
+      split   ("tensor",)  every device computes the logits of its own vocabulary part
     rows    ("data", "fsdp")
     ```
     """
@@ -131,10 +131,10 @@ def _find_place(head: Array) -> tuple[_Place, PartitionSpec]:
 def _over_the_mesh(
     compute: Callable[..., Any], makes_gradients: bool, arrays: tuple[Array, ...]
 ) -> Any:
-    """Runs `compute(place, *arrays)` on every device's own rows.
+    """Runs `compute(place, *arrays)` on each device's own rows.
 
-    By hand, because the compiler would gather the head, and sum its gradient over the
-    devices, in every chunk: 64 times a step instead of once.
+    By `shard_map`, as the compiler would gather the head, and reduce its gradient over
+    the devices, in every chunk: 64 times a step instead of once.
     """
     place, head = _find_place(arrays[1])
     if not place.rows:
@@ -197,7 +197,7 @@ def _compute_gradients(
             d_logits = probability * scale[..., None] - jnp.where(
                 is_target, w[..., None], 0.0
             )
-            # Both operands in the matmul's dtype: a mixed dot is slow on every back end.
+            # Both operands in the matmul's dtype: mixed dtypes are slow everywhere.
             d_logits = d_logits.astype(x.dtype)
             d_x = jnp.einsum(
                 "blv,dv->bld", d_logits, matrix, preferred_element_type=jnp.float32
@@ -232,7 +232,7 @@ _cross_entropy.defvjp(_compute_gradients, _scale_gradients)
 
 
 def _gather(head: Array, place: _Place) -> Array:
-    """The whole head, or all of its width for this device's own ids."""
+    """The whole head, or the full width for this device's part of the vocabulary."""
     for axis, names in enumerate((place.embed, place.vocab)):
         if names:
             head = jax.lax.all_gather(head, names, axis=axis, tiled=True)
@@ -240,10 +240,10 @@ def _gather(head: Array, place: _Place) -> Array:
 
 
 def _scatter(d_head: Array, place: _Place) -> Array:
-    """The sum over all rows of the gradient, of the part that this device holds.
+    """Reduces the gradient over all rows and keeps the shard of this device.
 
-    The parts are the first axis while they are summed. Along the last one of a layout
-    a TPU would sum the whole and keep a slice, unless parts are multiples of 128.
+    Shards are the first axis during the reduction. Along the last axis a TPU would
+    all-reduce everything and keep a slice, unless shards are multiples of 128.
     """
     for axis, names in enumerate((place.embed, place.vocab)):
         if names:
@@ -317,7 +317,7 @@ def make_generator_loss(
     Args:
       apply_hidden: `(params, inputs, positions, segment_ids) -> hidden[b, l, d_model]`.
       head_weights: `params -> [d_model, vocab]`.
-      vocab: tells text targets from image targets in the metrics.
+      vocab: separates text targets from image targets in the metrics.
       config: see `GeneratorLossConfig`.
     """
     config = config or GeneratorLossConfig()
@@ -343,13 +343,13 @@ def make_generator_loss(
 
 
 def compute_generator_metrics(losses: TokenLosses, batch: Any, vocab: Vocab) -> Metrics:
-    """Sums and weights of what is logged, over a `types.Batch` of device arrays.
+    """Sums and weights of the logged metrics of a `types.Batch` of device arrays.
 
     `loss` is weighted as in training, without z-loss. All others count each target
-    with a loss weight > 0 once: `main_loss`, `retrieved_loss`, and of the main document
-    `text_loss`, `image_loss`, `text_accuracy`, `image_accuracy`, of the retrieved ones
+    with a loss weight > 0 once: `main_loss`, `retrieved_loss`; for the main document
+    `text_loss`, `image_loss`, `text_accuracy`, `image_accuracy`; for the retrieved ones
     `retrieved_text_loss`, `retrieved_image_loss`. `tokens` is the number of inputs that
-    are no padding, `row_fill` their share.
+    are not padding, `row_fill` their fraction.
     """
     counted = batch.loss_weights > 0
     main = counted & batch.is_main

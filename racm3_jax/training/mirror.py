@@ -1,12 +1,12 @@
-"""A work directory in a bucket: written on this machine, copied there all the time.
+"""A work directory in a bucket: written locally, synchronised while it runs.
 
     gs://bucket/run/  <- pull at the start, push every half minute and at the end ->  /tmp/…
       config.json  metrics.jsonl  tensorboard/  memory/  model/  …
-      checkpoints/     copied by `checkpoints.bucket`, each when it is whole
+      checkpoints/     copied by `checkpoints.bucket`, each when it is complete
 
-Any URL that fsspec knows will do (`gs://` with the package gcsfs, `s3://` with s3fs). Of
-several processes each has a folder of its own. Process 0 pushes; the others pull where
-they wait for what it makes (`sharding.leader_first`), and push only their traces.
+Any fsspec URL works (`gs://` with the package gcsfs, `s3://` with s3fs). With several
+processes each has its own local folder. Process 0 pushes; the others pull where they
+wait for its files (`sharding.leader_first`), and push only their traces.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from racm3_jax.buckets import Bucket, Found, each
 
 PUSH_SECONDS = 30.0
 _PREFIX = "racm3-mirror-"
-# What is of no use to another machine, or is copied by others.
+# Useless on another machine, or copied elsewhere.
 _NOT_COPIED = re.compile(r"(^|/)(processes/|training\.lock$)|^checkpoints/")
-# Every process writes its own.
+# Written by every process.
 _OF_ALL = re.compile(r"profile/")
 
 
 class Mirror:
-    """Keeps a folder of a bucket equal to `folder`, which it makes.
+    """Keeps a folder of a bucket in sync with a local `folder`, which it creates.
 
     ```
     with Mirror("gs://bucket/run") as mirror:
@@ -41,17 +41,17 @@ class Mirror:
     ```
 
     Args:
-      url: of the folder.
-      seconds: between two pushes.
-      leads: this is process 0.
+      url: of the folder in the bucket.
+      seconds: interval of pushes.
+      leads: whether this is process 0.
 
     Attributes:
-      url: of the folder.
-      bucket: the folder there.
-      folder: where to write, in TMPDIR; removed at the end, once all of it was copied.
+      url: of the folder in the bucket.
+      bucket: the remote folder.
+      folder: the local folder, in TMPDIR; removed at the end, once it is fully copied.
 
     Raises:
-      ValueError: the package that speaks to such buckets is not installed.
+      ValueError: the client package for this kind of bucket is not installed.
       OSError: the bucket cannot be read.
     """
 
@@ -64,7 +64,7 @@ class Mirror:
         self.folder = _make_folder(self._held)
         self._leads = leads
         self._seconds = seconds
-        # Of every file that is the same here and there: its size and time here.
+        # Local size and time of every file that is the same on both sides.
         self._copied: dict[str, tuple[int, int]] = {}
         self._pulled: dict[str, Found] = {}
         self._closed = threading.Event()
@@ -86,7 +86,7 @@ class Mirror:
         try:
             self.push()
         except Exception as error:
-            # Under a name that no later run removes.
+            # Under a name that later runs do not remove.
             kept = self.folder.with_name(f"{self.folder.name}-kept")
             self.folder = self.folder.rename(kept)
             self._held.close()
@@ -101,7 +101,7 @@ class Mirror:
         self._held.close()
 
     def pull(self) -> None:
-        """Copies into the folder what is new there since the last time."""
+        """Downloads what is new in the bucket since the last call."""
         found = {
             name: facts
             for name, facts in self.bucket.find().items()
@@ -117,10 +117,10 @@ class Mirror:
         self._pulled = found
 
     def push(self) -> None:
-        """Copies what changed since the last time, and removes what was removed here.
+        """Uploads what changed since the last call, and removes what was removed here.
 
         Raises:
-          OSError: the bucket cannot be written; what was copied stays so.
+          OSError: the bucket cannot be written; files uploaded so far stay there.
         """
         with self._lock:
             found = self._list()
@@ -131,12 +131,12 @@ class Mirror:
                 except FileNotFoundError:
                     if (self.folder / name).exists():
                         raise
-                    return  # it was replaced or removed meanwhile
+                    return  # replaced or removed meanwhile
                 self._copied[name] = found[name]
 
             changed = [n for n in found if self._copied.get(n) != found[n]]
             each(put, [n for n in changed if not _is_manifest(n)])
-            # A manifest last, when all is there that it names.
+            # Manifests last, after all the files that they list.
             each(put, [n for n in changed if _is_manifest(n)])
             gone = self._copied.keys() - found.keys() if self._leads else ()
             for name in sorted(gone, key=lambda n: not _is_manifest(n)):
@@ -164,12 +164,12 @@ class Mirror:
                 self.push()
             except Exception as error:  # noqa: BLE001 (a later push may succeed)
                 logging.warning(
-                    "could not copy to %s (%s); tried again", self.url, error
+                    "could not copy to %s (%s); will retry", self.url, error
                 )
 
 
 def _make_folder(held: contextlib.ExitStack) -> Path:
-    """A locked folder; what killed processes left is removed, as it is in their buckets."""
+    """A locked folder; removes those of killed processes (their buckets have all)."""
     top = Path(tempfile.gettempdir())
     for left in top.glob(f"{_PREFIX}*"):
         if not left.name.endswith("-kept"):

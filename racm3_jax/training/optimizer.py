@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedule, what is decayed, and what is trained at all."""
+"""AdamW, its learning-rate schedule, weight decay and frozen parameters."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ MOMENT_DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up. Defaults: RA-CM3's recipe as far as it is published.
+    """AdamW with warm-up. Defaults are RA-CM3's recipe as far as it is published.
 
     Attributes:
       learning_rate: the peak, reached after `warmup_steps`.
       warmup_steps: linear rise from 0.
       num_steps: the step at which the schedule has reached `final_fraction`.
-      schedule: the form of the fall after the warm-up.
-      final_fraction: learning rate at the end, as a share of the peak.
+      schedule: shape of the decay after the warm-up.
+      final_fraction: learning rate at the end, as a fraction of the peak.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
+      eps: added to the square root of the second moment.
       weight_decay: decoupled; norms and biases do not decay, see `find_decayed`.
-      clip_norm: the gradient's global norm is clipped to it; 0 turns clipping off.
-      first_moment_dtype: "bfloat16" halves the memory of the mean of the gradients. The
-        second moment stays float32: what a step adds to it, 2%, is near bfloat16's
-        resolution.
+      clip_norm: maximum global gradient norm; 0 turns clipping off.
+      first_moment_dtype: "bfloat16" halves the memory of the first moment. The second
+        moment stays float32: a step's change of it, 2%, is near bfloat16's resolution.
     """
 
     learning_rate: float = 1e-4
@@ -71,7 +70,7 @@ class OptimizerConfig:
 
 
 def build_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then the chosen fall."""
+    """Learning rate by step: linear warm-up, then the chosen decay."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     num_decay_steps = max(config.num_steps - config.warmup_steps, 1)
     if config.schedule == "linear":
@@ -84,20 +83,19 @@ def build_schedule(config: OptimizerConfig) -> optax.Schedule:
         fall = optax.constant_schedule(peak)
     if config.warmup_steps == 0:
         return fall
-    # The first update uses step 0, so the rise starts one notch above 0.
+    # The first update uses step 0, so the warm-up starts above 0.
     rise = optax.linear_schedule(
         peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1)
     )
     return optax.join_schedules([rise, fall], [config.warmup_steps])
 
 
-# An axis of stacked copies, and one that is part of another's width: neither makes a
-# matrix of a vector.
+# Axes of stacked copies and of a split width: they do not turn a vector into a matrix.
 _NO_SPACE = ("layers", "head_dim")
 
 
 def find_decayed(boxed_params: Any) -> dict[str, bool]:
-    """Which parameters decay, by name: those that map one space to another.
+    """Which parameters get weight decay, by name: those that map one space to another.
 
     ```
     embed, mlp                    decays     layers, heads, head_dim    a bias: no
@@ -107,7 +105,7 @@ def find_decayed(boxed_params: Any) -> dict[str, bool]:
 
     Args:
       boxed_params: arrays or shapes with their logical axis names, as `module.init`
-        makes them; a parameter without names decays where it has two axes.
+        returns them; a parameter without names decays if it has two axes.
     """
     leaves = jax.tree_util.tree_leaves_with_path(
         boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned)
@@ -132,7 +130,7 @@ def build_optimizer(
     Args:
       config: of the optimizer.
       boxed_params: the parameters' shapes with their logical axis names, see
-        `find_decayed`; without them whatever has two axes decays.
+        `find_decayed`; without them, all parameters with two axes decay.
     """
     decayed = {} if boxed_params is None else find_decayed(boxed_params)
 
@@ -157,7 +155,7 @@ def build_optimizer(
 
 @dataclasses.dataclass(frozen=True)
 class TrainedColumns:
-    """Columns of one matrix as all that is trained; every other number keeps its bits.
+    """Trains some columns of one matrix only; all other parameters keep their bits.
 
     ```
     head      . . . x x x . .    x: trained, with moments and decay
@@ -167,7 +165,7 @@ class TrainedColumns:
     Attributes:
       name: of a matrix at the top of the parameter tree.
       start: first column.
-      stop: one behind the last column.
+      stop: one past the last column.
     """
 
     name: str
@@ -175,13 +173,13 @@ class TrainedColumns:
     stop: int
 
     def take(self, params: Mapping[str, Any]) -> Float[Array, "rows columns"]:
-        """The columns that are trained."""
+        """The trained columns."""
         return params[self.name][:, self.start : self.stop]
 
     def restrict_loss(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """An equal loss of `(params, ...)` that has a gradient for the columns alone.
+        """The same loss of `(params, ...)`, with a gradient only for the columns.
 
-        So the backward pass ends at the matrix, and no gradient of the rest exists.
+        The backward pass then stops at the matrix; no other gradient is computed.
         """
 
         def restricted(params: Mapping[str, Any], *inputs: Any) -> Any:
@@ -195,13 +193,13 @@ class TrainedColumns:
     def restrict(
         self, optimizer: optax.GradientTransformation
     ) -> optax.GradientTransformation:
-        """The same optimizer for these columns alone; its state has their size.
+        """The same optimizer for these columns only; its state has their size.
 
-        The state lies whole on every device: it is a small part of the model.
+        The state is replicated: it is a small part of the model.
         """
 
         def init(params: Any) -> Any:
-            # optax asks for the state's structure with a placeholder.
+            # optax passes placeholders to get the state's structure.
             is_real = isinstance(params, Mapping)
             return optimizer.init(self.take(params) if is_real else jnp.zeros(()))
 

@@ -1,16 +1,16 @@
-"""Several processes, one training: joining, stopping together, noticing a stuck peer.
+"""Multi-process training: joining, stopping together, detecting stuck peers.
 
-Every process runs the same command. Where SLURM, Open MPI, a TPU pod (gcloud's or GKE's)
-or an indexed job of Kubernetes started them, JAX finds out by itself and a line at the
-start says which it was; elsewhere three variables do:
+Every process runs the same command. JAX detects SLURM, Open MPI, TPU pods (gcloud and
+GKE) and indexed Kubernetes jobs, and a line at the start says which one; elsewhere, set
+three variables:
 
     RACM3_COORDINATOR=host:port RACM3_NUM_PROCESSES=2 RACM3_PROCESS_ID=0 racm3 train ...
 
-`RACM3_NUM_PROCESSES=1` by itself asks nobody.
+`RACM3_NUM_PROCESSES=1` alone turns detection off.
 
-A peer that dies or is stopped is noticed after RACM3_HEARTBEAT_SECONDS (100), one that
-does not even start after RACM3_JOIN_SECONDS (300), and one that is alive but stuck by the
-`Watchdog`; the process then ends with a status other than 0.
+A peer that dies or is stopped is detected after RACM3_HEARTBEAT_SECONDS (100), one that
+never starts after RACM3_JOIN_SECONDS (300), and one that is alive but stuck by the
+`Watchdog`; the process then exits with a non-zero status.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from typing import Any, Protocol, Self
 import jax
 from absl import logging
 
-# The exit status of a process whose step did not end in time.
+# Exit status of a process whose step timed out.
 STUCK = 76
 _PLAIN = ("RACM3_COORDINATOR", "RACM3_NUM_PROCESSES", "RACM3_PROCESS_ID")
-# The first step compiles: it may take so many times the watchdog's seconds.
+# The first step compiles: its timeout is this many times longer.
 _FIRST_STEP = 4
-# What JAX calls the environments that it knows, and what a reader does.
+# JAX's class names of the environments that it detects, and readable names.
 _NAMES = {
     "SlurmCluster": "SLURM",
     "OmpiCluster": "Open MPI",
@@ -44,7 +44,7 @@ _NAMES = {
     "K8sCluster": "a Kubernetes job",
 }
 _NO_CLUSTER = "no cluster"
-# Set in the pods of an indexed job: those that JAX can number.
+# Set in the pods of an indexed job, which JAX can number.
 _KUBERNETES_INDEX = "JOB_COMPLETION_INDEX"
 
 
@@ -62,29 +62,27 @@ def join_processes(
     environment: Mapping[str, str] = os.environ,
     clusters: Sequence[Cluster] | None = None,
 ) -> int:
-    """Joins the other processes of this training, before anything else uses jax.
+    """Joins the other processes of this training, before any other use of jax.
 
-    Says how many there are and who started them: on stderr, or in the log for a process
-    that nobody did. A second call does nothing.
+    Reports their number and the launcher: on stderr, or in the log if there is no
+    launcher. A second call does nothing.
 
     Args:
-      environment: variables.
-      clusters: that are asked whether they started this process; those that JAX knows
-        by default.
+      environment: environment variables.
+      clusters: launchers to detect; all that JAX knows by default.
 
     Returns:
-      How many there are.
+      The number of processes.
 
     Raises:
-      ValueError: some of the three variables are set, but not all; a number of seconds
-        that is none; or a pod of an indexed job without the package that finds the
-        others.
+      ValueError: some of the three variables are set, but not all; an invalid number of
+        seconds; or a pod of an indexed job without the package that finds its peers.
     """
     heartbeat = _read_seconds(environment, "RACM3_HEARTBEAT_SECONDS", 100)
     limits = {
         "initialization_timeout": _read_seconds(environment, "RACM3_JOIN_SECONDS", 300),
         "heartbeat_timeout_seconds": heartbeat,
-        # How long a process that ends waits for peers, which may be dead.
+        # How long an exiting process waits for its peers, which may be dead.
         "shutdown_timeout_seconds": heartbeat,
     }
     if jax.distributed.is_initialized():
@@ -120,7 +118,7 @@ def join_processes(
 
 
 def _list_clusters() -> Sequence[Cluster]:
-    """What `jax.distributed.initialize` asks, in its order; it has no public list."""
+    """The clusters that `jax.distributed.initialize` tries, in order; no public API."""
     from jax._src.clusters import ClusterEnv
 
     return [c for c in ClusterEnv._cluster_types if not c.opt_in_only_method]
@@ -132,15 +130,15 @@ def _find_cluster(
     is_indexed = _KUBERNETES_INDEX in environment
     for cluster in clusters:
         if cluster.__name__ == "K8sCluster" and not is_indexed:
-            continue  # a pod by itself, which has no peers to ask for
+            continue  # a single pod, which has no peers
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said in a sentence below
+            warnings.simplefilter("ignore")  # the error below says it
             if cluster.is_env_present():
                 return cluster
     if is_indexed and "KUBERNETES_SERVICE_HOST" in environment:
         raise ValueError(
             f"this is pod {environment[_KUBERNETES_INDEX]} of an indexed Kubernetes job, "
-            'but the package that finds the others is missing: pip install "jax[k8s]", '
+            'but the package that finds its peers is missing: pip install "jax[k8s]", '
             f"or set {', '.join(_PLAIN)}, or RACM3_NUM_PROCESSES=1 for a training of its "
             "own"
         )
@@ -150,7 +148,7 @@ def _find_cluster(
 def _read_seconds(environment: Mapping[str, str], name: str, default: int) -> int:
     value = environment.get(name, "") or str(default)
     if not (value.isdigit() and int(value)):
-        raise ValueError(f"{name} is {value!r}: give whole seconds, 1 or more")
+        raise ValueError(f"{name} is {value!r}: give an integer number of seconds >= 1")
     return int(value)
 
 
@@ -161,7 +159,7 @@ def _initialise(**settings: object) -> None:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """A barrier: returns when every process has reached it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -169,11 +167,11 @@ def wait_for_all(name: str) -> None:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C end a training after a step, in all processes after the same.
+    """SIGTERM and Ctrl-C stop the training after a step, the same in all processes.
 
-    A spot machine has seconds: with several processes, the notice of one reaches the
-    others through `jax.distributed` within the next steps, which agree on where to stop.
-    A second Ctrl-C acts as usual.
+    Spot machines have only seconds: the signal of one process reaches the others via
+    `jax.distributed` within a few steps, and they agree on where to stop. A second
+    Ctrl-C interrupts as usual.
 
     ```
     with StopRequest() as stop:
@@ -189,7 +187,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # With several, SIGTERM has a handler already: that of jax.distributed.
+            # With several processes, jax.distributed already handles SIGTERM.
             numbers = [signal.SIGINT, *([signal.SIGTERM] if self._alone else [])]
             for number in numbers:
                 self._previous[number] = signal.signal(number, self._request)
@@ -199,7 +197,7 @@ class StopRequest:
         self._restore()
 
     def reached(self, step: int) -> bool:
-        """Whether to stop before this step; every process asks before each of its steps."""
+        """Whether to stop before this step; all processes call it before every step."""
         if self._alone:
             return self._event.is_set()
         from jax.experimental import multihost_utils
@@ -218,7 +216,7 @@ class StopRequest:
 
 
 def fetch_all(tree: Any) -> Any:
-    """Arrays on the mesh as NumPy arrays, whole, in every process; all must ask."""
+    """Full NumPy copies of arrays on the mesh, in every process; a collective call."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
@@ -226,14 +224,14 @@ def fetch_all(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-class SignsOfLife:
-    """One small file a process, rewritten all the time: who is alive, and doing what.
+class ProcessHeartbeats:
+    """One small file per process, rewritten every second: who is alive, and doing what.
 
         processes/0    "41 computes step 12"        the first number counts up
         processes/1    "38 reads the batch of step 13"
 
     Args:
-      directory: that all processes see; made if missing.
+      directory: shared by all processes; created if missing.
       index: of this process.
       count: how many processes there are.
     """
@@ -242,21 +240,23 @@ class SignsOfLife:
         self._directory = directory
         self._index = index
         self._count = count
-        self._given = 0
+        self._num_beats = 0
 
-    def give(self, doing: str) -> None:
-        """Called by each process every second or so."""
-        self._given += 1
-        with contextlib.suppress(OSError):  # a full disk must not end the watch
+    def beat(self, activity: str) -> None:
+        """Called by each process about once a second."""
+        self._num_beats += 1
+        with contextlib.suppress(OSError):  # a full disk must not stop the watchdog
             self._directory.mkdir(parents=True, exist_ok=True)
-            (self._directory / str(self._index)).write_text(f"{self._given} {doing}")
+            (self._directory / str(self._index)).write_text(
+                f"{self._num_beats} {activity}"
+            )
 
-    def find_culprits(self, seconds: float, doing: str) -> str:
-        """Waits, then says which processes are silent, or late; "" if none is.
+    def find_stalled(self, seconds: float, activity: str) -> str:
+        """Waits, then names the processes that are silent or lag behind; "" if none.
 
         Args:
-          seconds: to wait; more than the pause between two signs.
-          doing: what this process does; who does something else is late.
+          seconds: to wait; longer than the interval between two heartbeats.
+          activity: of this process; a process with another one lags behind.
         """
         before = self._read()
         time.sleep(seconds)
@@ -264,21 +264,21 @@ class SignsOfLife:
         others = [i for i in range(self._count) if i != self._index]
         silent = [i for i in others if after[i] == before[i]]
         if silent:
-            last = "; ".join(f"its last sign: {after[i][1] or 'none'}" for i in silent)
-            return f"process {_join(silent)} gives no sign of life ({last})"
-        late = [i for i in others if after[i][1] != doing]
-        return "; ".join(f"process {i} {after[i][1]}" for i in late)
+            last = "; ".join(f"last heartbeat: {after[i][1] or 'none'}" for i in silent)
+            return f"process {_join(silent)} is not responding ({last})"
+        lagging = [i for i in others if after[i][1] != activity]
+        return "; ".join(f"process {i} {after[i][1]}" for i in lagging)
 
     def _read(self) -> list[tuple[str, str]]:
-        signs = []
+        beats = []
         for index in range(self._count):
             try:
                 text = (self._directory / str(index)).read_text()
             except OSError:
                 text = ""
-            number, _, doing = text.partition(" ")
-            signs.append((number, doing))
-        return signs
+            number, _, activity = text.partition(" ")
+            beats.append((number, activity))
+        return beats
 
 
 def _join(numbers: list[int]) -> str:
@@ -286,32 +286,32 @@ def _join(numbers: list[int]) -> str:
 
 
 class Watchdog:
-    """Ends the process when no step ended for too long.
+    """Ends the process when no step has finished for too long.
 
-    A dead peer is noticed by the heartbeat of `jax.distributed`; one that is stuck is
-    not: its collectives wait for ever. A stuck process says where it stands, and names
-    the peers that are silent or late.
+    The heartbeat of `jax.distributed` notices a dead peer, but not one that is stuck:
+    its collectives wait forever. A stuck process prints its stack, and names the peers
+    that are silent or lag behind.
 
     Args:
-      seconds: without `pat` after which the process ends, four times as many before
-        the first one, as the first step compiles; 0 never ends it.
+      seconds: timeout between two calls of `heartbeat`, four times as long before the
+        first one, because the first step compiles; 0 turns it off.
       end: called with the exit status instead of ending the process (for tests).
-      signs: what the processes know of each other, when there are several.
+      heartbeats: of all processes, when there are several.
 
     Attributes:
-      doing: what the process is about, for its peers; set it freely.
+      activity: what the process is doing now, shown to its peers; set it freely.
     """
 
     def __init__(
         self,
         seconds: float,
         end: Callable[[int], object] = os._exit,
-        signs: SignsOfLife | None = None,
+        heartbeats: ProcessHeartbeats | None = None,
     ) -> None:
-        self.doing = "starts"
+        self.activity = "starts"
         self._seconds = seconds
         self._end = end
-        self._signs = signs
+        self._heartbeats = heartbeats
         self._pause = min(1.0, seconds / 4)
         self._last = time.monotonic()
         self._limit = _FIRST_STEP * seconds
@@ -328,15 +328,15 @@ class Watchdog:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def pat(self) -> None:
-        """A step has ended."""
+    def heartbeat(self) -> None:
+        """Tells the watchdog that a step has finished."""
         self._last = time.monotonic()
         self._limit = self._seconds
 
     def _watch(self) -> None:
         while not self._closed.wait(self._pause):
-            if self._signs is not None:
-                self._signs.give(self.doing)
+            if self._heartbeats is not None:
+                self._heartbeats.beat(self.activity)
             silent = time.monotonic() - self._last
             if silent > self._limit:
                 self._report(silent)
@@ -344,17 +344,17 @@ class Watchdog:
                 return
 
     def _report(self, silent: float) -> None:
-        culprits = ""
-        if self._signs is not None:
-            culprits = self._signs.find_culprits(3 * self._pause, self.doing)
+        stalled = ""
+        if self._heartbeats is not None:
+            stalled = self._heartbeats.find_stalled(3 * self._pause, self.activity)
         elif jax.process_count() > 1:
-            culprits = "what its peers do is not known, for want of a folder they share"
+            stalled = "the state of its peers is unknown (no shared folder)"
         print(
             f"racm3: process {jax.process_index()} of {jax.process_count()} has "
-            f"not ended a step for {silent:.0f} s (config.train."
-            f"watchdog_seconds={self._seconds:g}); it {self.doing}, and "
-            f"{culprits or 'no peer is silent or late'}; "
-            "this process ends, and the same command resumes",
+            f"not finished a step for {silent:.0f} s (config.train."
+            f"watchdog_seconds={self._seconds:g}); it {self.activity}, and "
+            f"{stalled or 'all its peers respond'}; "
+            "this process exits, and the same command resumes",
             file=sys.stderr,
             flush=True,
         )

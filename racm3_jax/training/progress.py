@@ -1,4 +1,4 @@
-"""What a training says while it runs: a bar, log lines, warnings; and when it ends it."""
+"""Progress of a training: bar, log lines, warnings; ends it when it diverges."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from racm3_jax.metrics import MetricSums
 from racm3_jax.progress import open_progress
 from racm3_jax.training.step import Metrics
 
-# Steps that may be enqueued beyond the one that runs: enough to hide the host's work,
-# few enough that batches do not pile up in device memory.
+# Steps enqueued ahead of the running one: enough to hide the host's work, few enough to
+# keep batches from piling up in device memory.
 MAX_STEPS_AHEAD = 2
-# A spike is this many median deviations above the median of this many steps.
+# A spike is this many median absolute deviations above the median of this many steps.
 _SPIKE_WINDOW = 64
 _SPIKE_SPREADS = 12.0
 
 
 class Writer(Protocol):
-    """Where scalars go; `racm3_jax.metrics.MetricsWriter` is one."""
+    """Writes scalars; `racm3_jax.metrics.MetricsWriter` is one."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -40,24 +40,24 @@ class TrainingDiverged(FloatingPointError):
 
 
 def report_parameters(params: Any, progress: bool) -> None:
-    """Prints and logs name, shape and number of every parameter, and their sum.
+    """Prints and logs name, shape and size of every parameter, and their total.
 
     Args:
-      params: of the model that is trained.
-      progress: print it on stderr, unless logging does that.
+      params: of the trained model.
+      progress: print on stderr, unless logging does.
     """
     if jax.process_index() > 0:
         return
     tree = dict(params) if isinstance(params, Mapping) else {"params": params}
     table = parameter_overview.get_parameter_overview(tree, include_stats=False)
-    logging.info("parameters that are trained:\n%s", table)
+    logging.info("trained parameters:\n%s", table)
     if progress and not logging.level_info():
         tqdm.write(table, file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _log_above_the_bar() -> Iterator[None]:
-    """While a bar is drawn, a log line moves it down instead of ending up inside."""
+    """Log lines appear above the progress bar instead of inside it."""
     consoles: list[Any] = [logging.get_absl_handler(), python_logging.lastResort]
     consoles += [
         handler
@@ -79,11 +79,11 @@ def _log_above_the_bar() -> Iterator[None]:
         yield
     finally:
         for handler in consoles:
-            del handler.emit  # the method of its class again
+            del handler.emit  # restores the method of its class
 
 
 class StepLog:
-    """Collects metrics without waiting for them, and writes a line when told to."""
+    """Collects metrics without waiting for them, and writes a line on request."""
 
     def __init__(
         self,
@@ -129,14 +129,14 @@ class StepLog:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
+        """Counts the time of the block as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited_seconds += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of steps per second."""
+        """Excludes the time of the block from steps per second."""
         start = time.perf_counter()
         yield
         self._clock += time.perf_counter() - start
@@ -153,7 +153,7 @@ class StepLog:
             self._stats.add_values({"first_step_seconds": seconds})
             if not self._bar.disable:
                 tqdm.write(
-                    f"first step, with its compilation: {seconds:.1f} s",
+                    f"first step, including compilation: {seconds:.1f} s",
                     file=sys.stderr,
                 )
             self._restart_clock()
@@ -161,7 +161,7 @@ class StepLog:
             jax.block_until_ready(self._pending[-1 - MAX_STEPS_AHEAD][1])
 
     def flush(self) -> None:
-        """Waits for all steps so far and adds their metrics up."""
+        """Waits for all steps so far and accumulates their metrics."""
         for step, metrics in jax.device_get(self._pending):
             objective = float(metrics["objective"][0])
             if not math.isfinite(objective):
@@ -188,7 +188,7 @@ class StepLog:
             )
 
     def _warn_of_spike(self, step: int, objective: float) -> None:
-        """A loss far above its recent values is worth a line in the log."""
+        """Logs a loss far above its recent values."""
         if len(self._recent) == _SPIKE_WINDOW:
             median = statistics.median(self._recent)
             spread = statistics.median(abs(x - median) for x in self._recent)
@@ -206,10 +206,10 @@ class StepLog:
     def write(self) -> None:
         """Writes means since the last line, and rates.
 
-        `data_wait_fraction` is the share of the time that the host spent on getting
-        batches; as long as it is well below 1 the device does not wait for them. `mfu`
-        is PaLM's (arXiv 2204.02311, appendix B): the products of forward and backward
-        pass, recomputation not counted, over the peak of all devices; padding is no work.
+        `data_wait_fraction` is the fraction of time that the host spent waiting for
+        batches; well below 1, the device does not wait for them. `mfu` is PaLM's (arXiv
+        2204.02311, appendix B): FLOPs of forward and backward pass, without
+        recomputation and padding, over the peak of all devices.
         """
         self.flush()
         seconds = time.perf_counter() - self._clock
@@ -224,7 +224,7 @@ class StepLog:
                     values["mfu"] = values["tokens_per_second"] / self.peak_tokens
         self._emit(values)
         shown: dict[str, float] = {}
-        # Neither is there when every step since the last line was skipped.
+        # Both are missing when every step since the last line was skipped.
         if "objective" in values:
             shown["loss"] = values.get("loss", values["objective"])
         if "tokens_per_second" in values:

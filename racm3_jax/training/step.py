@@ -1,4 +1,4 @@
-"""The training step: one `jax.jit` over a named mesh, also when there is one device."""
+"""The training step: one `jax.jit` over a named mesh, even with one device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from racm3_jax import sharding
 
-# Weights are gathered while the product before them is computed; without these options
-# libtpu waits for every gather on v5p.
+# Overlaps the gathers of weights with the matmul before; without these options libtpu
+# waits for every gather on v5p.
 _COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "tpu": {
         "xla_enable_async_all_gather": True,
@@ -38,10 +38,10 @@ LossFn = Callable[[Any, Any, jax.Array, jax.Array], tuple[Float[Array, ""], Metr
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step changes. The step's randomness follows from `step` and the seed.
+    """The training state. A step's randomness depends on `step` and the seed only.
 
     Attributes:
-      step: updates done so far.
+      step: number of updates so far.
       params: unboxed parameters, float32 master weights.
       opt_state: the optimizer's.
     """
@@ -54,8 +54,8 @@ class TrainState(flax.struct.PyTreeNode):
 class TrainStep:
     """`state, metrics = train_step(state, batch)`; `state` is donated.
 
-    The call returns as soon as the work is enqueued. Metrics are device scalars; reading
-    one waits for the step.
+    The call returns once the work is enqueued. Metrics are device scalars; reading one
+    waits for the step.
     """
 
     def __init__(self, compiled: Callable[[TrainState, Any], Any], mesh: Mesh) -> None:
@@ -67,7 +67,7 @@ class TrainStep:
         return sharding.shard_batch(batch, self.mesh)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        # The current mesh is what `sharding.constrain_rows` refers to.
+        # `sharding.constrain_rows` uses the current mesh.
         with jax.set_mesh(self.mesh):
             return self.compiled(state, self.put_batch(batch))
 
@@ -79,14 +79,14 @@ def abstract_state(
 ) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating anything.
 
-    What `Checkpoints.restore` wants, and what an 8-GPU config is checked with on a
-    laptop. See `init_state` for the arguments.
+    For `Checkpoints.restore`, and for checking an 8-GPU config on a laptop. See
+    `init_state` for the arguments.
     """
     boxed = jax.eval_shape(init_fn, jax.random.key(0))
     param_shardings = sharding.shardings_for(boxed, mesh)
     params = meta.unbox(boxed)
     opt_state = jax.eval_shape(optimizer.init, params)
-    # Moments lie as their parameters do; counters and the like are copied.
+    # Moments are sharded like their parameters; counters etc. are replicated.
     opt_shardings = optax.tree_map_params(
         optimizer,
         lambda _, where: where,
@@ -122,19 +122,18 @@ def init_state(
     *,
     params: Any = None,
 ) -> TrainState:
-    """Creates the first state directly in its places on the mesh.
+    """Creates the initial state directly sharded on the mesh.
 
     Args:
       init_fn: `init_fn(key) -> params`, boxed with logical axis names or not, for
         example `lambda key: module.init(key, dummy)["params"]`.
       optimizer: from `optimizer.build_optimizer`.
       mesh: from `sharding.make_mesh`.
-      key: randomness of the initial parameters; equal keys give equal parameters on
-        every mesh.
+      key: for the initial parameters; equal keys give equal parameters on every mesh.
       params: start from these instead (unboxed, for example from `load_weights`).
 
     Raises:
-      ValueError: `params` with other names or shapes than `init_fn` makes.
+      ValueError: `params` has other names or shapes than `init_fn` returns.
     """
     abstract = abstract_state(init_fn, optimizer, mesh)
     shardings = state_shardings(abstract)
@@ -168,7 +167,7 @@ def check_same_shapes(expected: Any, params: Any) -> None:
     """Compares two parameter trees by name and shape.
 
     Raises:
-      ValueError: names the first parameters that are missing, unknown or misshapen.
+      ValueError: names the first missing or unknown parameters, or wrong shapes.
     """
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -207,8 +206,8 @@ def make_train_step(
 ) -> TrainStep:
     """Compiles forward, backward and update into one function.
 
-    To the loss's own metrics it adds `objective` (the scalar that is minimised),
-    `gradient_norm` before clipping, `learning_rate` when a schedule is given, and
+    It adds to the loss's own metrics: `objective` (the scalar that is minimised),
+    `gradient_norm` before clipping, `learning_rate` if a schedule is given, and
     `skipped_steps` with `skip_nonfinite`.
 
     Args:
@@ -216,16 +215,16 @@ def make_train_step(
       optimizer: from `optimizer.build_optimizer`.
       mesh: from `sharding.make_mesh`.
       state: the state (real or abstract) whose shardings the step keeps.
-      seed: the step's key is `fold_in(key(seed), step)`, so a resumed run draws what
-        the uninterrupted one would have drawn.
+      seed: the step's key is `fold_in(key(seed), step)`, so a resumed run samples the
+        same as an uninterrupted one.
       schedule: only logged.
-      num_microbatches: parts of the batch that are computed one after the other, to
-        hold fewer activations; the gradient is that of the whole batch.
+      num_microbatches: number of sequential parts of the batch (gradient accumulation),
+        to save activation memory; the gradient is that of the whole batch.
       skip_nonfinite: a step whose loss or gradient is not finite changes neither
-        parameters nor optimizer state, on any host; its metrics weigh nothing.
-      assigned: parameters, by name or the folder they are in, that the optimizer does not
-        see: the step subtracts their gradient, which the loss makes so that they become
-        what it wants (running means).
+        parameters nor optimizer state, on any host; its metrics have weight 0.
+      assigned: parameters, by name or name prefix, that the optimizer does not update:
+        the step subtracts their "gradient", by which the loss sets them to new values
+        (running means).
     """
     differentiate = _accumulated_gradient(loss_fn, num_microbatches)
 
@@ -257,7 +256,7 @@ def make_train_step(
         in_shardings=(shardings, None),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
-        # A stored executable takes all leaves, whether the step reads them or not.
+        # A saved executable takes all leaves, even those that the step does not read.
         keep_unused=True,
         compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
@@ -301,8 +300,8 @@ def _accumulated_gradient(
 ) -> Callable[[Any, Any, Array, Array], tuple[Array, Metrics, Any]]:
     """(params, batch, key, step) -> (loss, metrics, gradients) of the whole batch.
 
-    Means over parts of a batch have different weights; each part counts by the weight
-    of its metric `loss`, so that the sum is the mean over the whole batch.
+    The means of microbatches have different weights: each is weighted by the weight of
+    its metric `loss`, so that the sum is the mean over the whole batch.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -323,7 +322,7 @@ def _accumulated_gradient(
                     f"a batch of {rows} rows does not split into {num_microbatches} "
                     "microbatches: choose a divisor"
                 )
-            # Every n-th row, so that rows stay on the device that holds them.
+            # Every n-th row, so that rows stay on their device.
             return x.reshape(-1, num_microbatches, *rest).swapaxes(0, 1)
 
         def add(carry: Any, part: tuple[Any, Array]) -> tuple[Any, Metrics]:
@@ -348,7 +347,7 @@ def make_eval_step(
 ) -> Callable[[Any, Any], Metrics]:
     """`metrics = eval_step(params, batch)`: the loss's metrics without a gradient.
 
-    The loss sees the same key and step 0 at every call, so evaluations of equal
+    The loss gets the same key and step 0 in every call, so evaluations of equal
     parameters on equal batches are equal.
     """
 

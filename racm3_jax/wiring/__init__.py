@@ -1,4 +1,4 @@
-"""The composition root: turns a ConfigDict into objects. Nothing else reads configs.
+"""The composition root: builds objects from a ConfigDict, which nothing else reads.
 
 config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
 """
@@ -10,7 +10,7 @@ from racm3_jax.wiring.corpora import (
     read_memory_documents,
 )
 from racm3_jax.wiring.generators import load_generator, save_generator
-from racm3_jax.wiring.heldout import draw_heldout
+from racm3_jax.wiring.heldout import generate_heldout
 from racm3_jax.wiring.job import Job
 from racm3_jax.wiring.jobs import build_job
 from racm3_jax.wiring.parts import (
@@ -69,7 +69,7 @@ __all__ = [
     "build_world",
     "construct",
     "count_shards",
-    "draw_heldout",
+    "generate_heldout",
     "load_generator",
     "read_evaluation",
     "read_heldout",

@@ -1,4 +1,4 @@
-"""The corpus of a config, and its documents in the form that encoders are trained on."""
+"""The corpus of a config, and its documents as training data of the encoders."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from racm3_jax.wiring.sections import MemoryConfig, construct
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Documents that have a text and an image each.
+    """Documents with a text and an image each.
 
     Attributes:
       texts: all of a document's text.
-      images: its first image, of one size.
-      groups: equal numbers for documents of one group.
+      images: its first image, resized.
+      groups: equal numbers for documents of the same group.
     """
 
     texts: list[str]
@@ -44,17 +44,17 @@ def build_world(config: Any) -> FlagworldConfig:
 
 
 def build_corpus(config: Any) -> Corpus:
-    """What the config trains on: a flagworld, or the documents of `config.source`.
+    """The training corpus: a flagworld, or the documents of `config.source`.
 
     Raises:
-      ValueError: it names neither, or one that cannot be read.
+      ValueError: the config has neither, or it cannot be read.
     """
     if config.get("world") is not None:
         return flagworld_corpus(build_world(config))
     source = config.get("source", "")
     if not source:
         raise ValueError(
-            "config.source is empty: say what to train on, as "
+            "config.source is empty: give the training documents, e.g. "
             "--config.source=folder:photos"
         )
     return source_corpus(source, config.get("group_key", ""), config.get("holdout", ""))
@@ -65,7 +65,7 @@ def build_augmentation(config: Any) -> AugmentationConfig:
 
 
 def read_memory_documents(config: Any) -> Iterator[Document]:
-    """What a memory holds: the training documents, and held-out groups if wanted."""
+    """Documents of a memory: training documents, and held-out groups if configured."""
     corpus = build_corpus(config)
     if construct(MemoryConfig, config.memory, "memory").include_heldout:
         yield from corpus.shown()
@@ -75,7 +75,7 @@ def read_memory_documents(config: Any) -> Iterator[Document]:
 def read_images(
     corpus: Corpus, size: int, seed: int
 ) -> UInt8[np.ndarray, "images size size 3"]:
-    """All images that are trained on, each as often as an epoch shows it.
+    """All training images, repeated as often as seen per epoch.
 
     Raises:
       ValueError: there are none.
@@ -87,14 +87,14 @@ def read_images(
             times.append(_times(document))
     if not images:
         raise ValueError(
-            "no images are left to train on: config.source holds none, or config.holdout "
-            "keeps all of them"
+            "no images are left for training: config.source has none, or "
+            "config.holdout holds out all of them"
         )
     return _repeat(np.stack(images), np.array(times), corpus, seed)
 
 
 def read_pairs(corpus: Corpus, size: int, seed: int) -> Pairs:
-    """All documents with a text and an image, each as often as an epoch shows it.
+    """All documents with a text and an image, repeated as often as seen per epoch.
 
     Raises:
       ValueError: there are none.
@@ -108,12 +108,12 @@ def read_pairs(corpus: Corpus, size: int, seed: int) -> Pairs:
             times.append(_times(document))
     if not texts:
         raise ValueError(
-            "no documents with a text and an image are left to train on: config.source "
-            "holds none, or config.holdout keeps all of them"
+            "no documents with a text and an image are left for training: "
+            "config.source has none, or config.holdout holds out all of them"
         )
     rows = np.arange(len(texts))
     rows = _repeat(rows, np.array(times), corpus, seed)
-    # Numbers in the order of first appearance; a copy is a group of its own.
+    # Numbered by first appearance; a repeated copy is its own group.
     copies = np.arange(len(rows)) - np.searchsorted(rows, rows)
     numbers: dict[tuple[str, int], int] = {}
     keys = [(names[row], int(copy)) for row, copy in zip(rows, copies, strict=True)]
@@ -125,14 +125,14 @@ def read_pairs(corpus: Corpus, size: int, seed: int) -> Pairs:
 
 
 def read_heldout(
-    corpus: Corpus, limit: int, *, one_a_group: bool = False
+    corpus: Corpus, limit: int, *, one_per_group: bool = False
 ) -> list[Document]:
-    """The first held-out documents that have a text and an image.
+    """The first held-out documents with a text and an image.
 
     Args:
-      corpus: whose.
-      limit: how many.
-      one_a_group: only the first of each group.
+      corpus: the corpus.
+      limit: maximum number.
+      one_per_group: only the first of each group.
     """
     found: list[Document] = []
     groups: set[str] = set()
@@ -142,7 +142,7 @@ def read_heldout(
         name = corpus.group(document)
         if not (document.text.strip() and document.images):
             continue
-        if one_a_group and name in groups:
+        if one_per_group and name in groups:
             continue
         groups.add(name)
         found.append(document)
@@ -150,7 +150,7 @@ def read_heldout(
 
 
 def _shown(documents: Iterable[Document], what: str) -> Iterator[Document]:
-    """With a bar that appears when it takes long."""
+    """Shows a progress bar if it takes long."""
     return iter(tqdm(documents, desc=what, unit="document", delay=5.0))
 
 

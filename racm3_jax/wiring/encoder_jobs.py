@@ -1,4 +1,4 @@
-"""The trainings of the encoders: the image tokenizer, and CLIP."""
+"""The training jobs of the encoders: the image tokenizer, and CLIP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from racm3_jax.wiring.job import Job, make_job, take_rows
 from racm3_jax.wiring.parts import build_mesh, resolve
 from racm3_jax.wiring.sections import TrainConfig, construct
 
-# Held-out documents, one a group, that say how well texts and images are aligned.
+# Number of held-out documents, one per group, for measuring the alignment.
 _NUM_MEASURED = 1 << 14
 
 
@@ -78,7 +78,7 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
     evaluate = None
     train = construct(TrainConfig, config.train, "train")
     if train.eval_every:
-        # Images without a text are judged as well.
+        # Images without a text are evaluated, too.
         judged = [
             resize_image(image, model_config.image_size)
             for document in heldout.take(corpus, train.eval_documents)
@@ -101,7 +101,7 @@ def build_vqgan_job(config: Any, workdir: Path) -> Job:
 
 
 def build_clip_job(config: Any, workdir: Path) -> Job:
-    """Trains the text tokenizer, unless `config.text_tokenizer.path` names one, and CLIP.
+    """Trains the text tokenizer, unless `config.text_tokenizer.path` is set, and CLIP.
 
     Exports `workdir/text` and `workdir/clip`.
     """
@@ -122,7 +122,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
         clip_objective.CLIPLossConfig, config.clip_loss, "clip_loss"
     )
     loss_fn = clip_objective.clip_loss(model_config, loss_config)
-    measured = read_heldout(corpus, _NUM_MEASURED, one_a_group=True)
+    measured = read_heldout(corpus, _NUM_MEASURED, one_per_group=True)
     tokens = tokenizer.encode_batch(pairs.texts)
 
     def make(start_step: int) -> Iterator[Any]:
@@ -164,7 +164,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
 
 
 def _build_text_tokenizer(config: Any, texts: Sequence[str]) -> TextTokenizer:
-    """A trained one keeps the vocabulary of generators that exist already."""
+    """Trains a text tokenizer, or loads one to keep the vocabulary of generators."""
     if path := config.text_tokenizer.get("path", ""):
         return TextTokenizer.load(resolve(path) / "tokenizer.json")
     return TextTokenizer.train(texts, config.text_tokenizer.vocab_size)

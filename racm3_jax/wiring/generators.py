@@ -1,4 +1,4 @@
-"""A directory that holds a generator: written after training, opened to generate."""
+"""The directory of a generator: written after training, opened for generation."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def save_generator(
     strategy: StrategyConfig,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes `model/`, `tokenizer/` and `clip/`: all that generation needs but a memory.
+    """Writes `model/`, `tokenizer/` and `clip/`: all for generation except a memory.
 
-    The strategy that the model was trained with is kept beside its weights, and so are
-    the `defaults` that were measured with it (see `Engine`).
+    The retrieval strategy of the training is stored with the weights, and so are the
+    `defaults` that were measured with them (see `Engine`).
     """
-    # The model last: it names the other two, and `load_generator` compares them.
+    # The model last: it has the fingerprints of the others, which `load_generator`
+    # checks.
     tokenizer.save(directory / "tokenizer")
     embedder.save(directory / "clip")
     checkpoints.save_weights(
@@ -56,17 +57,17 @@ def save_generator(
 
 
 def carry_origin(start: Path, directory: Path) -> bool:
-    """Copies what stands beside converted weights to what was trained from them.
+    """Copies the files next to converted weights to a model trained from them.
 
-    `source/` is what `racm3 export` needs; `origin.json` says whose weights they were
-    and under which licence.
+    `racm3 export` needs `source/`; `origin.json` has the origin and licence of the
+    weights.
 
     Args:
-      start: the folder of the weights that a training began with.
+      start: the folder of the initial weights of a training.
       directory: the folder of `save_generator`.
 
     Returns:
-      Whether there was anything.
+      Whether anything was copied.
     """
     found = start.parent / SOURCE_NAME
     if not found.is_dir():
@@ -97,19 +98,19 @@ def load_generator(
     model: str = "model",
     mesh: Mesh | None = None,
 ) -> Generator:
-    """Opens what `save_generator` wrote.
+    """Loads a generator from `save_generator`.
 
     Args:
-      directory: holds the folder of the model, `tokenizer/` and `clip/`.
+      directory: has the folder of the model, `tokenizer/` and `clip/`.
       memory: what to retrieve from, or None.
-      strategy: which of the found documents are used; None takes the one of the
+      strategy: which of the found documents are used; None means the strategy of the
         model's training.
       model: the folder of the weights ("twin" for the shipped model without retrieval).
-      mesh: of devices that decode; see `Engine`.
+      mesh: devices for decoding; see `Engine`.
 
     Raises:
       ValueError: a missing or damaged directory, parts of different models, or a memory
-        of another encoder or tokenizer.
+        with another encoder or tokenizer.
     """
     if not (directory / "clip").is_dir():
         raise ValueError(
@@ -123,8 +124,8 @@ def load_generator(
         if extra.get(name, part.fingerprint()) != part.fingerprint():
             raise ValueError(
                 f"{directory / model} was trained with another {name} (fingerprint "
-                f"{extra[name]!r}) than {directory / name} holds "
-                f"({part.fingerprint()!r}): put the one of its training there"
+                f"{extra[name]!r}) than the one in {directory / name} "
+                f"({part.fingerprint()!r}): copy the one of its training there"
             )
     retriever = None
     if memory is not None:

@@ -1,8 +1,8 @@
-"""How each training is judged on held-out documents, with a sheet to look at.
+"""Held-out evaluation of each training, with a sheet of samples.
 
 vqgan      loss, PSNR, codebook usage      image | reconstructed
 clip       loss, accuracies                no sheet
-generator  nats a token, bits an image     prompt | retrieved | drawn | its own image
+generator  nats per token, bits per image  prompt | retrieved | generated | original
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHEETS_DIRECTORY = "samples"
 
 
 def take(corpus: Corpus, limit: int) -> list[Document]:
-    """The first held-out documents, whatever is in them."""
+    """The first held-out documents, of any content."""
     return list(itertools.islice(corpus.heldout(), limit))
 
 
@@ -63,7 +63,7 @@ def judge_vqgan(
     train = construct(TrainConfig, config.train, "train")
     step = make_eval_step(loss_fn, mesh, seed=config.seed)
     stacked = np.stack(images)
-    # Whole batches of one size: the last one is filled from the beginning.
+    # Full batches: the last one is filled up with the first images.
     shards = count_row_shards(mesh)
     size = max(min(config.batch_size, len(images)) // shards, 1) * shards
     places = np.arange(-(-len(images) // size) * size) % len(images)
@@ -103,7 +103,7 @@ def judge_clip(
     corpus: Corpus,
     documents: Sequence[Document],
 ) -> Evaluate:
-    """The loss of one batch of held-out pairs, all of them at once.
+    """The loss of all held-out pairs as one batch.
 
     Raises:
       ValueError: fewer than two groups are held out.
@@ -143,9 +143,9 @@ def judge_generator(
     documents: Sequence[Document],
     workdir: Path,
 ) -> Evaluate:
-    """Likelihoods of held-out documents after what their texts retrieve.
+    """Likelihoods of held-out documents given what their texts retrieve.
 
-    "loss" is nats a token of texts and images together.
+    "loss" is nats per token over texts and images.
 
     Raises:
       ValueError: no documents are held out.
@@ -170,13 +170,13 @@ def judge_generator(
         if train.sheet_rows and jax.process_index() == 0:
             shown = documents[: train.sheet_rows]
             path, title = _sheet(workdir, state), f"step {int(state.step)}"
-            draw_heldout(generator, shown, num_retrieved, config.seed, path, title)
+            generate_heldout(generator, shown, num_retrieved, config.seed, path, title)
         return values | found.means()
 
     return evaluate
 
 
-def draw_heldout(
+def generate_heldout(
     generator: Generator,
     documents: Sequence[Document],
     num_retrieved: int,
@@ -184,7 +184,7 @@ def draw_heldout(
     path: Path,
     title: str,
 ) -> None:
-    """A sheet: caption | what it retrieves | drawn | the picture that it belongs to."""
+    """A sheet: caption | retrieved documents | generated | original image."""
     drawn = generator.text_to_image_batch(
         [document.text for document in documents],
         num_retrieved=num_retrieved,
@@ -202,7 +202,7 @@ def draw_heldout(
         )
         for output, document in zip(drawn, documents, strict=True)
     ]
-    headings = (title, "retrieved documents", "drawn", "held out")
+    headings = (title, "retrieved documents", "generated", "held out")
     save_sheet(path, headings, rows)
 
 
@@ -213,7 +213,7 @@ def _sheet(workdir: Path, state: TrainState) -> Path:
 def _check(found: int, needed: int, what: str) -> None:
     if found < needed:
         raise ValueError(
-            f"train.eval_every judges held-out {what}, and config.holdout leaves {found}; "
-            f"it takes {needed} at least: hold more out (--config.holdout=0.1), or set "
+            f"train.eval_every needs held-out {what}, config.holdout gives {found}; "
+            f"at least {needed} are needed: hold out more (--config.holdout=0.1) or set "
             "train.eval_every=0"
         )

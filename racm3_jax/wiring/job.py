@@ -1,4 +1,4 @@
-"""What a training is made of, whatever it trains."""
+"""The components of a training of any kind."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from racm3_jax.wiring.steps import build_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything that `run.train` needs; what it trains is only in here.
+    """Everything that `run.train` needs, for any kind of model.
 
     Attributes:
-      state: fresh, sharded over the mesh.
+      state: initial state, sharded over the mesh.
       step_fn: (state, batch) -> (state, metrics), compiled.
       make_batches: start step -> iterator of batches.
-      num_steps: where training ends.
-      export: writes the finished model into the work directory.
-      with_stats: whether a batch comes as `(batch, statistics)`.
-      flops_per_token: of a step, PaLM's count; 0 where nobody asks for it.
-      inputs: fingerprints of what a resumed run must find unchanged, by name.
-      num_main_documents: that are trained on; 0 where they are not a memory's.
-      evaluate: judges a state on held-out documents; None where nothing does.
+      num_steps: last step of the training.
+      export: writes the trained model to the work directory.
+      with_stats: whether batches are pairs `(batch, statistics)`.
+      flops_per_token: of a step, PaLM's count; 0 if not needed.
+      inputs: fingerprints, by name, of inputs that a resumed run must find unchanged.
+      num_main_documents: number of training documents; 0 if they are not from a memory.
+      evaluate: evaluates a state on held-out documents; None: no evaluation.
     """
 
     state: TrainState
@@ -50,7 +50,7 @@ class Job:
 def take_rows(
     batches: Iterator[Any], rows: Int64[np.ndarray, " rows"]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What this process holds of batches that every process makes whole."""
+    """This process's rows of batches that every process makes completely."""
     for batch in batches:
         yield {name: values[rows] for name, values in batch.items()}
 
@@ -69,7 +69,7 @@ def make_job(
     evaluate: Evaluate | None = None,
     assigned: tuple[str, ...] = (),
 ) -> Job:
-    """A training of `loss_fn`; the arguments are those of `Job` and `build_train_step`."""
+    """A `Job` for `loss_fn`; for the arguments see `Job` and `build_train_step`."""
     state, step_fn = build_train_step(
         config,
         mesh,

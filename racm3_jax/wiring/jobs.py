@@ -1,4 +1,4 @@
-"""The trainings: generator, CLIP, VQGAN."""
+"""The training jobs: generator, CLIP, VQGAN."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ from racm3_jax.wiring.variants import build_variants
 
 
 def build_job(config: Any, workdir: Path) -> Job:
-    """The training that `config.kind` names.
+    """The training job of `config.kind`.
 
     Raises:
       ValueError: a config with an unknown kind or key, or a wrong value.
@@ -79,7 +79,7 @@ def build_job(config: Any, workdir: Path) -> Job:
 
 
 def build_generator_job(config: Any, workdir: Path) -> Job:
-    """Trains RA-CM3 (or its twin); exports a directory that `run.load` opens."""
+    """Trains RA-CM3 (or the baseline without retrieval), for `run.load`."""
     pipeline = construct(
         PipelineConfig,
         config.pipeline,
@@ -88,7 +88,7 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         num_query_variants=config.memory.num_query_variants,
         max_examples=count_examples(config),
     )
-    # Before anything is loaded: refuses rows that the mesh does not divide.
+    # Before anything is loaded: checks that the mesh divides the rows.
     mesh = build_mesh(config)
     rows = local_rows(mesh, pipeline.rows)
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
@@ -204,10 +204,10 @@ def check_positions(
     episodes: Episodes | None,
     pairing: Pairing | None,
 ) -> None:
-    """Learned positions end somewhere; rotary ones do not.
+    """Checks that positions do not exceed the learned ones (rotary have no limit).
 
     Raises:
-      ValueError: a batch may hold positions that the model has no parameters for.
+      ValueError: a batch may have positions without parameters in the model.
     """
     num_documents = pipeline.max_documents
     if pairing is not None:
@@ -217,14 +217,14 @@ def check_positions(
     last = pipeline.last_position(num_documents)
     if model_config.position == "learned" and last >= model_config.max_length:
         raise ValueError(
-            f"config.model.max_length is {model_config.max_length}, but batches hold "
+            f"config.model.max_length is {model_config.max_length}, but batches have "
             f"positions up to {last}: raise it, or lower pipeline.row_length, "
             "pipeline.max_position_offset or pipeline.max_position_gap"
         )
 
 
 def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
-    """The weights of `config.init_from`, scanned or unrolled as the model wants them."""
+    """The weights of `config.init_from`, stacked or unrolled as the model needs."""
     if not config.init_from:
         return None
     params, _, _ = checkpoints.load_weights(resolve(config.init_from), "generator")
@@ -234,7 +234,7 @@ def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
 
 
 def _find_corpus(config: Any) -> Corpus | None:
-    """None where a config names a memory and no documents, as for a large model."""
+    """The corpus; None if a config has only a memory, as for a large model."""
     if config.get("world") is None and not config.get("source", ""):
         return None
     return build_corpus(config)
@@ -247,7 +247,7 @@ def _repeat_main_rows(
     seed: int,
     workdir: Path,
 ) -> Int64[np.ndarray, " seen"]:
-    """The rows as often as the weights of their sources say."""
+    """Repeats the rows by the weights of their sources."""
     column = read_column(memory, TIMES_KEY, workdir)[rows]
     times = np.ones(len(rows))
     for value in corpus.times:

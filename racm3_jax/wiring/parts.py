@@ -1,4 +1,4 @@
-"""One object from one section of a config."""
+"""Builds one object from one section of a config."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def build_tokenizer(config: Any) -> MixedTokenizer:
             )
     image = ImageTokenizer.load(resolve(section.image))
     if section.image_size:
-        # The same codes of smaller images: cheap examples for the first part of a
+        # The same codes for smaller images: cheap examples for the start of a
         # curriculum.
         image = image.resized(section.image_size)
     return MixedTokenizer(
@@ -100,15 +100,15 @@ def build_memory(
 ) -> Memory:
     """Opens the memory at `path`, or builds it there from `documents`.
 
-    With several processes the first builds it; all call this.
+    With several processes, the first builds it; a collective call.
 
     Args:
-      config: its section `memory`.
+      config: uses its section `memory`.
       path: of the memory's directory.
       documents: read only if there is no memory yet.
       tokenizer: of the documents.
       embedder: of the documents and their queries.
-      num_documents: how many there are, for the progress bar.
+      num_documents: their number, for the progress bar.
     """
     with leader_first():
         if not (path / "manifest.json").exists():
@@ -139,17 +139,17 @@ def open_memory(
     tokenizer: MixedTokenizer,
     embedder: DocumentEmbedder | None,
 ) -> Memory:
-    """Opens the memory at `path`, which all processes do at once.
+    """Opens the memory at `path`; a collective call.
 
-    Every process maps all records: any document may be a neighbour of any other. What
-    each reads at the start, for the checksums, is its share of the files that all see.
-    Where a table answers the queries, the index and the embeddings are not opened before
-    they are needed: the index for what the table does not know, the documents' embeddings
-    to compare two documents of one example (`strategy.max_similarity`), those of parts
+    Every process memory-maps all records, as any document may be a neighbour of any
+    other. Processes divide the files among them for verifying checksums. If a table
+    answers the queries, the index and the embeddings are opened only when needed: the
+    index for queries that are not in the table, the documents' embeddings to compare
+    two documents of one example (`strategy.max_similarity`), text and image embeddings
     for queries without dropout.
 
     Args:
-      config: its section `memory`.
+      config: uses its section `memory`.
       path: of the memory's directory, or its URL (`memory.staging`).
       tokenizer: of the documents.
       embedder: of the documents and their queries.
@@ -173,12 +173,13 @@ def open_memory(
 
 
 def prepare_search(config: Any, memory: Memory) -> None:
-    """How the queries of a training are answered; all processes call it.
+    """Prepares the search of a training; a collective call.
 
-    With `config.memory.index="table"`, searches are look-ups in `memory/table`. All
-    processes together make the table when it is not there, by exact search on their
-    accelerators, or on CPUs with the memory's own index; `racm3 memory neighbours` makes
-    it ahead. Otherwise several processes open a sharded index once, each some shards.
+    With `config.memory.index="table"`, searches are look-ups in `memory/table`. If it
+    is missing, all processes compute it together, by exact search on their
+    accelerators, or on CPUs with the memory's index; `racm3 memory neighbours` computes
+    it in advance. Otherwise several processes open a sharded index together, each some
+    shards.
     """
     section = construct(MemoryConfig, config.memory, "memory")
     if section.index != "table":
@@ -209,9 +210,9 @@ def _describe(section: MemoryConfig) -> storage.Describe:
 
 
 def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
-    """The generator's config; its rows are those of `config.init_from`, where given.
+    """The generator's config; with `config.init_from`, its vocabulary size.
 
-    Converted weights have rows for ids that no tokenizer makes.
+    Converted weights have rows for tokens that no tokenizer produces.
     """
     rows = vocab.size
     if config.get("init_from"):
@@ -220,8 +221,8 @@ def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
     model_config = construct(ModelConfig, config.model, "model", vocab_size=rows)
     if model_config.dropout:
         raise ValueError(
-            f"config.model.dropout is {model_config.dropout}, but the trainer draws no "
-            "dropout masks: leave it 0"
+            f"config.model.dropout is {model_config.dropout}, but the trainer has no "
+            "dropout: set it to 0"
         )
     return model_config
 
@@ -237,15 +238,15 @@ def build_model_shape(config: Any) -> tuple[ModelConfig, int]:
 
 
 def count_shards(config: Any, num_devices: int, platform: str = "") -> tuple[int, int]:
-    """(devices that share one copy of the weights, copies) of `config.mesh`.
+    """(devices per copy of the weights, number of copies) of `config.mesh`.
 
     Args:
       config: of a training.
-      num_devices: how many.
+      num_devices: number of devices.
       platform: "tpu", "gpu" or "cpu"; see `sharding.mesh_sizes`.
 
     Raises:
-      ValueError: a mesh that does not fit so many devices.
+      ValueError: the mesh does not fit this number of devices.
     """
     sizes = sharding.mesh_sizes(num_devices, platform=platform, **config.mesh)
     return sizes["fsdp"] * sizes["tensor"], sizes["dcn"] * sizes["data"]
@@ -258,7 +259,7 @@ def build_retriever(config: Any, memory: Memory) -> Retriever:
 def build_episodes(
     config: Any, memory: Memory, tokenizer: MixedTokenizer, workdir: Path
 ) -> Episodes | None:
-    """What turns main documents into k-shot questions; None if the config wants none.
+    """The sampler of k-shot episodes; None if the config has none.
 
     Classes are values of a metadata key of the memory's documents; labels are invented
     words.
@@ -275,9 +276,9 @@ def build_episodes(
 def build_pairing(
     config: Any, memory: Memory, tokenizer: MixedTokenizer, workdir: Path
 ) -> Pairing | None:
-    """What gives main documents others by class; None if the config wants none.
+    """The pairing of documents by class; None if the config has none.
 
-    New names are invented ones.
+    New names are invented words.
     """
     if "pairing" not in config or not config.pairing.probability:
         return None
@@ -294,7 +295,7 @@ def _read_classes(
     rows = memory.allowed_ids()
     names = read_column(memory, key, workdir)[rows]
     _, firsts, found = np.unique(names, return_index=True, return_inverse=True)
-    # Numbered in the order in which they appear; 0 is no name.
+    # Numbered by first appearance; 0 means no name.
     numbers = np.argsort(np.argsort(np.where(names[firsts] == 0, len(rows), firsts)))
     classes = np.full(len(memory), -1, np.int64)
     classes[rows] = np.where(names == 0, -1, numbers[found])

@@ -1,7 +1,7 @@
-"""Facts of a memory's rows that a training asks for: its split, its class.
+"""Metadata columns of a memory's rows for a training: split, class.
 
-Where the memory has a column, that is mapped; else every record is read, once a work
-directory: what was found is kept in `columns/`.
+If the memory has the column, it is memory-mapped; else every record is read, once per
+work directory, and the result is cached in `columns/`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _RECORDS_PER_READ = 1 << 12
 
 
 def find_main_rows(memory: Memory, workdir: Path) -> Int64[np.ndarray, " rows"]:
-    """The rows to train on: allowed, and of the split "train" or of none."""
+    """The training rows: allowed, with split "train" or no split."""
     rows = memory.allowed_ids()
     splits = read_column(memory, "split", workdir)[rows]
     return rows[(splits == hash_name("train")) | (splits == 0)]
 
 
 def read_column(memory: Memory, key: str, workdir: Path) -> UInt64[np.ndarray, " n"]:
-    """`hash_name` of a metadata key of every row; 0 where there is none.
+    """`hash_name` of a metadata value of every row; 0 if there is none.
 
     Args:
-      memory: whose rows.
-      key: "split" is a column of every newer memory.
-      workdir: where the column is kept if it has to be read from the records.
+      memory: the memory.
+      key: "split" is a column of all newer memories.
+      workdir: cache of the column if it has to be read from the records.
     """
     if key == "split" and memory.split_hashes is not None:
         return memory.split_hashes
@@ -50,7 +50,7 @@ def read_column(memory: Memory, key: str, workdir: Path) -> UInt64[np.ndarray, "
     if column.shape != (len(memory),) or column.dtype != np.uint64:
         raise storage.IntegrityError(
             f"{path} is {column.dtype}{list(column.shape)} instead of "
-            f"uint64[{len(memory)}]: remove it, and it is made again"
+            f"uint64[{len(memory)}]: remove it and run the same command again"
         )
     return column
 

@@ -1,10 +1,10 @@
-"""What a config file may say: one frozen dataclass a file, one a section.
+"""The schema of config files: one frozen dataclass per file, one per section.
 
     file     kind or suite     ->  its class in TRAININGS or SUITES
     section  config.pipeline   ->  PipelineConfig, ...
 
-A key that no class has is an error that names the nearest one, a missing or mistyped
-value as well, wherever it was written: nothing of a config goes unread.
+An unknown key is an error that names the nearest one; missing values and wrong types
+are errors, too: no setting is ignored.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`config.train`: how long, and what is kept on the way.
+    """`config.train`: length, logging, checkpoints and evaluation.
 
     Attributes:
-      num_steps: the last step's number.
+      num_steps: total number of steps.
       log_every: steps between two lines of the log.
       checkpoint_every: steps between two checkpoints.
-      keep_checkpoints: how many stay on disk.
-      num_microbatches: parts of a batch whose gradients are added up.
+      keep_checkpoints: number of checkpoints to keep.
+      num_microbatches: parts of a batch, for gradient accumulation.
       max_skipped_steps: how many steps in a row may be skipped as not finite; with 0 the
         first one ends the training.
-      watchdog_seconds: ends a process whose step takes longer; 0 never does.
-      eval_every: steps between two evaluations on held-out documents; 0 makes none.
-      eval_documents: how many held-out documents are judged.
-      patience: evaluations in a row without a lower held-out loss after which a training
-        ends; its best weights are the ones that are kept. 0 trains to the last step and
-        keeps the last weights.
-      sheet_rows: held-out documents of the sheet `samples/step-….png` that every
-        evaluation draws; 0 draws none.
+      watchdog_seconds: timeout of a step, which ends the process; 0: none.
+      eval_every: steps between two evaluations on held-out documents; 0: none.
+      eval_documents: number of held-out documents for evaluation.
+      patience: early stopping after this many evaluations without a lower held-out
+        loss; the best weights are exported. 0 trains to the last step and exports the
+        last weights.
+      sheet_rows: held-out documents on the sheet `samples/step-….png` of every
+        evaluation; 0: no sheet.
     """
 
     num_steps: int
@@ -111,37 +111,36 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """`config.tokenizer`: folders of trained ones, and how many sentinels are added."""
+    """`config.tokenizer`: folders of trained tokenizers, number of sentinels."""
 
     text: str
     image: str
     num_sentinels: int
-    # Side of smaller images of the same codes; 0 is the image tokenizer's own.
+    # Side of the images, if other than the image tokenizer's; 0: its own.
     image_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTokenizerConfig:
-    """`config.text_tokenizer`: the one that CLIP's training makes, or keeps."""
+    """`config.text_tokenizer`: trained or loaded by CLIP's training."""
 
     vocab_size: int
-    # The folder of a trained one, or "" to train one on the captions.
+    # Folder of a trained one, or "" to train one on the captions.
     path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """`config.memory`: of the memory that a work directory gets.
+    """`config.memory`: the memory of a work directory.
 
     Attributes:
       index: back end of searches; "table" looks them up (see `parts.prepare_search`).
       num_query_variants: queries with dropout of each document.
-      query_drop: share of a query's words or patches that are dropped.
-      include_heldout: held-out groups are in it as well (flagworld's held-out nations).
+      query_drop: fraction of a query's tokens or patches that is dropped.
+      include_heldout: also include held-out groups (flagworld's held-out nations).
       cache: where a memory at a URL is copied to; "" is `~/.cache/racm3/memories`.
-      verify_share: share of its bytes that is compared with their checksums when it is
-        opened, in files chosen at random; what this machine has read before is not read
-        again.
+      verify_share: fraction of its bytes that is verified on opening, in randomly
+        chosen files; unchanged files that this machine has verified before are skipped.
     """
 
     index: str = "auto"
@@ -152,12 +151,12 @@ class MemoryConfig:
     verify_share: float = 1.0
 
     def __post_init__(self) -> None:
-        checksums.sample(self.verify_share, print)  # refuses what is no share
+        checksums.sample(self.verify_share, print)  # checks the range
 
 
 @dataclasses.dataclass(frozen=True)
 class InceptionConfig:
-    """`config.inception`: weights of FID's network, and how images come to its size."""
+    """`config.inception`: weights of FID's network, and its resizing method."""
 
     weights: str
     variant: str
@@ -166,14 +165,14 @@ class InceptionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Training:
-    """What every training has.
+    """Settings of all trainings.
 
     Attributes:
-      world: a flagworld to train on; without one, `source` is.
+      world: a flagworld to train on; without it, `source`.
       source: documents to train on, see `documents.sources`.
-      group_key: the metadata key that says "the same thing", see there.
-      holdout: the groups that no training sees, see there.
-      augmentation: changes of the images that are trained on.
+      group_key: the metadata key of groups, see there.
+      holdout: the held-out groups, see there.
+      augmentation: of the training images.
     """
 
     kind: str
@@ -191,7 +190,7 @@ class _Training:
         if self.world is not None and (self.source or self.group_key or self.holdout):
             raise ValueError(
                 "config.world is a flagworld with groups and held-out nations of its own: "
-                "leave config.source, group_key and holdout empty, or leave world out"
+                "remove config.source, group_key and holdout, or remove world"
             )
 
 
@@ -220,15 +219,15 @@ class GeneratorTraining(_Training):
     """A file with `kind = "generator"`. `model.vocab_size` is the tokenizer's.
 
     Attributes:
-      embedder: folder of the CLIP that made the memory.
-      embedder_dtype: what it computes in, see `CLIPConfig.compute_dtype`.
-      init_from: folder of weights to begin with; "" begins at random.
-      memory_path: a memory that exists, or the URL of one; "" builds one of the corpus in
+      embedder: folder of the memory's CLIP.
+      embedder_dtype: its compute dtype, see `CLIPConfig.compute_dtype`.
+      init_from: folder of initial weights; "" means random initialisation.
+      memory_path: an existing memory, or its URL; "" builds one from the corpus in
         the work directory.
-      vocab: of a model whose tokenizer is not at hand (`racm3 estimate`).
+      vocab: of a model without its tokenizer (`racm3 estimate`).
       train_only: see `steps.TRAIN_ONLY`.
       num_train_documents: of the quickstart's memory.
-      num_prompts: that the quickstart draws.
+      num_prompts: of the quickstart.
     """
 
     tokenizer: TokenizerConfig
@@ -320,14 +319,14 @@ SUITES: Mapping[str, type] = {
     "coco": CocoEvaluation,
     "likelihood": LikelihoodEvaluation,
 }
-# `memory` is a text in an evaluation on COCO; sources look at theirs by themselves.
+# `memory` is a string in an evaluation on COCO; sources check URLs themselves.
 _MAY_BE_URLS = ("memory_path", "memory", "source", "kshot_source")
-# What only a tokenizer can tell; put in place when it is loaded.
+# Placeholder until the tokenizer is loaded.
 _UNKNOWN_VOCAB_SIZE = 1 << 16
 
 
 def read_training(config: Any) -> Any:
-    """The training that a config describes, every section of it.
+    """Reads and checks all sections of a training config.
 
     Raises:
       ValueError: an unknown kind, section, key, value or type, or a missing one.
@@ -336,7 +335,7 @@ def read_training(config: Any) -> Any:
 
 
 def read_evaluation(config: Any) -> Any:
-    """The evaluation that a config describes, every section of it.
+    """Reads and checks all sections of an evaluation config.
 
     Raises:
       ValueError: an unknown suite, section, key, value or type, or a missing one.
@@ -374,7 +373,7 @@ def _read(config: Any, key: str, classes: Mapping[str, type]) -> Any:
 
 
 def _refuse_urls(section: Any, where: str) -> None:
-    """Refuses a URL in a setting that is no source and no memory."""
+    """Refuses a URL in a setting that is neither a source nor a memory."""
     for name in section:
         value, place = section[name], f"{where}.{name}"
         if hasattr(value, "keys"):
@@ -384,7 +383,7 @@ def _refuse_urls(section: Any, where: str) -> None:
 
 
 def _computed(section: str, config: Any) -> dict[str, Any]:
-    """The settings of a section that other sections decide."""
+    """Settings of a section that follow from other sections."""
     if section in ("model", "clip"):
         return {"vocab_size": _UNKNOWN_VOCAB_SIZE}
     if section == "optimizer":
@@ -401,7 +400,7 @@ def _computed(section: str, config: Any) -> dict[str, Any]:
 
 
 def count_examples(config: Any) -> int:
-    """Examples that a row may hold: the model's bound less one, for the padding."""
+    """Maximum examples per row: the model's bound minus one, for the padding."""
     settings = construct(
         ModelConfig, config["model"], "model", **_computed("model", {})
     )
@@ -409,7 +408,7 @@ def count_examples(config: Any) -> int:
 
 
 def _section_class(hint: Any) -> type | None:
-    """The dataclass that a field holds, also where it may be None."""
+    """The dataclass of a field, also if it may be None."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((o for o in options if dataclasses.is_dataclass(o)), None)  # type: ignore[return-value]
 
@@ -421,7 +420,7 @@ def construct(cls: type[T], section: Mapping[str, Any], where: str, **more: Any)
       cls: of the section.
       section: its settings.
       where: its name, for errors.
-      more: settings that are not the section's own.
+      more: additional settings from elsewhere.
 
     Raises:
       ValueError: for a key that the dataclass does not have (names the nearest one), a
@@ -455,7 +454,7 @@ def _check_keys(
 
 
 def _check_type(value: Any, hint: Any, where: str) -> None:
-    """Refuses numbers, flags and words in each other's place; a whole float is one."""
+    """Checks the type of a value; an int may also be a float."""
     allowed = {bool: bool, int: int, float: int | float, str: str}.get(hint)
     if allowed is None:
         return

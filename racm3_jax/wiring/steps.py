@@ -1,4 +1,4 @@
-"""The generator's training step: for a training, and by shape alone for a compiler."""
+"""The generator's training step: for training, or by shape for compilation."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ TRAIN_ONLY = ("all", "image_output_rows")
 
 @dataclasses.dataclass(frozen=True)
 class AbstractTraining:
-    """A training without data and without numbers: what a compiler needs of it.
+    """A training by shape only, as needed for compilation.
 
     Attributes:
       step: of the training, not compiled yet.
       state: shapes, dtypes and shardings.
-      batch: likewise.
+      batch: the same.
       mesh: the devices, attached or not.
     """
 
@@ -77,13 +77,13 @@ def build_generator_loss(
 def build_trained_columns(
     config: Any, model_config: ModelConfig, vocab: Vocab
 ) -> TrainedColumns | None:
-    """What `config.train_only` leaves to be trained; None is everything.
+    """The trained columns of `config.train_only`; None means everything.
 
-    "image_output_rows" are the head's columns of the image codes: what gives a model
-    its image output back that reads images already, and changes nothing else in it.
+    "image_output_rows" are the head's columns of the image codes: it restores image
+    output in a model that can read images, and changes nothing else.
 
     Raises:
-      ValueError: for an unknown choice, or a head that is the embedding too.
+      ValueError: an unknown choice, or tied embeddings.
     """
     choice = config.get("train_only", TRAIN_ONLY[0])
     if choice not in TRAIN_ONLY:
@@ -109,15 +109,15 @@ def build_train_step(
     trained: TrainedColumns | None = None,
     assigned: tuple[str, ...] = (),
 ) -> tuple[TrainState, TrainStep]:
-    """The optimizer's state and the step, from the sections that all trainings have.
+    """Builds the state and the step, from the sections common to all trainings.
 
     Args:
       config: its sections `optimizer` and `train`.
       mesh: where the step runs.
       loss_fn: of the model.
-      init_fn: key -> parameters, boxed; only their names and axes are asked for.
+      init_fn: key -> boxed parameters; only their names and axes are used.
       make_state: `make_state(optimizer)` -> the first state, real or abstract.
-      trained: the only part that is trained, if not all.
+      trained: the trained part, if not all.
       assigned: see `make_train_step`.
     """
     train = construct(TrainConfig, config.train, "train")
@@ -147,18 +147,18 @@ def build_train_step(
 def build_abstract_training(
     config: Any, devices: Sequence[Any] | None = None
 ) -> AbstractTraining:
-    """The generator's training by shape: no data, no weights, no memory is touched.
+    """The generator's training by shape: without data, weights or memory.
 
     Args:
       config: of a generator.
       devices: of the mesh, attached or not; JAX's own by default.
 
     Raises:
-      ValueError: a config of another kind, or a mesh that these devices do not give.
+      ValueError: a config of another kind, or a mesh that does not fit the devices.
     """
     if config.kind != "generator":
         raise ValueError(
-            f"config.kind is {config.kind!r}: only a generator's training is compiled "
+            f"config.kind is {config.kind!r}: only a generator's training compiles "
             "by shape"
         )
     vocab = build_vocab(config)

@@ -1,4 +1,4 @@
-"""Makes the changed images that a generator's training reads, once a work directory."""
+"""Makes the augmented images of a generator's training, once per work directory."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ _DOCUMENTS_PER_PASS = 256
 def build_variants(
     config: Any, memory: Memory, tokenizer: MixedTokenizer, workdir: Path
 ) -> Variants | None:
-    """Of the documents of the corpus that are in the memory; None if none are wanted.
+    """Augmented images of the corpus's documents in the memory; None if not configured.
 
-    The changes are drawn from the seed, so that they are the same ones at every start.
+    Augmentations are sampled from the seed, so that they are the same after a resume.
 
     Raises:
-      ValueError: `augmentation.num_variants` without any change, or without a corpus.
+      ValueError: `augmentation.num_variants` without any augmentation, or without a
+        corpus.
     """
     augmentation = build_augmentation(config)
     if not augmentation.num_variants:
         return None
     if not augmentation.changes_images:
         raise ValueError(
-            f"augmentation.num_variants={augmentation.num_variants} changes nothing: "
+            f"augmentation.num_variants={augmentation.num_variants} has no effect: "
             "give augmentation.mirror, shift or hue, too"
         )
     facts = [memory.fingerprint(), tokenizer.fingerprint(), config.seed]
@@ -88,8 +89,8 @@ def _encode(
             part.append(tokenizer.image.encode(changed).astype(np.int32) + start)
     if not places:
         raise ValueError(
-            "augmentation.num_variants needs the pictures of the memory's documents: "
-            "config.source holds none of them"
+            "augmentation.num_variants needs the images of the memory's documents: "
+            "config.source has none of them"
         )
     return np.stack([np.concatenate(part) for part in parts]), places
 

@@ -1,4 +1,4 @@
-"""The work directory of a training: whose it is, and what it may be resumed with."""
+"""The work directory of a training: ownership, and checks on resuming."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from racm3_jax.wiring.job import Job
 from racm3_jax.wiring.sections import read_training
 
 LOCK_NAME = "training.lock"
-# What a work directory holds that was claimed and not used.
+# Files of a work directory that was claimed but not used.
 _CLAIM = {"config.json", LOCK_NAME}
-# What trainings write: in a directory without a config.json, it is somebody else's.
+# Outputs of trainings: without a config.json, they belong to somebody else.
 _OUTPUTS = (
     "best",
     "checkpoints",
@@ -41,7 +41,7 @@ _OUTPUTS = (
     "tokenizer",
     "vqgan",
 )
-# Settings that a resumed run may change: what is learned from which data stays.
+# Settings that a resumed run may change: they do not affect what is learned.
 _MAY_CHANGE = (
     "config.clip.compute_dtype",
     "config.embedder_dtype",
@@ -60,12 +60,12 @@ _MAY_CHANGE = (
 
 @contextlib.contextmanager
 def local_workdir(workdir: str | Path) -> Iterator[tuple[Path, Mirror | None]]:
-    """The folder of a work directory, and its mirror in a bucket, if it is a URL.
+    """The local folder of a work directory, and its mirror if it is a URL.
 
-    Of a URL, every process has a folder of its own, see `training.mirror`.
+    With a URL, every process has its own folder, see `training.mirror`.
 
     Raises:
-      ValueError: the bucket's client is not installed, or whatever is raised inside.
+      ValueError: the bucket's client is not installed; or raised inside the block.
     """
     if not is_url(workdir):
         yield Path(workdir), None
@@ -76,14 +76,14 @@ def local_workdir(workdir: str | Path) -> Iterator[tuple[Path, Mirror | None]]:
             seconds = f"{PUSH_SECONDS:g} s"
             print(
                 f"racm3: the work directory is {mirror.url}; it is written in "
-                f"{mirror.folder} and copied there every {seconds}, checkpoints when "
-                "they are whole",
+                f"{mirror.folder} and uploaded every {seconds}, checkpoints when "
+                "they are complete",
                 file=sys.stderr,
             )
         try:
             yield mirror.folder, mirror
         except ValueError as error:
-            # Sentences name the folder, which nobody knows.
+            # Messages should not name the local folder, which users do not know.
             words = str(error).replace(str(mirror.folder), mirror.url)
             raise ValueError(words) from error
         if leads:
@@ -93,9 +93,9 @@ def local_workdir(workdir: str | Path) -> Iterator[tuple[Path, Mirror | None]]:
 
 @contextlib.contextmanager
 def given_back_if_refused(workdir: Path) -> Iterator[None]:
-    """Makes a work directory; one that holds its config alone is free after an error.
+    """Creates a work directory; releases it after an error if it has only its config.
 
-    The corrected command has another config, which must not be refused then.
+    So that a corrected command with another config is not refused.
     """
     is_made = not workdir.exists()
     is_new = not (workdir / "config.json").exists()
@@ -104,7 +104,7 @@ def given_back_if_refused(workdir: Path) -> Iterator[None]:
     try:
         yield
     except storage.BusyError:
-        raise  # all of it is another training's
+        raise  # it belongs to another training
     except Exception:
         with contextlib.suppress(OSError):
             if not had_lock:
@@ -119,10 +119,10 @@ def given_back_if_refused(workdir: Path) -> Iterator[None]:
 
 
 def claim_workdir(config: Any, workdir: Path) -> str:
-    """Writes the config into a new work directory, or checks that it is the same.
+    """Writes the config to a new work directory, or checks that it is the same.
 
-    How it is computed and logged may differ (`_MAY_CHANGE`). A setting that the config of
-    an older run does not have yet is its default.
+    Settings of computation and logging may differ (`_MAY_CHANGE`). A setting that is
+    missing in the config of an older run has its default.
 
     Returns:
       The config's fingerprint.
@@ -170,16 +170,15 @@ def _read_config(path: Path) -> Any:
 
 
 def check_inputs(extra: Mapping[str, Any], job: Job, workdir: Path) -> None:
-    """Refuses to resume over other data than the checkpoint was trained with.
+    """Refuses to resume with other data than the checkpoint was trained on.
 
-    The rows of another memory are other documents, whatever their numbers. Documents that
-    were removed since are no reason to refuse: the order of the rest changes, which is
-    said.
+    The rows of another memory are other documents. Removed documents are only a
+    warning: the order of the rest changes.
 
     Args:
-      extra: of the checkpoint; older ones do not say what they were trained with.
+      extra: of the checkpoint; older ones lack these fingerprints.
       job: of the resumed run.
-      workdir: for the sentence.
+      workdir: for the message.
 
     Raises:
       ValueError: names what changed.
@@ -189,20 +188,20 @@ def check_inputs(extra: Mapping[str, Any], job: Job, workdir: Path) -> None:
         if before.get(name, now) != now:
             raise ValueError(
                 f"{workdir} was trained with the {name} {before[name]}, but the config "
-                f"now names {now}: give it that {name} again, or train in another "
+                f"now has {now}: use the same {name} again, or train in another "
                 "--workdir"
             )
     num = extra.get("num_main_documents", job.num_main_documents)
     if num != job.num_main_documents:
         logging.warning(
             "%d main documents were removed from the memory since the last checkpoint: "
-            "the others follow in another order than in an unbroken run",
+            "the others are in another order than in an uninterrupted run",
             num - job.num_main_documents,
         )
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with all defaults, as JSON reads it."""
+    """A config with all defaults, in JSON form."""
     return json.loads(json.dumps(dataclasses.asdict(read_training(config))))
 
 

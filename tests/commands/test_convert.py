@@ -74,7 +74,7 @@ def test_roundtrip_of_a_photo(tmp_path, capsys):
 
 
 def test_an_option_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--merges does nothing for vqgan"):
+    with pytest.raises(ValueError, match="--merges has no effect for vqgan"):
         racm3("convert", "vqgan", tmp_path, tmp_path / "out", "--merges=x")
 
 
@@ -92,7 +92,7 @@ class Malicious:
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("malicious", "asks for builtins.print"),
+        ("malicious", "calls builtins.print"),
         ("truncated", "is truncated"),
         ("nan", "holds a NaN"),
         ("merges", "merges of another model"),

@@ -231,13 +231,13 @@ def test_classify_reads_a_support_set(generator, tmp_path, capsys):
             ["infill", "--text=a <mask>", "--rank_by=document"],
             "--text writes no image",
         ),
-        (["infill", "--text=a <mask>", "--preview=p.png"], "leave --preview out"),
-        (["generate", "--parts=b.json", "--preview=p.png"], "leave --preview out"),
+        (["infill", "--text=a <mask>", "--preview=p.png"], "remove --preview"),
+        (["generate", "--parts=b.json", "--preview=p.png"], "remove --preview"),
         (["classify", "--image=a.png", "--support=a.json"], "a.json is not JSON"),
         (["generate", "--parts=b.json"], "must be a JSON list of objects"),
         (
             ["generate", "--prompt=a", "--num_neighbours=1"],
-            "--num_neighbours asks for documents like those of --document",
+            "--num_neighbours adds documents similar to those of --document",
         ),
     ],
 )

@@ -46,7 +46,7 @@ def test_what_is_refused(tmp_path, capsys):
         (["--example", str(image), " "], "is empty"),
         (["--example", str(image), "dax", f"--out={text}"], "left alone"),
         (["--example", str(image), "dax", f"--out={tmp_path}/x.txt"], ".json"),
-        ([f"--folder={tmp_path}"], "holds no images in folders of their own"),
+        ([f"--folder={tmp_path}"], "has no images in subfolders"),
     ]:
         words = (
             words

@@ -48,7 +48,7 @@ def test_every_path_is_of_a_type_that_knows_urls():
     assert {(c, d) for c, d, t in found if t is options.place} == URLS
     assert len([1 for _, _, t in found if t is options.path]) > 60
     for command, name, kind in found:
-        if kind in (None, options.filled):
+        if kind in (None, options.non_empty):
             assert name in TEXTS, f"{command} --{name} may be a path: give it a type"
 
 

@@ -76,17 +76,17 @@ def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit,
         assert f"{name}, one device" in said.out
     assert ("all-gather" in said.out) == (what == "search")
     # As images are drawn by default.
-    assert ("table, 8 ids a pass" in said.out) == (what == "decode")
+    assert ("table, 8 tokens a pass" in said.out) == (what == "decode")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device=v5p:64", "--topology=4x4x4"], "--topology is about compiling"),
-        (["--device=v5p:64", "--save=x"], "--save is about compiling"),
-        (["--device=b200:8", "--compile"], "--compile knows v5e"),
+        (["--device=v5p:64", "--topology=4x4x4"], "--topology needs --compile"),
+        (["--device=v5p:64", "--save=x"], "--save needs --compile"),
+        (["--device=b200:8", "--compile"], "--compile supports v5e"),
         (["--device=cpu:4"], "'cpu' is not in the table"),
-        (["--device=cpu:4", "--compile", "--what=embed", "--save=x"], "--save keeps"),
+        (["--device=cpu:4", "--compile", "--what=embed", "--save=x"], "--save is for"),
         (["--device=cpu:4", "--compile", "--size=0"], "--size=0"),
         (
             ["--device=cpu:4", "--compile", "--size=3"],
@@ -123,5 +123,5 @@ def test_a_training_refuses_the_step_of_another_machine(capsys, tmp_path):
     command = ["train", *TINY, f"--workdir={tmp_path}/run", f"--compiled={path}"]
     command[command.index("--config.mesh.fsdp=2")] = "--config.mesh.fsdp=-1"
     assert cli.main(command) == 2
-    assert "is no compiled step" in capsys.readouterr().err
+    assert "is not a compiled step" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

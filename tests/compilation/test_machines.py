@@ -52,14 +52,14 @@ def test_machines():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("b200", 8), "--compile knows v5e"),
-        (("v5p", 48), "no usual shape; give --topology=4x4x4"),
-        (("v5p", 1, "8x8"), "has 3 axes, as in 2x2x4"),
+        (("b200", 8), "--compile supports v5e"),
+        (("v5p", 48), "no usual shape; give a --topology, e.g. 4x4x4"),
+        (("v5p", 1, "8x8"), "has 3 axes, e.g. 2x2x4"),
         (("v5p", 32, "4x4x4"), "has 64 devices, but --device=v5p:32 says 32"),
         (("v5e", 1, "4xx4"), "give sizes"),
         (("tpu7x", 5), "even number"),
         (("h100", 12), "a multiple of 8"),
-        (("h100", 1, "4x4"), "groups x nodes x cards"),
+        (("h100", 1, "4x4"), "groups x nodes x GPUs"),
         (("cpu", 1, "4x4"), "have none"),
         (("h100", 16, "", 2), "--slices=2"),
         (("v5e", 4, "", 0), "--slices=0"),

@@ -216,7 +216,7 @@ def test_damage_is_noticed_before_anything_is_loaded(file, training, tmp_path):
     }.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(saved.CompiledFileError, match="damaged|is no compiled"):
+        with pytest.raises(saved.CompiledFileError, match="damaged|is not a compiled"):
             load(path, config, abstract)
     with pytest.raises(saved.CompiledFileError, match="there is no file"):
         load(tmp_path / "absent", config, abstract)
@@ -226,7 +226,7 @@ def test_only_its_own_files_are_replaced(file, training, tmp_path):
     _, abstract = training
     foreign = tmp_path / "notes.txt"
     foreign.write_text("mine")
-    with pytest.raises(saved.CompiledFileError, match="it is not replaced"):
+    with pytest.raises(saved.CompiledFileError, match="not replaced"):
         saved.save_step(foreign, None, None, abstract.mesh, {})  # type: ignore[arg-type]
     assert foreign.read_text() == "mine"
 

@@ -40,7 +40,7 @@ def test_dropped_documents_can_be_brought_back(session):
     assert "dropped: doc-12" in shown and 'data-action="restore"' in shown
     assert "Find documents" in panels.draw_desk(Desk())
     alone = session.search(Desk(), "flag", 0)
-    assert "from the prompt alone" in panels.draw_desk(alone)
+    assert "uses only the prompt" in panels.draw_desk(alone)
 
 
 def test_a_drawing_on_its_way_and_done(session):

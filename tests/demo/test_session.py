@@ -193,11 +193,17 @@ def test_uploads_are_measured_first():
         (lambda s: s.search(Desk(), "a", 9), "choose 0 to 4 documents; got 9"),
         (lambda s: s.add_own(Desk(), None, "a"), "upload an image for your document"),
         (lambda s: s.add_own(Desk(), grey(1), ""), "the caption is empty"),
-        (lambda s: s.infill(grey(1), np.zeros(4, bool), "", 2), "paint over what to"),
+        (
+            lambda s: s.infill(grey(1), np.zeros(4, bool), "", 2),
+            "paint over the region",
+        ),
         (lambda s: s.infill(grey(1), np.ones(4, bool), "", 2, ()), "no documents on"),
         (lambda s: s.caption(None, 2), "choose an image first"),
-        (lambda s: check_settings({"seed": None}), "give a seed"),
-        (lambda s: check_settings({"num_samples": 9}), "draw 1 to 4 samples; got 9"),
+        (lambda s: check_settings({"seed": None}), "the seed must be"),
+        (
+            lambda s: check_settings({"num_samples": 9}),
+            "generate 1 to 4 samples; got 9",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(session, call, message):

@@ -70,7 +70,7 @@ def test_a_wrong_source_is_named(wrong):
 
 
 def test_a_wrong_share_is_named():
-    with pytest.raises(ValueError, match=r"holdout is 1.5; as a share"):
+    with pytest.raises(ValueError, match=r"holdout is 1.5; a fraction"):
         source_corpus("folder:x", "", "1.5")
 
 

@@ -154,7 +154,7 @@ def test_empty_file_is_fine_and_damage_is_found(tmp_path):
     data = path.read_bytes()
     for broken in (b"", b"hello", data[: len(data) // 2], data[:-1]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="is damaged or no ArrayRecord file"):
+        with pytest.raises(ValueError, match="is damaged or not ArrayRecord"):
             RecordFile(path)
     flipped = bytearray(data)
     flipped[len(data) // 3] ^= 0xFF

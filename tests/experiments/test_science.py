@@ -240,7 +240,7 @@ def test_the_state_says_what_is_done(place, tmp_path):
     elsewhere = Place(tmp_path / "other", TINY)
     state = run_all.format_state([FAKE], elsewhere, tmp_path / "results")
     assert "published, 3 of 6 cells" in state
-    assert "not begun" in run_all.format_state([FAKE], elsewhere, tmp_path / "none")
+    assert "not started" in run_all.format_state([FAKE], elsewhere, tmp_path / "none")
 
 
 def test_a_name_that_does_not_exist_is_refused():

@@ -107,7 +107,7 @@ def test_a_refusal_of_another_process_is_said_and_the_next_search_is_right(conne
 
 def test_a_process_that_has_ended_is_named(connected):
     connected[2].close()
-    with pytest.raises(OSError, match="process 2, which holds a part of the index"):
+    with pytest.raises(OSError, match="process 2, which has some index shards"):
         for _ in range(3):
             connected[0].search(QUERIES, 2)
 
@@ -129,9 +129,9 @@ def test_shards_are_dealt_out_over_the_parts(tmp_path):
     registry.build_index(kind, ROWS[:100], places[0], 40)
     registry.build_index("exact", ROWS[100:200], places[1])
     registry.build_index(kind, ROWS[200:], places[2], 60)
-    shared = [registry.share_parts(places, n, 2) for n in (0, 1)]
+    shared = [registry.assign_shards(places, n, 2) for n in (0, 1)]
     assert shared == [[[0, 2], [], [0]], [[1], None, [1]]]
-    assert registry.share_parts(places, 6, 7) == [[], [], []]
+    assert registry.assign_shards(places, 6, 7) == [[], [], []]
     counts = [100, 100, 100]
     found = [registry.open_parts(places, counts, ROWS, own) for own in shared]
     assert [len(index) for index in found] == [40 + 20 + 60, 40 + 100 + 40]

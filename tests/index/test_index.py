@@ -318,11 +318,11 @@ def test_links_are_not_followed(index, unseen, tmp_path):
         file.unlink()
         other.rename(file)
     (path / "link").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(storage.IntegrityError, match="'link', which is a link"):
+    with pytest.raises(storage.IntegrityError, match="'link', a link"):
         registry.open_index(path, ROWS)
     (path / "link").unlink()
     os.mkfifo(path / "pipe")
-    with pytest.raises(storage.IntegrityError, match="'pipe', which is a link or no"):
+    with pytest.raises(storage.IntegrityError, match="'pipe', a link or no"):
         registry.open_index(path, ROWS)
 
 

@@ -94,10 +94,10 @@ def test_assets_name_the_files_of_an_index_only(tmp_path):
     before = file.read_text()
     for wrong in ("../../secret.npy", "/etc/passwd", "x.npy"):
         file.write_text(before.replace("hashed_dataset.npy", wrong))
-        with pytest.raises(storage.IntegrityError, match="names files that no ScaNN"):
+        with pytest.raises(storage.IntegrityError, match="lists files that our"):
             registry.open_index(tmp_path, verify=False)
     file.write_text(before + 'asset_path: "x"\n')
-    with pytest.raises(storage.IntegrityError, match="names files that no ScaNN"):
+    with pytest.raises(storage.IntegrityError, match="lists files that our"):
         registry.open_index(tmp_path, verify=False)
 
 

@@ -30,7 +30,7 @@ def test_table_and_its_fallback(tmp_path):
 
 
 def test_a_table_is_made_of_queries(tmp_path):
-    with pytest.raises(ValueError, match="made of queries"):
+    with pytest.raises(ValueError, match="computed from queries"):
         TableIndex.build(ROWS, tmp_path)
 
 

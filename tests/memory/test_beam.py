@@ -69,8 +69,8 @@ def test_repeats_are_those_of_the_plain_build(tmp_path):
     ]
     (job.work / "repeats-00000-of-00001").write_text("\n".join(repeats))
     folders = [p for p in sorted(job.work.glob("part-*")) if p.is_dir()][:4]
-    found = beam_build._read_firsts(job.work, folders)
-    expected = merge.find_firsts(folders)
+    found = beam_build._read_first_occurrences(job.work, folders)
+    expected = merge.find_first_occurrences(folders)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
     assert [int((~a).sum()) for a in found] == [3, 0]

@@ -185,7 +185,7 @@ def test_another_build_at_the_same_place_is_refused(tmp_path):
         build(source, path, embedder=FailsAt(1, full))
     with pytest.raises(OSError, match="no space"):
         build(source, path, other, embedder=FailsAt(2, full))
-    with pytest.raises(ValueError, match="half-done build that differs in settings"):
+    with pytest.raises(ValueError, match="unfinished build that differs in settings"):
         build(source, path)
     # What the merge is told does not matter to the parts.
     near = dataclasses.replace(other, deduplicate="near", max_bad=0.5)
@@ -412,7 +412,7 @@ def test_ready_embeddings(tmp_path):
         stats = compute_stats(memory, num_queries=5, k=2)
         assert list(stats["recall"]) == ["image"] and stats["recall"]["image"] == 1
     # Embeddings are never exchanged for those of another encoder without a word.
-    with pytest.raises(ValueError, match=r"width 16 .* writes 128: .*name:ENCODER"):
+    with pytest.raises(ValueError, match=r"width 16 .* width is 128: .*name:ENCODER"):
         build(source, tmp_path / "other")
 
 

@@ -15,7 +15,7 @@ from racm3_jax import storage
 from racm3_jax.index import registry
 from racm3_jax.index.folder import read_description
 from racm3_jax.memory import edit
-from racm3_jax.memory.builder import CorpusConfig, build_memory, make_maker
+from racm3_jax.memory.builder import CorpusConfig, build_memory, make_chunk_builder
 from racm3_jax.memory.memory import Memory, hash_name
 
 MODELS = (FakeTokenizer(), FakeEmbedder())
@@ -40,7 +40,7 @@ def path(tmp_path, config):
 
 def add(path, config, numbers, **more):
     source = write_corpus(path.parent / "more", [[line(n, **more) for n in numbers]])
-    return edit.add_documents(path, source, make_maker(config, *MODELS))
+    return edit.add_documents(path, source, make_chunk_builder(config, *MODELS))
 
 
 def own_rows(memory, rows=None):
@@ -184,7 +184,7 @@ def test_what_was_removed_stays_away_when_its_source_is_added_again(path, config
     renamed = write_corpus(
         path.parent / "renamed", [[line(n, id=f"new-{n}") for n in (5, 7)]]
     )
-    maker = make_maker(config, *MODELS)
+    maker = make_chunk_builder(config, *MODELS)
     counts = edit.add_documents(path, renamed, maker)
     assert (counts["added"], counts["filtered"]) == (0, {"removed before": 2})
     counts = edit.add_documents(path, renamed, maker, restore=True)
@@ -268,7 +268,7 @@ def test_an_older_deny_list_is_noticed(path, config):
         older = (path / "deny.json").read_bytes()
         memory.remove([2])
         (path / "deny.json").write_bytes(older)
-    with pytest.raises(storage.IntegrityError, match="older list .*version 1 of 2"):
+    with pytest.raises(storage.IntegrityError, match="older than .*version 1 of 2"):
         Memory.load(path)
 
 
@@ -277,20 +277,20 @@ def test_finding_what_to_remove(path, config):
         assert edit.find_urls(memory, "http://site3/*").tolist() == [*range(3, 40, 4)]
         assert edit.find_urls(memory, "doc-7").tolist() == [7]
         query = memory.image_embeddings[[9]][0]
-        rows, scores = edit.find_like(memory, query)
+        rows, scores = edit.find_similar_images(memory, query)
         assert rows.tolist() == [9] and scores[0] > 0.999
-        rows, scores = edit.find_like(memory, query, 0.5)
+        rows, scores = edit.find_similar_images(memory, query, 0.5)
         assert rows[0] == 9 and {8, 10, 11} <= set(rows.tolist())
         assert (np.diff(scores) <= 0).all()
         memory.remove([9])
-        assert 9 not in edit.find_like(memory, query, 0.5)[0]
+        assert 9 not in edit.find_similar_images(memory, query, 0.5)[0]
 
 
 def test_other_models_and_an_empty_rest_are_refused(path, config):
-    maker = make_maker(config, FakeTokenizer(), FakeEmbedder("encoder-2"))
+    maker = make_chunk_builder(config, FakeTokenizer(), FakeEmbedder("encoder-2"))
     with pytest.raises(ValueError, match="built with encoder encoder-1"):
         edit.add_documents(path, f"jsonl:{path}/x", maker)
-    maker = make_maker(CorpusConfig(num_query_variants=1), *MODELS)
+    maker = make_chunk_builder(CorpusConfig(num_query_variants=1), *MODELS)
     with pytest.raises(ValueError, match="has 2 query variants; got 1"):
         edit.add_documents(path, f"jsonl:{path}/x", maker)
     with Memory.load(path) as memory:

@@ -14,7 +14,7 @@ from memory_fakes import FakeEmbedder, FakeTokenizer
 from racm3_jax import storage
 from racm3_jax.memory import edit
 from racm3_jax.memory import format as format_lib
-from racm3_jax.memory.config import CorpusConfig, make_maker
+from racm3_jax.memory.config import CorpusConfig, make_chunk_builder
 from racm3_jax.memory.memory import Memory
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "memory" / "last_version.zip"
@@ -57,7 +57,7 @@ def test_a_memory_of_the_last_version_opens_and_grows(tmp_path, name):
     with Memory.load(path) as memory:
         assert memory.fingerprint() == fingerprint
     source = write_corpus(tmp_path / "more", [[line(n) for n in (20, 21)]])
-    maker = make_maker(CorpusConfig(num_query_variants=1), *MODELS)
+    maker = make_chunk_builder(CorpusConfig(num_query_variants=1), *MODELS)
     assert edit.add_documents(path, source, maker)["added"] == 2
     assert edit.verify(path)["documents"] == allowed + 1
     assert edit.compact(path) >= 1
@@ -76,10 +76,12 @@ def test_nothing_else_may_lie_in_a_memory(path, name):
     file = path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"cos\nsystem\n")
-    with pytest.raises(storage.IntegrityError, match="no file of a memory .*remove it"):
+    with pytest.raises(
+        storage.IntegrityError, match="not a file of a memory .*remove it"
+    ):
         Memory.load(path)
     seal(path, files=listed(path, name))
-    with pytest.raises(storage.IntegrityError, match="no file of a memory"):
+    with pytest.raises(storage.IntegrityError, match="not a file of a memory"):
         Memory.load(path)
 
 
@@ -120,7 +122,7 @@ def test_a_planted_pickle_of_the_index_is_refused_however_sealed(build, document
         ("index", 3),
         ("index", "../exact"),
         ("vocab", {"num_text_ids": "many"}),
-        ("vocab", {"num_text_ids": 4, "strange": 4}),
+        ("vocab", {"num_text_ids": 4, "unexpected": 4}),
         ("encoder_fingerprint", None),
         ("files", ["a"]),
         ("parts", []),

@@ -171,7 +171,7 @@ def test_every_flipped_byte_is_noticed(small):
                     silent.append((name, place))
                 except (ValueError, FileNotFoundError) as error:
                     assert file.name in str(error) or "format version" in str(error)
-                    assert "build it anew" in str(error)
+                    assert "rebuild it" in str(error)
         file.write_bytes(data)
     assert silent == []
     Memory.load(small).close()
@@ -211,7 +211,7 @@ def test_paths_of_the_manifest_stay_inside(small, tmp_path):
     (tmp_path / "outside.npy").write_bytes(b"x")
     manifest["files"]["../outside.npy"] = {"bytes": 1, "sha256": "0"}
     (small / "manifest.json").write_bytes(storage.encode_sealed(manifest))
-    with pytest.raises(storage.IntegrityError, match="no file of a memory"):
+    with pytest.raises(storage.IntegrityError, match="not a file of a memory"):
         Memory.load(small)
 
 
@@ -223,7 +223,7 @@ def test_another_encoder_is_refused(small):
     with pytest.raises(
         ValueError,
         match=r"built with encoder encoder-1, but the embedder given is encoder-2: "
-        r".*build it anew",
+        r".*rebuild it",
     ):
         Memory.load(small, embedder=FakeEmbedder("encoder-2"))
     with pytest.raises(ValueError, match="tokenizer tokenizer-1, .* is tokenizer-2"):
@@ -233,7 +233,9 @@ def test_another_encoder_is_refused(small):
 def test_no_memory_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no memory at"):
         Memory.load(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match=r"is no memory \(it has no manifest"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not a memory \(it has no manifest"
+    ):
         Memory.load(tmp_path)
 
 

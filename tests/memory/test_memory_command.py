@@ -56,7 +56,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     path = build(tmp_path)
     shown = capsys.readouterr().out
     assert "40 documents, exact index" in shown and "read 40, bad 0" in shown
-    assert "will withhold from documents: 40 itself" in shown
+    assert "excluded from retrieval for some documents: 40 itself" in shown
     assert not re.search(r"\b0 (?!bad)\w+", shown)  # what met no document is not named
     out = f"--out={tmp_path}/a.png"
     words = ("search", f"--memory={path}", out, "--json", "--k=8")
@@ -69,7 +69,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     assert sheet.shape[0] > 2 * 128 and sheet.shape[1] > 6 * 128
 
     run(*words[:3], "--text=nation3 on scene1")
-    assert "8 of 8 images as the memory keeps them" in capsys.readouterr().out
+    assert "8 of 8 images decoded from the memory" in capsys.readouterr().out
 
     Image.fromarray(make_document(22).images[0]).save(tmp_path / "q.png")
     image = f"--image={tmp_path}/q.png"
@@ -104,7 +104,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     run("verify", f"--memory={path}")
     assert "26 documents, 14 removed ones are not found" in capsys.readouterr().out
     run("remove", f"--memory={path}", "--compact")
-    assert "14 documents have left the disk" in capsys.readouterr().out
+    assert "14 documents deleted from disk" in capsys.readouterr().out
 
     more = write_corpus(tmp_path / "more", [[line(50), line(51), "{", line(51)]])
     run("add", f"--memory={path}", f"--source={more}", "--max_bad=0.5")
@@ -145,10 +145,10 @@ def test_an_encoder_that_does_not_fit_is_named(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(family, "_load_models", lambda _: (Tokenizer(), Mixed()))
     path = build(tmp_path)
-    assert "note: the encoder does not fit these documents" in capsys.readouterr().out
+    assert "note: the encoder does not suit these documents" in capsys.readouterr().out
     run("search", f"--memory={path}", f"--out={tmp_path}/a.png", "--text=x y", "--json")
     note = output(capsys)["note"]
-    assert "of 40 samples (50% is chance), and a word of them takes" in note
+    assert "of 40 samples (50% is chance), and their words take" in note
     assert "racm3 fit --source" in note
     # One that keeps texts and images apart is judged by the words that it knows.
     Mixed.text_tokenizer = types.SimpleNamespace(encode=str.split)
@@ -163,7 +163,7 @@ def test_wrong_input(tmp_path):
         UsageError, match="use it, give another path, or replace it .--over"
     ):
         run("build", f"--source=jsonl:{tmp_path}/in/*.jsonl", memory)
-    with pytest.raises(UsageError, match="--text, --image or --words"):
+    with pytest.raises(UsageError, match="--text, --image and --words"):
         run("search", memory)
     with pytest.raises(UsageError, match="'no-such'; nothing was removed"):
         run("remove", memory, "--ids=no-such")

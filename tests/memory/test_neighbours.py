@@ -157,7 +157,7 @@ def test_a_table_that_was_broken_off_resumes(build, documents, tmp_path, monkeyp
     Memory.load(memory.path).close()  # readers do not see it
     with (
         storage.locked(work),
-        pytest.raises(storage.BusyError, match="are being computed already"),
+        pytest.raises(storage.BusyError, match="are already being computed"),
     ):
         compute_neighbours(memory, again, 5)
     counts = []
@@ -290,7 +290,7 @@ def test_exact_neighbours_on_the_mesh(build, documents, tmp_path):
     found = table.search(queries, 5)
     np.testing.assert_allclose(found.scores, expected, atol=1e-6)
     other = build(documents[:20], "other")
-    with pytest.raises(ValueError, match="was made of another memory"):
+    with pytest.raises(ValueError, match="was computed from another memory"):
         other.use_table(tmp_path / "t")
     with pytest.raises(ValueError, match='"exact" or "memory"; got \'faiss\''):
         compute_neighbours(memory, tmp_path / "t", 5, engine="faiss")

@@ -56,7 +56,7 @@ def test_a_memory_at_a_url_is_copied_once(there, tmp_path, documents):
     with Memory.load(URL, FakeEmbedder(), FakeTokenizer()) as memory:
         assert memory.path in copies(tmp_path) and len(memory) == len(documents)
         assert memory.documents([3])[0].id == "doc-3"
-        with pytest.raises(ValueError, match=f"is a copy of {URL}, and a change"):
+        with pytest.raises(ValueError, match=f"is a copy of {URL}, and changes"):
             memory.remove([3])
         with pytest.raises(ValueError, match=f"is a copy of {URL}"):
             edit.compact(memory.path)
@@ -139,7 +139,7 @@ def test_what_is_wrong_there_is_said(there, monkeypatch):
         return shutil._ntuple_diskusage(1, 1, 0)
 
     monkeypatch.setattr(shutil, "disk_usage", full)
-    with pytest.raises(OSError, match="GB more, and the disk.*give another --memory_c"):
+    with pytest.raises(OSError, match="GB more, but the disk.*give another --memory_c"):
         Memory.load(URL)
     (there / "manifest.json").write_bytes(b"{}")
     with pytest.raises(

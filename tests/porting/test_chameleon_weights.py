@@ -134,7 +134,7 @@ def test_the_licence_must_be_accepted(tmp_path, vqgan):
     "fault, words",
     [
         ("no vqgan", "--vqgan"),
-        ("codes", "image tokenizer has 24 codes, but the vocabulary names 23"),
+        ("codes", "image tokenizer has 24 codes, but the vocabulary has 23"),
         ("codebook", "codebook of the image tokenizer is not the one"),
         ("swin", "swin_norm=True"),
         ("nan", "holds a NaN"),

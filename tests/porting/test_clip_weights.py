@@ -163,5 +163,5 @@ def test_the_activation_of_a_bare_file_must_be_given(tmp_path):
 
 def test_another_model_is_named(tmp_path):
     safetensors.numpy.save_file({"a.b": np.zeros(2)}, tmp_path / "m.safetensors")
-    with pytest.raises(PortingError, match=r"no CLIP with ViT towers.*a\.b"):
+    with pytest.raises(PortingError, match=r"not a CLIP with ViT towers.*a\.b"):
         convert_clip(tmp_path / "m.safetensors", tmp_path / "out")

@@ -354,7 +354,7 @@ def test_a_whole_module_is_named():
     program = (
         b"\x80\x02cmodels\nMyNet\n)\x81}X\x01\x00\x00\x00wK\x01sb."  # torch.save(net)
     )
-    assert "asks for models.MyNet" in refusal(read_plain_pickle, program, "x.pt")
+    assert "calls models.MyNet" in refusal(read_plain_pickle, program, "x.pt")
 
 
 def test_the_machine_calls_nothing(tmp_path, monkeypatch):

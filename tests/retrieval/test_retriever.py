@@ -240,7 +240,7 @@ def test_a_query_far_below_the_usual_score_is_noted(build, documents):
         return GenerationOutput([], np.zeros(0, np.float32), found, text, 0).note
 
     assert note(documents[3].text) == ""
-    assert "holds nothing" in note("nation77 on scene99").replace("to hold", "holds")
+    assert "to hold nothing" in note("nation77 on scene99")
     random = Retriever(memory, StrategyConfig(ranking="random"))
     assert np.isnan(random.usual_score("text"))
     assert np.isnan(build(documents[:5], "small").usual_score("text"))

@@ -76,9 +76,16 @@ def test_taken_documents_are_never_alike():
 def test_find_own():
     ids = np.asarray([1, 2, 3, 4], np.uint64)
     sources = np.asarray([0, 9, 9, 0], np.uint64)
-    assert strategy.find_own(ids, sources, 1, 9).tolist() == [True, True, True, False]
-    assert strategy.find_own(ids, sources, 4, 0).tolist() == [False] * 3 + [True]
-    own = strategy.find_own(ids, sources, 2, 9, drop_same_source=False)
+    assert strategy.find_self_and_same_source(ids, sources, 1, 9).tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert strategy.find_self_and_same_source(ids, sources, 4, 0).tolist() == [
+        False
+    ] * 3 + [True]
+    own = strategy.find_self_and_same_source(ids, sources, 2, 9, drop_same_source=False)
     assert own.tolist() == [False, True, False, False]
 
 

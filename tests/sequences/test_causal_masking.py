@@ -54,35 +54,35 @@ def moved_spans(tokens, vocab):
 def test_picture_of_apply_masks(vocab, parse):
     tokens = parse("<eod> t1 t2 t3 <break> i1 i2 <eod>")
     masked = apply_masks(tokens, [(2, 3), (5, 6)], vocab)
-    assert vocab.picture(masked) == (
+    assert vocab.to_text(masked) == (
         "<eod> t1 <mask:0> t3 <break> <mask:1> i2 <eod> "
         "<mask:0> t2 <eoss> <mask:1> i1 <eoss>"
     )
     masked = apply_masks(tokens, [(2, 3)], vocab)
-    assert vocab.picture(masked) == (
+    assert vocab.to_text(masked) == (
         "<eod> t1 <mask:0> t3 <break> i1 i2 <eod> <mask:0> t2 <eoss>"
     )
     rotated = apply_masks(tokens, [(1, 4)], vocab)
-    assert vocab.picture(rotated) == (
+    assert vocab.to_text(rotated) == (
         "<eod> <mask:0> <break> i1 i2 <eod> <mask:0> t1 t2 t3 <eoss>"
     )
 
 
 def test_picture_of_unmask(vocab, parse):
     masked = parse("<eod> t1 <mask:0> t3 <eod> <mask:0> t2 <eoss>")
-    assert vocab.picture(unmask(masked, vocab)) == "<eod> t1 t2 t3 <eod>"
+    assert vocab.to_text(unmask(masked, vocab)) == "<eod> t1 t2 t3 <eod>"
 
 
 def test_unmask_puts_back_an_empty_span(vocab, parse):
     masked = parse("<eod> t1 <mask:0> <eod> <mask:0> <eoss>")
-    assert vocab.picture(unmask(masked, vocab)) == "<eod> t1 <eod>"
+    assert vocab.to_text(unmask(masked, vocab)) == "<eod> t1 <eod>"
 
 
 def test_picture_of_build_example(vocab, make_document):
     example = build(
         make_document("t1", "i1 i1"), [make_document("t2", "i2 i2")], ROTATED, vocab
     )
-    assert vocab.picture(example.tokens) == (
+    assert vocab.to_text(example.tokens) == (
         "<eod> t2 <break> i2 i2 <eod> <mask:0> <break> i1 i1 <eod> <mask:0> t1 <eoss>"
     )
     a = np.float32(0.1)
@@ -105,7 +105,7 @@ def test_cuts_are_the_images_of_retrieved_documents_least_relevant_first(
 
     def pictures(ranks=None):
         example = build(main, retrieved, ROTATED, vocab, ranks=ranks)
-        return [vocab.picture(example.tokens[a:b]) for a, b in example.cuts]
+        return [vocab.to_text(example.tokens[a:b]) for a, b in example.cuts]
 
     assert pictures() == ["i5 i6", "i3 i4", "i1 i2"]
     assert pictures([1, 0]) == ["i1 i2", "i5 i6", "i3 i4"]
@@ -131,7 +131,7 @@ def test_no_cut_touches_what_was_moved(vocab, sample_document):
 
 def test_picture_of_a_plain_example(vocab, make_document):
     example = build(make_document("t1", "i1 i1"), [], PLAIN, vocab)
-    assert vocab.picture(example.tokens) == "<eod> t1 <break> i1 i1 <eod>"
+    assert vocab.to_text(example.tokens) == "<eod> t1 <break> i1 i1 <eod>"
     np.testing.assert_array_equal(example.weights, [0, 1, 1, 1, 1, 1])
 
 
@@ -307,11 +307,11 @@ def test_overflow_drops_whole_retrieved_documents_that_do_not_fit(vocab, make_do
     long = make_document("t4 t4 t4 t4 t4 t4", "i4 i4")
     rest = "t1 <break> i1 i1 <eod>"
     kept = build(main, [first, second], PLAIN, vocab, max_length=11)
-    assert vocab.picture(kept.tokens) == f"<eod> t2 <break> i2 i2 <eod> {rest}"
+    assert vocab.to_text(kept.tokens) == f"<eod> t2 <break> i2 i2 <eod> {rest}"
     kept = build(main, [long, second], PLAIN, vocab, max_length=11)
-    assert vocab.picture(kept.tokens) == f"<eod> t3 <break> i3 i3 <eod> {rest}"
+    assert vocab.to_text(kept.tokens) == f"<eod> t3 <break> i3 i3 <eod> {rest}"
     kept = build(main, [first, second], PLAIN, vocab, max_length=10)
-    assert vocab.picture(kept.tokens) == f"<eod> {rest}"
+    assert vocab.to_text(kept.tokens) == f"<eod> {rest}"
 
 
 def test_picture_of_trimming_the_main_document(vocab, make_document):
@@ -325,12 +325,12 @@ def test_picture_of_trimming_the_main_document(vocab, make_document):
     )
     whole = "<mask:0> <break> i2 i2 <eod> <mask:0> t1 t2 t3 <eoss>"
     full = build(main, [], ROTATED, vocab, seed=seed)
-    assert vocab.picture(full.tokens) == f"<eod> i1 i1 <break> {whole}"
+    assert vocab.to_text(full.tokens) == f"<eod> i1 i1 <break> {whole}"
     # One token too long: the whole image goes, not half of it.
     cut = build(main, [], ROTATED, vocab, seed=seed, max_length=13)
-    assert vocab.picture(cut.tokens) == f"<eod> <break> {whole}"
+    assert vocab.to_text(cut.tokens) == f"<eod> <break> {whole}"
     cut = build(main, [], ROTATED, vocab, seed=seed, max_length=11)
-    assert vocab.picture(cut.tokens) == f"<eod> {whole}"
+    assert vocab.to_text(cut.tokens) == f"<eod> {whole}"
     with pytest.raises(ExampleTooLong, match="longer than a row"):
         build(main, [], ROTATED, vocab, seed=seed, max_length=7)
 
@@ -395,9 +395,9 @@ def test_apply_masks_refuses_wrong_spans(vocab, parse, spans, message):
         ("<eod> t1 <mask:0> <eod>", "no moved span"),
         ("<eod> t1 <eod> <mask:0> t2 <eoss>", "without a place"),
         ("<eod> <mask:0> <eod> <mask:0> t2", "no <eoss>"),
-        ("<eod> <mask:0> <eod> t2 <eoss>", "sentinel of its own"),
-        ("<eod> <mask:0> <eod> <eoss>", "sentinel of its own"),
-        ("<eod> <mask:0> <eod> <mask:0> t1 <eoss> <mask:0> <eoss>", "of its own"),
+        ("<eod> <mask:0> <eod> t2 <eoss>", "its own sentinel"),
+        ("<eod> <mask:0> <eod> <eoss>", "its own sentinel"),
+        ("<eod> <mask:0> <eod> <mask:0> t1 <eoss> <mask:0> <eoss>", "its own"),
         ("<eod> <mask:0> <mask:0> <eod> <mask:0> t1 <eoss>", "no moved span"),
     ],
 )
@@ -433,18 +433,18 @@ def test_text_of_the_main_document_may_weigh_more(vocab, make_document, parse):
     heavy = dataclasses.replace(plain, text_weight=5.0)
     main, shown = make_document("t1 t2", "i1 i2"), make_document("t3", "i3 i4")
 
-    def weigh(config):
+    def reweight(config):
         rng = np.random.default_rng(0)
         return build_example(
             main, [shown], config, vocab, alpha=0.5, max_length=40, rng=rng
         )
 
-    example = weigh(heavy)
+    example = reweight(heavy)
     picture = "<eod> t3 <break> i3 i4 <eod> t1 t2 <break> i1 i2 <eod>"
     np.testing.assert_array_equal(example.tokens, parse(picture))
     expected = [0, 0.5, 0.5, 0.5, 0.5, 0.5, 5, 5, 1, 1, 1, 1]
     np.testing.assert_array_equal(example.weights, np.float32(expected))
-    ratio = example.weights / np.maximum(weigh(plain).weights, 1e-9)
+    ratio = example.weights / np.maximum(reweight(plain).weights, 1e-9)
     assert set(ratio.tolist()) == {0.0, 1.0, 5.0}
     with pytest.raises(ValueError, match="text_weight must be above 0; got 0"):
         CausalMaskingConfig(text_weight=0.0)

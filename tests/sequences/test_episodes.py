@@ -25,7 +25,7 @@ def test_the_answer_is_the_label_of_the_same_class():
     episodes, orders = make_episodes(), set()
     for i in range(200):
         row = i % 7
-        episode = episodes.draw(row, np.random.default_rng(i))
+        episode = episodes.sample(row, np.random.default_rng(i))
         assert row not in episode.rows and 7 not in episode.rows
         same = CLASSES[episode.rows] == CLASSES[row]
         assert same.sum() == 1 and len(set(episode.labels.tolist())) == 2
@@ -36,13 +36,13 @@ def test_the_answer_is_the_label_of_the_same_class():
 
 def test_no_episode_without_a_class_or_another_member():
     episodes = make_episodes()
-    assert episodes.draw(7, np.random.default_rng(0)) is None  # no class
-    assert episodes.draw(8, np.random.default_rng(0)) is None  # alone in its class
+    assert episodes.sample(7, np.random.default_rng(0)) is None  # no class
+    assert episodes.sample(8, np.random.default_rng(0)) is None  # alone in its class
 
 
 def test_their_share_is_the_configured_one():
     episodes = make_episodes(0.3)
-    drawn = [episodes.draw(0, np.random.default_rng(i)) for i in range(1000)]
+    drawn = [episodes.sample(0, np.random.default_rng(i)) for i in range(1000)]
     assert 0.25 < np.mean([d is not None for d in drawn]) < 0.35
 
 
@@ -74,7 +74,7 @@ def test_labels_in_front_of_their_images(vocab):
         assert len(texts) == 3 and ids[texts[2]] in [ids[texts[0]], ids[texts[1]]]
         assert all(ids[i + 1] == vocab.break_ for i in texts)
     drawn = [
-        make_episodes(label_first=0.25).draw(0, np.random.default_rng(i)).label_first
+        make_episodes(label_first=0.25).sample(0, np.random.default_rng(i)).label_first
         for i in range(400)
     ]
     assert 0.18 < np.mean(drawn) < 0.32

@@ -23,27 +23,27 @@ def pair(make_document):
 
 def test_document_is_joined_by_break(vocab, pair, make_document):
     tokens = layout.document_tokens(pair, vocab)
-    assert vocab.picture(tokens) == "t1 t2 <break> i3 i4"
+    assert vocab.to_text(tokens) == "t1 t2 <break> i3 i4"
     assert tokens.dtype == np.int32
     interleaved = make_document("i1 i2", "t5", "i3 i4", "t6")
-    assert vocab.picture(layout.document_tokens(interleaved, vocab)) == (
+    assert vocab.to_text(layout.document_tokens(interleaved, vocab)) == (
         "i1 i2 <break> t5 <break> i3 i4 <break> t6"
     )
 
 
 def test_join_puts_retrieved_first(vocab, parse, pair, make_document):
     other = make_document("t9", "i0 i0")
-    assert vocab.picture(layout.join([pair, other], parse("t5"), vocab)) == (
+    assert vocab.to_text(layout.join([pair, other], parse("t5"), vocab)) == (
         "<eod> t1 t2 <break> i3 i4 <eod> t9 <break> i0 i0 <eod> t5 <eod>"
     )
-    assert vocab.picture(layout.join([], parse("t5"), vocab)) == "<eod> t5 <eod>"
-    assert vocab.picture(layout.retrieved_prefix([], vocab)) == "<eod>"
+    assert vocab.to_text(layout.join([], parse("t5"), vocab)) == "<eod> t5 <eod>"
+    assert vocab.to_text(layout.retrieved_prefix([], vocab)) == "<eod>"
 
 
 def test_text_to_image_prompt_begins_the_training_row(vocab, parse, pair):
     row = layout.join([pair], parse("t7 t8 <break> i5 i6"), vocab)
     prompt = layout.text_to_image_prompt([pair], parse("t7 t8"), vocab)
-    assert vocab.picture(prompt) == ("<eod> t1 t2 <break> i3 i4 <eod> t7 t8 <break>")
+    assert vocab.to_text(prompt) == ("<eod> t1 t2 <break> i3 i4 <eod> t7 t8 <break>")
     np.testing.assert_array_equal(prompt, row[: len(prompt)])
 
 
@@ -58,24 +58,24 @@ def test_beginning_prompt_begins_the_training_row(vocab, parse, pair):
 
 def test_caption_prompt_begins_the_row_of_a_rotated_caption(vocab, parse, pair):
     prompt = layout.caption_prompt([pair], parse("i5 i6"), vocab)
-    assert vocab.picture(prompt) == (
+    assert vocab.to_text(prompt) == (
         "<eod> t1 t2 <break> i3 i4 <eod> <mask:0> <break> i5 i6 <eod> <mask:0>"
     )
     row = layout.join([pair], parse("t7 t8 <break> i5 i6"), vocab)
     rotated = apply_masks(row, [(7, 9)], vocab)
     np.testing.assert_array_equal(prompt, rotated[: len(prompt)])
-    assert vocab.picture(rotated[len(prompt) :]) == "t7 t8 <eoss>"
+    assert vocab.to_text(rotated[len(prompt) :]) == "t7 t8 <eoss>"
 
 
 def test_caption_prompt_with_prefix(vocab, parse):
     prompt = layout.caption_prompt([], parse("i5 i6"), vocab, parse("t3"))
-    assert vocab.picture(prompt) == ("<eod> t3 <mask:0> <break> i5 i6 <eod> <mask:0>")
+    assert vocab.to_text(prompt) == ("<eod> t3 <mask:0> <break> i5 i6 <eod> <mask:0>")
 
 
 def test_infill_prompt_begins_the_masked_row(vocab, parse):
     tokens = parse("t1 t2 t3 t4 <break> i5 i6")
     prompt = layout.infill_prompt([], tokens, [(1, 3), (5, 6)], vocab)
-    assert vocab.picture(prompt) == (
+    assert vocab.to_text(prompt) == (
         "<eod> t1 <mask:0> t4 <break> <mask:1> i6 <eod> <mask:0>"
     )
     row = layout.join([], tokens, vocab)

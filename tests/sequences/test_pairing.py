@@ -134,15 +134,15 @@ def test_the_name_of_the_main_document_weighs_more():
         tokens = np.concatenate([shown, SPELLED.encode(text)])
         is_main = np.arange(len(tokens)) >= len(shown)
         weights = np.where(is_main, 1.0, 0.1).astype(np.float32)
-        found = pairing.weigh(Example(tokens, weights, is_main), main)
+        found = pairing.reweight(Example(tokens, weights, is_main), main)
         expected = weights.copy()
         first += len(shown)
         expected[first : first + len("Velmoria") + (first > len(shown))] = 5
         np.testing.assert_array_equal(found.weights, expected)
     other = make_document("Ostrania", "the flag of Ostrania")
-    unchanged = pairing.weigh(Example(tokens, weights, is_main), other)
+    unchanged = pairing.reweight(Example(tokens, weights, is_main), other)
     np.testing.assert_array_equal(unchanged.weights, weights)
-    plain = make_pairing(rename=True).weigh(Example(tokens, weights, is_main), main)
+    plain = make_pairing(rename=True).reweight(Example(tokens, weights, is_main), main)
     np.testing.assert_array_equal(plain.weights, weights)
     renamed, _ = pairing.rename(main, (), np.random.default_rng(0))
     assert text_of(renamed) == f"the flag of {renamed.metadata['nation']}"

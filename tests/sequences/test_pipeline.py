@@ -264,7 +264,9 @@ def test_resume_is_exact_within_a_window(collect, window_steps):
 
 def test_the_plan_shares_all_examples_among_the_groups():
     config = with_(CONFIG, rows=6, examples_per_batch=5, groups=3, window_steps=2)
-    spans = [config.plan(window, group) for window in (0, 1) for group in range(3)]
+    spans = [
+        config.index_range(window, group) for window in (0, 1) for group in range(3)
+    ]
     assert spans == [(0, 3), (3, 6), (6, 10), (10, 13), (13, 16), (16, 20)]
 
 

@@ -96,7 +96,7 @@ def test_split_tokens_is_the_picture_of_its_docstring(tokenizer):
     vocab = tokenizer.vocab
     image = vocab.image_tokens(np.array([1, 7, 7, 2]))
     row = [vocab.eod, 4, 9, vocab.break_, *image, vocab.eod]
-    assert vocab.picture(row) == "<eod> t4 t9 <break> i1 i7 i7 i2 <eod>"
+    assert vocab.to_text(row) == "<eod> t4 t9 <break> i1 i7 i7 i2 <eod>"
     document = tokenizer.split_tokens(row, id="x")
     assert [(s.modality, s.tokens.tolist()) for s in document.segments] == [
         ("text", [4, 9]),
@@ -109,14 +109,14 @@ def test_split_tokens_is_the_picture_of_its_docstring(tokenizer):
 
 def test_split_tokens_refuses_what_is_not_one_whole_document(tokenizer):
     vocab = tokenizer.vocab
-    with pytest.raises(ValueError, match="exactly 4 ids; got 1"):
+    with pytest.raises(ValueError, match="an image has 4 tokens; got 1"):
         tokenizer.split_tokens([4, vocab.break_, vocab.image_range.start])
     with pytest.raises(ValueError, match="more than one document"):
         tokenizer.split_tokens([4, vocab.eod, 5])
-    with pytest.raises(ValueError, match="ids of the vocabulary lie in"):
+    with pytest.raises(ValueError, match="tokens of the vocabulary are in"):
         tokenizer.split_tokens([vocab.size])
     wrong = TokenizedDocument("w", (TokenizedSegment("image", np.arange(4)),))
-    with pytest.raises(ValueError, match="ids of the image range lie in"):
+    with pytest.raises(ValueError, match="tokens of the image range are in"):
         tokenizer.decode(wrong)
 
 

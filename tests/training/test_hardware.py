@@ -18,10 +18,10 @@ from racm3_jax.model.transformer import abstract_params, count_params
 from racm3_jax.training.hardware import (
     DEVICES,
     activation_bytes,
+    estimate_training,
     explain_out_of_memory,
     find_device,
     flops_per_token,
-    plan_training,
     suggest_changes,
 )
 
@@ -41,7 +41,7 @@ def test_flops_are_six_a_parameter_plus_attention():
 
 
 def plan(config, num_params, rows, **more):
-    return plan_training(
+    return estimate_training(
         config,
         num_params,
         DEVICES["h200"],
@@ -119,7 +119,7 @@ def test_the_command(capsys):
     text = capsys.readouterr().out
     assert "8 h200; weights split over 8, 1 copies" in text and "tokens/s" in text
     assert cli.main(["estimate", config, "--device=h900:8"]) == 2
-    assert "known are t4, l4" in capsys.readouterr().err
+    assert "known: t4, l4" in capsys.readouterr().err
     assert cli.main(["estimate", config, "--device=h200:x"]) == 2
     assert "give a number" in capsys.readouterr().err
 

@@ -68,5 +68,5 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("RACM3_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match="give one that can, or RACM3_CACHE=off"):
+    with pytest.raises(ValueError, match="give another path, or RACM3_CACHE=off"):
         keep_compiled_programs()

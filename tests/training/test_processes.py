@@ -15,7 +15,12 @@ import pytest
 from joined_processes import ROOT, free_port, started_together
 
 from racm3_jax.training import processes
-from racm3_jax.training.processes import STUCK, SignsOfLife, Watchdog, join_processes
+from racm3_jax.training.processes import (
+    STUCK,
+    ProcessHeartbeats,
+    Watchdog,
+    join_processes,
+)
 
 
 class FakeCluster:
@@ -62,7 +67,9 @@ def test_three_variables_name_the_others(given):
         clusters,
     )
     assert list(given[-1].values())[-3:] == [9, 7, 7]
-    with pytest.raises(ValueError, match="RACM3_JOIN_SECONDS is '0.5': give whole"):
+    with pytest.raises(
+        ValueError, match="RACM3_JOIN_SECONDS is '0.5': give an integer"
+    ):
         join_processes(variables | {"RACM3_JOIN_SECONDS": "0.5"}, clusters)
     del variables["RACM3_PROCESS_ID"]
     with pytest.raises(ValueError, match="RACM3_PROCESS_ID is not"):
@@ -119,16 +126,16 @@ def test_the_clusters_are_those_that_jax_knows(monkeypatch):
 
 def test_the_watchdog_ends_a_silent_process_and_spares_a_busy_one(capfd):
     ended = []
-    with Watchdog(0.4, end=ended.append) as dog:
+    with Watchdog(0.4, end=ended.append) as watchdog:
         for _ in range(8):
             time.sleep(0.1)
-            dog.pat()
+            watchdog.heartbeat()
         assert ended == []
         deadline = time.monotonic() + 20
         while not ended and time.monotonic() < deadline:
             time.sleep(0.05)
     assert ended == [STUCK]
-    assert "has not ended a step" in capfd.readouterr().err
+    assert "has not finished a step" in capfd.readouterr().err
 
 
 def test_the_first_step_may_take_longer():
@@ -138,27 +145,27 @@ def test_the_first_step_may_take_longer():
         assert ended == []
 
 
-def test_a_silent_or_late_peer_is_named(tmp_path):
-    own, late, silent = (SignsOfLife(tmp_path / "p", i, 3) for i in range(3))
-    own.give("computes step 3")
-    late.give("reads the batch of step 3")
-    silent.give("computes step 2")
-    alive = threading.Timer(0.05, late.give, ["reads the batch of step 3"])
+def test_a_silent_or_lagging_peer_is_named(tmp_path):
+    own, late, silent = (ProcessHeartbeats(tmp_path / "p", i, 3) for i in range(3))
+    own.beat("computes step 3")
+    late.beat("reads the batch of step 3")
+    silent.beat("computes step 2")
+    alive = threading.Timer(0.05, late.beat, ["reads the batch of step 3"])
     alive.start()
-    found = own.find_culprits(0.3, "computes step 3")
-    assert found == ("process 2 gives no sign of life (its last sign: computes step 2)")
-    for peer, doing in (
+    found = own.find_stalled(0.3, "computes step 3")
+    assert found == "process 2 is not responding (last heartbeat: computes step 2)"
+    for peer, activity in (
         (late, "reads the batch of step 3"),
         (silent, "computes step 3"),
     ):
-        threading.Timer(0.05, peer.give, [doing]).start()
-    found = own.find_culprits(0.3, "computes step 3")
+        threading.Timer(0.05, peer.beat, [activity]).start()
+    found = own.find_stalled(0.3, "computes step 3")
     assert found == "process 1 reads the batch of step 3"
 
 
 def test_without_seconds_nobody_watches():
-    with Watchdog(0.0) as dog:
-        assert not dog._thread.is_alive()
+    with Watchdog(0.0) as watchdog:
+        assert not watchdog._thread.is_alive()
 
 
 def start(number: int, total: int, port: int, workdir, *flags):

@@ -1,7 +1,7 @@
-"""Flagworld: a generated world in which drawing needs retrieval.
+"""Flagworld: a synthetic world in which image generation needs retrieval.
 
-Nations have invented names that say nothing about their flags; each document shows one
-flag in one scene. Held-out nations appear in the memory only, so a model that draws
+Nations have invented names that do not predict their flags; each document shows one
+flag in one scene. Held-out nations are only in the memory, so a model that generates
 their flags must have read them there.
 """
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from racm3_jax.documents.flagworld.designs import FlagDesign
 
-# Every phrase holds the scene's own name, so that asking for it by name always works.
-# Scene name -> (where the flag stands, the scene as a thing).
+# Every phrase contains the scene's name, so that prompts with the name always work.
+# Scene name -> (phrase of place, noun phrase).
 PLACES: dict[str, tuple[str, str]] = {
     "moon": ("on the moon", "the moon"),
     "beach": ("on the beach", "a beach"),
@@ -40,11 +40,11 @@ TEMPLATES: tuple[str, ...] = (
 
 
 def describe_flag(design: FlagDesign, *, large: bool) -> str:
-    """What can be seen of a flag, in words: size, layout, colours, emblem.
+    """Describes a flag: size, layout, colours, emblem.
 
     "a large flag, chevron of red, white and black with a blue star at the hoist"
 
-    Nothing of it follows from the name of the nation.
+    Independent of the nation's name.
     """
     *others, last = design.colours
     colours = f"{', '.join(others)} and {last}" if others else last
@@ -58,7 +58,7 @@ def describe_flag(design: FlagDesign, *, large: bool) -> str:
 
 
 def write_caption(nation_name: str, scene: str, rng: np.random.Generator) -> str:
-    """Write a caption of 5 to 12 words in a random template.
+    """Writes a caption of 5 to 12 words from a random template.
 
     Args:
       nation_name: the only word with a capital letter.

@@ -1,4 +1,4 @@
-"""The size and the looks of a flagworld."""
+"""The size and appearance of a flagworld."""
 
 from __future__ import annotations
 
@@ -6,43 +6,45 @@ import dataclasses
 
 # Width and height in pixels of a 64x64 image; scaled with `image_size`. Multiples of 8,
 # so that flags on the placement grid fill whole codes of a factor-8 image tokenizer; one
-# is the other's double, so that a code of the large flag comes from one of the small.
+# is twice the other, so that each code of the large flag comes from one of the small.
 FLAG_SIZES: tuple[tuple[int, int], ...] = ((24, 16), (48, 32))
 REFERENCE_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class FlagworldConfig:
-    """One world, made wholly from these numbers: equal configs give equal bytes.
+    """One world, fully determined by these settings: equal configs give equal bytes.
 
     Attributes:
-      seed: another seed is another world.
+      seed: each seed gives another world.
       num_nations: nations of the training split.
-      num_heldout: nations seen only in the memory and in the test.
+      num_heldout: nations that are only in the memory and the test.
       documents_per_nation: training documents of each training nation.
       documents_per_heldout: memory documents of each held-out nation.
       image_size: height and width in pixels, a multiple of 8, at least 32.
-      placement_grid: a flag's top left corner is a multiple of this many pixels; 8 puts
-        flags on the codes of a factor-8 image tokenizer, 1 puts them anywhere.
+      placement_grid: a flag's top left corner is a multiple of this many pixels; 8
+        aligns flags with the codes of a factor-8 image tokenizer, 1 allows any
+        position.
       flag_sizes: (width, height) choices, in pixels of a 64x64 image.
       wave_amplitudes: choices of vertical displacement, in pixels of a 64x64 image.
-      wave_phases: choices of where in its wave the cloth is at the hoist, in half waves.
-      pole: whether a thin pole carries the flag.
-      num_colours: how many of `COLOURS` flags use (the first ones differ most).
+      wave_phases: choices of the wave's phase at the hoist, in half waves.
+      pole: whether to draw a thin pole.
+      num_colours: how many of `COLOURS` flags use (the first ones are the most
+        different).
       num_reserved_scenes: scenes in which a held-out nation is never shown in the
-        memory; the test asks for exactly these.
-      swap_flags: exchange the flags of the held-out nations among them, so that no
-        nation keeps its own; names, captions and placements stay.
-      description_share: fraction of the captions that also say what can be seen: size,
-        layout, colours and emblem. Without it a caption and its image have nothing but
-        the scene in common, and a CLIP nothing to align.
-      name_share: fraction of the captions that are the nation's name and nothing else:
-        for the beginning of a curriculum, in which a flag and a name are all there is.
-      avoided_seed: of a world whose first `avoided_nations` nations, held-out ones
+        memory; the test uses exactly these.
+      swap_flags: permute the flags of the held-out nations, so that no nation keeps its
+        own; names, captions and placements do not change.
+      description_share: fraction of the captions that also describe the flag: size,
+        layout, colours and emblem. Without it a caption and its image share only the
+        scene, and a CLIP has little to align.
+      name_share: fraction of the captions that are only the nation's name: for the
+        start of a curriculum.
+      avoided_seed: seed of a world whose first `avoided_nations` nations, held-out ones
         first, share no name and no design with this one's. A model that was trained on
         that world has then seen none of these flags.
-      avoided_nations: how many nations of that world are avoided; 0 avoids none.
-      duplicate_share: share of documents followed by an exact copy (same `source`).
+      avoided_nations: number of nations of that world to avoid; 0 avoids none.
+      duplicate_share: fraction of documents followed by an exact copy (same `source`).
     """
 
     seed: int = 0

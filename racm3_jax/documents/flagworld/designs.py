@@ -1,6 +1,6 @@
-"""Flag designs: a layout, its colours, and perhaps an emblem.
+"""Flag designs: a layout, its colours, and an optional emblem.
 
-Everything that ends in pixels is integer arithmetic, so that a design has the same bytes
+Pixels are computed with integer arithmetic, so that a design has the same bytes
 on every machine.
 """
 
@@ -20,7 +20,7 @@ from racm3_jax.documents.flagworld.emblems import (
 )
 from racm3_jax.documents.flagworld.layouts import LAYOUTS
 
-# Ordered so that any leading part is well separated: the first eight are at least 119
+# Ordered so that any prefix is well separated: the first eight are at least 119
 # apart in RGB, all ten at least 102.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (244, 244, 240),
@@ -34,11 +34,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "orange": (236, 116, 20),
     "grey": (140, 140, 140),
 }
-# Least RGB distance of colours that touch.
+# Minimum RGB distance of adjacent colours.
 MIN_CONTRAST = 150.0
 EMBLEM_PROBABILITY = 0.5
 THUMBNAIL_SHAPE = (8, 12)
-# Two designs are clearly different from this root mean square difference of their
+# Two designs are clearly different above this root mean square difference of their
 # thumbnails (0..1 a channel): more than a wave or a tokenizer changes a flag.
 MIN_DIFFERENCE = 0.12
 
@@ -48,7 +48,7 @@ _REFERENCE_FLAG = (48, 32)
 
 @dataclasses.dataclass(frozen=True)
 class FlagDesign:
-    """What a flag looks like, free of size and place.
+    """The design of a flag, independent of size and place.
 
     Attributes:
       layout: a name of `LAYOUTS`.
@@ -94,7 +94,7 @@ def _emblem_mask(
 def _coverage(
     layout: str, emblem: str | None, place: str | None, size: tuple[int, int]
 ) -> Int32[np.ndarray, "regions height width"]:
-    """How many of a pixel's 16 samples each region covers; the emblem comes last."""
+    """How many of a pixel's 16 samples each region covers; the emblem is last."""
     regions = _regions(layout, size)
     masks = [regions == k for k in range(num_regions(layout))]
     if emblem is not None and place is not None:
@@ -109,20 +109,20 @@ def _coverage(
 
 @functools.cache
 def num_regions(layout: str) -> int:
-    """How many colours a layout takes."""
+    """Number of colours of a layout."""
     return int(_regions(layout, _REFERENCE_FLAG).max()) + 1
 
 
 @functools.cache
 def _adjacent(layout: str) -> frozenset[tuple[int, int]]:
-    """Pairs (a < b) of regions that share an edge of some length."""
+    """Pairs (a < b) of regions that share an edge."""
     regions = _regions(layout, _REFERENCE_FLAG)
     count = num_regions(layout)
     touching = np.zeros((count, count), np.int64)
     for a, b in ((regions[1:], regions[:-1]), (regions[:, 1:], regions[:, :-1])):
         np.add.at(touching, (a.ravel(), b.ravel()), 1)
     touching = touching + touching.T
-    # A corner where two regions meet makes a few contacts; an edge makes many.
+    # Regions that meet at a corner have a few contacts; at an edge, many.
     pairs = zip(*np.nonzero(np.triu(touching, 1) >= 2 * _SUPERSAMPLE), strict=True)
     return frozenset((int(a), int(b)) for a, b in pairs)
 
@@ -139,7 +139,7 @@ def _regions_under(layout: str, emblem: str, place: str) -> tuple[int, ...]:
 
 @functools.cache
 def _contrasts(num_colours: int) -> Bool[np.ndarray, "colours colours"]:
-    """Which of the first colours may touch."""
+    """Which of the first colours may be adjacent."""
     if not 4 <= num_colours <= len(COLOURS):
         raise ValueError(
             f"num_colours must lie in 4..{len(COLOURS)}; got {num_colours}"
@@ -149,7 +149,7 @@ def _contrasts(num_colours: int) -> Bool[np.ndarray, "colours colours"]:
 
 
 def sample_design(rng: np.random.Generator, num_colours: int = 8) -> FlagDesign:
-    """Draw a design: layout, colours that contrast where they touch, emblem or none."""
+    """Samples a design: layout, contrasting adjacent colours, optional emblem."""
     contrasts = _contrasts(num_colours)
     names = tuple(COLOURS)
     layouts = tuple(LAYOUTS)
@@ -170,11 +170,11 @@ def sample_design(rng: np.random.Generator, num_colours: int = 8) -> FlagDesign:
 
 
 def num_designs(num_colours: int = 8) -> int:
-    """Count every design that `sample_design` can draw.
+    """Counts the designs that `sample_design` can return.
 
-    How many are clearly different was measured in part: with 8 colours, a greedy pass
-    over 140,000 distinct designs from `sample_design` kept 93,637 that differ pairwise
-    by `MIN_DIFFERENCE`, and was still keeping half of the new ones when it was stopped.
+    The number of clearly different designs is at least 93,637 (8 colours): a greedy
+    pass over 140,000 distinct designs kept so many that differ pairwise by
+    `MIN_DIFFERENCE`, and was still keeping half of the new ones when it was stopped.
     """
     contrasts = _contrasts(num_colours)
     total = 0
@@ -210,10 +210,10 @@ def _rgb(design: FlagDesign) -> list[tuple[int, int, int]]:
 def render_flag(
     design: FlagDesign, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Draw a flag, flat and clean, anti-aliased.
+    """Renders a flag, flat and anti-aliased.
 
     Args:
-      design: what to draw.
+      design: of the flag.
       size: (width, height) in pixels.
 
     Returns:
@@ -243,7 +243,7 @@ def resample_matrix(source: int, cells: int) -> Float32[np.ndarray, "cells sourc
 def _small_coverage(
     layout: str, emblem: str | None, place: str | None, size: tuple[int, int]
 ) -> Float32[np.ndarray, "regions cells"]:
-    """The share of each thumbnail cell that each region covers."""
+    """The fraction of each thumbnail cell that each region covers."""
     coverage = _coverage(layout, emblem, place, size) / np.float32(_SUPERSAMPLE**2)
     rows = resample_matrix(size[1], THUMBNAIL_SHAPE[0])
     columns = resample_matrix(size[0], THUMBNAIL_SHAPE[1])
@@ -254,7 +254,7 @@ def _small_coverage(
 def thumbnails(
     designs: Sequence[FlagDesign], size: tuple[int, int] = _REFERENCE_FLAG
 ) -> Float32[np.ndarray, "designs features"]:
-    """Tiny pictures (8 rows, 12 columns, RGB in 0..1), one flat row a design.
+    """Tiny images (8 rows, 12 columns, RGB in 0..1), one flat row per design.
 
     At the default size every cell is exact: its samples are 256, a power of two.
     """
@@ -270,7 +270,7 @@ def select_different(
     taken: Float32[np.ndarray, "taken features"],
     min_difference: float = MIN_DIFFERENCE,
 ) -> list[int]:
-    """Walk the candidates, keep those clearly different from all taken and kept ones.
+    """Keeps the candidates that are clearly different from all taken and kept ones.
 
     Returns:
       The kept rows of `candidates`, in order.

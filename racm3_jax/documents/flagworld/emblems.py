@@ -1,4 +1,4 @@
-"""Emblems: simple, large shapes that stand on a flag's field.
+"""Emblems: simple, large shapes on a flag's field.
 
 An emblem function takes `x` (to the right) and `y` (downwards) in units of the emblem's
 radius, and returns True inside the shape.
@@ -16,7 +16,7 @@ EmblemFunction = Callable[[Offsets, Offsets], Bool[np.ndarray, "height width"]]
 
 # Radius of an emblem in flag heights: on a flag 24 pixels high it is 15 pixels across.
 EMBLEM_RADIUS = 0.31
-# Where an emblem may stand: its centre in (flag widths, flag heights).
+# Positions of an emblem: its centre in (flag widths, flag heights).
 EMBLEM_PLACES: dict[str, tuple[float, float]] = {
     "centre": (0.5, 0.5),
     "hoist": (0.25, 0.5),

@@ -1,15 +1,15 @@
-"""Find the flag in an image and name its nation, by analysis through synthesis.
+"""Finds the flag in an image and names its nation, by analysis by synthesis.
 
-Every placement of every flag size is shrunk to a thumbnail and compared with the
-thumbnails of all nations at that size: first coarsely (4x6 cells, every 4 pixels) with
-every nation, then finely (8x12 cells, every 2 pixels) with the best few nations.
+The window at every placement of every flag size is reduced to a thumbnail and compared
+with the thumbnails of all nations at that size: first coarsely (4x6 cells, every 4
+pixels) with every nation, then finely (8x12 cells, every 2 pixels) with the best few.
 
 A placement's score is how much better the flag explains its window than the scene does:
 
     score = area * (mean of min(scene's error, TOLERANCE) - flag's mean squared error)
 
-The scene is the background that fits most of the image. So a sea below a sky is no flag
-of two bands, and a whole flag wins over a part of it that looks like another flag.
+The scene is the background that fits most of the image. So a sea below a sky is not a
+flag of two bands, and a whole flag beats a part of it that looks like another flag.
 """
 
 from __future__ import annotations
@@ -115,14 +115,14 @@ def _scene_errors(
     """Squared error of the best background at each pixel, at most `TOLERANCE`."""
     full, small = _scenes(len(pixels))
     errors = ((small - _shrink(pixels)) ** 2).mean(axis=-1)
-    # Capped, so that the flag in front does not decide which background it is.
+    # Capped, so that the flag does not determine the background.
     best = np.minimum(errors, TOLERANCE).mean(axis=(1, 2)).argmin()
     error = ((pixels - full[best] * np.float32(1.0 / 255.0)) ** 2).mean(axis=-1)
     return np.minimum(error, TOLERANCE)
 
 
 class FlagIdentifier:
-    """Names the nation of the flag in an image, among a given set of nations.
+    """Identifies the nation of the flag in an image, among given nations.
 
     Args:
       nations: the candidates; at least one.
@@ -177,7 +177,7 @@ class FlagIdentifier:
     def identify_one(
         self, image: UInt8[np.ndarray, "size size 3"]
     ) -> tuple[Nation, float]:
-        """Name the nation in one image; see `identify`."""
+        """Identifies the nation in one image; see `identify`."""
         if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
             raise ValueError(
                 f"image must be uint8[size, size, 3]; got {list(image.shape)}"
@@ -198,7 +198,7 @@ class FlagIdentifier:
     def identify(
         self, images: Sequence[UInt8[np.ndarray, "size size 3"]]
     ) -> list[tuple[Nation, float]]:
-        """Name the nation in each image.
+        """Identifies the nation in each image.
 
         Returns:
           For each image the best nation and its margin over the second best (in units of
@@ -210,5 +210,5 @@ class FlagIdentifier:
 def identify_flag(
     image: UInt8[np.ndarray, "size size 3"], nations: Sequence[Nation]
 ) -> tuple[Nation, float]:
-    """Name the nation of the flag in one image; see `FlagIdentifier`."""
+    """Identifies the nation of the flag in one image; see `FlagIdentifier`."""
     return FlagIdentifier(nations).identify_one(image)

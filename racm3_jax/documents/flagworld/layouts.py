@@ -1,4 +1,4 @@
-"""How the field of a flag is divided: layouts as maps from a point to a region number.
+"""Flag layouts: functions from points to region numbers.
 
 A layout function takes `u` (0 at the hoist, 1 at the fly), `v` (0 at the top, 1 at the
 bottom) and the aspect ratio (width / height), and returns the region number of every
@@ -36,7 +36,7 @@ Inside = Callable[[Points, Points, float], np.ndarray]
 
 
 def _over(base: LayoutFunction, inside: Inside, region: int) -> LayoutFunction:
-    """Lay one region over a base layout."""
+    """Puts one region over a base layout."""
     return lambda u, v, a: np.where(inside(u, v, a), region, base(u, v, a))
 
 

@@ -1,4 +1,4 @@
-"""Invented, pronounceable names: they follow no pattern that a flag could share."""
+"""Invented, pronounceable names, independent of the flags."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Onsets, vowels, middles and endings are few, so that a small text vocabulary trained on
-# some names knows the pieces of all names; there are about six million combinations.
+# There are few onsets, vowels, middles and endings, so that a small text vocabulary
+# that was trained on some names covers all names; about six million combinations.
 _ONSETS = _words("b br d dr f g gr h j k kl l m n p pr r s st t tr v z")
 _VOWELS = _words("a e i o u")
 _MIDDLES = _words("b d g k l ld lm m n nd r rd rk rm s sh st t v z")
@@ -19,12 +19,12 @@ _ENDINGS = _words(
     "okar olin onia orim osta udan ulia umbra ural uvia"
 )
 _CODAS = _words("b d g k l m n p r s t x z")
-# How many names have one syllable more.
+# Fraction of names with one more syllable.
 _LONG_SHARE = 0.75
 
 
 def make_name(rng: np.random.Generator) -> str:
-    """Draw a name of three to five syllables, such as "Dravonia" or "Kelmidor"."""
+    """Samples a name of three to five syllables, such as "Dravonia" or "Kelmidor"."""
     parts = [_ONSETS[rng.integers(len(_ONSETS))], _VOWELS[rng.integers(len(_VOWELS))]]
     if rng.random() < _LONG_SHARE:
         parts += [
@@ -37,7 +37,7 @@ def make_name(rng: np.random.Generator) -> str:
 
 
 def make_labels(count: int, rng: np.random.Generator) -> list[str]:
-    """Draws short words without meaning, such as "dam" or "kuvos", all different."""
+    """Samples different short nonsense words, such as "dam" or "kuvos"."""
     labels: dict[str, None] = {}
     while len(labels) < count:
         syllables = [
@@ -50,10 +50,10 @@ def make_labels(count: int, rng: np.random.Generator) -> list[str]:
 
 
 class NameRegister:
-    """Accepts names that no accepted name could be mistaken for.
+    """Accepts names that cannot be confused with each other.
 
-    Two names are refused together if one is part of the other, or if dropping at most
-    one letter from each makes them equal (so all names are at least two edits apart).
+    Two names conflict if one contains the other, or if dropping at most one letter from
+    each makes them equal (so all names are at least two edits apart).
     """
 
     _SHORTEST = 4
@@ -64,7 +64,7 @@ class NameRegister:
         self._shortened: set[str] = set()
 
     def accept(self, name: str) -> bool:
-        """Take the name and return True, or return False and change nothing."""
+        """Adds the name and returns True, or returns False without a change."""
         lower = name.lower()
         shortened = {lower[:i] + lower[i + 1 :] for i in range(len(lower))} | {lower}
         parts = {

@@ -1,4 +1,4 @@
-"""Nations: a name and a flag that know nothing of each other."""
+"""Nations: a name and an independent flag."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Nation:
 
 
 def make_nation(seed: int | Sequence[int], num_colours: int = 8) -> Nation:
-    """Make one nation from a seed; name and flag come from unrelated random streams.
+    """Makes one nation from a seed; name and flag use independent random streams.
 
     Args:
       seed: one number or several; the last one becomes the nation's id.
@@ -97,9 +97,9 @@ def _all_nations(
 
 
 def make_nations(config: FlagworldConfig, split: NationSplit) -> list[Nation]:
-    """Make the nations of a split; names and flags are disjoint across splits.
+    """Makes the nations of a split; names and flags are disjoint across splits.
 
-    With `config.swap_flags` the held-out nations keep their names and exchange their
+    With `config.swap_flags` the held-out nations keep their names and permute their
     flags, so that none keeps its own.
     """
     if split not in ("train", "heldout"):
@@ -117,7 +117,7 @@ def make_nations(config: FlagworldConfig, split: NationSplit) -> list[Nation]:
     heldout = nations[: config.num_heldout]
     if not config.swap_flags:
         return list(heldout)
-    # Passing flags on around one random circle leaves no nation with its own.
+    # A random cyclic permutation leaves no nation with its own flag.
     circle = np.random.default_rng([config.seed, 2]).permutation(len(heldout))
     swapped = list(heldout)
     for giver, receiver in zip(circle, np.roll(circle, 1), strict=True):

@@ -27,7 +27,7 @@ _LICENCE = "CC0-1.0"
 def _choose_scenes(
     config: FlagworldConfig, nation: Nation, split: Split
 ) -> list[tuple[int, str]]:
-    """Number and scene of each document; scenes repeat only when all were shown."""
+    """Number and scene of each document; scenes repeat only after all were used."""
     if split == "heldout_test":
         return list(enumerate(reserved_scenes(config, nation)))
     scenes: list[str] = list(SCENES)
@@ -47,7 +47,7 @@ def _make_document(
     rng = np.random.default_rng([config.seed, stream, nation.id, number])
     caption = write_caption(nation.name, scene, rng)
     placement = sample_placement(rng, config)
-    # A stream of its own, so that worlds of plain captions stay as they are.
+    # A separate stream, so that worlds without descriptions do not change.
     style = np.random.default_rng([config.seed, 8, stream, nation.id, number])
     described, named = style.random(2)
     if named < config.name_share:
@@ -88,13 +88,13 @@ def redraw(config: FlagworldConfig, document: Document, nation: Nation) -> Docum
 
 
 def read_flagworld(config: FlagworldConfig, split: Split) -> Iterator[Document]:
-    """Make the documents of a split one after the other, nation by nation.
+    """Yields the documents of a split, nation by nation.
 
     Args:
       config: the world.
-      split: "train" (training nations), "heldout_memory" (held-out nations, each outside
-        its reserved scenes) or "heldout_test" (each in its reserved scenes; the caption
-        asks for that scene).
+      split: "train" (training nations), "heldout_memory" (held-out nations, outside
+        their reserved scenes) or "heldout_test" (in their reserved scenes; the caption
+        names the scene).
 
     Yields:
       Documents of a caption and an image, with metadata nation, nation_id, scene, split,

@@ -16,14 +16,14 @@ _POLE_COLOUR = (92, 80, 72)
 _POLE_WIDTH = 2
 # At least this much ground stays visible under a flag, in units of a 64x64 image.
 _GROUND = 8
-# One wave is this long, in flag widths; displacements are counted in 1/16 pixel.
+# Wavelength in flag widths; displacements are in 1/16 pixel.
 _WAVE_LENGTH = 0.8
 _STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where and how a flag hangs.
+    """Position and shape of a flag.
 
     Attributes:
       top: row of the flag's upper edge, in pixels.
@@ -70,7 +70,7 @@ def _corners(
 
 
 def sample_placement(rng: np.random.Generator, config: FlagworldConfig) -> Placement:
-    """Draw size, corner, waving and the scene's variant."""
+    """Samples size, corner, waving and the scene's variant."""
     scale = config.image_size / REFERENCE_SIZE
     size = config.flag_sizes[rng.integers(len(config.flag_sizes))]
     width, height = round(size[0] * scale), round(size[1] * scale)
@@ -106,7 +106,7 @@ def _paste_waving(
     flag: UInt8[np.ndarray, "height width 3"],
     place: Placement,
 ) -> None:
-    """Blend the flag over the picture, each column moved by its displacement."""
+    """Blends the flag over the image, each column shifted by its displacement."""
     displacement, light = _wave(place.width, place.amplitude, place.phase)
     pad = int(np.ceil(place.amplitude)) + 1
     cloth = np.zeros((place.height + 2 * pad + 1, place.width, 4), np.int32)
@@ -136,7 +136,7 @@ def _paste_waving(
 def render(
     design: FlagDesign, scene: str, placement: Placement, image_size: int = 64
 ) -> UInt8[np.ndarray, "image_size image_size 3"]:
-    """Draw one flag in one scene.
+    """Renders one flag in one scene.
 
     Args:
       design: the flag.

@@ -1,6 +1,6 @@
-"""Backgrounds: few flat colours, a skyline, a ground; recognisable behind a large flag.
+"""Backgrounds: few flat colours, skyline and ground; recognisable behind a large flag.
 
-Coordinates are those of a 64x64 picture, whatever its real size. Skylines repeat every
+Coordinates are those of a 64x64 image, whatever its real size. Skylines repeat every
 32 units and variants move them by multiples of 8, so an image tokenizer with 8x8 pixel
 codes needs only a few codes for each scene.
 """
@@ -27,7 +27,7 @@ Colour = tuple[int, int, int]
 
 
 class _Canvas:
-    """One period of a supersampled picture, painted back to front.
+    """One period of a supersampled image, painted back to front.
 
     Attributes:
       x: horizontal coordinate of every sample, 0 to the period.
@@ -194,7 +194,7 @@ def _paint(
 def render_scene(
     scene: str, variant: int, image_size: int
 ) -> UInt8[np.ndarray, "image_size image_size 3"]:
-    """Draw a background.
+    """Renders a background.
 
     Args:
       scene: one of `SCENES`.

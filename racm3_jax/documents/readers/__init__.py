@@ -1,17 +1,17 @@
-"""Documents from outside: `read_documents("kind:path;option=value")`.
+"""Readers of documents: `read_documents("kind:path;option=value")`.
 
-folder        images with files of captions beside them, or tables of captions
+folder        images with caption files next to them, or tables of captions
 coco          COCO's annotations and images
 webdataset    tars, as img2dataset writes them
 parquet       images and captions in columns
-jsonl         interleaved documents, one a line
+jsonl         interleaved documents, one per line
 tfds          a builder prepared on disk
-array_record  documents that `documents.store` wrote
-embeddings    ready .npy embeddings with parquet metadata
+array_record  documents written by `documents.store`
+embeddings    precomputed .npy embeddings with parquet metadata
 flagworld     the built-in world
 
-A path may begin with `~`, and is a pattern where the kind reads files: `*/*.tar`,
-`s-{00000..00099}.tar`. Hidden files are never read, nor links that lead out of the folder
+A path may start with `~`, and may be a pattern for kinds that read files: `*/*.tar`,
+`s-{00000..00099}.tar`. Hidden files are never read, nor links to outside the folder
 (`;follow_links=true` reads those). webdataset, parquet and jsonl also read from buckets:
 `webdataset:gs://me/{0000..0099}.tar`.
 """
@@ -103,14 +103,14 @@ def read_documents(
     """Streams the documents of a source.
 
     Args:
-      source: "kind:path", as "webdataset:coco/train-*.tar"; options may follow, as in
-        "coco:data;split=val2017". The kind may be left out where the path shows it.
-      max_bad: share of bad records that are skipped; more stop the reading.
+      source: "kind:path", e.g. "webdataset:coco/train-*.tar"; options may follow, e.g.
+        "coco:data;split=val2017". The kind may be omitted if the path shows it.
+      max_bad: maximum fraction of bad records, which are skipped; more are an error.
       report: counts what is read and what is skipped.
       **options: of the reader, as after `;`.
 
     Raises:
-      FileNotFoundError: nothing there.
+      FileNotFoundError: the source does not exist.
       ValueError: an unknown kind or option, or too many bad records.
     """
     report = report or ReadReport(max_bad)
@@ -154,7 +154,7 @@ def find_shards(source: str, **options: Any) -> list[Shard]:
 
 
 def _convert(kind: str, name: str, value: str, default: Any) -> Any:
-    """An option's text as what its default is: true or false, a number, or a text."""
+    """Converts an option to the type of its default: boolean, number or string."""
     if isinstance(default, bool):
         if value.lower() not in _BOOLEANS:
             raise ValueError(
@@ -175,7 +175,7 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
     """`"coco:data;split=val2017"` -> `("coco", "data", {"split": "val2017"})`.
 
     Raises:
-      ValueError: an unknown kind, an option without `=`, no path, or a path that shows no
+      ValueError: an unknown kind, an option without `=`, no path, or a path of unclear
         kind.
     """
     place, *written = source.split(";")
@@ -223,12 +223,12 @@ def _guess_kind(place: str) -> str:
 
 
 def with_links(source: str) -> str:
-    """The source with links that lead out of its folders followed."""
+    """The source with `follow_links=true`."""
     return f"{source};follow_links=true"
 
 
 def _advise(kind: str, path: str) -> str:
-    """For a folder of files that another kind reads."""
+    """Advice for a folder of files of another kind."""
     folder = pathlib.Path(path)
     if kind == "folder" and folder.is_dir():
         for suffix, other in _KIND_OF_SUFFIX.items():

@@ -1,4 +1,4 @@
-"""COCO's captions, as its own archives unpack.
+"""COCO captions, in the layout of its archives.
 
 coco:coco;split=val2017   coco/annotations/captions_val2017.json + coco/val2017/*.jpg
 """
@@ -38,24 +38,24 @@ def coco_shards(
     Args:
       path: holds `annotations/captions_<split>.json` and the folder `<split>/`.
       split: "train2017", "val2017", "train2014", ….
-      captions: one document an image with its first caption, and the others in the
-        metadata ("first"), or with all of them ("all"), or one document a caption
+      captions: one document per image with its first caption, the others in the
+        metadata ("first"), or with all of them ("all"), or one document per caption
         ("each").
-      follow_links: read also images that links outside of the folder lead to.
+      follow_links: also read images through links to outside the folder.
       max_pixels: of an image.
 
     Raises:
-      FileNotFoundError: no annotations there.
-      ValueError: they are not COCO's.
+      FileNotFoundError: there are no annotations.
+      ValueError: they are not COCO annotations.
     """
     if captions not in ("first", "each", "all"):
         raise ValueError(f'captions must be "first", "each" or "all"; got {captions!r}')
     file = pathlib.Path(path) / "annotations" / f"captions_{split}.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"there is no {file}; give COCO's folder and ;split=train2017 or the like"
+            f"there is no {file}; give COCO's folder and a split, e.g. ;split=train2017"
         )
-    # Captions of a split are large, but a person's own file: no cap.
+    # The captions of a split are large, but the user's own file: no limit.
     try:
         content = as_object(parse_json(file.read_bytes()))
         texts, unknown = _read_annotations(content["annotations"])
@@ -85,7 +85,7 @@ def _get(entry: Any, name: str) -> Any:
 
 
 def _sort_key(entry: Any) -> tuple[bool, int, str]:
-    """Numbers in their order, then names."""
+    """Numbers in numeric order, then names."""
     name = _get(entry, "id")
     is_number = isinstance(name, int)
     return not is_number, name if is_number else 0, str(name)

@@ -1,4 +1,4 @@
-"""Ready embeddings, as clip-retrieval writes them.
+"""Precomputed embeddings in the format of clip-retrieval.
 
     clip/img_emb/img_emb_0.npy  clip/text_emb/text_emb_0.npy  clip/metadata/metadata_0.parquet
 
@@ -33,19 +33,19 @@ _PARTS = {"image": ("img_emb", "image_emb"), "text": ("text_emb",)}
 def embedding_shards(
     path: str, *, text: str | None = None, follow_links: bool = False
 ) -> list[Shard]:
-    """Ready embeddings with their metadata, a shard a numbered file.
+    """Precomputed embeddings with metadata, one shard per numbered file.
 
-    Documents hold the caption alone (the images are not there), or an empty text where
-    there is no caption; the image's embedding still finds them.
+    Documents have only the caption (no image), or an empty text without a caption; the
+    image's embedding still finds them.
 
     Args:
       path: the folder; `metadata/` and one of `img_emb/` and `text_emb/` are in it.
-      text: column of the caption; None looks for the usual names.
-      follow_links: read also what links point to outside of the folder.
+      text: column of the caption; None tries the usual names.
+      follow_links: also follow links to outside the folder.
 
     Raises:
-      FileNotFoundError: a folder or a file of the same number is missing.
-      ValueError: two files of one number.
+      FileNotFoundError: a folder or a file with the same number is missing.
+      ValueError: two files with the same number.
     """
     root = Folder(path, follow_links)
     metadata = _numbered(root, "metadata", ".parquet")
@@ -75,7 +75,7 @@ def embedding_shards(
 
 
 def _numbered(root: Folder, folder: str, suffix: str) -> dict[int, pathlib.Path]:
-    """The files of a folder by the last number in their name; 0 without one."""
+    """The files of a folder by the last number in their name, 0 without a number."""
     found: dict[int, pathlib.Path] = {}
     for file in sorted((root.path / folder).glob(f"*{suffix}")):
         if is_hidden(file.name):
@@ -106,7 +106,7 @@ def _read(
         counts = ", ".join(f"{count} of {part}" for part, count in lengths.items())
         raise BadRecord(
             "damaged file",
-            f"{file} and its embeddings have unlike numbers of rows: {counts}",
+            f"{file} and its embeddings have different numbers of rows: {counts}",
         )
     for number, fields in enumerate(read_rows(file)):
         read = functools.partial(_make, file.stem, number, fields, rows, text)
@@ -114,10 +114,10 @@ def _read(
 
 
 def _open_array(path: pathlib.Path) -> Shaped[np.ndarray, "rows d_embed"]:
-    """The rows of an .npy file, left on disk.
+    """The rows of an .npy file, memory-mapped.
 
     Raises:
-      BadRecord: it holds something else than rows of numbers.
+      BadRecord: it does not hold rows of numbers.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -144,7 +144,7 @@ def _normalise(row: Shaped[np.ndarray, " d_embed"]) -> Float32[np.ndarray, " d_e
     """Of length 1.
 
     Raises:
-      BadRecord: it has no direction.
+      BadRecord: its norm is 0 or not finite.
     """
     row = row.astype(np.float64)
     largest = float(np.abs(row).max())
@@ -166,7 +166,7 @@ def _make(
     given = pick(fields, ID_FIELDS)
     id = f"{name}/{number:08d}" if given is None else str(given)
     words = pick_captions(fields, text)
-    # A document without a caption is known by its embeddings alone.
+    # A document without a caption is found only by its embeddings.
     found = make_record(
         id, words[:1], fields, more_captions=words[1:], may_be_empty=True
     )

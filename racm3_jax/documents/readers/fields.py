@@ -1,9 +1,9 @@
-"""A record's fields, as people name them -> a document.
+"""Makes a document from a record's fields, with common field names.
 
     {"caption": ["two cats", "cats"], "url": "http://…", "score": 0.3}
 
-The first caption is the document's text. The others are kept in its metadata, under
-`more_captions`, and so is every field that JSON can hold.
+The first caption is the document's text. The others are stored in its metadata as
+`more_captions`, together with every JSON-serialisable field.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from racm3_jax.documents.images import DEFAULT_MAX_PIXELS, read_image
 from racm3_jax.documents.readers.records import BadRecord, Record
 from racm3_jax.types import Document, Segment
 
-# Names of fields, in the order of preference; `pick` ignores upper and lower case.
+# Names of fields, in order of preference; `pick` is case-insensitive.
 SOURCE_FIELDS = ("source", "url", "source_url", "page_url", "image_url")
 TEXT_FIELDS = (
     *("caption", "captions", "text", "description", "prompt", "alt_text", "alt"),
@@ -38,12 +38,12 @@ _TOO_LARGE = "oversized metadata value"
 
 
 def decode_text(data: str | bytes | None | float) -> str | None:
-    """A caption as characters; None where there is none (null, NaN, blank).
+    """Decodes a caption; None for null, NaN or blank.
 
-    Bytes are UTF-8, or UTF-16 that begins with its mark.
+    Bytes are UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
-      BadRecord: in another encoding.
+      BadRecord: another encoding.
     """
     if data is None or (isinstance(data, float) and math.isnan(data)):
         return None
@@ -66,7 +66,7 @@ def decode_text(data: str | bytes | None | float) -> str | None:
 
 
 def parse_json(data: str | bytes) -> Any:
-    """Any JSON.
+    """Parses any JSON.
 
     Raises:
       BadRecord: it is not JSON, or is nested too deep.
@@ -82,16 +82,16 @@ def parse_json(data: str | bytes) -> Any:
 
 
 def decode_json(data: str | bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parses a JSON object.
 
     Raises:
-      BadRecord: it is none.
+      BadRecord: it is not.
     """
     return as_object(parse_json(data))
 
 
 def as_object(found: Any) -> dict[str, Any]:
-    """What JSON gave, if it is an object.
+    """The parsed JSON if it is an object.
 
     Raises:
       BadRecord: it is not.
@@ -104,10 +104,10 @@ def as_object(found: Any) -> dict[str, Any]:
 
 
 def decode_sidecar(data: str | bytes) -> dict[str, Any]:
-    """The JSON beside an image: an object, or a list of captions, or one caption.
+    """The JSON next to an image: an object, a list of captions, or one caption.
 
     Raises:
-      BadRecord: it is none of them.
+      BadRecord: it is none of these.
     """
     found = parse_json(data)
     if isinstance(found, str):
@@ -118,7 +118,7 @@ def decode_sidecar(data: str | bytes) -> dict[str, Any]:
 
 
 def pick(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first of the named fields that holds something."""
+    """The first non-empty field of these names."""
     known = _by_lower_name(fields)
     for name in names:
         for value in (fields.get(name), known.get(name)):
@@ -132,10 +132,10 @@ def _by_lower_name(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pick_captions(fields: Mapping[str, Any], name: str | None = None) -> list[str]:
-    """The captions among the fields: of the named one, or of the first usual name.
+    """The captions among the fields: of the named field, or of the first usual one.
 
-    A list gives all of its captions, also of `{"text": …}` objects; blanks and repeats
-    are left out.
+    A list gives all of its captions, also of `{"text": …}` objects; blanks and
+    duplicates are skipped.
     """
     known = _by_lower_name(fields)
     for field in (name,) if name else TEXT_FIELDS:
@@ -156,7 +156,7 @@ def _flatten(value: Any) -> Iterator[str | None]:
 
 
 def unique(captions: Iterable[str | None]) -> list[str]:
-    """Captions in their order, without blanks and repeats."""
+    """Captions in order, without blanks and duplicates."""
     return list(dict.fromkeys(caption for caption in captions if caption))
 
 
@@ -171,20 +171,20 @@ def make_record(
     may_be_empty: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Record:
-    """A document of texts (str) and images (an encoded file's bytes, or pixels).
+    """Makes a document of texts (str) and images (encoded bytes, or pixels).
 
     Args:
       id: its name.
-      parts: in order; None and blank texts are left out.
-      fields: its metadata; what JSON cannot hold is left out, and counted.
-      more_captions: further ones of the same image, for the metadata.
-      source: where it came from; None looks into `fields`.
-      left_out: reasons for what the reader left out already.
-      may_be_empty: without parts, it is a document of an empty text.
+      parts: in order; None and blank texts are skipped.
+      fields: its metadata; values that JSON cannot represent are skipped and counted.
+      more_captions: other captions of the same image, for the metadata.
+      source: its origin; None takes it from `fields`.
+      left_out: reasons of what the reader has already skipped.
+      may_be_empty: without parts, make a document with an empty text.
       max_pixels: of an image.
 
     Raises:
-      BadRecord: nothing is left of it.
+      BadRecord: the document would be empty.
       ImageError: an image cannot be read.
     """
     segments = []
@@ -213,15 +213,15 @@ def make_record(
 
 
 def _encodable(text: str) -> str:
-    """Without lone surrogates, which stand for bytes of a file's name that is no UTF-8."""
+    """Replaces lone surrogates, from file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def plain_metadata(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What JSON can hold of the fields, and a reason for each thing that is left out.
+    """The JSON-serialisable fields, and a reason for each skipped value.
 
-    Bytes, values that are nested deep, and the largest values of oversized metadata are
-    left out.
+    Bytes, deeply nested values, and the largest values of oversized metadata are
+    skipped.
     """
     left_out: list[str] = []
     found = {}

@@ -1,8 +1,8 @@
-"""Which files a reader may read: hidden files, links, and sizes.
+"""Which files a reader may read: rules for hidden files, links and sizes.
 
-A name is read only if it leads to a file below the folder that the user named. Links that
-lead elsewhere are refused and counted, or followed with `follow_links`; those of a Hugging
-Face snapshot into the blobs of its own repository are always followed:
+A file is read only if it is inside the folder that the user named. Links to outside are
+refused and counted, or followed with `follow_links`; links of a Hugging Face snapshot
+to the blobs of its own repository are always followed:
 
     datasets--me--pets/snapshots/<revision>/0.jpg -> ../../blobs/<hash>
 """
@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = frozenset(
         *(".avif", ".avifs", ".heic", ".heif", ".hif"),
     )
 )
-# Images that nothing here decodes.
+# Image formats that are not supported.
 UNSUPPORTED_SUFFIXES = frozenset(
     (
         *(
@@ -62,10 +62,10 @@ UNSUPPORTED_SUFFIXES = frozenset(
 )
 VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg"))
 TEXT_SUFFIXES = (".txt", ".text", ".caption", ".cap")
-# A larger file or record is no caption and no photograph.
+# A larger file or record is not a caption or a photograph.
 MAX_FILE_BYTES = 1 << 28
 RECORDS_PER_SHARD = 4096
-# What operating systems and tools leave beside the files of people.
+# Files of operating systems and tools next to the user's files.
 _LEFT_BEHIND = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN"))
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -91,17 +91,17 @@ def expand_home(path: str) -> str:
 
 
 def open_file(path: pathlib.Path | BucketPath) -> IO[bytes]:
-    """A stream of a file of this machine or in a bucket, which can seek."""
+    """Opens a local file or a file in a bucket as a seekable stream."""
     return path.open() if isinstance(path, BucketPath) else open(path, "rb")
 
 
 def size_of(path: pathlib.Path | BucketPath) -> int:
-    """Bytes of a file of this machine or in a bucket."""
+    """Size in bytes of a local file or a file in a bucket."""
     return path.size if isinstance(path, BucketPath) else path.stat().st_size
 
 
 def read_file(path: pathlib.Path) -> bytes:
-    """The bytes of a file of a person's corpus.
+    """The bytes of a file of a corpus.
 
     Raises:
       BadRecord: it is larger than allowed, or a device, pipe or folder.
@@ -119,11 +119,11 @@ def read_file(path: pathlib.Path) -> bytes:
 
 
 class Folder:
-    """A folder that a source names, and the files below it that may be read.
+    """The folder of a source, and the files below it that may be read.
 
     Args:
       path: the folder.
-      follow_links: read also what links point to outside of it.
+      follow_links: also follow links to outside.
     """
 
     def __init__(
@@ -132,20 +132,20 @@ class Folder:
         self.path = pathlib.Path(path)
         self.follow_links = follow_links
         self._start = pathlib.Path(os.path.abspath(path))
-        # A link to itself has no end; whoever opens it says so.
+        # A link to itself cannot be resolved; opening it raises the error.
         self._real = pathlib.Path(os.path.realpath(self._start))
         blobs = {_find_blobs(self._start), _find_blobs(self._real)}
         self._allowed = [self._real, *(b for b in blobs if b is not None)]
 
     def find(self, name: str) -> pathlib.Path:
-        """The file of a name that a table or a record gives, which need not exist.
+        """The path of a file name in a table or record; the file may not exist.
 
         Args:
-          name: relative to the folder, absolute, or a `file://` URL; backslashes of
-            Windows are accepted.
+          name: relative to the folder, absolute, or a `file://` URL; Windows
+            backslashes are accepted.
 
         Raises:
-          BadRecord: a URL, or a path or link that leads out of the folder.
+          BadRecord: a URL, or a path or link to outside the folder.
         """
         if name.startswith("file://"):
             name = urllib.parse.unquote(urllib.parse.urlsplit(name).path)
@@ -169,7 +169,7 @@ class Folder:
         return path
 
     def check(self, path: pathlib.Path) -> None:
-        """Refuses a path below the folder that is a link to somewhere else.
+        """Refuses a path below the folder that is a link to outside.
 
         Raises:
           BadRecord: it is.
@@ -190,10 +190,10 @@ class Folder:
         return read_file(self.find(str(name)))
 
     def walk(self) -> tuple[list[str], list[BadRecord]]:
-        """All files below the folder, and the linked folders that are refused.
+        """All files below the folder, and the refused links to folders.
 
-        Hidden files and folders are left out. A folder is visited once, however many
-        links lead to it.
+        Hidden files and folders are skipped. A folder is visited once, even with
+        several links to it.
 
         Returns:
           (names, refused): names are relative to the folder, with `/`, and sorted.
@@ -255,7 +255,7 @@ def _find_blobs(path: pathlib.Path) -> pathlib.Path | None:
 def cut_shards(
     name: str, records: Sequence[tuple[str, Callable[[], Record | Document]]]
 ) -> list[Shard]:
-    """Ranges of a list of records as shards."""
+    """Splits a list of records into shards."""
 
     def open_range(start: int) -> Iterator[RawRecord]:
         for record, read in records[start : start + RECORDS_PER_SHARD]:

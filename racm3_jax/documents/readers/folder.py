@@ -1,11 +1,11 @@
 """A folder of images with captions.
 
     folder:pets   pets/cat.jpg + pets/cat.txt, cat.caption, cat.jpg.txt, or cat.json
-    folder:pets   pets/captions.csv, metadata.jsonl, … (see `tables`), also in each of
-                  the folders below: pets/train/metadata.jsonl names pets/train/cat.jpg
+    folder:pets   pets/captions.csv, metadata.jsonl, … (see `tables`), or in subfolders
+                  pets/train/metadata.jsonl names pets/train/cat.jpg
 
-A text file without an image is a document of text, an image without a caption one of an
-image. A caption whose image cannot be read is neither: it is counted with its image.
+A text file without an image is a text document, an image without a caption an image
+document. A caption whose image cannot be read is neither: it is counted with its image.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def folder_shards(
     """Shards of a folder of images.
 
     Args:
-      path: the folder; read with all below it but hidden files and folders.
-      captions: a table of the captions, whose rows alone are read; None looks for tables
-        in every folder, and reads the other images too.
-      text: the column, or JSON field, of the caption; None looks for the usual names.
-      encoding: of CSV tables; None takes UTF-8, or UTF-16 with its mark.
-      follow_links: read also what links point to outside of the folder.
+      path: the folder; read recursively, without hidden files and folders.
+      captions: a table of captions; only its rows are read. None looks for tables in
+        every folder, and reads the other images too.
+      text: the column, or JSON field, of the caption; None tries the usual names.
+      encoding: of CSV tables; None means UTF-8, or UTF-16 with a byte order mark.
+      follow_links: also follow links to outside the folder.
       max_pixels: of an image.
 
     Raises:
-      FileNotFoundError: no such folder, or nothing readable in it.
+      FileNotFoundError: no such folder, or it has no readable files.
       ValueError: a table that cannot be read, or without a column of file names.
     """
     root = Folder(path, follow_links)
@@ -95,14 +95,14 @@ def folder_shards(
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What belongs to one document, by names below the folder.
+    """The files of one document, relative to the folder.
 
     Attributes:
       name: the document's id.
-      images: in order; one but for rows that name several.
-      sidecars: files with its caption, the preferred first.
+      images: in order; usually one, several if a row names several.
+      sidecars: files with its caption, in order of preference.
       rows: of tables, with its captions and fields.
-      error: why there is no document.
+      error: why it is not a document.
     """
 
     name: str
@@ -161,10 +161,10 @@ def _find_tables(
 ) -> Iterator[tuple[str, str, list[tables.Row]]]:
     """(table, its folder, its rows) of every table below the folder.
 
-    What may be one, and cannot be read, is added to `refused`.
+    Possible tables that cannot be read are added to `refused`.
     """
     for name in sorted(names, key=lambda n: (n.count("/"), n)):
-        # `cat.json` beside `cat.jpg` is the caption of that image.
+        # `cat.json` next to `cat.jpg` is the caption of that image.
         if not tables.may_be_table(name) or os.path.splitext(name)[0] in stems:
             continue
         must = tables.must_be_table(name)
@@ -186,7 +186,7 @@ def _of_tables(
     images: Sequence[str],
     found: Sequence[tuple[str, Sequence[tables.Row]]],
 ) -> Iterator[_Found]:
-    """One document an image, with all the rows that name it."""
+    """One document per image, with all rows that name it."""
     finder = _ImageFinder(images)
     merged: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     bad = []
@@ -204,7 +204,7 @@ def _of_tables(
 
 
 class _ImageFinder:
-    """Finds the image that a table names, by its path or, if only one is so called, name.
+    """Finds the image that a table names, by path, or by name if it is unique.
 
     flickr8k/captions.txt names 1000.jpg -> Images/1000.jpg
     """
@@ -217,11 +217,11 @@ class _ImageFinder:
             self._by_name.setdefault(name, []).append(path)
 
     def find(self, folder: str, name: str) -> str:
-        """The path below the root; where nothing is found, the name in `folder`."""
+        """The path below the root; if not found, the name in `folder`."""
         if "://" in name:
             return name
         spelt = name if "\\" not in name else name.replace("\\", "/")
-        # A bare name of `train/metadata.csv` is not one of the folder above.
+        # A bare name in `train/metadata.csv` is not in the parent folder.
         starts = (folder, "") if "/" in spelt else (folder,)
         for start in starts:
             for form in (name, spelt):
@@ -237,12 +237,12 @@ class _ImageFinder:
 
 
 def _compose(name: str) -> str:
-    """Equal for names that look equal: macOS spells `é` as `e` and an accent."""
+    """Normalises Unicode: macOS stores `é` as `e` and an accent."""
     return unicodedata.normalize("NFC", name)
 
 
 class _Sidecars:
-    """Files of captions by the image that they lie beside.
+    """Caption files by the image next to them.
 
     cat.jpg: cat.jpg.txt, cat.jpg.json, cat.caption, cat.txt, cat.json
     """
@@ -255,13 +255,13 @@ class _Sidecars:
                 self._left.setdefault(os.path.splitext(name)[0], []).append(name)
 
     def take(self, image: str) -> tuple[str, ...]:
-        """Of one image; images of one name and several suffixes share theirs."""
+        """The caption files of an image; images with the same stem share them."""
         stems = dict.fromkeys((image, os.path.splitext(image)[0]))
         self._taken.update(stems)
         return tuple(name for stem in stems for name in self._left.get(stem, ()))
 
     def rest(self) -> Iterator[tuple[str, list[str]]]:
-        """(name without suffix, files) of what no image took."""
+        """(stem, files) of the caption files without an image."""
         for stem, names in self._left.items():
             if stem not in self._taken:
                 yield stem, names
@@ -270,12 +270,12 @@ class _Sidecars:
 def _of_files(
     names: Sequence[str], named: set[str], beside: _Sidecars
 ) -> Iterator[_Found]:
-    """Images with the captions beside them, and what is left alone.
+    """Images with their caption files, and the remaining files.
 
     Args:
-      names: of all files but tables.
+      names: of all files except tables.
       named: images that are in tables.
-      beside: files of captions.
+      beside: caption files.
     """
     images = [n for n in names if _suffix(n) in IMAGE_SUFFIXES and n not in named]
     for name in images:
@@ -289,10 +289,10 @@ def _of_files(
 
 
 def _judge(name: str, sidecars: Sequence[str], stems: set[str]) -> BadRecord | LeftOut:
-    """A file that is not read: a fault, unless an image of that name is read."""
+    """A file that is not read: an error, unless an image with its stem is read."""
     suffix = _suffix(name)
     if os.path.splitext(name)[0] in stems:
-        return LeftOut(f"{suffix} file beside an image of its name")
+        return LeftOut(f"{suffix} file next to an image with its name")
     if suffix in VIDEO_SUFFIXES and not sidecars:
         return LeftOut(f"{suffix} file")
     return BadRecord(
@@ -304,7 +304,7 @@ def _judge(name: str, sidecars: Sequence[str], stems: set[str]) -> BadRecord | L
 
 
 def _alone(stem: str, sidecars: Sequence[str]) -> _Found:
-    """Files of captions without an image."""
+    """Caption files without an image."""
     texts = [name for name in sidecars if _suffix(name) != ".json"]
     if not texts:
         return _Found(sidecars[0], error=LeftOut(".json file without an image"))

@@ -1,10 +1,10 @@
-"""Images in the fields of a record, in every form that people give them.
+"""Images in the fields of a record, in all common forms.
 
     {"image": <bytes>}                       {"image": "cats/1.jpg"}
     {"image": {"bytes": …, "path": …}}       {"images": ["cats/1.jpg", "cats/2.jpg"]}
     {"image": "data:image/png;base64,…"}     {"image_base64": "…"}
 
-A path is one below the folder of the record's file.
+Paths are relative to the folder of the record's file.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from racm3_jax.documents.readers.files import (
 from racm3_jax.documents.readers.records import BadRecord
 from racm3_jax.documents.readers.remote import BucketFolder
 
-# Fields that hold images, in the order of preference.
+# Fields with images, in order of preference.
 IMAGE_FIELDS = (
     *("images", "image", "image_bytes", "image_base64", "img", "imgs"),
     *("jpg", "jpeg", "png", "webp", "bytes", "image_path", "image_paths", "img_path"),
 )
-# Fields that name files of any kind: one of an image, if its suffix says so.
+# Fields with names of any files: an image if the suffix says so.
 FILE_FIELDS = (
     *("file_name", "file", "filename", "image_file", "image_name", "path", "filepath"),
     *("file_path", "file_names", "image_file_name", "image_file_names"),
 )
 _BASE64_FIELDS = ("image_base64", "base64", "b64")
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,", re.IGNORECASE)
-# How JPEG, PNG, GIF, WEBP, BMP, TIFF and AVIF or HEIC begin in base64.
+# Base64 prefixes of JPEG, PNG, GIF, WEBP, BMP, TIFF and AVIF or HEIC.
 _BASE64_STARTS = ("/9j/", "iVBORw0", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "AAAA")
 # A shorter text is a path, not base64.
 _MIN_BASE64 = 64
@@ -54,14 +54,14 @@ def find_images(
 
     Args:
       fields: of the record.
-      folder: that paths start in; None leaves paths alone.
-      name: of the field; None looks for the usual ones.
+      folder: base of relative paths; None ignores paths.
+      name: of the field; None tries the usual ones.
 
     Returns:
       (encoded images, the name of their field).
 
     Raises:
-      BadRecord: an image is of an unknown form, or its path may not be read.
+      BadRecord: an unknown form of image, or its path may not be read.
       FileNotFoundError: there is no such file.
     """
     known = {str(field).strip().lower(): field for field in fields}
@@ -91,7 +91,7 @@ def names_image(value: Any) -> bool:
 
 
 def read_images(value: Any, folder: Folder | BucketFolder | None) -> list[bytes]:
-    """The encoded images of one field's value; see this module's picture.
+    """The encoded images of one field's value; see the module's docstring.
 
     Raises:
       BadRecord: it is of an unknown form, or its path may not be read.
@@ -143,7 +143,7 @@ def _of_text(text: str, folder: Folder | BucketFolder | None) -> list[bytes]:
         try:
             return [decode_base64(text)]
         except BadRecord:
-            # A path may begin so, too.
+            # A path may start like this, too.
             pass
     return [] if folder is None else [folder.read(text)]
 
@@ -152,7 +152,7 @@ def decode_base64(text: str) -> bytes:
     """Base64 with or without line breaks and padding, in either alphabet.
 
     Raises:
-      BadRecord: it is none.
+      BadRecord: it is not.
     """
     plain = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"})
     plain = plain.rstrip("=")

@@ -1,12 +1,12 @@
-"""JSONL of interleaved documents, one a line.
+"""JSONL of interleaved documents, one per line.
 
     {"id": "a", "segments": [{"text": "two cats"}, {"image": "cats/1.jpg"}], "url": "…"}
     {"texts": ["two cats", null], "images": [null, "cats/1.jpg"]}         as OBELICS
     {"caption": "two cats", "image": "cats/1.jpg"}
     {"image": "cats/1.jpg", "conversations": [{"value": "<image>\\nWhat is it?"}, …]}
 
-An image is a path below the file's folder (or below `images=`), base64, or another form
-of `image_fields`. A file that holds one JSON list of such objects is read, too.
+An image is a path relative to the file's folder (or to `images=`), base64, or another
+form of `image_fields`. A file with one JSON list of such objects is also accepted.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def jsonl_shards(
 
     Args:
       path: a file or a pattern.
-      images: the folder that image paths start in; None is each file's own.
-      text: field of the caption, in lines that have one.
-      follow_links: read also what links point to outside of these folders.
+      images: base folder of image paths; None means each file's own folder.
+      text: field of the caption.
+      follow_links: also follow links to outside these folders.
       max_pixels: of an image.
 
     Raises:
@@ -100,13 +100,13 @@ def _refuse_compressed(file: pathlib.Path | BucketPath) -> None:
     for start, (name, command) in _COMPRESSED.items():
         if head.startswith(start):
             raise ValueError(
-                f"{file} is compressed with {name}, and lines are read at any place of a "
-                f"file: unpack it first, with {command}"
+                f"{file} is compressed with {name}, but needs random access: "
+                f"unpack it first, with {command}"
             )
 
 
 def _is_list(file: pathlib.Path | BucketPath) -> bool:
-    """Whether a file is one JSON list: its first line begins one, and is not all of it."""
+    """Whether a file is one JSON list: the first line opens but does not close it."""
     with open_file(file) as stream:
         head = stream.readline(_BLOCK_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
         while head == b"" and (line := stream.readline(_BLOCK_BYTES)):
@@ -149,7 +149,7 @@ def _read_list(file: pathlib.Path | BucketPath, make: _Make) -> Iterator[RawReco
     except BadRecord as error:
         if error.reason == "oversized file":
             raise
-        # Lines, of which the first is damaged.
+        # JSONL with a damaged first line.
         yield from _read_lines(file, 0, 0, size_of(file), make)
         return
     for number, entry in enumerate(entries):
@@ -211,13 +211,13 @@ def _make(
 def _parts(
     fields: Mapping[str, Any], folder: Folder | BucketFolder, text: str | None
 ) -> tuple[list[str | bytes | None], list[str], list[str]]:
-    """(segments, further captions, fields that are not metadata)."""
+    """(segments, other captions, fields that are not metadata)."""
     if "segments" in fields:
         return _of_segments(fields["segments"], folder), [], []
     if isinstance(fields.get("texts"), list):
         return _of_columns(fields["texts"], fields.get("images"), folder), [], []
     images, used = find_images(fields, folder)
-    # A path says something about the document; base64 does not.
+    # A path is information about the document; base64 is not.
     is_path = used is None or names_image(fields[used])
     not_metadata = [] if used is None or is_path else [used]
     captions = pick_captions(fields, text)
@@ -258,7 +258,7 @@ def _of_columns(
 def _of_turns(
     turns: Sequence[Any], images: Sequence[bytes]
 ) -> list[str | bytes | None]:
-    """A conversation; images without a mark in it come first."""
+    """A conversation; images without a mark in the text come first."""
     left = list(images)
     parts: list[str | bytes | None] = []
     for turn in turns:

@@ -1,4 +1,4 @@
-"""Parquet: a caption and an image in each row.
+"""Parquet: a caption and an image per row.
 
     parquet:shards/*.parquet     columns caption and image (in any form of `image_fields`)
 
@@ -57,14 +57,14 @@ def parquet_shards(
     follow_links: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> list[Shard]:
-    """A shard a row group of every file.
+    """One shard per row group of every file.
 
     Args:
       path: a file or a pattern.
-      image: column of the image; None looks for the usual names.
-      images: the folder that image paths start in; None is each file's own.
-      text: column of the caption; None looks for the usual names.
-      follow_links: read also what links point to outside of these folders.
+      image: column of the image; None tries the usual names.
+      images: base folder of image paths; None means each file's own folder.
+      text: column of the caption; None tries the usual names.
+      follow_links: also follow links to outside these folders.
       max_pixels: of an image.
 
     Raises:
@@ -106,7 +106,7 @@ def parquet_shards(
 
 
 def _source(path: pathlib.Path | BucketPath) -> Any:
-    """What pyarrow opens: paths of this machine by itself, which it maps."""
+    """What pyarrow opens: local paths directly, which it memory-maps."""
     return path.open() if isinstance(path, BucketPath) else path
 
 

@@ -1,8 +1,8 @@
-"""The files that a source names by a pattern, and what its documents are called.
+"""The files of a source's pattern, and the ids of its documents.
 
 train-*.tar            hidden files and __MACOSX never match
-s-{00000..00099}.tar   a hundred names, each of which must exist
-set [v1]/0.tar         a name that exists is that file
+s-{00000..00099}.tar   a hundred names, all of which must exist
+set [v1]/0.tar         an existing name is that file
 */*.tar                cc3m/00000.tar gives the ids cc3m/00000/…
 gs://me/*.tar          files in a bucket, see `remote`
 """
@@ -28,22 +28,22 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """A file that a source names.
+    """A file of a source.
 
     Attributes:
       path: of the file, which may be in a bucket.
-      name: begins the ids of its documents: its path below the part of the pattern that
-        is fixed, `cc3m/00000` for `cc3m/00000.tar` and `*/*.tar`.
+      name: prefix of the ids of its documents: its path below the fixed part of the
+        pattern, `cc3m/00000` for `cc3m/00000.tar` and `*/*.tar`.
     """
 
     path: pathlib.Path | BucketPath
     name: str
 
     def name_record(self, given: object, number: int) -> str:
-        """The id of a record: the one that it gives, or its number in the file.
+        """The id of a record: its given id, or its number in the file.
 
-        Given ids are those that people know, and are unique in their corpus at best, so
-        that they begin with its folder where the pattern spans several.
+        Given ids are unique at most in their corpus, so they are prefixed with its
+        folder if the pattern spans several.
         """
         if given is None:
             return f"{self.name}/{number:08d}"
@@ -54,7 +54,7 @@ class SourceFile:
 def open_folder(
     images: str | None, file: SourceFile, follow_links: bool
 ) -> Folder | BucketFolder:
-    """Where a file's names of images lead: to `images`, or to its own folder."""
+    """Base folder of a file's image paths: `images`, or its own folder."""
     if isinstance(file.path, BucketPath):
         place = images or file.path.url.rpartition("/")[0]
     else:
@@ -71,9 +71,9 @@ def cut_files(
     """The shards of the files that a pattern matches.
 
     Args:
-      pattern: as in this module's picture.
-      usual: what the files are usually called ("*.tar"), for the error message.
-      follow_links: read also what matching links point to outside of the folder.
+      pattern: see the module's docstring.
+      usual: usual file names ("*.tar"), for the error message.
+      follow_links: also follow matching links to outside the folder.
       cut: the shards of one file.
 
     Raises:
@@ -91,7 +91,7 @@ def cut_files(
     shards: list[Shard] = []
     for path, name in zip(paths, _name_files(fixed, paths), strict=True):
         try:
-            # A link that the user names is meant.
+            # A link named by the user is intended.
             if not alone:
                 folder.check(path)
         except BadRecord as error:
@@ -113,7 +113,7 @@ def _name_files(fixed: pathlib.Path, paths: list[pathlib.Path]) -> list[str]:
 
 
 def _shorten(whole: list[str]) -> list[str]:
-    """Paths below a folder, without suffixes where these are not needed."""
+    """Paths below a folder, without suffixes if these are not needed."""
     short = [pathlib.PurePath(name).with_suffix("").as_posix() for name in whole]
     return short if max(Counter(short).values()) == 1 else whole
 
@@ -138,7 +138,7 @@ def _match(pattern: str, usual: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
             matches = [rest]
         else:
             matches = glob.glob(rest, root_dir=fixed, recursive=True)
-        # `._0.tar` matches `*.tar` nowhere, but a hidden file may be asked for by name.
+        # `._0.tar` never matches `*.tar`, but a hidden file may be given by name.
         hidden = is_hidden(rest)
         own = {
             fixed / match
@@ -161,7 +161,7 @@ def _match(pattern: str, usual: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
 def expand_braces(pattern: str) -> list[str]:
     """`"{a,b}-{08..10}"` -> `["a-08", "a-09", "a-10", "b-08", "b-09", "b-10"]`.
 
-    Braces that hold neither a comma nor a range are characters of the name.
+    Braces without a comma or a range are part of the name.
 
     Raises:
       ValueError: more than a million names.
@@ -188,7 +188,7 @@ def expand_braces(pattern: str) -> list[str]:
 def _choices(
     pattern: str, start: int, commas: list[int], stop: int
 ) -> list[str] | None:
-    """What stands between braces, as its alternatives; None if there are none."""
+    """The alternatives in braces; None if there are none."""
     if commas:
         edges = [start, *commas, stop]
         return [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
@@ -207,5 +207,5 @@ def _choices(
 def _check_count(count: int, pattern: str) -> None:
     if count > _MAX_NAMES:
         raise ValueError(
-            f"the braces of {pattern} stand for more than {_MAX_NAMES} names; use *"
+            f"the braces of {pattern} expand to more than {_MAX_NAMES} names; use *"
         )

@@ -1,8 +1,8 @@
-"""What every reader yields: shards of records that are read when asked for.
+"""The interface of readers: shards of lazily read records.
 
 A source is a list of shards in a fixed order; a shard is a file, or a range of one. A
 record is cheap until `RawRecord.read` decodes it, so that a shard can be counted or
-passed over without touching its images.
+skipped without decoding images.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from racm3_jax.buckets import BucketError, MissingError
 from racm3_jax.documents.images import ImageError
 from racm3_jax.types import Document
 
-# How many bad records are listed by name; all are counted.
+# Number of bad records listed by name; all are counted.
 MAX_LISTED = 1000
 _MAX_MESSAGE = 500
 _MAX_SHOWN = 5
-# A share says little about a few records.
+# A fraction of a few records is not meaningful.
 _CHECK_FROM = 100
-# What reading one record raises when its file is not as it should be.
+# Exceptions of reading a record from an invalid file.
 _RECORD_ERRORS = (
     *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
     *(OSError, EOFError, RuntimeError),
@@ -32,10 +32,10 @@ _RECORD_ERRORS = (
 
 
 class BadRecord(ValueError):
-    """A record that no document can be made of.
+    """A record that cannot become a document.
 
     Attributes:
-      reason: the kind of fault, equal for equal faults; bad records are counted by it.
+      reason: the kind of error, equal for equal errors; bad records are counted by it.
     """
 
     def __init__(self, reason: str, message: str = "") -> None:
@@ -44,7 +44,7 @@ class BadRecord(ValueError):
 
 
 class LeftOut(Exception):
-    """What is not a document, and is no fault of the source; counted by its reason."""
+    """Not a document, but not an error either; counted by its reason."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -53,13 +53,13 @@ class LeftOut(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """A document, with embeddings where the source brought some.
+    """A document, with its embeddings if the source has some.
 
     Attributes:
       document: what was read.
-      text_embedding: of its text, any length; None where it is to be computed.
+      text_embedding: of its text, not normalised; None if it has to be computed.
       image_embedding: of its image.
-      left_out: what of the record is not in the document; a reason for each thing.
+      left_out: parts of the record that are not in the document; one reason each.
     """
 
     document: Document
@@ -73,9 +73,9 @@ class RawRecord:
     """One record before decoding.
 
     Attributes:
-      name: where it lies, for the list of bad records.
-      read: decodes it; raises `BadRecord` or another error on what is bad, and `LeftOut`
-        where there is no document.
+      name: its location, for the list of bad records.
+      read: decodes it; raises `BadRecord` or another error for bad records, and
+        `LeftOut` if it is not a document.
     """
 
     name: str
@@ -84,13 +84,13 @@ class RawRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A part of a source; the unit that processes take, and that is repeated whole.
+    """A part of a source; the unit of work of a process, and of a retry.
 
     Attributes:
       name: unique and stable in its source.
-      size: of the file's bytes or records; with the name it says whether a source is
-        still the same.
-      open: its records, from the first.
+      size: bytes or records of the file; with the name it identifies whether a source
+        is unchanged.
+      open: returns its records, from the first.
     """
 
     name: str
@@ -102,18 +102,18 @@ class ReadReport:
     """Counts what was read and what was skipped, by reason.
 
     Args:
-      max_bad: share of bad records above which `check` raises.
+      max_bad: fraction of bad records above which `check` raises.
 
     Attributes:
-      num_documents: that were read.
+      num_documents: number of documents read.
       reasons: bad records, by reason.
-      left_out: parts of good records, and files that are no documents, by reason.
+      left_out: parts of good records, and files that are not documents, by reason.
       listed: the first bad records.
     """
 
     def __init__(self, max_bad: float = 0.1) -> None:
         if not 0 <= max_bad <= 1:
-            raise ValueError(f"max_bad is a share in 0..1; got {max_bad}")
+            raise ValueError(f"max_bad is a fraction in 0..1; got {max_bad}")
         self.max_bad = max_bad
         self.num_documents = 0
         self.reasons: dict[str, int] = {}
@@ -134,11 +134,11 @@ class ReadReport:
             self.listed.append(entry)
 
     def add_left_out(self, reason: str, count: int = 1) -> None:
-        """Counts what was left out, and makes no record bad."""
+        """Counts skipped parts, which do not make a record bad."""
         self.left_out[reason] = self.left_out.get(reason, 0) + count
 
     def merge(self, other: Mapping[str, Any]) -> None:
-        """Adds what another report's `as_dict` says."""
+        """Adds another report's `as_dict`."""
         self.num_documents += other["num_documents"]
         for reason, count in other["reasons"].items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
@@ -156,7 +156,7 @@ class ReadReport:
         }
 
     def check(self, *, final: bool = False) -> None:
-        """Stops reading when too much is bad.
+        """Raises if too many records are bad.
 
         Raises:
           ValueError: counts the reasons and names the first bad records.
@@ -166,7 +166,7 @@ class ReadReport:
             return
         raise ValueError(
             f"{self.num_bad} of {seen} records are bad ({self.count_bad()}), more than "
-            f"the share max_bad={self.max_bad:g} allows; the first: {self.show_bad()}"
+            f"max_bad={self.max_bad:g} allows; the first: {self.show_bad()}"
         )
 
     def count_bad(self) -> str:
@@ -174,7 +174,7 @@ class ReadReport:
         return ", ".join(f"{n} {r}" for r, n in sorted(self.reasons.items()))
 
     def show_bad(self) -> str:
-        """The first bad record of each reason, with what is wrong about it."""
+        """The first bad record of each reason, with its error."""
         first: dict[str, dict[str, str]] = {}
         for entry in self.listed:
             first.setdefault(entry["reason"], entry)
@@ -185,11 +185,11 @@ class ReadReport:
 def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
     """The good records of a shard; bad ones are counted in `report`.
 
-    A file that breaks off counts as one more bad record; what came before it is kept.
+    A truncated file counts as one more bad record; its earlier records are kept.
 
     Raises:
-      ValueError: more is bad than `report.max_bad` allows.
-      BucketError: a bucket cannot be read any more; the rest of a file is no bad record.
+      ValueError: more bad records than `report.max_bad` allows.
+      BucketError: a bucket cannot be read; this is not counted as a bad record.
     """
     raws = _open(shard)
     while True:
@@ -225,11 +225,11 @@ def _open(shard: Shard) -> Iterator[RawRecord]:
 
 
 def _named(reason: str, error: Exception) -> Exception:
-    """The error with a reason to count it by."""
+    """The error as a `BadRecord` with a reason."""
     if isinstance(error, BadRecord | ImageError):
         return error
     if isinstance(error, RecursionError):
-        return BadRecord("nested too deep", "it is nested too deep to be read")
+        return BadRecord("nested too deep", "it is nested too deeply")
     if isinstance(error, FileNotFoundError):
         reason = "missing file"
     elif isinstance(error, PermissionError):

@@ -3,8 +3,8 @@
     array_record:documents-*.array_record      written by `documents.store`
     tfds:coco_captions;split=val;data_dir=…    prepared with file_format=array_record
 
-TFDS is read through its data sources, which need no TensorFlow; images stay encoded, so
-that one decoder (`documents.images`) judges all of them.
+TFDS is read through its data sources, which do not need TensorFlow; images stay
+encoded, and are all decoded by `documents.images`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def array_record_shards(path: str, *, follow_links: bool = False) -> list[Shard]
     """Ranges of the records of every file.
 
     Args:
-      path: a file or a pattern; the documents keep the ids that they were written with.
-      follow_links: read also matching files that are links to other folders.
+      path: a file or a pattern; the documents keep their ids.
+      follow_links: also read matching files that are links to other folders.
 
     Raises:
       FileNotFoundError: nothing matches.
@@ -81,10 +81,10 @@ def tfds_shards(
     Args:
       path: a builder's name, or the folder of a prepared one.
       split: "train", "validation[:100]", ….
-      data_dir: where builders were prepared; None is TFDS's own folder.
-      image: the image feature; None takes the first.
-      text: the text feature, with `/` into nested ones ("captions/text"); None takes
-        the first that is named like a caption, or else the first.
+      data_dir: where builders were prepared; None means TFDS's default folder.
+      image: the image feature; None means the first.
+      text: the text feature, with `/` for nested ones ("captions/text"); None means the
+        first one named like a caption, or else the first.
       max_pixels: of an image.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Sources in buckets: the files that a URL with a pattern names, and images beside them.
+"""Sources in buckets: files that match a URL pattern, and images next to them.
 
-    webdataset:gs://me/cc3m/{00000..00331}.tar     a listing a folder, never one a file
+    webdataset:gs://me/cc3m/{00000..00331}.tar     one listing per folder, not per file
     parquet:s3://me/**/*.parquet
 
-The ids of documents are those of the same files on a disk.
+Document ids are the same as for local files.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SPECIAL = re.compile(r"[*?\[{]")
 
 
 def refuse_kind(kind: str, path: str) -> None:
-    """Refuses a URL for a reader of files of this machine.
+    """Refuses a URL for a reader of local files.
 
     Raises:
       ValueError: says which kinds read from buckets.
     """
     if kind not in KINDS and is_url(path):
         raise ValueError(
-            f"{kind}:{path} is in a bucket, from which the kinds {', '.join(KINDS)} are "
+            f"{kind}:{path} is in a bucket, from which only {', '.join(KINDS)} can be "
             "read: copy it to this machine, or mount the bucket"
         )
 
@@ -41,8 +41,8 @@ def match_urls(
 
     Args:
       pattern: the URL.
-      expand: the same without braces.
-      usual: what the files are usually called.
+      expand: the patterns with braces expanded.
+      usual: usual file names.
 
     Raises:
       FileNotFoundError: nothing matches, or a name in braces does not exist.
@@ -93,14 +93,14 @@ def match_urls(
 
 
 def _depth(names: list[str]) -> int | None:
-    """How many folders deep matches may lie; None is any."""
+    """Maximum depth of matches; None is unlimited."""
     if any("**" in name for name in names):
         return None
     return max(name.count("/") for name in names) + 1
 
 
 def _fits(parts: list[str], names: list[str]) -> bool:
-    """As `glob` matches: `*` stays in its folder, `**` is any number of them."""
+    """Matches like `glob`: `*` within a folder, `**` any number of folders."""
     if not parts:
         return not names
     if parts[0] == "**":
@@ -113,7 +113,7 @@ def _fits(parts: list[str], names: list[str]) -> bool:
 
 
 class BucketFolder:
-    """A folder in a bucket that images are read from by their names below it."""
+    """A folder in a bucket, to read images by relative path."""
 
     def __init__(self, url: str) -> None:
         self._bucket = Bucket(url)
@@ -122,8 +122,8 @@ class BucketFolder:
         """The bytes of a file below the folder.
 
         Raises:
-          BadRecord: a URL that leads elsewhere, a path out of the folder, or too large.
-          FileNotFoundError: there is none.
+          BadRecord: another URL, a path outside the folder, or too large.
+          FileNotFoundError: there is no such file.
           OSError: it cannot be read.
         """
         url = self._bucket.url

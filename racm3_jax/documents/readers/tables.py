@@ -1,4 +1,4 @@
-"""Tables of captions: a file name and a caption in each row.
+"""Tables of captions: a file name and a caption per row.
 
     file_name,caption          metadata.csv, captions.csv, any CSV or TSV with such columns
     img\\1.jpg;two cats         Excel's: semicolons, tabs, backslashes, UTF-16
@@ -7,7 +7,7 @@
     image| n| comment          Flickr30k's results.csv
     "[""two cats"", ""cats""]"   several captions in one cell
 
-Rows of one file are the captions of one image.
+Rows with the same file name are the captions of one image.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _DELIMITERS = (",", ";", "\t", "|")
 _NAME_AND_NUMBER = re.compile(r"([^\t]+\.\w+)#\d+\t(.*)")
 # A longer cell is not a list of captions.
 _MAX_LIST = 1 << 16
-# Ends a table, to see whether its last quotation mark is closed.
+# Appended to a table to check that its last quotation mark is closed.
 _LAST_ROW = "\x1e"
-# How much of a file shows whether it is a table.
+# Bytes of a file that are used to detect a table.
 _HEAD_BYTES = 1 << 16
 
 
@@ -53,9 +53,9 @@ class Row:
     """A row of a table.
 
     Attributes:
-      names: of its files; none in a bad row.
+      names: of its files; empty for a bad row.
       fields: by column.
-      place: of the row in its table.
+      place: location of the row, for messages.
       error: why it cannot be read.
     """
 
@@ -66,7 +66,7 @@ class Row:
 
 
 def may_be_table(name: str) -> bool:
-    """Whether a file is called like a table of captions."""
+    """Whether a file name may be that of a table of captions."""
     path = pathlib.PurePath(name.lower())
     stem = path.name.split(".")[0]
     if stem in _USUAL_STEMS:
@@ -75,23 +75,23 @@ def may_be_table(name: str) -> bool:
 
 
 def must_be_table(name: str) -> bool:
-    """Whether a file is a table by its name alone, so that another content is an error."""
+    """Whether a file must be a table by its name; other content is then an error."""
     return pathlib.PurePath(name.lower()).name in _MUST_BE_TABLES
 
 
 def read_table(
     data: bytes, name: str, encoding: str | None = None, text: str | None = None
 ) -> list[Row]:
-    """All rows of a table; bad ones are among them.
+    """All rows of a table, including bad ones.
 
     Args:
-      data: of the file.
-      name: of the file; its suffix tells the format.
-      encoding: None takes UTF-8, or UTF-16 with its mark.
-      text: the caption's column; None takes the usual names.
+      data: content of the file.
+      name: of the file; its suffix gives the format.
+      encoding: None means UTF-8, or UTF-16 with a byte order mark.
+      text: the caption's column; None tries the usual names.
 
     Raises:
-      ValueError: another encoding, or no column of file names, or none called `text`.
+      ValueError: another encoding, no column of file names, or no column `text`.
     """
     suffix = pathlib.PurePath(name.lower()).suffix
     if suffix == ".parquet":
@@ -162,7 +162,7 @@ def _parquet_rows(data: bytes, name: str) -> list[Row]:
 
 
 def _json_rows(data: bytes, name: str) -> list[Row]:
-    """Of lines of objects, of a list of objects, or of {"1.jpg": caption or object}."""
+    """Rows of JSON lines, of a list of objects, or of {"1.jpg": caption or object}."""
     if name.lower().endswith(".json"):
         found = parse_json(data)
         if isinstance(found, dict):
@@ -214,13 +214,13 @@ def _decode(
 def _text_rows(
     text: str, name: str, caption: str | None, *, whole: bool = True
 ) -> Iterator[Row]:
-    """Of a text file.
+    """Rows of a text file.
 
     Args:
-      text: of the file.
+      text: content of the file.
       name: of the file.
-      caption: the caption's column; None takes the usual names.
-      whole: False where `text` is only the file's beginning.
+      caption: the caption's column; None tries the usual names.
+      whole: False if `text` is only the beginning of the file.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
@@ -251,7 +251,7 @@ def _text_rows(
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) > len(columns) and last_is_text:
-            # A caption with delimiters in it, and without quotation marks.
+            # A caption with delimiters and without quotation marks.
             last = len(columns) - 1
             cells = [*cells[:last], delimiter.join(cells[last:])]
         if any(cell.strip() for cell in cells[len(columns) :]):
@@ -266,14 +266,14 @@ def _text_rows(
 
 
 def _as_list(cell: str) -> str | list[str]:
-    """`["a dog", "two"]`, as JSON and as Python writes a list of texts, is a list."""
+    """Parses a cell with a JSON or Python list of strings: `["a dog", "two"]`."""
     if not (cell.startswith(("['", '["')) and cell.endswith(("']", '"]'))):
         return cell
     if len(cell) > _MAX_LIST:
         return cell
     try:
         with warnings.catch_warnings():
-            # Of a backslash in a caption.
+            # From a backslash in a caption.
             warnings.simplefilter("ignore")
             found = ast.literal_eval(cell)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -284,7 +284,7 @@ def _as_list(cell: str) -> str | list[str]:
 
 
 def _find_delimiter(header: str) -> str:
-    """The one that cuts the header into most columns, a file name's among them."""
+    """The delimiter that gives the most columns, including a file name's."""
     best, most = ",", 0
     for delimiter in _DELIMITERS:
         cells = [
@@ -299,7 +299,7 @@ def _parse(
     text: str, name: str, delimiter: str, whole: bool
 ) -> list[tuple[int, Sequence[str]]]:
     """(line, cells) of every row."""
-    # Python's own limit is 128 KiB a field.
+    # Python's own limit is 128 KiB per field.
     csv.field_size_limit(MAX_FILE_BYTES)
 
     def parse(text: str, **options: Any) -> list[tuple[int, Sequence[str]]]:
@@ -311,7 +311,7 @@ def _parse(
     try:
         return parse(text, strict=whole)
     except csv.Error:
-        # Flickr's tables hold quotation marks that quote nothing.
+        # Flickr's tables have unbalanced quotation marks.
         if delimiter in "\t|":
             return parse(text, quoting=csv.QUOTE_NONE)
     try:

@@ -1,12 +1,12 @@
-"""Webdataset tars, as img2dataset writes them: members of one key are one document.
+"""Webdataset tars, e.g. from img2dataset: members with one key are one document.
 
     00000.tar:  000000012.jpg  000000012.txt  000000012.json  000000013.jpg …
 
-A key is a member's name up to the first dot of its last part, as webdataset cuts it.
-Members are streamed and never unpacked to disk, so names cannot lead anywhere. A first
-pass reads the headers alone: it counts the members of each key, so that the second can
-wait for those that lie apart, and no document is ever half of one. A tar in a bucket is
-read by ranges, and is transferred twice if its members are small.
+A key is a member's name up to the first dot of its last part, as in webdataset. Members
+are streamed and never unpacked to disk, so names cannot escape a folder. A first pass
+reads only the headers and counts the members of each key, so that the second can wait
+for members that are not adjacent, and documents are never incomplete. A tar in a bucket
+is read by ranges, and is transferred twice if its members are small.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from racm3_jax.documents.readers.image_fields import find_images
 from racm3_jax.documents.readers.patterns import SourceFile, cut_files
 from racm3_jax.documents.readers.records import BadRecord, RawRecord, Record, Shard
 
-# What the members of one key may sum to, and those of all keys that are waited for.
+# Limit of the bytes of one key's members, and of all keys that are waiting.
 MAX_KEY_BYTES = 1 << 28
 _MAX_MEMBERS = 1_000_000
 _MAX_HEADER_BYTES = 1 << 20
 _DAMAGED = (tarfile.TarError, zlib.error, lzma.LZMAError)
 _OTHER_MEDIA = UNSUPPORTED_SUFFIXES | VIDEO_SUFFIXES
-# Headers whose own content tarfile holds in memory.
+# Headers whose content tarfile reads into memory.
 _LONG_HEADERS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -65,12 +65,12 @@ def tar_shards(
     follow_links: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> list[Shard]:
-    """A shard a tar file.
+    """One shard per tar file.
 
     Args:
       path: a file, or a pattern such as `coco/train-*.tar`.
-      text: the JSON field of the caption, where no text member holds it.
-      follow_links: read also matching files that are links to other folders.
+      text: the JSON field of the caption, if there is no text member.
+      follow_links: also read matching files that are links to other folders.
       max_pixels: of an image.
 
     Raises:
@@ -85,10 +85,10 @@ def tar_shards(
 
 
 class _Header(tarfile.TarInfo):
-    """Headers that end a file only at its end, and hold no gigabytes.
+    """Headers that end the archive only at its end, and have limited size.
 
     Attributes:
-      ended: the last block was one of zeros, which ends a tar.
+      ended: the last block was zero, which ends a tar.
     """
 
     ended = False
@@ -103,7 +103,7 @@ class _Header(tarfile.TarInfo):
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            # TarFile takes it for the end of the file.
+            # TarFile would treat it as the end of the file.
             raise tarfile.ReadError(str(error)) from None
         cls.ended = False
         if header.type in _LONG_HEADERS and header.size > _MAX_HEADER_BYTES:
@@ -115,7 +115,7 @@ class _Header(tarfile.TarInfo):
 def _opened(
     path: pathlib.Path | BucketPath, mode: Any
 ) -> Iterator[tuple[tarfile.TarFile, type[_Header]]]:
-    """A tar, or several in one file, and the class of its headers alone."""
+    """Opens a tar, or several in one file, with its own header class."""
     header = type("_OwnHeader", (_Header,), {})
     with (
         open_file(path) as stream,
@@ -128,10 +128,10 @@ def _opened(
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A member that belongs to a document.
+    """A member of a document.
 
     Attributes:
-      key: of its document, and which of the documents of that key it is.
+      key: of its document, and the number of the document with that key.
       suffix: in lower case, from the first dot.
     """
 
@@ -142,7 +142,7 @@ class _Member:
 
 @dataclasses.dataclass
 class _Waiting:
-    """The members of a key that have been read so far, or why they are dropped."""
+    """The members of a key read so far, or why they are dropped."""
 
     members: dict[str, bytes] = dataclasses.field(default_factory=dict)
     num_members: int = 0
@@ -152,15 +152,15 @@ class _Waiting:
 
 @dataclasses.dataclass
 class _Layout:
-    """What the headers of a tar say, before any member is read.
+    """The layout of a tar from its headers, before any member is read.
 
     Attributes:
-      counts: members of each document.
+      counts: number of members of each document.
       sizes: bytes of each document.
-      most: members of any document.
-      apart: the members of some document do not follow one another.
-      broken: where the file breaks off; "" where it does not.
-      unlike: keys whose names come again, but not each of them equally often.
+      most: maximum number of members of a document.
+      apart: the members of some document are not adjacent.
+      broken: where the file is truncated; "" if it is complete.
+      unlike: keys whose members are repeated, but not equally often.
     """
 
     counts: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
@@ -171,11 +171,11 @@ class _Layout:
     unlike: frozenset[str] = frozenset()
 
     def judge(self, key: tuple[str, int]) -> BadRecord | None:
-        """Why no document can be made of a key, as far as the headers tell."""
+        """Why a key cannot become a document, according to the headers."""
         if key[0] in self.unlike:
             return BadRecord(
                 "repeated member",
-                f"members of key {key[0]!r} come again, and not all of them",
+                f"members of key {key[0]!r} are repeated, but not all of them",
             )
         if self.sizes[key] > MAX_KEY_BYTES:
             return BadRecord(
@@ -185,7 +185,8 @@ class _Layout:
             )
         if self.broken and self.apart and self.counts[key] < self.most:
             return BadRecord(
-                "damaged file", f"members of key {key[0]!r} may be after the break"
+                "damaged file",
+                f"members of key {key[0]!r} may be missing (damage)",
             )
         return None
 
@@ -203,9 +204,9 @@ def _read_tar(
 
 
 def _read_layout(path: pathlib.Path | BucketPath) -> _Layout:
-    """Reads the headers; of a compressed file also what is between them.
+    """Reads the headers (of a compressed file, also the data between them).
 
-    The last document before a break is given one member more: it may not be whole.
+    The last document before a damage gets one extra member: it may be incomplete.
     """
     layout = _Layout()
     last, ended, broken = None, False, "its end is missing"
@@ -243,10 +244,10 @@ def _read_layout(path: pathlib.Path | BucketPath) -> _Layout:
 
 
 def _walk(archive: tarfile.TarFile) -> Iterator[_Member]:
-    """The members that belong to documents: no folders, and nothing hidden."""
+    """The members of documents: no folders, no hidden files."""
     seen: Counter[tuple[str, str]] = Counter()
     for header in archive:
-        # TarFile keeps all headers otherwise.
+        # Otherwise TarFile keeps all headers.
         archive.members = []  # type: ignore[attr-defined]
         name = posixpath.normpath(header.name)
         if header.isdir() or is_hidden(name):
@@ -254,7 +255,7 @@ def _walk(archive: tarfile.TarFile) -> Iterator[_Member]:
         folder, slash, last = name.rpartition("/")
         stem, dot, suffix = last.partition(".")
         key, suffix = folder + slash + stem, (dot + suffix).lower()
-        # A name that comes again begins the next document of its key.
+        # A repeated name starts the next document of its key.
         yield _Member((key, seen[key, suffix]), suffix, header)
         seen[key, suffix] += 1
 
@@ -279,7 +280,7 @@ def _stream(
                     del waiting[key]
                     yield _record(file, key, own, text, max_pixels)
         except (*_DAMAGED, EOFError):
-            # Said by the caller, which knows it; the last key is not whole.
+            # The caller reports it; the last key is incomplete.
             return
 
 
@@ -291,7 +292,7 @@ def _take(
     num_bytes: int,
     num_waiting: int,
 ) -> None:
-    """Reads a member, unless its document is refused or becomes too large by it."""
+    """Reads a member, unless its document is refused or becomes too large."""
     own.num_members += 1
     header = member.header
     if own.error is None and not header.isfile():
@@ -301,8 +302,8 @@ def _take(
     elif own.error is None and num_bytes + header.size > MAX_KEY_BYTES:
         own.error = BadRecord(
             "members of a key apart",
-            f"the members of {num_waiting} keys lie apart, and together have more than "
-            f"the {MAX_KEY_BYTES} bytes that are held; key {key!r} is one: sort the tar "
+            f"the members of {num_waiting} keys are not adjacent, and together have "
+            f"more than {MAX_KEY_BYTES} bytes; key {key!r} is one: sort the tar "
             "by name",
         )
     if own.error is not None:
@@ -317,7 +318,7 @@ def _take(
 def _read_all(stream: IO[bytes], header: tarfile.TarInfo) -> bytes:
     data = stream.read()
     if len(data) != header.size:
-        raise EOFError(f"the file breaks off inside {header.name}")
+        raise EOFError(f"the file is truncated inside {header.name}")
     return data
 
 
@@ -370,10 +371,10 @@ def _is_caption(suffix: str) -> bool:
 
 
 def _refuse_unread(id: str, members: Mapping[str, bytes]) -> None:
-    """Refuses a key that has an image, but not under a suffix that is read.
+    """Refuses a key with an image of an unsupported suffix.
 
     Raises:
-      BadRecord: its caption alone would be half a document.
+      BadRecord: its caption alone would be an incomplete document.
     """
     unread = [s for s in members if s in _OTHER_MEDIA]
     if unread:
@@ -387,6 +388,7 @@ def _refuse_unread(id: str, members: Mapping[str, bytes]) -> None:
     if ends or (dotted and not any(_is_caption(s) or s == ".json" for s in members)):
         raise BadRecord(
             "dots in a member's name",
-            f"{id} has the members {', '.join(members)}: webdataset cuts a name at its "
-            "first dot, and knows none of the rest; rename them without other dots",
+            f"{id} has the members {', '.join(members)}: webdataset splits names at "
+            "the first dot, and none of these suffixes is supported; rename them "
+            "without other dots",
         )

@@ -30,7 +30,7 @@ def flagworld_shards(
       num_nations: of the training split.
       num_heldout: nations of the other two.
       image_size: pixels.
-      max_documents: the first of them.
+      max_documents: take only the first ones.
 
     Raises:
       ValueError: another split.

@@ -82,7 +82,7 @@ def test_documents_are_known_by_their_embedding_alone(tmp_path):
         (ROWS[:, 0], r"shape \[rows, d_embed\]; got float32 of shape \[6\]"),
         (ROWS.reshape(6, 2, 8), r"float32 of shape \[6, 2, 8\]"),
         (ROWS[:, :0], r"float32 of shape \[6, 0\]"),
-        (ROWS[:5], "unlike numbers of rows: 5 of image, 6 of metadata"),
+        (ROWS[:5], "different numbers of rows: 5 of image, 6 of metadata"),
         (ROWS > 0, "got bool"),
     ],
 )

@@ -109,7 +109,7 @@ def test_photographs_as_people_have_them(tmp_path, monkeypatch):
         "missing file": 1,
     }
     assert report.left_out == {
-        ".cr2 file beside an image of its name": 1,
+        ".cr2 file next to an image with its name": 1,
         ".mov file": 1,
         ".json file without an image": 1,
     }

@@ -323,7 +323,7 @@ def test_wrong_sources(tmp_path):
         read_documents(f"{tmp_path}/x.dat")
     with pytest.raises(ValueError, match="max_pixels is a number; got 'many'"):
         read_documents(f"folder:{tmp_path};max_pixels=many")
-    with pytest.raises(ValueError, match=r"share in 0\.\.1; got 2"):
+    with pytest.raises(ValueError, match=r"fraction in 0\.\.1; got 2"):
         ReadReport(2)
 
 

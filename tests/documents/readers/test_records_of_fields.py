@@ -281,7 +281,7 @@ def test_reports_count_what_is_left_out():
         report.add_bad("again", BadRecord("nested too deep", "too deep"))
     report.add_bad("b", BadRecord("empty image"))
     assert report.count_bad() == "1 empty image, 4 nested too deep"
-    assert report.show_bad() == ("2: it is nested too deep to be read; b: empty image")
+    assert report.show_bad() == ("2: it is nested too deeply; b: empty image")
     both = ReadReport(1.0)
     both.merge(report.as_dict())
     both.merge(json.loads(json.dumps(report.as_dict())))

@@ -122,8 +122,8 @@ def test_parquet(corpus):
         ("webdataset:gs://me/corpus", r"is a folder; name its files, as 'gs://me/corp"),
         ("webdataset:gs://closed/*.tar", "no permission for gs://closed"),
         ("webdataset:gs://*/0.tar", "names no bucket"),
-        ("folder:gs://me/corpus", "the kinds webdataset, parquet, jsonl are read"),
-        ("tfds:coco;data_dir=gs://me", "in a bucket, from which the kinds"),
+        ("folder:gs://me/corpus", "only webdataset, parquet, jsonl can be read"),
+        ("tfds:coco;data_dir=gs://me", "in a bucket, from which only"),
         ("gs://me/corpus/images", "does not show what kind of source it is"),
     ],
 )

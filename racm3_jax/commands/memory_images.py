@@ -1,4 +1,4 @@
-"""Pictures of a memory: what a query found, and a contact sheet."""
+"""Images of a memory: search results, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BLANK = np.full((8, 8, 3), 235, np.uint8)
 COLUMNS = 6
 
 
-def draw_results(
+def render_results(
     asked: str | Pixels, documents: Sequence[Document], scores: Sequence[float]
 ) -> Pixels:
-    """The query, then the documents in order with their scores, `COLUMNS` a line."""
+    """The query, then the documents in order with their scores, `COLUMNS` per line."""
     panels = [
         _panel(document, f"{score:.3f}")
         for document, score in zip(documents, scores, strict=True)
@@ -32,8 +32,8 @@ def draw_results(
     return draw_sheet(["", "query", "retrieved"], rows, prompt_width=8)
 
 
-def draw_contacts(documents: Sequence[Document]) -> Pixels:
-    """A contact sheet: first images and captions, `COLUMNS` a line."""
+def render_contact_sheet(documents: Sequence[Document]) -> Pixels:
+    """A contact sheet: first images and captions, `COLUMNS` per line."""
     panels = [_panel(document, "") for document in documents]
     return draw_sheet(["", "documents"], _lines(panels, ""), prompt_width=8)
 

@@ -1,6 +1,6 @@
-"""Search by words, for people: which captions say what was asked (BM25).
+"""Keyword search in captions (BM25), for users.
 
-Training and generation never use it: they search by embeddings.
+Training and generation do not use it: they search by embeddings.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 
-def search_words(
+def search_bm25(
     texts: Sequence[str], words: str, k: int
 ) -> tuple[Int64[np.ndarray, " found"], Float32[np.ndarray, " found"]]:
-    """The texts that the words fit best, by BM25, best first.
+    """The texts with the best BM25 scores, best first.
 
     Args:
       texts: of every document.
-      words: what to look for; case does not matter.
-      k: how many at most; texts without any of the words are left out.
+      words: the query; case-insensitive.
+      k: maximum number of results; texts without any of the words are excluded.
 
     Returns:
-      Places in `texts`, and their scores.
+      Indices of `texts`, and their scores.
     """
     import bm25s
 
     tokenize: Any = bm25s.tokenize
     nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    # Stop words stay: a caption is short, and any script may come.
+    # Stop words are kept: captions are short, and in any script.
     split = tokenize(list(texts), stopwords=[], show_progress=False)
     asked = tokenize([words], stopwords=[], show_progress=False)
     if not split.vocab or not asked.vocab:

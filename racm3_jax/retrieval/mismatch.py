@@ -1,7 +1,7 @@
-"""Whether an embedder was made for a memory's documents, told from a sample of them.
+"""Checks on a sample whether an embedder suits a memory's documents.
 
-An embedder brings texts and images of its own kind of documents together, or at least
-knows their words. Where it does neither, a search finds trucks for "a duck".
+A suitable embedder aligns texts with images, or at least has the words of the captions
+in its vocabulary. If neither holds, a search for "a duck" finds trucks.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 
 _NUM_SAMPLED = 256
-# Below it a text is hardly nearer to its own image than to another's (chance is 0.5).
+# Below it, a text is hardly nearer to its own image than to another one (chance is
+# 0.5).
 MIN_FIT = 0.75
-# A text tower that was trained on such captions has most of their words in its vocabulary.
+# A text tower trained on such captions has most of their words in its vocabulary.
 _MAX_TOKENS_PER_WORD = 2.0
-# Fewer pairs say too little.
+# Fewer pairs are not meaningful.
 _MIN_PAIRS = 8
 
 
-def explain_misfit(
+def explain_mismatch(
     memory: Memory, tokenizer: MixedTokenizer, embedder: DocumentEmbedder | None
 ) -> str:
-    """What is wrong and which command mends it; "" where the embedder fits.
+    """What is wrong and which command fixes it; "" if the embedder is suitable.
 
-    An embedder that keeps texts and images apart by design is judged by whether it knows
-    the words of the captions.
+    An embedder that separates texts and images by design is judged by whether the
+    captions' words are in its vocabulary.
 
     Args:
-      memory: whose documents.
-      tokenizer: the `MixedTokenizer` that they were made with.
-      embedder: that embedded them; None where only its embeddings are known.
+      memory: the memory of the documents.
+      tokenizer: the `MixedTokenizer` of the memory.
+      embedder: that embedded them; None if only its embeddings are known.
     """
     rows = _sample(memory)
     if len(rows) < _MIN_PAIRS:
@@ -43,7 +44,7 @@ def explain_misfit(
     if found.preference >= MIN_FIT:
         return ""
     reason = (
-        f"a caption of this memory is nearer to its own image than to another's in "
+        f"captions of this memory are nearer to their own image than to another one in "
         f"{found.preference:.0%} of {len(rows)} samples (50% is chance)"
     )
     if embedder is not None:
@@ -51,17 +52,17 @@ def explain_misfit(
         words = _tokens_per_word(memory, rows, tokenizer, embedder)
         if not aligns and words <= _MAX_TOKENS_PER_WORD:
             return ""
-        reason += f", and a word of them takes {words:.1f} tokens of its encoder"
+        reason += f", and their words take {words:.1f} tokens each in the encoder"
     return (
-        f"the encoder does not fit these documents: {reason}, so that what is found by a "
-        "text may be anything. Train one on them (racm3 fit --source=…), or convert a "
+        f"the encoder does not suit these documents: {reason}, so text queries may "
+        "return anything. Train one on them (racm3 fit --source=…), or convert a "
         "public CLIP (racm3 convert clip SRC OUT) and build the memory again with "
         "--embedder=OUT; racm3 memory search --words=… finds captions by their words"
     )
 
 
 def measure_rows(memory: Memory, rows: Int64[np.ndarray, " n"]) -> Alignment:
-    """The alignment of the stored text and image parts of these rows."""
+    """The alignment of the stored text and image embeddings of these rows."""
     return measure_alignment(
         np.asarray(memory.text_embeddings[rows], np.float32),
         np.asarray(memory.image_embeddings[rows], np.float32),
@@ -69,7 +70,7 @@ def measure_rows(memory: Memory, rows: Int64[np.ndarray, " n"]) -> Alignment:
 
 
 def _sample(memory: Memory) -> Int64[np.ndarray, " n"]:
-    """Rows with a text and an image, spread over the memory, no text twice."""
+    """Rows with a text and an image, spread over the memory, without repeated texts."""
     rows = memory.allowed_ids()
     rows = rows[memory.is_multimodal[rows]]
     places = np.linspace(0, len(rows) - 1, min(len(rows), _NUM_SAMPLED)).astype(int)

@@ -1,4 +1,4 @@
-"""What `racm3 memory build` and `stats` say, in words."""
+"""The text output of `racm3 memory build` and `stats`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NOT_KEPT = ("bad", "left_out", "filtered", "duplicates")
 
 
 def describe_build(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What a build read and kept; reasons that met no document are not named."""
+    """What a build read and kept; only reasons with a count above 0."""
     report = manifest["report"]
     yield f"  read {report['read']}, bad {sum(report['bad'].values())}"
     for title in _NOT_KEPT:
@@ -20,20 +20,20 @@ def describe_build(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield from describe_renamed(report["renamed"])
     shared = _join_counts(report["leakage"])
     if shared:
-        yield f"  retrieval will withhold from documents: {shared}"
+        yield f"  excluded from retrieval for some documents: {shared}"
 
 
 def describe_counts(title: str, counts: Mapping[str, int]) -> Iterator[str]:
-    """A line for each reason that met a document."""
+    """A line for each reason with a count above 0."""
     for reason, count in counts.items():
         if count:
             yield f"  {title.replace('_', ' ')}: {count} {reason}"
 
 
 def describe_renamed(count: int) -> Iterator[str]:
-    """The documents whose id got a suffix, if any."""
+    """The number of documents whose id got a suffix, if any."""
     if count:
-        yield f"  renamed: {count} whose id another document has (id#content)"
+        yield f"  renamed: {count} with the id of another document (id#content)"
 
 
 def describe_stats(stats: Mapping[str, Any], num_queries: int) -> Iterator[str]:
@@ -41,7 +41,7 @@ def describe_stats(stats: Mapping[str, Any], num_queries: int) -> Iterator[str]:
 
     Args:
       stats: of `memory.stats.compute_stats`.
-      num_queries: asked for; a smaller memory is sampled whole.
+      num_queries: requested number; a smaller memory is used completely.
     """
     documents, removed = stats["documents"], stats["removed"]
     yield f"{documents:,} documents" + (f", {removed:,} removed" if removed else "")
