@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from emojiworld.conditions import MAIN
+from emojiworld.conditions import MAIN, Asker
+from emojiworld.drawings import Drawings
 from emojiworld.figures import Nearest
 from emojiworld.world import BY_NAME
+from racm3_jax.evaluation.parts import Parts
 from racm3_jax.evaluation.pictures import BLANK, Panel, Row, draw_sheet, memory_panels
-
-if TYPE_CHECKING:
-    from emojiworld.suite import EmojiSuite
+from racm3_jax.generation.tasks import Generator
 
 _SHEET_ROWS = 12
 
 
-def draw_samples(suite: EmojiSuite) -> np.ndarray:
+class Sampled(Protocol):
+    """What the sheets need of an evaluation; see `suite.EmojiSuite`."""
+
+    generator: Generator
+    asker: Asker
+    drawings: Drawings
+    items: np.ndarray
+    seeds: tuple[int, ...]
+    parts: Parts
+
+    @property
+    def things(self) -> list[str]: ...
+
+    @property
+    def icon_sets(self) -> list[str]: ...
+
+    def has(self, variant: str) -> bool: ...
+
+
+def draw_samples(suite: Sampled) -> np.ndarray:
     """Prompt, retrieved, with retrieval, without, the house's own drawing."""
     first = suite.seeds[0]
     with_documents = f"retrieval-seed{first}"
@@ -41,7 +60,7 @@ def draw_samples(suite: EmojiSuite) -> np.ndarray:
     return draw_sheet(headings, rows)
 
 
-def _choose_rows(suite: EmojiSuite) -> list[int]:
+def _choose_rows(suite: Sampled) -> list[int]:
     """Items spread over the things, of icon sets in turn."""
     sets, places = list(BY_NAME), []
     things = list(dict.fromkeys(suite.things))
@@ -53,7 +72,7 @@ def _choose_rows(suite: EmojiSuite) -> list[int]:
     return places
 
 
-def draw_memorised(suite: EmojiSuite, nearest: Nearest) -> np.ndarray:
+def draw_memorised(suite: Sampled, nearest: Nearest) -> np.ndarray:
     """The samples that are nearest to training, each with its drawing of training."""
     variants = [f"{c}-seed{suite.seeds[0]}" for c in MAIN]
     train = np.flatnonzero(suite.drawings.split == "train")

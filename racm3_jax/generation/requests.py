@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from racm3_jax.generation.grammar import Grammar
-from racm3_jax.generation.rerank import RankBy
 from racm3_jax.generation.sample import OnProgress, Progress, Samples
-from racm3_jax.generation.settings import SamplingSettings
+from racm3_jax.generation.settings import RankBy, SamplingSettings
 from racm3_jax.types import Document, Retrieved, Segment, TokenizedDocument
 
 Image = UInt8[np.ndarray, "height width 3"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt8
 
 from racm3_jax.generation.score import compute_log_likelihoods
+from racm3_jax.generation.settings import RankBy
 from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
@@ -16,7 +17,6 @@ from racm3_jax.vocab import Vocab
 if TYPE_CHECKING:
     from racm3_jax.generation.engine import Engine
 
-RankBy = Literal["auto", "clip", "document", "likelihood"]
 RANKINGS: tuple[RankBy, ...] = get_args(RankBy)
 # Share of codes equal to those of a retrieved image, place by place, from which a drawing
 # is called a near copy. Two drawings of the same scene share far fewer.

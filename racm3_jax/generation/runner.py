@@ -27,13 +27,12 @@ from racm3_jax.generation.requests import (
     row_seeds,
 )
 from racm3_jax.generation.rerank import (
-    RankBy,
     check_rank_by,
     find_nearest,
     score_pictures,
 )
 from racm3_jax.generation.sample import Samples
-from racm3_jax.generation.settings import make_config
+from racm3_jax.generation.settings import RankBy, make_config
 from racm3_jax.types import Document, GenerationOutput, Retrieved, Segment
 from racm3_jax.vocab import Vocab
 

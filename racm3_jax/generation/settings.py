@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from racm3_jax.generation.drafts import DRAFT_MODES, DraftMode
+
+# How samples that are images are ranked; see `Generator`.
+RankBy = Literal["auto", "clip", "document", "likelihood"]
 
 
 class SamplingSettings(TypedDict, total=False):

@@ -29,10 +29,9 @@ from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.regions import Region
 from racm3_jax.generation.requests import Asked, Documents, Given, Image, check_image
-from racm3_jax.generation.rerank import RankBy
 from racm3_jax.generation.runner import run_task
 from racm3_jax.generation.sample import OnProgress, Progress
-from racm3_jax.generation.settings import SamplingSettings
+from racm3_jax.generation.settings import RankBy, SamplingSettings
 from racm3_jax.types import GenerationOutput
 
 
