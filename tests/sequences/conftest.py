@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 
-from racm3_jax.types import TokenizedDocument, TokenizedSegment
+from racm3_jax.sequences.causal_masking import CausalMaskingConfig
+from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
+from racm3_jax.types import Retrieved, TokenizedDocument, TokenizedSegment
 from racm3_jax.vocab import Vocab
 
 
@@ -54,3 +58,37 @@ def sample_document(vocab):
         return TokenizedDocument(id=id, segments=tuple(segments))
 
     return sample
+
+
+@pytest.fixture(scope="session")
+def ring_batches(vocab):
+    """Batches without masks; each document reads the two that follow it in a ring."""
+    plain = CausalMaskingConfig(num_masks="none", rotation_probability=0.0)
+
+    def collect(documents, start_step, num_steps, variants=None, **settings):
+        memory = types.SimpleNamespace(
+            documents=lambda ids: [documents[i] for i in ids],
+            queries=lambda ids, modality, variant: np.asarray(ids, np.float32)[:, None],
+        )
+
+        def retrieve(queries, nums, mains):
+            rows = [(int(q[0]) + np.array([1, 2])) % len(documents) for q in queries]
+            found = [tuple(documents[i] for i in pair) for pair in rows]
+            ones = np.ones(2, np.float32)
+            return [Retrieved(r, ones, d) for r, d in zip(rows, found, strict=True)]
+
+        sizes = {"rows": 4, "row_length": 24, "examples_per_batch": 4}
+        with make_batches(
+            memory,
+            types.SimpleNamespace(retrieve=retrieve),
+            np.arange(len(documents)),
+            vocab,
+            plain,
+            PipelineConfig(**sizes, min_documents=2, seed=5, **settings),
+            start_step=start_step,
+            num_steps=num_steps,
+            variants=variants,
+        ) as batches:
+            return [batch for batch, _ in batches]
+
+    return collect
