@@ -200,6 +200,7 @@ class GenerationOutput:
       prompt: the prompt as text.
       seed: reproduces the samples.
       drafts: statistics of speculative decoding; None if no image was generated.
+      settings: of the sampling, as they were used: defaults are filled in.
     """
 
     documents: list[Document]
@@ -208,6 +209,7 @@ class GenerationOutput:
     prompt: str
     seed: int
     drafts: DraftCounts | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def images(self) -> list[UInt8[np.ndarray, "height width 3"]]:

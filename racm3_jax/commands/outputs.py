@@ -152,6 +152,7 @@ def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str
     ]
     names = {*_SETTINGS, *SamplingSettings.__annotations__}
     settings = {k: v for k, v in vars(arguments).items() if k in names}
+    settings |= output.settings
     return {
         "prompt": output.prompt,
         "seed": output.seed,

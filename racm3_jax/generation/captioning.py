@@ -78,14 +78,16 @@ def make_task(
     max_caption_length: int,
     prefix: str,
     prompt: CaptionPrompt,
-    num_kept: int | None,
+    num_candidates: int,
+    num_kept: int,
     image_first: bool,
 ) -> Task:
     """A caption begins with `prefix` and continues with what is sampled.
 
-    `num_kept` re-ranks the documents and keeps so many (see `rerank.rank_documents`);
-    `image_first` shows them with their images in front, as the caption itself is asked
-    for, to models that were trained so (`pipeline.image_first_probability`).
+    Of `num_candidates` documents, unless 0, `num_kept` are kept (see
+    `rerank.rank_documents`). `image_first` shows them with their images in front, as the
+    caption itself is asked for, to models that were trained so
+    (`pipeline.image_first_probability`).
     """
     if prompt not in CAPTION_PROMPTS:
         raise ValueError(
@@ -118,7 +120,7 @@ def make_task(
         return Segment(text=text), Segment(image=images[row])
 
     choose = None
-    if num_kept is not None:
+    if num_candidates:
         choose = functools.partial(rank_documents, engine, tokens, num=num_kept)
     return Task(
         "caption",
@@ -129,6 +131,7 @@ def make_task(
         max_new_tokens=max_caption_length + 1,
         read=read,
         choose=choose,
+        settings={"num_candidates": num_candidates, "image_first": image_first},
     )
 
 

@@ -100,6 +100,7 @@ class Task(NamedTuple):
         after the row's text.
       facts: added to the metadata of each sample.
       choose: which of the retrieved documents are shown; None shows all.
+      settings: of this task alone, for the record of its outputs.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Task(NamedTuple):
     read: Callable[[int, Int32[np.ndarray, " new"]], tuple[Segment, ...]] | None = None
     facts: Mapping[str, Any] = {}
     choose: Callable[[list[Retrieved]], list[Retrieved]] | None = None
+    settings: Mapping[str, Any] = {}
 
 
 def place_tokens(

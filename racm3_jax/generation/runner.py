@@ -9,6 +9,7 @@ one, so it gives the samples that it gives in a batch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ from racm3_jax.generation.rerank import (
     score_pictures,
 )
 from racm3_jax.generation.sample import Samples
-from racm3_jax.generation.settings import RankBy, make_config
+from racm3_jax.generation.settings import RankBy, SamplingSettings, make_config
 from racm3_jax.types import Document, GenerationOutput, Retrieved, Segment
 from racm3_jax.vocab import Vocab
 
@@ -76,7 +77,12 @@ def run_task(
     samples = sample_prompts(
         engine, task, retrieved, seeds, config, num_samples, asked.on_progress
     )
-    return _make_outputs(engine, task, samples, retrieved, seeds, asked.rank_by)
+    outputs = _make_outputs(engine, task, samples, retrieved, seeds, asked.rank_by)
+    used = {name: getattr(config, name) for name in SamplingSettings.__annotations__}
+    return [
+        dataclasses.replace(output, settings=used | dict(task.settings))
+        for output in outputs
+    ]
 
 
 def _make_outputs(

@@ -172,9 +172,9 @@ class Generator(Engine):
         `caption_prompt` is "masked", or "last" for a model of captions after images.
         `num_candidates` documents are retrieved, and the `num_retrieved` behind which the
         image is likeliest are kept, the likeliest first; 0 keeps the retriever's.
-        `image_first` shows the documents' images in front of their texts. What is not given
-        (candidates, image_first, temperature, guidance, guide_documents) is as it was measured best
-        with these weights, if it was (`Engine.defaults`).
+        `image_first` shows the documents' images in front of their texts. What is not
+        given (candidates, image_first, temperature, guidance, guide_documents) is as it
+        was measured best with these weights, if it was (`Engine.defaults`).
         """
         given = Given(num_retrieved, documents)
         candidates, settings = captioning.fill_in_defaults(
@@ -183,16 +183,17 @@ class Generator(Engine):
         rerank.check_candidates(candidates, num_retrieved, documents)
         if candidates:
             given = Given(candidates, documents, count_name="num_candidates")
-        num_kept = num_retrieved if candidates else None
         if image_first is None:
             image_first = bool(
                 self.defaults.get("caption", {}).get("image_first", False)
             )
-        caption = max_caption_length, prefix, caption_prompt
+        caption = max_caption_length, prefix, caption_prompt, candidates
         return run_task(
             self,
             len(images),
-            lambda: captioning.make_task(self, images, *caption, num_kept, image_first),
+            lambda: captioning.make_task(
+                self, images, *caption, num_retrieved, image_first
+            ),
             given,
             Asked(num_samples, seed, settings),
         )

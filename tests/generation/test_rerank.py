@@ -124,3 +124,5 @@ def test_a_caption_takes_what_was_measured(generator, measured, quick):
     out = measured.caption(grey(176), **left)
     assert out.texts == generator.caption(grey(176), **said).texts
     assert out.retrieved.ids.tolist() != [0]
+    used = {**MEASURED["caption"], "num_candidates": 3, "image_first": False}
+    assert used.items() <= out.settings.items() and out.settings["top_p"] == 0.9
