@@ -270,6 +270,11 @@ def _add_sampling(sub: Any, measured: bool = False) -> None:
         ),
         **own(False),
     )
+    sub.add_argument(
+        "--attribute",
+        action="store_true",
+        help="also measure by how many bits each document makes the best sample likelier",
+    )
 
 
 def _add_ranking(sub: Any) -> None:
@@ -353,6 +358,10 @@ def _check_and_run(command: Callable, arguments: Arguments) -> None:
             f"--{free} has no prompt to guide away from: add --guide_documents, or leave "
             "--guidance and --contrastive_k out"
         )
+    if free and arguments.attribute:
+        raise ValueError(
+            f"--attribute is for images and captions: remove it, or --{free}"
+        )
     if command is not _classify:
         writes_out = hasattr(arguments, "out") and not getattr(arguments, "text", None)
         check_outputs(arguments, writes_out)
@@ -396,6 +405,7 @@ def _generate(arguments: Arguments) -> None:
             num_neighbours=arguments.num_neighbours,
             **common,
         )
+    _attribute(arguments, generator, output)
     save_images(arguments, output)
 
 
@@ -405,7 +415,8 @@ def _caption(arguments: Arguments) -> None:
     image = read_image(arguments.image)
     arguments.notes = (explain_sheet(arguments.image),)
     documents = _documents(arguments)
-    output = _open(arguments).caption(
+    generator = _open(arguments)
+    output = generator.caption(
         image,
         documents=documents,
         num_retrieved=arguments.num_retrieved,
@@ -415,6 +426,7 @@ def _caption(arguments: Arguments) -> None:
         image_first=arguments.image_first,
         **_sampling(arguments),
     )
+    _attribute(arguments, generator, output)
     report(arguments, output, {"captions": output.texts})
 
 
@@ -456,6 +468,7 @@ def _infill(arguments: Arguments) -> None:
         **common,
         **_sampling(arguments),
     )
+    _attribute(arguments, generator, output)
     save_images(arguments, output)
 
 
@@ -477,6 +490,7 @@ def _edit(arguments: Arguments) -> None:
         on_progress=show_progress(generator, arguments.preview),
         **_sampling(arguments),
     )
+    _attribute(arguments, generator, output)
     save_images(arguments, output)
 
 
@@ -509,6 +523,12 @@ def _classify(arguments: Arguments) -> None:
     print(found.label)
     for label, probability in probabilities.items():
         print(f"  {label} {probability:.3f}")
+
+
+def _attribute(arguments: Arguments, generator: Any, output: Any) -> None:
+    """Notes what each document contributed, for the record, if it is asked for."""
+    if arguments.attribute:
+        arguments.bits = generator.attribute(output)
 
 
 def _open(arguments: Arguments) -> Any:

@@ -145,6 +145,9 @@ def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str
             output.retrieved.documents, output.retrieved.scores, strict=True
         )
     ]
+    if (bits := getattr(arguments, "bits", None)) is not None:
+        for entry, value in zip(retrieved, bits, strict=True):
+            entry["bits"] = round(float(value), 2)
     copies = [
         {"sample": i} | document.metadata["nearest"]
         for i, document in enumerate(output.documents)
@@ -187,6 +190,8 @@ def _print(arguments: Arguments, record: dict[str, Any]) -> None:
             print(f"  each sample in {record['samples'][0]}, …")
     for entry in record["retrieved"]:
         score = "chosen" if entry["score"] is None else f"score {entry['score']:.3f}"
+        if "bits" in entry:
+            score += f", {entry['bits']:+.0f} bits"
         print(f"  retrieved {entry['id']} ({score})")
     if record["note"]:
         print(f"  note: {record['note']}")

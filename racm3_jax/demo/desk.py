@@ -84,12 +84,14 @@ class Stage:
       images: partial images, grey where not generated yet.
       share: generated fraction, 0 to 1.
       output: the final result.
+      bits: by which each document makes its best image likelier.
     """
 
     desk: Desk
     images: list[UInt8[np.ndarray, "height width 3"]]
     share: float = 0.0
     output: GenerationOutput | None = None
+    bits: tuple[float, ...] = ()
 
 
 def remember(earlier: tuple[Earlier, ...], stage: Stage) -> tuple[Earlier, ...]:

@@ -101,7 +101,8 @@ class Handlers:
             if shown is None:
                 changed = (stage.desk, panels.draw_desk(stage.desk))
             shown = stage
-            earlier = remember(earlier, stage)
+            if not stage.bits:  # the same images came before them
+                earlier = remember(earlier, stage)
             pictures = panels.draw_stage(stage), panels.draw_earlier(earlier)
             yield (*changed, earlier, *pictures)
 
@@ -156,7 +157,9 @@ class Handlers:
             seed=seed,
             temperature=temperature,
         )
-        return panels.draw_captions(output), draw_read(given)
+        names = [document.id for document in given]
+        bits = panels.draw_contributions(names, self.session.attribute(output))
+        return panels.draw_captions(output) + bits, draw_read(given)
 
     # Infill and edit
 

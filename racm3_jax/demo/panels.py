@@ -104,7 +104,8 @@ def draw_stage(stage: Stage | None) -> str:
         )
         return f'<div class="pictures"><div class="blank">{words}</div></div>'
     if stage.output is not None:
-        return draw_output(stage.output)
+        names = [document.id for document in stage.output.retrieved.documents]
+        return draw_output(stage.output) + draw_contributions(names, stage.bits)
     percent = round(100 * stage.share)
     images = "".join(draw_image(x, "in progress") for x in stage.images)
     return (
@@ -139,6 +140,21 @@ def draw_output(output: GenerationOutput) -> str:
         + "".join(figures)
         + "</div>"
     )
+
+
+def draw_contributions(names: Sequence[str], bits: Sequence[float]) -> str:
+    """What each document did for the best sample: a bar and its bits."""
+    if not bits:
+        return ""
+    widest = max(1.0, *(abs(x) for x in bits))
+    bars = "".join(
+        f'<div class="line"><span class="label">{_text(name)}</span>'
+        f'<div class="bar"><div style="width:{100 * max(0.0, x) / widest:.1f}%"></div>'
+        f"</div><span>{x:+.0f} bits</span></div>"
+        for name, x in zip(names, bits, strict=True)
+    )
+    words = "how much likelier each document makes this, over the others alone"
+    return f'<div class="labels contributions">{draw_note(words)}{bars}</div>'
 
 
 def _layout(images: Sequence[object]) -> str:

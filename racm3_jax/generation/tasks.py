@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from racm3_jax.generation import (
     captioning,
@@ -23,6 +23,7 @@ from racm3_jax.generation import (
     interleaving,
     rerank,
 )
+from racm3_jax.generation.attribution import attribute_sample
 from racm3_jax.generation.captioning import CaptionPrompt
 from racm3_jax.generation.classification import Classification, ClassifyBy, Example
 from racm3_jax.generation.engine import Engine
@@ -95,6 +96,15 @@ class Generator(Engine):
     def preview(self, progress: Progress) -> UInt8[np.ndarray, "n s h w 3"]:
         """The pictures that are being drawn, `[prompt, sample]`; grey is still to come."""
         return drawing.preview_images(self, progress.tokens)
+
+    def attribute(
+        self, output: GenerationOutput, sample: int = 0
+    ) -> Float32[np.ndarray, " documents"]:
+        """Bits by which each document of an output makes a sample likelier.
+
+        Leave-one-out (see `attribution`); for images and captions.
+        """
+        return attribute_sample(self, output, sample)
 
     def continue_(
         self,

@@ -40,6 +40,8 @@ class Recorder:
             if task == "classify":
                 shares = np.array([0.25, 0.75], np.float32)
                 return Classification("wug", ("dax", "wug"), shares, 2)
+            if task == "attribute":
+                return np.array([12.345], np.float32)
             if kwargs.get("on_progress"):
                 tokens = np.zeros((1, 1, 2), np.int32)
                 kwargs["on_progress"](
@@ -207,6 +209,27 @@ def test_edit_and_caption(generator, capsys):
     assert edit[0] == "edit" and (edit[1][2][0].images[0] == 20).all()
     assert edit[2]["num_neighbours"] == 1 and edit[2]["rank_by"] == "document"
     assert caption[2]["caption_prompt"] == "last"
+
+
+def test_what_a_document_contributed_is_said_if_asked(generator, capsys):
+    for command in (
+        ("generate", "--prompt=a flag"),
+        ("caption", "--image=a.png"),
+        ("infill", "--image=a.png", "--box=4,0,8,8"),
+        ("edit", "--image=a.png", "--box=4,0,8,8", "--document", "b.png", "red"),
+    ):
+        run(*command, "--attribute")
+        assert "retrieved m1 (score 0.500, +12 bits)" in capsys.readouterr().out
+        run(*command, "--json")
+        assert "bits" not in json.loads(capsys.readouterr().out)["retrieved"][0]
+    run("caption", "--image=a.png", "--attribute", "--json")
+    assert json.loads(capsys.readouterr().out)["retrieved"][0]["bits"] == 12.35
+    command = ["infill", "--text=the <mask> flag", "--attribute", "--workdir=w"]
+    assert cli.main(command) == 2
+    assert "--attribute is for images and captions" in capsys.readouterr().err
+    command = ["infill", "--text=the <mask> flag", "--guidance=2", "--workdir=w"]
+    assert cli.main(command) == 2
+    assert "add --guide_documents" in capsys.readouterr().err
 
 
 def test_classify_reads_a_support_set(generator, tmp_path, capsys):

@@ -161,6 +161,9 @@ class FakeGenerator:
         shares = np.linspace(0.25, 0.75, len(labels), dtype=np.float32)
         return Classification(labels[-1], labels, shares, 1)
 
+    def attribute(self, output):
+        return np.arange(len(output.retrieved.documents), dtype=np.float32) * 12 - 3
+
     def _retrieve(self, image, num):
         if not num:
             return Retrieved(np.zeros(0, np.int64), np.zeros(0, np.float32), ())

@@ -54,6 +54,7 @@ def test_a_drawing_on_its_way_and_done(session):
     assert done.count("<figure>") == 2 and "seed 5 · sample 0 · score -0.000" in done
     assert "95% of the codes equal those of doc-00" in done
     assert done.count("Nearly a copy of doc-00.") == 1
+    assert "contributions" in done and "-3 bits" in done
     earlier = remember((), last)
     assert panels.draw_earlier(earlier) == ""
     *_, second = session.draw(last.desk, "flag nation1 scene2", 1, seed=6)
@@ -63,6 +64,10 @@ def test_a_drawing_on_its_way_and_done(session):
 def test_captions_labels_and_examples():
     output = FakeGenerator().caption(grey(1), 0, seed=2, num_samples=1)
     assert "a flag" in panels.draw_captions(output)
+    assert panels.draw_contributions(["a"], ()) == ""
+    shown = panels.draw_contributions(["<a>", "b"], (-3.2, 12.0))
+    assert "-3 bits" in shown and "+12 bits" in shown and "&lt;a&gt;" in shown
+    assert shown.index("width:0.0%") < shown.index("width:100.0%")
     found = FakeGenerator().classify(grey(1), [(grey(1), "dax"), (grey(2), "wug")])
     shown = panels.draw_labels(found)
     assert shown.index("75.0%") < shown.index("25.0%")
