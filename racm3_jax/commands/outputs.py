@@ -191,7 +191,7 @@ def _print(arguments: Arguments, record: dict[str, Any]) -> None:
     for entry in record["retrieved"]:
         score = "chosen" if entry["score"] is None else f"score {entry['score']:.3f}"
         if "bits" in entry:
-            score += f", {entry['bits']:+.0f} bits"
+            score += f", {round(entry['bits']):+d} bits"
         print(f"  retrieved {entry['id']} ({score})")
     if record["note"]:
         print(f"  note: {record['note']}")

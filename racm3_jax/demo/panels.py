@@ -150,7 +150,7 @@ def draw_contributions(names: Sequence[str], bits: Sequence[float]) -> str:
     bars = "".join(
         f'<div class="line"><span class="label">{_text(name)}</span>'
         f'<div class="bar"><div style="width:{100 * max(0.0, x) / widest:.1f}%"></div>'
-        f"</div><span>{x:+.0f} bits</span></div>"
+        f"</div><span>{round(x):+d} bits</span></div>"
         for name, x in zip(names, bits, strict=True)
     )
     words = "how much likelier each document makes this, over the others alone"

@@ -65,8 +65,8 @@ def test_captions_labels_and_examples():
     output = FakeGenerator().caption(grey(1), 0, seed=2, num_samples=1)
     assert "a flag" in panels.draw_captions(output)
     assert panels.draw_contributions(["a"], ()) == ""
-    shown = panels.draw_contributions(["<a>", "b"], (-3.2, 12.0))
-    assert "-3 bits" in shown and "+12 bits" in shown and "&lt;a&gt;" in shown
+    shown = panels.draw_contributions(["<a>", "b"], (-0.3, 12.0))
+    assert "+0 bits" in shown and "+12 bits" in shown and "&lt;a&gt;" in shown
     assert shown.index("width:0.0%") < shown.index("width:100.0%")
     found = FakeGenerator().classify(grey(1), [(grey(1), "dax"), (grey(2), "wug")])
     shown = panels.draw_labels(found)
