@@ -10,6 +10,8 @@
     racm3 train --config=configs/flagworld_reading.py:twin --workdir=out/cm3
     python experiments/reading_gate.py out/first --follow --every=2000
 
+Weights after `alike` are kept in experiments/weights/reading_alike: `first` can start there.
+
 Large batches, one right and one wrong document in any order, a new name for every
 nation in every example, captions before images. `alike`, `first` and its small version
 `pilot` train on images of a quarter of the size, whose examples cost a third: reading

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import make_shipped_weights
+import numpy as np
 import pytest
 
+from racm3_jax import checkpoints, wiring
 from racm3_jax.commands import configs
 
 
@@ -40,3 +45,17 @@ def test_models_are_trained_before_what_starts_from_them():
         assert reading.stages.index(start) < reading.stages.index(model)
     shipped = make_shipped_weights.RECIPES["copying"]
     assert shipped.stages == ["vqgan", "clip", "parts", "racm3", "cm3", "generators"]
+
+
+def test_the_kept_weights_of_the_curriculum_are_those_of_its_next_stage():
+    folder = make_shipped_weights.ROOT / "experiments/weights/reading_alike"
+    params, found, _ = checkpoints.load_weights(folder, "generator")
+    file = make_shipped_weights.ROOT / "configs/flagworld_reading.py"
+    config = configs.load_config_file(f"{file}:first")
+    config.init_from = str(folder)
+    vocab = wiring.build_tokenizer(config).vocab
+    wanted = dataclasses.asdict(wiring.build_model_config(config, vocab))
+    assert {n: found[n] for n in wanted if n != "compute_dtype"} == {
+        n: value for n, value in wanted.items() if n != "compute_dtype"
+    }
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
