@@ -2,7 +2,7 @@
 
     prefix   [ documents of prompt 0 ]         read once
              [ documents of prompt 1 ]
-    rows     prompt 0, as it is                read behind their prefix, then repeated
+    rows     prompt 0, as it is                read after their prefix, then repeated
              prompt 0, unconditional           for the samples
              prompt 1, as it is
              prompt 1, unconditional

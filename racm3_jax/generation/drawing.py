@@ -54,7 +54,7 @@ def preview_images(
 ) -> UInt8[np.ndarray, "prompts samples height width 3"]:
     """Pictures of the ids so far; missing ones repeat the last, and are greyed.
 
-    Missing are those behind the last one, and those that are -1.
+    Missing are those after the last one, and those that are -1.
     """
     vocab = engine.tokenizer.vocab
     length = vocab.image_length

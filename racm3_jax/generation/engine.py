@@ -215,7 +215,7 @@ class Engine:
           documents: of each row.
           num_rows: how many there must be.
           noun: what errors call a document.
-          num_neighbours: documents of the memory that stand behind those of each row:
+          num_neighbours: documents of the memory added after those of each row:
             what the strategy retrieves for the mean of their embeddings.
 
         Raises:

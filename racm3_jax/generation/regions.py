@@ -95,7 +95,7 @@ def plan_spans(
     spans: Sequence[Span],
     vocab: Vocab,
 ) -> Int32[np.ndarray, " new"]:
-    """The ids behind an `infill_prompt`: known ones, and -1 where one is drawn.
+    """The ids after an `infill_prompt`: known ones, and -1 where one is drawn.
 
     Between two spans stand the end of the first and the name of the second:
 

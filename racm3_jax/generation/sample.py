@@ -39,7 +39,7 @@ from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.types import DraftCounts
 
 PROMPT_BUCKET = 64
-OWN_BUCKET = 32  # of what stands behind a shared prefix
+OWN_BUCKET = 32  # of what stands after a shared prefix
 NEW_TOKENS_BUCKET = 16
 PROGRESS_EVERY = 16  # ids of a row between two reports
 
@@ -359,7 +359,7 @@ def _check(
         )
     if (prefix_lengths >= lengths).any():
         raise ValueError(
-            "a prompt needs at least one id behind its prefix; got prefix_lengths "
+            "a prompt needs at least one id after its prefix; got prefix_lengths "
             f"{prefix_lengths.tolist()} of prompts of {lengths.tolist()}"
         )
     needed = np.full(len(lengths), config.max_new_tokens if config.fixed_length else 1)

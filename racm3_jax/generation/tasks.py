@@ -180,7 +180,7 @@ class Generator(Engine):
         `prefix` begins every caption (the paper's "Photo of") and is not generated.
         `max_caption_length` counts text ids; the model's max_length may leave fewer.
         `caption_prompt` is "masked", or "last" for a model of captions after images.
-        `num_candidates` documents are retrieved, and the `num_retrieved` behind which the
+        `num_candidates` documents are retrieved, and the `num_retrieved` after which the
         image is likeliest are kept, the likeliest first; 0 keeps the retriever's.
         `image_first` shows the documents' images in front of their texts. What is not
         given (candidates, image_first, temperature, guidance, guide_documents) is as it
@@ -348,8 +348,8 @@ class Generator(Engine):
           labels: to choose from; those of `support` unless given.
           shots_per_pass: examples of each label in the context at once; as many as fit
             unless given. The rest is read in further passes, which are averaged.
-          by: what is compared: the likelihood of the "image" behind each label and its own
-            examples, or of each "label" behind all examples and the image.
+          by: what is compared: the likelihood of the "image" after each label and its own
+            examples, or of each "label" after all examples and the image.
         """
         if not len(images):
             return []

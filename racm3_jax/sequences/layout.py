@@ -30,7 +30,7 @@ from racm3_jax.vocab import Vocab
 def put_images_first(document: TokenizedDocument) -> TokenizedDocument:
     """The same document with its images in front of its texts.
 
-    As a caption asks: behind an image, a text is found by looking the image up.
+    As a caption asks: after an image, a text is found by looking the image up.
 
         (t1 t2) (i3 i4)  ->  (i3 i4) (t1 t2)
     """

@@ -242,7 +242,7 @@ def test_second_prompts_that_cannot_be_are_refused():
     wrong.tokens[:, 1] += 1
     with pytest.raises(ValueError, match="prompt 0 does not begin with the 11 ids"):
         call(prefix_lengths=np.array(prefixes), unconditional=wrong)
-    with pytest.raises(ValueError, match="at least one id behind its prefix"):
+    with pytest.raises(ValueError, match="at least one id after its prefix"):
         sample(
             model,
             params,
