@@ -56,6 +56,7 @@ class Earlier:
     prompt: str
     seed: int
     ids: tuple[str, ...]
+    output: GenerationOutput
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,14 +85,12 @@ class Stage:
       images: partial images, grey where not generated yet.
       share: generated fraction, 0 to 1.
       output: the final result.
-      bits: by which each document makes its best image likelier.
     """
 
     desk: Desk
     images: list[UInt8[np.ndarray, "height width 3"]]
     share: float = 0.0
     output: GenerationOutput | None = None
-    bits: tuple[float, ...] = ()
 
 
 def remember(earlier: tuple[Earlier, ...], stage: Stage) -> tuple[Earlier, ...]:
@@ -100,5 +99,5 @@ def remember(earlier: tuple[Earlier, ...], stage: Stage) -> tuple[Earlier, ...]:
         return earlier
     ids = tuple(g.id for g in stage.desk.given)
     output = stage.output
-    new = Earlier(output.images[0], output.prompt, output.seed, ids)
+    new = Earlier(output.images[0], output.prompt, output.seed, ids, output)
     return (new, *earlier)[:NUM_EARLIER]

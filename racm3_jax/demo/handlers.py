@@ -20,6 +20,7 @@ from racm3_jax.demo.session import (
     check_size,
     check_text,
 )
+from racm3_jax.types import GenerationOutput
 
 _EXPECTED = (ValueError, FileNotFoundError)
 
@@ -97,14 +98,24 @@ class Handlers:
         options = name_settings(*settings)
         for stage in self.session.draw(desk, prompt, int(num), **options):
             # Only once, to keep documents dropped or pinned meanwhile.
-            changed = (gr.skip(), gr.skip())
+            changed = (gr.skip(), gr.skip(), gr.skip())
             if shown is None:
-                changed = (stage.desk, panels.draw_desk(stage.desk))
+                changed = (stage.desk, panels.draw_desk(stage.desk), "")
             shown = stage
-            if not stage.bits:  # the same images came before them
-                earlier = remember(earlier, stage)
+            earlier = remember(earlier, stage)
             pictures = panels.draw_stage(stage), panels.draw_earlier(earlier)
             yield (*changed, earlier, *pictures)
+
+    @explained
+    def attribute(self, earlier: tuple[Earlier, ...]) -> str:
+        """What the documents of the last drawing contributed, which takes a pass more."""
+        if not earlier:
+            return ""
+        return self._contributions(earlier[0].output)
+
+    def _contributions(self, output: GenerationOutput) -> str:
+        names = [document.id for document in output.retrieved.documents]
+        return panels.draw_contributions(names, self.session.attribute(output))
 
     def try_prompt(self, event: gr.EventData) -> str:
         return event.about
@@ -157,9 +168,8 @@ class Handlers:
             seed=seed,
             temperature=temperature,
         )
-        names = [document.id for document in given]
-        bits = panels.draw_contributions(names, self.session.attribute(output))
-        return panels.draw_captions(output) + bits, draw_read(given)
+        answer = panels.draw_captions(output) + self._contributions(output)
+        return answer, draw_read(given)
 
     # Infill and edit
 

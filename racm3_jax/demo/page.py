@@ -107,6 +107,7 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
         with gr.Column(scale=2):
             gr.Markdown("### Image")
             picture = _panel(panels.draw_stage(None), "picture")
+            contributions = _panel("", "contributions")
             with gr.Row():
                 seed = settings[1].render()
                 new_seed = gr.Button("New seed", size="sm", elem_id="new_seed")
@@ -128,9 +129,11 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
     draw.click(
         do.draw,
         [desk, parts.earlier, prompt, num_documents, *settings],
-        [desk, cards, parts.earlier, picture, before],
+        [desk, cards, contributions, parts.earlier, picture, before],
         show_progress="hidden",
         **_DECODE,
+    ).then(
+        do.attribute, parts.earlier, contributions, show_progress="hidden", **_DECODE
     )
 
 

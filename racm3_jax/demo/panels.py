@@ -104,8 +104,7 @@ def draw_stage(stage: Stage | None) -> str:
         )
         return f'<div class="pictures"><div class="blank">{words}</div></div>'
     if stage.output is not None:
-        names = [document.id for document in stage.output.retrieved.documents]
-        return draw_output(stage.output) + draw_contributions(names, stage.bits)
+        return draw_output(stage.output)
     percent = round(100 * stage.share)
     images = "".join(draw_image(x, "in progress") for x in stage.images)
     return (

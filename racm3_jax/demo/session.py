@@ -175,10 +175,7 @@ class Session:
                 continue
             if not desk.given:
                 desk = dataclasses.replace(desk, given=self.show(part.retrieved))
-            # The images first: what the documents contributed takes another pass.
             yield Stage(desk, part.images, 1.0, part)
-            if bits := self.attribute(part):
-                yield Stage(desk, part.images, 1.0, part, bits)
 
     def attribute(self, output: GenerationOutput) -> tuple[float, ...]:
         """Bits of each document for the best sample; see `Generator.attribute`."""

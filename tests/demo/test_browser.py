@@ -250,6 +250,8 @@ def test_draw_drop_and_draw_again(visitor, prompt):
     assert visitor.saw_it_drawn()
     assert "seed 0" in visitor.one("#picture figcaption").text
     assert visitor.ids() == first_ids
+    told = visitor.wait(lambda: visitor.one("#contributions").text, "contributions")
+    assert "bits" in told and all(id in told for id in first_ids)
     visitor.look("2_drawn")
 
     # Nothing has changed: the same picture again.
