@@ -275,6 +275,7 @@ def generate_answers(
         temperature=0.0,
         guidance=1.0,
         num_candidates=0,
+        image_first=False,
         **how,
     )
     return {

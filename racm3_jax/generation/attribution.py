@@ -2,20 +2,26 @@
 
     bits of document i = log2 p(sample | all documents) - log2 p(sample | all but i)
 
-Leave-one-out, teacher-forced: nothing is sampled again. Of two documents that say the same
+Leave-one-out, teacher-forced: nothing is sampled again. An image is scored whole after its
+text, as the tokenizer encodes its pixels, what an infill kept of it included; a caption as
+it was asked for. Of two documents that say the same
 either alone would do, so both can have few bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from racm3_jax.generation.captioning import write_after
 from racm3_jax.generation.engine import Engine
+from racm3_jax.generation.requests import WritePrompt
 from racm3_jax.generation.score import compute_log_likelihoods
-from racm3_jax.sequences.layout import beginning_prompt, caption_prompt
+from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import Document, GenerationOutput
 
 
@@ -39,7 +45,7 @@ def attribute_sample(
     shown = output.retrieved.documents
     if not shown:
         return np.zeros(0, np.float32)
-    known, written = _split(engine, output.documents[sample])
+    known, written = _split(engine, output.documents[sample], output.settings)
     contexts = [shown, *(shown[:i] + shown[i + 1 :] for i in range(len(shown)))]
     prompts = [known(documents) for documents in contexts]
     nats = compute_log_likelihoods(
@@ -52,20 +58,23 @@ def attribute_sample(
     return ((nats[0] - nats[1:]) / math.log(2)).astype(np.float32)
 
 
-def _split(engine: Engine, document: Document):
-    """How a prompt of the sample is written after documents, and what was sampled."""
+def _split(
+    engine: Engine, document: Document, settings: Mapping[str, Any]
+) -> tuple[WritePrompt, Int32[np.ndarray, " written"]]:
+    """How the sample was asked for after documents, and its tokens."""
     vocab = engine.tokenizer.vocab
     segments = document.segments
     kinds = tuple("text" if s.text is not None else "image" for s in segments)
     (tokenized,) = engine.tokenized([document])
     tokens: list[Int32[np.ndarray, " length"]] = [s.tokens for s in tokenized.segments]
     if document.metadata.get("task") == "caption" and kinds == ("text", "image"):
-        text, image = tokens
-        end = np.array([vocab.eoss], np.int32)
-        return (
-            lambda documents: caption_prompt(documents, image, vocab),
-            np.concatenate([text, end]),
-        )
+        prefix, prompt = settings["prefix"], settings["caption_prompt"]
+        encode = engine.tokenizer.encode_text
+        start = encode(prefix) if prefix else np.zeros(0, np.int32)
+        text = encode(document.text.removeprefix(prefix)) if prefix else tokens[0]
+        end = vocab.eoss if prompt == "masked" else vocab.eod
+        known = write_after(vocab, tokens[1], start, prompt, settings["image_first"])
+        return known, np.append(text, end).astype(np.int32)
     if kinds in (("image",), ("text", "image")):
         before = [np.append(text, vocab.break_) for text in tokens[:-1]]
         start = np.concatenate([np.zeros(0, np.int32), *before]).astype(np.int32)

@@ -16,7 +16,14 @@ from jaxtyping import Int32
 from racm3_jax.documents.images import resize_image
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.grammar import text_grammar
-from racm3_jax.generation.requests import Given, Image, Prompt, Task, check_image
+from racm3_jax.generation.requests import (
+    Given,
+    Image,
+    Prompt,
+    Task,
+    WritePrompt,
+    check_image,
+)
 from racm3_jax.generation.rerank import rank_documents
 from racm3_jax.generation.settings import SamplingSettings
 from racm3_jax.sequences.layout import (
@@ -25,6 +32,7 @@ from racm3_jax.sequences.layout import (
     put_images_first,
 )
 from racm3_jax.types import Segment
+from racm3_jax.vocab import Vocab
 
 CaptionPrompt = Literal["masked", "last"]
 CAPTION_PROMPTS: tuple[CaptionPrompt, ...] = ("masked", "last")
@@ -72,6 +80,27 @@ def fill_in_defaults(
     return candidates, cast(SamplingSettings, filled | settings)
 
 
+def write_after(
+    vocab: Vocab,
+    image: Int32[np.ndarray, " image_length"],
+    start: Int32[np.ndarray, " start"],
+    prompt: CaptionPrompt,
+    image_first: bool,
+) -> WritePrompt:
+    """Asks for the caption of an image, which begins with `start`, after documents."""
+    break_ = np.array([vocab.break_], np.int32)
+    known = np.concatenate([image, break_, start]).astype(np.int32)
+
+    def write(documents):
+        if image_first:
+            documents = [put_images_first(document) for document in documents]
+        if prompt == "masked":
+            return caption_prompt(documents, image, vocab, start)
+        return beginning_prompt(documents, known, vocab)
+
+    return write
+
+
 def make_task(
     engine: Engine,
     images: Sequence[Image],
@@ -101,19 +130,6 @@ def make_task(
     pixels = np.stack([resize_image(image, size) for image in images])
     tokens = vocab.image_tokens(engine.tokenizer.image.encode(pixels))
     start = engine.tokenizer.encode_text(prefix) if prefix else np.zeros(0, np.int32)
-    break_ = np.array([vocab.break_], np.int32)
-
-    def write(image):
-        known = np.concatenate([image, break_, start])
-
-        def written(documents):
-            if image_first:
-                documents = [put_images_first(document) for document in documents]
-            if prompt == "masked":
-                return caption_prompt(documents, image, vocab, start)
-            return beginning_prompt(documents, known, vocab)
-
-        return written
 
     def read(row, drawn):
         text = decode_text(engine, start, drawn)
@@ -126,12 +142,20 @@ def make_task(
         "caption",
         texts=[prefix] * len(images),
         queries=images,
-        prompts=[Prompt(write(image)) for image in tokens],
+        prompts=[
+            Prompt(write_after(vocab, image, start, prompt, image_first))
+            for image in tokens
+        ],
         grammar=grammar,
         max_new_tokens=max_caption_length + 1,
         read=read,
         choose=choose,
-        settings={"num_candidates": num_candidates, "image_first": image_first},
+        settings={
+            "num_candidates": num_candidates,
+            "image_first": image_first,
+            "caption_prompt": prompt,
+            "prefix": prefix,
+        },
     )
 
 

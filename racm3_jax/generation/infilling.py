@@ -3,7 +3,7 @@
     masked    <eod> documents <eod> text <break> i1 <mask:0> i4 <eod> <mask:0> ... <eoss>
     in_place  <eod> documents <eod> text <break> i1 ...
 
-"masked" is the CM3 infill prompt, which shows what stands after the region as well;
+"masked" is the CM3 infill prompt, which shows what comes after the region as well;
 "in_place" goes on with the image where the region begins, in the order in which images
 are drawn. Both keep every code outside the region. Editing is the same with one chosen
 document in front (RA-CM3, section 5).

@@ -39,7 +39,7 @@ from racm3_jax.generation.settings import SamplingConfig
 from racm3_jax.types import DraftCounts
 
 PROMPT_BUCKET = 64
-OWN_BUCKET = 32  # of what stands after a shared prefix
+OWN_BUCKET = 32  # of what comes after a shared prefix
 NEW_TOKENS_BUCKET = 16
 PROGRESS_EVERY = 16  # ids of a row between two reports
 

@@ -405,9 +405,17 @@ class FakeGenerator:
         return list(self._outputs(prompts, found, seed))
 
     def caption_batch(
-        self, images, *, num_retrieved, temperature, guidance, num_candidates
+        self,
+        images,
+        *,
+        num_retrieved,
+        temperature,
+        guidance,
+        num_candidates,
+        image_first,
     ):
         assert (temperature, guidance, num_candidates) == (0.0, 1.0, 0)
+        assert image_first is False
         found = self.retrieve_for(images, num_retrieved, None)
         return list(self._outputs([""] * len(images), found, range(len(images))))
 

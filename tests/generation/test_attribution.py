@@ -42,6 +42,22 @@ def test_a_caption_is_scored_after_its_image(generator, quick):
     assert bits == pytest.approx((with_it - alone) / np.log(2), abs=1e-4)
 
 
+@pytest.mark.parametrize("caption_prompt", ["masked", "last"])
+def test_a_caption_is_scored_as_it_was_asked_for(generator, quick, caption_prompt):
+    how = {"caption_prompt": caption_prompt, "image_first": True, "prefix": "ab"}
+    shown = [pair("x", "cd", 3)]
+    out = generator.caption(grey(32), documents=shown, max_caption_length=3, **how)
+    asked = np.asarray(quick[-1], np.int32)
+    (bits,) = generator.attribute(out)
+    end = VOCAB.eoss if caption_prompt == "masked" else VOCAB.eod
+    text = AsciiTokenizer().encode_text(out.texts[0].removeprefix("ab"))
+    alone = generator.caption(grey(32), num_retrieved=0, max_caption_length=3, **how)
+    assert alone.settings["prefix"] == "ab"
+    prompts = [asked, np.asarray(quick[-1], np.int32)]
+    with_it, without = nats(generator, prompts, np.append(text, end).astype(np.int32))
+    assert bits == pytest.approx((with_it - without) / np.log(2), abs=1e-4)
+
+
 def test_without_documents_there_is_nothing_to_attribute(generator, quick):
     out = generator.text_to_image("ab", num_retrieved=0)
     assert generator.attribute(out).shape == (0,)
