@@ -21,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.source = ""
     config.group_key = ""
     config.holdout = "0.1"
-    # No hue: captions name colours.
-    config.augmentation = dict(mirror=True, shift=0.1)
+    # No hue, as captions name colours.
+    config.augmentation = dict(mirror=True, shift=0.1, hue=0.0)
     # Trained on the captions, unless a folder is given.
     config.text_tokenizer = dict(vocab_size=1024, path="")
     config.clip = dict(

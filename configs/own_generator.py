@@ -27,8 +27,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.source = ""
     config.group_key = ""
     config.holdout = "0.1"
-    # Target and documents get the same augmentation; no hue, as captions name colours.
-    config.augmentation = dict(mirror=True, shift=0.1, num_variants=7)
+    # Target and documents get the same augmentation. No hue, as captions name colours;
+    # where they do not, it keeps a model from memorising images.
+    config.augmentation = dict(mirror=True, shift=0.1, hue=0.0, num_variants=7)
     config.tokenizer = dict(text="", image="", num_sentinels=16)
     config.embedder = ""
     config.init_from = ""
