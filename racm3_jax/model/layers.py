@@ -274,7 +274,9 @@ class FeedForward(nn.Module):
         if c.activation == "swiglu":
             hidden = activate(nn.silu, widen("gate")) * widen("up")
         elif c.activation == "gelu":
-            hidden = activate(functools.partial(nn.gelu, approximate=False), widen("up"))
+            hidden = activate(
+                functools.partial(nn.gelu, approximate=False), widen("up")
+            )
         else:
             hidden = nn.relu(widen("up"))
         return Linear(

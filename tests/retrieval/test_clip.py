@@ -332,15 +332,24 @@ def test_accelerators_compute_in_bfloat16(params):
         return [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in both]
 
     expected = embed()
-    program = str(jax.make_jaxpr(functools.partial(embed, "bfloat16"))())
-    products = [line for line in program.splitlines() if " dot_general[" in line]
-    assert sum("bf16[" in line for line in products) > 0.7 * len(products)
+    program = jax.jit(functools.partial(embed, "bfloat16")).lower().as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert sum("xbf16>, tensor" in line for line in products) > 0.7 * len(products)
     for got, want in zip(embed("bfloat16"), expected, strict=True):
         assert got.dtype == jnp.float32
         assert ((got * want).sum(-1) > 0.999).all()
         assert not np.array_equal(got, want)
     with pytest.raises(ValueError, match="compute_dtype is 'half'"):
         embed("half")
+
+
+def test_a_training_computes_in_bfloat16_where_the_cpu_has_it(monkeypatch):
+    for has, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(clip_lib, "multiplies_bfloat16", lambda has=has: has)
+        assert SMALL.for_training().dtype == dtype
+        assert SMALL.dtype == "float32"
+        chosen = dataclasses.replace(SMALL, compute_dtype="float32")
+        assert chosen.for_training() == chosen
 
 
 def test_where_a_program_will_run_says_in_what_it_computes():
