@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.clip_loss = dict(
         contrast_weight=1.0,
+        image_weight=0.0,
         retrieval_weight=0.5,
         retrieval_temperature=0.05,
         max_pair_similarity=0.9,

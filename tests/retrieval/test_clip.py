@@ -281,6 +281,23 @@ def test_training_finds_the_group(params):
     assert set(metrics) >= {"contrast_loss", "text_query_accuracy"}
 
 
+def test_the_loss_is_the_weighted_sum_of_its_terms(params):
+    config = CLIPLossConfig(
+        contrast_weight=0.3, retrieval_weight=0.7, image_weight=1.9, separation_weight=2
+    )
+    loss_fn = loss_lib.clip_loss(SMALL, config)
+    batch = next(loss_lib.make_pair_batches(*make_data(), num_pairs=8, seed=0))
+    loss, metrics = loss_fn(params, batch, jax.random.key(0), jnp.int32(0))
+    value = {name: float(total / weight) for name, (total, weight) in metrics.items()}
+    expected = (
+        0.3 * value["contrast_loss"]
+        + 0.7 * (value["text_query_loss"] + value["image_query_loss"]) / 2
+        + 1.9 * value["image_loss"]
+        + 2 * value["across_similarity"] ** 2
+    )
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-5)
+
+
 def test_a_zero_embedding_has_a_finite_gradient():
     grad = jax.grad(lambda x: loss_lib.normalise(x).sum())(jnp.zeros((1, 4)))
     assert np.isfinite(grad).all()
