@@ -34,8 +34,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.embedder = ""
     config.init_from = ""
     config.memory_path = ""
+    # Held-out documents are never retrieved for training documents, but for one another
+    # in the evaluation, and by users.
     config.memory = dict(
-        index="auto", num_query_variants=2, query_drop=0.2, include_heldout=False
+        index="auto", num_query_variants=2, query_drop=0.2, include_heldout=True
     )
     # A CLIP trained on few images has high similarities: only near copies are dropped.
     # "house,thing": documents that agree in both are never retrieved for each other.
