@@ -104,8 +104,8 @@ def classify(
 ) -> Arrays:
     """Two-way classification: is it right, and how probable is the right label?
 
-    The two labels are sampled for every question from `words`, and so is their order, so
-    that a model that always answers one of them is right half of the time.
+    The two labels are sampled for every question from `words`, and so is their order:
+    a model that always answers one of them is right half of the time.
     """
     rng = np.random.default_rng([settings.seed, 1])
     right, probabilities = [], []

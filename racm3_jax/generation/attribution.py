@@ -2,10 +2,10 @@
 
     bits of document i = log2 p(sample | all documents) - log2 p(sample | all but i)
 
-Leave-one-out, teacher-forced: nothing is sampled again. An image is scored whole after its
-text, as the tokenizer encodes its pixels, what an infill kept of it included; a caption as
-it was asked for. Of two documents that say the same
-either alone would do, so both can have few bits.
+Leave-one-out, teacher-forced: nothing is sampled again. The whole image is scored after
+its text, as the tokenizer encodes its pixels, including what an infill kept; a caption as
+it was asked for. Of two documents that say the same either is enough, so both can have few
+bits.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """k-shot classification in context, with labels that may mean nothing (section 5.4).
 
-    "label"   <eod> image <break> dax <eod> image <break> wug <eod> image <break> ? <eod>
-                    `------ one shot: an example of each label ---'
-    "image"   <eod> dax <break> image <eod> dax <break> ? <eod>
-              <eod> wug <break> image <eod> wug <break> ? <eod>
+    "label"   <eod> image <break> dax <eod> image <break> wug <eod> image <break> ?
+                    `---- one shot: an example of each label -----'
+    "image"   <eod> dax <break> image <eod> dax <break> ?
+              <eod> wug <break> image <eod> wug <break> ?
 
-"label" compares how likely each label is after the image and after examples of all labels:
-the paper's way. A label's score is the mean over its tokens, so that long labels are not
-punished, minus the same after a neutral grey image, so that no label wins because the
-model prefers it anyway (contextual calibration, arXiv 2102.09690). "image" compares how
-likely the image is after each label and that label's own examples: a noisy channel (arXiv
-2108.04106), with labels equally likely before the image is seen. Examples that do not fit
-into the context are read in further passes, whose probabilities are averaged.
+"label" compares how likely each label, with its `<eod>`, is after the image and after
+examples of all labels: the paper's way. A label's score is the mean over its tokens, so
+that long labels are not punished, minus the same after a neutral grey image, so that no
+label wins because the model prefers it anyway (contextual calibration, arXiv
+2102.09690). "image" compares how likely the image is after each label and that label's
+own examples: a noisy channel (arXiv 2108.04106), with labels equally likely before the
+image is seen. Examples that do not fit into the context are read in further passes, whose
+probabilities are averaged.
 
 `Generator.classify` and all evaluations use `classify_questions`.
 """

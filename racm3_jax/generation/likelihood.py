@@ -3,8 +3,8 @@
     context          targets           row
     <eod> r <eod>    t1 t2 <break> …   -> nats of t1, t2, …, given all before them
 
-Rows of similar length are read together, padded to a few lengths, so that few programs are
-compiled. What a row scores does not depend on the others.
+Rows of similar length are read together, padded to a few lengths, so that few programs
+are compiled. A row's likelihoods do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Scored(NamedTuple):
 def compute_log_likelihoods(
     engine: Engine, sequences: Sequence[Scored], *, num_rows: int | None = None
 ) -> Float64[np.ndarray, " sequences"]:
-    """The log-likelihood of all targets of each sequence, in nats; see `score_tokens`."""
+    """Log-likelihood of all targets of each sequence, in nats; see `score_tokens`."""
     found = score_tokens(engine, sequences, num_rows=num_rows)
     return np.array([-nats.sum() for nats in found])
 
@@ -69,8 +69,8 @@ def score_tokens(
             raise ValueError(f"sequence {i} has no context: begin it with <eod>")
         if length > max_length:
             raise ValueError(
-                f"sequence {i} has {length} positions, more than the model's max_length "
-                f"{max_length}: give fewer documents or shorter ones"
+                f"sequence {i} has {length} positions, more than the model's "
+                f"max_length {max_length}: give fewer documents or shorter ones"
             )
     scores: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     with current_mesh(mesh_of(engine.params)):
@@ -90,9 +90,9 @@ def score_tokens(
 def _read_rows(
     engine: Engine, sequences: Sequence[Scored], num_rows: int
 ) -> Float[np.ndarray, "rows length"]:
-    """One pass; rows without a sequence are padding, as is what follows a sequence.
+    """Nats at every position from the first target's to the last one's, in one pass.
 
-    <eod> r <eod> t1 t2      first chunk with a target .. chunk of the last target
+    Positions after the end of a sequence, and rows without one, are padding.
     """
     first = min(len(s.context) - 1 for s in sequences)
     last = max(len(s.context) + len(s.targets) - 1 for s in sequences)
@@ -115,7 +115,7 @@ def _read(
     first: Int[Array, ""],
     last: Int[Array, ""],
 ) -> Float[Array, "rows length"]:
-    """Nats at the positions `first` to `last`, in chunks; 0 or more at the others."""
+    """Nats at the positions `first` to `last`, chunk by chunk."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from racm3_jax.generation.engine import Engine
 
 RANKINGS: tuple[RankBy, ...] = get_args(RankBy)
-# Share of codes equal to those of a retrieved image, place by place, from which a drawing
-# is called a near copy. Two drawings of the same scene share far fewer.
+# Fraction of codes equal to those of a retrieved image, position by position, from which a
+# generated image is called a near copy. Two images of the same scene share far fewer.
 NEAR_COPY = 0.9
 
 
