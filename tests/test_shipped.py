@@ -4,8 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from racm3_jax import checkpoints, wiring
+from racm3_jax import checkpoints, cli, wiring
 from racm3_jax.documents.flagworld import (
     FlagIdentifier,
     FlagworldConfig,
@@ -13,6 +14,7 @@ from racm3_jax.documents.flagworld import (
     read_flagworld,
 )
 from racm3_jax.tokenizers.mixed import MixedTokenizer
+from racm3_jax.wiring.generators import read_defaults
 
 SHIPPED = wiring.resolve("shipped:flagworld")
 
@@ -47,6 +49,36 @@ def test_settings_of_another_training_are_refused(tmp_path):
     checkpoints.write_manifest(tmp_path / "model", {"kind": "generator"})
     with pytest.raises(ValueError, match="trained with another tokenizer"):
         wiring.load_generator(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ([1], r"says defaults=\[1\], which are not settings by task"),
+        ({"caption": "none"}, "which are not settings by task"),
+        ({"caption": {"guidance": "2"}}, "says guidance='2', but .* wants float"),
+        ({"caption": {"num_candidates": 4.5}}, "says num_candidates=4.5, .* wants int"),
+        ({"caption": {"temperature": -1}}, "temperature must be a number >= 0"),
+        ({"caption": {"num_candidates": -1}}, "num_candidates must be >= 0; got -1"),
+        ({"caption": {"top": 1}}, "says top, which CaptionDefaults does not have"),
+    ],
+)
+def test_measured_settings_of_wrong_types_are_refused(tmp_path, defaults, message):
+    with pytest.raises(ValueError, match=message):
+        read_defaults({"defaults": defaults}, tmp_path)
+
+
+def test_a_folder_with_wrong_settings_is_refused_in_one_sentence(tmp_path, capsys):
+    shutil.copytree(SHIPPED / "model", tmp_path / "model")
+    for name in ("tokenizer", "clip"):
+        (tmp_path / name).symlink_to(SHIPPED / name)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace('"guidance": 2.0', '"guidance": "2"'))
+    checkpoints.write_manifest(tmp_path / "model", {"kind": "generator"})
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    command = ["caption", f"--image={tmp_path / 'a.png'}", f"--workdir={tmp_path}"]
+    assert cli.main([*command, "--num_retrieved=0"]) == 2
+    assert "says guidance='2', but CaptionDefaults wants" in capsys.readouterr().err
 
 
 def test_all_together_are_below_25_megabytes():

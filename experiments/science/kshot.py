@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from racm3_jax.documents.flagworld import make_nations, read_flagworld
+from racm3_jax.evaluation import task_answers
 from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.evaluation.kshot import INVENTED, compute_auc
 from racm3_jax.evaluation.settings import TaskSettings
 from racm3_jax.evaluation.task_probes import TaskProbes
 from racm3_jax.generation.classification import ClassifyBy
@@ -16,54 +16,38 @@ from science.experiment import Experiment, Figures, Panel, Place
 from science.worlds import open_bench, open_shipped, shipped_weights
 
 SHOTS = (0, 1, 2, 4, 8)
-LABELS = ("dax", "wug")
-SENTENCES = ("the flag of Dax", "the flag of Wug")
+SENTENCES = tuple(f"the flag of {word.capitalize()}" for word in INVENTED)
+ASKED: dict[str, tuple[ClassifyBy, Sequence[str]]] = {
+    "image": ("image", INVENTED),
+    "label": ("label", INVENTED),
+    "sentence": ("image", SENTENCES),
+}
 
 
 def measure(condition: str, seed: int, place: Place) -> Figures:
-    """Two nations, labels sampled for each question, `condition` examples of each."""
+    """Two nations, labels sampled for each question, `condition` examples of each.
+
+    One example of each label per pass; passes are averaged, as in the paper.
+    """
     shots = int(condition)
     bench = open_bench(seed, place)
+    settings = TaskSettings(seed=seed, shots_per_pass=1)
     probes = TaskProbes(
         make_nations(bench.world, "heldout"),
         bench.tests[: place.scale.num_episodes],
         list(read_flagworld(bench.world, "heldout_memory")),
-        TaskSettings(seed=seed),
+        settings,
     )
     generator = open_shipped("model")
-    figures: Figures = {
-        "image": classify(generator, probes, shots, LABELS, seed, "image"),
-        "label": classify(generator, probes, shots, LABELS, seed, "label"),
-        "sentence": classify(generator, probes, shots, SENTENCES, seed, "image"),
-    }
+    figures: Figures = {}
+    for name, (by, words) in ASKED.items():
+        found = task_answers.classify(generator, probes, settings, shots, by, words)
+        figures[name] = compute_share(found["right"].tolist())
+        right = [0] * len(probes.tests)
+        figures[f"{name}_auc"] = compute_auc(found["probabilities"], right)
     if shots:
         figures["nearest"] = classify_by_clip(generator, probes, shots)
     return figures
-
-
-def classify(
-    generator: Generator,
-    probes: TaskProbes,
-    shots: int,
-    labels: Sequence[str],
-    seed: int,
-    by: ClassifyBy,
-) -> Share:
-    """One example of each label per pass; passes are averaged, as in the paper."""
-    rng = np.random.default_rng([seed, shots])
-    right = []
-    for i, test in enumerate(probes.tests):
-        words = tuple(labels) if rng.random() < 0.5 else tuple(labels[::-1])
-        support = [
-            (document.images[0], word)
-            for item, word in zip((i, probes.partners[i]), words, strict=True)
-            for document in probes.examples(item, shots)
-        ]
-        found = generator.classify(
-            test.images[0], support, labels, shots_per_pass=1, by=by
-        )
-        right.append(found.label == words[0])
-    return compute_share(right)
 
 
 def classify_by_clip(generator: Generator, probes: TaskProbes, shots: int) -> Share:
@@ -92,9 +76,12 @@ EXPERIMENT = Experiment(
     conditions={str(k): f"{k} shots" for k in SHOTS},
     measure=measure,
     columns={
-        "image": '"dax", "wug", by the image',
-        "label": "the same, by the label",
+        "image": "invented words, by the image",
+        "image_auc": "AUC by the image",
+        "label": "invented words, by the label",
+        "label_auc": "AUC by the label",
         "sentence": '"the flag of Dax", …, by the image',
+        "sentence_auc": "AUC in a phrase",
         "nearest": "nearest example by CLIP",
     },
     panels=(
@@ -113,13 +100,14 @@ EXPERIMENT = Experiment(
     x_values=tuple(float(k) for k in SHOTS),
     x_title="examples a label",
     proof=("0", "2"),
-    settings={"shots": list(SHOTS)} | shipped_weights(),
+    settings={"shots": list(SHOTS), "labels": list(INVENTED)} | shipped_weights(),
     notes=(
-        "Two held-out nations per question; chance is 50%. More shots are more "
+        "Two held-out nations per question; chance is 50%, and an area under the ROC "
+        "curve of 0.5. Two labels are sampled for each question. More shots are more "
         "passes, whose probabilities are averaged. By the label, as in the paper: an "
         "example of each label is in the context, and the likelihoods of the labels "
-        "after the image are compared. By the image: the image's likelihoods are "
-        "compared, each given one label and its own example (a noisy channel, arXiv "
-        "2108.04106)."
+        "after the image are compared, each minus the one after a grey image. By the "
+        "image: the image's likelihoods are compared, each given one label and its own "
+        "example (a noisy channel, arXiv 2108.04106)."
     ),
 )

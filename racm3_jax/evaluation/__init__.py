@@ -3,7 +3,7 @@
 suite              what all suites share: stages in chunks, figures, table, images
   flagworld        flagworld_judge: are drawings and captions right?
   flagworld_tasks  task_probes: what is asked; task_answers: asks; task_sheets: shows
-  likelihood_suite perplexity, kshot, retrieval, copying (all read `likelihood`)
+  likelihood_suite perplexity, kshot, retrieval, copying
   coco_suite       coco_tasks: draws, captions; coco: the lists of images
   settings         of all of them
 parts, replicas    chunks that survive a kill; a model on several devices

@@ -5,7 +5,7 @@
     asked           [image] ?       the label whose text the model finds most likely
 
 The labels' texts are invented words, sampled for each episode: only the demonstrations
-say what they stand for. Several episodes of one query set give the interval.
+say what they mean. Prompts and scores are those of `generation.classification`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64
 
-from racm3_jax.documents.images import resize_image
 from racm3_jax.evaluation.clip_score import embed_any_size
 from racm3_jax.evaluation.document_sets import ShotPool
 from racm3_jax.evaluation.intervals import Share, compute_share
-from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.evaluation.parts import Arrays, Parts
 from racm3_jax.evaluation.replicas import Replicas
 from racm3_jax.evaluation.settings import LikelihoodSettings
 from racm3_jax.evaluation.suite import Stage, format_rows
-from racm3_jax.generation.classification import (
-    compute_label_probabilities,
-    neutral_image,
-    score_labels,
-)
+from racm3_jax.generation.classification import Question, classify_questions
 from racm3_jax.generation.tasks import Generator, Image
-from racm3_jax.sequences.layout import beginning_prompt
-from racm3_jax.types import TokenizedDocument, TokenizedSegment
 
 _TABLE_COLUMNS = ("model", "auc", "random", "copy")
 INVENTED = ("dax", "blick", "wug", "toma", "fep", "zorp", "kiki", "bouba")
@@ -66,7 +58,7 @@ def sample_episodes(
     words: Sequence[str] = INVENTED,
     seed: int = 0,
 ) -> list[Episode]:
-    """Draws episodes; an image is never shown and asked about at once.
+    """Samples episodes; no episode shows the image that it asks about.
 
     Args:
       classes: the class of every image.
@@ -114,69 +106,30 @@ def classify_episodes(
     images: Sequence[Image] | Mapping[int, Image],
     episodes: Sequence[Episode],
     *,
-    seed: int = 0,
     num_rows: int = 8,
-    first: int = 0,
-) -> Float[np.ndarray, "episodes labels"]:
+) -> Float64[np.ndarray, "episodes labels"]:
     """How probable the model finds each label in each episode.
-
-    Demonstrations are in random order, each label after its image (as in
-    `sequences.episodes`); labels are compared by `classification.score_labels`, as
-    `Generator.classify` does.
 
     Args:
       generator: its memory is not used.
       images: what the episodes' rows mean.
       episodes: the questions.
-      seed: of the orders.
       num_rows: see `score_tokens`.
-      first: number of the first episode, where these are some of a longer list.
     """
-    tokenizer, vocab = generator.tokenizer, generator.tokenizer.vocab
-    used = sorted(
-        {row for e in episodes for rows in (*e.shown, (e.asked,)) for row in rows}
-    )
-    size = tokenizer.image.image_size
-    pixels = [resize_image(images[row], size) for row in used]
-    codes = tokenizer.image.encode(np.stack([*pixels, neutral_image(size)]))
-    *found, neutral = vocab.image_tokens(codes)
-    image_tokens = dict(zip(used, found, strict=True))
-    text_tokens = {
-        word: tokenizer.encode_text(word) for e in episodes for word in e.words
-    }
-    end = np.array([vocab.eod], np.int32)
-    sequences = []
-    for i, episode in enumerate(episodes):
-        pairs = [
-            (row, word)
-            for rows, word in zip(episode.shown, episode.words, strict=True)
-            for row in rows
-        ]
-        order = np.random.default_rng([seed, first + i]).permutation(len(pairs))
-        shown = [
-            TokenizedDocument(
-                f"shown-{row}",
-                (
-                    TokenizedSegment("image", image_tokens[row]),
-                    TokenizedSegment("text", text_tokens[word]),
-                ),
-            )
-            for row, word in (pairs[j] for j in order)
-        ]
-        for tokens in (image_tokens[episode.asked], neutral):
-            asked = np.append(tokens, np.int32(vocab.break_))
-            context = beginning_prompt(shown, asked, vocab)
-            for word in episode.words:
-                label = np.concatenate([text_tokens[word], end])
-                sequences.append(Scored(context, label))
-    scored = score_tokens(generator, sequences, num_rows=num_rows)
-    nats = iter([float(x.sum()) for x in scored])
-    scores = []
-    for episode in episodes:
-        found = np.array([[-next(nats) for _ in episode.words] for _ in range(2)])
-        num_tokens = [len(text_tokens[word]) + 1 for word in episode.words]
-        scores.append(score_labels(found[0], found[1], num_tokens))
-    return compute_label_probabilities(np.stack(scores))
+    questions = [
+        Question(
+            images[episode.asked],
+            [
+                (images[row], word)
+                for rows, word in zip(episode.shown, episode.words, strict=True)
+                for row in rows
+            ],
+            episode.words,
+        )
+        for episode in episodes
+    ]
+    found = classify_questions(generator, questions, by="label", num_rows=num_rows)
+    return np.stack([answer.probabilities for answer in found])
 
 
 def mislead(
@@ -346,9 +299,7 @@ class ShotQuestions:
             generator,
             images,
             asked,
-            seed=self._settings.seed,
             num_rows=self._settings.num_rows,
-            first=items.start,
         )
         nearest = np.full(len(asked), -1)
         if asked[0].shown[0]:

@@ -105,7 +105,7 @@ class LikelihoodSuite(Suite):
             "data": describe_documents(documents),
             "kshot_data": None if pool is None else describe_pool(pool),
             "class_key": class_key,
-            "label_score": "calibrated mean",
+            "label_score": "calibrated mean, labels take turns",
             "twin": None if twin is None else fingerprint_params(twin),
         } | describe_generator(generator)
         super().__init__(

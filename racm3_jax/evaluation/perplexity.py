@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int, Int64
 
-from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.evaluation.retrieval import stack_rows
+from racm3_jax.generation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.sequences.layout import document_tokens, retrieved_prefix
 from racm3_jax.types import Document, Modality, Retrieved, TokenizedDocument

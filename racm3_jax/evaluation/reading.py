@@ -31,7 +31,7 @@ from racm3_jax.documents.flagworld import (
     redraw,
 )
 from racm3_jax.evaluation.intervals import Share, compute_share
-from racm3_jax.evaluation.likelihood import Scored, score_tokens
+from racm3_jax.generation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.sequences.layout import (
     caption_prompt,

@@ -100,16 +100,17 @@ def classify(
     settings: TaskSettings,
     shots: int,
     by: ClassifyBy,
+    words: Sequence[str] = INVENTED,
 ) -> Arrays:
     """Two-way classification: is it right, and how probable is the right label?
 
-    The two labels are sampled for every question from `kshot.INVENTED`, and so is their
-    order, so that a model that always answers one of them is right half of the time.
+    The two labels are sampled for every question from `words`, and so is their order:
+    a model that always answers one of them is right half of the time.
     """
     rng = np.random.default_rng([settings.seed, 1])
     right, probabilities = [], []
     for i, test in enumerate(probes.tests):
-        own, other = (str(word) for word in rng.choice(INVENTED, 2, replace=False))
+        own, other = (str(word) for word in rng.choice(words, 2, replace=False))
         support = [
             (document.images[0], label)
             for item, label in ((i, own), (probes.partners[i], other))

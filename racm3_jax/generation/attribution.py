@@ -2,10 +2,10 @@
 
     bits of document i = log2 p(sample | all documents) - log2 p(sample | all but i)
 
-Leave-one-out, teacher-forced: nothing is sampled again. An image is scored whole after its
-text, as the tokenizer encodes its pixels, what an infill kept of it included; a caption as
-it was asked for. Of two documents that say the same
-either alone would do, so both can have few bits.
+Leave-one-out, teacher-forced: nothing is sampled again. The whole image is scored after
+its text, as the tokenizer encodes its pixels, including what an infill kept; a caption as
+it was asked for. Of two documents that say the same either is enough, so both can have few
+bits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxtyping import Float32, Int32
 
 from racm3_jax.generation.captioning import write_after
 from racm3_jax.generation.engine import Engine
+from racm3_jax.generation.likelihood import Scored, compute_log_likelihoods
 from racm3_jax.generation.requests import WritePrompt
-from racm3_jax.generation.score import compute_log_likelihoods
 from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import Document, GenerationOutput
 
@@ -47,14 +47,8 @@ def attribute_sample(
         return np.zeros(0, np.float32)
     known, written = _split(engine, output.documents[sample], output.settings)
     contexts = [shown, *(shown[:i] + shown[i + 1 :] for i in range(len(shown)))]
-    prompts = [known(documents) for documents in contexts]
-    nats = compute_log_likelihoods(
-        engine.model,
-        engine.params,
-        prompts,
-        [written] * len(prompts),
-        max_rows=engine.max_rows,
-    )
+    asked = [Scored(known(documents), written) for documents in contexts]
+    nats = compute_log_likelihoods(engine, asked)
     return ((nats[0] - nats[1:]) / math.log(2)).astype(np.float32)
 
 

@@ -1,42 +1,59 @@
-"""k-shot classification in context, with labels that may mean nothing (section 5).
+"""k-shot classification in context, with labels that may mean nothing (section 5.4).
 
-    "label"   <eod> image <break> dax <eod> image <break> wug <eod> image <break> ? <eod>
-                    `--------- one shot: an example a label ------'
-    "image"   <eod> dax <break> image <eod> dax <break> ? <eod>
-              <eod> wug <break> image <eod> wug <break> ? <eod>
+    "label"   <eod> image <break> dax <eod> image <break> wug <eod> image <break> ?
+                    `---- one shot: an example of each label -----'
+    "image"   <eod> dax <break> image <eod> dax <break> ?
+              <eod> wug <break> image <eod> wug <break> ?
 
-"label" compares how likely each label is after the image and after examples of all labels:
-the paper's way. A label's score is the mean over its tokens, so that long labels are not
-punished, less the same after a neutral grey image, so that a label is not favoured that
-the model likes anyway (contextual calibration, arXiv 2102.09690). "image" compares how
-likely the image is after each label and that label's own examples: a noisy channel (arXiv
-2108.04106), with labels equally likely before the image is seen. Every likelihood is read off one forward pass. Examples that do not fit
-into the context are read in further passes, whose probabilities are averaged.
+"label" compares how likely each label, with its `<eod>`, is after the image and after
+examples of all labels: the paper's way. A label's score is the mean over its tokens, so
+that long labels are not punished, minus the same after a neutral grey image, so that no
+label wins because the model prefers it anyway (contextual calibration, arXiv
+2102.09690). "image" compares how likely the image is after each label and that label's
+own examples: a noisy channel (arXiv 2108.04106), with labels equally likely before the
+image is seen. Examples that do not fit into the context are read in further passes, whose
+probabilities are averaged.
+
+`Generator.classify` and all evaluations use `classify_questions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar, get_args
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float64
 
 from racm3_jax.generation.engine import Engine
+from racm3_jax.generation.likelihood import Scored, compute_log_likelihoods
 from racm3_jax.generation.requests import Image
-from racm3_jax.generation.score import compute_log_likelihoods
-from racm3_jax.sequences.layout import beginning_prompt, retrieved_prefix
-from racm3_jax.types import Document, Segment, TokenizedDocument
+from racm3_jax.sequences.layout import beginning_prompt
+from racm3_jax.types import Document, Segment, TokenizedDocument, TokenizedSegment
+from racm3_jax.vocab import Vocab
 
 # Grey level of the image that says nothing.
 NEUTRAL_LEVEL = 128
 Example = tuple[Image, str]
 ClassifyBy = Literal["label", "image"]
 CLASSIFY_BY: tuple[ClassifyBy, ...] = get_args(ClassifyBy)
-# By label: an example of each, and the known and the asked tokens.
+# An example of each label.
 Shot = dict[str, TokenizedDocument]
-Question = dict[str, tuple[Int32[np.ndarray, " known"], Int32[np.ndarray, " asked"]]]
-_Part = TypeVar("_Part")
+
+
+class Question(NamedTuple):
+    """An image to classify.
+
+    Attributes:
+      image: of any size.
+      support: labelled images; none asks the model without context.
+      labels: to choose from; those of `support` where None.
+    """
+
+    image: Image
+    support: Sequence[Example]
+    labels: Sequence[str] | None = None
 
 
 class Classification(NamedTuple):
@@ -51,7 +68,7 @@ class Classification(NamedTuple):
 
     label: str
     labels: tuple[str, ...]
-    probabilities: Float32[np.ndarray, " labels"]
+    probabilities: Float64[np.ndarray, " labels"]
     num_passes: int
 
 
@@ -114,10 +131,12 @@ def find_labels(
 def group_shots(
     examples: Sequence[TokenizedDocument], given: Sequence[str], labels: Sequence[str]
 ) -> list[Shot]:
-    """Shots of one example a label; a label with fewer examples repeats them.
+    """Shots of one example per label; a label with fewer examples repeats them.
 
-    The order of the labels turns from shot to shot, so that none is always the last,
-    which models favour.
+    The order of the labels rotates from shot to shot: models favour the last label, so
+    none is always the last.
+
+        dax: a b, wug: c   ->   [dax a, wug c], [wug c, dax b]
     """
     by_label = {label: [] for label in labels}
     for example, label in zip(examples, given, strict=True):
@@ -133,16 +152,27 @@ def group_shots(
     ]
 
 
-def classify(
+def classify_questions(
     engine: Engine,
-    images: Sequence[Image],
-    support: Sequence[Example],
-    labels: Sequence[str] | None,
-    shots_per_pass: int | None,
-    by: ClassifyBy,
+    questions: Sequence[Question],
+    *,
+    shots_per_pass: int | None = None,
+    by: ClassifyBy = "image",
+    num_rows: int | None = None,
 ) -> list[Classification]:
-    """Classifies every image from the same support set."""
-    names = find_labels(support, labels)
+    """Answers every question from its own support set.
+
+    Args:
+      engine: its memory is not used.
+      questions: in any order; each is answered alone.
+      shots_per_pass: examples of each label in the context at once; as many as fit
+        unless given.
+      by: what is compared.
+      num_rows: see `score_tokens`.
+
+    Raises:
+      ValueError: a setting or a question that is not possible.
+    """
     if shots_per_pass is not None and shots_per_pass < 1:
         raise ValueError(f"shots_per_pass must be >= 1; got {shots_per_pass}")
     if by not in CLASSIFY_BY:
@@ -150,59 +180,70 @@ def classify(
             f"by is {by!r}; allowed: {', '.join(map(repr, CLASSIFY_BY))}: whose "
             "likelihood is compared"
         )
-    documents = [
-        Document(f"example-{i}", _order(by, Segment(text=label), Segment(image=image)))
-        for i, (image, label) in enumerate(support)
-    ]
-    shots = group_shots(engine.tokenized(documents), [x for _, x in support], names)
-    words = {name: engine.tokenizer.encode_text(name) for name in names}
-    asked = list(images)
-    if by == "label":
-        asked.append(neutral_image(engine.tokenizer.image.image_size))
-    questions = [
-        _question(engine, engine.tokenizer.encode_image(image), words, by)
-        for image in asked
-    ]
-    passes = _split_passes(engine, shots, questions, shots_per_pass, by)
-    prompts, continuations = [], []
-    for question in questions:
-        for shown in passes:
-            for label, (known, continuation) in question.items():
-                context = _context(shown, label, by)
-                prompts.append(beginning_prompt(context, known, engine.tokenizer.vocab))
-                continuations.append(continuation)
-    scores = compute_log_likelihoods(
-        engine.model, engine.params, prompts, continuations, max_rows=engine.max_rows
-    ).reshape(len(asked), len(passes), len(names))
-    if by == "label":
-        num_tokens = [len(continuation) for _, continuation in questions[-1].values()]
-        scores = score_labels(scores[:-1], scores[-1:], num_tokens)
-    probabilities = compute_label_probabilities(scores).mean(1).astype(np.float32)
-    return [
-        Classification(names[int(row.argmax())], names, row, len(passes))
-        for row in probabilities
-    ]
-
-
-def _order(by: ClassifyBy, label: _Part, image: _Part) -> tuple[_Part, _Part]:
-    """What is compared comes last."""
-    return (image, label) if by == "label" else (label, image)
-
-
-def _question(
-    engine: Engine,
-    image: Int32[np.ndarray, " image_length"],
-    labels: Mapping[str, Int32[np.ndarray, " length"]],
-    by: ClassifyBy,
-) -> Question:
-    """For each label the known tokens, and those whose likelihood is asked for."""
     vocab = engine.tokenizer.vocab
-    break_, eod = np.array([vocab.break_], np.int32), np.array([vocab.eod], np.int32)
-    question = {}
-    for name, words in labels.items():
-        known, asked = _order(by, words, image)
-        question[name] = (np.concatenate([known, break_]), np.concatenate([asked, eod]))
-    return question
+    labels = [find_labels(question.support, question.labels) for question in questions]
+    images = [question.image for question in questions]
+    neutral = neutral_image(engine.tokenizer.image.image_size)
+    examples = [image for question in questions for image, _ in question.support]
+    tokens = _encode(engine, [*images, *examples, neutral], itertools.chain(*labels))
+    passes = [
+        _split_passes(engine, tokens, question, names, shots_per_pass, by)
+        for question, names in zip(questions, labels, strict=True)
+    ]
+    rounds = [images] if by == "image" else [images, [neutral] * len(images)]
+    asked = [
+        [
+            _ask(tokens, _context(shots, label, by), image, label, by, vocab)
+            for shots in shown
+            for label in names
+        ]
+        for images in rounds
+        for image, names, shown in zip(images, labels, passes, strict=True)
+    ]
+    scores = _score(engine, asked, num_rows)
+    found = []
+    for i, (names, shown) in enumerate(zip(labels, passes, strict=True)):
+        score = scores[i].reshape(len(shown), len(names))
+        if by == "label":
+            after_neutral = scores[len(images) + i].reshape(score.shape)
+            num_tokens = [len(tokens[label].tokens) + 1 for label in names]
+            score = score_labels(score, after_neutral, num_tokens)
+        probabilities = compute_label_probabilities(score).mean(0)
+        best = names[int(probabilities.argmax())]
+        found.append(Classification(best, names, probabilities, len(shown)))
+    return found
+
+
+def _encode(
+    engine: Engine, images: Iterable[Image], labels: Iterable[str]
+) -> dict[Any, TokenizedSegment]:
+    """Segments of all labels, and of all images by their `id`; each is encoded once."""
+    segments: dict[Any, Segment] = {id(image): Segment(image=image) for image in images}
+    segments |= {label: Segment(text=label) for label in labels}
+    documents = engine.tokenized([Document("", (x,)) for x in segments.values()])
+    return dict(zip(segments, (d.segments[0] for d in documents), strict=True))
+
+
+def _order(
+    tokens: Mapping[Any, TokenizedSegment], image: Image, label: str, by: ClassifyBy
+) -> tuple[TokenizedSegment, TokenizedSegment]:
+    """What is compared comes last."""
+    seen, said = tokens[id(image)], tokens[label]
+    return (seen, said) if by == "label" else (said, seen)
+
+
+def _ask(
+    tokens: Mapping[Any, TokenizedSegment],
+    context: Sequence[TokenizedDocument],
+    image: Image,
+    label: str,
+    by: ClassifyBy,
+    vocab: Vocab,
+) -> Scored:
+    """The last document: its first half is known, its second half is scored."""
+    known, asked = (half.tokens for half in _order(tokens, image, label, by))
+    prompt = beginning_prompt(context, np.append(known, vocab.break_), vocab)
+    return Scored(prompt, np.append(asked, vocab.eod).astype(np.int32))
 
 
 def _context(
@@ -216,37 +257,52 @@ def _context(
 
 def _split_passes(
     engine: Engine,
-    shots: Sequence[Shot],
-    questions: Sequence[Question],
+    tokens: Mapping[Any, TokenizedSegment],
+    question: Question,
+    labels: Sequence[str],
     shots_per_pass: int | None,
     by: ClassifyBy,
 ) -> list[list[Shot]]:
     """As many whole shots a pass as fit, or as were asked for; none without support."""
-    max_length = engine.model.config.max_length
-    longest = {
-        label: max(sum(map(len, question[label])) for question in questions)
-        for label in questions[0]
-    }
+    max_length, vocab = engine.model.config.max_length, engine.tokenizer.vocab
+    examples = [
+        TokenizedDocument(f"example-{i}", _order(tokens, image, label, by))
+        for i, (image, label) in enumerate(question.support)
+    ]
 
-    def count_ids(shown: Sequence[Shot]) -> int:
-        return max(
-            len(retrieved_prefix(_context(shown, label, by), engine.tokenizer.vocab))
-            + length
-            for label, length in longest.items()
+    def count_tokens(shots: Sequence[Shot]) -> int:
+        asked = (
+            _ask(tokens, _context(shots, x, by), question.image, x, by, vocab)
+            for x in labels
         )
+        return max(len(s.context) + len(s.targets) for s in asked)
 
     passes: list[list[Shot]] = [[]]
-    for shot in shots:
+    for shot in group_shots(examples, [label for _, label in question.support], labels):
         longer = [*passes[-1], shot]
-        needed = count_ids(longer)
+        needed = count_tokens(longer)
         full = len(passes[-1]) == shots_per_pass or needed > max_length
         if full and not passes[-1]:
             raise ValueError(
-                f"one shot does not fit: its examples and the image are {needed} tokens, more "
-                f"than the model's max_length {max_length}; use fewer or shorter labels"
+                f"one shot does not fit: its examples and the image are {needed} "
+                f"tokens, more than the model's max_length {max_length}; use fewer or "
+                "shorter labels"
             )
         if full:
             passes.append([shot])
         else:
             passes[-1] = longer
     return passes
+
+
+def _score(
+    engine: Engine, asked: Sequence[Sequence[Scored]], num_rows: int | None
+) -> list[Float64[np.ndarray, " sequences"]]:
+    """Log-likelihoods; equal sequences (after the neutral image) are read once."""
+    flat = [sequence for sequences in asked for sequence in sequences]
+    keys = [(s.context.tobytes(), s.targets.tobytes()) for s in flat]
+    distinct = dict(zip(keys, flat, strict=True))
+    read = compute_log_likelihoods(engine, list(distinct.values()), num_rows=num_rows)
+    found = dict(zip(distinct, read, strict=True))
+    ends = np.cumsum([len(sequences) for sequences in asked])[:-1]
+    return np.split(np.array([found[key] for key in keys]), ends)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt8
 
-from racm3_jax.generation.score import compute_log_likelihoods
+from racm3_jax.generation.likelihood import Scored, compute_log_likelihoods
 from racm3_jax.generation.settings import RankBy
 from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import Retrieved, TokenizedDocument
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from racm3_jax.generation.engine import Engine
 
 RANKINGS: tuple[RankBy, ...] = get_args(RankBy)
-# Share of codes equal to those of a retrieved image, place by place, from which a drawing
-# is called a near copy. Two drawings of the same scene share far fewer.
+# Fraction of codes equal to those of a retrieved image, position by position, from which a
+# generated image is called a near copy. Two images of the same scene share far fewer.
 NEAR_COPY = 0.9
 
 
@@ -132,25 +132,17 @@ def rank_documents(
     vocab = engine.tokenizer.vocab
     # An image whose caption is left out: as captioning asks (`layout.caption_prompt`).
     known = np.array([vocab.sentinel(0), vocab.break_], np.int32)
-    prompts = [
-        beginning_prompt([document], known, vocab)
-        for found in candidates
+    asked = [
+        Scored(beginning_prompt([document], known, vocab), image)
+        for image, found in zip(images, candidates, strict=True)
         for document in found.documents
     ]
-    if not prompts:
+    if not asked:
         return list(candidates)
-    counts = [len(found.documents) for found in candidates]
-    scores = compute_log_likelihoods(
-        engine.model,
-        engine.params,
-        prompts,
-        list(np.repeat(images, counts, axis=0)),
-        max_rows=engine.max_rows,
-    )
+    scores = compute_log_likelihoods(engine, asked)
+    ends = np.cumsum([len(found.documents) for found in candidates])[:-1]
     kept = []
-    for found, likelihoods in zip(
-        candidates, np.split(scores, np.cumsum(counts)[:-1]), strict=True
-    ):
+    for found, likelihoods in zip(candidates, np.split(scores, ends), strict=True):
         order = np.argsort(-likelihoods, kind="stable")[:num]
         documents = tuple(found.documents[i] for i in order)
         kept.append(

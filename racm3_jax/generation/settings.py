@@ -115,6 +115,28 @@ class SamplingConfig:
         return self.guidance != 1 or self.contrastive_k > 0
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionDefaults:
+    """What a folder of weights may say about captions: `Engine.defaults["caption"]`.
+
+    Attributes:
+      num_candidates: documents that are re-ranked; 0 keeps the retriever's.
+      temperature, guidance, guide_documents: see `SamplingConfig`.
+      image_first: documents are shown with their images in front of their texts.
+    """
+
+    num_candidates: int = 0
+    temperature: float = 1.0
+    guidance: float = 1.0
+    guide_documents: bool = False
+    image_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 0:
+            raise ValueError(f"num_candidates must be >= 0; got {self.num_candidates}")
+        SamplingConfig(temperature=self.temperature, guidance=self.guidance)
+
+
 def make_config(settings: SamplingSettings) -> SamplingConfig:
     """The settings of a call, top_p 0.9 unless given; each task sets the length."""
     given: dict[str, Any] = {"top_p": 0.9, **settings}

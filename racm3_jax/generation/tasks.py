@@ -354,8 +354,11 @@ class Generator(Engine):
         if not len(images):
             return []
         images = [check_image(image) for image in images]
-        return classification.classify(
-            self, images, support, labels, shots_per_pass, by
+        return classification.classify_questions(
+            self,
+            [classification.Question(image, support, labels) for image in images],
+            shots_per_pass=shots_per_pass,
+            by=by,
         )
 
     def generate(

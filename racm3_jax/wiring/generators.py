@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from racm3_jax import checkpoints, storage
+from racm3_jax.generation.settings import CaptionDefaults
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.model.config import ModelConfig
@@ -142,5 +143,27 @@ def load_generator(
         retriever,
         embedder,
         mesh=mesh,
-        defaults=extra.get("defaults"),
+        defaults=read_defaults(extra, directory / model),
     )
+
+
+def read_defaults(extra: Mapping[str, Any], where: Path) -> dict[str, dict[str, Any]]:
+    """The settings that were measured best with weights; see `Engine`.
+
+    Args:
+      extra: from the folder of weights.
+      where: the folder, for the error.
+
+    Raises:
+      ValueError: an unknown setting, or a value of another type or out of its range.
+    """
+    defaults = extra.get("defaults", {})
+    if not isinstance(defaults, dict) or not all(
+        isinstance(settings, dict) for settings in defaults.values()
+    ):
+        raise ValueError(
+            f"{where} says defaults={defaults!r:.80}, which are not settings by task: "
+            "copy it again"
+        )
+    checkpoints.build_config(CaptionDefaults, defaults.get("caption", {}), where)
+    return defaults

@@ -37,7 +37,7 @@ from racm3_jax.training.step import TrainState
 from racm3_jax.wiring import heldout
 from racm3_jax.wiring.corpora import build_corpus, read_heldout, read_memory_documents
 from racm3_jax.wiring.encoder_jobs import build_clip_job, build_vqgan_job
-from racm3_jax.wiring.generators import carry_origin, save_generator
+from racm3_jax.wiring.generators import carry_origin, read_defaults, save_generator
 from racm3_jax.wiring.job import Job, make_job
 from racm3_jax.wiring.parts import (
     build_embedder,
@@ -187,7 +187,7 @@ def _export_generator(
     defaults: dict[str, Any] = {}
     if config.init_from:
         start = resolve(config.init_from)
-        defaults = checkpoints.read_config(start)["extra"].get("defaults", {})
+        defaults = read_defaults(checkpoints.read_config(start)["extra"], start)
         if carry_origin(start, workdir):
             # `racm3 export` writes such weights layer by layer.
             params = unstack_layers(params)
@@ -227,7 +227,9 @@ def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
     """The weights of `config.init_from`, stacked or unrolled as the model needs."""
     if not config.init_from:
         return None
-    params, _, _ = checkpoints.load_weights(resolve(config.init_from), "generator")
+    start = resolve(config.init_from)
+    params, _, extra = checkpoints.load_weights(start, "generator")
+    read_defaults(extra, start)  # they are kept with the trained weights
     if not model_config.scan_layers:
         return unstack_layers(params)
     return params if "layers" in params else stack_layers(params)

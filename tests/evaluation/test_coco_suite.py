@@ -25,9 +25,9 @@ from racm3_jax.evaluation.coco import (
 )
 from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoDrawing
 from racm3_jax.evaluation.frechet import FeatureStatistics
-from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.evaluation.replicas import Replicas
 from racm3_jax.evaluation.settings import CocoSettings
+from racm3_jax.generation.likelihood import Scored, score_tokens
 from racm3_jax.types import Document
 
 COUNT = 200

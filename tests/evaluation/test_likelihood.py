@@ -14,8 +14,8 @@ from racm3_jax.evaluation.kshot import (
     mislead,
     sample_episodes,
 )
-from racm3_jax.evaluation.likelihood import Scored, score_tokens
 from racm3_jax.evaluation.perplexity import compute_likelihoods
+from racm3_jax.generation.likelihood import Scored, score_tokens
 from racm3_jax.model.transformer import Transformer, head_weights
 from racm3_jax.types import Document, Segment
 
@@ -45,7 +45,7 @@ def log_softmax(config, params, row, segments):
 def plain_nats(generator, context, targets):
     """Every target alone, from the full logits of the rows before it."""
     tokens = np.concatenate([context, targets])
-    row, segments = np.zeros((2, 1, 128), np.int32)
+    row, segments = np.zeros((2, 1, max(128, len(tokens) - 1)), np.int32)
     row[0, : len(tokens) - 1], segments[0, : len(tokens) - 1] = tokens[:-1], 1
     log_probs = np.asarray(
         log_softmax(generator.model.config, generator.params, row, segments)
@@ -54,17 +54,25 @@ def plain_nats(generator, context, targets):
     return -log_probs[places, tokens[1:][places]]
 
 
-def test_scores_are_those_of_each_sequence_alone():
-    generator = make_generator()
+@pytest.mark.parametrize(
+    ("num_rows", "max_length", "lengths"),
+    [
+        (3, 192, ((3, 5), (0, 9), (70, 2), (1, 1))),
+        # Not all chunks have targets; the last one begins inside the one before.
+        (2, 150, ((70, 60), (100, 45))),
+    ],
+)
+def test_scores_are_those_of_each_sequence_alone(num_rows, max_length, lengths):
+    generator = make_generator(max_length=max_length)
     rng = np.random.default_rng(0)
     sequences = [
         Scored(
             np.r_[VOCAB.eod, rng.integers(0, 128, a)].astype(np.int32),
             rng.integers(0, 128, b).astype(np.int32),
         )
-        for a, b in ((3, 5), (0, 9), (70, 2), (1, 1))
+        for a, b in lengths
     ]
-    found = score_tokens(generator, sequences, num_rows=3)
+    found = score_tokens(generator, sequences, num_rows=num_rows)
     for sequence, nats in zip(sequences, found, strict=True):
         wanted = plain_nats(generator, *sequence)
         np.testing.assert_allclose(nats, wanted, rtol=2e-3, atol=2e-3)
@@ -155,13 +163,14 @@ def test_classification_compares_the_calibrated_means_of_labels(monkeypatch):
     episodes = sample_episodes(["a", "b"] * 4, num_episodes=4, num_shots=1)
     seen = []
 
-    def score(generator, sequences, num_rows):
+    def score(engine, sequences, num_rows):
         """The second label is liked everywhere; the image speaks for the answer."""
         seen.extend(sequences)
         nats = []
-        for episode in episodes:
-            gained = [0.5 * (label == episode.answer) for label in (0, 1)]
-            nats += [9.0 - gained[0], 1.0 - gained[1], 9.0, 1.0]
+        for gain in (0.5, 0.0):  # after the image, after the neutral one
+            for episode in episodes:
+                gained = [gain * (label == episode.answer) for label in (0, 1)]
+                nats += [9.0 - gained[0], 1.0 - gained[1]]
         return [
             np.full(len(sequence.targets), x)
             for sequence, x in zip(sequences, nats, strict=True)
@@ -170,16 +179,16 @@ def test_classification_compares_the_calibrated_means_of_labels(monkeypatch):
     found = classify_episodes(generator, images, episodes)
     assert found.shape == (4, 2)
     np.testing.assert_allclose(found.sum(-1), 1.0)
-    monkeypatch.setattr("racm3_jax.evaluation.kshot.score_tokens", score)
+    monkeypatch.setattr("racm3_jax.generation.likelihood.score_tokens", score)
     found = classify_episodes(generator, images, episodes)
     assert compute_accuracy(episodes, found.argmax(-1).tolist()).value == 1.0
     np.testing.assert_allclose(found.max(-1), 1 / (1 + np.exp(-0.5)))
-    for sequence in seen[:4]:
+    for sequence in (*seen[:2], *seen[8:10]):
         words = bytes(sequence.context[VOCAB.is_text(sequence.context)].tolist())
         assert all(word.encode() in words for word in episodes[0].words)
         assert sequence.targets[-1] == VOCAB.eod
-    image, neutral = seen[0].context[-5:-1], seen[2].context[-5:-1]
-    np.testing.assert_array_equal(seen[0].context[:-5], seen[2].context[:-5])
+    image, neutral = seen[0].context[-5:-1], seen[8].context[-5:-1]
+    np.testing.assert_array_equal(seen[0].context[:-5], seen[8].context[:-5])
     assert len(set(neutral.tolist())) == 1 and image.tolist() != neutral.tolist()
 
 

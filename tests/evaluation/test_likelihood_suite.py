@@ -43,8 +43,8 @@ class Scorer:
 @pytest.fixture
 def scorer(monkeypatch):
     stand_in = Scorer()
-    for module in ("perplexity", "kshot"):
-        monkeypatch.setattr(f"racm3_jax.evaluation.{module}.score_tokens", stand_in)
+    for module in ("evaluation.perplexity", "generation.likelihood"):
+        monkeypatch.setattr(f"racm3_jax.{module}.score_tokens", stand_in)
     return stand_in
 
 

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 from generation_standins import VOCAB, AsciiTokenizer, grey, pair
 
-from racm3_jax.generation.score import compute_log_likelihoods
+from racm3_jax.generation.likelihood import Scored, compute_log_likelihoods
 from racm3_jax.sequences.layout import caption_prompt, text_to_image_prompt
 
 
 def nats(generator, prompts, written):
-    return compute_log_likelihoods(
-        generator.model, generator.params, prompts, [written] * len(prompts)
-    )
+    return compute_log_likelihoods(generator, [Scored(p, written) for p in prompts])
 
 
 def test_an_image_is_scored_with_and_without_each_document(generator, quick):

@@ -9,7 +9,7 @@ import pytest
 from generation_standins import SIZE, VOCAB, AsciiTokenizer, grey, pair
 
 from racm3_jax.generation.classification import neutral_image, score_labels
-from racm3_jax.generation.score import compute_log_likelihoods
+from racm3_jax.generation.likelihood import Scored, compute_log_likelihoods
 from racm3_jax.sequences.layout import beginning_prompt, text_to_image_prompt
 
 
@@ -44,13 +44,27 @@ def test_classification_compares_calibrated_means_of_the_labels(generator):
         for image in (VOCAB.image_tokens(np.full(4, 3)), neutral):
             prompt = beginning_prompt(shown, np.append(image, VOCAB.break_), VOCAB)
             nats = compute_log_likelihoods(
-                generator.model, generator.params, [prompt] * 2, answers
+                generator, [Scored(prompt, answer) for answer in answers]
             )
             means.append(nats / 4)  # three letters and <eod>
         calibrated = np.exp(means[0] - means[1])
         shares.append(calibrated / calibrated.sum())
     np.testing.assert_allclose(out.probabilities, np.mean(shares, 0), rtol=1e-4)
     assert out.label == out.labels[int(np.argmax(out.probabilities))]
+
+
+def test_what_questions_share_is_read_once(generator, monkeypatch):
+    """The labels after the neutral image are the same for all images of a batch."""
+    read = []
+
+    def score(engine, sequences, num_rows):
+        read.extend(sequences)
+        return [np.ones(len(sequence.targets)) for sequence in sequences]
+
+    monkeypatch.setattr("racm3_jax.generation.likelihood.score_tokens", score)
+    found = generator.classify_batch([grey(48), grey(160)], SUPPORT, by="label")
+    assert len(read) == 2 * 3 and len(found) == 2
+    np.testing.assert_allclose(found[0].probabilities, 0.5)
 
 
 def test_a_label_is_not_favoured_for_its_length_or_for_being_liked():
@@ -71,9 +85,7 @@ def test_classification_by_the_images_likelihood_behind_each_label(generator):
         for shown, label in ((dax[0], "dax"), (wug, "wug"), (dax[1], "dax"))
     ]
     scores = np.exp(
-        compute_log_likelihoods(
-            generator.model, generator.params, prompts, [asked] * 3
-        ).astype(np.float64)
+        compute_log_likelihoods(generator, [Scored(p, asked) for p in prompts])
     )
     passes = [scores[[0, 1]], scores[[2, 1]]]  # the only "wug" is shown twice
     expected = np.mean([x / x.sum() for x in passes], axis=0)

@@ -482,13 +482,13 @@ def test_odd_calls_answer_in_one_sentence(generator, call, message):
 
 
 def test_likelihoods_equal_the_full_forward(generator):
-    from racm3_jax.generation.score import compute_log_likelihoods
+    from racm3_jax.generation.likelihood import Scored, compute_log_likelihoods
 
     prompt = text_to_image_prompt([], text("a flag"), VOCAB)
     drawn = VOCAB.image_tokens(np.array([[1, 2, 3, 4], [5, 5, 5, 5]]))
     call = (generator.model, generator.params, prompt[None], [len(prompt)])
     expected = reference_log_probs(call, None, drawn).sum(-1)
-    got = compute_log_likelihoods(*call[:2], [prompt] * 2, list(drawn))
+    got = compute_log_likelihoods(generator, [Scored(prompt, d) for d in drawn])
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     with pytest.raises(ValueError, match="more than the model's max_length 128"):
-        compute_log_likelihoods(*call[:2], [np.zeros(126, np.int32)], [drawn[0]])
+        compute_log_likelihoods(generator, [Scored(np.zeros(126, int), drawn[0])])

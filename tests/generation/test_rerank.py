@@ -7,9 +7,9 @@ import pytest
 from generation_standins import VOCAB, AsciiTokenizer, grey
 
 from racm3_jax.generation.captioning import fill_in_defaults
+from racm3_jax.generation.likelihood import Scored, compute_log_likelihoods
 from racm3_jax.generation.requests import Given
 from racm3_jax.generation.rerank import rank_documents
-from racm3_jax.generation.score import compute_log_likelihoods
 from racm3_jax.sequences.layout import retrieved_prefix
 from racm3_jax.types import Retrieved
 
@@ -26,9 +26,7 @@ def found(generator):
 def best_first(generator, level, documents):
     prompts = [np.append(retrieved_prefix([d], VOCAB), ASK) for d in documents]
     image = AsciiTokenizer().encode_image(grey(level))
-    scores = compute_log_likelihoods(
-        generator.model, generator.params, prompts, [image] * len(documents)
-    )
+    scores = compute_log_likelihoods(generator, [Scored(p, image) for p in prompts])
     return np.argsort(-scores)
 
 
