@@ -46,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from racm3_jax import run as run_lib
-from racm3_jax.generation import decoding, drawing
+from racm3_jax.generation import decoding, text_to_image
 from racm3_jax.generation.batching import sample_prompts
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.sample import SamplingConfig, Unconditional, sample
@@ -153,7 +153,7 @@ class Ours:
             num_samples=num_samples,
             prefix_lengths=shared,
             unconditional=Unconditional(plain[None], np.array([len(plain)]), shared),
-            ids=vocab.image_range,
+            token_range=vocab.image_range,
         )
 
     def bytes_of_a_step(self, num_samples: int, num_documents: int) -> float:
@@ -363,7 +363,7 @@ def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
     held = model.retriever.memory.documents(np.arange(repeats))
     prompts = [model.tokenizer.decode(document).text for document in held]
     retrieved = model.retrieve_for(prompts, 2, None)
-    tasks = [drawing.make_task(model, [prompt]) for prompt in prompts]
+    tasks = [text_to_image.make_task(model, [prompt]) for prompt in prompts]
     found: dict[str, list[tuple[float, Any]]] = {"off": [], "table": [], "jacobi": []}
     for i in [0, *range(repeats)]:  # the first one compiles
         for source, taken in found.items():
@@ -485,8 +485,8 @@ def count_programs() -> int:
     """Number of programs of the decode loop compiled so far."""
     programs: tuple[Any, ...] = (
         decoding.read_prompts,
-        decoding.start_drawing,
-        decoding.draw_steps,
+        decoding.init_decode_state,
+        decoding.decode_steps,
     )
     return sum(program._cache_size() for program in programs)
 

@@ -49,7 +49,7 @@ class SceneClassifier:
           ValueError: if the lengths differ or the sides do not divide.
         """
         if len(images) != len(scenes):
-            raise ValueError(f"{len(images)} pictures but {len(scenes)} scenes")
+            raise ValueError(f"{len(images)} images but {len(scenes)} scenes")
         if images.shape[1] % _CELLS or images.shape[2] % _CELLS:
             raise ValueError(
                 f"picture sides must be multiples of {_CELLS}; got {images.shape[1:3]}"

@@ -28,7 +28,7 @@ def test_a_row_is_as_high_as_its_longest_text():
     sheet = draw_sheet(("prompt", "drawn"), rows, panel_size=32)
     plain = draw_sheet(("prompt", "drawn"), rows[1:] * 2, panel_size=32)
     assert sheet.shape[0] > plain.shape[0] + 60
-    # nothing is written over the second picture, nor beside the panel's column
+    # nothing is written over the second image or outside of the panel's column
     assert (sheet == (255, 0, 0)).all(-1).sum() == 2 * 32 * 32
     assert (sheet[:, -8:] > 200).all()
     tall = [Row("word " * 60, ([Panel(RED)],)), rows[1]]
@@ -36,7 +36,7 @@ def test_a_row_is_as_high_as_its_longest_text():
     assert sheet.shape[0] > plain.shape[0] + 60
 
 
-def test_report_is_one_file_that_loads_nothing(tmp_path):
+def test_report_is_one_file_without_external_links(tmp_path):
     from PIL import Image
 
     Image.fromarray(RED).save(tmp_path / "samples.png")

@@ -1,4 +1,4 @@
-"""FAISS, besides what the contract asks:
+"""FAISS, besides the contract:
 
 settings by size and width                     test_settings_follow_the_size_and_width
 files of other kinds, that open more files     test_other_files_of_faiss_are_refused
@@ -61,7 +61,7 @@ def test_wrong_settings(tmp_path):
 
 
 def test_the_console_stays_silent(tmp_path, capfd):
-    """FAISS warns of few rows a leaf, which the settings chose, and of nothing else."""
+    """FAISS only warns of few rows per leaf, which is our setting."""
     FaissIndex.build(ROWS, tmp_path, IVF)
     assert capfd.readouterr() == ("", "")
 
@@ -110,7 +110,7 @@ def test_threads_are_set_for_the_call_alone(tmp_path, monkeypatch):
 
 
 def _put(path, index):
-    """Another index under the seal of ours."""
+    """Another index, with valid checksums."""
     faiss.write_index(index, str(path / "faiss.index"))
     content = json.loads((path / "index.json").read_bytes())
     del content["sha256"]
@@ -148,7 +148,7 @@ def test_files_that_faiss_cannot_read(tmp_path):
 
 
 def test_leaves_that_name_rows_which_do_not_exist(tmp_path):
-    """A file that is no longer what was built opens, and does not answer wrongly."""
+    """A changed file can be opened, and gives no wrong results."""
     index = FaissIndex.build(ROWS, tmp_path, IVF)
     lists = faiss.downcast_index(index._index.base_index).invlists
     for leaf in range(IVF.num_leaves):

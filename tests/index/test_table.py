@@ -66,7 +66,7 @@ def test_arrays_of_other_shapes_and_types(tmp_path, name, array):
         TableIndex.load(tmp_path)
 
 
-def test_rows_that_do_not_exist_are_no_neighbours(tmp_path):
+def test_rows_that_do_not_exist_are_refused(tmp_path):
     make_table(tmp_path, ROWS, [QUERIES], 6)
     ids = np.load(tmp_path / "ids.npy")
     ids[:, 3:] = [300, -7, 10**15]
