@@ -4,8 +4,8 @@
 
 Writes `results.json`. The expected results are in `expected`; the exit
 status is 1 if one is not met. Needs no trained models: documents are tokenised by bytes
-and embedded by hashing their words, so that a run measures the memory alone. `--only`
-runs some of the trials. Tiny form: --num_documents=400 --crash_every=25
+and embedded by hashing their words, so that a run tests only the memory. `--only`
+runs some of the tests. Tiny form: --num_documents=400 --crash_every=25
 --corruptions=7 --lists=400 --ram_documents=400.
 
 Crashes are injected, not timed: every write, rename and delete of a build, an overwriting

@@ -1,4 +1,4 @@
-"""Sheets of an evaluation: what was sampled, and what of it is like the training."""
+"""Sheets of an evaluation: samples, and the samples nearest to the training images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHEET_ROWS = 12
 
 
 class Sampled(Protocol):
-    """What the sheets need of an evaluation; see `suite.EmojiSuite`."""
+    """The parts of an evaluation that sheets need; see `suite.EmojiSuite`."""
 
     generator: Generator
     asker: Asker
@@ -37,7 +37,7 @@ class Sampled(Protocol):
 
 
 def draw_samples(suite: Sampled) -> np.ndarray:
-    """Prompt, retrieved, with retrieval, without, the house's own drawing."""
+    """Prompt, retrieved, with retrieval, without, the vendor's own image."""
     first = suite.seeds[0]
     with_documents = f"retrieval-seed{first}"
     without = [c for c in ("baseline", "no_documents") if suite.has(f"{c}-seed{first}")]
@@ -73,7 +73,7 @@ def _choose_rows(suite: Sampled) -> list[int]:
 
 
 def draw_memorised(suite: Sampled, nearest: Nearest) -> np.ndarray:
-    """The samples that are nearest to training, each with its drawing of training."""
+    """The samples nearest to the training images, each next to the nearest one."""
     variants = [f"{c}-seed{suite.seeds[0]}" for c in MAIN]
     train = np.flatnonzero(suite.drawings.split == "train")
     rows = []

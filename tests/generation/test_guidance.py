@@ -186,7 +186,7 @@ def test_a_shared_prefix_changes_no_sample():
 
 def test_guidance_settings_do_not_recompile():
     run_sample(tiny, settings(guidance=3.0))
-    sizes = decoding.draw_steps._cache_size(), decoding.read_prompts._cache_size()
+    sizes = decoding.decode_steps._cache_size(), decoding.read_prompts._cache_size()
     for changes in (
         {"guidance": 0.5, "temperature": 1.0},
         {"contrastive_k": 2, "contrastive_alpha": 0.9, "top_p": 0.5},
@@ -194,7 +194,7 @@ def test_guidance_settings_do_not_recompile():
         run_sample(tiny, settings(**changes))
         run_sample(tiny, settings(**changes), drop_documents=True)
     assert sizes == (
-        decoding.draw_steps._cache_size(),
+        decoding.decode_steps._cache_size(),
         decoding.read_prompts._cache_size(),
     )
 

@@ -450,7 +450,7 @@ def test_samples_equal_the_full_forward(style, task, prompts_seen):
             lambda g: g.infill_batch([grey(0)], []),
             "1 images need as many regions; got 0",
         ),
-        (lambda g: g.infill_text("no marker"), "holds <mask> exactly once"),
+        (lambda g: g.infill_text("no marker"), "contains <mask> exactly once"),
         (lambda g: g.edit(grey(0), RIGHT, []), "needs at least one document"),
         (lambda g: g.continue_("a", []), "needs at least one demonstration"),
         (

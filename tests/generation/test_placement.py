@@ -63,10 +63,10 @@ def test_copies_exchange_nothing_while_they_decode(single, monkeypatch, draft):
     compiled = []
 
     def spy(*arguments):
-        compiled.append(decoding.draw_steps.lower(*arguments).compile().as_text())
-        return decoding.draw_steps(*arguments)
+        compiled.append(decoding.decode_steps.lower(*arguments).compile().as_text())
+        return decoding.decode_steps(*arguments)
 
-    monkeypatch.setattr("racm3_jax.generation.sample.draw_steps", spy)
+    monkeypatch.setattr("racm3_jax.generation.sample.decode_steps", spy)
     generate_images(spread(single, data=2), num_retrieved=2, num_samples=2, draft=draft)
     assert compiled
     found = [c for text in compiled for c in find_collectives(text)]
