@@ -9,8 +9,7 @@ One run, three tables:
   memory   (with --bandwidth) seconds per image and the fraction of the memory bandwidth
   drafts   (with --memory=DIR, of `racm3 quickstart`) the shipped model and that memory,
            one image at a time: with and without speculative decoding, passes,
-             acceptance,
-           equal codes
+             acceptance, equal codes
 
 The other tables are without speculative decoding: random weights accept no drafts. The
 machine's load is checked first: above 0.5 comparisons are not meaningful, and --busy is

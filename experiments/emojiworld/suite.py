@@ -49,7 +49,7 @@ class EmojiSuite(Suite):
       generator: with retrieval.
       asker: runs the models.
       images: all of them.
-      items: positions of those that are asked for.
+      items: positions of the tested images.
       seeds: of the sampling.
     """
 

@@ -57,13 +57,13 @@ def _open(condition: str, bench: Bench, place: Place) -> tuple[Generator, int]:
     if condition == "twin":
         return open_shipped("twin"), 0
     if condition == "twin_equal_compute":
-        return train_twin(place), 0
+        return train_baseline(place), 0
     strategy = RANDOM if condition == "random" else STRATEGY
     generator = bench.over_memory(open_shipped("model"), strategy)
     return generator, 0 if condition == "no_documents" else NUM_RETRIEVED
 
 
-def train_twin(place: Place) -> Generator:
+def train_baseline(place: Place) -> Generator:
     """The baseline, trained until it has read as many positions as RA-CM3."""
     config = load_config_file(find_config("flagworld.py") + ":twin")
     config.init_from = f"{SHIPPED}/twin"
