@@ -114,7 +114,7 @@ def test_another_memory_is_refused(uninterrupted, monkeypatch):
 
 def test_two_trainings_in_one_work_directory_are_refused(uninterrupted):
     workdir, _ = uninterrupted
-    assert (workdir / run.LOCK_NAME).exists()  # its owner has ended, which is no matter
+    assert (workdir / run.LOCK_NAME).exists()  # even if its owner has ended
     with storage.claimed(workdir / run.LOCK_NAME, "a training"):
         own = f"host {socket.gethostname()}, process {os.getpid()}"
         with pytest.raises(ValueError, match=f"a training in .* \\({own}\\): wait"):

@@ -41,7 +41,7 @@ def commands():
 
 
 def subparser(words):
-    """The parser of a command, and what is left of its words."""
+    """The parser of a command, and the rest of its words."""
     parser = cli._parser()
     while True:
         groups = [

@@ -4,7 +4,7 @@
     every command that writes  x  every way in which a disk can fail
 
 Each must end by itself, in one sentence and exit status 2 (or do its work), without a
-traceback, and leave every file as it was. `run_odd_calls(folder)` makes all of them.
+traceback, and leave every file unchanged. `run_odd_calls(folder)` makes all of them.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Malicious:
         ("absent", "does not exist"),
     ],
 )
-def test_a_bad_source_is_one_sentence_and_leaves_nothing(
+def test_a_bad_source_is_refused_in_one_sentence_and_leaves_nothing(
     tmp_path, capsys, fault, words
 ):
     state = clip_state(CLIP_CONFIG)

@@ -35,7 +35,7 @@ def needs(package, extra):
 
 
 def compile_first(device, num_devices, *arguments):
-    """The first part of `racm3 estimate --json`; a process of its own, as XLA reads its
+    """The first part of `racm3 estimate --json`; a separate process, as XLA reads its
     flags once."""
     command = [
         *(sys.executable, "-m", "racm3_jax.cli", "estimate", "--compile", "--json"),

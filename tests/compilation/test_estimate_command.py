@@ -103,7 +103,7 @@ def test_wrong_input_is_refused_in_one_sentence(capsys, arguments, words):
     assert words in said.err and said.err.count("\n") <= 2
 
 
-def test_the_formula_alone_as_json(capsys):
+def test_only_the_formula_as_json(capsys):
     status, said = estimate(capsys, "--device=h100:4", "--json")
     assert status == 0
     plan = json.loads(said.out)["formula"]

@@ -204,7 +204,7 @@ def test_another_version_is_refused(file, training, monkeypatch):
         saved.check_step(file, abstract.mesh)
 
 
-def test_damage_is_noticed_before_anything_is_loaded(file, training, tmp_path):
+def test_damage_is_detected_before_anything_is_loaded(file, training, tmp_path):
     config, abstract = training
     data = file.read_bytes()
     for name, content in {
@@ -250,7 +250,7 @@ def test_a_program_is_identified_by_its_computation(training):
     assert saved.fingerprint(changed) != saved.fingerprint(traced[0])
 
 
-def test_the_file_holds_no_pickle(file):
+def test_the_file_has_no_pickle(file):
     line, _, payload = file.read_bytes().partition(b"\n")
     head = json.loads(line)
     assert head["payload_bytes"] == len(payload)

@@ -177,7 +177,7 @@ class Visitor:
     def upload(self, name, path):
         place = f"//*[@id='{name}']/preceding-sibling::input[@type='file'][1]"
 
-        def sent():  # what an accordion holds is made when it opens
+        def sent():  # the contents of an accordion are created when it opens
             self.driver.find_element("xpath", place).send_keys(str(path))
             return True
 

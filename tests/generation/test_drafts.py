@@ -128,7 +128,7 @@ def test_forced_ids_and_parts_of_images():
     drafted = sample_codes(config, drafts, grammar=grammar, **more)
     check_equal(drafted, sample_codes(config, None, grammar=grammar, **more))
     assert (drafted.tokens[0, :, [1, 3, 4]].T == forced[0, [1, 3, 4]]).all()
-    assert (drafted.passes[0] <= 4).all()  # what is certain is always guessed
+    assert (drafted.passes[0] <= 4).all()  # certain tokens are always guessed
     assert (drafted.tested[0] <= 3).all()  # and is not counted
 
 

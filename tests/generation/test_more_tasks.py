@@ -84,7 +84,7 @@ def test_infill_in_place_continues_where_the_region_begins(generator, quick):
         generator.infill(image, RIGHT, "ab", max_spans=3, region_prompt="in_place")
 
 
-def test_a_region_without_a_prompt_is_guided_by_its_documents_alone(generator):
+def test_a_region_without_a_prompt_is_guided_only_by_its_documents(generator):
     image, documents = grey(32), [pair("x", "cd", 3)]
     with pytest.raises(ValueError, match="guide_documents=True"):
         generator.edit(image, RIGHT, documents, guidance=2.0)

@@ -119,7 +119,7 @@ def test_8_bit_weights_may_be_sharded_and_keep_their_values(single):
 @pytest.mark.parametrize(
     ("num_devices", "capacity", "shape"),
     [
-        (4, None, (4, 1)),  # nobody knows: a copy on each
+        (4, None, (4, 1)),  # unknown: a copy on each
         (4, 80 * GB, (4, 1)),
         (4, 8 * GB, (2, 2)),
         (4, 3 * GB, (1, 4)),

@@ -26,7 +26,7 @@ def test_a_box_touches_its_cells():
     assert find_cells((7, 7, 8, 8), (8, 8), 8, 16).tolist() == [False] * 15 + [True]
 
 
-def test_a_mask_and_a_larger_image_mean_the_same():
+def test_a_mask_and_a_larger_image_are_equivalent():
     mask = np.zeros((8, 8), bool)
     mask[2:6, 2:6] = True
     np.testing.assert_array_equal(find_cells(mask, (8, 8), 8, 16), SQUARE)

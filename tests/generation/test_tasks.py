@@ -144,7 +144,7 @@ def test_other_wrong_inputs():
         Generator(tiny(vocab_size=9), {}, AsciiTokenizer())
 
 
-def test_captions_are_guided_by_their_documents_alone(generator):
+def test_captions_are_guided_only_by_their_documents(generator):
     """Without documents both streams are one, and the guidance changes nothing."""
     guided = {"guidance": 3.0, "guide_documents": True}
     common = {"max_caption_length": 6, "temperature": 0.0, "num_samples": 2}

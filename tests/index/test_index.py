@@ -6,8 +6,8 @@ rows, queries that are not finite                  test_rows_must_…, test_quer
 built and opened; in another place                 test_saved_and_opened
 equal in every process                             test_builds_are_equal_in_every_process
 searched by threads at once                        test_threads_find_the_same
-damaged files that load                            test_every_flipped_byte_is_noticed
-a disk that is full                                test_a_full_disk_leaves_no_index
+damaged files that load                            test_every_flipped_byte_is_detected
+a full disk                                        test_a_full_disk_leaves_no_index
 files that run code, links, any other file         test_nothing_else_may_be_in_the_folder
 fields and settings of wrong types                 test_descriptions_…, test_settings_…
 """
@@ -234,7 +234,7 @@ def _digests(directory):
     }
 
 
-def test_every_flipped_byte_is_noticed(index, tmp_path):
+def test_every_flipped_byte_is_detected(index, tmp_path):
     names = storage.list_files(tmp_path / "index")
     assert names
     for name in names:
@@ -374,7 +374,7 @@ def test_settings_are_checked(index, tmp_path):
             (folder / "index.json").write_bytes(before)
 
 
-def test_an_index_of_other_rows_is_noticed(index, case, tmp_path):
+def test_an_index_of_other_rows_is_detected(index, case, tmp_path):
     """The description has another number of rows than the files."""
     path = tmp_path / "index"
     if case == "table" or case.startswith("exact"):

@@ -56,7 +56,7 @@ def test_every_shard_is_tuned(kind, tmp_path):
     assert [i.settings["recall"] for _, i in opened._shards] == [{"text": 1.0}] * 2
 
 
-def test_a_damaged_shard_is_noticed_when_it_is_not_read(backend, tmp_path):
+def test_a_damaged_shard_is_detected_without_reading_it(backend, tmp_path):
     ShardedIndex.build(backend, ROWS, tmp_path, rows_per_shard=150)
     file = tmp_path / "shard-00001" / "index.json"
     file.write_bytes(file.read_bytes()[:-1])

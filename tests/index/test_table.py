@@ -29,7 +29,7 @@ def test_table_and_its_fallback(tmp_path):
         np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
 
 
-def test_a_table_is_made_of_queries(tmp_path):
+def test_a_table_is_built_from_queries(tmp_path):
     with pytest.raises(ValueError, match="computed from queries"):
         TableIndex.build(ROWS, tmp_path)
 

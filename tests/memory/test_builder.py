@@ -242,7 +242,7 @@ def test_a_build_from_python_resumes(tmp_path, monkeypatch):
         Memory.build(documents, path=tmp_path / "m", embedder=broken, **settings)
     resumed = FailsAt(99, OSError())
     Memory.build(documents, path=tmp_path / "m", embedder=resumed, **settings).close()
-    assert resumed.calls == 98  # the last part alone
+    assert resumed.calls == 98  # only the last part
     assert bytes_of(tmp_path / "m") == bytes_of(tmp_path / "whole")
     # Other documents at the same place are not taken for those of the broken build.
     with pytest.raises(OSError, match="no space"):
@@ -265,7 +265,7 @@ def test_documents_with_equal_ids_and_different_content_are_kept(tmp_path):
     hashes = [memory.content_hashes[i] for i in (1, 2, 3)]
     assert ids == ["IMG_0001", *(f"IMG_0001#{h:016x}"[:17] for h in hashes)]
     assert memory.find(ids).tolist() == [0, 1, 2, 3]
-    # The same documents without deduplication: a copy has an id of its own, too.
+    # The same documents without deduplication: a copy has its own id, too.
     plain = dataclasses.replace(EXACT, deduplicate="none")
     with build(source, tmp_path / "all", plain) as memory:
         ids = [d.id for d in memory.documents(np.arange(len(memory)))]

@@ -217,7 +217,7 @@ def test_a_change_that_fails_leaves_nothing(path, config, monkeypatch, change):
         add(path, config, [70]) if change == "add" else edit.compact(path)
     monkeypatch.undo()
     after = {n: (path / n).read_bytes() for n in storage.list_files(path)}
-    # The deny list of a compaction has a name of its own, and waits for the next change.
+    # The deny list of a compaction has its own name, and is used from the next change on.
     assert {n: after[n] for n in before} == before
     assert set(after) - set(before) <= {"deny-00001.json"}
     with Memory.load(path) as memory:

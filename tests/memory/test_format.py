@@ -28,7 +28,7 @@ def path(build, documents):
     return memory.path
 
 
-def seal(path, **changes):
+def rewrite_manifest(path, **changes):
     """Changes the manifest, with new checksums."""
     manifest = {**json.loads((path / "manifest.json").read_bytes()), **changes}
     manifest.pop("sha256")
@@ -80,7 +80,7 @@ def test_other_files_in_a_memory_are_refused(path, name):
         storage.IntegrityError, match="not a file of a memory .*remove it"
     ):
         Memory.load(path)
-    seal(path, files=listed(path, name))
+    rewrite_manifest(path, files=listed(path, name))
     with pytest.raises(storage.IntegrityError, match="not a file of a memory"):
         Memory.load(path)
 
@@ -102,7 +102,7 @@ def test_a_planted_pickle_of_the_index_is_refused_with_any_checksums(build, docu
     inner = name.removeprefix("index/")
     description["files"] |= storage.describe_files(path / "index", [inner])
     (path / "index" / "index.json").write_bytes(storage.encode_sealed(description))
-    seal(path, files=listed(path, name, "index/index.json"))
+    rewrite_manifest(path, files=listed(path, name, "index/index.json"))
     with pytest.raises(storage.IntegrityError, match=r"scann_docids\.pkl"):
         Memory.load(path)
 
@@ -141,7 +141,7 @@ def test_a_manifest_of_wrong_types_is_refused_in_a_sentence(
     path, field, value, request
 ):
     lineage = format_lib.lineage(format_lib.read_manifest(path))
-    seal(path, **{"lineage": lineage, field: value})
+    rewrite_manifest(path, **{"lineage": lineage, field: value})
     is_column = "column" in request.node.callspec.id
     words = r"column \w+ of" if is_column else field.removesuffix("s")
     with pytest.raises(ValueError, match=words):
@@ -160,12 +160,12 @@ def test_columns_match_the_manifest(path):
         np.asarray([{}]),
     ):
         np.save(path / name, wrong, allow_pickle=True)
-        seal(path, files=listed(path, name))
+        rewrite_manifest(path, files=listed(path, name))
         with pytest.raises(storage.IntegrityError, match="column embeddings_text"):
             Memory.load(path)
     (path / name).unlink()
     files = {k: v for k, v in listed(path).items() if k != name}
-    seal(path, files=files)
+    rewrite_manifest(path, files=files)
     with pytest.raises(storage.IntegrityError, match="column embeddings_text"):
         Memory.load(path)
 

@@ -177,7 +177,7 @@ def test_every_flipped_byte_of_a_memory_is_detected(small):
     Memory.load(small).close()
 
 
-def test_every_byte_of_sealed_json_counts(small):
+def test_every_byte_of_json_with_checksums_counts(small):
     data = (small / "manifest.json").read_bytes()
     assert storage.decode_sealed(data, "manifest.json", "")["num_documents"] == 20
     for place in range(len(data)):

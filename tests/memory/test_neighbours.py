@@ -250,7 +250,7 @@ def test_two_processes_give_the_table_of_one(build, documents, tmp_path, monkeyp
             np.testing.assert_array_equal(found[name], values)
 
 
-def test_the_config_s_table_is_made_once_and_read(build, documents, monkeypatch):
+def test_the_table_of_a_config_is_built_once_and_read(build, documents, monkeypatch):
     from ml_collections import ConfigDict
 
     from racm3_jax.wiring import parts
@@ -266,7 +266,7 @@ def test_the_config_s_table_is_made_once_and_read(build, documents, monkeypatch)
     expected = memory.search(queries, 5)
     parts.prepare_search(config, memory)
     assert memory.index.width == 40 and memory.index.num_queries == 240
-    monkeypatch.setattr(parts, "compute_neighbours", None)  # not made again
+    monkeypatch.setattr(parts, "compute_neighbours", None)  # not built again
     damage(memory.path, *UNUSED_WITH_TABLE)
     said = []
     monkeypatch.setattr(parts.logging, "info", said.append)

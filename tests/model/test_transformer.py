@@ -218,7 +218,7 @@ def test_packed_examples_do_not_influence_each_other(style, implementation):
     assert np.all(np.any(by_position[~second], axis=-1))
 
 
-def test_an_example_alone_equals_itself_packed():
+def test_a_single_example_equals_itself_packed():
     config = tiny()
     params = make_params(config)
     segments = jnp.asarray([[1] * 10 + [2] * 14])

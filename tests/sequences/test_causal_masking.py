@@ -200,7 +200,7 @@ def test_fraction_of_rotated_captions_matches_the_configuration(
     )
 
 
-def test_clipped_spans_alone_hardly_ever_rotate_a_caption(parse):
+def test_clipped_spans_rarely_rotate_a_caption(parse):
     """Why rotation exists: 32 tokens of text next to 1024 of image."""
     vocab = Vocab(num_text_ids=20, num_image_codes=10, image_length=1024)
     image = np.full(1024, vocab.image_range.start)
@@ -268,7 +268,7 @@ def test_sentinel_weight_is_configurable(vocab, make_document):
     np.testing.assert_array_equal(example.weights, [0, 0.5, 1, 1, 1, 1, 0.5, 1, 1])
 
 
-def test_masks_of_the_main_document_do_not_depend_on_what_was_retrieved(
+def test_masks_of_the_main_document_do_not_depend_on_retrieved_documents(
     vocab, sample_document
 ):
     rng = np.random.default_rng(8)

@@ -66,6 +66,6 @@ def test_it_changes_nothing_else_and_resumes(collect):
 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.5])
-def test_a_probability_lies_between_0_and_1(probability):
+def test_a_probability_is_between_0_and_1(probability):
     with pytest.raises(ValueError, match="image_first_probability must be in 0..1"):
         PipelineConfig(1, 1, 1, image_first_probability=probability)

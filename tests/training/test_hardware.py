@@ -184,7 +184,7 @@ def test_out_of_memory_errors_suggest_fixes(monkeypatch, tmp_path):
         raise error
 
     monkeypatch.setattr(run.wiring, "build_job", fail)
-    read = types.SimpleNamespace(train=None)  # of a config that is not whole
+    read = types.SimpleNamespace(train=None)  # of an incomplete config
     monkeypatch.setattr(run.wiring, "read_training", lambda config: read)
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         run.train(make_config(), tmp_path, progress=False)

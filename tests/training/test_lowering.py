@@ -63,8 +63,8 @@ def test_a_tpu_step_sends_only_what_is_necessary(machine):
     assert found["collectives"]["reduce-scatter"]["bytes_on_wire"] > 0
 
 
-# Beside a product, what it needs next is gathered at once; with a tensor axis (v6e) it is
-# passed on in a ring, and what is gathered, nothing of a layer, is waited for.
+# During a product, the next operands are gathered; with a tensor axis (v6e) they are
+# passed on in a ring, and only gathers outside of layers are waited for.
 WAITED_FOR = {("v6e:4x4", "all-gather")}
 
 

@@ -78,7 +78,7 @@ def test_it_is_copied_while_it_is_written(bucket):
     mirror._thread.start()
     write(mirror, "metrics.jsonl", "a line")
     for _ in range(1000):
-        # Before, it may be there as it was while it was being written.
+        # An earlier, incomplete version may have been copied before.
         if bucket() == {"metrics.jsonl": b"a line"}:
             break
         mirror._closed.wait(0.01)

@@ -85,7 +85,7 @@ def test_three_variables_describe_the_job(given):
         ([("SlurmCluster", 4), ("GceTpuCluster", 8)], True, "SLURM"),
         ([("SlurmCluster", 0), ("GceTpuCluster", 8)], True, "a TPU pod (GCE)"),
         ([("GkeTpuCluster", 1)], False, "a TPU pod (GKE)"),
-        ([("K8sCluster", 4)], False, "no cluster"),  # a pod of its own
+        ([("K8sCluster", 4)], False, "no cluster"),  # a separate pod
         ([("NewCluster", 2)], True, "NewCluster"),
     ],
 )
@@ -210,7 +210,7 @@ for sizes in ((1, 1, 1, 4), (1, 2, 1, 2), (1, 2, 2, 1), (2, 1, 1, 2)):
 """
 
 
-# Trains a number that goes up until it is stopped; says at which step it is saved.
+# Trains a number that increases until it is stopped; prints the step of its checkpoint.
 STOPPING = """
 from racm3_jax.training.processes import join_processes
 join_processes()

@@ -27,7 +27,7 @@ def load(name, *flags):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_is_read_whole(name):
+def test_every_key_of_every_file_is_read(name):
     config = load(name)
     found = read(config)
     for key in config:

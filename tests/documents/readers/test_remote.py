@@ -1,4 +1,4 @@
-"""Sources in buckets give the documents that the same files give on a disk."""
+"""Sources in buckets give the same documents as the files on a disk."""
 
 from __future__ import annotations
 
