@@ -125,7 +125,7 @@ def swap_things(drawings: Drawings) -> tuple[list[Document], dict[str, str]]:
     return documents, shown
 
 
-class Asker:
+class ConditionRunner:
     """Runs the models on the items of an evaluation.
 
     Args:
@@ -195,11 +195,11 @@ class Asker:
         shutil.copytree(self.memory.path, folder)
         memory = Memory.load(folder)
         held_out = np.flatnonzero(self._drawings.split == "held_out")
-        doomed = memory.find([self._drawings.documents[i].id for i in held_out])
-        memory.remove(doomed[doomed >= 0])
+        removed = memory.find([self._drawings.documents[i].id for i in held_out])
+        memory.remove(removed[doomed >= 0])
         return memory
 
-    def draw(
+    def generate_images(
         self, condition: str, seed: int, items: range, device: Any
     ) -> dict[str, np.ndarray]:
         """Generated images of some items, and the retrieved rows of the memory."""

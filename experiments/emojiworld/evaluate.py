@@ -27,7 +27,13 @@ import jax
 import numpy as np
 
 import racm3_jax
-from emojiworld.conditions import DRAWN, NEEDS_BASELINE, Asker, Sampling, open_memory
+from emojiworld.conditions import (
+    DRAWN,
+    NEEDS_BASELINE,
+    ConditionRunner,
+    Sampling,
+    open_memory,
+)
 from emojiworld.drawings import Drawings, read_drawings
 from emojiworld.suite import EmojiSuite
 from racm3_jax.evaluation.fingerprints import (
@@ -91,14 +97,14 @@ def open_suite(options: argparse.Namespace) -> EmojiSuite:
     generator = open_generator(options.model, drawings, options.out / "memory")
     baseline = racm3_jax.load(options.baseline) if options.baseline else None
     sampling = Sampling(options.temperature, options.top_p)
-    asker = Asker(
+    runner = ConditionRunner(
         *(generator, baseline, drawings, items, sampling, options.out),
         devices=find_devices(),
     )
     described = describe_generator(generator)
     record = {
         "data": describe_documents(drawings.documents),
-        "items": describe_documents(asker.targets),
+        "items": describe_documents(runner.targets),
         "sampling": dataclasses.asdict(sampling),
         "baseline": baseline and fingerprint_params(baseline),
         "chunk_size": options.chunk_size,
@@ -107,7 +113,7 @@ def open_suite(options: argparse.Namespace) -> EmojiSuite:
         options.out,
         record,
         generator,
-        asker,
+        runner,
         drawings,
         items,
         chunk_size=options.chunk_size,

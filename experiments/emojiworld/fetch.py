@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the tars")
     parser.add_argument(
-        "--size", type=int, default=64, help="side of a picture, pixels"
+        "--size", type=int, default=64, help="side of an image, pixels"
     )
     parser.add_argument(
         "--packages", type=Path, help="where downloads are kept; default OUT/packages"
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.size < 8:
         raise SystemExit(
-            f"--size={options.size}: a picture has at least 8 pixels a side"
+            f"--size={options.size}: an image has at least 8 pixels per side"
         )
     try:
         rasterize = load_rasterizer()
@@ -209,7 +209,7 @@ def write_world(
 def _check_settings(path: Path, settings: dict[str, object]) -> None:
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(
-            f"{path.parent} holds pictures of other settings: give another --out, or "
+            f"{path.parent} has images of other settings: give another --out, or "
             "remove its tars and settings.json"
         )
     if not path.exists():

@@ -48,9 +48,9 @@ def combine_outcomes(
 ) -> Share | None:
     """The fraction over all seeds, with the interval of one question per thing."""
     own = np.unique(things, return_inverse=True)[1]
-    asked = np.isfinite(outcomes)
+    applies = np.isfinite(outcomes)
     right = np.bincount(own, np.nansum(outcomes, 0))
-    total = np.bincount(own, asked.sum(0))
+    total = np.bincount(own, applies.sum(0))
     if not total.sum():
         return None
     kept = total > 0
@@ -64,12 +64,12 @@ def thing_means(
 ) -> Float[np.ndarray, "seeds things"]:
     """The fraction of each thing that has outcomes."""
     own = np.unique(things, return_inverse=True)[1]
-    asked = np.isfinite(outcomes)
+    applies = np.isfinite(outcomes)
     rows = [
         np.bincount(own, np.nan_to_num(row)) / np.maximum(np.bincount(own, there), 1)
-        for row, there in zip(outcomes, asked, strict=True)
+        for row, there in zip(outcomes, applies, strict=True)
     ]
-    return np.stack(rows)[:, np.bincount(own, asked[0]) > 0]
+    return np.stack(rows)[:, np.bincount(own, applies[0]) > 0]
 
 
 def text_to_image_ranks(
@@ -77,8 +77,8 @@ def text_to_image_ranks(
     images: Float32[np.ndarray, "items d_embed"],
 ) -> Int[np.ndarray, " items"]:
     """How many images are more similar to each caption than its own one."""
-    likeness = texts @ images.T
-    return (likeness > np.diag(likeness)[:, None]).sum(1)
+    similarity = texts @ images.T
+    return (similarity > np.diag(similarity)[:, None]).sum(1)
 
 
 def combine_bits(
@@ -165,9 +165,9 @@ class Nearest:
         self, images: Sequence[np.ndarray]
     ) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
         """(position in `training`, cosine) of each image's nearest image."""
-        likeness = shape_features(fit_pixels(images)) @ self._training.T
-        best = likeness.argmax(1)
-        return best, likeness[np.arange(len(best)), best]
+        similarity = shape_features(fit_pixels(images)) @ self._training.T
+        best = similarity.argmax(1)
+        return best, similarity[np.arange(len(best)), best]
 
     def memorised(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
         """1 where an image is nearer than 95% of real held-out images."""

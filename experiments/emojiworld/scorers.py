@@ -184,16 +184,16 @@ class ThingScorer(_Fitted):
                 if BY_NAME[other].house != house and other != left_out
             ]
             references = unit_rows(np.sum(compared, axis=0))
-            likeness = unit[own] @ references.T
-            asked = likeness[
+            similarity = unit[own] @ references.T
+            requested = similarity[
                 np.arange(len(own)), [self.things.index(things[i]) for i in own]
             ]
-            ranks[own] = (likeness > asked[:, None]).sum(1)
+            ranks[own] = (similarity > requested[:, None]).sum(1)
         return ranks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HouseScorer(_Fitted):
+class VendorScorer(_Fitted):
     """Identifies the vendor of an image; multinomial logistic regression.
 
     Attributes:
@@ -214,7 +214,7 @@ class HouseScorer(_Fitted):
         features: Float[np.ndarray, "n d"],
         drawn_by: np.ndarray,
         icon_sets: Sequence[str],
-    ) -> HouseScorer:
+    ) -> VendorScorer:
         """Learns from the training images of `icon_sets`.
 
         Args:
@@ -276,9 +276,9 @@ def _largest_curvature(rows: Float[np.ndarray, "n d"]) -> float:
 class Verdicts:
     """All scorers: of things, and of three and five vendors."""
 
-    def __init__(self, thing: ThingScorer, houses: Sequence[HouseScorer]) -> None:
+    def __init__(self, thing: ThingScorer, houses: Sequence[VendorScorer]) -> None:
         self._thing = thing
-        self._houses = {len(scorer.icon_sets): scorer for scorer in houses}
+        self._vendors = {len(scorer.icon_sets): scorer for scorer in houses}
 
     @classmethod
     def learn(cls, drawings: Drawings, codec: Codec | None = None) -> Verdicts:
@@ -297,7 +297,7 @@ class Verdicts:
             features = np.concatenate([features, blurred])
             drawn_by = np.concatenate([drawn_by, drawn_by])
         houses = [
-            HouseScorer.learn(features, drawn_by, names)
+            VendorScorer.learn(features, drawn_by, names)
             for names in (HOUSES_3, HOUSES_5)
         ]
         return cls(ThingScorer.learn(drawings), houses)
@@ -305,7 +305,7 @@ class Verdicts:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """All learned arrays."""
         scorers: dict[str, _Fitted] = {"thing": self._thing}
-        scorers |= {f"house{n}": scorer for n, scorer in self._houses.items()}
+        scorers |= {f"house{n}": scorer for n, scorer in self._vendors.items()}
         return {
             f"{name}/{field}": column
             for name, scorer in scorers.items()
@@ -320,7 +320,7 @@ class Verdicts:
             name, _, field = key.partition("/")
             found.setdefault(name, {})[field] = column
         thing = ThingScorer.from_arrays(found.pop("thing"))
-        return cls(thing, [HouseScorer.from_arrays(own) for own in found.values()])
+        return cls(thing, [VendorScorer.from_arrays(own) for own in found.values()])
 
     def judge(
         self,
@@ -337,10 +337,10 @@ class Verdicts:
         images = fit_pixels(images)
         ranks = self._thing.rank(images, icon_sets, things, left_out)
         found = {"top1": (ranks < 1).astype(float), "top5": (ranks < 5).astype(float)}
-        for count, scorer in self._houses.items():
-            asked = np.isin(icon_sets, scorer.icon_sets)
+        for count, scorer in self._vendors.items():
+            requested = np.isin(icon_sets, scorer.icon_sets)
             right = np.array(scorer.name(images)) == np.asarray(icon_sets)
-            found[f"house{count}"] = np.where(asked, right, np.nan)
+            found[f"house{count}"] = np.where(requested, right, np.nan)
         found["both"] = found["top1"] * found["house5"]
         return found
 
@@ -420,13 +420,13 @@ def measure_scorers(
         name: {
             key: float(np.nanmean(values))
             for key, values in verdicts.judge(
-                list(pictures[own]),
-                drawings.icon_set[asked].tolist(),
-                drawings.thing[asked].tolist(),
+                list(images_shown[own]),
+                drawings.icon_set[requested].tolist(),
+                drawings.thing[requested].tolist(),
                 left_out,
             ).items()
         }
-        for name, (pictures, own, asked, left_out) in shown.items()
+        for name, (images_shown, own, requested, left_out) in shown.items()
     }
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from emojiworld.conditions import MAIN, Asker
+from emojiworld.conditions import MAIN, ConditionRunner
 from emojiworld.drawings import Drawings
 from emojiworld.figures import Nearest
 from emojiworld.world import BY_NAME
@@ -21,7 +21,7 @@ class Sampled(Protocol):
     """The parts of an evaluation that sheets need; see `suite.EmojiSuite`."""
 
     generator: Generator
-    asker: Asker
+    runner: ConditionRunner
     drawings: Drawings
     items: np.ndarray
     seeds: tuple[int, ...]
@@ -41,7 +41,7 @@ def draw_samples(suite: Sampled) -> np.ndarray:
     first = suite.seeds[0]
     with_documents = f"retrieval-seed{first}"
     without = [c for c in ("baseline", "no_documents") if suite.has(f"{c}-seed{first}")]
-    memory, tokenizer = suite.asker.memory, suite.generator.tokenizer
+    memory, tokenizer = suite.runner.memory, suite.generator.tokenizer
     found = suite.parts.load(with_documents) if suite.has(with_documents) else None
     plain = suite.parts.load(f"{without[0]}-seed{first}")["images"] if without else None
     rows = []
@@ -54,7 +54,7 @@ def draw_samples(suite: Sampled) -> np.ndarray:
             )
         drawn = Panel(BLANK if found is None else found["images"][i])
         other = Panel(BLANK if plain is None else plain[i])
-        prompt = suite.asker.targets[i].text
+        prompt = suite.runner.targets[i].text
         rows.append(Row(prompt, (retrieved, (drawn,), (other,), (own,))))
     headings = ("prompt", "retrieved", "with retrieval", "without", "own drawing")
     return draw_sheet(headings, rows)
@@ -79,10 +79,10 @@ def draw_memorised(suite: Sampled, nearest: Nearest) -> np.ndarray:
     rows = []
     for variant in filter(suite.has, variants):
         images = suite.parts.load(variant)["images"]
-        places, likeness = nearest.find(images)
-        for i in np.argsort(-likeness, kind="stable")[: _SHEET_ROWS // 2]:
+        places, similarity = nearest.find(images)
+        for i in np.argsort(-similarity, kind="stable")[: _SHEET_ROWS // 2]:
             own = train[places[i]]
-            text = f"{suite.asker.targets[i].text} ({variant}, {likeness[i]:.2f})"
+            text = f"{suite.runner.targets[i].text} ({variant}, {similarity[i]:.2f})"
             document = suite.drawings.documents[own]
             panels = (
                 (Panel(images[i]),),

@@ -16,7 +16,7 @@ from emojiworld.conditions import (
     MAIN,
     NEEDS_BASELINE,
     SCORED,
-    Asker,
+    ConditionRunner,
     swap_things,
 )
 from emojiworld.drawings import Drawings
@@ -47,7 +47,7 @@ class EmojiSuite(Suite):
 
     Attributes:
       generator: with retrieval.
-      asker: runs the models.
+      runner: runs the models.
       images: all of them.
       items: positions of the tested images.
       seeds: of the sampling.
@@ -58,7 +58,7 @@ class EmojiSuite(Suite):
         workdir: Path,
         record: Mapping[str, Any],
         generator: Generator,
-        asker: Asker,
+        runner: ConditionRunner,
         drawings: Drawings,
         items: np.ndarray,
         *,
@@ -68,7 +68,7 @@ class EmojiSuite(Suite):
         devices: Sequence[Any] = (None,),
     ) -> None:
         super().__init__(workdir, record, len(items), chunk_size, devices=devices)
-        self.generator, self.asker = generator, asker
+        self.generator, self.runner = generator, runner
         self.drawings, self.items = drawings, items
         self.seeds, self._conditions = tuple(seeds), conditions
 
@@ -90,7 +90,7 @@ class EmojiSuite(Suite):
 
     def stages(self) -> list[Stage]:
         """CLIP's search, then each condition."""
-        stages = [Stage(_SEARCH, self.parts, self.asker.search)]
+        stages = [Stage(_SEARCH, self.parts, self.runner.search)]
 
         def add(name: str, compute: Any, *how: Any) -> None:
             stages.append(Stage(name, self.parts, functools.partial(compute, *how)))
@@ -99,11 +99,16 @@ class EmojiSuite(Suite):
             if condition == NEEDS_BASELINE and self.record["baseline"] is None:
                 continue
             for seed in self.seeds_of(condition):
-                add(f"{condition}-seed{seed}", self.asker.draw, condition, seed)
+                add(
+                    f"{condition}-seed{seed}",
+                    self.runner.generate_images,
+                    condition,
+                    seed,
+                )
             if condition in CAPTIONED:
-                add(f"caption-{condition}", self.asker.caption, condition)
+                add(f"caption-{condition}", self.runner.caption, condition)
             if condition in SCORED:
-                add(f"bits-{condition}", self.asker.score, condition)
+                add(f"bits-{condition}", self.runner.score, condition)
         return stages
 
     def figures(self) -> dict[str, Any]:
@@ -232,7 +237,7 @@ class EmojiSuite(Suite):
 
     def _shown(self, rows: np.ndarray) -> np.ndarray:
         """1 where one of the documents shows the thing."""
-        facts = self.asker.memory.metadata(rows[rows >= 0])
+        facts = self.runner.memory.metadata(rows[rows >= 0])
         things = np.full(rows.shape, "", object)
         things[rows >= 0] = [str(fact.get("thing", "")) for fact in facts]
         return (things == np.array(self.things, object)[:, None]).any(1).astype(float)

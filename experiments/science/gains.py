@@ -14,10 +14,10 @@ from science.measures import (
     NUM_RETRIEVED,
     UNGUIDED,
     Sampling,
-    draw,
+    generate_images,
     judge_captions,
-    judge_drawings,
-    judge_pictures,
+    judge_images,
+    judge_outputs,
     measure_captions,
     measure_distances,
 )
@@ -43,10 +43,10 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
         return _copy(bench)
     generator, num_retrieved = _open(condition, bench, place)
     sampling = UNGUIDED if condition == "unguided" else Sampling()
-    outputs = draw(generator, bench, seed, num_retrieved, sampling)
+    outputs = generate_images(generator, bench, seed, num_retrieved, sampling)
     images = [output.images[0] for output in outputs]
     return {
-        **judge_drawings(outputs, bench),
+        **judge_outputs(outputs, bench),
         **measure_distances(images, bench, generator),
         **measure_captions(generator, bench, seed, num_retrieved),
     }
@@ -91,7 +91,7 @@ def _copy(bench: Bench) -> Figures:
     seen = generator.retrieve_for([test.images[0] for test in bench.tests], 1, None)
     captions = [generator.tokenizer.decode(r.documents[0]).text for r in seen]
     return {
-        **judge_pictures(images, bench),
+        **judge_images(images, bench),
         **measure_distances(images, bench, generator),
         **judge_captions(captions, bench),
     }

@@ -233,8 +233,8 @@ def test_scorers_identify_things_and_vendors(drawings, verdicts):
     real = verdicts.judge(list(images), sets.tolist(), things.tolist())
     for name in ("top1", "top5", "house3", "house5"):
         assert np.nanmean(real[name]) == 1
-    asked = np.isin(sets, scorers.HOUSES_5)
-    assert np.isnan(real["house5"]).tolist() == (~asked).tolist()
+    requested = np.isin(sets, scorers.HOUSES_5)
+    assert np.isnan(real["house5"]).tolist() == (~requested).tolist()
     # The same images with another requested thing, and with another vendor.
     others = [HELD_OUT[HELD_OUT.index(t) - 1] for t in things]
     wrong = verdicts.judge(list(images), sets.tolist(), others)
@@ -449,8 +449,8 @@ def test_an_evaluation_excludes_the_vendors_own_images_and_resumes(
     )
     out = tmp_path / "out"
     flags = ["--data", str(folder), "--model", "m", "--out", str(out)]
-    asked = "retrieval,oracle,no_documents,swapped,removed,copy"
-    sizes = ["--chunk_size=20", f"--conditions={asked}"]
+    requested = "retrieval,oracle,no_documents,swapped,removed,copy"
+    sizes = ["--chunk_size=20", f"--conditions={requested}"]
     evaluate.main([*flags, *sizes, "--seeds=1"])
     record = json.loads((out / "results.json").read_text())
     rows = record["figures"]

@@ -125,7 +125,7 @@ def test_curves_are_kept_with_a_cell_and_published(place, tmp_path):
 
     conditions = {"small_retrieval": "small, with", "large_plain": "large, without"}
     experiment = dataclasses.replace(
-        FAKE, measure=measure, conditions=conditions, draw=sizes.draw_curves
+        FAKE, measure=measure, conditions=conditions, plot_curves=sizes.plot_curves
     )
     cell = cells.measure_cell(experiment, "small_retrieval", 1, place)
     assert cells.read_figures(cell) == {"bits": 5.0}
