@@ -196,7 +196,7 @@ class ConditionRunner:
         memory = Memory.load(folder)
         held_out = np.flatnonzero(self._drawings.split == "held_out")
         removed = memory.find([self._drawings.documents[i].id for i in held_out])
-        memory.remove(removed[doomed >= 0])
+        memory.remove(removed[removed >= 0])
         return memory
 
     def generate_images(

@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of the sampling")
     parser.add_argument("--conditions", default="", help="only these: retrieval,copy")
     parser.add_argument(
-        "--limit", type=int, default=0, help="drawings to ask for; 0 is all"
+        "--limit", type=int, default=0, help="images to generate; 0 is all"
     )
     parser.add_argument("--temperature", type=float, default=Sampling.temperature)
     parser.add_argument("--top_p", type=float, default=Sampling.top_p)

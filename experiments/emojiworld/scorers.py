@@ -437,7 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of fetch.py")
     parser.add_argument(
-        "--tokenizer", type=Path, help="its folder; none: the scorers of real drawings"
+        "--tokenizer", type=Path, help="its folder; none: the scorers of real images"
     )
     options = parser.parse_args(arguments)
     try:
