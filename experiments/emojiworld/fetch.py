@@ -60,9 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the tars")
-    parser.add_argument(
-        "--size", type=int, default=64, help="side of an image, pixels"
-    )
+    parser.add_argument("--size", type=int, default=64, help="side of an image, pixels")
     parser.add_argument(
         "--packages", type=Path, help="where downloads are kept; default OUT/packages"
     )
