@@ -53,7 +53,7 @@ def test_classification_compares_calibrated_means_of_the_labels(generator):
     assert out.label == out.labels[int(np.argmax(out.probabilities))]
 
 
-def test_a_label_is_not_favoured_for_its_length_or_prior():
+def test_a_label_is_not_favoured_for_its_length_or_for_being_liked():
     """Both labels gain two nats a token by the image: neither is preferred."""
     prior = np.array([-3.0, -40.0])
     gained = prior + [2.0 * 1, 2.0 * 5]

@@ -483,10 +483,10 @@ def test_likelihoods_equal_the_full_forward(generator):
     from racm3_jax.generation.score import compute_log_likelihoods
 
     prompt = text_to_image_prompt([], text("a flag"), VOCAB)
-    images = VOCAB.image_tokens(np.array([[1, 2, 3, 4], [5, 5, 5, 5]]))
+    drawn = VOCAB.image_tokens(np.array([[1, 2, 3, 4], [5, 5, 5, 5]]))
     call = (generator.model, generator.params, prompt[None], [len(prompt)])
-    expected = reference_log_probs(call, None, images).sum(-1)
-    got = compute_log_likelihoods(*call[:2], [prompt] * 2, list(images))
+    expected = reference_log_probs(call, None, drawn).sum(-1)
+    got = compute_log_likelihoods(*call[:2], [prompt] * 2, list(drawn))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     with pytest.raises(ValueError, match="more than the model's max_length 128"):
-        compute_log_likelihoods(*call[:2], [np.zeros(126, np.int32)], [images[0]])
+        compute_log_likelihoods(*call[:2], [np.zeros(126, np.int32)], [drawn[0]])

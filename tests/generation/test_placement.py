@@ -22,7 +22,7 @@ GB = 10**9
 
 
 @pytest.fixture(scope="module")
-def single():
+def alone():
     return make_generator(tiny_chameleon, vocab_size=VOCAB.size + VOCAB.size % 2)
 
 
@@ -43,23 +43,23 @@ def generate_images(generator, prompts=PROMPTS, **settings):
 
 
 @pytest.fixture(scope="module")
-def on_one_device(single):
-    images, scores = generate_images(single, num_retrieved=2, num_samples=2)
+def on_one_device(alone):
+    images, scores = generate_images(alone, num_retrieved=2, num_samples=2)
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 3
     return images, scores
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 2}])
-def test_images_are_those_of_one_device(single, on_one_device, sizes):
+def test_images_are_those_of_one_device(alone, on_one_device, sizes):
     images, scores = generate_images(
-        spread(single, **sizes), num_retrieved=2, num_samples=2
+        spread(alone, **sizes), num_retrieved=2, num_samples=2
     )
     np.testing.assert_array_equal(images, on_one_device[0])
     np.testing.assert_allclose(scores, on_one_device[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("draft", ["off", "jacobi"])
-def test_copies_exchange_nothing_while_they_decode(single, monkeypatch, draft):
+def test_copies_exchange_nothing_while_they_decode(alone, monkeypatch, draft):
     compiled = []
 
     def spy(*arguments):
@@ -67,18 +67,18 @@ def test_copies_exchange_nothing_while_they_decode(single, monkeypatch, draft):
         return decoding.decode_steps(*arguments)
 
     monkeypatch.setattr("racm3_jax.generation.sample.decode_steps", spy)
-    generate_images(spread(single, data=2), num_retrieved=2, num_samples=2, draft=draft)
+    generate_images(spread(alone, data=2), num_retrieved=2, num_samples=2, draft=draft)
     assert compiled
     found = [c for text in compiled for c in find_collectives(text)]
     assert not found  # a loop's own condition is not counted
 
 
-def test_what_all_rows_share_is_on_all_devices(single):
+def test_what_all_rows_share_is_on_all_devices(alone):
     """One prefix for all prompts; captions, whose loop ends when all have ended."""
-    both = spread(single, data=2)
+    both = spread(alone, data=2)
     shown = FirstDocuments().documents[:1]
     for one, other in zip(
-        generate_images(single, PROMPTS[:2], documents=shown),
+        generate_images(alone, PROMPTS[:2], documents=shown),
         generate_images(both, PROMPTS[:2], documents=shown),
         strict=True,
     ):
@@ -87,27 +87,27 @@ def test_what_all_rows_share_is_on_all_devices(single):
     images = [grey(16), grey(64), grey(96)]
     texts = [
         [output.texts for output in generator.caption_batch(images, **settings)]
-        for generator in (single, both)
+        for generator in (alone, both)
     ]
     assert texts[0] == texts[1]
 
 
-def test_likelihoods_are_those_of_one_device(single):
-    both = spread(single, data=2, tensor=2)
+def test_likelihoods_are_those_of_one_device(alone):
+    both = spread(alone, data=2, tensor=2)
     rows = [np.arange(1, n, dtype=np.int32) for n in (4, 6, 9)]
     found = [
-        compute_log_likelihoods(g.model, g.params, rows, rows) for g in (single, both)
+        compute_log_likelihoods(g.model, g.params, rows, rows) for g in (alone, both)
     ]
     np.testing.assert_allclose(*found, atol=1e-4)
     sequences = [Scored(np.array([VOCAB.eod]), row) for row in rows]
     for one, other in zip(
-        score_tokens(single, sequences), score_tokens(both, sequences), strict=True
+        score_tokens(alone, sequences), score_tokens(both, sequences), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_8_bit_weights_may_be_sharded_and_keep_their_values(single):
-    small = single.quantized()
+def test_8_bit_weights_may_be_sharded_and_keep_their_values(alone):
+    small = alone.quantized()
     leaves = jax.tree.leaves(spread(small, tensor=2, data=1).params)
     for leaf, other in zip(leaves, jax.tree.leaves(small.params), strict=True):
         np.testing.assert_array_equal(leaf, other)
@@ -134,16 +134,16 @@ def test_a_copy_uses_as_few_devices_as_possible(num_devices, capacity, shape):
     assert (mesh.shape["data"], mesh.shape["tensor"]) == shape
 
 
-def test_as_many_rows_at_once_as_fit(single, monkeypatch):
-    config = single.model.config
+def test_as_many_rows_at_once_as_fit(alone, monkeypatch):
+    config = alone.model.config
     _, row = placement.decoding_bytes(config, 0)
-    assert single.max_rows == placement.MAX_ROWS  # CPU devices do not report memory
+    assert alone.max_rows == placement.MAX_ROWS  # CPU devices do not report memory
     for rows, expected in ((1, 2), (11.5, 8), (1e6, 64)):
         stats = {"bytes_limit": 5 * GB + int(rows * row), "bytes_in_use": 5 * GB}
         device = types.SimpleNamespace(memory_stats=lambda stats=stats: stats)
         free = placement.free_bytes([device])
         monkeypatch.setattr(placement, "free_bytes", lambda _, free=free: free)
-        assert placement.choose_max_rows(config, single.params) == expected
+        assert placement.choose_max_rows(config, alone.params) == expected
         monkeypatch.undo()
 
 
