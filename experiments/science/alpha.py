@@ -62,7 +62,7 @@ EXPERIMENT = Experiment(
         "alone_image_bits": "K=0: bits an image ↓",
     },
     panels=(
-        Panel("with 2 documents", {"flag": "flag drawn", "name": "name written"}),
+        Panel("with 2 documents", {"flag": "flag generated", "name": "name written"}),
         Panel(
             "bits an image",
             {"image_bits": "2 documents", "alone_image_bits": "without"},

@@ -100,10 +100,10 @@ def _copy(bench: Bench) -> Figures:
 EXPERIMENT = Experiment(
     number=1,
     name="gains",
-    title="What does retrieval gain, for drawing and for captions?",
+    title="What does retrieval gain, for images and for captions?",
     claim=(
-        "RA-CM3 draws and captions better than the same model without retrieval, by 12 "
-        "FID and 17 CIDEr on MS-COCO (abstract); returning the retrieved "
+        "RA-CM3 is better than the same model without retrieval at images and captions, "
+        "by 12 FID and 17 CIDEr on MS-COCO (abstract); returning the retrieved "
         "image gives 17.97 FID, between the plain model (29.5) and RA-CM3 (15.7)."
     ),
     conditions={
@@ -126,7 +126,11 @@ EXPERIMENT = Experiment(
     panels=(
         Panel(
             "right",
-            {"flag": "flag drawn", "scene": "scene drawn", "name": "name written"},
+            {
+                "flag": "flag generated",
+                "scene": "scene generated",
+                "name": "name written",
+            },
         ),
         Panel("FID, own features", {"fid": "FID"}, percent=False),
         Panel("CIDEr-D", {"cider": "CIDEr-D"}, percent=False),

@@ -123,7 +123,7 @@ EXPERIMENT = Experiment(
     title="What happens when the memory grows, shrinks, goes stale, or misleads?",
     claim=(
         "Knowledge lives in the memory, which can be extended and corrected without "
-        "training (section 1); the paper does not measure how drawing follows changes."
+        "training (section 1); the paper does not measure how images follow changes."
     ),
     conditions={
         "nations_0": "8 documents of each nation asked for, no others",
@@ -143,13 +143,13 @@ EXPERIMENT = Experiment(
     measure=measure,
     columns={
         "flag": "flag right (old flag)",
-        "new_flag": "new flag drawn",
+        "new_flag": "new flag generated",
         "scene": "scene right",
         "recall": "a document of the nation retrieved",
         "removed_shown": "a removed document was shown",
     },
     panels=(
-        Panel("flag drawn", {"flag": "old flag", "new_flag": "new flag"}),
+        Panel("flag generated", {"flag": "old flag", "new_flag": "new flag"}),
         Panel("retrieved", {"recall": "a document of the nation"}),
     ),
     hours=0.2,

@@ -60,7 +60,7 @@ EXPERIMENT = Experiment(
         Panel("captions by infilling", {"name": "nation named"}),
         Panel("CIDEr-D", {"cider": "CIDEr-D"}, percent=False),
         Panel(
-            "flag drawn",
+            "flag generated",
             {
                 "flag": "no guidance",
                 "text_guided_flag": "guided by text",
