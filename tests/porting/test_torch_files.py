@@ -176,7 +176,7 @@ def test_weights_among_others_are_named_and_taken(tmp_path):
     assert suggest_part(["a"], ["b"]) == ""
 
 
-OTHER = {
+UNRELATED = {
     "numpy scalar": np.float64(0.5),
     "numpy array": np.arange(3),
     "dtype": np.dtype("float32"),
@@ -191,11 +191,11 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("name", UNRELATED)
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_objects_next_to_the_weights_are_not_executed(name, protocol):
     """Never called and not kept: only the rest is read."""
-    program = pickle.dumps({"other": OTHER[name], "after": 3}, protocol)
+    program = pickle.dumps({"other": UNRELATED[name], "after": 3}, protocol)
     found = read_plain_pickle(program, "x.ckpt")
     assert found["after"] == 3
     assert isinstance(found["other"], (Inert, list))
