@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # drops those with a similarity above 0.9 (see CLIPLossConfig).
     config.clip_loss = dict(
         contrast_weight=0.02,
+        image_weight=0.0,
         retrieval_weight=1.0,
         retrieval_temperature=0.05,
         max_pair_similarity=0.6,

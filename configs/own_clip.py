@@ -21,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.source = ""
     config.group_key = ""
     config.holdout = "0.1"
-    # No hue: captions name colours.
-    config.augmentation = dict(mirror=True, shift=0.1)
+    # No hue, as captions name colours.
+    config.augmentation = dict(mirror=True, shift=0.1, hue=0.0)
     # Trained on the captions, unless a folder is given.
     config.text_tokenizer = dict(vocab_size=1024, path="")
     config.clip = dict(
@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.clip_loss = dict(
         contrast_weight=1.0,
+        image_weight=0.0,
         retrieval_weight=0.5,
         retrieval_temperature=0.05,
         max_pair_similarity=0.9,

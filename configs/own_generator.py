@@ -27,14 +27,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.source = ""
     config.group_key = ""
     config.holdout = "0.1"
-    # Target and documents get the same augmentation; no hue, as captions name colours.
-    config.augmentation = dict(mirror=True, shift=0.1, num_variants=7)
+    # Target and documents get the same augmentation. No hue, as captions name colours;
+    # where they do not, it keeps a model from memorising images.
+    config.augmentation = dict(mirror=True, shift=0.1, hue=0.0, num_variants=7)
     config.tokenizer = dict(text="", image="", num_sentinels=16)
     config.embedder = ""
     config.init_from = ""
     config.memory_path = ""
+    # Held-out documents are never retrieved for training documents, but for one another
+    # in the evaluation, and by users.
     config.memory = dict(
-        index="auto", num_query_variants=2, query_drop=0.2, include_heldout=False
+        index="auto", num_query_variants=2, query_drop=0.2, include_heldout=True
     )
     # A CLIP trained on few images has high similarities: only near copies are dropped.
     # "house,thing": documents that agree in both are never retrieved for each other.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 
 from emojiworld.drawings import Drawings
 from emojiworld.world import BY_NAME, SETS
@@ -24,12 +24,11 @@ from racm3_jax.evaluation.replicas import Replicas
 from racm3_jax.evaluation.retrieval import stack_rows
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
-from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.retriever import OwnExcluded, Retriever, as_main
 from racm3_jax.types import (
     Document,
     Retrieved,
     Segment,
-    TokenizedDocument,
 )
 
 NUM_RETRIEVED = 2
@@ -60,43 +59,6 @@ class Sampling:
 
     temperature: float = 0.7
     top_p: float = 0.9
-
-
-class OwnExcluded:
-    """A retriever with the main document of each query of a call.
-
-    Args:
-      retriever: searches.
-      mains: of the queries, in their order.
-    """
-
-    def __init__(
-        self, retriever: Retriever, mains: Sequence[TokenizedDocument]
-    ) -> None:
-        self._retriever, self._mains = retriever, list(mains)
-        self.memory, self.strategy = retriever.memory, retriever.strategy
-
-    def usual_score(self, modality: Any) -> float:
-        """See `Retriever.usual_score`."""
-        return self._retriever.usual_score(modality)
-
-    def retrieve(
-        self,
-        queries: Float32[np.ndarray, "queries d_embed"],
-        nums: Int[np.ndarray, " queries"],
-        mains: Sequence[TokenizedDocument | None],
-    ) -> list[Retrieved]:
-        """As `Retriever.retrieve`, for the documents given at the start."""
-        if len(queries) != len(self._mains):
-            raise ValueError(
-                f"{len(self._mains)} queries were announced; got {len(queries)}"
-            )
-        return self._retriever.retrieve(queries, nums, self._mains)
-
-
-def as_main(document: Document) -> TokenizedDocument:
-    """The document of a query, without its tokens."""
-    return TokenizedDocument(document.id, (), document.source, document.metadata)
 
 
 def swap_things(drawings: Drawings) -> tuple[list[Document], dict[str, str]]:

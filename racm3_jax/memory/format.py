@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Bool, Int64, UInt64
 
 from racm3_jax import storage
 from racm3_jax.index import registry
@@ -78,6 +78,13 @@ def hash_name(name: str) -> int:
         return 0
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
+
+
+def is_of_training(
+    split_hashes: UInt64[np.ndarray, " rows"],
+) -> Bool[np.ndarray, " rows"]:
+    """Whether the split is "train", or there is none: held-out documents have others."""
+    return (split_hashes == hash_name("train")) | (split_hashes == 0)
 
 
 def rebuild_remedy(path: pathlib.Path) -> str:

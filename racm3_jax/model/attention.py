@@ -18,6 +18,7 @@ exactly weight 0 and gradient 0.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -32,13 +33,11 @@ from racm3_jax.sharding import current_platform
 
 # Finite, so that a fully masked row would still be a softmax without NaN.
 _MASKED = -1e30
-# Maximum queries per block. On 2 AVX-512 cores, forward and backward of 16x272 tokens
-# with 4 heads of 64: float32 took 60 ms with blocks of 68, 98 with 136, 134 with
-# `plain`; bfloat16 65 and 52 ms; for 2x512 with 8 heads, bfloat16 took 48 and 36 ms.
-# The machine was shared; other runs differ by a third. Fewer blocks compile faster,
-# too.
+# Maximum queries per block; fewer blocks compile faster.
 _BLOCK_QUERIES = 72
 _BLOCK_QUERIES_HALF = 136
+# Maximum scores of a block, over rows and heads: 128 MB in float32.
+_BLOCK_SCORES = 2**25
 
 _Q = Float[Array, "batch length heads head_dim"]
 _KV = Float[Array, "batch length kv_heads head_dim"]
@@ -52,8 +51,8 @@ IMPLEMENTATIONS = ("plain", "blocked", "cudnn", "splash")
 def choose_implementation(dtype: str = "bfloat16") -> str:
     """Resolves "auto" for the current platform, see `sharding.current_platform`.
 
-    - "blocked" on one CPU device, where it takes half the time of "plain". It loops over
-      the rows of the batch, which would undo a sharding of that axis: with a mesh of
+    - "blocked" on one CPU device, where it takes half the time of "plain". It may loop
+      over rows of the batch, which would undo a sharding of that axis: with a mesh of
       several CPU devices (`jax.set_mesh`) it is "plain". Without a mesh every process
       computes independently, so that several give the same result as one.
     - "cudnn" on NVIDIA GPUs from Hopper on, in half precision; "plain" on others.
@@ -222,61 +221,87 @@ def _visible(
 
 @jax.custom_vjp
 def _blocked(q, k, v, segment_ids):
-    """Row by row, block of queries by block: skips the keys after each block.
+    """Block of queries by block: skips the keys after each block.
 
-    The data of one step stays in the CPU cache, and the backward pass recomputes the
-    weights from their log-sum instead of storing them (as FlashAttention, arXiv
-    2205.14135).
+    The backward pass recomputes the weights from their log-sum instead of storing them
+    (as FlashAttention, arXiv 2205.14135).
     """
-    return jax.lax.map(_forward_row, (q, k, v, segment_ids))[0]
+    return _blocked_fwd(q, k, v, segment_ids)[0]
 
 
 def _blocked_fwd(q, k, v, segment_ids):
-    out, log_sums = jax.lax.map(_forward_row, (q, k, v, segment_ids))
-    return out, (q, k, v, segment_ids, out, log_sums)
+    heads_first = jnp.moveaxis(q, 1, 3), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    arrays = (*heads_first, segment_ids)
+    out, log_sums = _map_rows(_forward_row, arrays)
+    return jnp.moveaxis(out, 3, 1), (*arrays, out, log_sums)
 
 
 def _blocked_bwd(residuals, cotangent):
     q, k, v = residuals[:3]
-    dq, dk, dv = jax.lax.map(_backward_row, (*residuals, cotangent))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    cotangent = jnp.moveaxis(cotangent, 1, 3).astype(q.dtype)
+    dq, dk, dv = _map_rows(_backward_row, (*residuals, cotangent))
+    dq, dk, dv = (dx.astype(x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    return jnp.moveaxis(dq, 3, 1), dk.swapaxes(1, 2), dv.swapaxes(1, 2), None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
-def _forward_row(row):
-    """One row of the batch: attended values, and log-sums [kv_heads, group, length]."""
-    q, k, v, segments = row
+def _map_rows(function, arrays):
+    """`function` over the rows of the batch, as many at once as `_BLOCK_SCORES` allows.
+
+    A loop over single rows took up to twice the time.
+    """
+    batch, *heads, length, _ = arrays[0].shape
+    scores = math.prod(heads) * _BLOCK_QUERIES_HALF * length
+    rows = max(1, min(batch, _BLOCK_SCORES // scores))
+    return jax.lax.map(lambda row: function(*row), arrays, batch_size=rows)
+
+
+def _forward_row(q, k, v, segments):
+    """One row of the batch, from q [kv_heads, group, length, head_dim].
+
+    Returns:
+      The attended values in the layout of q, and log-sums [kv_heads, group, length].
+    """
     dot = functools.partial(contract, dtype=str(q.dtype))
     outs, log_sums = [], []
-    for start, stop in _blocks(q.shape[0], str(q.dtype)):
-        scores = dot("qkgd,skd->kgqs", q[start:stop], k[:stop])
+    for start, stop in _blocks(q.shape[2], str(q.dtype)):
+        scores = dot("kgqd,ksd->kgqs", q[:, :, start:stop], k[:, :stop])
         scores = jnp.where(_visible(segments, start, stop), scores, _MASKED)
-        log_sum = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - log_sum)
-        outs.append(dot("kgqs,skd->qkgd", weights, v[:stop]))
-        log_sums.append(log_sum[..., 0])
-    return jnp.concatenate(outs), jnp.concatenate(log_sums, axis=-1)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = dot("kgqs,ksd->kgqd", weights, v[:, :stop]) / total
+        outs.append(out.astype(q.dtype))
+        log_sums.append((highest + jnp.log(total))[..., 0])
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(log_sums, axis=2)
 
 
-def _backward_row(row):
-    """Gradients of one row, in float32, with the weights recomputed block by block."""
-    q, k, v, segments, out, log_sums, cotangent = row
-    dot = functools.partial(contract, dtype=str(q.dtype))
+def _backward_row(q, k, v, segments, out, log_sums, cotangent):
+    """Gradients of one row, in float32, with the weights recomputed block by block.
+
+    Scores are transposed, [kv_heads, keys, group, queries], so that the sums over
+    queries are matmuls without transposes.
+    """
+    dtype = str(q.dtype)
+    dot = functools.partial(contract, dtype=dtype)
     dq = []
     dk = jnp.zeros(k.shape, jnp.float32)
     dv = jnp.zeros(v.shape, jnp.float32)
     # Row sums of weights * d_weights, by the identity of FlashAttention, section 3.
-    shift = jnp.einsum("qkgd,qkgd->kgq", out, cotangent)
-    for start, stop in _blocks(q.shape[0], str(q.dtype)):
-        q_block, d_out = q[start:stop], cotangent[start:stop]
-        scores = dot("qkgd,skd->kgqs", q_block, k[:stop])
-        weights = jnp.exp(scores - log_sums[..., start:stop, None])
-        weights = jnp.where(_visible(segments, start, stop), weights, 0.0)
-        d_weights = dot("qkgd,skd->kgqs", d_out, v[:stop])
-        d_scores = weights * (d_weights - shift[..., start:stop, None])
-        dq.append(dot("kgqs,skd->qkgd", d_scores, k[:stop]))
-        dk = dk.at[:stop].add(dot("kgqs,qkgd->skd", d_scores, q_block))
-        dv = dv.at[:stop].add(dot("kgqs,qkgd->skd", weights, d_out))
-    return jnp.concatenate(dq), dk, dv
+    shift = (out.astype(jnp.float32) * cotangent.astype(jnp.float32)).sum(axis=-1)
+    for start, stop in _blocks(q.shape[2], dtype):
+        q_block, d_out = q[:, :, start:stop], cotangent[:, :, start:stop]
+        of_queries = (slice(None), None, slice(None), slice(start, stop))
+        scores = dot("ksd,kgqd->ksgq", k[:, :stop], q_block)
+        weights = jnp.exp(scores - log_sums[of_queries])
+        visible = _visible(segments, start, stop).T[:, None]
+        weights = jnp.where(visible, weights, 0.0)
+        d_weights = dot("ksd,kgqd->ksgq", v[:, :stop], d_out)
+        d_scores = (weights * (d_weights - shift[of_queries])).astype(dtype)
+        dq.append(dot("ksgq,ksd->kgqd", d_scores, k[:, :stop]))
+        dk = dk.at[:, :stop].add(dot("ksgq,kgqd->ksd", d_scores, q_block))
+        weights = weights.astype(dtype)
+        dv = dv.at[:, :stop].add(dot("ksgq,kgqd->ksd", weights, d_out))
+    return jnp.concatenate(dq, axis=2), dk, dv

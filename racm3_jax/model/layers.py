@@ -6,6 +6,8 @@ between sublayers are float32; the matmuls inside run in the compute dtype.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +42,21 @@ def as_product(x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     By name, because remat policies do not see inside the custom gradient of `contract`.
     """
     return checkpoint_name(x, PRODUCT)
+
+
+def activate(
+    function: Callable[[Array], Array], x: Float[Array, " *shape"]
+) -> Float[Array, " *shape"]:
+    """An elementwise function in float32, whose gradient keeps only `x`.
+
+    In bfloat16, XLA's CPU back end rounds after every operation: exact GELU and its
+    gradient took four times as long (2,432 x 768 on one core: 44 and 4 ms).
+    """
+
+    def compute(x: Array) -> Array:
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    return jax.checkpoint(compute)(x) if x.dtype != jnp.float32 else function(x)
 
 
 class Norm(nn.Module):
@@ -255,9 +272,11 @@ class FeedForward(nn.Module):
             return as_product(linear(x).astype(c.dtype))
 
         if c.activation == "swiglu":
-            hidden = nn.silu(widen("gate")) * widen("up")
+            hidden = activate(nn.silu, widen("gate")) * widen("up")
         elif c.activation == "gelu":
-            hidden = nn.gelu(widen("up"), approximate=False)
+            hidden = activate(
+                functools.partial(nn.gelu, approximate=False), widen("up")
+            )
         else:
             hidden = nn.relu(widen("up"))
         return Linear(

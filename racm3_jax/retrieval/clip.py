@@ -22,7 +22,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from racm3_jax.retrieval.clip_layers import ACTIVATIONS, Layer, dense, norm, normal
-from racm3_jax.sharding import current_platform
+from racm3_jax.sharding import current_platform, multiplies_bfloat16
 
 # NumPy's arrays or JAX's.
 ArrayT = TypeVar("ArrayT", Array, np.ndarray)
@@ -51,7 +51,8 @@ class CLIPConfig:
       image_std: divisor of the difference, by channel.
       compute_dtype: of all matmuls except the last; "auto" is bfloat16 on accelerators,
         where float32 takes twice the memory and several times as long, and float32 on a
-        CPU. Not a property of the weights, and not stored with them.
+        CPU, except in training (`for_training`). Not a property of the weights, and not
+        stored with them.
     """
 
     vocab_size: int
@@ -115,6 +116,12 @@ class CLIPConfig:
         if self.compute_dtype != "auto":
             return self.compute_dtype
         return "float32" if current_platform() == "cpu" else "bfloat16"
+
+    def for_training(self) -> CLIPConfig:
+        """With "auto" resolved for a training: bfloat16 also on a CPU that has it."""
+        if self.compute_dtype == "auto" and multiplies_bfloat16():
+            return dataclasses.replace(self, compute_dtype="bfloat16")
+        return self
 
     @property
     def num_patches(self) -> int:

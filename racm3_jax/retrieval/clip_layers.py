@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from racm3_jax.model.contract import contract
+from racm3_jax.model.layers import activate
 from racm3_jax.sharding import current_platform
 
 ACTIVATIONS = {
@@ -82,7 +84,7 @@ class Attention(nn.Module):
 
         def project(name: str, x: Float[Array, "batch n width"]) -> _Heads:
             std = width**-0.5
-            y = dense(width, ("embed", "heads"), std, name, self.dtype)(as_rows(x))
+            y = dense(width, ("embed", "heads"), std, name, self.dtype)(x)
             return y.reshape(batch, -1, self.num_heads, head_dim)
 
         query = project("query", x[:, :num_read]) * head_dim**-0.5
@@ -94,19 +96,20 @@ class Attention(nn.Module):
         else:
             mixed = attend(query, key, value, may_attend)
         axes = ("heads", "embed")
-        out = dense(width, axes, self.out_std, "out", self.dtype)(as_rows(mixed))
-        return out.reshape(batch, -1, width)
+        out = dense(width, axes, self.out_std, "out", self.dtype)
+        return out(mixed.reshape(batch, -1, width))
 
 
 def attend(query: _Heads, key: _Heads, value: _Heads, may_attend: _MayAttend) -> _Heads:
     """Softmax attention, all heads at once; queries are already scaled."""
-    scores = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
-    )
+    dtype = str(value.dtype)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    scores = contract("bhqd,bhkd->bhqk", query, key, dtype)
     if may_attend is not None:
         scores = jnp.where(may_attend, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    weights = jax.nn.softmax(scores, axis=-1)
+    mixed = contract("bhqk,bhkd->bhqd", weights, value, dtype)
+    return mixed.astype(dtype).swapaxes(1, 2)
 
 
 def attend_head_by_head(
@@ -145,20 +148,47 @@ class MLP(nn.Module):
     ) -> Float[Array, "batch length width"]:
         width = x.shape[-1]
         std, dtype = (2 * width) ** -0.5, self.dtype
-        y = dense(4 * width, ("embed", "mlp"), std, "up", dtype)(as_rows(x))
-        y = ACTIVATIONS[self.activation](y)
-        y = dense(width, ("mlp", "embed"), self.out_std, "down", dtype)(y)
-        return y.reshape(x.shape)
-
-
-def as_rows(x: Float[Array, "batch length ..."]) -> Float[Array, "rows width"]:
-    """Flattens to a matrix: XLA on CPU computes kernel gradients 2.5x faster."""
-    return x.reshape(x.shape[0] * x.shape[1], -1)
+        y = dense(4 * width, ("embed", "mlp"), std, "up", dtype)(x)
+        y = activate(ACTIVATIONS[self.activation], y)
+        return dense(width, ("mlp", "embed"), self.out_std, "down", dtype)(y)
 
 
 def normal(std: float, names: tuple[str | None, ...]) -> Any:
     """An initialiser that also sets the parameter's logical axes."""
     return nn.with_logical_partitioning(nn.initializers.normal(std), names)
+
+
+class Dense(nn.Module):
+    """A dense layer with logical axes of its kernel; the bias has the last one.
+
+    It computes in `dtype` and sums in float32; norm outputs and residual sums are
+    float32.
+    """
+
+    features: int
+    names: tuple[str | None, str | None]
+    std: float
+    dtype: str
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*rows inputs"]
+    ) -> Float[Array, "*rows outputs"]:
+        kernel = self.param(
+            "kernel", normal(self.std, self.names), (x.shape[-1], self.features)
+        )
+        if self.dtype == "float32" or x.ndim < 3:
+            # XLA on CPU: kernel gradients of matrices take 0.4 to 0.8 of the time.
+            rows = x.reshape(-1, x.shape[-1])
+            y = contract("ri,io->ro", rows, kernel, self.dtype)
+            y = y.reshape(*x.shape[:-1], self.features)
+        else:  # in bfloat16, those of batches take 0.2 to 0.4
+            y = contract("bli,io->blo", x, kernel, self.dtype)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[1:])
+            y = y + self.param("bias", zeros, (self.features,))
+        return y.astype(self.dtype)
 
 
 def dense(
@@ -168,19 +198,9 @@ def dense(
     name: str,
     dtype: str,
     use_bias: bool = True,
-) -> nn.Dense:
-    """A dense layer with these logical axes of the kernel; the bias has the last one.
-
-    It computes in `dtype`; norm outputs and residual sums are float32.
-    """
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=jnp.dtype(dtype),
-        kernel_init=normal(std, names),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, names[1:]),
-        name=name,
-    )
+) -> Dense:
+    """`Dense` with a name."""
+    return Dense(features, names, std, dtype, use_bias, name=name)
 
 
 def norm(name: str) -> nn.LayerNorm:

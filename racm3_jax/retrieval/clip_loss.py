@@ -6,6 +6,7 @@ page), no two pairs from the same group:
     contrast   image b  <->  text b                          (CLIP, arXiv 2103.00020, 2.3)
     retrieval  text a, 20% dropped   ->  document b          r(q, m) of RA-CM3 (arXiv
                image a, 20% dropped  ->  document b          2211.12561, section 3.1)
+    image      image a, 20% dropped  ->  image b             (SupCon, arXiv 2004.11362)
 
 where `document = normalise(text + image)` is what the memory stores, and the other
 documents of the batch are negatives. Without groups, pair a document with itself: the
@@ -59,6 +60,9 @@ class CLIPLossConfig:
     Attributes:
       contrast_weight: weight of images vs. texts.
       retrieval_weight: weight of queries vs. documents.
+      image_weight: weight of images vs. images. With few groups, a query finds its
+        document by the text, as one of the groups that were trained; this term trains
+        what is alike in two images of any group.
       retrieval_temperature: divides similarities of queries and documents.
       max_pair_similarity: a query and its document that are more similar than this are
         not pulled closer. It keeps the documents of a group distinguishable: the
@@ -71,6 +75,7 @@ class CLIPLossConfig:
 
     contrast_weight: float = 0.1
     retrieval_weight: float = 1.0
+    image_weight: float = 0.0
     retrieval_temperature: float = 0.05
     max_pair_similarity: float = 0.6
     separation_weight: float = 20.0
@@ -128,6 +133,7 @@ def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
         cap = loss_config.max_pair_similarity
         by_text, text_hits = info_nce(query_text, document, scale, cap)
         by_image, image_hits = info_nce(query_image, document, scale, cap)
+        by_alike, alike_hits = info_nce(query_image, image, scale, cap)
         across = (
             jnp.square(query_text @ image.T) + jnp.square(query_image @ text.T)
         ) / 2
@@ -135,6 +141,7 @@ def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
         loss = (
             loss_config.contrast_weight * contrast
             + loss_config.retrieval_weight * (by_text + by_image) / 2
+            + loss_config.image_weight * by_alike
             + loss_config.separation_weight * separation
         )
         values = {
@@ -142,6 +149,8 @@ def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
             "contrast_loss": contrast,
             "contrast_accuracy": contrast_hits,
             "across_similarity": separation**0.5,
+            "image_loss": by_alike,
+            "image_accuracy": alike_hits,
             "text_query_loss": by_text,
             "text_query_accuracy": text_hits,
             "image_query_loss": by_image,

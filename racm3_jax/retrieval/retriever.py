@@ -9,10 +9,22 @@ from jaxtyping import Bool, Float32, Int
 
 from racm3_jax.index.contract import empty_neighbours
 from racm3_jax.memory.filters import NEAR_SIMILARITY
-from racm3_jax.memory.memory import Memory, hash_name
+from racm3_jax.memory.format import hash_name, is_of_training
+from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval import strategy as strategy_lib
 from racm3_jax.retrieval.strategy import StrategyConfig
-from racm3_jax.types import Modality, Neighbours, Retrieved, TokenizedDocument
+from racm3_jax.types import (
+    Document,
+    Modality,
+    Neighbours,
+    Retrieved,
+    TokenizedDocument,
+)
+
+_NUM_LOOKED_AT = 64
+# Set in every hash that was read.
+_READ = np.uint64(1 << 63)
+_NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
 class Retriever:
@@ -147,6 +159,7 @@ class Retriever:
                     drop_same_source=config.drop_same_source,
                 )
                 excluded[j] |= self._find_equal_keys(rows[j], main)
+                excluded[j] |= self._find_held_out(rows[j], main)
             taken = strategy_lib.select(
                 found.scores[j],
                 memory.embeddings[rows[j]] if nums[i] > 1 and compares else None,
@@ -187,6 +200,15 @@ class Retriever:
             ]
             self._key_hashes[unread] = np.array(names, np.uint64) | _READ
         return self._key_hashes[rows] == (np.uint64(hash_name(name)) | _READ)
+
+    def _find_held_out(
+        self, rows: Int[np.ndarray, " k"], main: TokenizedDocument
+    ) -> Bool[np.ndarray, " k"] | np.bool_:
+        """True if the main document is of training and a candidate is held out."""
+        splits = self.memory.split_hashes
+        if splits is None or main.metadata.get("split") != "train":
+            return np.False_
+        return ~is_of_training(splits[rows])
 
     def _find_copies(
         self,
@@ -239,7 +261,40 @@ class Retriever:
         ]
 
 
-_NUM_LOOKED_AT = 64
-# Set in every hash that was read.
-_READ = np.uint64(1 << 63)
-_NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.float32))
+class OwnExcluded:
+    """A retriever that knows which document each query of a call was made from.
+
+    For evaluations of documents that are in the memory themselves.
+
+    Args:
+      retriever: searches.
+      mains: of the queries, in their order.
+    """
+
+    def __init__(
+        self, retriever: Retriever, mains: Sequence[TokenizedDocument]
+    ) -> None:
+        self._retriever, self._mains = retriever, list(mains)
+        self.memory, self.strategy = retriever.memory, retriever.strategy
+
+    def usual_score(self, modality: Modality) -> float:
+        """See `Retriever.usual_score`."""
+        return self._retriever.usual_score(modality)
+
+    def retrieve(
+        self,
+        queries: Float32[np.ndarray, "queries d_embed"],
+        nums: Int[np.ndarray, " queries"],
+        mains: Sequence[TokenizedDocument | None],
+    ) -> list[Retrieved]:
+        """As `Retriever.retrieve`, for the documents given at the start."""
+        if len(queries) != len(self._mains):
+            raise ValueError(
+                f"{len(self._mains)} queries were announced; got {len(queries)}"
+            )
+        return self._retriever.retrieve(queries, nums, self._mains)
+
+
+def as_main(document: Document) -> TokenizedDocument:
+    """Which document a query is made from, without its tokens."""
+    return TokenizedDocument(document.id, (), document.source, document.metadata)

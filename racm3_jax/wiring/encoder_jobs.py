@@ -121,7 +121,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     loss_config = construct(
         clip_objective.CLIPLossConfig, config.clip_loss, "clip_loss"
     )
-    loss_fn = clip_objective.clip_loss(model_config, loss_config)
+    loss_fn = clip_objective.clip_loss(model_config.for_training(), loss_config)
     measured = read_heldout(corpus, _NUM_MEASURED, one_per_group=True)
     tokens = tokenizer.encode_batch(pairs.texts)
 

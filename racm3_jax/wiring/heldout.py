@@ -27,7 +27,7 @@ from racm3_jax.model.config import ModelConfig
 from racm3_jax.retrieval import clip_loss as clip_objective
 from racm3_jax.retrieval.clip import CLIPTokenizer
 from racm3_jax.retrieval.embedder import DocumentEmbedder
-from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.retriever import OwnExcluded, Retriever, as_main
 from racm3_jax.sharding import count_row_shards, local_rows
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -184,7 +184,14 @@ def generate_heldout(
     path: Path,
     title: str,
 ) -> None:
-    """A sheet: caption | retrieved documents | generated | original image."""
+    """A sheet: caption | retrieved documents | generated | original image.
+
+    The memory may contain the documents themselves: they are not retrieved.
+    """
+    if generator.retriever is not None:
+        mains = [as_main(document) for document in documents]
+        excluding: Any = OwnExcluded(generator.retriever, mains)
+        generator = generator.with_retriever(excluding)
     drawn = generator.text_to_image_batch(
         [document.text for document in documents],
         num_retrieved=num_retrieved,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from racm3_jax import storage
-from racm3_jax.memory.format import hash_name
+from racm3_jax.memory.format import hash_name, is_of_training
 from racm3_jax.memory.memory import Memory
 from racm3_jax.progress import open_progress
 from racm3_jax.sharding import leader_first
@@ -25,7 +25,7 @@ def find_main_rows(memory: Memory, workdir: Path) -> Int64[np.ndarray, " rows"]:
     """The training rows: allowed, with split "train" or no split."""
     rows = memory.allowed_ids()
     splits = read_column(memory, "split", workdir)[rows]
-    return rows[(splits == hash_name("train")) | (splits == 0)]
+    return rows[is_of_training(splits)]
 
 
 def read_column(memory: Memory, key: str, workdir: Path) -> UInt64[np.ndarray, " n"]:

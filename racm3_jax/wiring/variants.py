@@ -17,6 +17,7 @@ from racm3_jax import storage
 from racm3_jax.documents.augmentation import change_images, sample_change
 from racm3_jax.documents.images import resize_image
 from racm3_jax.memory.memory import Memory
+from racm3_jax.progress import open_progress
 from racm3_jax.sequences.variants import Variants
 from racm3_jax.sharding import leader_first
 from racm3_jax.tokenizers.mixed import MixedTokenizer
@@ -74,19 +75,23 @@ def _encode(
     places: dict[str, int] = {}
     parts: list[list[np.ndarray]] = [[] for _ in changes]
     num_images = 0
-    for block in _blocks(read_memory_documents(config)):
-        rows = memory.find([document.id for document in block])
-        images = []
-        for document, row in zip(block, rows, strict=True):
-            if row >= 0 and document.images and document.id not in places:
-                places[document.id] = num_images + len(images)
-                images += [resize_image(image, size) for image in document.images]
-        if not images:
-            continue
-        num_images += len(images)
-        for part, change in zip(parts, changes, strict=True):
-            changed = change_images(np.stack(images), change)
-            part.append(tokenizer.image.encode(changed).astype(np.int32) + start)
+    with open_progress(
+        total=len(memory), desc="augment images", unit="documents"
+    ) as bar:
+        for block in _blocks(read_memory_documents(config)):
+            rows = memory.find([document.id for document in block])
+            images = []
+            for document, row in zip(block, rows, strict=True):
+                if row >= 0 and document.images and document.id not in places:
+                    places[document.id] = num_images + len(images)
+                    images += [resize_image(image, size) for image in document.images]
+            bar.update(int(np.count_nonzero(np.asarray(rows) >= 0)))
+            if not images:
+                continue
+            num_images += len(images)
+            for part, change in zip(parts, changes, strict=True):
+                changed = change_images(np.stack(images), change)
+                part.append(tokenizer.image.encode(changed).astype(np.int32) + start)
     if not places:
         raise ValueError(
             "augmentation.num_variants needs the images of the memory's documents: "

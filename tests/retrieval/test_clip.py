@@ -281,6 +281,23 @@ def test_training_finds_the_group(params):
     assert set(metrics) >= {"contrast_loss", "text_query_accuracy"}
 
 
+def test_the_loss_is_the_weighted_sum_of_its_terms(params):
+    config = CLIPLossConfig(
+        contrast_weight=0.3, retrieval_weight=0.7, image_weight=1.9, separation_weight=2
+    )
+    loss_fn = loss_lib.clip_loss(SMALL, config)
+    batch = next(loss_lib.make_pair_batches(*make_data(), num_pairs=8, seed=0))
+    loss, metrics = loss_fn(params, batch, jax.random.key(0), jnp.int32(0))
+    value = {name: float(total / weight) for name, (total, weight) in metrics.items()}
+    expected = (
+        0.3 * value["contrast_loss"]
+        + 0.7 * (value["text_query_loss"] + value["image_query_loss"]) / 2
+        + 1.9 * value["image_loss"]
+        + 2 * value["across_similarity"] ** 2
+    )
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-5)
+
+
 def test_a_zero_embedding_has_a_finite_gradient():
     grad = jax.grad(lambda x: loss_lib.normalise(x).sum())(jnp.zeros((1, 4)))
     assert np.isfinite(grad).all()
@@ -332,15 +349,24 @@ def test_accelerators_compute_in_bfloat16(params):
         return [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in both]
 
     expected = embed()
-    program = str(jax.make_jaxpr(functools.partial(embed, "bfloat16"))())
-    products = [line for line in program.splitlines() if " dot_general[" in line]
-    assert sum("bf16[" in line for line in products) > 0.7 * len(products)
+    program = jax.jit(functools.partial(embed, "bfloat16")).lower().as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert sum("xbf16>, tensor" in line for line in products) > 0.7 * len(products)
     for got, want in zip(embed("bfloat16"), expected, strict=True):
         assert got.dtype == jnp.float32
         assert ((got * want).sum(-1) > 0.999).all()
         assert not np.array_equal(got, want)
     with pytest.raises(ValueError, match="compute_dtype is 'half'"):
         embed("half")
+
+
+def test_training_uses_bfloat16_if_the_cpu_has_it(monkeypatch):
+    for has, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(clip_lib, "multiplies_bfloat16", lambda has=has: has)
+        assert SMALL.for_training().dtype == dtype
+        assert SMALL.dtype == "float32"
+        chosen = dataclasses.replace(SMALL, compute_dtype="float32")
+        assert chosen.for_training() == chosen
 
 
 def test_the_devices_of_a_program_decide_its_dtype():

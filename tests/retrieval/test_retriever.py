@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from memory_fakes import FakeEmbedder, FakeTokenizer, make_document
 
-from racm3_jax.retrieval.retriever import Retriever
+from racm3_jax.retrieval.retriever import OwnExcluded, Retriever, as_main
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.types import GenerationOutput, Retrieved
 
@@ -141,6 +141,39 @@ def test_documents_equal_in_all_keys_are_dropped(build, documents):
     assert found(43, "thing,house") == {"own", "twin set", "other house"}
     with pytest.raises(ValueError, match="names 'hose', which .*have: .*house, "):
         Retriever(memory, StrategyConfig(exclude_keys="thing,hose"))
+
+
+def test_training_never_shows_held_out_documents(build, documents):
+    def of(i, name, **facts):
+        document = make_document(i, id=name)
+        return dataclasses.replace(document, metadata={"nation": 10, **facts})
+
+    changed = [
+        *documents,
+        of(40, "trained", split="train"),
+        of(41, "no split"),
+        of(42, "held out", split="heldout"),
+        of(43, "also held out", split="heldout"),
+    ]
+    memory = build(changed)
+    retriever = Retriever(memory, StrategyConfig(max_similarity=1.0))
+
+    def found(row, retriever=retriever):
+        query = memory.queries([row], "text")
+        (result,) = retriever.retrieve(query, [12], _mains([changed[row]]))
+        return {d.id for d in result.documents if d.metadata["nation"] == 10}
+
+    assert found(40) == {"no split"}
+    everything = {d.id for d in changed[40:]}
+    assert found(42) == everything - {"held out"}
+    assert found(41) == everything - {"no split"}
+
+    # An evaluation names the documents of its queries.
+    excluding = OwnExcluded(retriever, [as_main(changed[42])])
+    (result,) = excluding.retrieve(memory.queries([42], "text"), [12], [None])
+    assert "held out" not in [d.id for d in result.documents]
+    with pytest.raises(ValueError, match="1 queries were announced; got 2"):
+        excluding.retrieve(memory.queries([42, 43], "text"), [12, 12], [None, None])
 
 
 def test_searches_further_when_copies_fill_the_list(build, documents):
