@@ -1,8 +1,8 @@
-"""The README's commands as a shell script: what CI runs is what a reader types.
+"""The README's commands as a shell script, so that CI runs what a reader types.
 
     python .ci/readme.py README.md Quickstart
 
-Prints the lines of all ```bash blocks under the heading, as they are.
+Prints the lines of all ```bash blocks under the heading, unchanged.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ One run, three tables:
   memory   (with --bandwidth) seconds per image and the fraction of the memory bandwidth
   drafts   (with --memory=DIR, of `racm3 quickstart`) the shipped model and that memory,
            one image at a time: with and without speculative decoding, passes,
-             acceptance,
-           equal codes
+             acceptance, equal codes
 
 The other tables are without speculative decoding: random weights accept no drafts. The
 machine's load is checked first: above 0.5 comparisons are not meaningful, and --busy is
@@ -46,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from racm3_jax import run as run_lib
-from racm3_jax.generation import decoding, drawing
+from racm3_jax.generation import decoding, text_to_image
 from racm3_jax.generation.batching import sample_prompts
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.sample import SamplingConfig, Unconditional, sample
@@ -132,7 +131,7 @@ class Ours:
         self.case = case
         self.grammar = image_grammar(case.vocab)
 
-    def draw(
+    def make_call(
         self, num_samples: int, num_documents: int, guidance: float
     ) -> Callable[[], Any]:
         """A call that generates images after documents, and waits for them."""
@@ -153,7 +152,7 @@ class Ours:
             num_samples=num_samples,
             prefix_lengths=shared,
             unconditional=Unconditional(plain[None], np.array([len(plain)]), shared),
-            ids=vocab.image_range,
+            token_range=vocab.image_range,
         )
 
     def bytes_of_a_step(self, num_samples: int, num_documents: int) -> float:
@@ -221,12 +220,12 @@ class Theirs:
             )
         ).eval()
 
-    def draw(
+    def make_call(
         self, num_samples: int, num_documents: int, guidance: float, cache: str
     ) -> Callable[[], Any]:
         """The same call with `cache_implementation=cache`."""
         vocab = self.case.vocab
-        ids, plain = make_prompts(self.case, num_documents)
+        tokens, plain = make_prompts(self.case, num_documents)
         options: dict[str, Any] = {
             "do_sample": True,
             "top_k": 0,
@@ -257,7 +256,7 @@ class Theirs:
 
         def run() -> Any:
             with self.torch.inference_mode():
-                return self.model.generate(repeat(ids), **options)
+                return self.model.generate(repeat(tokens), **options)
 
         return run
 
@@ -288,12 +287,12 @@ class TorchLoop:
         ]
         self.norm = (make(d) + 1, make(d))
 
-    def read(self, ids: Any, caches: list[Any], start: int, visible: Any) -> Any:
+    def read(self, tokens: Any, caches: list[Any], start: int, visible: Any) -> Any:
         """Reads tokens from `start` on; returns the last hidden state of each row."""
         functional, c = self.torch.nn.functional, self.case.config
-        rows, length = ids.shape
+        rows, length = tokens.shape
         shape, stop = (rows, length, c.num_heads, c.head_dim), start + length
-        x = self.embedding[ids] + self.positions[start:stop]
+        x = self.embedding[tokens] + self.positions[start:stop]
         for layer, (keys, values) in zip(self.layers, caches, strict=True):
             y = functional.layer_norm(x, x.shape[2:], *layer["norms"][0])
             parts = functional.linear(y, *layer["qkv"]).chunk(3, dim=-1)
@@ -313,7 +312,7 @@ class TorchLoop:
             x = x + y
         return functional.layer_norm(x[:, -1], x.shape[2:], *self.norm)
 
-    def draw(
+    def make_call(
         self, num_samples: int, num_documents: int, guidance: float
     ) -> Callable[[], Any]:
         """A call that generates images, with both prompts of guidance in one batch."""
@@ -321,17 +320,17 @@ class TorchLoop:
         first, second = make_prompts(self.case, num_documents)
         prompts = [first] if guidance == 1 else [first, second]
         width, length = max(map(len, prompts)), vocab.image_length
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        tokens = torch.zeros(len(prompts), width, dtype=torch.long)
         seen = torch.zeros(len(prompts), 1, 1, width + length, dtype=torch.bool)
         for i, prompt in enumerate(prompts):  # padded on the left
-            ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
+            tokens[i, width - len(prompt) :] = torch.as_tensor(prompt)
             seen[i, ..., width - len(prompt) :] = True
         causal = torch.ones(width + length, width + length, dtype=torch.bool).tril()
         # Padding attends to itself, so that no softmax is empty.
         visible = (seen & causal) | torch.eye(width + length, dtype=torch.bool)
         visible = visible.repeat_interleave(num_samples, 0)
-        ids = ids.repeat_interleave(num_samples, 0)
-        shape = (len(ids), c.num_heads, width + length, c.head_dim)
+        tokens = tokens.repeat_interleave(num_samples, 0)
+        shape = (len(tokens), c.num_heads, width + length, c.head_dim)
         start, stop = vocab.image_range.start, vocab.image_range.stop
 
         def run() -> Any:
@@ -340,7 +339,7 @@ class TorchLoop:
                     tuple(torch.zeros(shape, dtype=self.dtype) for _ in range(2))
                     for _ in range(c.num_layers)
                 ]
-                drawn, new = [], ids
+                codes, new = [], tokens
                 for i in range(length):
                     at = 0 if i == 0 else width + i - 1
                     hidden = self.read(new, caches, at, visible)
@@ -349,9 +348,9 @@ class TorchLoop:
                         given, other = logits.chunk(2)
                         logits = other + guidance * (given - other)
                     code = torch.multinomial(logits.softmax(-1), 1)
-                    drawn.append(code)
+                    codes.append(code)
                     new = (start + code).repeat(len(prompts), 1)
-                return torch.cat(drawn, 1)
+                return torch.cat(codes, 1)
 
         return run
 
@@ -363,7 +362,7 @@ def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
     held = model.retriever.memory.documents(np.arange(repeats))
     prompts = [model.tokenizer.decode(document).text for document in held]
     retrieved = model.retrieve_for(prompts, 2, None)
-    tasks = [drawing.make_task(model, [prompt]) for prompt in prompts]
+    tasks = [text_to_image.make_task(model, [prompt]) for prompt in prompts]
     found: dict[str, list[tuple[float, Any]]] = {"off": [], "table": [], "jacobi": []}
     for i in [0, *range(repeats)]:  # the first one compiles
         for source, taken in found.items():
@@ -378,17 +377,17 @@ def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for source, taken in found.items():
         seconds = [value for value, _ in taken[1:]]
-        drawn = [samples for _, samples in taken[1:]]
-        tested = sum(int(s.tested.sum()) for s in drawn)
+        runs = [samples for _, samples in taken[1:]]
+        tested = sum(int(s.tested.sum()) for s in runs)
         plain = [samples.tokens for _, samples in found["off"][1:]]
-        same = [(s.tokens == p).mean() for s, p in zip(drawn, plain, strict=True)]
+        same = [(s.tokens == p).mean() for s, p in zip(runs, plain, strict=True)]
         results[source] = {
             "seconds": statistics.median(seconds),
             "fastest": min(seconds),
-            "passes": float(np.mean([s.passes.mean() for s in drawn])),
-            "acceptance": sum(int(s.accepted.sum()) for s in drawn) / max(tested, 1),
+            "passes": float(np.mean([s.passes.mean() for s in runs])),
+            "acceptance": sum(int(s.accepted.sum()) for s in runs) / max(tested, 1),
             "equal_codes": float(np.mean(same)),
-            "window": drawn[0].count_drafts(0).window,
+            "window": runs[0].count_drafts(0).window,
         }
     return results
 
@@ -397,14 +396,14 @@ def make_calls(side: str, case: Case) -> Callable[..., Callable[[], Any]]:
     """Image generation of a side: (samples, documents, guidance) -> a call."""
     who, _, how = side.partition(", ")
     if who == "torch loop":
-        return TorchLoop(case, how).draw
+        return TorchLoop(case, how).make_call
     if who == "transformers":
-        return functools.partial(Theirs(case).draw, cache=how)
+        return functools.partial(Theirs(case).make_call, cache=how)
     ours = Ours(case)
     if how == "int8":
         turned = ours.config.outputs_first
         ours.params = quantize_weights(ours.params, outputs_first=turned)
-    return ours.draw
+    return ours.make_call
 
 
 def serve(side: str, shape: str) -> None:
@@ -413,11 +412,11 @@ def serve(side: str, shape: str) -> None:
         import torch  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    draw = make_calls(side, make_case(shape))
+    make_call = make_calls(side, make_case(shape))
     calls: dict[str, Callable[[], Any]] = {}
     for line in sys.stdin:
         if line not in calls:
-            calls[line] = draw(*json.loads(line))
+            calls[line] = make_call(*json.loads(line))
             calls[line]()
             calls[line]()
         compiled, started = count_programs(), time.perf_counter()
@@ -485,8 +484,8 @@ def count_programs() -> int:
     """Number of programs of the decode loop compiled so far."""
     programs: tuple[Any, ...] = (
         decoding.read_prompts,
-        decoding.start_drawing,
-        decoding.draw_steps,
+        decoding.init_decode_state,
+        decoding.decode_steps,
     )
     return sum(program._cache_size() for program in programs)
 

@@ -6,7 +6,7 @@
 Every function of the operating system that changes files is wrapped: renames, deletes,
 new folders, files opened for writing, and what is written into them (the write at which
 the process dies is half done). After the chosen point every further change raises too, so
-that no `finally` can clean up, as after a kill. `count_points` tells how many there are.
+that no `finally` can clean up, as after a kill. `count_points` gives their number.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--stuck_step", type=int, default=-1)
     parser.add_argument("--without", default="", choices=["", "position", "skip"])
     arguments = parser.parse_args(argv)
-    # Of any generator: the job is made here.
+    # A config of any generator: the job is made here.
     config = load_config_file(find_config("flagworld_tiny.py"))
     config.train = {
         "num_steps": arguments.num_steps,

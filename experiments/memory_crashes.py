@@ -53,7 +53,7 @@ class Place:
     """Where the crashes happen.
 
     Attributes:
-      folder: holds the memory alone, and is made again for every crash.
+      folder: has only the memory, and is recreated for every crash.
       before: a memory to begin with, copied there; None for none.
       models: tokenizer and embedder.
       sources: of the build, and of what is added.
@@ -77,7 +77,7 @@ class Place:
             shutil.copytree(self.before, self.path)
 
     def describe(self) -> tuple[Any, ...] | None:
-        """What a reader finds: ids of the documents that may be shown; None for none."""
+        """What a reader finds: ids of the documents that may be shown; None without a memory."""
         try:
             with Memory.load(self.path) as memory:
                 rows = memory.allowed_ids()
@@ -112,10 +112,10 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class ConvertPlace:
-    """Where a conversion is broken off.
+    """Where a conversion is interrupted.
 
     Attributes:
-      folder: holds the result alone, and is made again for every crash.
+      folder: has only the result, and is recreated for every crash.
       public: weights in a public layout.
     """
 
@@ -150,13 +150,12 @@ def try_operation(
     action: Callable[[], object],
     every: int = 1,
 ) -> Outcome:
-    """Breaks one command off at every point.
+    """Interrupts one command at every point.
 
     Args:
       place: where it works.
       action: the command.
-      every: how far apart the points are that are tried; the first and the last few are
-        always among them.
+      every: distance of the tested points; the first and the last few are always tested.
     """
     place.reset()
     old = place.describe()
@@ -194,7 +193,7 @@ def try_operation(
 
 
 def _run_again(action: Callable[[], object]) -> None:
-    """A build that had ended already may say so."""
+    """A build that is already finished may raise an error."""
     try:
         action()
     except FileExistsError:
@@ -209,10 +208,10 @@ def try_operations(
     operations: tuple[str, ...] = OPERATIONS,
     every: int = 1,
 ) -> dict[str, Outcome]:
-    """Breaks the commands of a memory off at every point.
+    """Interrupts the commands of a memory at every point.
 
     Args:
-      out: made; what is needed goes there.
+      out: created; for all files.
       models: tokenizer and embedder.
       sources: of the build, and of what is added; the first has a document "d1".
       config: of the build.

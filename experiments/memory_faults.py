@@ -4,13 +4,13 @@
 
 Writes `results.json`. The expected results are in `expected`; the exit
 status is 1 if one is not met. Needs no trained models: documents are tokenised by bytes
-and embedded by hashing their words, so that a run measures the memory alone. `--only`
-runs some of the trials. Tiny form: --num_documents=400 --crash_every=25
+and embedded by hashing their words, so that a run tests only the memory. `--only`
+runs some of the tests. Tiny form: --num_documents=400 --crash_every=25
 --corruptions=7 --lists=400 --ram_documents=400.
 
 Crashes are injected, not timed: every write, rename and delete of a build, an overwriting
 build, an addition, a removal and a compaction is the last one once (`memory_crashes`).
-The table of odd calls of the command line is that of the tests.
+The mistaken calls of the command line are those of the tests.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from racm3_jax.vocab import Vocab
 
 FILES = 8
 NUM_WORDS = 2000
-TRIALS = ("ram", "crashes", "corruptions", "removal", "duplicates", "shards", "calls")
+TESTS = ("ram", "crashes", "corruptions", "removal", "duplicates", "shards", "calls")
 
 
 class ByteTokenizer:
@@ -82,7 +82,7 @@ class ByteTokenizer:
 
 
 class WordEmbedder:
-    """The mean of one random direction a word; a random projection of an image."""
+    """The mean of one random direction per word; a random projection of an image."""
 
     config = types.SimpleNamespace(image_size=8)
 
@@ -131,8 +131,8 @@ def write_corpus(
     Args:
       folder: made.
       num_documents: in all.
-      planted: share of them that copy another one's words, under another id.
-      images: each also has a picture of 16 x 16 random pixels.
+      planted: fraction of them that copy another one's words, under another id.
+      images: each also has an image of 16 x 16 random pixels.
     """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
@@ -170,7 +170,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def try_crashes(out: Path, every: int) -> dict[str, Any]:
-    """Every command of a memory, broken off at every change of the file system."""
+    """Every command of a memory, interrupted at every change of the file system."""
     sources = []
     for name, first, files in (("crash_corpus", 0, 2), ("crash_more", 8, 1)):
         (out / name).mkdir()
@@ -206,7 +206,7 @@ def open_weights(path: Path) -> None:
 
 
 def open_training(path: Path) -> None:
-    """Restores the newest step, as a training that resumes does.
+    """Restores the newest step, like a resuming training.
 
     Raises:
       ValueError: the newest step is not good, which is said and not used.
@@ -223,7 +223,7 @@ def open_training(path: Path) -> None:
 def make_folders(
     memory: Path, out: Path
 ) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
-    """A folder of every kind that is opened again, and what opens it."""
+    """A folder of every kind, and the function that opens it."""
     shipped = wiring.resolve("shipped:flagworld")
     folders = {name: out / name for name in ("weights", "tokenizer", "training")}
     shutil.copytree(shipped, folders["weights"])
@@ -250,16 +250,16 @@ def make_folders(
 
 
 def try_corruptions(memory: Path, out: Path, number: int) -> dict[str, Any]:
-    """Bit flips, truncations and swapped files; each must be noticed on opening.
+    """Bit flips, truncations and swapped files; each must be detected on opening.
 
-    The folders take turns: a memory, the weights of a work directory, a tokenizer,
+    In turn for each folder: a memory, the weights of a work directory, a tokenizer,
     converted weights, the checkpoints of a training. Files that nothing opens again (logs,
     pictures) are left out.
     """
     rng, silent = random.Random(1), []
     folders = make_folders(memory, out)
     for path, open_folder in folders.values():
-        open_folder(path)  # whole, it opens
+        open_folder(path)  # undamaged, it opens
     for i in range(number):
         kind, (whole, open_folder) = list(folders.items())[i % len(folders)]
         path = out / "damaged"
@@ -290,7 +290,7 @@ def try_corruptions(memory: Path, out: Path, number: int) -> dict[str, Any]:
 
 
 def try_calls(out: Path) -> dict[str, Any]:
-    """Odd calls of the command line, from the table of the tests."""
+    """Mistaken calls of the command line, from the table of the tests."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "commands"))
     import odd_calls
 
@@ -299,7 +299,7 @@ def try_calls(out: Path) -> dict[str, Any]:
 
 
 def count_lists(memory: Memory, lists: int, forbidden: np.ndarray) -> dict[str, float]:
-    """Retrieves for documents of the memory, and counts what must not happen."""
+    """Retrieves for documents of the memory, and counts violations."""
     retriever = Retriever(memory, StrategyConfig(require_multimodal=False))
     rng = np.random.default_rng(2)
     allowed = memory.allowed_ids()
@@ -366,7 +366,7 @@ def _search_shards(path: Path, numbers: tuple[int, ...], queries: np.ndarray) ->
 
 
 def try_ram(out: Path, num_documents: int, max_ram_gb: float) -> dict[str, Any]:
-    """Peak resident memory of one build in a process of its own."""
+    """Peak resident memory of one build in a separate process."""
     source = write_corpus(out / "ram_corpus", num_documents, images=True)
     settings = {"d_embed": 256, "index": "scann", "max_ram_gb": max_ram_gb}
     words = [json.dumps(settings), source, str(out / "ram")]
@@ -399,23 +399,23 @@ def main() -> int:
     parser.add_argument("--lists", type=int, default=100_000)
     parser.add_argument("--ram_documents", type=int, default=200_000)
     parser.add_argument("--max_ram_gb", type=float, default=0.6)
-    parser.add_argument("--only", default=",".join(TRIALS), help="some of these")
+    parser.add_argument("--only", default=",".join(TESTS), help="some of these")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
     out = arguments.out
     out.mkdir(parents=True)
-    results = run_trials(out, arguments, [t for t in TRIALS if t in chosen])
+    results = run_tests(out, arguments, [t for t in TESTS if t in chosen])
     results["expected"] = judge(results)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
     return 0 if all(results["expected"].values()) else 1
 
 
-def run_trials(
+def run_tests(
     out: Path, arguments: argparse.Namespace, chosen: list[str]
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    # First, since the peak of all children is what the system tells.
+    # First, since the system reports the peak of all child processes.
     if "ram" in chosen and arguments.ram_documents:
         results["ram"] = try_ram(out, arguments.ram_documents, arguments.max_ram_gb)
     if "crashes" in chosen:
@@ -442,7 +442,7 @@ def run_trials(
 
 
 def judge(results: dict[str, Any]) -> dict[str, bool]:
-    """What is expected of every trial that ran, and whether it came out."""
+    """The expected results of every test that ran, and whether they are met."""
     judged = {}
     if "ram" in results:
         ram = results["ram"]

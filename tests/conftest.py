@@ -29,7 +29,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # Its fixture is for every test that needs a bucket.
 pytest_plugins = ["fake_bucket"]
 
-# Nothing is remembered outside of the repository.
+# No caches outside of the repository.
 os.environ.setdefault(
     "RACM3_CACHE", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "racm3")
 )

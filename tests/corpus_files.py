@@ -23,7 +23,7 @@ def line(number: int, **more) -> str:
 
 
 def write_corpus(folder: pathlib.Path, lines: list[list[str]]) -> str:
-    """One file, and so one shard, a list of lines. Returns the source."""
+    """Writes one file (one shard) per list of lines. Returns the source."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(lines):
         (folder / f"{number:03d}.jsonl").write_text("".join(f"{x}\n" for x in part))

@@ -1,4 +1,4 @@
-"""A writer that dies at any change of the file system leaves the old or the new."""
+"""A writer killed at any change of the file system leaves the old or the new files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def check_every_crash(
     save_new: Callable[[], Any],
     read: Callable[[], Any],
 ) -> int:
-    """Dies at every point of `save_new`, with and without an old folder at `path`.
+    """Ends `save_new` at every point, with and without an old folder at `path`.
 
     Args:
       path: of the folder; nothing else may be in its parent.
       save_old: writes the folder that is replaced.
       save_new: writes over it.
-      read: something that tells one from the other; fails where there is nothing.
+      read: a value that differs between old and new; fails where there is nothing.
 
     Returns:
       How many points there were.

@@ -2,8 +2,8 @@
 
     $RACM3_TEST_BUCKETS/me/run/config.json      gs://me/run/config.json
 
-As in an object store a file appears whole, is replaced whole and has no folders; a bucket
-must be there before anything is written to it. Nobody may read the bucket `closed`.
+As in an object store, files are written and replaced atomically, there are no folders, and
+a bucket must exist before anything is written to it. The bucket `closed` is unreadable.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ VARIABLE = "RACM3_TEST_BUCKETS"
 
 
 class FolderBuckets(AbstractFileSystem):
-    """Every bucket is a folder of the folder that the variable names."""
+    """Every bucket is a subfolder of the folder in the variable."""
 
     protocol = "gs"
     cachable = False
-    # (method, path) of every call that reads, for tests.
+    # (method, path) of every reading call, for tests.
     log: list[tuple[str, str, int | None, int | None]] = []  # noqa: RUF012
 
     def _path(self, path):
@@ -104,7 +104,7 @@ class FolderBuckets(AbstractFileSystem):
 
 
 def install() -> None:
-    """From now on, `gs://` is this; for a process that reads the variable."""
+    """Makes `gs://` this file system, in a process with the variable."""
     fsspec.register_implementation("gs", FolderBuckets, clobber=True)
 
 

@@ -1,4 +1,4 @@
-"""Google's object store on 127.0.0.1, as far as gcsfs speaks to it; it holds no disk.
+"""Google's object store on 127.0.0.1, as far as gcsfs uses it; in memory.
 
     GET  /storage/v1/b/me/o?prefix=run/&delimiter=/      a listing
     GET  /storage/v1/b/me/o/run%2Fa                      facts of an object
@@ -6,7 +6,7 @@
     POST /upload/storage/v1/b/me/o?uploadType=multipart  a small object
     POST /upload/storage/v1/b/me/o?uploadType=resumable  a large one, then /resume/0
 
-There is one bucket, `me`; nobody may use `closed`.
+There is one bucket, `me`; `closed` is forbidden.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except ConnectionError:  # gcsfs leaves an answer unread where it knows enough
+        except ConnectionError:  # gcsfs may not read the whole answer
             self.close_connection = True
 
     def answer(self, status: int, content: object = b"", **headers: str) -> None:

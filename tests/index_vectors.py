@@ -1,4 +1,4 @@
-"""Vectors for tests of indexes: random ones say nothing about recall, so in clusters."""
+"""Vectors for tests of indexes: in clusters, as recall on random ones means nothing."""
 
 from __future__ import annotations
 

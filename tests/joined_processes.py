@@ -1,4 +1,4 @@
-"""Several processes of one `jax.distributed` job: real ones, and threads for them."""
+"""Several processes of one `jax.distributed` job: real ones, and threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started_together(code: str, *arguments, total: int, devices: int):
-    """A script that runs in several processes, which join."""
+    """Runs a script in several processes of one job."""
     port = free_port()
     running = [
         subprocess.Popen(
@@ -55,7 +55,7 @@ def started_together(code: str, *arguments, total: int, devices: int):
 
 
 class Reading:
-    """Counts bytes that are hashed, by the thread that does it."""
+    """Counts hashed bytes by thread."""
 
     def __init__(self, monkeypatch):
         self.bytes = {}
@@ -80,7 +80,7 @@ def reading(monkeypatch):
 
 @pytest.fixture
 def four_hosts(monkeypatch):
-    """Calls a function in four threads that are the processes of a job."""
+    """Calls a function in four threads that act as the processes of a job."""
     number, barrier, held = threading.local(), threading.Barrier(4), [None] * 4
 
     def gather(values):

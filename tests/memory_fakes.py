@@ -22,7 +22,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 class FakeTokenizer:
-    """Bytes of the text modulo 64; four codes from an image's corner."""
+    """Tokens are the text's bytes modulo 64; four codes are from an image's corner."""
 
     vocab = Vocab(num_text_ids=64, num_image_codes=256, image_length=4, num_sentinels=8)
 
@@ -46,7 +46,7 @@ class FakeTokenizer:
 
 
 class FakeEmbedder:
-    """A direction for each nation, moved a little by the scene and by dropout."""
+    """One direction per nation, moved slightly by the scene and by dropout."""
 
     d_embed = D_EMBED
     config = types.SimpleNamespace(image_size=4)

@@ -1,7 +1,7 @@
-"""Checks the shapes of signatures by beartype, and nothing else of them.
+"""Checks only the shapes in signatures, with beartype.
 
 `pytest --jaxtyping-packages=racm3_jax,shape_checks.check tests/model` calls `check` on
-every function of the package. What an annotation says besides arrays is pyright's.
+every function of the package. All other annotations are checked by pyright.
 """
 
 import typing

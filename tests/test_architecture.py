@@ -106,7 +106,7 @@ def test_only_wiring_reads_config_dicts():
 
 
 def test_top_level_is_fixed():
-    """What git keeps: the README's commands leave their outputs there as well."""
+    """Of tracked files: the README's commands write their outputs there as well."""
     import subprocess
 
     if not (ROOT / ".git").exists():
@@ -132,6 +132,6 @@ def test_importing_the_package_imports_no_jax():
 
 
 def test_no_two_test_files_share_a_name():
-    """pytest imports them by their names alone."""
+    """pytest imports them only by their names."""
     names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(names)

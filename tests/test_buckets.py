@@ -1,4 +1,4 @@
-"""Ranges, listings and sentences of buckets; `fake_bucket` stands in for Google's."""
+"""Ranges, listings and errors of buckets; `fake_bucket` replaces Google's."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_folder_lists_and_changes_versions(gs):
     assert (bucket / "a").find().keys() == {"b"} and bucket.read("a/b", 1, 2) == b"2"
 
 
-def test_errors_are_sentences_that_name_the_url(gs, monkeypatch):
+def test_errors_are_sentences_with_the_url(gs, monkeypatch):
     with pytest.raises(FileNotFoundError, match="there is no gs://me/x: check the b"):
         Bucket("gs://me").read("x")
     with pytest.raises(FileNotFoundError, match="there is no gs://none/x: check"):
@@ -119,7 +119,7 @@ def test_parts_of_two_processes_are_one_checkpoint(pair):
     leader, other = pair
     for process, files in zip(pair, OWN, strict=True):
         save(process, 5, files)
-    # What a dead run left of the same step is neither waited for nor read.
+    # Files of a killed run for the same step are neither waited for nor read.
     other.bucket.write("5/parts/dead-0001.json", b"not JSON")
     other.bucket.write("5/state/a/7.0", b"left")
     other.publish(5, keep=1)
@@ -133,7 +133,7 @@ def test_parts_of_two_processes_are_one_checkpoint(pair):
     assert {n: (other.directory / "5" / n).read_text() for n in wanted} == wanted
 
 
-def test_older_steps_go_and_a_damaged_one_is_set_aside(pair):
+def test_older_steps_are_deleted_and_a_damaged_one_is_quarantined(pair):
     leader, other = pair
     for step in (5, 7, 9):
         for process, files in zip(pair[::-1], OWN[::-1], strict=True):
@@ -155,7 +155,7 @@ def test_older_steps_go_and_a_damaged_one_is_set_aside(pair):
     assert leader.steps() == [11]
 
 
-def test_only_process_0_gives_what_is_no_chunk(pair):
+def test_only_process_0_writes_files_that_are_not_chunks(pair):
     leader = pair[0]
     for process, files in zip(pair[::-1], OWN[::-1], strict=True):
         save(process, 7, files)

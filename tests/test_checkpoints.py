@@ -84,7 +84,7 @@ def test_fingerprint_depends_on_values_names_and_shapes(tmp_path, params):
     assert save(tmp_path / "d", {**params, "half": params["half"][:, None]}) != first
 
 
-def test_saving_again_replaces_its_own_kind_alone(tmp_path, params):
+def test_saving_again_replaces_only_its_own_kind(tmp_path, params):
     folder = tmp_path / "w"
     save(folder, params)
     save(folder, {"w": np.zeros(2)})
@@ -97,7 +97,7 @@ def test_saving_again_replaces_its_own_kind_alone(tmp_path, params):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_wrong_weights_answer_in_one_sentence(tmp_path, params):
+def test_wrong_weights_are_refused_in_one_sentence(tmp_path, params):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_weights(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
@@ -111,7 +111,7 @@ FILES = ("config.json", "model.safetensors", "manifest.json")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_changed_byte_is_noticed(tmp_path, params, name):
+def test_every_changed_byte_is_detected(tmp_path, params, name):
     save(tmp_path, params)
     path = tmp_path / name
     content = path.read_bytes()
@@ -130,7 +130,7 @@ def test_every_changed_byte_is_noticed(tmp_path, params, name):
         load_weights(tmp_path)
 
 
-def test_a_foreign_file_is_noticed(tmp_path, params):
+def test_a_foreign_file_is_detected(tmp_path, params):
     save(tmp_path, params)
     (tmp_path / "extra.pkl").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"extra\.pkl is not in the manifest"):
@@ -138,13 +138,13 @@ def test_a_foreign_file_is_noticed(tmp_path, params):
 
 
 def make_unsealed(directory):
-    """What format 1 left: two files and no seal."""
+    """A folder of format 1: two files and no checksums."""
     (directory / "manifest.json").unlink()
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
 
 
-def test_a_folder_without_a_seal_opens_with_its_own_checks(tmp_path, params):
+def test_a_folder_without_checksums_opens_with_its_own_checks(tmp_path, params):
     save(tmp_path, params)
     make_unsealed(tmp_path)
     loaded, config, _ = load_weights(tmp_path, "toy")
@@ -178,7 +178,9 @@ def test_a_folder_without_a_seal_opens_with_its_own_checks(tmp_path, params):
         ({"fingerprint": 3}, "fingerprint=3"),
     ],
 )
-def test_a_config_of_wrong_types_is_one_sentence(tmp_path, params, change, message):
+def test_a_config_of_wrong_types_is_refused_in_one_sentence(
+    tmp_path, params, change, message
+):
     save(tmp_path, params)
     make_unsealed(tmp_path)
     path = tmp_path / "config.json"
@@ -188,13 +190,13 @@ def test_a_config_of_wrong_types_is_one_sentence(tmp_path, params, change, messa
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "\xff", "1" * 9999])
-def test_json_that_is_no_object_is_one_sentence(tmp_path, content):
+def test_json_that_is_not_an_object_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json is n"):
         load_weights(tmp_path)
 
 
-def test_names_that_are_no_tree_are_one_sentence(tmp_path):
+def test_names_that_are_not_a_tree_are_refused_in_one_sentence(tmp_path):
     for names in (("a", "a/b"), ("a/b", "a"), ("a/" * 60 + "b",)):
         folder = tmp_path / str(len(names[0]))
         save(folder, {"w": np.zeros(1, np.float32)})
@@ -377,7 +379,7 @@ def test_damage_is_quarantined_and_the_step_before_is_taken(run_directory, damag
         assert checkpoints.latest_good() == 6
 
 
-def test_wrong_restores_answer_in_one_sentence(run_directory):
+def test_wrong_restores_are_refused_in_one_sentence(run_directory):
     with Checkpoints(run_directory) as checkpoints:
         with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; it has"):
             checkpoints.restore(5, make_state(0))

@@ -1,4 +1,4 @@
-"""What was read is not read again, by this machine or by another process of a job."""
+"""Files are not hashed twice, by this machine or by another process of a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ["a", "b", "folder/c", "d"]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Files of 10, 20, 30 and 40 bytes, which count as old."""
+    """Files of 10, 20, 30 and 40 bytes, with old modification times."""
     monkeypatch.setenv("RACM3_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(checksums, "_SETTLED_SECONDS", -1.0)
     (tmp_path / "data" / "folder").mkdir(parents=True)
@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def write_back(path, data):
-    """Other bytes of the same size, and the old time of the last change."""
+    """Other bytes of the same size, with the old modification time."""
     before = path.stat()
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -50,8 +50,8 @@ def test_a_file_is_read_once_until_it_changes(folder, reading):
     assert found["d"] == expected["a"] and reading.take() == 10
 
 
-def test_a_change_that_leaves_no_trace_is_the_known_limit(folder, monkeypatch):
-    """A file system that keeps no ctime, say."""
+def test_a_change_without_a_new_time_is_not_detected(folder, monkeypatch):
+    """For example on a file system without ctime."""
     stamp = checksums._stamp
     monkeypatch.setattr(checksums, "_stamp", lambda path: [*stamp(path)[:4], 0])
     expected = checksums.recall(folder, NAMES)
@@ -62,7 +62,7 @@ def test_a_change_that_leaves_no_trace_is_the_known_limit(folder, monkeypatch):
         storage.verify_files(folder, expected, "restore it")
 
 
-def test_what_changed_a_moment_ago_is_not_believed(folder, reading, monkeypatch):
+def test_recently_changed_files_are_not_cached(folder, reading, monkeypatch):
     monkeypatch.setattr(checksums, "_SETTLED_SECONDS", 2.0)
     now = time.time()
     # Reading takes ten seconds: it counts when that began.
@@ -73,7 +73,7 @@ def test_what_changed_a_moment_ago_is_not_believed(folder, reading, monkeypatch)
         assert reading.take() == 100
 
 
-def test_a_cache_that_is_damaged_or_off_is_none(folder, reading, monkeypatch):
+def test_a_cache_that_is_damaged_or_off_is_ignored(folder, reading, monkeypatch):
     checksums.recall(folder, NAMES)
     (cache,) = (folder.parent / "cache" / "checksums").iterdir()
     for data in (cache.read_bytes()[:-9], b"", b"[]"):
@@ -86,7 +86,7 @@ def test_a_cache_that_is_damaged_or_off_is_none(folder, reading, monkeypatch):
     assert reading.take() == 100
 
 
-def test_many_at_once_forget_nothing(folder, reading):
+def test_concurrent_updates_are_all_kept(folder, reading):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: checksums.recall(folder, [n]), NAMES * 4))
     reading.take()
@@ -94,7 +94,7 @@ def test_many_at_once_forget_nothing(folder, reading):
     assert reading.take() == 0
 
 
-def test_who_reads_what():
+def test_which_process_reads_which_files():
     seen = np.zeros((2, 3, 1), np.uint8)
     seen[1, 2] = 1
     known, sizes = np.zeros((2, 3), bool), np.ones((2, 3), np.float32)
@@ -141,13 +141,15 @@ def test_hosts_with_copies_read_their_own(folder, reading, four_hosts, tmp_path)
     assert "2/b is corrupt" in words[2]
 
 
-def test_a_sample_says_what_was_read(folder, reading):
+def test_a_sample_reports_what_was_read(folder, reading):
     said = []
-    for share in (0.3, 0.01):
-        describe = checksums.sample(share, said.append, storage.describe_files)
+    for fraction in (0.3, 0.01):
+        describe = checksums.sample(fraction, said.append, storage.describe_files)
         found = describe(folder, NAMES)
         size = reading.take()
-        assert size >= share * 100 and size == sum(f["bytes"] for f in found.values())
+        assert size >= fraction * 100 and size == sum(
+            f["bytes"] for f in found.values()
+        )
         assert f"{len(found)} of 4 files chosen at random" in said[-1]
     assert checksums.sample(1.0, said.append) is checksums.recall and len(said) == 2
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]; got 0"):

@@ -89,7 +89,7 @@ def test_configs_have_names(capsys, monkeypatch):
     assert {"flagworld", "eval/coco"} <= set(configs.list_configs())
 
 
-def test_near_misses_are_named(capsys):
+def test_similar_names_are_suggested(capsys):
     error = sentence(capsys, "generate", "--workdir=x", "--prompt=y", "--sampels=4")
     assert "'--sampels=4'; did you mean --num_samples?" in error
     for words, near in [
@@ -142,7 +142,7 @@ def test_missing_workdir(capsys, tmp_path):
     assert "no trained model" in error and "racm3 quickstart" in error
 
 
-def test_an_image_that_is_none(capsys, tmp_path):
+def test_a_file_that_is_not_an_image(capsys, tmp_path):
     path = tmp_path / "x.png"
     path.write_text("not a picture")
     error = sentence(capsys, "caption", f"--workdir={tmp_path}", f"--image={path}")
@@ -160,10 +160,10 @@ def test_help_lists_the_commands(capsys):
         assert name in shown
 
 
-def test_a_training_that_was_stopped_says_so_and_has_its_own_status(
+def test_a_stopped_training_reports_it_and_has_its_own_status(
     monkeypatch, capsys, tmp_path
 ):
-    """A scheduler can tell it from success (0) and from wrong input (2)."""
+    """A scheduler can distinguish it from success (0) and from wrong input (2)."""
     given = {}
 
     def train(config, workdir, profile_steps, compiled):
@@ -182,7 +182,7 @@ def test_a_training_that_was_stopped_says_so_and_has_its_own_status(
     assert "give first:last" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_gone_ends_it_quietly(monkeypatch, capsys):
+def test_a_closed_pipe_ends_it_quietly(monkeypatch, capsys):
     """`racm3 ... | head`: no traceback, and the status that shells know."""
     for words in (["memory", "plan", "--num_documents=1e6"], ["--help"]):
         read, write = os.pipe()
@@ -219,7 +219,7 @@ def test_ctrl_c_has_its_own_status(failing, capsys):
     assert capsys.readouterr().err == "racm3: stopped by Ctrl-C\n"
 
 
-def test_what_the_system_refuses_names_path_and_remedy(failing, capsys):
+def test_system_errors_name_path_and_remedy(failing, capsys):
     for number, words in [
         (errno.ENOSPC, "the disk is full: free some space"),
         (errno.EROFS, "read-only: give another path"),
@@ -239,7 +239,7 @@ def test_what_the_system_refuses_names_path_and_remedy(failing, capsys):
     assert "save it as UTF-8" in sentence(capsys, "doctor")
 
 
-def test_faults_of_ours_keep_their_traceback(failing):
+def test_internal_errors_keep_their_traceback(failing):
     failing(TypeError("a bug"))
     with pytest.raises(TypeError):
         cli.main(["doctor"])
@@ -305,7 +305,7 @@ def test_a_refused_training_leaves_its_work_directory_free(capsys, tmp_path):
     assert not list((tmp_path / "mine").iterdir())
 
 
-def test_results_of_others_are_left_alone(capsys, tmp_path):
+def test_foreign_results_are_not_replaced(capsys, tmp_path):
     config = f"--config={CONFIGS}/flagworld_tiny.py"
     for name, words in [
         ("loss.png", ["train", config]),
@@ -331,7 +331,7 @@ def test_results_of_others_are_left_alone(capsys, tmp_path):
         assert file.read_text() == "mine"
 
 
-def test_a_log_of_others_is_not_added_to(tmp_path):
+def test_a_foreign_log_is_not_appended_to(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for text in ("mine", '{"mine": 1}\n', '{"mine": 1}\nno end'):
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""Every file of configs/ is built: small ones for real, the 2.7B by shape."""
+"""Every file of configs/ is built: small ones completely, the 2.7B by shape."""
 
 import dataclasses
 import pathlib
@@ -136,7 +136,7 @@ def test_generator_configs(name, arg):
         assert moments <= count(state.opt_state) <= moments + 2
     elif name.endswith("2b7"):
         assert 2.6e9 < count(state.params) < 2.9e9
-        # Every matrix lies in pieces: nothing large is copied to all devices.
+        # Every matrix is sharded: nothing large is copied to all devices.
         for leaf in jax.tree.leaves(state):
             if np.prod(leaf.shape) > 1e7 and "position" not in str(leaf):
                 assert not leaf.sharding.is_fully_replicated
@@ -151,7 +151,7 @@ def test_vqgan_config():
     assert count(params) < 3e6
 
 
-def test_learned_positions_end_somewhere():
+def test_learned_positions_limit_the_length():
     model = ModelConfig(vocab_size=10, max_length=64, position="learned")
     sizes = {"rows": 1, "row_length": 40, "examples_per_batch": 1}
     fits = PipelineConfig(**sizes, max_position_offset=20, max_position_gap=2)
@@ -200,7 +200,7 @@ def test_evaluation_configs(name, arg):
     ("name", "arg"), [(name, arg) for name, args in SWEEPS.items() for arg in args]
 )
 def test_sweep_configs(name, arg):
-    """Every point is a config that the trainer would take."""
+    """Every point is a config that the trainer accepts."""
     module, _ = configs.load_config_module(f"{CONFIGS / name}.py:{arg}")
     points = module.get_hyper(Hyper())
     assert len({name_point(point) for point in points}) == len(points) == 4

@@ -1,4 +1,4 @@
-"""The doctor: what it says of a sound installation and of broken ones."""
+"""The doctor: its report on a working installation and on broken ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find(name: str, *args, **kwargs) -> doctor.Finding:
     return next(f for f in findings if f.name == name)
 
 
-def test_a_sound_installation(capsys, tmp_path):
+def test_a_working_installation(capsys, tmp_path):
     """Also that the self-test of the shipped models passes."""
     assert cli.main(["doctor", "--json", f"--workdir={tmp_path}/new"]) == 0
     findings = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
@@ -63,7 +63,7 @@ def test_a_coordinator_that_does_not_answer(monkeypatch, address):
     assert found.verdict == "problem" and "does not answer" in found.words
 
 
-def test_a_check_that_dies_is_reported(monkeypatch, capsys):
+def test_a_check_that_fails_is_reported(monkeypatch, capsys):
     def die():
         raise OSError("unplugged")
 

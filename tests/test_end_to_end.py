@@ -1,4 +1,4 @@
-"""The whole loop on the shipped tokenizer and CLIP, with a model too small to learn."""
+"""The whole workflow with the shipped tokenizer and CLIP, and a tiny model."""
 
 import dataclasses
 import json
@@ -29,15 +29,15 @@ def leaves(state):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     state = run.train(tiny(), workdir, progress=False)
     return workdir, state
 
 
-def test_four_steps_equal_two_and_two(unbroken, tmp_path):
-    """With live retrieval, bit for bit; the stop is a real one, at a checkpoint."""
-    _, state = unbroken
+def test_four_steps_equal_two_and_two(uninterrupted, tmp_path):
+    """With live retrieval, bit for bit; training really stops at a checkpoint."""
+    _, state = uninterrupted
     job = wiring.build_job(tiny(), tmp_path)
     half = dataclasses.replace(job, num_steps=2, export=lambda state: None)
     original = wiring.build_job
@@ -53,9 +53,9 @@ def test_four_steps_equal_two_and_two(unbroken, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_work_directory_in_a_bucket_is_resumed_elsewhere(unbroken, monkeypatch):
-    """By a process that finds nothing but the bucket; bit for bit, too."""
-    _, state = unbroken
+def test_a_work_directory_in_a_bucket_is_resumed_elsewhere(uninterrupted, monkeypatch):
+    """By a process that only has the bucket; bit for bit, too."""
+    _, state = uninterrupted
     url, build = "memory://runs/bucket", wiring.build_job
 
     def half(*args):
@@ -76,8 +76,8 @@ def test_a_work_directory_in_a_bucket_is_resumed_elsewhere(unbroken, monkeypatch
         run.train(config, url, progress=False)
 
 
-def test_metrics_name_both_modalities(unbroken):
-    workdir, _ = unbroken
+def test_metrics_name_both_modalities(uninterrupted):
+    workdir, _ = uninterrupted
     lines = [
         json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()
     ]
@@ -87,20 +87,20 @@ def test_metrics_name_both_modalities(unbroken):
     assert (workdir / "loss.png").stat().st_size > 1000
 
 
-def test_another_config_is_refused(unbroken):
-    workdir, _ = unbroken
+def test_another_config_is_refused(uninterrupted):
+    workdir, _ = uninterrupted
     config = tiny()
     config.optimizer.learning_rate = 1.0
     with pytest.raises(ValueError, match=r"config.optimizer.learning_rate"):
         run.train(config, workdir, progress=False)
 
 
-def test_another_memory_is_refused(unbroken, monkeypatch):
-    """One that grew, say: its rows may be other documents."""
-    workdir, _ = unbroken
+def test_another_memory_is_refused(uninterrupted, monkeypatch):
+    """For example one that grew: its rows may be other documents."""
+    workdir, _ = uninterrupted
     with Checkpoints(workdir / "checkpoints") as saver:
         step = saver.latest_good()
-        _, extra = saver.restore(step, unbroken[1])
+        _, extra = saver.restore(step, uninterrupted[1])
     with Memory.load(workdir / "memory") as memory:
         assert extra["inputs"]["memory"] == memory.fingerprint()
         assert extra["num_main_documents"] == memory.num_allowed > 0
@@ -112,9 +112,9 @@ def test_another_memory_is_refused(unbroken, monkeypatch):
             run.train(tiny(), workdir, progress=False)
 
 
-def test_two_trainings_in_one_work_directory_are_refused(unbroken):
-    workdir, _ = unbroken
-    assert (workdir / run.LOCK_NAME).exists()  # its owner has ended, which is no matter
+def test_two_trainings_in_one_work_directory_are_refused(uninterrupted):
+    workdir, _ = uninterrupted
+    assert (workdir / run.LOCK_NAME).exists()  # even if its owner has ended
     with storage.claimed(workdir / run.LOCK_NAME, "a training"):
         own = f"host {socket.gethostname()}, process {os.getpid()}"
         with pytest.raises(ValueError, match=f"a training in .* \\({own}\\): wait"):
@@ -122,11 +122,11 @@ def test_two_trainings_in_one_work_directory_are_refused(unbroken):
 
 
 @pytest.fixture(scope="module")
-def generator(unbroken):
-    return run.load(unbroken[0])
+def generator(uninterrupted):
+    return run.load(uninterrupted[0])
 
 
-def test_draw_and_caption(generator):
+def test_generate_and_caption(generator):
     out = generator.text_to_image("the flag of Velmoria on the moon", num_samples=2)
     assert [x.shape for x in out.images] == [(64, 64, 3)] * 2
     assert len(out.retrieved.documents) == 2
@@ -135,22 +135,22 @@ def test_draw_and_caption(generator):
     assert named.documents[0].metadata["retrieved"] == [named.retrieved.documents[0].id]
 
 
-def test_command_line_names_what_was_retrieved(unbroken, tmp_path, capsys):
-    workdir, _ = unbroken
-    picture = tmp_path / "x.png"
+def test_command_line_names_retrieved_documents(uninterrupted, tmp_path, capsys):
+    workdir, _ = uninterrupted
+    image_path = tmp_path / "x.png"
     arguments = [f"--workdir={workdir}", "--json", "--seed=3"]
     prompt = "--prompt=the flag of Velmoria on the moon"
-    assert cli.main(["generate", prompt, f"--out={picture}", *arguments]) == 0
-    drawn = json.loads(capsys.readouterr().out)
-    assert len(drawn["retrieved"]) == 2 and picture.stat().st_size > 100
-    assert cli.main(["caption", f"--image={picture}", *arguments]) == 0
+    assert cli.main(["generate", prompt, f"--out={image_path}", *arguments]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["retrieved"]) == 2 and image_path.stat().st_size > 100
+    assert cli.main(["caption", f"--image={image_path}", *arguments]) == 0
     captioned = json.loads(capsys.readouterr().out)
     assert captioned["captions"] and captioned["retrieved"][0]["score"] <= 1.0001
 
 
-def test_removed_documents_are_never_given(unbroken, tmp_path):
+def test_removed_documents_are_never_retrieved(uninterrupted, tmp_path):
     """Removal needs no training, and survives reopening."""
-    config, workdir = tiny(), unbroken[0]
+    config, workdir = tiny(), uninterrupted[0]
     plain = run.load(workdir)
     path = tmp_path / "memory"
     documents = list(read_flagworld(wiring.build_world(config), "heldout_memory"))
@@ -171,8 +171,8 @@ def test_removed_documents_are_never_given(unbroken, tmp_path):
     assert not set(first) & set(given())
 
 
-def test_memory_of_another_encoder_is_refused(unbroken, tmp_path):
-    workdir, _ = unbroken
+def test_memory_of_another_encoder_is_refused(uninterrupted, tmp_path):
+    workdir, _ = uninterrupted
     plain = run.load(workdir)
     documents = read_flagworld(wiring.build_world(tiny()), "heldout_memory")
 
@@ -190,7 +190,7 @@ def test_memory_of_another_encoder_is_refused(unbroken, tmp_path):
         run.load(workdir, memory=tmp_path / "m")
 
 
-def test_odd_calls_answer_in_one_sentence(generator):
+def test_invalid_calls_are_refused_in_one_sentence(generator):
     with pytest.raises(ValueError, match="prompt is empty"):
         generator.text_to_image("  ")
     with pytest.raises(ValueError, match="memory holds only"):

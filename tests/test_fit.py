@@ -1,4 +1,4 @@
-"""`racm3 fit` in small: from files to drawings, stopped and resumed at every stage."""
+"""A small `racm3 fit`: from files to images, stopped and resumed at every stage."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_sizes_follow_the_pictures_and_the_machine():
+def test_sizes_follow_the_images_and_the_machine():
     few = choose_plan(SourceStats(200, 192), cores=2, accelerated=False)
     assert (few.image_size, few.num_codes) == (128, 512)
     assert choose_plan(SourceStats(200, 90), 2, False).image_size == 64
@@ -65,8 +65,8 @@ def test_sizes_follow_the_pictures_and_the_machine():
 
 
 @pytest.mark.slow
-def test_it_runs_from_files_to_drawings_and_resumes(photos, tmp_path, monkeypatch):
-    """Every stage is cut off once: before its training, or in it by a signal."""
+def test_it_runs_from_files_to_images_and_resumes(photos, tmp_path, monkeypatch):
+    """Every stage is interrupted once: before its training, or during it by a signal."""
     workdir, cut = tmp_path / "run", []
     run_training, build_memory = run.run_training, fit.wiring.build_memory
 
@@ -105,8 +105,8 @@ def test_it_runs_from_files_to_drawings_and_resumes(photos, tmp_path, monkeypatc
     assert all(line["eval/bits_per_image"] > 0 for line in lines)
 
 
-def test_stages_that_are_done_are_not_run_again(photos, tmp_path, monkeypatch):
-    """By stand-ins: the order, what each gets, and where a stopped one goes on."""
+def test_finished_stages_are_not_run_again(photos, tmp_path, monkeypatch):
+    """With stand-ins: the order, the arguments of each, and where a stopped one resumes."""
     runs, stops = [], ["clip"]
 
     def train(config, folder):

@@ -1,4 +1,4 @@
-"""What `fake_bucket` stands in for: gcsfs itself, with a server on 127.0.0.1."""
+"""The real gcsfs, which `fake_bucket` replaces elsewhere, with a server on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_files_ranges_and_listings(server, tmp_path):
         assert stream.seek(11 << 20) and stream.read(9) == data[11 << 20 :][:9]
 
 
-def test_its_errors_are_our_sentences(server):
+def test_its_errors_become_our_sentences(server):
     for url, kind, words in (
         ("gs://me/x", FileNotFoundError, "there is no gs://me/x/a"),
         ("gs://none/x", FileNotFoundError, "there is no gs://none/x/a"),

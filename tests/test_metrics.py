@@ -40,7 +40,7 @@ def test_a_resumed_run_appends_and_its_lines_win(tmp_path):
     assert (line["loss"], line["eval/loss"]) == (2.0, 12.0)
 
 
-def test_a_cut_last_line_is_left_out_and_a_cut_middle_is_not(tmp_path):
+def test_a_truncated_last_line_is_ignored_but_not_a_damaged_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = json.dumps({"step": 1, "loss": 1.0})
     path.write_text(good + "\n" + good[:9])
@@ -55,15 +55,15 @@ def test_missing_metrics_are_named(tmp_path):
         read_jsonl(tmp_path)
 
 
-def test_plot_curves_writes_a_picture(tmp_path):
+def test_plot_curves_writes_an_image(tmp_path):
     for run in ("a", "b"):
         with MetricsWriter(tmp_path / run, tensorboard=False) as writer:
             writer.write(1, {"loss": 2.0})
             writer.write(2, {"loss": 1.0, "only_late": 3.0})
-    picture = tmp_path / "plots" / "loss.png"
+    plot = tmp_path / "plots" / "loss.png"
     plot_curves(
         {"with": tmp_path / "a", "without": tmp_path / "b"},
-        picture,
+        plot,
         names=["loss", "only_late", "absent"],
     )
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")

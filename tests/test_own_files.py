@@ -1,4 +1,4 @@
-"""What racm3 made may be replaced, and nothing else ever is."""
+"""Only files that racm3 wrote are ever replaced."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_own_files_are_replaced_and_others_are_refused(tmp_path, name):
     write_foreign(path)
     with pytest.raises(FileExistsError, match="left alone: give another --out"):
         own_files.check(path, change="give another --out")
-    path.write_bytes(b"")  # as mktemp leaves it: nothing is lost
+    path.write_bytes(b"")  # empty, as of mktemp: nothing is lost
     own_files.check(path)
 
 
@@ -60,7 +60,7 @@ def test_figures_are_marked(tmp_path):
     assert not own_files.is_own(tmp_path / "y.png")
 
 
-def test_a_record_of_another_kind_is_left_alone(tmp_path):
+def test_a_record_of_another_kind_is_not_replaced(tmp_path):
     own_files.write_json(tmp_path / "x.json", {"settings": {}, "results": {}})
     own_files.check(tmp_path / "x.json")
     with pytest.raises(FileExistsError):
@@ -75,7 +75,7 @@ def test_an_input_is_never_an_output(tmp_path):
             own_files.check(tmp_path / name, inputs=[tmp_path / "x.png"])
 
 
-def test_places_that_cannot_be_written(tmp_path):
+def test_paths_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "manifest.json").write_text('{"format": "racm3-memory"}')
@@ -99,7 +99,7 @@ def test_places_that_cannot_be_written(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
-    """Root may write anywhere, so the system's answer is replaced."""
+    """Root may write anywhere, so the system's answer is faked."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="may not be written to: give another"):
         own_files.check(tmp_path / "new" / "x.png")
@@ -117,8 +117,8 @@ def test_a_link_keeps_pointing_to_its_file(tmp_path):
         own_files.check(tmp_path / "link.json")
 
 
-def test_what_the_last_version_wrote_may_be_replaced(tmp_path):
-    """It left no marks: its folder tells, as long as no newer run has written there."""
+def test_files_of_the_last_version_may_be_replaced(tmp_path):
+    """Without marks, the folder identifies them, unless a newer run has written there."""
     Image.fromarray(GREY).save(tmp_path / "samples.png")
     (tmp_path / "table.md").write_text("| a |")
     names = [tmp_path / "samples.png", tmp_path / "table.md"]
@@ -138,7 +138,7 @@ def test_what_the_last_version_wrote_may_be_replaced(tmp_path):
     assert not own_files.is_own(sweep)
 
 
-def test_damaged_files_are_not_ours(tmp_path):
+def test_damaged_files_are_not_replaced(tmp_path):
     for name, content in [
         ("a.json", b"\xff{"),
         ("b.json", b"[" * 100_000),

@@ -1,4 +1,4 @@
-"""Progress that no terminal shows is a line for every tenth."""
+"""Without a terminal, progress is one line per 10%."""
 
 import io
 
@@ -6,7 +6,7 @@ from racm3_jax import quickstart
 from racm3_jax.progress import ProgressLines, open_progress
 
 
-def test_a_line_for_every_tenth(capsys):
+def test_one_line_per_10_percent(capsys):
     with open_progress(total=1000, initial=150, desc="build", unit="rows") as bar:
         assert isinstance(bar, ProgressLines)
         bar.set_postfix({"loss": 2.34567})
@@ -18,7 +18,7 @@ def test_a_line_for_every_tenth(capsys):
     assert lines[0].endswith(", loss 2.346)")
 
 
-def test_steps_of_any_size_and_a_total_that_comes_late(capsys):
+def test_steps_of_any_size_and_a_total_known_later(capsys):
     with open_progress(desc="build") as bar:
         bar.update(5)
         bar.total = 40

@@ -1,4 +1,4 @@
-"""What the README says exists, and CI runs what it tells a reader to run."""
+"""The commands and files of the README exist, and CI runs its commands."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def commands():
 
 
 def subparser(words):
-    """The parser of a command, and what is left of its words."""
+    """The parser of a command, and the rest of its words."""
     parser = cli._parser()
     while True:
         groups = [
@@ -65,7 +65,7 @@ def test_every_command_exists(words):
     assert not {f for f in given - known if not f.startswith("--config")}
 
 
-def test_ci_runs_what_is_printed():
+def test_ci_runs_the_printed_commands():
     run = {
         a or b for a, b in re.findall(r'^readme (?:"(.+)"|(\w+))$', CI, re.MULTILINE)
     }
@@ -90,7 +90,7 @@ def test_ci_runs_what_is_printed():
     assert unknown.returncode and "there are: " in unknown.stderr
 
 
-def test_a_reader_has_two_minutes():
+def test_the_readme_takes_two_minutes_to_read():
     lines = README.splitlines()
     assert len(lines) <= 250
     assert not [line for line in lines if len(line) > 400]

@@ -78,7 +78,7 @@ def test_meshes_that_do_not_fit(sizes, message):
 
 @dataclasses.dataclass(frozen=True)
 class FakeTpu:
-    """What `make_mesh` reads of a chip of a torus."""
+    """The attributes of a chip of a torus that `make_mesh` reads."""
 
     id: int
     coords: tuple[int, int, int]
@@ -113,7 +113,7 @@ def test_meshes_that_split_an_axis_of_the_torus(shape, kind, sizes, expected):
     assert set(mesh.devices.flat) == set(devices)
 
 
-def test_slices_lie_along_dcn():
+def test_slices_are_along_dcn():
     devices = make_slices(2, (8, 8, 1), "TPU v5 lite")
     mesh = make_mesh(data=-1, fsdp=-1, dcn=2, devices=devices)
     assert mesh.devices.shape == (2, 2, 32, 1)
@@ -155,7 +155,9 @@ def test_every_rule_names_axes_of_the_mesh():
         (("embed", "mlp"), (7, 8), "'embed' of size 7 does not divide"),
     ],
 )
-def test_what_the_table_does_not_cover_is_an_error(mesh, names, shape, message):
+def test_parameters_that_the_table_does_not_cover_are_an_error(
+    mesh, names, shape, message
+):
     with pytest.raises(ShardingError, match=message):
         partition_spec("a/w", names, shape, mesh)
 
@@ -232,7 +234,7 @@ def rows_of(mesh, num_rows, monkeypatch, devices):
     ],
 )
 def test_rows_belong_to_shards(monkeypatch, sizes, order, expected):
-    """The picture of `local_rows`, and a torus whose hosts' shards are no neighbours."""
+    """The diagram of `local_rows`, and a torus whose hosts' shards are not neighbours."""
     mesh = make_mesh(*sizes, devices=jax.devices()[:4])
     devices = fake_mesh(sizes, order, 2)
     assert rows_of(mesh, 8, monkeypatch, devices) == expected
@@ -256,8 +258,8 @@ def test_rows_that_the_mesh_does_not_divide_are_refused(mesh):
         (9, 2, [4, 4, 2]),
     ],
 )
-def test_one_row_costs_one_row(rows, num_devices, sizes):
-    """Few shapes are compiled, and little is computed for nothing."""
+def test_few_rows_cost_little(rows, num_devices, sizes):
+    """Few shapes are compiled, with little wasted computation."""
     seen = []
 
     def double(x):

@@ -1,4 +1,4 @@
-"""The shipped weights are what their manifest says, small, and open."""
+"""The shipped weights match their manifest, are small, and can be loaded."""
 
 import shutil
 
@@ -19,7 +19,7 @@ from racm3_jax.wiring.generators import read_defaults
 SHIPPED = wiring.resolve("shipped:flagworld")
 
 
-def test_every_folder_is_sealed():
+def test_every_folder_has_checksums():
     assert checkpoints.verify_manifest(SHIPPED) is None
     for name in ("tokenizer", "tokenizer/image", "clip", "model", "twin"):
         assert checkpoints.verify_folder(SHIPPED / name) is not None, name
@@ -31,7 +31,7 @@ def test_every_folder_is_sealed():
 
 
 def test_settings_of_another_training_are_refused(tmp_path):
-    """A byte in them gave other images in silence."""
+    """A changed byte once gave other images silently."""
     shutil.copytree(SHIPPED / "model", tmp_path / "model")
     for name in ("tokenizer", "clip"):
         (tmp_path / name).symlink_to(SHIPPED / name)
@@ -45,7 +45,7 @@ def test_settings_of_another_training_are_refused(tmp_path):
         path.write_text(text.replace(old, new))
         with pytest.raises(checkpoints.CheckpointError, match=r"checksum of config"):
             wiring.load_generator(tmp_path, None)
-    # Under a seal of its own, but beside the tokenizer of another training.
+    # With valid checksums, but next to the tokenizer of another training.
     checkpoints.write_manifest(tmp_path / "model", {"kind": "generator"})
     with pytest.raises(ValueError, match="trained with another tokenizer"):
         wiring.load_generator(tmp_path, None)
@@ -94,7 +94,7 @@ def test_every_model_opens_with_its_tokenizer():
 
 @pytest.fixture(scope="module")
 def roundtrip():
-    """Unseen nations, and what the shipped VQGAN makes of them."""
+    """Unseen nations, and their reconstructions by the shipped VQGAN."""
     documents = list(read_flagworld(FlagworldConfig(num_nations=0), "heldout_memory"))
     images = np.stack([d.images[0] for d in documents[::10]])
     tokenizer = MixedTokenizer.load(SHIPPED / "tokenizer").image

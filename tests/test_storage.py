@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, whatever dies in between."""
+"""Files and folders are written atomically, whenever the writer is killed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_directory_is_old_or_new_after_any_crash(tmp_path, replace):
     assert number >= 9
 
 
-def test_deleting_is_one_step(tmp_path):
+def test_deleting_is_atomic(tmp_path):
     path = tmp_path / "folder"
 
     def reset():
@@ -127,7 +127,7 @@ def test_nothing_else_is_replaced(tmp_path):
     assert (tmp_path / "folder" / "mine").read_bytes() == b"mine"
 
 
-def test_a_live_writer_is_left_alone(tmp_path):
+def test_a_live_writer_is_not_disturbed(tmp_path):
     path = tmp_path / "folder"
     with storage.new_directory(path) as partial:
         (partial / "a").write_bytes(b"a")
@@ -141,7 +141,7 @@ def test_a_live_writer_is_left_alone(tmp_path):
     assert content_of(path) == {"a": b"a"}
 
 
-def test_long_names_have_leftovers_too(tmp_path):
+def test_leftovers_of_long_names(tmp_path):
     path = tmp_path / ("ä" * 120)
     storage.write_file(path, b"x")
     assert path.read_bytes() == b"x"
@@ -151,7 +151,7 @@ def test_long_names_have_leftovers_too(tmp_path):
     assert first != second and len(first.name) < 255
 
 
-def test_work_is_claimed_by_one(tmp_path):
+def test_work_is_claimed_by_one_process(tmp_path):
     lock = tmp_path / "lock"
     words = r"runs/a is already running .*host .*process"
     with storage.claimed(lock, "a training in runs/a"):
@@ -165,7 +165,7 @@ def test_work_is_claimed_by_one(tmp_path):
 @pytest.mark.parametrize(
     "name", ["/etc/x", "../x", "a/../x", "a//x", ".", "", "a\\x", "a\nx", 3, None]
 )
-def test_listed_files_stay_inside(tmp_path, name):
+def test_listed_files_are_inside_the_folder(tmp_path, name):
     entry = {"bytes": 1, "sha256": "0" * 64}
     with pytest.raises(storage.IntegrityError, match="outside"):
         storage.verify_files(tmp_path, {name: entry}, "restore it")
@@ -177,7 +177,7 @@ def test_listed_files_have_size_and_checksum(tmp_path, entry):
         storage.verify_files(tmp_path, {"x": entry}, "restore it")
 
 
-def test_a_seal_notices_every_change(tmp_path):
+def test_checksums_detect_every_change(tmp_path):
     data = storage.encode_sealed({"a": [1, 2], "b": "text"})
     assert storage.decode_sealed(data, "x", "restore it") == {"a": [1, 2], "b": "text"}
     for place in range(len(data)):

@@ -52,7 +52,7 @@ def write_log(folder: pathlib.Path, loss: float) -> None:
     (folder / "metrics.jsonl").write_text(text)
 
 
-def test_finished_points_are_not_trained_again_and_a_failed_one_stops_no_other(
+def test_finished_points_are_not_trained_again_and_a_failed_one_does_not_stop_others(
     tmp_path,
 ):
     points = [{LR: x} for x in (1.0, 2.0, 3.0)]

@@ -1,1 +1,1 @@
-"""Emojiworld: the same things drawn by nine houses, from files to a table."""
+"""Emojiworld: the same things in nine icon sets, from files to a table."""

@@ -45,7 +45,7 @@ _CONSONANT = re.compile(r"uni|eu|ew|ut|one", re.IGNORECASE)
 
 
 def with_article(name: str) -> str:
-    """A thing as it stands in a sentence.
+    """A thing as in a sentence.
 
     cactus -> a cactus, octopus -> an octopus, scissors -> scissors
     """
@@ -66,12 +66,12 @@ def _article(name: str) -> str:
 
 
 def write_captions(thing: str, house: str, key: str) -> list[str]:
-    """All phrasings of a drawing's caption; which comes first depends on its key.
+    """All phrasings of an image's caption; the key determines which comes first.
 
     Args:
       thing: its label.
       house: the title of its icon set.
-      key: names the drawing.
+      key: of the image.
     """
     words = {
         "thing": with_article(thing),
@@ -85,7 +85,7 @@ def write_captions(thing: str, house: str, key: str) -> list[str]:
 
 
 def names_thing(caption: str, thing: str) -> bool:
-    """Does the caption say the thing's label, in any case and with any article?"""
+    """Whether the caption has the thing's label, in any case and with any article."""
     words = re.findall(r"[\w’'-]+", caption.lower())
     label = re.findall(r"[\w’'-]+", thing.lower())
     return any(

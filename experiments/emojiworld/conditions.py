@@ -1,8 +1,8 @@
-"""What a model is asked under each condition, item by item.
+"""The inputs and samples of each condition, item by item.
 
-An item is a held-out drawing: its own caption is the prompt, its own picture is captioned.
-No condition shows a document of the item's source: neither what its house draws of the
-thing, nor the twin set of that house.
+An item is a held-out image with its caption: the caption is the prompt, and the image is
+captioned. No condition shows a document of the item's source, that is, an image of the
+thing by the same vendor, in any of its icon sets.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ MAIN = ("retrieval", "guided", "baseline")
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How pictures are sampled: see `SamplingConfig`."""
+    """How images are sampled: see `SamplingConfig`."""
 
     temperature: float = 0.7
     top_p: float = 0.9
 
 
 def swap_things(drawings: Drawings) -> tuple[list[Document], dict[str, str]]:
-    """A memory in which each held-out thing shows the next one's drawings.
+    """A memory in which each held-out thing has the images of the next one.
 
     Returns:
-      (documents, which thing is shown under each name). Texts, ids and sources stay; a
-      document whose house does not draw the other thing is left out.
+      (documents, which thing is shown under each name). Texts, ids and sources are kept;
+      a document whose vendor does not have the other thing is left out.
     """
     held_out = drawings.split == "held_out"
     things = list(dict.fromkeys(drawings.thing[held_out].tolist()))
@@ -87,16 +87,16 @@ def swap_things(drawings: Drawings) -> tuple[list[Document], dict[str, str]]:
     return documents, shown
 
 
-class Asker:
-    """Asks the models about the items of an evaluation.
+class ConditionRunner:
+    """Runs the models on the items of an evaluation.
 
     Args:
-      generator: over the memory of all drawings.
+      generator: over the memory of all images.
       baseline: the model without retrieval, or None.
-      drawings: all of them.
-      items: positions of the held-out drawings that are asked for.
-      sampling: how.
-      work: keeps changed memories.
+      images: all of them.
+      items: positions of the tested held-out images.
+      sampling: settings.
+      work: folder of changed memories.
       devices: see `Parts.make`.
     """
 
@@ -129,7 +129,7 @@ class Asker:
         )
 
     def _retriever_of(self, condition: str) -> Retriever:
-        """Of the condition's memory, which is built once where it is a changed one."""
+        """The retriever of the condition's memory; changed memories are built once."""
         if condition not in ("random", "swapped", "removed"):
             return self._retriever
         with self._lock:
@@ -157,14 +157,14 @@ class Asker:
         shutil.copytree(self.memory.path, folder)
         memory = Memory.load(folder)
         held_out = np.flatnonzero(self._drawings.split == "held_out")
-        doomed = memory.find([self._drawings.documents[i].id for i in held_out])
-        memory.remove(doomed[doomed >= 0])
+        removed = memory.find([self._drawings.documents[i].id for i in held_out])
+        memory.remove(removed[removed >= 0])
         return memory
 
-    def draw(
+    def generate_images(
         self, condition: str, seed: int, items: range, device: Any
     ) -> dict[str, np.ndarray]:
-        """Pictures of some items, and the rows of the memory that were shown."""
+        """Generated images of some items, and the retrieved rows of the memory."""
         targets = [self.targets[i] for i in items]
         model = self._open(condition, targets, device)
         rows = np.full((len(targets), NUM_RETRIEVED), -1, np.int64)
@@ -223,7 +223,7 @@ class Asker:
         return {"text": np.array(texts, np.str_)}
 
     def search(self, items: range, device: Any) -> dict[str, np.ndarray]:
-        """First rows of the memory for captions and pictures, and their embeddings."""
+        """The first retrieved rows for captions and images, and their embeddings."""
         targets, images = [self.targets[i] for i in items], list(self._real[items])
         model = self._open("retrieval", targets, device)
         texts = [target.text for target in targets]
@@ -236,9 +236,9 @@ class Asker:
         }
 
     def score(self, condition: str, items: range, device: Any) -> dict[str, np.ndarray]:
-        """Bits of the pictures of some items, after their captions."""
+        """Bits of the images of some items, after their captions."""
         targets = [self.targets[i] for i in items]
-        # Here the documents themselves say what is their own.
+        # Here the documents have their own sources.
         model = self._model(condition, device)
         if _num_retrieved(condition):
             model = model.with_retriever(self._retriever_of(condition))
@@ -256,7 +256,7 @@ class Asker:
     def _open(
         self, condition: str, targets: Sequence[Document], device: Any
     ) -> Generator:
-        """The model of a condition, over a memory that never shows the items' own."""
+        """The model of a condition, with a memory that excludes the items' sources."""
         model = self._model(condition, device)
         retriever = self._retriever_of(condition)
         mains = [as_main(target) for target in targets]
@@ -264,7 +264,7 @@ class Asker:
         return model.with_retriever(excluding)
 
     def _oracle_rows(self, targets: Sequence[Document]) -> Int[np.ndarray, "n k"]:
-        """Two drawings of each item's thing: of the icon sets after its own, in turn."""
+        """Two images of each item's thing, from the icon sets after its own, in turn."""
         rows = []
         for target in targets:
             name = str(target.metadata["icon_set"])
@@ -278,7 +278,7 @@ class Asker:
 
 
 def open_memory(documents: Sequence[Document], generator: Any, folder: Path) -> Memory:
-    """The memory of these documents, built once; `generator` has their tokenizer."""
+    """The memory of these documents, built once, with the tokenizer of `generator`."""
     parts: Mapping[str, Any] = {
         "tokenizer": generator.tokenizer,
         "embedder": generator.embedder,
@@ -293,5 +293,5 @@ def _num_retrieved(condition: str) -> int:
 
 
 def _first_rows(found: Sequence[Retrieved]) -> Int[np.ndarray, " n"]:
-    """The best row of each query; -1 where none was found."""
+    """The best row of each query; -1 where there is none."""
     return np.array([r.ids[0] if len(r.ids) else -1 for r in found], np.int64)

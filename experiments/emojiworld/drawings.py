@@ -1,4 +1,4 @@
-"""The drawings as arrays, read by the project's own reader."""
+"""The rendered images as arrays, read by the package's reader."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from racm3_jax.types import Document
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawings:
-    """All drawings of a world, in the order of their files.
+    """All images of the data set, in the order of their files.
 
     Attributes:
       documents: with captions and metadata.
-      images: their pictures.
+      images: their images.
       thing: label of each.
-      icon_set: that drew it.
+      icon_set: of each.
       split: "train" or "held_out".
     """
 
@@ -49,7 +49,7 @@ def read_drawings(folder: Path) -> Drawings:
     """What `fetch.py --out=folder` wrote.
 
     Raises:
-      ValueError: there is nothing.
+      ValueError: there are no files.
     """
     if not any(folder.glob("*.tar")):
         raise ValueError(

@@ -1,15 +1,15 @@
-"""Does a model draw things that it never saw, in the style of the house that is asked?
+"""Can a model generate unseen things in the style of a given vendor?
 
     python experiments/emojiworld/evaluate.py --data=out/emojiworld --model=out/emoji \\
         --baseline=out/emoji_baseline --out=out/emoji_evaluation
 
-Each of the 891 held-out drawings is asked for by its own caption, over a memory of all
-drawings in which its own house (and that house's twin set) does not show the thing.
+Each of the 891 held-out images is generated from its caption, with a memory of all images
+except those of the thing by the same vendor (in any of its icon sets).
 `--out` gets `results.json`, `results.md`, `samples.png` (prompt, retrieved, with
-retrieval, without, the house's own drawing) and `memorised.png` (samples beside the
-nearest drawing of training), and `scorers.npz`, which are learned once. What was finished
-before a kill is kept; so more seeds or conditions may be added later, by the same command
-with other flags. `--limit=50` asks for fifty drawings, evenly spread over the things.
+retrieval, without, the vendor's own image), `memorised.png` (samples next to the nearest
+training image) and `scorers.npz`, which are trained once. Finished parts are kept, so the
+same command resumes, and adds seeds or conditions with other flags. `--limit=50` generates
+fifty images, evenly spread over the things.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ import jax
 import numpy as np
 
 import racm3_jax
-from emojiworld.conditions import DRAWN, NEEDS_BASELINE, Asker, Sampling, open_memory
+from emojiworld.conditions import (
+    DRAWN,
+    NEEDS_BASELINE,
+    ConditionRunner,
+    Sampling,
+    open_memory,
+)
 from emojiworld.drawings import Drawings, read_drawings
 from emojiworld.suite import EmojiSuite
 from racm3_jax.evaluation.fingerprints import (
@@ -41,7 +47,7 @@ from racm3_jax.tokenizers.mixed import MixedTokenizer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses the command line; asks what is missing; writes the results."""
+    """Parses the command line; generates what is missing; writes the results."""
     options = parse(arguments)
     try:
         open_suite(options).run()
@@ -51,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The flags, checked."""
+    """The checked flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of the sampling")
     parser.add_argument("--conditions", default="", help="only these: retrieval,copy")
     parser.add_argument(
-        "--limit", type=int, default=0, help="drawings to ask for; 0 is all"
+        "--limit", type=int, default=0, help="images to generate; 0 is all"
     )
     parser.add_argument("--temperature", type=float, default=Sampling.temperature)
     parser.add_argument("--top_p", type=float, default=Sampling.top_p)
@@ -83,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def open_suite(options: argparse.Namespace) -> EmojiSuite:
-    """Opens drawings and models, and builds the memory, once."""
+    """Opens images and models, and builds the memory, once."""
     drawings = read_drawings(options.data)
     items = np.flatnonzero(drawings.split == "held_out")
     if 0 < options.limit < len(items):
@@ -91,14 +97,14 @@ def open_suite(options: argparse.Namespace) -> EmojiSuite:
     generator = open_generator(options.model, drawings, options.out / "memory")
     baseline = racm3_jax.load(options.baseline) if options.baseline else None
     sampling = Sampling(options.temperature, options.top_p)
-    asker = Asker(
+    runner = ConditionRunner(
         *(generator, baseline, drawings, items, sampling, options.out),
         devices=find_devices(),
     )
     described = describe_generator(generator)
     record = {
         "data": describe_documents(drawings.documents),
-        "items": describe_documents(asker.targets),
+        "items": describe_documents(runner.targets),
         "sampling": dataclasses.asdict(sampling),
         "baseline": baseline and fingerprint_params(baseline),
         "chunk_size": options.chunk_size,
@@ -107,7 +113,7 @@ def open_suite(options: argparse.Namespace) -> EmojiSuite:
         options.out,
         record,
         generator,
-        asker,
+        runner,
         drawings,
         items,
         chunk_size=options.chunk_size,
@@ -118,13 +124,13 @@ def open_suite(options: argparse.Namespace) -> EmojiSuite:
 
 
 def find_devices() -> tuple[Any, ...]:
-    """The devices that share the items; (None,) where there is one."""
+    """The devices that divide the items; (None,) for one device."""
     devices = tuple(jax.local_devices())
     return devices if len(devices) > 1 else (None,)
 
 
 def open_generator(model: str, drawings: Drawings, folder: Path) -> Generator:
-    """The model over a memory of all drawings, chosen from as in its training."""
+    """The model with a memory of all images, and the strategy of its training."""
     directory = Path(model)
     if not (directory / "model").is_dir():
         raise ValueError(
@@ -139,7 +145,7 @@ def open_generator(model: str, drawings: Drawings, folder: Path) -> Generator:
 
 
 class Parted(NamedTuple):
-    """What a memory is built with."""
+    """The parts that a memory is built with."""
 
     tokenizer: MixedTokenizer
     embedder: DocumentEmbedder

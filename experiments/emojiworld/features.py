@@ -1,4 +1,4 @@
-"""What the scorers see of a picture: RGB pixels of a drawing on white, NumPy alone."""
+"""Features for the scorers: from RGB pixels of an image on white, with NumPy only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TINY = 1e-6
 
 
 def fit_pixels(images: Sequence[np.ndarray]) -> Pixels:
-    """Pictures of any size as the scorers look at them."""
+    """Images of any size, resized for the scorers."""
     return np.stack(
         [
             image
@@ -28,7 +28,7 @@ def fit_pixels(images: Sequence[np.ndarray]) -> Pixels:
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Every row at length 1."""
+    """Every row, scaled to length 1."""
     return rows / (np.linalg.norm(rows, axis=-1, keepdims=True) + _TINY)
 
 
@@ -44,7 +44,7 @@ def _gradients(
 def oriented_gradients(
     grey: Float32[np.ndarray, "n 64 64"], cells: int = 8, bins: int = 9
 ) -> Float32[np.ndarray, "n d"]:
-    """HOG without blocks: root of the gradient sums of each cell and direction, unit."""
+    """HOG without blocks: roots of the gradient sums of each cell and direction, unit."""
     down, right = _gradients(grey)
     strength = np.hypot(right, down)
     angle = (
@@ -61,7 +61,7 @@ def oriented_gradients(
 
 
 def shape_features(images: Pixels) -> Float32[np.ndarray, "n d"]:
-    """What is drawn: coarse pixels about their mean, and oriented gradients."""
+    """Features of the content: coarse pixels minus their mean, and oriented gradients."""
     rgb = images.astype(np.float32) / 255
     pixels = rgb.reshape(len(rgb), 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(rgb), -1)
     pixels = unit_rows(pixels - pixels.mean(1, keepdims=True))
@@ -71,7 +71,7 @@ def shape_features(images: Pixels) -> Float32[np.ndarray, "n d"]:
 
 
 def style_features(images: Pixels) -> Float[np.ndarray, "n d"]:
-    """How it is drawn: colours, outlines, edges and shades, of what is not white."""
+    """Features of the style: colours, outlines, edges and shades of non-white pixels."""
     n = len(images)
     grey = images.astype(np.float32).mean(-1) / 255
     ink = images.min(-1) < 250
@@ -107,7 +107,7 @@ def style_features(images: Pixels) -> Float[np.ndarray, "n d"]:
 def _histogram(
     values: Int[np.ndarray, "n 64 64"], mask: np.ndarray, bins: int
 ) -> Float[np.ndarray, "n bins"]:
-    """Counts of each picture's values under its mask."""
+    """Counts of each image's values under its mask."""
     n = len(values)
     offset = values + bins * np.arange(n)[:, None, None]
     return np.bincount(offset[mask], minlength=n * bins).reshape(n, bins).astype(float)

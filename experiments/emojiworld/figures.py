@@ -1,8 +1,7 @@
-"""From outcomes to a table: shares with intervals, differences, distances, memorising.
+"""From outcomes to a table: fractions with intervals, differences, FID, memorisation.
 
-All drawings of a thing are easy or hard together, and all seeds of the sampling are asked
-the same items: things are what is resampled and counted (a hundred of them, not
-thousands of pictures).
+All images of a thing are easy or hard together, and all sampling seeds have the same
+items: intervals resample and count things (a hundred, not thousands of images).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from racm3_jax.evaluation.intervals import (
     paired_difference,
 )
 
-# Outcomes of a condition by figure, 1, 0 or NaN where it is not asked.
+# Outcomes of a condition by figure: 1, 0 or NaN where it does not apply.
 Outcomes = Mapping[str, Float[np.ndarray, "seeds items"]]
 COLUMNS = {
     "top1": "thing right",
@@ -47,11 +46,11 @@ _NUM_RESAMPLES = 1000
 def combine_outcomes(
     outcomes: Float[np.ndarray, "seeds items"], things: Sequence[str]
 ) -> Share | None:
-    """The share over all seeds, with the interval of as many questions as things."""
+    """The fraction over all seeds, with the interval of one question per thing."""
     own = np.unique(things, return_inverse=True)[1]
-    asked = np.isfinite(outcomes)
+    applies = np.isfinite(outcomes)
     right = np.bincount(own, np.nansum(outcomes, 0))
-    total = np.bincount(own, asked.sum(0))
+    total = np.bincount(own, applies.sum(0))
     if not total.sum():
         return None
     kept = total > 0
@@ -63,29 +62,29 @@ def combine_outcomes(
 def thing_means(
     outcomes: Float[np.ndarray, "seeds items"], things: Sequence[str]
 ) -> Float[np.ndarray, "seeds things"]:
-    """The share of each thing that is asked at all."""
+    """The fraction of each thing that has outcomes."""
     own = np.unique(things, return_inverse=True)[1]
-    asked = np.isfinite(outcomes)
+    applies = np.isfinite(outcomes)
     rows = [
         np.bincount(own, np.nan_to_num(row)) / np.maximum(np.bincount(own, there), 1)
-        for row, there in zip(outcomes, asked, strict=True)
+        for row, there in zip(outcomes, applies, strict=True)
     ]
-    return np.stack(rows)[:, np.bincount(own, asked[0]) > 0]
+    return np.stack(rows)[:, np.bincount(own, applies[0]) > 0]
 
 
 def text_to_image_ranks(
     texts: Float32[np.ndarray, "items d_embed"],
     images: Float32[np.ndarray, "items d_embed"],
 ) -> Int[np.ndarray, " items"]:
-    """How many pictures are more like each caption than its own one."""
-    likeness = texts @ images.T
-    return (likeness > np.diag(likeness)[:, None]).sum(1)
+    """How many images are more similar to each caption than its own one."""
+    similarity = texts @ images.T
+    return (similarity > np.diag(similarity)[:, None]).sum(1)
 
 
 def combine_bits(
     bits: Float[np.ndarray, " items"], things: Sequence[str], seed: int = 0
 ) -> Estimate:
-    """The mean bits of an image; things are resampled."""
+    """Mean bits per image; things are resampled."""
     own = np.unique(things, return_inverse=True)[1]
     total, count = np.bincount(own, bits), np.bincount(own)
 
@@ -100,7 +99,7 @@ def saved_bits(
     reference: Float[np.ndarray, " items"],
     things: Sequence[str],
 ) -> Estimate:
-    """By what share an image takes fewer bits than under the reference."""
+    """The fraction of bits saved, relative to the reference."""
     own = np.unique(things, return_inverse=True)[1]
     mine, theirs = np.bincount(own, bits), np.bincount(own, reference)
 
@@ -148,12 +147,12 @@ def compute_distance(
 
 
 class Nearest:
-    """The nearest drawing of training, by the thing scorer's features.
+    """The nearest training image, by the thing scorer's features.
 
     Args:
-      training: what the models were trained on.
-      real: held-out drawings, which say how near is usual: as the pictures of a model
-        are, those that come back from its tokenizer.
+      training: the training images of the models.
+      real: held-out images, for the usual distance; reconstructed by the model's
+        tokenizer, like generated images.
     """
 
     def __init__(
@@ -165,13 +164,13 @@ class Nearest:
     def find(
         self, images: Sequence[np.ndarray]
     ) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
-        """(position in `training`, cosine) of each picture's nearest drawing."""
-        likeness = shape_features(fit_pixels(images)) @ self._training.T
-        best = likeness.argmax(1)
-        return best, likeness[np.arange(len(best)), best]
+        """(position in `training`, cosine) of each image's nearest image."""
+        similarity = shape_features(fit_pixels(images)) @ self._training.T
+        best = similarity.argmax(1)
+        return best, similarity[np.arange(len(best)), best]
 
     def memorised(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
-        """1 where a picture is nearer than 95% of real held-out drawings are."""
+        """1 where an image is nearer than 95% of real held-out images."""
         return (self.find(images)[1] > self.usual).astype(float)
 
 
@@ -179,12 +178,12 @@ def format_table(
     rows: Mapping[str, Mapping[str, Share | Estimate | float]],
     titles: Mapping[str, str],
 ) -> str:
-    """Markdown: one row a condition, the columns that any of them has."""
+    """Markdown: one row per condition, the columns that any of them has."""
     return _format({titles[name]: row for name, row in rows.items()}, _show)
 
 
 def format_ceilings(ceilings: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: what the scorers make of known pictures, one row each."""
+    """Markdown: the scorers' results on known images, one row each."""
     return _format(ceilings, "{:.1%}".format)
 
 

@@ -1,4 +1,4 @@
-"""What an image tokenizer keeps of held-out drawings: decibels, things, houses, codes.
+"""Quality of an image tokenizer on held-out images: PSNR, things, vendors, codes.
 
     python experiments/emojiworld/reconstruct.py --data=out/emojiworld \\
         --tokenizer=out/emoji_tokenizer/vqgan --out=out/reconstructed.png
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure_tokenizer(
     tokenizer: ImageTokenizer, drawings: Drawings
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Figures of the held-out drawings, and the drawings as they come back."""
+    """Figures of the held-out images, and their reconstructions."""
     held_out = drawings.split == "held_out"
     size = tokenizer.image_size
     images = np.stack([resize_image(x, size) for x in drawings.images[held_out]])
@@ -73,7 +73,7 @@ def measure_tokenizer(
 
 
 def draw_pairs(drawings: Drawings, decoded: np.ndarray) -> np.ndarray:
-    """Drawings of all icon sets, each beside what comes back."""
+    """Images of all icon sets, each next to its reconstruction."""
     held_out = np.flatnonzero(drawings.split == "held_out")
     step = max(1, len(held_out) // (4 * _SHEET_ROWS))
     chosen = list(range(0, len(held_out), step))[: 4 * _SHEET_ROWS]

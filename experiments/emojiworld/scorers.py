@@ -1,19 +1,19 @@
-"""Which thing a picture shows, and whose style it has: NumPy alone, deterministic.
+"""Which thing an image shows, and which vendor's style it has: NumPy only, deterministic.
 
-    thing   16x16 pixels and oriented gradients -> 200 principal parts, less the mean of
-            the house that was asked for -> whitened within the things of training
-            -> the nearest of 100 mean drawings by *other* houses
+    thing   16x16 pixels and oriented gradients -> 200 principal components, minus the
+            mean of the requested vendor -> whitened within training things
+            -> the nearest of 100 mean images by *other* vendors
     house   colours, outlines and edges -> logistic regression
 
-Both look at RGB pixels of a drawing on white, since a generated picture has no alpha, and
-learn from the drawings of training alone. Every generated picture has come through an
-image tokenizer, which blurs what houses differ in: the house is learned from drawings as
-they are and as they come back from it.
+Both use RGB pixels of an image on white, since a generated image has no alpha, and are
+trained only on training images. Every generated image is decoded by an image tokenizer,
+which blurs the differences of vendors: the vendor is learned from original and from
+reconstructed images.
 
     python experiments/emojiworld/scorers.py --data=out/emojiworld \\
         --tokenizer=out/emoji_tokenizer/vqgan
 
-measures them on held-out drawings, on copies, and on wrong ones.
+measures them on held-out images, on copies, and on wrong ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ HOUSES_3 = ("openmoji", "fluent-emoji", "twemoji")
 HOUSES_5 = ("noto", "twemoji", "openmoji", "fluent-emoji", "emojione")
 _COPIED = "noto"
 _NUM_PARTS = 200
-# Principal parts are computed from about this many drawings.
+# Principal components are computed from about this many images.
 _MOST_FOR_PARTS = 1200
 _RIDGE = 1e-4
 # Of the logistic regression: added to standard deviations, weight decay, steps.
@@ -63,7 +63,7 @@ _DECODED_AT_ONCE = 128
 
 
 class Codec(Protocol):
-    """What an image tokenizer has: see `ImageTokenizer`."""
+    """The interface of an image tokenizer: see `ImageTokenizer`."""
 
     @property
     def image_size(self) -> int: ...
@@ -76,7 +76,7 @@ class Codec(Protocol):
 
 
 def reconstruct(codec: Codec, images: np.ndarray) -> UInt8[np.ndarray, "n size size 3"]:
-    """Images as they come back from a tokenizer, of its size."""
+    """Images reconstructed by a tokenizer, in its size."""
     size, found = codec.image_size, []
     starts = range(0, len(images), _DECODED_AT_ONCE)
     for start in tqdm(starts, "through the tokenizer", delay=5.0):
@@ -107,15 +107,15 @@ class _Fitted:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ThingScorer(_Fitted):
-    """Names the thing of a picture, out of the held-out ones.
+    """Identifies the thing of an image among the held-out ones.
 
     Attributes:
-      things: what is chosen from.
-      icon_sets: those that may be asked for.
-      mean, parts: of the features of training drawings, and their principal parts.
+      things: to choose from.
+      icon_sets: that may be requested.
+      mean, parts: mean and principal components of the features of training images.
       whiten: makes differences within a thing equal in all directions.
       houses: mean of each icon set.
-      sums: unit features of the real drawings, summed by icon set and thing.
+      sums: unit features of the real images, summed by icon set and thing.
     """
 
     things: tuple[str, ...]
@@ -128,7 +128,7 @@ class ThingScorer(_Fitted):
 
     @classmethod
     def learn(cls, drawings: Drawings) -> ThingScorer:
-        """Learns the features from "train", the mean drawings from "held_out"."""
+        """Learns the features from "train", the mean images from "held_out"."""
         features = shape_features(fit_pixels(drawings.images))
         train = drawings.split == "train"
         mean = features[train].mean(0)
@@ -163,14 +163,13 @@ class ThingScorer(_Fitted):
         things: Sequence[str],
         left_out: str | None = None,
     ) -> Int[np.ndarray, " n"]:
-        """How many things look more like each picture than the asked one; 0 is right.
+        """How many things are more similar to each image than the requested one; 0 is right.
 
         Args:
-          images: to name.
-          icon_sets: that were asked for, whose own drawings (and its twin's) are not
-            compared with.
-          things: that were asked for.
-          left_out: one more icon set whose drawings are not compared with.
+          images: to identify.
+          icon_sets: the requested ones; images of their vendors are not compared with.
+          things: the requested ones.
+          left_out: one more icon set whose images are not compared with.
         """
         rows = (shape_features(fit_pixels(images)) - self.mean) @ self.parts
         rows = rows - self.houses[[self.icon_sets.index(name) for name in icon_sets]]
@@ -185,21 +184,21 @@ class ThingScorer(_Fitted):
                 if BY_NAME[other].house != house and other != left_out
             ]
             references = unit_rows(np.sum(compared, axis=0))
-            likeness = unit[own] @ references.T
-            asked = likeness[
+            similarity = unit[own] @ references.T
+            requested = similarity[
                 np.arange(len(own)), [self.things.index(things[i]) for i in own]
             ]
-            ranks[own] = (likeness > asked[:, None]).sum(1)
+            ranks[own] = (similarity > requested[:, None]).sum(1)
         return ranks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HouseScorer(_Fitted):
-    """Names the house of a picture, out of some; multinomial logistic regression.
+class VendorScorer(_Fitted):
+    """Identifies the vendor of an image; multinomial logistic regression.
 
     Attributes:
-      icon_sets: what is chosen from.
-      mean, scale: of the features of training drawings.
+      icon_sets: to choose from.
+      mean, scale: of the features of training images.
       weights, offsets: of the classes.
     """
 
@@ -215,11 +214,11 @@ class HouseScorer(_Fitted):
         features: Float[np.ndarray, "n d"],
         drawn_by: np.ndarray,
         icon_sets: Sequence[str],
-    ) -> HouseScorer:
-        """Learns from pictures of training, of which it takes those of `icon_sets`.
+    ) -> VendorScorer:
+        """Learns from the training images of `icon_sets`.
 
         Args:
-          features: of style.
+          features: of style, of all training images.
           drawn_by: the icon set of each.
           icon_sets: to choose from.
         """
@@ -233,7 +232,7 @@ class HouseScorer(_Fitted):
         return cls(tuple(icon_sets), mean, scale, weights, offsets)
 
     def name(self, images: Sequence[np.ndarray]) -> list[str]:
-        """The likeliest icon set of each picture."""
+        """The most likely icon set of each image."""
         rows = (style_features(fit_pixels(images)) - self.mean) / self.scale
         best = (rows @ self.weights + self.offsets).argmax(1)
         return [self.icon_sets[i] for i in best]
@@ -242,7 +241,7 @@ class HouseScorer(_Fitted):
 def _fit_logistic(
     rows: Float[np.ndarray, "n d"], wanted: Float[np.ndarray, "n classes"]
 ) -> tuple[Float[np.ndarray, "d classes"], Float[np.ndarray, " classes"]]:
-    """Weights by Nesterov's accelerated descent from 0, which needs no randomness."""
+    """Weights by Nesterov's accelerated gradient descent from 0, deterministic."""
     n, step = len(rows), 1 / (_largest_curvature(rows) + _DECAY)
     weights, offsets = (
         np.zeros((rows.shape[1], wanted.shape[1])),
@@ -275,20 +274,20 @@ def _largest_curvature(rows: Float[np.ndarray, "n d"]) -> float:
 
 
 class Verdicts:
-    """All scorers of a world: of things, and of three and five houses."""
+    """All scorers: of things, and of three and five vendors."""
 
-    def __init__(self, thing: ThingScorer, houses: Sequence[HouseScorer]) -> None:
+    def __init__(self, thing: ThingScorer, houses: Sequence[VendorScorer]) -> None:
         self._thing = thing
-        self._houses = {len(scorer.icon_sets): scorer for scorer in houses}
+        self._vendors = {len(scorer.icon_sets): scorer for scorer in houses}
 
     @classmethod
     def learn(cls, drawings: Drawings, codec: Codec | None = None) -> Verdicts:
-        """Learns from the drawings of "train".
+        """Learns from the images of "train".
 
         Args:
-          drawings: all of a world.
-          codec: that pictures will have come through: the house is learned from real
-            drawings and from what comes back of them. None: from real ones.
+          drawings: all images.
+          codec: decodes the images to score: the vendor is learned from real and from
+            reconstructed images. None: only from real ones.
         """
         chosen = (drawings.split == "train") & np.isin(drawings.icon_set, HOUSES_5)
         real, drawn_by = drawings.images[chosen], drawings.icon_set[chosen]
@@ -298,15 +297,15 @@ class Verdicts:
             features = np.concatenate([features, blurred])
             drawn_by = np.concatenate([drawn_by, drawn_by])
         houses = [
-            HouseScorer.learn(features, drawn_by, names)
+            VendorScorer.learn(features, drawn_by, names)
             for names in (HOUSES_3, HOUSES_5)
         ]
         return cls(ThingScorer.learn(drawings), houses)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Everything that was learned."""
+        """All learned arrays."""
         scorers: dict[str, _Fitted] = {"thing": self._thing}
-        scorers |= {f"house{n}": scorer for n, scorer in self._houses.items()}
+        scorers |= {f"house{n}": scorer for n, scorer in self._vendors.items()}
         return {
             f"{name}/{field}": column
             for name, scorer in scorers.items()
@@ -315,13 +314,13 @@ class Verdicts:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Verdicts:
-        """What `to_arrays` returned."""
+        """The inverse of `to_arrays`."""
         found: dict[str, dict[str, np.ndarray]] = {}
         for key, column in arrays.items():
             name, _, field = key.partition("/")
             found.setdefault(name, {})[field] = column
         thing = ThingScorer.from_arrays(found.pop("thing"))
-        return cls(thing, [HouseScorer.from_arrays(own) for own in found.values()])
+        return cls(thing, [VendorScorer.from_arrays(own) for own in found.values()])
 
     def judge(
         self,
@@ -330,18 +329,18 @@ class Verdicts:
         things: Sequence[str],
         left_out: str | None = None,
     ) -> dict[str, Float[np.ndarray, " n"]]:
-        """1 where a picture is right, 0 where not, NaN where it is not asked.
+        """1 where an image is right, 0 where not, NaN where a figure does not apply.
 
-        "top1", "top5" of the thing; "house3", "house5" of pictures that were asked of one
-        of those houses; "both" is top1 and house5.
+        "top1", "top5" of the thing; "house3", "house5" of images of those three or five
+        vendors; "both" is top1 and house5.
         """
         images = fit_pixels(images)
         ranks = self._thing.rank(images, icon_sets, things, left_out)
         found = {"top1": (ranks < 1).astype(float), "top5": (ranks < 5).astype(float)}
-        for count, scorer in self._houses.items():
-            asked = np.isin(icon_sets, scorer.icon_sets)
+        for count, scorer in self._vendors.items():
+            requested = np.isin(icon_sets, scorer.icon_sets)
             right = np.array(scorer.name(images)) == np.asarray(icon_sets)
-            found[f"house{count}"] = np.where(asked, right, np.nan)
+            found[f"house{count}"] = np.where(requested, right, np.nan)
         found["both"] = found["top1"] * found["house5"]
         return found
 
@@ -355,10 +354,10 @@ def open_verdicts(
     codec: Codec,
     say: Callable[[str], None] = print,
 ) -> tuple[Verdicts, Figures]:
-    """The scorers for pictures of a tokenizer, learned and measured once, kept in `path`.
+    """The scorers for images of a tokenizer, trained and measured once, kept in `path`.
 
     Returns:
-      (scorers, what they make of known pictures: see `measure_scorers`).
+      (scorers, their results on known images: see `measure_scorers`).
     """
     digest = hashlib.sha256(json.dumps(describe_documents(drawings.documents)).encode())
     for part in (codec.fingerprint().encode(), *map(_read, (__file__, _FEATURES))):
@@ -396,7 +395,7 @@ def _read(path: str) -> bytes:
 def measure_scorers(
     verdicts: Verdicts, drawings: Drawings, codec: Codec | None = None
 ) -> Figures:
-    """Shares by what is shown in place of generated pictures, all of them held out."""
+    """Fractions by what is shown in place of generated images, all of them held out."""
     held_out = np.flatnonzero(drawings.split == "held_out")
     images = drawings.images
     if codec is not None:
@@ -421,24 +420,24 @@ def measure_scorers(
         name: {
             key: float(np.nanmean(values))
             for key, values in verdicts.judge(
-                list(pictures[own]),
-                drawings.icon_set[asked].tolist(),
-                drawings.thing[asked].tolist(),
+                list(images_shown[own]),
+                drawings.icon_set[requested].tolist(),
+                drawings.thing[requested].tolist(),
                 left_out,
             ).items()
         }
-        for name, (pictures, own, asked, left_out) in shown.items()
+        for name, (images_shown, own, requested, left_out) in shown.items()
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures the scorers on held-out drawings, beside copies and random ones."""
+    """Measures the scorers on held-out images, copies and random images."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of fetch.py")
     parser.add_argument(
-        "--tokenizer", type=Path, help="its folder; none: the scorers of real drawings"
+        "--tokenizer", type=Path, help="its folder; none: the scorers of real images"
     )
     options = parser.parse_args(arguments)
     try:

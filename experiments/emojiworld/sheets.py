@@ -1,4 +1,4 @@
-"""Sheets of an evaluation: what was sampled, and what of it is like the training."""
+"""Sheets of an evaluation: samples, and the samples nearest to the training images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from emojiworld.conditions import MAIN, Asker
+from emojiworld.conditions import MAIN, ConditionRunner
 from emojiworld.drawings import Drawings
 from emojiworld.figures import Nearest
 from emojiworld.world import BY_NAME
@@ -18,10 +18,10 @@ _SHEET_ROWS = 12
 
 
 class Sampled(Protocol):
-    """What the sheets need of an evaluation; see `suite.EmojiSuite`."""
+    """The parts of an evaluation that sheets need; see `suite.EmojiSuite`."""
 
     generator: Generator
-    asker: Asker
+    runner: ConditionRunner
     drawings: Drawings
     items: np.ndarray
     seeds: tuple[int, ...]
@@ -37,11 +37,11 @@ class Sampled(Protocol):
 
 
 def draw_samples(suite: Sampled) -> np.ndarray:
-    """Prompt, retrieved, with retrieval, without, the house's own drawing."""
+    """Prompt, retrieved, with retrieval, without, the vendor's own image."""
     first = suite.seeds[0]
     with_documents = f"retrieval-seed{first}"
     without = [c for c in ("baseline", "no_documents") if suite.has(f"{c}-seed{first}")]
-    memory, tokenizer = suite.asker.memory, suite.generator.tokenizer
+    memory, tokenizer = suite.runner.memory, suite.generator.tokenizer
     found = suite.parts.load(with_documents) if suite.has(with_documents) else None
     plain = suite.parts.load(f"{without[0]}-seed{first}")["images"] if without else None
     rows = []
@@ -54,7 +54,7 @@ def draw_samples(suite: Sampled) -> np.ndarray:
             )
         drawn = Panel(BLANK if found is None else found["images"][i])
         other = Panel(BLANK if plain is None else plain[i])
-        prompt = suite.asker.targets[i].text
+        prompt = suite.runner.targets[i].text
         rows.append(Row(prompt, (retrieved, (drawn,), (other,), (own,))))
     headings = ("prompt", "retrieved", "with retrieval", "without", "own drawing")
     return draw_sheet(headings, rows)
@@ -73,16 +73,16 @@ def _choose_rows(suite: Sampled) -> list[int]:
 
 
 def draw_memorised(suite: Sampled, nearest: Nearest) -> np.ndarray:
-    """The samples that are nearest to training, each with its drawing of training."""
+    """The samples nearest to the training images, each next to the nearest one."""
     variants = [f"{c}-seed{suite.seeds[0]}" for c in MAIN]
     train = np.flatnonzero(suite.drawings.split == "train")
     rows = []
     for variant in filter(suite.has, variants):
         images = suite.parts.load(variant)["images"]
-        places, likeness = nearest.find(images)
-        for i in np.argsort(-likeness, kind="stable")[: _SHEET_ROWS // 2]:
+        places, similarity = nearest.find(images)
+        for i in np.argsort(-similarity, kind="stable")[: _SHEET_ROWS // 2]:
             own = train[places[i]]
-            text = f"{suite.asker.targets[i].text} ({variant}, {likeness[i]:.2f})"
+            text = f"{suite.runner.targets[i].text} ({variant}, {similarity[i]:.2f})"
             document = suite.drawings.documents[own]
             panels = (
                 (Panel(images[i]),),

@@ -1,4 +1,4 @@
-"""The evaluation of emojiworld as a suite: its stages, its judges, its files."""
+"""The evaluation of emojiworld as a suite: stages, scorers, files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emojiworld.conditions import (
     MAIN,
     NEEDS_BASELINE,
     SCORED,
-    Asker,
+    ConditionRunner,
     swap_things,
 )
 from emojiworld.drawings import Drawings
@@ -43,13 +43,13 @@ _SEARCH = "search"
 
 
 class EmojiSuite(Suite):
-    """Its models, drawings and conditions; more seeds may be asked for later.
+    """Models, images and conditions; more seeds may be added later.
 
     Attributes:
       generator: with retrieval.
-      asker: asks the models.
-      drawings: all of them.
-      items: positions of those that are asked for.
+      runner: runs the models.
+      images: all of them.
+      items: positions of the tested images.
       seeds: of the sampling.
     """
 
@@ -58,7 +58,7 @@ class EmojiSuite(Suite):
         workdir: Path,
         record: Mapping[str, Any],
         generator: Generator,
-        asker: Asker,
+        runner: ConditionRunner,
         drawings: Drawings,
         items: np.ndarray,
         *,
@@ -68,7 +68,7 @@ class EmojiSuite(Suite):
         devices: Sequence[Any] = (None,),
     ) -> None:
         super().__init__(workdir, record, len(items), chunk_size, devices=devices)
-        self.generator, self.asker = generator, asker
+        self.generator, self.runner = generator, runner
         self.drawings, self.items = drawings, items
         self.seeds, self._conditions = tuple(seeds), conditions
 
@@ -81,16 +81,16 @@ class EmojiSuite(Suite):
         return self.drawings.icon_set[self.items].tolist()
 
     def seeds_of(self, condition: str) -> tuple[int, ...]:
-        """The seeds that a condition is asked with."""
+        """The sampling seeds of a condition."""
         return self.seeds if condition in MAIN else self.seeds[:1]
 
     def has(self, variant: str) -> bool:
-        """Is a stage finished?"""
+        """Whether a stage is finished."""
         return not self.parts.missing([variant])
 
     def stages(self) -> list[Stage]:
-        """The CLIP's search, then each condition."""
-        stages = [Stage(_SEARCH, self.parts, self.asker.search)]
+        """CLIP's search, then each condition."""
+        stages = [Stage(_SEARCH, self.parts, self.runner.search)]
 
         def add(name: str, compute: Any, *how: Any) -> None:
             stages.append(Stage(name, self.parts, functools.partial(compute, *how)))
@@ -99,20 +99,25 @@ class EmojiSuite(Suite):
             if condition == NEEDS_BASELINE and self.record["baseline"] is None:
                 continue
             for seed in self.seeds_of(condition):
-                add(f"{condition}-seed{seed}", self.asker.draw, condition, seed)
+                add(
+                    f"{condition}-seed{seed}",
+                    self.runner.generate_images,
+                    condition,
+                    seed,
+                )
             if condition in CAPTIONED:
-                add(f"caption-{condition}", self.asker.caption, condition)
+                add(f"caption-{condition}", self.runner.caption, condition)
             if condition in SCORED:
-                add(f"bits-{condition}", self.asker.score, condition)
+                add(f"bits-{condition}", self.runner.score, condition)
         return stages
 
     def figures(self) -> dict[str, Any]:
-        """Of all conditions that are answered, in this call or before."""
+        """The figures of all finished conditions, of this call or earlier ones."""
         codec, drawings = self.generator.tokenizer.image, self.drawings
         path = self.parts.workdir / "scorers.npz"
         verdicts, ceilings = open_verdicts(path, drawings, codec)
         train = drawings.split == "train"
-        # Pictures of a tokenizer are compared with what it makes of real ones.
+        # Generated images are compared with real ones reconstructed by the tokenizer.
         usual = reconstruct(codec, drawings.images[~train])
         self.nearest = Nearest(drawings.images[train], list(usual))
         outcomes, rows = self._judge(verdicts, self.nearest)
@@ -140,7 +145,7 @@ class EmojiSuite(Suite):
         }
 
     def format_table(self, results: Mapping[str, Any]) -> str:
-        """The conditions, the scorers and the CLIP."""
+        """The tables of conditions, scorers and CLIP."""
         words = "; ".join(f"{name} {share}" for name, share in results["clip"].items())
         return (
             f"{format_table(results['figures'], DRAWN)}\n\n"
@@ -162,7 +167,7 @@ class EmojiSuite(Suite):
     def _judge(
         self, verdicts: Verdicts, nearest: Nearest
     ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, Any]]]:
-        """(outcomes, figures) of every condition that is answered, by its name."""
+        """(outcomes, figures) of every finished condition, by name."""
         assert self.generator.embedder is not None
         features = CLIPFeatures(self.generator.embedder)
         real = self.drawings.images[self.items]
@@ -194,7 +199,7 @@ class EmojiSuite(Suite):
         return all_outcomes, rows
 
     def _judge_search(self) -> dict[str, Share]:
-        """How well the CLIP retrieves, by what is asked."""
+        """The quality of CLIP's retrieval, by kind of query."""
         found = self.parts.load(_SEARCH)
         ranks = text_to_image_ranks(found["text"], found["image"])
         outcomes = {
@@ -207,14 +212,14 @@ class EmojiSuite(Suite):
         return self._combine(rows)
 
     def _combine(self, outcomes: Mapping[str, np.ndarray]) -> dict[str, Share]:
-        """The share of each figure that is asked at all."""
+        """The fraction of each figure that has outcomes."""
         shares = {n: combine_outcomes(x, self.things) for n, x in outcomes.items()}
         return {name: share for name, share in shares.items() if share is not None}
 
     def _judge_cell(
         self, condition: str, seed: int, verdicts: Verdicts, nearest: Nearest
     ) -> dict[str, np.ndarray] | None:
-        """The outcomes of one condition and seed; None where it is not answered."""
+        """The outcomes of one condition and seed; None if it is not finished."""
         if not self.has(f"{condition}-seed{seed}"):
             return None
         found = self.parts.load(f"{condition}-seed{seed}")
@@ -231,14 +236,14 @@ class EmojiSuite(Suite):
         return outcomes
 
     def _shown(self, rows: np.ndarray) -> np.ndarray:
-        """1 where one of the documents is the thing's own."""
-        facts = self.asker.memory.metadata(rows[rows >= 0])
+        """1 where one of the documents shows the thing."""
+        facts = self.runner.memory.metadata(rows[rows >= 0])
         things = np.full(rows.shape, "", object)
         things[rows >= 0] = [str(fact.get("thing", "")) for fact in facts]
         return (things == np.array(self.things, object)[:, None]).any(1).astype(float)
 
     def _saved(self) -> dict[str, Any]:
-        """By what share documents save bits, against each model without."""
+        """The fraction of bits saved by documents, vs. each model without them."""
         if not self.has("bits-retrieval"):
             return {}
         bits = {

@@ -1,10 +1,9 @@
-"""What is drawn by whom: the join of nine icon sets by the names of things.
+"""The things of nine icon sets, joined by name.
 
     emojibase: code point -> "cactus"      icon set: code point or name -> SVG body
 
-A *thing* is a label of emojibase ("cactus"), a *house* is who draws it, an *icon set* is
-one of its packages. Fluent and Fluent Flat are two sets of one house: a drawing of one
-gives the other away.
+A *thing* is a label of emojibase ("cactus"); an *icon set* is a package of a vendor (the
+key `house`). Fluent and Fluent Flat are two sets of one vendor, with similar images.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "object
 
 
 class IconSet(NamedTuple):
-    """One package of drawings.
+    """One package of images.
 
     Attributes:
       name: of the set, and in ids.
-      package: of npm, with its version: other versions draw other pictures.
-      house: who draws it.
+      package: of npm, with its version: other versions have other images.
+      house: the vendor.
       title: what captions call it.
-      licence: SPDX names, of the drawings.
-      url: where they come from.
+      licence: SPDX names, of the images.
+      url: of the source.
     """
 
     name: str
@@ -80,7 +79,7 @@ SPLITS = ("train", "held_out")
 
 
 class Thing(NamedTuple):
-    """What emojibase says of a thing: its label, its code points without variants."""
+    """A thing in emojibase: its label, its code points without variants."""
 
     label: str
     hexcode: str
@@ -88,13 +87,13 @@ class Thing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One thing by one house, as SVG.
+    """One thing by one vendor, as SVG.
 
     Attributes:
       thing: its label.
-      icon_set: the set that holds it.
+      icon_set: that contains it.
       split: "train" or "held_out".
-      svg: a whole SVG file.
+      svg: a complete SVG file.
     """
 
     thing: str
@@ -109,7 +108,7 @@ class Drawing:
 
     @property
     def source(self) -> str:
-        """Equal for the drawings that must not be retrieved for one another."""
+        """Equal for images that must not be retrieved for one another."""
         return f"emojiworld:{self.icon_set.house}/{slug(self.thing)}"
 
 
@@ -129,13 +128,13 @@ def slug(text: str) -> str:
 
 
 def _plain_hexcode(hexcode: str) -> str:
-    """Without variant selectors, which some sets write and others do not."""
+    """Without variant selectors, which only some sets have."""
     parts = hexcode.lower().split("-")
     return "-".join(p for p in parts if p not in ("fe0e", "fe0f"))
 
 
 def read_member(package: Path, name: str) -> Any:
-    """A JSON file of an npm package, read without unpacking it."""
+    """A JSON file of an npm package, without unpacking it."""
     with tarfile.open(package, "r:gz") as archive:
         stream = archive.extractfile(f"package/{name}")
         if stream is None:
@@ -147,7 +146,7 @@ def read_things(package: Path, labels: Mapping[str, str]) -> list[Thing]:
     """The things of these labels, in emojibase's order.
 
     Raises:
-      ValueError: one of them is missing, or there twice.
+      ValueError: one of them is missing or repeated.
     """
     groups = read_member(package, "meta/groups.json")["groups"]
     things = [
@@ -166,7 +165,7 @@ def read_things(package: Path, labels: Mapping[str, str]) -> list[Thing]:
 
 
 class Icons:
-    """The drawings of one package.
+    """The images of one package.
 
     Args:
       icons: its icons.json.
@@ -182,7 +181,7 @@ class Icons:
         self._names = set(names)
 
     def find(self, thing: Thing, others: Sequence[Icons]) -> str | None:
-        """The name of its icon: by code point, else by label and others' names."""
+        """The name of its icon: by code point, else by label and names in other sets."""
         if self.chars:
             return self.chars.get(thing.hexcode)
         names = [slug(thing.label)]
@@ -224,7 +223,7 @@ class Icons:
 def read_drawings(
     packages: Mapping[str, Path], splits: Mapping[str, str]
 ) -> Iterator[Drawing]:
-    """Every drawing, the things of a split together, thing by thing.
+    """Every image, by split and thing.
 
     Args:
       packages: files of the icon sets by their names, and of emojibase as "names".

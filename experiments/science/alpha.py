@@ -6,8 +6,8 @@ from science import variants
 from science.experiment import Experiment, Figures, Panel, Place
 from science.measures import (
     DISTANCE_NOTE,
-    draw,
-    judge_drawings,
+    generate_images,
+    judge_outputs,
     measure_captions,
     measure_distances,
     measure_likelihood,
@@ -28,11 +28,11 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
         seed, place, num_steps=NUM_STEPS, changes={"pipeline.alpha": alpha}
     )
     generator = bench.over_memory(plain)
-    alone = draw(generator, bench, seed, 0)
+    alone = generate_images(generator, bench, seed, 0)
     images = [output.images[0] for output in alone]
     return {
         **measure_reading(generator, bench, seed),
-        "alone_scene": judge_drawings(alone, bench)["scene"],
+        "alone_scene": judge_outputs(alone, bench)["scene"],
         **measure_distances(images, bench, generator, "alone_"),
         "alone_cider": measure_captions(generator, bench, seed, 0)["cider"],
         **measure_likelihood(generator, bench, 0, "alone_"),
@@ -62,7 +62,7 @@ EXPERIMENT = Experiment(
         "alone_image_bits": "K=0: bits an image ↓",
     },
     panels=(
-        Panel("with 2 documents", {"flag": "flag drawn", "name": "name written"}),
+        Panel("with 2 documents", {"flag": "flag generated", "name": "name written"}),
         Panel(
             "bits an image",
             {"image_bits": "2 documents", "alone_image_bits": "without"},

@@ -1,4 +1,4 @@
-"""Cells on disk: measured once, kept one file each, with what they cost.
+"""Cells on disk: measured once, one file each, with their cost.
 
 work/full/cells/alpha/0.1-seed2.json
 """

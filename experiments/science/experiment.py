@@ -108,7 +108,7 @@ class Experiment:
       x_values: of the conditions, if they are numbers.
       x_title: what these numbers are.
       proof: conditions that test all code paths, on the tiny scale.
-      draw: draws another plot, from (experiment, cells, its file).
+      plot_curves: makes another plot, from (experiment, cells, its file).
     """
 
     number: int
@@ -130,7 +130,7 @@ class Experiment:
     x_values: tuple[float, ...] = ()
     x_title: str = ""
     proof: tuple[str, ...] = ()
-    draw: Callable[[Any, Any, Path], None] | None = None
+    plot_curves: Callable[[Any, Any, Path], None] | None = None
 
     @property
     def comparisons(self) -> dict[str, tuple[str, ...]]:

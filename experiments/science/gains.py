@@ -14,10 +14,10 @@ from science.measures import (
     NUM_RETRIEVED,
     UNGUIDED,
     Sampling,
-    draw,
+    generate_images,
     judge_captions,
-    judge_drawings,
-    judge_pictures,
+    judge_images,
+    judge_outputs,
     measure_captions,
     measure_distances,
 )
@@ -43,10 +43,10 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
         return _copy(bench)
     generator, num_retrieved = _open(condition, bench, place)
     sampling = UNGUIDED if condition == "unguided" else Sampling()
-    outputs = draw(generator, bench, seed, num_retrieved, sampling)
+    outputs = generate_images(generator, bench, seed, num_retrieved, sampling)
     images = [output.images[0] for output in outputs]
     return {
-        **judge_drawings(outputs, bench),
+        **judge_outputs(outputs, bench),
         **measure_distances(images, bench, generator),
         **measure_captions(generator, bench, seed, num_retrieved),
     }
@@ -57,13 +57,13 @@ def _open(condition: str, bench: Bench, place: Place) -> tuple[Generator, int]:
     if condition == "twin":
         return open_shipped("twin"), 0
     if condition == "twin_equal_compute":
-        return train_twin(place), 0
+        return train_baseline(place), 0
     strategy = RANDOM if condition == "random" else STRATEGY
     generator = bench.over_memory(open_shipped("model"), strategy)
     return generator, 0 if condition == "no_documents" else NUM_RETRIEVED
 
 
-def train_twin(place: Place) -> Generator:
+def train_baseline(place: Place) -> Generator:
     """The baseline, trained until it has read as many positions as RA-CM3."""
     config = load_config_file(find_config("flagworld.py") + ":twin")
     config.init_from = f"{SHIPPED}/twin"
@@ -91,7 +91,7 @@ def _copy(bench: Bench) -> Figures:
     seen = generator.retrieve_for([test.images[0] for test in bench.tests], 1, None)
     captions = [generator.tokenizer.decode(r.documents[0]).text for r in seen]
     return {
-        **judge_pictures(images, bench),
+        **judge_images(images, bench),
         **measure_distances(images, bench, generator),
         **judge_captions(captions, bench),
     }
@@ -100,10 +100,10 @@ def _copy(bench: Bench) -> Figures:
 EXPERIMENT = Experiment(
     number=1,
     name="gains",
-    title="What does retrieval gain, for drawing and for captions?",
+    title="What does retrieval gain, for images and for captions?",
     claim=(
-        "RA-CM3 draws and captions better than the same model without retrieval, by 12 "
-        "FID and 17 CIDEr on MS-COCO (abstract); returning the retrieved "
+        "RA-CM3 is better than the same model without retrieval at images and captions, "
+        "by 12 FID and 17 CIDEr on MS-COCO (abstract); returning the retrieved "
         "image gives 17.97 FID, between the plain model (29.5) and RA-CM3 (15.7)."
     ),
     conditions={
@@ -126,7 +126,11 @@ EXPERIMENT = Experiment(
     panels=(
         Panel(
             "right",
-            {"flag": "flag drawn", "scene": "scene drawn", "name": "name written"},
+            {
+                "flag": "flag generated",
+                "scene": "scene generated",
+                "name": "name written",
+            },
         ),
         Panel("FID, own features", {"fid": "FID"}, percent=False),
         Panel("CIDEr-D", {"cider": "CIDEr-D"}, percent=False),

@@ -54,7 +54,7 @@ def first_seed(seed: int) -> int:
     return 100_000 * seed
 
 
-def draw(
+def generate_images(
     generator: Generator,
     bench: Bench,
     seed: int,
@@ -74,14 +74,14 @@ def draw(
     )
 
 
-def judge_drawings(
+def judge_outputs(
     outputs: Sequence[GenerationOutput], bench: Bench, prefix: str = ""
 ) -> Figures:
     """Whether flag and scene are the requested ones."""
-    return judge_pictures([output.images[0] for output in outputs], bench, prefix)
+    return judge_images([output.images[0] for output in outputs], bench, prefix)
 
 
-def judge_pictures(
+def judge_images(
     images: Sequence[np.ndarray], bench: Bench, prefix: str = ""
 ) -> Figures:
     """The same for any images, one per test."""
@@ -91,7 +91,7 @@ def judge_pictures(
     }
 
 
-def measure_drawing(
+def measure_images(
     generator: Generator,
     bench: Bench,
     seed: int,
@@ -100,8 +100,8 @@ def measure_drawing(
     prefix: str = "",
 ) -> Figures:
     """Generates and evaluates images."""
-    outputs = draw(generator, bench, seed, num_retrieved, sampling)
-    return judge_drawings(outputs, bench, prefix)
+    outputs = generate_images(generator, bench, seed, num_retrieved, sampling)
+    return judge_outputs(outputs, bench, prefix)
 
 
 def write_captions(
@@ -179,7 +179,7 @@ def measure_reading(
 ) -> Figures:
     """The measurements of most experiments: guided images, captions, likelihoods."""
     return {
-        **measure_drawing(generator, bench, seed, num_retrieved, Sampling()),
+        **measure_images(generator, bench, seed, num_retrieved, Sampling()),
         **measure_captions(generator, bench, seed, num_retrieved),
         **measure_likelihood(generator, bench, num_retrieved),
     }

@@ -10,7 +10,7 @@ from racm3_jax.evaluation.intervals import compute_share
 from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Document
 from science.experiment import Experiment, Figures, Panel, Place
-from science.measures import Sampling, draw, judge_drawings, measure_recall
+from science.measures import Sampling, generate_images, judge_outputs, measure_recall
 from science.worlds import (
     Bench,
     open_bench,
@@ -46,13 +46,13 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
         changes["num_nations"] = min(SIZES[condition], 10 * place.scale.num_others)
     else:
         changes["documents_per_heldout"] = DEPTHS[condition]
-    return _draw(open_bench(seed, place, **changes), seed)
+    return _generate_images(open_bench(seed, place, **changes), seed)
 
 
-def _draw(bench: Bench, seed: int) -> Figures:
+def _generate_images(bench: Bench, seed: int) -> Figures:
     generator = bench.over_memory(open_shipped("model"))
-    outputs = draw(generator, bench, seed, sampling=Sampling())
-    return {**judge_drawings(outputs, bench), **measure_recall(outputs, bench)}
+    outputs = generate_images(generator, bench, seed, sampling=Sampling())
+    return {**judge_outputs(outputs, bench), **measure_recall(outputs, bench)}
 
 
 def _measure_removal(share: float, condition: str, seed: int, place: Place) -> Figures:
@@ -68,9 +68,9 @@ def _measure_removal(share: float, condition: str, seed: int, place: Place) -> F
     shown = read_flagworld(bench.world, "heldout_memory")
     doomed = [d.id for i, d in enumerate(shown) if i % 8 < 8 * share]
     memory.remove(memory.find(doomed))
-    outputs = draw(generator, bench, seed, sampling=Sampling())
+    outputs = generate_images(generator, bench, seed, sampling=Sampling())
     gone = set(doomed)
-    figures = {**judge_drawings(outputs, bench), **measure_recall(outputs, bench)}
+    figures = {**judge_outputs(outputs, bench), **measure_recall(outputs, bench)}
     figures["removed_shown"] = compute_share(
         [any(d.id in gone for d in output.retrieved.documents) for output in outputs]
     )
@@ -92,10 +92,10 @@ def _measure_mixture(old: int, new: int, seed: int, place: Place) -> Figures:
     ]
     bench = open_bench(seed, place, documents=documents)
     generator = bench.over_memory(open_shipped("model"))
-    outputs = draw(generator, bench, seed, sampling=Sampling())
+    outputs = generate_images(generator, bench, seed, sampling=Sampling())
     images = [output.images[0] for output in outputs]
     return {
-        **judge_drawings(outputs, bench),
+        **judge_outputs(outputs, bench),
         "new_flag": compute_share(
             open_judge(changed, bench.tests, place).flag_verdicts(images)
         ),
@@ -123,7 +123,7 @@ EXPERIMENT = Experiment(
     title="What happens when the memory grows, shrinks, goes stale, or misleads?",
     claim=(
         "Knowledge lives in the memory, which can be extended and corrected without "
-        "training (section 1); the paper does not measure how drawing follows changes."
+        "training (section 1); the paper does not measure how images follow changes."
     ),
     conditions={
         "nations_0": "8 documents of each nation asked for, no others",
@@ -143,13 +143,13 @@ EXPERIMENT = Experiment(
     measure=measure,
     columns={
         "flag": "flag right (old flag)",
-        "new_flag": "new flag drawn",
+        "new_flag": "new flag generated",
         "scene": "scene right",
         "recall": "a document of the nation retrieved",
         "removed_shown": "a removed document was shown",
     },
     panels=(
-        Panel("flag drawn", {"flag": "old flag", "new_flag": "new flag"}),
+        Panel("flag generated", {"flag": "old flag", "new_flag": "new flag"}),
         Panel("retrieved", {"recall": "a document of the nation"}),
     ),
     hours=0.2,

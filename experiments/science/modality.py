@@ -53,7 +53,7 @@ EXPERIMENT = Experiment(
         "image_bits": "bits an image ↓",
     },
     panels=(
-        Panel("right", {"flag": "flag drawn", "name": "name written"}),
+        Panel("right", {"flag": "flag generated", "name": "name written"}),
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
     ),
     hours=1.5,

@@ -7,11 +7,11 @@ from science.measures import (
     DISTANCE_NOTE,
     UNGUIDED,
     Sampling,
-    draw,
-    judge_drawings,
+    generate_images,
+    judge_outputs,
     measure_captions,
     measure_distances,
-    measure_drawing,
+    measure_images,
     measure_likelihood,
 )
 from science.worlds import open_bench, open_shipped, shipped_weights
@@ -24,12 +24,12 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
     k = int(condition)
     bench = open_bench(seed, place)
     generator = bench.over_memory(open_shipped("model"))
-    outputs = draw(generator, bench, seed, k, Sampling())
+    outputs = generate_images(generator, bench, seed, k, Sampling())
     images = [output.images[0] for output in outputs]
     return {
-        **judge_drawings(outputs, bench),
+        **judge_outputs(outputs, bench),
         **measure_distances(images, bench, generator),
-        **measure_drawing(generator, bench, seed, k, UNGUIDED, "unguided_"),
+        **measure_images(generator, bench, seed, k, UNGUIDED, "unguided_"),
         **measure_captions(generator, bench, seed, k),
         **measure_likelihood(generator, bench, k),
     }

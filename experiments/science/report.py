@@ -164,8 +164,10 @@ def write_report(experiment: Experiment, place: Place, folder: Path) -> Path | N
     text = _describe(experiment, place, record, means, differences)
     (folder / f"{experiment.name}.md").write_text(text)
     plot(experiment, means, folder / f"{experiment.name}.png")
-    if experiment.draw is not None:
-        experiment.draw(experiment, cells, folder / f"{experiment.name}_curves.png")
+    if experiment.plot_curves is not None:
+        experiment.plot_curves(
+            experiment, cells, folder / f"{experiment.name}_curves.png"
+        )
     return folder / f"{experiment.name}.json"
 
 

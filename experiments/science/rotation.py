@@ -9,7 +9,7 @@ from science.measures import (
     UNGUIDED,
     Sampling,
     measure_captions,
-    measure_drawing,
+    measure_images,
     measure_likelihood,
 )
 from science.worlds import EASY, open_bench
@@ -26,13 +26,11 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
     generator = bench.over_memory(plain)
     return {
         **measure_captions(generator, bench, seed),
-        **measure_drawing(generator, bench, seed, sampling=UNGUIDED),
-        **measure_drawing(
+        **measure_images(generator, bench, seed, sampling=UNGUIDED),
+        **measure_images(
             generator, bench, seed, sampling=TEXT_GUIDED, prefix="text_guided_"
         ),
-        **measure_drawing(
-            generator, bench, seed, sampling=Sampling(), prefix="guided_"
-        ),
+        **measure_images(generator, bench, seed, sampling=Sampling(), prefix="guided_"),
         **measure_likelihood(generator, bench),
     }
 
@@ -62,7 +60,7 @@ EXPERIMENT = Experiment(
         Panel("captions by infilling", {"name": "nation named"}),
         Panel("CIDEr-D", {"cider": "CIDEr-D"}, percent=False),
         Panel(
-            "flag drawn",
+            "flag generated",
             {
                 "flag": "no guidance",
                 "text_guided_flag": "guided by text",

@@ -66,7 +66,7 @@ def make_config(size: str, retrieval: bool, seed: int, place: Place) -> Any:
     )
 
 
-def draw_curves(
+def plot_curves(
     experiment: Experiment, cells: dict[tuple[str, int], Cell], path: Path
 ) -> None:
     """Losses over training compute, one line per training."""
@@ -122,7 +122,7 @@ EXPERIMENT = Experiment(
         "image_bits": "bits an image ↓",
     },
     panels=(
-        Panel("right", {"flag": "flag drawn", "name": "name written"}),
+        Panel("right", {"flag": "flag generated", "name": "name written"}),
         Panel("bits an image", {"image_bits": "bits"}, percent=False),
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
@@ -141,5 +141,5 @@ EXPERIMENT = Experiment(
         "documents takes twice the steps, and sees twice the main documents. Compute "
         "is PaLM's count. Minutes are of this machine, which may have been busy."
     ),
-    draw=draw_curves,
+    plot_curves=plot_curves,
 )

@@ -10,7 +10,7 @@ from science.experiment import Experiment, Figures, Panel, Place
 from science.measures import (
     Sampling,
     measure_captions,
-    measure_drawing,
+    measure_images,
     measure_reading,
 )
 from science.worlds import EASY, STRATEGY, open_bench
@@ -46,7 +46,7 @@ def measure(condition: str, seed: int, place: Place) -> Figures:
     own = bench.over_memory(plain, dataclasses.replace(STRATEGY, **chosen))
     best = bench.over_memory(plain, STRATEGY)
     return {
-        **measure_drawing(own, bench, seed, sampling=Sampling(), prefix="own_"),
+        **measure_images(own, bench, seed, sampling=Sampling(), prefix="own_"),
         **measure_captions(own, bench, seed, prefix="own_"),
         **measure_reading(best, bench, seed),
     }

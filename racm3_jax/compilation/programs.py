@@ -239,9 +239,11 @@ def _trace_decoding(
         settings=put(jax.eval_shape(lambda: LogitSettings.of(SamplingConfig()))),
         table=put(empty_table()) if guesses else None,
     )
-    start = functools.partial(decoding.start_drawing, 1, _STREAMS, only, room, drafter)
+    start = functools.partial(
+        decoding.init_decode_state, 1, _STREAMS, only, room, drafter
+    )
     state = split(jax.eval_shape(start, plan, split(logits)))
-    sampling = decoding.draw_steps.trace(
+    sampling = decoding.decode_steps.trace(
         model, 1, _STREAMS, only, room - 1 if drafter is None else None,
         drafter, params, plan, cache, state, shape(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-// Paints cells on the canvas over an image; tells them after every stroke.
+// Paints cells on the canvas over an image; reports them after every stroke.
 let painting = false;
 let last = null;
 
@@ -18,7 +18,7 @@ function clear() {
   canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
 }
 
-// One place on the canvas, in cells.
+// A point on the canvas, in cells.
 function placeOf(canvas, event) {
   const box = canvas.getBoundingClientRect();
   return [
@@ -41,7 +41,7 @@ function paint(canvas, x0, y0) {
   }
 }
 
-// A fast pointer jumps: what is between two places is painted, too.
+// A fast pointer jumps: the cells between two points are painted, too.
 function stroke(canvas, event) {
   const [x, y] = placeOf(canvas, event);
   const [fromX, fromY] = last ?? [x, y];
@@ -72,5 +72,5 @@ element.addEventListener("click", (event) => {
   clear();
   tell(element.querySelector("canvas"));
 });
-// Another image keeps the canvas: the page does not rebuild what is equal in it.
+// The canvas is kept for another image: the page does not rebuild equal elements.
 watch("value", clear);

@@ -1,4 +1,4 @@
-// Buttons inside a panel: what is to be done, and with which document.
+// Buttons inside a panel: the action, and its document.
 element.addEventListener("click", (event) => {
   const button = event.target.closest("[data-action]");
   if (button) {

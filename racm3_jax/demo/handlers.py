@@ -108,7 +108,7 @@ class Handlers:
 
     @explained
     def attribute(self, earlier: tuple[Earlier, ...]) -> str:
-        """What the documents of the last drawing contributed, which takes a pass more."""
+        """The contributions of documents to the last image, by one more pass."""
         if not earlier:
             return ""
         return self._contributions(earlier[0].output)
@@ -137,7 +137,7 @@ class Handlers:
 
     @explained
     def take_last(self, earlier: tuple) -> tuple:
-        image = last_drawing(earlier)
+        image = last_image(earlier)
         return image, panels.draw_picked(image)
 
     @explained
@@ -147,7 +147,7 @@ class Handlers:
 
     @explained
     def take_last_to_paint(self, earlier: tuple) -> tuple:
-        image = last_drawing(earlier)
+        image = last_image(earlier)
         return image, panels.draw_brush(image, self.session.side), ""
 
     # Caption
@@ -191,8 +191,8 @@ class Handlers:
         if len(cells) == len(painted):
             painted = np.array([cell == "1" for cell in cells])
         given = desk.given if follows else None
-        asked = (image, painted, prompt or "", int(num_documents), given)
-        for stage in self.session.infill(*asked, **name_settings(*settings)):
+        inputs = (image, painted, prompt or "", int(num_documents), given)
+        for stage in self.session.infill(*inputs, **name_settings(*settings)):
             read = gr.skip() if stage.output is None else draw_read(stage.desk.given)
             yield panels.draw_stage(stage), read
 
@@ -263,8 +263,8 @@ def name_settings(
     }
 
 
-def last_drawing(earlier: tuple[Earlier, ...]) -> np.ndarray:
-    """The last image generated on the first tab."""
+def last_image(earlier: tuple[Earlier, ...]) -> np.ndarray:
+    """The last image of the first tab."""
     if not earlier:
         raise ValueError("nothing is generated yet: use the Draw tab first")
     return earlier[0].image

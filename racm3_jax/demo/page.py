@@ -112,9 +112,9 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
                 seed = settings[1].render()
                 new_seed = gr.Button("New seed", size="sm", elem_id="new_seed")
 
-    asked = [desk, prompt, num_documents]
-    search.click(do.search, asked, [desk, cards], **_QUICK)
-    prompt.submit(do.search, asked, [desk, cards], **_QUICK)
+    inputs = [desk, prompt, num_documents]
+    search.click(do.search, inputs, [desk, cards], **_QUICK)
+    prompt.submit(do.search, inputs, [desk, cards], **_QUICK)
     cards.click(do.change_desk, desk, [desk, cards], **_QUICK)
     add.click(
         do.add_own,
@@ -123,7 +123,7 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
         **_QUICK,
     )
     tried.click(do.try_prompt, None, prompt, **_QUICK).then(
-        do.search, asked, [desk, cards], **_QUICK
+        do.search, inputs, [desk, cards], **_QUICK
     )
     new_seed.click(do.new_seed, None, seed, **_QUICK)
     draw.click(
@@ -214,13 +214,15 @@ def _classify_tab(parts: Parts) -> None:
             examples = _panel(panels.draw_examples([]), "examples")
         with gr.Column():
             gr.Markdown("### Which label has this one?")
-            asked, _ = _picture(parts, "classify")
+            inputs, _ = _picture(parts, "classify")
             ask = gr.Button("Classify", variant="primary", elem_id="classify_go")
             answer = _panel("", "labels")
     outputs = [support, examples, image, picked, label]
     add.click(do.add_example, [support, image, label], outputs, **_QUICK)
     clear.click(do.clear_examples, None, [support, examples], **_QUICK)
-    ask.click(do.classify, [asked, support], answer, show_progress_on=answer, **_DECODE)
+    ask.click(
+        do.classify, [inputs, support], answer, show_progress_on=answer, **_DECODE
+    )
 
 
 def _memory_tab(parts: Parts) -> None:
@@ -250,9 +252,9 @@ def _memory_tab(parts: Parts) -> None:
             no = gr.Button("Keep it", elem_id="remove_no")
     results = _panel("", "memory_found")
 
-    asked = [query, num_results]
-    search.click(do.find_text, asked, [results, last], **_QUICK)
-    query.submit(do.find_text, asked, [results, last], **_QUICK)
+    inputs = [query, num_results]
+    search.click(do.find_text, inputs, [results, last], **_QUICK)
+    query.submit(do.find_text, inputs, [results, last], **_QUICK)
     by_image.click(do.find_image, [image, num_results], [results, last], **_QUICK)
     results.click(do.ask_removal, None, [pending, words, question], **_QUICK)
     no.click(do.keep, None, question, **_QUICK)

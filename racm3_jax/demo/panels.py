@@ -16,7 +16,7 @@ from racm3_jax.generation.classification import Classification
 from racm3_jax.types import GenerationOutput
 
 Image = UInt8[np.ndarray, "height width 3"]
-_UNDRAWN = "the image appears here while it is generated"
+_NOTHING_YET = "the image appears here while it is generated"
 
 
 def draw_image(image: Image, words: str) -> str:
@@ -43,7 +43,9 @@ def draw_cards(given: Sequence[Given], actions: Sequence[str] = ()) -> str:
 
 def _draw_card(given: Given, actions: Sequence[str]) -> str:
     document = given.shown
-    picture = draw_image(document.images[0], document.text) if document.images else ""
+    shown_image = (
+        draw_image(document.images[0], document.text) if document.images else ""
+    )
     score = "your own" if math.isnan(given.score) else f"score {given.score:.3f}"
     lines = [score, given.id]
     lines.append(" · ".join(part for part in (document.source, given.licence) if part))
@@ -55,7 +57,7 @@ def _draw_card(given: Given, actions: Sequence[str]) -> str:
     )
     kind = "card stays" if given.stays else "card"
     return (
-        f'<div class="{kind}" data-document="{_text(given.id)}">{picture}'
+        f'<div class="{kind}" data-document="{_text(given.id)}">{shown_image}'
         f'<div class="words">{_text(document.text)}</div>{facts}'
         f'<div class="buttons">{buttons}</div></div>'
     )
@@ -98,7 +100,7 @@ def draw_stage(stage: Stage | None) -> str:
     """Partial or final images, with their metadata."""
     if stage is None or not stage.images:
         words = (
-            _UNDRAWN
+            _NOTHING_YET
             if stage is None
             else "reading the documents … (the first image takes longest)"
         )
@@ -142,7 +144,7 @@ def draw_output(output: GenerationOutput) -> str:
 
 
 def draw_contributions(names: Sequence[str], bits: Sequence[float]) -> str:
-    """What each document did for the best sample: a bar and its bits."""
+    """The contribution of each document to the best sample: a bar and its bits."""
     if not bits:
         return ""
     widest = max(1.0, *(abs(x) for x in bits))
@@ -152,7 +154,7 @@ def draw_contributions(names: Sequence[str], bits: Sequence[float]) -> str:
         f"</div><span>{round(x):+d} bits</span></div>"
         for name, x in zip(names, bits, strict=True)
     )
-    words = "how much likelier each document makes this, over the others alone"
+    words = "how much more likely each document makes this, given the other documents"
     return f'<div class="labels contributions">{draw_note(words)}{bars}</div>'
 
 

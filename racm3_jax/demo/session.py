@@ -151,22 +151,22 @@ class Session:
         settings = check_settings(settings)
         desk = self.search(desk, prompt, num_documents)
         settings["documents"] = [g.tokens for g in desk.given]
-        asked = (self.generator.text_to_image, desk.prompt)
-        yield from self.follow(desk, *asked, **settings)
+        arguments = (self.generator.text_to_image, desk.prompt)
+        yield from self.follow(desk, *arguments, **settings)
 
-    def answer(self, task: Callable, *asked: Any, **settings: Any) -> Any:
-        """What a task of the generator gives; one decode at a time."""
+    def answer(self, task: Callable, *arguments: Any, **settings: Any) -> Any:
+        """The result of a task of the generator; one decode at a time."""
         with self._decoding:
-            return task(*asked, **settings)
+            return task(*arguments, **settings)
 
     def follow(
-        self, desk: Desk, task: Callable, *asked: Any, **settings: Any
+        self, desk: Desk, task: Callable, *arguments: Any, **settings: Any
     ) -> Iterator[Stage]:
         """The stages of an image task, one decode at a time."""
         yield Stage(desk, [])
 
         def work(on_progress):
-            return self.answer(task, *asked, on_progress=on_progress, **settings)
+            return self.answer(task, *arguments, on_progress=on_progress, **settings)
 
         for part in run_in_stages(work):
             if isinstance(part, Progress):
@@ -234,11 +234,11 @@ class Session:
         region = grid.repeat(pixels, axis=0).repeat(pixels, axis=1)
         if follow is not None:
             desk, documents = Desk(given=tuple(follow)), [g.tokens for g in follow]
-            asked = (self.generator.edit, image, region, documents, prompt)
-            return self.follow(desk, *asked, **settings)
+            arguments = (self.generator.edit, image, region, documents, prompt)
+            return self.follow(desk, *arguments, **settings)
         settings["num_retrieved"] = 0 if self.memory is None else int(num_documents)
-        asked = (self.generator.infill, image, region, prompt)
-        return self.follow(Desk(), *asked, **settings)
+        arguments = (self.generator.infill, image, region, prompt)
+        return self.follow(Desk(), *arguments, **settings)
 
     def classify(
         self, image: Image | None, support: Sequence[tuple[Image, str]]
@@ -287,7 +287,7 @@ class Session:
 
     def _embed(self, query: str | Image) -> Float32[np.ndarray, "1 d_embed"]:
         embedder = self.generator.embedder
-        assert embedder is not None  # a retriever comes with one
+        assert embedder is not None  # required with a retriever
         if isinstance(query, str):
             return embedder.embed_texts([query])
         return embedder.embed_images([query])
@@ -369,7 +369,7 @@ def check_picture(image: Image | None) -> Image:
 
 
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Converts floats or None from the page to integers."""
+    """Converts floats and None from the page to integers."""
     settings = dict(settings)
     seed, num_samples = settings.get("seed", 0), settings.get("num_samples", 1)
     if seed is None:

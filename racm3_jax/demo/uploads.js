@@ -1,4 +1,4 @@
-// Files that will be refused are not sent; gradio's buttons would say nothing.
+// Files that would be refused are not sent, as gradio's buttons show no error.
 window.addEventListener(
   "change",
   (event) => {

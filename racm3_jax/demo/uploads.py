@@ -1,6 +1,6 @@
 """Uploads of visitors: in a private temporary folder with a total limit.
 
-    <temporary>/racm3_demo_x/   one folder a process, for its user only, locked by it
+    <temporary>/racm3_demo_x/   one folder per process, only for its user, locked by it
 
 It is deleted when the process ends, also by Ctrl-C or a signal. A killed process leaves
 its folder unlocked: the next demo deletes it.

@@ -1,8 +1,8 @@
-"""CIDEr-D, BLEU-1..4 and ROUGE-L, as the COCO caption evaluation computes them.
+"""CIDEr-D, BLEU-1..4 and ROUGE-L, as in the COCO caption evaluation.
 
 All three are functions of n-gram counts or common subsequences of words; the words are
 those of `treebank.tokenize_captions`. Equal to `pycocoevalcap`, quirks included: CIDEr-D
-takes a caption's length to be its number of *bigrams*, BLEU adds small constants.
+uses the number of *bigrams* as a caption's length, BLEU adds small constants.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Counts = collections.Counter[tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CaptionScores:
-    """Scores of a set of captions; of one caption each where the score has such a part.
+    """Scores of a set of captions, per caption where possible.
 
     Attributes:
       cider: CIDEr-D of every caption, 0..10; the set's score is its mean (papers print
         100 times that).
       rouge_l: of every caption, 0..1.
-      bleu_counts: of every caption, what BLEU sums before it divides: its length, the
-        closest reference's length, n-grams guessed and n-grams right for n = 1..4.
+      bleu_counts: of every caption, the counts that BLEU sums: its length, the closest
+        reference's length, all n-grams and matching n-grams for n = 1..4.
     """
 
     cider: Float64[np.ndarray, " captions"]
@@ -47,7 +47,7 @@ class CaptionScores:
     bleu_counts: Int[np.ndarray, "captions 10"]
 
     def means(self, rows: Int[np.ndarray, " rows"] | None = None) -> dict[str, float]:
-        """The set's scores by name, or those of the captions `rows` (for bootstrap)."""
+        """The scores of the set by name, or of the captions `rows` (for bootstrap)."""
         if rows is None:
             rows = np.arange(len(self.cider))
         bleu = compute_bleu(self.bleu_counts[rows].sum(0))
@@ -59,12 +59,12 @@ class CaptionScores:
 
 
 def strip_prefix(text: str, prefix: str) -> str:
-    """A caption without the words that its prompt began with.
+    """A caption without the prefix in its prompt.
 
     "Photo of a dog", "Photo of"  ->  "a dog"
 
-    No person begins a caption so: scoring these words as caption costs CIDEr-D. Case and
-    spaces do not matter; a caption that does not begin with the prefix stays as it is.
+    Reference captions do not begin with it, so scoring these words lowers CIDEr-D. Case
+    and spaces do not matter; a caption without the prefix is not changed.
     """
     words, start = text.split(), prefix.split()
     if not start or [w.lower() for w in words[: len(start)]] != [
@@ -77,11 +77,11 @@ def strip_prefix(text: str, prefix: str) -> str:
 def score_captions(
     candidates: Sequence[str], references: Sequence[Sequence[str]]
 ) -> CaptionScores:
-    """Tokenizes and scores one candidate an image.
+    """Tokenizes and scores one candidate per image.
 
     Args:
       candidates: the caption of each image.
-      references: the captions of people for the same images, in the same order. Document
+      references: the reference captions of the same images, in the same order. Document
         frequencies of CIDEr-D are counted over these, so a score depends on the set.
 
     Raises:
@@ -116,7 +116,7 @@ def _split(words: Words) -> Words:
 
 
 def count_ngrams(words: Words) -> Counts:
-    """How often each sequence of 1 to 4 words occurs."""
+    """Counts each sequence of 1 to 4 words."""
     return collections.Counter(
         tuple(words[i : i + n])
         for n in range(1, MAX_ORDER + 1)
@@ -127,7 +127,7 @@ def count_ngrams(words: Words) -> Counts:
 def compute_cider(
     candidates: Sequence[Words], references: Sequence[Sequence[Words]]
 ) -> Float64[np.ndarray, " images"]:
-    """CIDEr-D of every image (arXiv 1411.5726, section 5), times 10 as the tool does.
+    """CIDEr-D of every image (arXiv 1411.5726, section 5), times 10 as in the tool.
 
     The mean over references and n of the clipped cosine similarity of tf-idf vectors of
     n-grams, times a Gaussian of the difference in length. With a single image all idf
@@ -170,7 +170,7 @@ def compute_cider(
 
 
 def bleu_counts(candidate: Words, references: Sequence[Words]) -> list[int]:
-    """What BLEU adds up over images (see `CaptionScores.bleu_counts`)."""
+    """The counts that BLEU sums over images (see `CaptionScores.bleu_counts`)."""
     counts, highest = count_ngrams(candidate), collections.Counter()
     for reference in references:
         highest |= count_ngrams(reference)
@@ -231,8 +231,8 @@ def score_with_java(
     """METEOR and SPICE of every caption by the original programs, Java archives.
 
     Returns:
-      {"meteor": ..., "spice": ...}, or less where Java, `pycocoevalcap` or SPICE's parser
-      is missing: all are optional, and a result without them is better than none.
+      {"meteor": ..., "spice": ...}, or fewer where Java, `pycocoevalcap` or SPICE's parser
+      is missing: all are optional.
     """
     package = importlib.util.find_spec("pycocoevalcap")
     if not shutil.which("java") or package is None:
@@ -257,7 +257,7 @@ def score_with_java(
         from pycocoevalcap.spice.spice import Spice  # pyright: ignore
 
         _, spices = Spice().compute_score(wanted, given)
-        # A caption in which neither side says anything has no score.
+        # Where neither side has any tuples, there is no score.
         values = [float(score["All"]["f"]) for score in spices]
         scores["spice"] = np.nan_to_num(np.array(values, np.float64))
     return scores

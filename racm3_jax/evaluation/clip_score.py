@@ -1,4 +1,4 @@
-"""CLIPScore: does the picture show what the text says, by a CLIP that did not choose it."""
+"""CLIPScore: does the image match the text, by a CLIP that did not choose it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class CLIPScorer:
     """CLIPScore (arXiv 2104.08718): 2.5 × max(cos(image, text), 0).
 
     Attributes:
-      embedder: the judge. The model that retrieved or re-ranked the pictures favours its
-        own choices; the results must say so when it judges them (`settings`).
+      embedder: the CLIP. If it also retrieved or re-ranked the images, it favours its own
+        choices; the results must say so (`settings`).
       prompt: text before every caption, as in the paper.
     """
 
@@ -51,7 +51,7 @@ class CLIPScorer:
         )
 
     def settings(self, retrieval: DocumentEmbedder | None) -> dict[str, Any]:
-        """What the scores depend on, for results.
+        """The settings of the scores, for results.
 
         Args:
           retrieval: the model that retrieves and re-ranks, or None without one.
@@ -76,7 +76,7 @@ def score_embeddings(
 def embed_any_size(
     embedder: DocumentEmbedder, images: Sequence[UInt8[np.ndarray, "height width 3"]]
 ) -> Float32[np.ndarray, "images d_embed"]:
-    """Embeds images whose sizes differ: also the features of CLIP-FID."""
+    """Embeds images of any sizes; also the features of CLIP-FID."""
     return embedder.embed_images(list(images))
 
 
@@ -84,7 +84,7 @@ def embed_any_size(
 class CLIPFeatures:
     """CLIP's image embeddings as the features of a Fréchet distance (CLIP-FID).
 
-    Source: arXiv 2203.06026. It moves with what CLIP sees, where FID moves with texture.
+    Source: arXiv 2203.06026. It depends on content, where FID depends on texture.
     """
 
     embedder: DocumentEmbedder
@@ -96,5 +96,5 @@ class CLIPFeatures:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the features depend on."""
+        """The settings of the features."""
         return {"network": "clip", "weights": self.embedder.fingerprint()}

@@ -1,11 +1,11 @@
-"""MS-COCO in its own layout, and the fixed lists of images that are evaluated.
+"""MS-COCO in its original layout, and the fixed lists of test images.
 
     coco/annotations/captions_val2014.json     {"images": […], "annotations": […]}
     coco/val2014/COCO_val2014_000000391895.jpg
     coco/dataset_coco.json                     the Karpathy splits, for captioning
 
-A list is chosen by sha256 of what COCO numbers: the same on every machine, with no seed
-and in whatever order the files are.
+A list is chosen by sha256 of COCO's numbers: the same on every machine, without a seed and
+independent of the order of the files.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class CocoItem:
     Attributes:
       image_id: COCO's number of the image.
       path: of its file.
-      caption: the one that is drawn.
-      captions: all of its captions, which a caption is compared with.
+      caption: the prompt for text to image.
+      captions: all of its captions, the references of captioning.
     """
 
     image_id: int
@@ -41,11 +41,11 @@ class CocoItem:
     captions: tuple[str, ...]
 
     def read(self, size: int) -> Any:
-        """Its pixels: the largest centred square, bicubic, uint8[size, size, 3]."""
+        """The pixels: the largest centred square, bicubic, uint8[size, size, 3]."""
         return resize_image(read_image(self.path), size)
 
     def document(self, size: int) -> Document:
-        """Its caption and its image, as a document that is scored."""
+        """Caption and image, as a document."""
         segments = (Segment(text=self.caption), Segment(image=self.read(size)))
         return Document(f"coco-{self.image_id}", segments)
 
@@ -53,12 +53,12 @@ class CocoItem:
 def read_coco(
     directory: str | os.PathLike[str], split: str = "val2014"
 ) -> list[CocoItem]:
-    """All images of a split that have captions; one caption of each is drawn.
+    """All images of a split that have captions; one caption of each is the prompt.
 
-    The drawn caption is the one whose number has the smallest sha256.
+    The prompt is the caption whose number has the smallest sha256.
 
     Raises:
-      ValueError: no such folder, or a file that is not COCO's.
+      ValueError: no such folder, or a file that is not from COCO.
     """
     directory = Path(directory)
     record = _read_json(directory / "annotations" / f"captions_{split}.json")
@@ -104,7 +104,7 @@ def choose_items(items: Sequence[CocoItem], count: int) -> list[CocoItem]:
     """The first `count` images by sha256 of their number.
 
     Raises:
-      ValueError: if there are not so many.
+      ValueError: if there are fewer.
     """
     if not 1 <= count <= len(items):
         raise ValueError(
@@ -115,7 +115,7 @@ def choose_items(items: Sequence[CocoItem], count: int) -> list[CocoItem]:
 
 
 def fingerprint_items(items: Sequence[CocoItem]) -> str:
-    """Equal for equal lists: numbers, captions and their order (not the pixels)."""
+    """A fingerprint of numbers, captions and their order (not the pixels)."""
     content = [[item.image_id, item.caption, *item.captions] for item in items]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

@@ -1,15 +1,15 @@
-"""The suite of MS-COCO: 30,000 captions are drawn, or the Karpathy test images captioned.
+"""The suite of MS-COCO: images for 30,000 captions, or captions of the Karpathy test images.
 
-    text_to_image   drawn and real images are compared
-    captioning      captions and references are compared
+    text_to_image   compares generated and real images
+    captioning      compares captions and references
 
 Every figure is reported next to the same figure of
 
-    no_retrieval    the same model with nothing before the prompt
-    copy            the top retrieved document's own image or caption
-    random          documents that have nothing to do with the prompt
+    no_retrieval    the same model without documents
+    copy            the image or caption of the top retrieved document
+    random          random documents, unrelated to the prompt
 
-Images of the memory that are nearly test images are never retrieved, and counted.
+Near-duplicates of test images in the memory are never retrieved; the suite counts them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ REAL = "real"
 
 
 class CocoSuite(Suite):
-    """Its models and its list of images.
+    """The models and the list of images.
 
     Attributes:
       settings: as given.
       reference: chunks of the real images.
-      num_purged: images of the memory that are nearly test images.
+      num_purged: near-duplicates of test images in the memory.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class CocoSuite(Suite):
         Args:
           generator: with a memory.
           items: the fixed list.
-          settings: how.
+          settings: of the suite.
           workdir: see `Suite`.
-          extractors: networks of the Fréchet distances, by the name they have in results.
+          extractors: networks of the Fréchet distances, by their names in results.
           scorer: of CLIPScore.
-          reference: folder of what is computed of the real images, which runs may share;
-            None puts it into the work directory.
+          reference: folder for the features of the real images, which runs may share;
+            None is the work directory.
           **process: see `Suite`.
 
         Raises:
@@ -104,10 +104,9 @@ class CocoSuite(Suite):
         )
 
     def _open_reference(self, folder: Path) -> Parts:
-        """What is computed of the real images, in a folder named by all it depends on.
+        """Opens the features of the real images, in a folder named by their settings.
 
-        Runs of other models, memories and samplings find it there and do not compute it
-        again.
+        Runs with other models, memories and sampling settings reuse them.
         """
         scorer = self.record["clip_score"] or {}
         depends_on = {
@@ -125,30 +124,30 @@ class CocoSuite(Suite):
     def judge(
         self, images: Sequence[np.ndarray], captions: Sequence[str]
     ) -> Mapping[str, np.ndarray]:
-        """What real images are compared by, one row an image."""
+        """The features for comparing real images, one row per image."""
         raise NotImplementedError
 
     def compute(self, variant: str, items: range, device: Any) -> Arrays:
-        """What a variant makes of some items."""
+        """The outputs of a variant for some items."""
         raise NotImplementedError
 
     def score(self, made: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Figures of what a variant made."""
+        """Figures of a variant's outputs."""
         raise NotImplementedError
 
     def show(self, variant: str, i: int, made: Mapping[str, np.ndarray]) -> Panel:
-        """What a variant made of an item, to look at."""
+        """A variant's output for an item, for the sheet."""
         raise NotImplementedError
 
     def stages(self) -> list[Stage]:
-        """One a variant."""
+        """One stage per variant."""
         return [
             Stage(variant, self.parts, functools.partial(self.compute, variant))
             for variant in self.settings.variants
         ]
 
     def figures(self) -> dict[str, Any]:
-        """Of every variant, by "variant/name"."""
+        """The figures of every variant, by "variant/name"."""
         results: dict[str, Any] = {"num_near_duplicates_purged": self.num_purged}
         for variant in self.settings.variants:
             found = self.score(self.parts.load(variant))
@@ -156,14 +155,14 @@ class CocoSuite(Suite):
         return results
 
     def format_table(self, results: Mapping[str, Any]) -> str:
-        """One row a figure, one column a variant."""
+        """One row per figure, one column per variant."""
         title = f"{self.settings.task}, {len(self.items)} images"
         lines = format_variants(title, self.settings.variants, results)
         lines.append(f"\nnear-duplicates purged from the memory: {self.num_purged}")
         return "\n".join(lines)
 
     def write_images(self) -> None:
-        """Caption | the real image | what each variant made."""
+        """Caption | the real image | the output of each variant."""
         made = {v: self.parts.load(v) for v in self.settings.variants}
         rows = []
         for i, item in enumerate(self.items[: self.settings.num_sheet_rows]):
@@ -175,7 +174,7 @@ class CocoSuite(Suite):
             save_sheet(path, ("caption", "real", *self.settings.variants), rows)
 
     def mean(self, name: str, values: np.ndarray) -> dict[str, Estimate]:
-        """With its interval, by its name."""
+        """The mean with its interval, by name."""
         return bootstrap(
             lambda rows: {name: float(values[rows].mean(dtype=np.float64))},
             len(values),
@@ -205,7 +204,7 @@ class CocoSuite(Suite):
         return embedder
 
     def sampling(self, variant: str, items: range) -> dict[str, Any]:
-        """How a variant samples some items."""
+        """The sampling arguments of a variant for some items."""
         settings = self.settings
         alone = variant == "no_retrieval"
         return {
@@ -217,7 +216,7 @@ class CocoSuite(Suite):
         }
 
     def rows(self, found: Sequence[Retrieved]) -> dict[str, np.ndarray]:
-        """The rows of the memory that stood before each item."""
+        """The rows of the memory before each item."""
         width = self.settings.num_retrieved
         return {"retrieved": stack_rows([f.ids.tolist() for f in found], width)}
 

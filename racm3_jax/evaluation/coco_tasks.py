@@ -1,4 +1,4 @@
-"""COCO's captions drawn, and its images captioned: what each task adds to `CocoSuite`."""
+"""Text to image and captioning on COCO: the parts that each task adds to `CocoSuite`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from racm3_jax.evaluation.pictures import BLANK, Panel, memory_panels
 
 
 class CocoDrawing(CocoSuite):
-    """Fréchet distances and CLIPScores of drawn images."""
+    """Fréchet distances and CLIPScores of generated images."""
 
     def compute(self, variant: str, items: range, device: Any) -> Arrays:
-        """Draws the captions, or copies the images of what they retrieve."""
+        """Generates images of the captions, or copies the images of retrieved documents."""
         captions = [self.items[i].caption for i in items]
         paths = [self.image_path(variant, i) for i in items]
         own_files.check(*paths, change="give another --workdir")
@@ -53,7 +53,7 @@ class CocoDrawing(CocoSuite):
         return found
 
     def figures(self) -> dict[str, Any]:
-        """Those of the real images as well."""
+        """The figures, also of the real images."""
         real = self.reference.load(REAL)
         found = {}
         if "clip_score" in real:
@@ -66,7 +66,7 @@ class CocoDrawing(CocoSuite):
         figures: dict[str, Any] = {}
         for name, extractor in self.extractors.items():
             key = f"features_{name}"
-            # Next to the chunks that they sum up, in the folder that runs may share.
+            # Next to the chunks that they summarise, in the folder that runs may share.
             path = self.reference.workdir / f"statistics_{name}.npz"
             about = {**extractor.settings, "pixels": self.facts["pixels"]}
             figures |= compute_distances(
@@ -82,11 +82,11 @@ class CocoDrawing(CocoSuite):
         return figures
 
     def show(self, variant: str, i: int, made: Mapping[str, np.ndarray]) -> Panel:
-        """The image that was drawn."""
+        """The generated image."""
         return Panel(read_image(self.image_path(variant, i)))
 
     def image_path(self, variant: str, position: int) -> Path:
-        """Where the picture that was drawn for an item is kept."""
+        """The path of the generated image of an item."""
         name = f"{self.items[position].image_id}.png"
         return self.parts.workdir / "images" / variant / name
 
@@ -95,7 +95,7 @@ class CocoCaptioning(CocoSuite):
     """CIDEr-D and the other scores of captions."""
 
     def compute(self, variant: str, items: range, device: Any) -> Arrays:
-        """Captions the images, or copies the texts of what they retrieve."""
+        """Captions the images, or copies the texts of retrieved documents."""
         images = [self.items[i].read(self.settings.image_size) for i in items]
         if variant == "copy":
             queries = self.embedder(device).embed_images(np.stack(images))
@@ -117,11 +117,11 @@ class CocoCaptioning(CocoSuite):
     def judge(
         self, images: Sequence[np.ndarray], captions: Sequence[str]
     ) -> Mapping[str, np.ndarray]:
-        """Nothing: images are not compared."""
+        """No features: images are not compared."""
         return {}
 
     def score(self, made: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Scores of captions. The prompt's words are none, also where a copied one has them."""
+        """Scores of captions, without the prompt's words, also in copied captions."""
         prefix = self.settings.prefix
         texts = [strip_prefix(text, prefix) for text in made["text"].tolist()]
         references = [item.captions for item in self.items]
@@ -136,7 +136,7 @@ class CocoCaptioning(CocoSuite):
         return figures
 
     def show(self, variant: str, i: int, made: Mapping[str, np.ndarray]) -> Panel:
-        """The caption, under the first document that was retrieved."""
+        """The caption, under the first retrieved document."""
         memory = self.retrievers["retrieval"].memory
         found = memory_panels(memory, self.tokenizer, made["retrieved"][i, :1])
         return Panel(found[0].image if found else BLANK, str(made["text"][i]))

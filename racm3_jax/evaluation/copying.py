@@ -1,12 +1,13 @@
-"""Copying the top retrieved document, as a likelihood: the baseline that needs no model.
+"""Copying the top retrieved document, as a likelihood: a baseline without a model.
 
-Each token is the one at the same place of the retrieved document with the share m
-with which that is so in the test set, and any other token alike:
+Each token is the one at the same position of the retrieved document with probability m,
+the frequency of such matches in the test set, and any other token otherwise:
 
     retrieved   7 7 3 9        nats   -log m              where they agree
     document    7 1 3 9               -log (1-m)/(V-1)    elsewhere, of V tokens
 
-m is fitted on the test set itself, for text and images apart, in the baseline's favour.
+m is fitted on the test set itself, separately for text and images, which favours the
+baseline.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MODALITIES: tuple[Modality, ...] = ("text", "image")
 
 
 class CopyCounts(NamedTuple):
-    """Of each document: its tokens, those that are in the retrieved one too, its images."""
+    """Of each document: its tokens, those equal to the retrieved one's, its images."""
 
     text_tokens: Int[np.ndarray, " documents"]
     text_right: Int[np.ndarray, " documents"]
@@ -38,10 +39,10 @@ def count_copied(
     documents: Sequence[TokenizedDocument],
     retrieved: Sequence[Sequence[TokenizedDocument]],
 ) -> CopyCounts:
-    """Compares each document with the first one that was retrieved for it, if any.
+    """Compares each document with the first one retrieved for it, if any.
 
-    The n-th text is compared with the n-th text, the n-th image with the n-th image; what
-    is longer than its counterpart counts as not copied.
+    The n-th text is compared with the n-th text, the n-th image with the n-th image; tokens
+    beyond the end of the counterpart count as not copied.
     """
     rows = []
     for document, found in zip(documents, retrieved, strict=True):
@@ -65,13 +66,13 @@ def _tokens(document: TokenizedDocument, modality: Modality) -> list[np.ndarray]
 def compute_copy_sums(
     counts: Mapping[str, Int[np.ndarray, " documents"]], vocab: Vocab
 ) -> ModalitySums:
-    """The nats of every document, from `CopyCounts` by the names of its columns."""
+    """The nats of every document, from the columns of `CopyCounts`."""
 
-    def nats(modality: Modality, num_ids: int) -> Float64[np.ndarray, " documents"]:
+    def nats(modality: Modality, num_tokens: int) -> Float64[np.ndarray, " documents"]:
         right, total = counts[f"{modality}_right"], counts[f"{modality}_tokens"]
-        share = right.sum() / max(1, total.sum())
-        hit = -np.log(share) if share > 0 else 0.0
-        miss = np.log(num_ids - 1) - np.log1p(-share) if share < 1 else 0.0
+        m = right.sum() / max(1, total.sum())
+        hit = -np.log(m) if m > 0 else 0.0
+        miss = np.log(num_tokens - 1) - np.log1p(-m) if m < 1 else 0.0
         return right * hit + (total - right) * miss
 
     return ModalitySums(
@@ -84,7 +85,7 @@ def compute_copy_sums(
 
 
 def read_likelihoods(columns: Mapping[str, np.ndarray], vocab: Vocab) -> Likelihoods:
-    """Of the columns that a suite keeps: `ModalitySums`, or `CopyCounts` of a copy."""
+    """Reads a suite's columns: `ModalitySums`, or `CopyCounts` of the copy baseline."""
     values = dict(columns)
     retrieved = values.pop("retrieved")
     is_copy = "text_right" in values

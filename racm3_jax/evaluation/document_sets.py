@@ -1,4 +1,4 @@
-"""Which documents a suite is run on."""
+"""The documents of a suite."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from racm3_jax.types import Document
 
 @dataclasses.dataclass(frozen=True)
 class ShotPool:
-    """Documents with an image, and the names of their classes, for k-shot questions."""
+    """Documents with an image and their class names, for k-shot questions."""
 
     documents: Sequence[Document]
     classes: Sequence[str]
 
 
 def choose_documents(documents: Sequence[Document], count: int) -> list[Document]:
-    """The first `count` documents by sha256 of their id; 0 is all, in their order.
+    """The first `count` documents by sha256 of their id; 0 is all, in the given order.
 
     Raises:
-      ValueError: if there are not so many.
+      ValueError: if there are fewer.
     """
     if not count:
         return list(documents)
@@ -36,11 +36,11 @@ def choose_documents(documents: Sequence[Document], count: int) -> list[Document
 
 
 def choose_pool(documents: Sequence[Document], class_key: str) -> ShotPool | None:
-    """The documents that have an image and a class; None where none has.
+    """The documents with an image and a class; None if there are none.
 
     Args:
       documents: to choose from.
-      class_key: the metadata that names a document's class; "" for none.
+      class_key: the metadata key of a document's class; "" for none.
     """
     kept = [d for d in documents if d.images and d.metadata.get(class_key)]
     if not kept:

@@ -1,4 +1,4 @@
-"""How far drawn images are from real ones: KID, precision, recall, and all distances."""
+"""Distances of generated images from real ones: KID, precision, recall, and all others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _BLOCK = 1024
 
 
 class KernelDistance(NamedTuple):
-    """KID with the spread of its subsets."""
+    """KID with the standard deviation over its subsets."""
 
     value: float
     standard_deviation: float
 
 
 class Coverage(NamedTuple):
-    """Share of drawn images near real ones, and of real ones near drawn ones."""
+    """Fraction of generated images near real ones, and of real ones near generated ones."""
 
     precision: float
     recall: float
@@ -31,7 +31,7 @@ class Coverage(NamedTuple):
 
 def kernel_distance(
     real: Float[np.ndarray, "real d"],
-    drawn: Float[np.ndarray, "drawn d"],
+    generated: Float[np.ndarray, "generated d"],
     *,
     num_subsets: int = 100,
     subset_size: int = 1000,
@@ -39,21 +39,21 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID (arXiv 1801.01401): the unbiased squared MMD with the kernel (x·y/d + 1)^3.
 
-    Mean and standard deviation over subsets drawn without replacement; a set smaller than
-    `subset_size` gives subsets of its own size. Multiply by 1000 to compare with papers.
+    Mean and standard deviation over subsets sampled without replacement; a set smaller
+    than `subset_size` gives subsets of its own size. Times 1000 to compare with papers.
 
     Raises:
-      ValueError: for fewer than 2 images on a side.
+      ValueError: for fewer than 2 images in either set.
     """
-    _check(real, drawn)
-    size = min(subset_size, len(real), len(drawn))
-    if size == len(real) == len(drawn):
+    _check(real, generated)
+    size = min(subset_size, len(real), len(generated))
+    if size == len(real) == len(generated):
         num_subsets = 1  # all subsets would be the same
     rng = np.random.default_rng(seed)
     values = [
         _squared_mmd(
             real[rng.choice(len(real), size, replace=False)],
-            drawn[rng.choice(len(drawn), size, replace=False)],
+            generated[rng.choice(len(generated), size, replace=False)],
         )
         for _ in range(num_subsets)
     ]
@@ -77,7 +77,7 @@ def _squared_mmd(
 
 def precision_and_recall(
     real: Float[np.ndarray, "real d"],
-    drawn: Float[np.ndarray, "drawn d"],
+    generated: Float[np.ndarray, "generated d"],
     *,
     num_neighbours: int = 3,
 ) -> Coverage:
@@ -89,11 +89,11 @@ def precision_and_recall(
     Raises:
       ValueError: for a set with no more than `num_neighbours` images.
     """
-    _check(real, drawn, num_neighbours + 1)
-    real, drawn = np.asarray(real, np.float64), np.asarray(drawn, np.float64)
+    _check(real, generated, num_neighbours + 1)
+    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
     return Coverage(
-        float(_covered(drawn, real, num_neighbours).mean()),
-        float(_covered(real, drawn, num_neighbours).mean()),
+        float(_covered(generated, real, num_neighbours).mean()),
+        float(_covered(real, generated, num_neighbours).mean()),
     )
 
 
@@ -122,11 +122,11 @@ def _squared_distances(
     return np.maximum(squares, 0)
 
 
-def _check(real: np.ndarray, drawn: np.ndarray, least: int = 2) -> None:
-    if len(real) < least or len(drawn) < least:
+def _check(real: np.ndarray, generated: np.ndarray, least: int = 2) -> None:
+    if len(real) < least or len(generated) < least:
         raise ValueError(
-            f"at least {least} images a side are needed; got {len(real)} real and "
-            f"{len(drawn)} drawn"
+            f"each set needs at least {least} images; got {len(real)} real and "
+            f"{len(generated)} generated"
         )
 
 
@@ -136,19 +136,19 @@ class FeatureExtractor(Protocol):
     def __call__(
         self, images: Sequence[UInt8[np.ndarray, "height width 3"]]
     ) -> Float32[np.ndarray, "images d"]:
-        """One row an image."""
+        """One row per image."""
         ...
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the features depend on."""
+        """The settings of the features."""
         ...
 
 
 def open_statistics(
     path: Path, about: Mapping[str, Any], real: Float32[np.ndarray, "real d"]
 ) -> FeatureStatistics:
-    """Of the real images: the saved ones where they are of these pixels and network.
+    """Statistics of the real images: saved ones, if of these pixels and this network.
 
     Raises:
       ValueError: a damaged file, or one of other pixels or another network.
@@ -164,38 +164,38 @@ def compute_distances(
     name: str,
     reference: FeatureStatistics,
     real: Float32[np.ndarray, "real d"],
-    drawn: Float32[np.ndarray, "drawn d"],
+    generated: Float32[np.ndarray, "generated d"],
     *,
     num_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
     """The Fréchet distance with its interval, KID, precision and recall.
 
-    The real images are the fixed reference, so that only the drawn ones are resampled. A
-    resample repeats images, which raises a Fréchet distance: the interval shows the
-    spread of the figure and may be above it.
+    The real images are a fixed reference: only the generated ones are resampled. A
+    resample repeats images, which increases a Fréchet distance: the interval shows the
+    variance of the figure and may be above it.
 
     Args:
-      name: of the network, begins the figures' names.
+      name: of the network, the prefix of the figures' names.
       reference: statistics of `real`.
       real: features of the real images.
-      drawn: of the generated ones.
+      generated: features of the generated ones.
       num_resamples: of the interval.
       seed: of the resamples.
     """
 
     def distance(rows: Int[np.ndarray, " rows"]) -> dict[str, float]:
-        found = FeatureStatistics.of(drawn[rows])
+        found = FeatureStatistics.of(generated[rows])
         return {f"{name}_frechet": frechet_distance(reference, found)}
 
     figures: dict[str, Any] = dict(
-        bootstrap(distance, len(drawn), num_resamples=num_resamples, seed=seed)
+        bootstrap(distance, len(generated), num_resamples=num_resamples, seed=seed)
     )
-    kernel = kernel_distance(real, drawn, seed=seed)
+    kernel = kernel_distance(real, generated, seed=seed)
     figures[f"{name}_kernel"] = kernel.value
     figures[f"{name}_kernel_deviation"] = kernel.standard_deviation
-    if min(len(real), len(drawn)) > 3:
-        coverage = precision_and_recall(real, drawn)
+    if min(len(real), len(generated)) > 3:
+        coverage = precision_and_recall(real, generated)
         figures[f"{name}_precision"] = coverage.precision
         figures[f"{name}_recall"] = coverage.recall
     return figures

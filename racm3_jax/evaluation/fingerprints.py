@@ -1,4 +1,4 @@
-"""What figures depend on, in a few characters: documents, models, memories."""
+"""Short fingerprints of documents, models and memories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from racm3_jax.types import Document
 
 
 def describe_documents(documents: Sequence[Document]) -> dict[str, Any]:
-    """Equal for equal texts and pixels in the same order."""
+    """A fingerprint of texts and pixels, in order."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(json.dumps([document.id, document.source]).encode())
@@ -48,7 +48,7 @@ def describe_generator(generator: Generator) -> dict[str, Any]:
 
 
 def describe_memory(retriever: Retriever) -> dict[str, Any]:
-    """What results depend on: the content, what was removed from it, the strategy."""
+    """Content, removals and strategy, on which results depend."""
     allowed = np.ascontiguousarray(retriever.memory.allowed_ids())
     return {
         "fingerprint": retriever.memory.fingerprint(),
@@ -59,7 +59,7 @@ def describe_memory(retriever: Retriever) -> dict[str, Any]:
 
 
 def fingerprint_params(generator: Generator) -> str:
-    """Equal for models with equal parameters and shapes."""
+    """A fingerprint of parameters and shapes."""
     digest = hashlib.sha256(str(generator.model.config).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(generator.params):
         digest.update(jax.tree_util.keystr(path).encode())

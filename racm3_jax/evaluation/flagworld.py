@@ -1,8 +1,7 @@
-"""The flagworld suite: is what was retrieved read, drawn and named?
+"""The flagworld suite: does the model use retrieved flags and names?
 
 Every figure is over held-out nations, which no model was trained on, with free-running
-sampling. A nation's reserved scenes, in which the memory never shows it, are the ones
-asked for.
+sampling. The tests are a nation's reserved scenes, in which the memory never shows it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from racm3_jax.evaluation.settings import FlagworldSettings
 from racm3_jax.evaluation.suite import Stage, Suite, format_rows, keep_outputs
 from racm3_jax.generation.tasks import Generator
 
-# Where the right one of two documents is.
+# Position of the right one of two documents.
 READING_ORDERS = {"right_first": 0, "right_last": -1}
 _TITLES = {
     "draw_flag": "generated flag is the right nation's",
@@ -40,7 +39,7 @@ _UNTITLED = (
 
 
 class FlagworldSuite(Suite):
-    """Its models and judges. A stage is one chunk: batches as large as the devices take."""
+    """Models and judges. A stage is one chunk: batches as large as the devices allow."""
 
     def __init__(
         self,
@@ -61,15 +60,15 @@ class FlagworldSuite(Suite):
 
         Args:
           generator: the retrieval-augmented model with its memory.
-          twin: the model trained without retrieval, or None to leave it out.
-          swapped: the same model over a memory whose held-out flags are exchanged.
+          twin: the baseline without retrieval, or None to leave it out.
+          swapped: the same model with a memory whose held-out flags are swapped.
           judge: of the world.
-          swapped_judge: of the world with exchanged flags.
+          swapped_judge: of the world with swapped flags.
           settings: of the sampling.
           workdir: see `Suite`.
           record: see `Suite`.
           questions: with a right and a wrong document, of `settings.num_reading`.
-          num_sheet_rows: of the picture sheet.
+          num_sheet_rows: of the image sheet.
           **process: see `Suite`.
         """
         super().__init__(workdir, record, len(judge.tests), len(judge.tests), **process)
@@ -80,7 +79,7 @@ class FlagworldSuite(Suite):
         self._question_parts = Parts(workdir, count, max(1, count), self.record)
 
     def stages(self) -> list[Stage]:
-        """Drawings and captions with and without retrieval; then the questions."""
+        """Images and captions with and without retrieval; then the questions."""
         own, twin, settings = self.generator, self.twin, self.settings
         judge, guidance = self.judge, settings.guidance
         stages = []
@@ -136,7 +135,7 @@ class FlagworldSuite(Suite):
         return results | self.count_shares() | {"seconds": self.read_seconds()}
 
     def format_table(self, results: Mapping[str, Any]) -> str:
-        """The figures as the README shows them."""
+        """The figures as in the README."""
         total = results["retrieval/draw_flag"].total
         methods = ("retrieval", "twin", "copy")
         headings = ("with retrieval", "no retrieval", "copy retrieved")
@@ -164,18 +163,18 @@ class FlagworldSuite(Suite):
         return "\n".join(format_rows([f"{total} held-out nations", *headings], rows))
 
     def write_images(self) -> None:
-        """`samples.png`: prompt | retrieved documents | drawn with retrieval | without."""
+        """`samples.png`: prompt | retrieved | generated with retrieval | without."""
         if self.twin is None or not self._num_sheet_rows:
             return
-        drawn, plain = self.parts.load("draw"), self.parts.load("twin_draw")
+        with_retrieval, plain = self.parts.load("draw"), self.parts.load("twin_draw")
         assert self.generator.retriever is not None  # it is the one with a memory
         memory, tokenizer = self.generator.retriever.memory, self.generator.tokenizer
         rows = []
         for i in range(min(self._num_sheet_rows, len(plain["images"]))):
-            found, scores = drawn["retrieved"][i], drawn["scores"][i]
+            found, scores = with_retrieval["retrieved"][i], with_retrieval["scores"][i]
             panels = memory_panels(memory, tokenizer, found, scores)
-            images = drawn["images"][i], plain["images"][i]
-            rows.append((str(drawn["prompt"][i]), panels, *images))
+            images = with_retrieval["images"][i], plain["images"][i]
+            rows.append((str(with_retrieval["prompt"][i]), panels, *images))
         path = self.parts.workdir / "samples.png"
         save_comparison(path, rows)
 
@@ -187,9 +186,9 @@ class FlagworldSuite(Suite):
         items: range,
         device: Any,
     ) -> Arrays:
-        """Draws every test caption once and judges the pictures.
+        """Generates one image of every test caption and judges it.
 
-        Without retrieval (None) there are no documents to guide by.
+        Without retrieval (None) there is no guidance by documents.
         """
         del items, device
         outputs = generator.text_to_image_batch(
@@ -212,7 +211,7 @@ class FlagworldSuite(Suite):
     def _caption(
         self, generator: Generator, candidates: int | None, items: range, device: Any
     ) -> Arrays:
-        """Captions every test picture once and judges the names; None is no retrieval."""
+        """Captions every test image once and judges the names; None is no retrieval."""
         del items, device
         settings, alone = self.settings, candidates is None
         outputs = generator.caption_batch(

@@ -1,4 +1,4 @@
-"""Who says whether what a model drew and wrote of flagworld is right."""
+"""Judges whether images and captions of flagworld are right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float32, UInt8
 from racm3_jax.documents.flagworld import FlagIdentifier, FlagworldConfig, make_nations
 from racm3_jax.types import Document, GenerationOutput
 
-_CELLS = 16  # pictures are averaged to 16x16 cells: scenes are coarse
+_CELLS = 16  # images are averaged to 16x16 cells: scenes are coarse
 _NUM_FEATURES = 1500
 _RIDGE = 3.0
 
@@ -28,7 +28,7 @@ def _cell_means(
 class SceneClassifier:
     """Ridge regression on random ReLU features of a 16x16 thumbnail.
 
-    Deterministic; fits in about a second on some thousand 64x64 pictures.
+    Deterministic; fits in about a second on some thousand 64x64 images.
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class SceneClassifier:
         """Fits the classifier.
 
         Args:
-          images: training pictures; sides are multiples of 16.
-          scenes: the scene of each picture.
+          images: training images; sides are multiples of 16.
+          scenes: the scene of each image.
           seed: of the random features.
 
         Raises:
           ValueError: if the lengths differ or the sides do not divide.
         """
         if len(images) != len(scenes):
-            raise ValueError(f"{len(images)} pictures but {len(scenes)} scenes")
+            raise ValueError(f"{len(images)} images but {len(scenes)} scenes")
         if images.shape[1] % _CELLS or images.shape[2] % _CELLS:
             raise ValueError(
-                f"picture sides must be multiples of {_CELLS}; got {images.shape[1:3]}"
+                f"image sides must be multiples of {_CELLS}; got {images.shape[1:3]}"
             )
         self.scenes = tuple(sorted(set(scenes)))
         cells = _cell_means(images)
@@ -72,34 +72,34 @@ class SceneClassifier:
         return np.concatenate([cells, hidden, np.ones((len(cells), 1))], axis=1)
 
     def classify(self, images: UInt8[np.ndarray, "images height width 3"]) -> list[str]:
-        """The most likely scene of each picture."""
+        """The most likely scene of each image."""
         scores = self._features(_cell_means(images)) @ self._weights
         return [self.scenes[i] for i in scores.argmax(1)]
 
 
 class FlagworldJudge:
-    """Says whether pictures and captions are right; knows the world, no model.
+    """Judges images and captions from the world's definition, without a model.
 
     Args:
-      world: the world that the prompts come from.
+      world: the world of the prompts.
       tests: its "heldout_test" documents.
-      training_pictures, training_scenes: what the scene classifier learns from.
+      training_images, training_scenes: for the scene classifier.
     """
 
     def __init__(
         self,
         world: FlagworldConfig,
         tests: Sequence[Document],
-        training_pictures: np.ndarray,
+        training_images: np.ndarray,
         training_scenes: Sequence[str],
     ) -> None:
         self.tests = tests
         self.nations = make_nations(world, "heldout")
         self._identifier = FlagIdentifier(self.nations)
-        self._scenes = SceneClassifier(training_pictures, training_scenes)
+        self._scenes = SceneClassifier(training_images, training_scenes)
 
     def flag_verdicts(self, images: Sequence[np.ndarray]) -> list[bool]:
-        """Is the flag the asked nation's, among all held-out designs?"""
+        """Is the flag the requested nation's, among all held-out designs?"""
         found = self._identifier.identify(list(images))
         return [
             nation.name == test.metadata["nation"]
@@ -107,7 +107,7 @@ class FlagworldJudge:
         ]
 
     def scene_verdicts(self, images: Sequence[np.ndarray]) -> list[bool]:
-        """Is the scene the asked one?"""
+        """Is the scene the requested one?"""
         found = self._scenes.classify(np.stack(images))
         return [
             scene == test.metadata["scene"]
@@ -122,7 +122,7 @@ class FlagworldJudge:
         ]
 
     def retrieval_verdicts(self, outputs: Sequence[GenerationOutput]) -> list[bool]:
-        """Is a document of the right nation among those that were retrieved?"""
+        """Is a document of the right nation among the retrieved ones?"""
         return [
             any(
                 document.metadata["nation"] == test.metadata["nation"]

@@ -1,22 +1,22 @@
-"""The other tasks on flagworld: infilling, editing, demonstrations, k-shot, guidance.
+"""More tasks on flagworld: infilling, editing, demonstrations, k-shot, guidance.
 
-Every figure is over held-out nations. Verdicts are made by the flag identifier, which
-knows the world and no model.
+Every figure is over held-out nations. The flag identifier judges from the world's
+definition, without a model.
 
     infill      the fly half of the flag is hidden; the caption names the nation
-    edit        the flag's box is generated again, a document of another nation is chosen: any,
-                or one that shows its flag about as large as the box ("sized"), or any
-                and after it the most similar one of the memory ("beside")
+    edit        the flag's box is generated again after a chosen document of another
+                nation: any, or one with a flag about as large as the box ("sized"), or
+                any and the most similar one of the memory ("beside")
                 (both by the CM3 mask, "masked", and in the image's order, "in_place")
-    controlled  one document of another nation, or two ("two"), or one and what the memory
-                holds like it ("beside"), stand in front instead of retrieved ones; the
-                prompt names that nation ("named") or its own ("other")
-    kshot       two nations, labels without meaning, k examples of each in context (by how
-                likely the "image" is after a label and its examples, or by the "label")
-    guidance    the plain drawing task at several weights
-    int8        the plain drawing task with weights in 8 bits
-    rerank      the plain drawing task, best of n by CLIP, by likelihood, and all n; and
-                of n guided edits ("beside", in place) the one most like the document
+    controlled  one document of another nation, or two ("two"), or one and a similar one
+                of the memory ("beside"), instead of retrieved ones; the prompt names
+                that nation ("named") or its own ("other")
+    kshot       two nations, meaningless labels, k examples of each in context (by the
+                likelihood of the "image" after a label and its examples, or of the "label")
+    guidance    text to image at several weights
+    int8        text to image with 8-bit weights
+    rerank      text to image, best of n by CLIP, by likelihood, and all n; and of n
+                guided edits ("beside", in place) the one most similar to the document
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from racm3_jax.evaluation.task_sheets import make_titles, write_task_sheets
 from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.tasks import Generator
 
-# Ends of the names of tasks, and how they differ.
+# Suffixes of task names, and their arguments.
 EDITS: dict[str, dict[str, Any]] = {
     "": {},
     "_sized": {"sized": True},
@@ -51,7 +51,7 @@ DEMONSTRATIONS: dict[str, dict[str, Any]] = {
 
 
 class TasksSuite(Suite):
-    """Its models and probes. A stage is one chunk: batches as large as the devices take."""
+    """Models and probes. A stage is one chunk: batches as large as the devices allow."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class TasksSuite(Suite):
 
         Args:
           generator: the retrieval-augmented model with its memory.
-          twin: the model trained without retrieval, or None to leave it out.
-          probes: what is asked.
+          twin: the baseline without retrieval, or None to leave it out.
+          probes: the inputs of the tasks.
           settings: of the sampling.
           workdir: see `Suite`.
           record: see `Suite`.
-          num_sheet_rows: of each picture sheet.
+          num_sheet_rows: of each image sheet.
           **process: see `Suite`.
         """
         count = len(probes.tests)
@@ -83,17 +83,17 @@ class TasksSuite(Suite):
         self.settings, self._num_sheet_rows = settings, num_sheet_rows
         guidance = settings.document_guidance[-1]
         self._guided = {"guidance": guidance, "guide_documents": True}
-        # Stages by task and way of asking, for the sheets.
+        # Stages by task and variant, for the sheets.
         self.sheets: dict[str, dict[str, str]] = {}
         self._stages: list[Stage] = []
         for prompt in settings.region_prompts:
             self._ask_regions(prompt)
         self._ask_demonstrations()
         self._ask_kshot()
-        self._ask_drawings()
+        self._ask_text_to_image()
 
     def stages(self) -> list[Stage]:
-        """Every task by every way of asking."""
+        """Every variant of every task."""
         return self._stages
 
     def figures(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class TasksSuite(Suite):
             self.sheets.setdefault(task, {})[way] = name
 
     def _ask_regions(self, prompt: RegionPrompt) -> None:
-        """Infilling and editing by one kind of prompt."""
+        """Infilling and editing with one kind of prompt."""
         infill, number = f"infill_{prompt}", self.settings.num_retrieved
         fill, change = task_answers.infill, task_answers.edit
         alone = {"flag": f"alone/{infill}"}
@@ -195,8 +195,8 @@ class TasksSuite(Suite):
             classify = task_answers.classify
             self._ask(name, figures, classify, self.generator, shots, by)
 
-    def _ask_drawings(self) -> None:
-        """Guidance, weights in 8 bits, re-ranking."""
+    def _ask_text_to_image(self) -> None:
+        """Guidance, 8-bit weights, re-ranking."""
         settings, generator, draw = self.settings, self.generator, task_answers.draw
         for task, weights in (
             ("guidance", (1.0, *settings.guidance)),

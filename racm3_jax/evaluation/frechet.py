@@ -1,9 +1,9 @@
 """Fréchet distance between sets of features, from sums that can be streamed and merged.
 
 FID (arXiv 1706.08500) is this distance on Inception features, CLIP-FID on CLIP's image
-embeddings. What it takes of an image set is the number of images, the sum of their
-features and the sum of the features' outer products, in float64: sets may be read in
-any order, in shards, by several processes, and saved.
+embeddings. It needs only the number of images, the sum of their features and the sum of
+the features' outer products, in float64: sets may be read in any order, in shards, by
+several processes, and saved.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FeatureStatistics:
         """The sums of some images.
 
         Raises:
-          ValueError: if a feature is not finite: one would spoil the whole set.
+          ValueError: if a feature is not finite: a single one would invalidate the set.
         """
         features = np.asarray(features, np.float64)
         if features.ndim != 2 or not np.isfinite(features).all():
@@ -75,7 +75,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Symmetric:
-        """With `count - 1` below, as `numpy.cov` and the FID tools.
+        """Divided by `count - 1`, as in `numpy.cov` and the FID tools.
 
         Raises:
           ValueError: for fewer than 2 images.
@@ -86,7 +86,7 @@ class FeatureStatistics:
         return (centred + centred.T) / (2 * (self.count - 1))
 
     def fingerprint(self) -> str:
-        """Equal for equal sums, bit for bit."""
+        """A fingerprint of the sums, bit for bit."""
         digest = hashlib.sha256(str(self.count).encode())
         digest.update(np.ascontiguousarray(self.total).tobytes())
         digest.update(np.ascontiguousarray(self.products).tobytes())
@@ -97,8 +97,7 @@ class FeatureStatistics:
 
         Args:
           path: ends in .npz.
-          settings: what the features depend on (network, resizing, images); `load` asks
-            for the same.
+          settings: of the features (network, resizing, images); `load` requires the same.
         """
         record = {"settings": dict(settings), "fingerprint": self.fingerprint()}
         stream = io.BytesIO()
@@ -115,10 +114,10 @@ class FeatureStatistics:
     def load(
         cls, path: str | os.PathLike[str], settings: Mapping[str, Any]
     ) -> FeatureStatistics:
-        """Opens what `save` wrote.
+        """Loads a file of `save`.
 
         Raises:
-          ValueError: the file is damaged, or was made with other settings.
+          ValueError: the file is damaged, or has other settings.
         """
         try:
             stream = io.BytesIO(Path(path).read_bytes())
@@ -145,7 +144,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of C1^(1/2) C2
     C1^(1/2), which is symmetric: singular covariances (fewer images than features) need no
-    added constant, and nothing complex can come out.
+    added constant, and the result is never complex.
     """
     if len(a.total) != len(b.total):
         raise ValueError(

@@ -4,9 +4,9 @@ Two public weight files have the same names and shapes but were trained with dif
 average pooling, so the variant is part of a score:
 
     "fid"          pytorch-fid's port of the TensorFlow network of 2015, which all published
-                   FIDs use: averages leave the zero padding out, and the last block takes a
+                   FIDs use: averages exclude the zero padding, and the last block takes a
                    maximum where the others average
-    "torchvision"  torchvision's ImageNet weights: averages count the padding
+    "torchvision"  torchvision's ImageNet weights: averages include the padding
 
 Batch normalisation is folded into the convolutions when weights are converted.
 """
@@ -68,7 +68,7 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b features"]:
-        """Features of images that went through `scale_pixels`."""
+        """Features of images scaled by `scale_pixels`."""
         conv, chain = self._conv, self._chain
         x = conv("Conv2d_1a_3x3", 32, 3, stride=2, same=False)(x)
         x = conv("Conv2d_2a_3x3", 32, 3, same=False)(x)
@@ -108,7 +108,7 @@ class InceptionV3(nn.Module):
         self, name: str, features: int, size: int | tuple[int, int], **how: Any
     ) -> Conv:
         kernel = (size, size) if isinstance(size, int) else size
-        # Only the strided layers and the first ones shrink the image at its border.
+        # Only the strided layers and the first ones have no padding.
         same = how.pop("same", True)
         padding = (kernel[0] // 2, kernel[1] // 2) if same else (0, 0)
         return Conv(features // self.width, kernel, padding=padding, name=name, **how)
@@ -168,7 +168,7 @@ class InceptionV3(nn.Module):
         )
 
     def _fanned(self, x: Array, block: str, *, maximum: bool) -> Array:
-        """3×3 branches that fan out into 1×3 and 3×1 (8×8 positions)."""
+        """3×3 branches that split into 1×3 and 3×1 (8×8 positions)."""
         chain = self._chain
         wide = chain(x, block, ("branch3x3_1", 384, 1))
         deep = chain(x, block, ("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3))
@@ -200,7 +200,7 @@ def convert_weights(
     kernel and its bias.
 
     Raises:
-      ValueError: names a layer that is missing.
+      ValueError: a layer is missing.
     """
     names = {
         found[1]
@@ -249,8 +249,8 @@ class InceptionFeatures:
       params: of `convert_weights`.
       variant: of the network, see the top of this file.
       resizing: see `resizing`.
-      batch_size: images at once; the last batch is filled up.
-      image_size: what the network reads; 299 in every published number.
+      batch_size: images at once; the last batch is padded.
+      image_size: of the network's input; 299 in all published results.
       width: see `InceptionV3`.
     """
 
@@ -287,7 +287,7 @@ class InceptionFeatures:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What the features depend on, for results and saved statistics."""
+        """The settings of the features, for results and saved statistics."""
         digest = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(jax.tree_util.keystr(path).encode())

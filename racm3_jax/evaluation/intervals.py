@@ -1,15 +1,15 @@
-"""Figures with their uncertainty: shares by Wilson, differences by seeds and questions.
+"""Figures with their uncertainty: Wilson intervals of fractions, paired differences.
 
-A difference of two trained models has two sources of chance, the seeds that they were
-trained with and the questions that they were asked:
+A difference of two trained models has two sources of variance, the training seeds and the
+test questions:
 
     seeds       s2 / S            s2: variance over the S seeds of the seeds' differences
     questions   q2 / (S Q)        q2: variance over a seed's Q questions, paired; divided
-                                  by Q alone where all seeds are asked the same ones
+                                  by Q only if all seeds have the same questions
 
-Both are added, and the quantile is Student's at the degrees of freedom of Satterthwaite
-(1946). Three seeds that happen to agree thus keep the error of their questions, and many
-questions do not hide that there were three seeds. All other figures are bootstrapped.
+Both are added, with Student's quantile at Satterthwaite's (1946) degrees of freedom. So
+three seeds that agree by chance keep the error of their questions, and many questions do
+not hide that there are only three seeds. All other figures are bootstrapped.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Share:
 
     Attributes:
       successes: outcomes that are True.
-      total: all of them.
-      design_effect: how many outcomes tell as much as one independent one, from 1 (see
+      total: number of outcomes.
+      design_effect: how many outcomes are worth one independent one, at least 1 (see
         `compute_grouped_share`).
     """
 
@@ -86,10 +86,10 @@ def compute_share(outcomes: Sequence[bool]) -> Share:
 def compute_grouped_share(successes: Sequence[int], totals: Sequence[int]) -> Share:
     """The fraction of True where several outcomes belong to the same question.
 
-    Samples for one question, or codes of one image, are not independent: of an easy one
-    all are right. The interval is that of fewer outcomes, by the design effect (Kish,
-    1965): the variance of the ratio over questions, over that of as many independent
-    outcomes.
+    Samples of one question, or codes of one image, are not independent: for an easy
+    question all are right. The interval is that of fewer outcomes, by the design effect
+    (Kish, 1965): the variance of the ratio over questions, divided by that of equally many
+    independent outcomes.
 
     Args:
       successes: outcomes of each question that are True.
@@ -120,7 +120,7 @@ def compute_grouped_share(successes: Sequence[int], totals: Sequence[int]) -> Sh
 class Estimate:
     """A figure of a whole set with its 95% percentile-bootstrap interval.
 
-    `num_resamples` 0 means that no interval was asked for.
+    `num_resamples` 0 means without an interval.
     """
 
     value: float
@@ -152,13 +152,13 @@ def bootstrap(
 ) -> dict[str, Estimate]:
     """Figures of a set, with intervals from resampling its items with replacement.
 
-    Source: Efron (1979), percentile intervals. All figures of a resample share its rows.
+    Source: Efron (1979), percentile intervals. All figures of a resample use the same rows.
 
     Args:
       compute: rows of the items -> figures by name.
       total: number of items.
       num_resamples: 0 gives figures without intervals.
-      seed: resample i depends on (seed, i) alone.
+      seed: resample i depends only on (seed, i).
 
     Raises:
       ValueError: if there are no items.
@@ -166,17 +166,16 @@ def bootstrap(
     if total < 1:
         raise ValueError("figures of no items are undefined")
     values = compute(np.arange(total))
-    drawn: dict[str, list[float]] = {name: [] for name in values}
+    resampled: dict[str, list[float]] = {name: [] for name in values}
     for i in range(num_resamples):
         rng = np.random.default_rng([seed, i])
-        resampled = compute(rng.integers(0, total, total))
-        for name, value in resampled.items():
-            drawn[name].append(value)
+        for name, value in compute(rng.integers(0, total, total)).items():
+            resampled[name].append(value)
 
     def interval(name: str) -> tuple[float, float] | None:
-        if not drawn[name]:
+        if not resampled[name]:
             return None
-        low, high = np.quantile(drawn[name], [0.025, 0.975])
+        low, high = np.quantile(resampled[name], [0.025, 0.975])
         return float(low), float(high)
 
     return {
@@ -190,11 +189,11 @@ class Difference:
     """A paired difference with its 95% interval over seeds and questions.
 
     Attributes:
-      value: the mean of the first less that of the second.
+      value: the mean of the first minus that of the second.
       interval: 95%.
       p_value: two-sided, of no difference.
       num_seeds: trainings of each of the two.
-      num_questions: asked of each seed.
+      num_questions: of each seed.
     """
 
     value: float
@@ -218,13 +217,13 @@ def paired_difference(
     *,
     same_questions: bool = False,
 ) -> Difference:
-    """The first less the second, where both were asked the same questions.
+    """The first minus the second, for the same questions.
 
     Args:
-      first: outcome of every question, a row a seed.
+      first: outcome of every question, one row per seed.
       second: of the other model, with the same seeds and questions.
       same_questions: column j is the same question in all rows, so that more seeds do not
-        make the questions more.
+        mean more questions.
 
     Raises:
       ValueError: other shapes, or fewer than two questions.
@@ -251,24 +250,24 @@ def paired_difference(
 
 
 def difference_of_shares(first: Sequence[Share], second: Sequence[Share]) -> Difference:
-    """The same of counted outcomes, a share a seed.
+    """The same for counted outcomes, one fraction per seed.
 
-    Which questions were right is not kept, so that pairing gains nothing: the interval is
-    at least as wide as that of `paired_difference` unless the two err on different
-    questions more often than by chance.
+    It is unknown which questions were right, so there is no gain from pairing: the
+    interval is at least as wide as that of `paired_difference`, unless the two models fail
+    on different questions more often than by chance.
 
     Raises:
-      ValueError: no seeds, or other numbers of them.
+      ValueError: no seeds, or different numbers of them.
     """
     if not first or len(first) != len(second):
         raise ValueError(
-            "shares are compared seed by seed, at least one; got "
+            "fractions are compared seed by seed, at least one; got "
             f"{len(first)} and {len(second)}"
         )
     values = np.array([a.value - b.value for a, b in zip(first, second, strict=True)])
     of_questions, freedom = 0.0, 0.0
     for share in (*first, *second):
-        # Half an outcome more of each kind: 0 of 100 is no certainty.
+        # Half an outcome more of each kind: 0 of 100 does not mean zero variance.
         p = (share.successes + 0.5) / (share.total + 1)
         independent = share.total / share.design_effect
         of_questions += p * (1 - p) / independent / len(values) ** 2
@@ -283,7 +282,7 @@ def _student_difference(
     question_freedom: float,
     num_questions: int,
 ) -> Difference:
-    """Adds both errors; see the top of the file."""
+    """Adds both variances; see the top of the file."""
     value, num_seeds = float(by_seed.mean()), len(by_seed)
     of_seeds = float(by_seed.var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
     variance = of_seeds + of_questions
@@ -304,11 +303,11 @@ def _student_difference(
 
 
 def adjust_holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """p-values that may each be compared with 0.05 although there are many of them.
+    """p-values corrected for many comparisons: each may be compared with 0.05.
 
     Source: Holm (1979), step down: the i-th smallest of n is multiplied by n - i + 1, and
-    none is below one before it. The chance that any of them is below 0.05 although nothing
-    differs is then at most 5%, however they depend on each other.
+    none is below an earlier one. The probability that any of them is below 0.05 without a
+    real difference is then at most 5%, for any dependence.
 
     Raises:
       ValueError: a value outside 0..1.

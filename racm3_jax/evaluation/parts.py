@@ -1,9 +1,9 @@
 """Work in numbered chunks that survive a kill: `workdir/parts/<variant>-<chunk>.npz`.
 
-A finished chunk is one file, written atomically; what is there is not computed
-again. Process p of n does the chunks p, p + n, …; chunks do not depend on who made them,
-so any number of processes gives the same numbers. Each file names the settings of its
-run, and files of another run are refused.
+A finished chunk is one file, written atomically; finished chunks are not computed again.
+Process p of n computes the chunks p, p + n, …; chunks do not depend on the process, so any
+number of processes gives the same figures. Each file has the settings of its run, and
+files of another run are refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Parts:
       workdir: shared by all processes.
       num_items: of the whole list.
       chunk_size: items in a chunk; part of the settings.
-      settings: everything that the numbers depend on.
+      settings: everything that the figures depend on.
     """
 
     workdir: Path
@@ -65,15 +65,15 @@ class Parts:
         process_count: int = 1,
         devices: Sequence[Any] = (None,),
     ) -> int:
-        """Computes this process's chunks of a variant that are not there yet.
+        """Computes this process's missing chunks of a variant.
 
         Args:
           variant: names the files.
-          compute: (positions of items, device) -> arrays, one row an item. Called from
-            one thread a device, with that device as jax's default.
+          compute: (positions of items, device) -> arrays, one row per item. Called from
+            one thread per device, with that device as jax's default.
           process_index: 0 … process_count - 1.
           process_count: processes that share the work directory.
-          devices: of this process; None: those that jax finds.
+          devices: of this process; None is all that jax finds.
 
         Returns:
           How many chunks were computed.
@@ -137,7 +137,7 @@ class Parts:
         storage.write_file(path, stream.getvalue())
 
     def wait(self, variants: Sequence[str], log: Callable[[str], None] = print) -> None:
-        """Returns when all chunks are there: those of the other processes too."""
+        """Waits for all chunks, also those of other processes."""
         missing = self.missing(variants)
         if missing:
             log(f"waiting for {len(missing)} chunks of the other processes")
@@ -146,7 +146,7 @@ class Parts:
             missing = self.missing(variants)
 
     def missing(self, variants: Sequence[str]) -> list[Path]:
-        """Chunks that no process has finished yet."""
+        """Unfinished chunks."""
         paths = [self.path(v, c) for v in variants for c in range(self.num_chunks)]
         return [path for path in paths if not path.exists()]
 
@@ -159,7 +159,7 @@ class Parts:
         }
 
     def read_seconds(self, variant: str) -> float:
-        """What the chunks of a variant took, one after the other."""
+        """The total seconds of the chunks of a variant."""
         total = 0.0
         for chunk in range(self.num_chunks):
             with np.load(self.path(variant, chunk), allow_pickle=False) as file:

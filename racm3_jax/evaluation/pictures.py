@@ -1,4 +1,4 @@
-"""Pictures that people look at first: prompt | retrieved documents | drawn."""
+"""Image sheets for people: prompt | retrieved documents | generated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PROMPT_SIZE, _WORDS_SIZE = 13, 10
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One picture of a row, with the words under it."""
+    """One image of a row, with the words under it."""
 
     image: Pixels
     words: str = ""
@@ -37,18 +37,18 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a sheet: what was asked, then groups of panels under the headings."""
+    """One row of a sheet: the prompt, then groups of panels under the headings."""
 
     prompt: str
     groups: Sequence[Sequence[Panel]]
 
 
-# Where there is nothing to show.
+# For empty panels.
 BLANK: Pixels = np.full((8, 8, 3), 236, np.uint8)
 
 
 def enlarge(image: Pixels, times: int) -> Pixels:
-    """The image at so many times its size, smoothly, for people to look at."""
+    """The image, smoothly enlarged by an integer factor."""
     if times == 1:
         return image
     height, width, _ = image.shape
@@ -57,13 +57,13 @@ def enlarge(image: Pixels, times: int) -> Pixels:
 
 
 def tile(images: Sequence[Pixels]) -> Pixels:
-    """Pictures of one size, side by side in a grid that is about square.
+    """Images of one size in an approximately square grid.
 
     Raises:
       ValueError: if there are none.
     """
     if not images:
-        raise ValueError("there are no pictures to tile")
+        raise ValueError("there are no images to tile")
     columns = int(np.ceil(np.sqrt(len(images))))
     rows = -(-len(images) // columns)
     height, width, _ = images[0].shape
@@ -79,7 +79,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap_row(row: Row, panel_size: int, prompt_width: int) -> tuple[str, list[str]]:
-    """The prompt, and the words of every panel, broken into lines that fit."""
+    """The prompt and the words of every panel, wrapped into lines that fit."""
     words = [panel.words for group in row.groups for panel in group]
     return (
         _wrap(row.prompt, _PROMPT_SIZE, prompt_width - 2 * _GAP),
@@ -88,10 +88,10 @@ def _wrap_row(row: Row, panel_size: int, prompt_width: int) -> tuple[str, list[s
 
 
 def _wrap(text: str, size: int, width: int) -> str:
-    """Breaks a text where its drawn line would be wider than `width` pixels."""
+    """Wraps a text where a rendered line would be wider than `width` pixels."""
     font, lines = _font(size), [""]
     for word in text.split():
-        # A word that is too long for any line is cut.
+        # A word that is longer than a line is cut.
         while font.getlength(word) > width and len(word) > 1:
             fitting = max(1, int(len(word) * width / font.getlength(word)) - 1)
             lines += [word[:fitting]]
@@ -105,7 +105,7 @@ def _wrap(text: str, size: int, width: int) -> str:
 
 
 def _text_height(text: str, size: int) -> int:
-    """Pixels that wrapped lines take, with the space below the last one."""
+    """Height of wrapped lines in pixels, with the space below the last one."""
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     return int(np.ceil(pen.multiline_textbbox((0, 0), text, font=_font(size))[3])) + 2
 
@@ -117,14 +117,13 @@ def draw_sheet(
     panel_size: int = 128,
     prompt_width: int = 190,
 ) -> Pixels:
-    """A table of pictures; small ones are enlarged without smoothing,
-    large ones shrunk by means.
+    """A table of images; small ones are enlarged without smoothing, large ones averaged.
 
     A row is as high as its longest text.
 
     Args:
       headings: of the prompt column and of each group of panels.
-      rows: every row has one group of panels a heading.
+      rows: every row has one group of panels per heading.
       panel_size: side of a panel, pixels.
       prompt_width: of the prompt column, pixels.
 
@@ -168,11 +167,11 @@ def draw_sheet(
             for p, panel in enumerate(group):
                 place = (int(left) + _GAP + p * (panel_size + _GAP), int(top) + 2)
                 is_larger = len(panel.image) > panel_size
-                picture = Image.fromarray(panel.image).resize(
+                resized = Image.fromarray(panel.image).resize(
                     (panel_size, panel_size),
                     Image.Resampling.BOX if is_larger else Image.Resampling.NEAREST,
                 )
-                sheet.paste(picture, place)
+                sheet.paste(resized, place)
                 pen.multiline_text(
                     (place[0], place[1] + panel_size + 2),
                     next(captions),
@@ -183,18 +182,18 @@ def draw_sheet(
 
 
 def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes `draw_sheet`."""
+    """Writes the image of `draw_sheet`."""
     own_files.write_png(path, draw_sheet(headings, rows))
 
 
 def save_comparison(
     path: Path, rows: Iterable[tuple[str, Sequence[Panel], Pixels, Pixels]]
 ) -> None:
-    """Writes prompt | retrieved documents | drawn with retrieval | without."""
+    """Writes prompt | retrieved documents | generated with retrieval | without."""
     headings = ("prompt", "retrieved documents", "with retrieval", "without")
     shown = [
-        Row(prompt, (panels, [Panel(drawn)], [Panel(plain)]))
-        for prompt, panels, drawn, plain in rows
+        Row(prompt, (panels, [Panel(with_retrieval)], [Panel(plain)]))
+        for prompt, panels, with_retrieval, plain in rows
     ]
     save_sheet(path, headings, shown)
 
@@ -202,11 +201,11 @@ def save_comparison(
 def save_outputs(
     path: Path,
     generator: Generator,
-    drawn: Sequence[GenerationOutput],
+    with_retrieval: Sequence[GenerationOutput],
     plain: Sequence[GenerationOutput],
 ) -> None:
-    """`save_comparison` of what a generator drew with and without retrieval."""
-    pairs = zip(drawn, plain, strict=True)
+    """`save_comparison` of outputs with and without retrieval."""
+    pairs = zip(with_retrieval, plain, strict=True)
     save_comparison(
         path,
         [
@@ -217,7 +216,7 @@ def save_outputs(
 
 
 def retrieved_panels(generator: Generator, output: GenerationOutput) -> list[Panel]:
-    """The documents that a sample was given, as the model sees them."""
+    """The documents of a sample, as the model sees them."""
     found = output.retrieved
     return document_panels(generator.tokenizer, found.documents, found.scores.tolist())
 
@@ -239,7 +238,7 @@ def document_panels(
     documents: Sequence[TokenizedDocument],
     scores: Sequence[float] | None = None,
 ) -> list[Panel]:
-    """The last image of each document that has one, over its text and its score."""
+    """The last image of each document that has one, with its text and its score."""
     panels = []
     for i, document in enumerate(documents):
         decoded = tokenizer.decode(document)

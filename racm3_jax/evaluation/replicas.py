@@ -1,7 +1,7 @@
-"""The models of an evaluation on every device of a process, each driven by a thread.
+"""Copies of the models of an evaluation on every device of a process, one thread each.
 
-Test items are independent, so that devices need not talk to one another: every device
-holds a whole copy and takes the next chunk (see `Parts.make`).
+Test items are independent, so devices do not communicate: every device has a complete copy
+and takes the next chunk (see `Parts.make`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Replicas:
     """A generator on several devices.
 
     Args:
-      generator: as it was loaded.
-      devices: of this process; (None,) leaves the generator where it is.
+      generator: as loaded.
+      devices: of this process; (None,) does not move the generator.
     """
 
     def __init__(self, generator: Generator, devices: Sequence[Any] = (None,)) -> None:
@@ -44,7 +44,7 @@ def place_generator(generator: Generator, device: Any) -> Generator:
 
 
 def _on_device(model: Any, device: Any) -> Any:
-    """The same model with its parameters on one device, where a copy may lie already."""
+    """The same model with its parameters on one device, reusing a copy there."""
 
     def put(x: Any) -> Any:
         if isinstance(x, jax.Array) and x.is_fully_replicated:

@@ -1,4 +1,4 @@
-"""A report in one HTML file: pictures inside, no script, no network."""
+"""A report in one HTML file: with embedded images, no script, no network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ img.small { width: 96px; height: 96px; image-rendering: pixelated; }
 
 @dataclasses.dataclass(frozen=True)
 class CaptionRow:
-    """One captioned picture, with the documents that the model was given."""
+    """One captioned image, with its retrieved documents."""
 
     image: UInt8[np.ndarray, "height width 3"]
     truth: str
@@ -50,7 +50,7 @@ def _inline(png: bytes, alt: str, small: bool = False) -> str:
 
 
 def _caption_table(rows: Sequence[CaptionRow]) -> str:
-    headings = ("picture", "retrieved", "with retrieval", "without")
+    headings = ("image", "retrieved", "with retrieval", "without")
     lines = ["<table><tr>", *(f"<th>{heading}</th>" for heading in headings), "</tr>"]
     for row in rows:
         retrieved = " ".join(
@@ -83,10 +83,10 @@ def write_report(
     Args:
       path: of the HTML file.
       title: of the page.
-      explanation: what its pictures are.
+      explanation: of its images.
       sheet: the sample sheet, a PNG.
-      captions: the captioned pictures.
-      loss_curves: PNGs by heading; one that does not exist is left out.
+      captions: the captioned images.
+      loss_curves: PNGs by heading; missing files are left out.
       facts: short facts shown at the top, by name.
     """
     items = "".join(
@@ -98,7 +98,9 @@ def write_report(
         f"<p>{html.escape(explanation)}</p>",
         f"<table>{items}</table>",
         "<h2>Drawn from a prompt</h2>",
-        _inline(sheet.read_bytes(), "prompts, retrieved documents and drawings"),
+        _inline(
+            sheet.read_bytes(), "prompts, retrieved documents and generated images"
+        ),
         "<h2>Captioned</h2>",
         _caption_table(captions),
     ]

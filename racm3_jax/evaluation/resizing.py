@@ -1,9 +1,9 @@
-"""Pixels as the image-quality networks read them: the resizing changes FID by points.
+"""Resizing of images for the image-quality networks, which changes FID by points.
 
 "clean"    PIL's bicubic filter with antialiasing, each channel in float, clipped, not
            rounded (clean-fid, arXiv 2104.11222)
 "legacy"   bilinear between the four nearest pixels, without antialiasing
-           (what pytorch-fid's network does inside)
+           (as inside pytorch-fid's network)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The retriever by itself: recall@k; a random one; one that never sees the test set."""
+"""Evaluation of the retriever: recall@k; a random one; one without near-duplicates."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def pair_recall(
     candidates: Float32[np.ndarray, "pairs d_embed"],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[int, Share]:
-    """Is a query's own candidate among the k best of all? (row i belongs to row i)
+    """Whether a query's own candidate is among the k best (row i belongs to row i).
 
-    Text -> image and image -> text of the literature. Candidates that score the same as
-    the right one are ranked before it: a constant embedding finds nothing.
+    Text -> image and image -> text retrieval of the literature. Candidates with the same
+    score as the right one are ranked before it: a constant embedding has recall 0.
     """
     rank = compute_ranks(queries, candidates)
     return {k: compute_share((rank < k).tolist()) for k in ks}
@@ -37,7 +37,7 @@ def pair_recall(
 def document_recall(
     found: Sequence[Sequence[int]], right: Sequence[Sequence[int]], k: int
 ) -> Share:
-    """Is one of the right rows of the memory among the first k that were retrieved?"""
+    """Whether one of the right rows of the memory is among the first k retrieved."""
     return compute_share(
         [
             bool(set(rows[:k]) & set(wanted))
@@ -47,7 +47,7 @@ def document_recall(
 
 
 def chance_recall(num_rows: int, right: Sequence[Sequence[int]], k: int) -> float:
-    """What `document_recall` of k rows sampled uniformly without replacement is on average.
+    """The expected `document_recall` of k rows sampled uniformly without replacement.
 
     A query with r right rows of n misses with probability C(n - r, k) / C(n, k).
     """
@@ -62,12 +62,12 @@ def chance_recall(num_rows: int, right: Sequence[Sequence[int]], k: int) -> floa
 def find_right(
     memory: Memory, documents: Sequence[Document], class_key: str
 ) -> list[list[int]]:
-    """The rows of the memory that each document should find; none for some.
+    """The rows of the memory that each document should find; possibly none.
 
     Args:
-      memory: that is searched.
-      documents: that search.
-      class_key: metadata that is equal where documents tell the same; "" for the
+      memory: to search.
+      documents: the queries.
+      class_key: metadata that is equal for documents of the same class; "" for the
         document itself.
     """
     if not class_key:
@@ -88,16 +88,16 @@ def compute_recalls(
     ks: Sequence[int],
     num_rows: int,
 ) -> dict[str, Share | float]:
-    """Recall@k of a test set, and what even draws would reach, by name.
+    """Recall@k of a test set, and the recall of random retrieval, by name.
 
-    Among the test documents (text to image, image to text), and from a test document to
-    a right one in the memory; documents that lack a part, or have no right one, are left
-    out.
+    Among the test documents (text to image, image to text), and from a test document to a
+    right one in the memory; documents without a text or image, or without a right one, are
+    left out.
 
     Args:
       embedded: `DocumentEmbeddings` of the test documents, by the names of its fields.
-      searched: rows of the memory that "text" and "image" of each document find.
-      right: rows of the memory that each document should find; none for some.
+      searched: rows of the memory found by "text" and "image" of each document.
+      right: rows of the memory that each document should find; possibly none.
       ks: numbers of rows.
       num_rows: of the memory.
     """
@@ -138,13 +138,13 @@ def stack_rows(
 
 
 class RandomRetriever:
-    """The baseline: documents that have nothing to do with the query.
+    """The baseline of random documents, unrelated to the query.
 
-    Which ones depends on the query's bytes and the seed, not on the batch.
+    They depend on the query's bytes and the seed, not on the batch.
 
     Args:
-      memory: where they are sampled from, uniformly, without those that it denies.
-      seed: of the draw.
+      memory: whose allowed documents are sampled uniformly.
+      seed: of the sampling.
     """
 
     def __init__(self, memory: Any, seed: int = 0) -> None:
@@ -152,7 +152,7 @@ class RandomRetriever:
         self._seed = seed
 
     def usual_score(self, modality: Modality) -> float:
-        """Unknown: nothing was searched."""
+        """Unknown, as there is no search."""
         del modality
         return float("nan")
 
@@ -162,7 +162,7 @@ class RandomRetriever:
         nums: Int[np.ndarray, " queries"],
         mains: Sequence[TokenizedDocument | None],
     ) -> list[Retrieved]:
-        """As `Retriever.retrieve`; scores are those of the query with what was drawn."""
+        """As `Retriever.retrieve`; scores are those of the query with random documents."""
         allowed = self.memory.allowed_ids()
         results = []
         for query, num, main in zip(queries, nums, mains, strict=True):
@@ -179,10 +179,10 @@ class RandomRetriever:
 
 
 class PurgedMemory:
-    """A memory that never returns some rows; the files stay as they are.
+    """A memory that never returns some rows; the files are not changed.
 
-    Everything else is asked of the memory itself. For an evaluation: near-duplicates of
-    the test set in the memory would let a model copy the answer.
+    Everything else is delegated to the memory. For evaluations: with near-duplicates of
+    the test set in the memory, a model could copy the answer.
     """
 
     def __init__(self, memory: Memory, rows: Int64[np.ndarray, " purged"]) -> None:
@@ -205,7 +205,7 @@ class PurgedMemory:
     def search(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int, **how: Any
     ) -> Neighbours:
-        """As `Memory.search`, without the purged rows."""
+        """As `Memory.search`, without the removed rows."""
         width = min(len(self), k + min(k, len(self.purged)))
         while True:
             kept = self._without_purged(self._memory.search(queries, width, **how))
@@ -228,9 +228,9 @@ class PurgedMemory:
         width: int,
         max_width: int,
     ) -> None:
-        """As `Memory.search_until`; `take` never sees the purged rows.
+        """As `Memory.search_until`; `take` never sees the removed rows.
 
-        Both widths are the caller's: to `num_allowed` purged rows count as denied ones.
+        Both widths are the caller's: in `num_allowed`, removed rows count as denied ones.
         """
         self._memory.search_until(
             queries,
@@ -240,7 +240,7 @@ class PurgedMemory:
         )
 
     def _without_purged(self, found: Neighbours) -> Neighbours:
-        """The same neighbours, purged ones made empty slots at the end."""
+        """The same neighbours, with removed ones as empty slots at the end."""
         kept = found.valid & ~np.isin(found.ids, self.purged)
         order = np.argsort(~kept, axis=1, kind="stable")
         valid = np.take_along_axis(kept, order, 1)
@@ -254,10 +254,10 @@ def find_near_duplicates(
     images: Float32[np.ndarray, "images d_embed"],
     max_similarity: float = 0.95,
 ) -> Int64[np.ndarray, " rows"]:
-    """Rows of the memory whose image is nearly one of the test set's.
+    """Rows of the memory whose image is a near-duplicate of a test image.
 
     Args:
-      memory: its image parts are compared, one by one: an index could miss some.
+      memory: all of its image embeddings are compared, as an index could miss some.
       images: unit rows, by the memory's own encoder.
       max_similarity: a larger inner product is a near-duplicate.
     """
@@ -271,17 +271,17 @@ def purge_memory(
     max_similarity: float,
     seed: int,
 ) -> tuple[dict[str, Any], int]:
-    """Retrievers that never find near-duplicates of a test set.
+    """Retrievers that never return near-duplicates of a test set.
 
     Args:
-      retriever: over the memory that is purged.
+      retriever: of the memory.
       images: of the test set, see `find_near_duplicates`.
       max_similarity: see `find_near_duplicates`.
-      seed: of the random one.
+      seed: of the random retriever.
 
     Returns:
       (the same retriever and a `RandomRetriever`, by the variants "retrieval" and
-      "random"; how many documents are purged).
+      "random"; the number of removed documents).
     """
     rows = find_near_duplicates(retriever.memory, images, max_similarity)
     memory: Any = PurgedMemory(retriever.memory, rows)

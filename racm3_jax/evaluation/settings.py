@@ -1,4 +1,4 @@
-"""The settings of each suite: what a file of `configs/eval` may say in `settings`."""
+"""The settings of each suite: the keys of `settings` in the files of `configs/eval`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class FlagworldSettings:
 
     Attributes:
       num_retrieved: documents before each prompt (2 in the paper).
-      temperature, top_p: of the drawing.
-      guidance: of the drawing with retrieval, away from what is drawn without the
-        documents and the text; 1 is none.
+      temperature, top_p: of text to image.
+      guidance: of text to image with retrieval, against generation without the documents
+        and the text; 1 is none.
       caption_temperature: of the captions; 0 is greedy.
-      caption_guidance: of the captions with retrieval, away from what is written without
-        the documents; 1 is none.
+      caption_guidance: of the captions with retrieval, against captions without the
+        documents; 1 is none.
       caption_candidates: documents retrieved for a caption, of which the `num_retrieved`
-        after which the image is likeliest are kept; 0 keeps the retriever's.
+        after which the image is most likely are kept; 0 keeps the retriever's order.
       num_reading: questions with one right and one wrong document, in both orders (see
         `reading`); at most the held-out nations.
       seed: of all sampling.
@@ -59,16 +59,16 @@ class TaskSettings:
     Attributes:
       num_items: how many test documents; 0 is all.
       num_retrieved: documents before each prompt (2 in the paper).
-      temperature, top_p: of all drawing.
+      temperature, top_p: of all generated images.
       max_spans: of infilling and editing (see `generation.regions`).
       region_prompts: to compare in infilling and editing (see `generation.infilling`).
-      guidance: weights to compare, besides 1; the documents stay in both streams.
-      document_guidance: the same away from what is drawn without documents, too; the
-        tasks that read documents are run plainly and with the last of them.
+      guidance: weights to compare, besides 1; the documents are in both streams.
+      document_guidance: the same, but without documents in the second stream; tasks with
+        documents are run without guidance and with the last of these weights.
       num_samples: of re-ranking.
-      shots: numbers of examples a label.
+      shots: numbers of examples per label.
       classify_by: whose likelihood is compared (see `generation.classification`).
-      shots_per_pass: of them, how many are in one context; passes are averaged.
+      shots_per_pass: examples per label in one context; passes are averaged.
       seed: of all sampling and of the choice of nations.
     """
 
@@ -93,20 +93,20 @@ class CocoSettings:
 
     Attributes:
       task: "text_to_image" or "captioning".
-      image_size: side that real images are cut and resampled to (256 in the paper).
+      image_size: side to which real images are cropped and resampled (256 in the paper).
       variants: which of "retrieval", "no_retrieval", "copy", "random" are run.
       num_retrieved: documents before each prompt.
-      num_samples: drawn for each prompt; the best by the retrieval CLIP (images) or by
-        likelihood (captions) is kept. The paper draws 10 and 32.
+      num_samples: of each prompt; the best by the retrieval CLIP (images) or by
+        likelihood (captions) is kept. The paper uses 10 and 32.
       temperature, top_p: of the sampling.
       prefix: begins every caption ("Photo of" in the paper).
-      max_similarity: CLIP similarity from which on an image of the memory counts as a test
-        image and is not retrieved.
+      max_similarity: CLIP similarity above which an image of the memory counts as a
+        near-duplicate of a test image and is not retrieved.
       seed: item i has the seed `seed + i`.
-      chunk_size: items that are lost at most when the run is killed.
+      chunk_size: the most items lost when the run is killed.
       num_resamples: of the bootstrap of captions and CLIPScores.
       num_distance_resamples: of the bootstrap of Fréchet distances, which are slow.
-      num_sheet_rows: of the picture sheet.
+      num_sheet_rows: of the image sheet.
     """
 
     task: Literal["text_to_image", "captioning"]
@@ -141,18 +141,18 @@ class LikelihoodSettings:
     Attributes:
       variants: which of "retrieval", "no_retrieval", "random", "copy", "twin" are run.
       num_retrieved: documents before each one.
-      query: the part of a document that looks for its neighbours, as in training.
-      max_similarity: CLIP similarity of images from which on a document of the memory
-        counts as one of the test set and is not retrieved.
+      query: the part of a document that is the query, as in training.
+      max_similarity: CLIP similarity of images above which a document of the memory counts
+        as a near-duplicate of a test document and is not retrieved.
       recall_ks: the k of recall@k.
-      shots: numbers of demonstrations a label; empty leaves k-shot out.
+      shots: numbers of demonstrations per label; empty leaves k-shot out.
       num_ways: labels to choose from.
       num_episodes: questions of k-shot.
       seed: of random retrieval and of the questions.
-      chunk_size: items that are lost at most when the run is killed.
+      chunk_size: the most items lost when the run is killed.
       num_rows: sequences in one forward pass.
       num_resamples: of the bootstrap.
-      num_sheet_rows: of the picture sheet.
+      num_sheet_rows: of the image sheet.
     """
 
     variants: tuple[str, ...] = LIKELIHOOD_VARIANTS

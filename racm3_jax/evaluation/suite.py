@@ -38,13 +38,13 @@ _say = functools.partial(print, flush=True)
 
 
 class Stage(NamedTuple):
-    """Something that is computed for every item of a list.
+    """A computation for every item of a list.
 
     Attributes:
       name: of its files.
       parts: the chunks of the list.
-      compute: (positions of items, device) -> arrays, one row an item.
-      figures: names of figures by the columns that they are the shares of, see
+      compute: (positions of items, device) -> arrays, one row per item.
+      figures: names of figures by columns, whose fractions they are; see
         `Suite.count_shares`.
     """
 
@@ -55,12 +55,12 @@ class Stage(NamedTuple):
 
 
 class Suite:
-    """One run of a suite in a work directory; a subclass says what it measures.
+    """One run of a suite in a work directory; subclasses define the measurements.
 
     Attributes:
       record: all settings and fingerprints; goes into `results.json`, and chunks of
         another record are refused.
-      facts: what the run itself found out; goes into `results.json` as well.
+      facts: found by the run itself; also goes into `results.json`.
       parts: the chunks of the items.
       process: index and count of the processes, and the devices of this one.
     """
@@ -79,13 +79,13 @@ class Suite:
         """Computes nothing yet.
 
         Args:
-          workdir: shared by all processes; what is finished there is kept.
+          workdir: shared by all processes; finished parts there are kept.
           record: everything that the figures depend on.
           num_items: of the whole list.
-          chunk_size: items that are lost at most when the run is killed.
+          chunk_size: the most items lost when the run is killed.
           process_index: of this process.
           process_count: processes that share the work.
-          devices: of this process, which share its work; None is where the model is.
+          devices: of this process, which divide its work; None is the model's device.
         """
         self.record, self.facts = dict(record), {}
         self.parts = Parts(workdir, num_items, chunk_size, self.record)
@@ -96,7 +96,7 @@ class Suite:
         }
 
     def stages(self) -> Sequence[Stage]:
-        """What is computed, in this order."""
+        """The stages, in order."""
         raise NotImplementedError
 
     def figures(self) -> dict[str, Any]:
@@ -115,11 +115,10 @@ class Suite:
         """Runs to the end; the same call resumes.
 
         Args:
-          log: receives a line a stage, and the table.
+          log: receives one line per stage, and the table.
 
         Returns:
-          The figures by name, or None in a process other than the first, which has done
-          its part of the work.
+          The figures by name; None in processes other than the first.
         """
         self.run_stages(log)
         if self.process["process_index"]:
@@ -131,7 +130,7 @@ class Suite:
         return results
 
     def run_stages(self, log: Callable[[str], None] = _say) -> None:
-        """Computes this process's chunks of every stage; what is there is kept."""
+        """Computes this process's missing chunks of every stage."""
         stages = self.stages()
         for number, stage in enumerate(stages, 1):
             made, seconds = self.run_stage(stage)
@@ -139,7 +138,7 @@ class Suite:
             log(f"{place}: {made} chunks, {seconds:.0f} s")
 
     def run_stage(self, stage: Stage) -> tuple[int, float]:
-        """(chunks that were computed, seconds)."""
+        """(computed chunks, seconds)."""
         started, parts = time.monotonic(), stage.parts
         missing = len(parts.missing([stage.name])) * parts.chunk_size
         with open_progress(
@@ -159,9 +158,9 @@ class Suite:
         return made, time.monotonic() - started
 
     def count_shares(self) -> dict[str, Share]:
-        """The figures that stages name.
+        """The figures named by the stages.
 
-        A column holds an outcome an item, or successes and their total `[items, 2]`.
+        A column has one outcome per item, or successes and their total `[items, 2]`.
         """
         results = {}
         for stage in self.stages():
@@ -176,12 +175,12 @@ class Suite:
         return results
 
     def read_seconds(self) -> dict[str, float]:
-        """What each stage took, in all processes and calls."""
+        """The seconds of each stage, over all processes and calls."""
         stages = self.stages()
         return {s.name: round(s.parts.read_seconds(s.name), 1) for s in stages}
 
     def finish(self, stage: Stage) -> dict[str, np.ndarray]:
-        """All columns of a stage, once all processes have done their part of it."""
+        """All columns of a stage, after all processes have finished it."""
         self.run_stage(stage)
         stage.parts.wait([stage.name])
         return stage.parts.load(stage.name)
@@ -200,14 +199,14 @@ class Suite:
 
 
 def to_json(value: Any) -> Any:
-    """Figures as records, with their intervals; inside of mappings as well."""
+    """Figures as records, with their intervals; also inside mappings."""
     if isinstance(value, Mapping):
         return {name: to_json(item) for name, item in value.items()}
     return value.to_json() if isinstance(value, Share | Estimate) else value
 
 
 def check_workdir(workdir: Path) -> None:
-    """Refuses a work directory where results would replace somebody's own files."""
+    """Refuses a work directory where results would replace the user's files."""
     names = ("results.json", "table.md", "samples.png")
     sheets = (workdir / "samples").glob("*.png")
     own_files.check(
@@ -221,8 +220,8 @@ def keep_outputs(outputs: Sequence[GenerationOutput], generator: Generator) -> A
     """Columns of sampled images, for sheets.
 
     Returns:
-      "prompt", "images" (the best of each), "retrieved" (rows of the memory that stood
-      before each, hand-picked ones as well) and their "scores".
+      "prompt", "images" (the best of each), "retrieved" (rows of the memory before each,
+      also hand-picked ones) and their "scores".
     """
     found = [output.retrieved for output in outputs]
     rows = [[] for _ in found]
@@ -259,7 +258,7 @@ def format_rows(
 def format_variants(
     title: str, variants: Sequence[str], results: Mapping[str, Any]
 ) -> list[str]:
-    """`format_rows` of figures "variant/name": a row a name, a column a variant."""
+    """`format_rows` of figures "variant/name": one row per name, one column per variant."""
     names = [n.partition("/")[2] for n in results if n.startswith(tuple(variants))]
     rows = {name: [results.get(f"{v}/{name}") for v in variants] for name in names}
     return format_rows([title, *variants], rows)

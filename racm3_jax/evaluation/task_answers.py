@@ -1,6 +1,6 @@
-"""The tasks of flagworld, each asked of one model for all tests.
+"""The tasks of flagworld, each run with one model on all tests.
 
-What is returned is kept: a row a test, with the verdicts that figures are counted from.
+The returned arrays are kept: one row per test, with the outcomes of the figures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def infill(
     region_prompt: RegionPrompt,
     **options: Any,
 ) -> Arrays:
-    """Is the flag whole and right after its hidden half was drawn?"""
+    """Is the flag right after its hidden half is filled in?"""
     outputs = generator.infill_batch(
         [test.images[0] for test in probes.tests],
         probes.fly_halves(),
@@ -52,7 +52,7 @@ def edit(
     sized: bool = False,
     **options: Any,
 ) -> Arrays:
-    """Does the region show the chosen flag, and how much of the rest is as it was?"""
+    """Does the region show the chosen flag, and how many codes of the rest are kept?"""
     items = range(len(probes.tests))
     choose = probes.donor_of_size if sized else probes.donor
     outputs = generator.edit_batch(
@@ -81,7 +81,7 @@ def demonstrate(
     count: int = 1,
     **options: Any,
 ) -> Arrays:
-    """Does the drawing follow `count` demonstrations: their flag, and its layout?"""
+    """Does the image follow `count` demonstrations: their flag, and its layout?"""
     items = range(len(probes.tests))
     prompts = [test.text for test in probes.tests]
     outputs = generator.continue_batch(
@@ -104,8 +104,8 @@ def classify(
 ) -> Arrays:
     """Two-way classification: is it right, and how probable is the right label?
 
-    The two labels are sampled for every question from `words`, and so is their order:
-    a model that always answers one of them is right half of the time.
+    The two labels are sampled for every question from `words`, and so is their order,
+    so that a model that always gives the same one is right half of the time.
     """
     rng = np.random.default_rng([settings.seed, 1])
     right, probabilities = [], []
@@ -132,9 +132,9 @@ def classify(
 def draw(
     generator: Generator, probes: TaskProbes, settings: TaskSettings, **options: Any
 ) -> Arrays:
-    """Has the best sample the right flag, and how many of all samples have it?
+    """Does the best sample have the right flag, and how many of all samples do?
 
-    Samples for one prompt count as less than so many independent ones.
+    Samples of one prompt count as fewer independent ones.
     """
     outputs = generator.text_to_image_batch(
         [test.text for test in probes.tests],
@@ -152,7 +152,7 @@ def draw(
 
 
 def draw_in_8_bits(generator: Generator, *asked: Any) -> Arrays:
-    """`draw`, by the same model with its weights in 8 bits."""
+    """`draw` with 8-bit weights."""
     return draw(generator.quantized(), *asked)
 
 

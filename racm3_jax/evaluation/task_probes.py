@@ -1,4 +1,4 @@
-"""What the tasks of flagworld are asked: tests, their partners, boxes, who is right."""
+"""Inputs of the flagworld tasks: tests, their partners, boxes; and the right answers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Box = tuple[int, int, int, int]
 
 
 class TaskProbes:
-    """What is asked, and who is right; knows the world, no model.
+    """Inputs and right answers, from the world's definition, without a model.
 
     Args:
       nations: the held-out ones, with their flags.
-      tests: their "heldout_test" documents, one a nation.
+      tests: their "heldout_test" documents, one per nation.
       shown: their "heldout_memory" documents.
       settings: of the suite.
 
@@ -63,7 +63,7 @@ class TaskProbes:
         return self._shown[self.nation(self.partners[i])][0]
 
     def donor_of_size(self, i: int) -> Document:
-        """One of the same nation that shows its flag about as large as test i does."""
+        """One of the same nation whose flag is about as large as in test i."""
         shown = self._shown[self.nation(self.partners[i])]
         size = np.array(self.tests[i].metadata["box"][2:])
         differences = [
@@ -73,7 +73,7 @@ class TaskProbes:
         return shown[int(np.argmin(differences))]
 
     def examples(self, i: int, count: int) -> list[Document]:
-        """`count` memory documents of the nation of test i, or as many as there are."""
+        """`count` memory documents of the nation of test i, or all if there are fewer."""
         return self._shown[self.nation(i)][:count]
 
     def captions_of_donors(self) -> list[str]:

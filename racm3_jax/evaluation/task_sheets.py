@@ -1,4 +1,4 @@
-"""What people see of the tasks of flagworld: titles of figures, and a sheet a task.
+"""Titles of the figures of the flagworld tasks, and one image sheet per task.
 
 infill.png   prompt | documents | given | generated: masked, twin; masked; in_place; ...
 """
@@ -16,7 +16,7 @@ from racm3_jax.evaluation.task_probes import Box, TaskProbes
 from racm3_jax.generation.infilling import REGION_PROMPTS
 from racm3_jax.generation.tasks import Generator
 
-# Task -> way of asking -> columns of what was generated, see `keep_outputs`.
+# Task -> variant -> columns of the outputs, see `keep_outputs`.
 TaskOutputs = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]
 
 _HEADINGS = ("prompt", "documents", "given", "generated")
@@ -29,13 +29,13 @@ def write_task_sheets(
     outputs: TaskOutputs,
     num_rows: int,
 ) -> None:
-    """Writes `TASK.png` for each task; the region that was asked for is given in grey.
+    """Writes `TASK.png` for each task; the region to fill in is grey.
 
     Args:
-      folder: of the sheets; is made.
+      folder: of the sheets; created.
       generator: whose tokenizer shows the documents.
-      probes: what was asked.
-      outputs: what was drawn.
+      probes: the inputs.
+      outputs: the generated images.
       num_rows: items of a sheet; 0 writes none.
     """
     if not num_rows:
@@ -43,7 +43,7 @@ def write_task_sheets(
     folder.mkdir(parents=True, exist_ok=True)
     for task, ways in outputs.items():
         boxes = _regions(task, probes)
-        # Those of the ways that had documents: they are the same.
+        # Of the variants with documents, which are the same.
         most = max(ways.values(), key=lambda columns: columns["retrieved"].shape[1])
         rows = [
             Row(
@@ -60,7 +60,7 @@ def write_task_sheets(
 
 
 def _regions(task: str, probes: TaskProbes) -> list[Box] | None:
-    """What was hidden of each item, where something was."""
+    """The hidden region of each item, if any."""
     if task.startswith("infill"):
         return probes.fly_halves()
     return probes.flag_boxes() if task.startswith("edit") else None
@@ -84,7 +84,7 @@ def _hide(probes: TaskProbes, i: int, box: Box) -> np.ndarray:
 
 
 def make_titles(results: Mapping[str, Any]) -> dict[str, str]:
-    """What the table calls the figures that there are, in its order."""
+    """The titles of the existing figures, in the order of the table."""
     titles = {}
     for prompt in REGION_PROMPTS:
         titles |= {

@@ -1,4 +1,4 @@
-"""Captions -> words as COCO's caption evaluation cuts them, without Java.
+"""Captions -> words, as in COCO's caption evaluation, without Java.
 
 COCO's scores are defined on the output of Stanford's Penn Treebank tokenizer (CoreNLP
 3.4.1, `-preserveLines -lowerCase`), from which punctuation is then removed:
@@ -7,7 +7,7 @@ COCO's scores are defined on the output of Stanford's Penn Treebank tokenizer (C
                                    ->  a man 's dog ca n't sit -lrb- ever -rrb-
 
 The rules here were found by comparing with that program (brackets stay: it lowers their
-names, and the list of what is removed has them in capitals). The longest match wins, the
+names, and the list of removed words has them in capitals). The longest match wins, the
 earlier rule on a tie. Like the original, whether an abbreviation ends a sentence depends
 on the first letter of the *next caption*; so tokenize all captions of a set in one call.
 """
@@ -80,7 +80,7 @@ def tokenize_captions(captions: Sequence[str]) -> list[list[str]]:
 
 
 def cut_tokens(captions: Sequence[str]) -> list[list[str]]:
-    """All tokens of every caption, punctuation included, as the program writes them."""
+    """All tokens of every caption with punctuation, as in the program's output."""
     text = "\n".join(re.sub(r"[\n\r]", " ", caption) for caption in captions)
     lines: list[list[str]] = [[]]
     position = 0
@@ -114,7 +114,7 @@ def cut_tokens(captions: Sequence[str]) -> list[list[str]]:
 
 
 def _single(character: str) -> str:
-    """A character that no rule knows: symbols stay, what has no glyph is dropped."""
+    """A character without a rule: symbols are kept, others are dropped."""
     if character in _KEPT_OPENERS:
         return character
     if character.isascii():
@@ -148,7 +148,7 @@ def _letter_class() -> str:
 
 @functools.cache
 def _rules() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], Action]]]:
-    """(a word between blanks, [(rule, what is written)])."""
+    """(a word between blanks, [(rule, output)])."""
     letters = _letter_class()
     rules = [
         *_word_rules(letters),
@@ -169,7 +169,7 @@ def _word(letters: str) -> str:
 
 
 def _word_rules(letters: str) -> list[Rule]:
-    """Words that are cut, and words."""
+    """Words that are split, and whole words."""
     letter, alnum, quote = f"[{letters}]", f"[{letters}0-9]", _QUOTE
     not_letter = r"(?:[^A-Za-z]|$)"
     prefixed = f"(?:[dDoOlL]{quote}{alnum})?"
@@ -242,7 +242,7 @@ def _abbreviation_rules(letters: str) -> list[Rule]:
 
 
 def _mark_rules(letters: str) -> list[Rule]:
-    """Faces, addresses, tags, entities, quotes, brackets, dashes."""
+    """Emoticons, addresses, tags, entities, quotes, brackets, dashes."""
     letter, space = f"[{letters}]", _SPACE
     suffixes = "jpe?g|png|gif|bmp|html?|txt|pdf|docx?|zip|exe|mp3|mpe?g|avi|mov|xml|gz"
     attribute = (

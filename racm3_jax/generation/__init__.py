@@ -1,1 +1,1 @@
-"""Drawing and captioning: the one decode loop and the tasks built on it."""
+"""Text to image, captioning and more: the one decode loop and the tasks built on it."""

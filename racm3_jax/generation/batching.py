@@ -28,17 +28,17 @@ def sample_prompts(
     num_samples: int,
     on_progress: OnProgress | None = None,
 ) -> Samples:
-    """All prompts in equal chunks, so that one compiled program serves them.
+    """Samples all prompts in equal chunks, so that one compiled program serves them.
 
     Args:
       engine: whose model samples.
-      task: with at least one prompt; says how many tokens there will be, and of what.
+      task: with at least one prompt; it sets the number of tokens and the grammar.
       retrieved: the documents before each prompt.
       seeds: of each prompt's samples.
-      config: how; the lengths are the task's.
+      config: how to sample; the lengths are the task's.
       num_samples: of each prompt.
-      on_progress: see `sample`; each chunk counts for itself. Regions of images come as
-        whole images (see `Prompt.place`).
+      on_progress: see `sample`; each chunk counts separately. Regions of images are
+        reported as whole images (see `Prompt.place`).
     """
     config = dataclasses.replace(
         config, max_new_tokens=task.max_new_tokens, fixed_length=task.fixed_length
@@ -51,7 +51,7 @@ def sample_prompts(
         [_write(engine, *row) for row in zip(prompts, shown, needed, strict=True)]
     )
     prefixes = np.array([len(retrieved_prefix(x, vocab)) for x in shown], np.int32)
-    # A prompt may be nothing but its documents; its last token is its own.
+    # A prompt may consist of its documents only; its last token is not of the prefix.
     prefixes = np.minimum(prefixes, lengths - 1)
     second, streams = None, 1
     if config.needs_unconditional:
@@ -78,7 +78,7 @@ def sample_prompts(
             unconditional=second and Unconditional(*(x[rows] for x in second)),
             forced=None if forced is None else forced[rows],
             row_lengths=np.asarray(new)[rows] if task.exact else None,
-            ids=vocab.image_range if task.read is None else None,
+            token_range=vocab.image_range if task.read is None else None,
             drafts=drafts and drafts.take(rows),
             on_progress=place_progress(on_progress, [prompts[i] for i in rows]),
         )
@@ -136,7 +136,7 @@ def _write(
     documents: Sequence[TokenizedDocument],
     needed: int,
 ) -> Int32[np.ndarray, " length"]:
-    """The whole prompt, or one sentence on why it does not fit."""
+    """The whole prompt, or an error that says why it does not fit."""
     written = prompt.write(documents)
     max_length = engine.model.config.max_length
     room = max_length - needed
@@ -146,8 +146,8 @@ def _write(
             fitting -= 1
         raise ValueError(
             f"{len(documents)} documents do not fit: with the prompt they are "
-            f"{len(written)} ids, and with at least {needed} to write more than the "
-            f"model's max_length {max_length}; the first {fitting} would fit"
+            f"{len(written)} tokens, which with at least {needed} new ones is more than "
+            f"the model's max_length {max_length}; the first {fitting} would fit"
         )
     return written
 
@@ -171,6 +171,6 @@ def _unconditional(
                 "has none: give a prompt, or guide_documents=True to compare without "
                 "the documents, or use guidance=1 and contrastive_k=0"
             )
-    # Without documents only the first <eod> is left in common.
+    # Without documents only the first <eod> is shared.
     shared = np.ones_like(prefixes) if config.guide_documents else prefixes
     return Unconditional(*pad_rows(rows), shared)

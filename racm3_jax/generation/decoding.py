@@ -1,4 +1,4 @@
-"""The compiled parts of `sample`: read the prompts, then read and draw, pass by pass.
+"""The compiled parts of `sample`: read the prompts, then decode, pass by pass.
 
     prefix   [ documents of prompt 0 ]         read once
              [ documents of prompt 1 ]
@@ -7,14 +7,14 @@
              prompt 1, as it is
              prompt 1, unconditional
 
-Rows lie in the order [prompt, stream, sample], so that the rows of a prefix are
-neighbours; what is drawn lies as [prompt, sample], and is read by both streams.
+Rows are in the order [prompt, stream, sample], so that the rows of a prefix are
+neighbours; sampled tokens are [prompt, sample], and both streams read them.
 
-A pass reads the last id of each row, and with `drafts` guesses of the next ones after it:
+A pass reads the last token of each row and, with `drafts`, guesses of the next ones:
 
-    last     3                       what the model samples after each is what it would
-    guesses      7 7 2               sample without the guesses, as long as those before
-    sampled      7 7 5 .             are right: here 7 7 5 stay, and 5 is read next
+    last     3                       a sampled token is kept as long as all guesses
+    guesses      7 7 2               before it are right, so it is the one sampled
+    sampled      7 7 5 .             without guesses: 7 7 5 are kept, 5 is read next
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Rows(NamedTuple):
     """Prompts on the device. Without a prefix, `tokens` are the whole prompts.
 
     Attributes:
-      tokens: each row's own ids, right-padded.
-      lengths: how many those are.
-      prefix_tokens: ids that rows share, right-padded, or None.
-      prefix_lengths: how many those are.
-      visible: how many of its prefix each row reads.
+      tokens: each row's own tokens, right-padded.
+      lengths: of each row.
+      prefix_tokens: tokens that rows share, right-padded, or None.
+      prefix_lengths: of each prefix.
+      visible: how many tokens of its prefix each row reads.
     """
 
     tokens: Int32[Array, "rows width"]
@@ -56,37 +56,37 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What may be drawn, and how; all traced, so that no change compiles anew.
+    """What may be sampled, and how; all traced, so that no change recompiles.
 
     Attributes:
       grammar: shared by all rows.
-      limits: the most ids of each drawn row.
-      forced: an id where the row has no choice, -1 where it draws; or None.
-      keys: one a drawn row.
+      limits: the most new tokens of each sample.
+      forced: a token where the sample has no choice, -1 where it has; or None.
+      keys: one per sample.
       table: of guesses, or None.
-      cells: which code of its image each id of a row is; or None (see `Drafts`).
-      known: what is known of each row's image; or None.
+      cells: which code of its image each token is; or None (see `Drafts`).
+      known: the known codes of each sample's image; or None.
     """
 
     grammar: Grammar
-    limits: Int32[Array, " drawn"]
-    forced: Int32[Array, "drawn room"] | None
-    keys: Key[Array, " drawn"]
+    limits: Int32[Array, " samples"]
+    forced: Int32[Array, "samples room"] | None
+    keys: Key[Array, " samples"]
     settings: LogitSettings
     table: drafts_lib.Table | None = None
-    cells: Int32[Array, "drawn room"] | None = None
-    known: Int32[Array, "drawn codes"] | None = None
+    cells: Int32[Array, "samples room"] | None = None
+    known: Int32[Array, "samples codes"] | None = None
 
 
-class Drawing(NamedTuple):
-    """What the loop has drawn so far; `canvas` only where it guesses."""
+class DecodeState(NamedTuple):
+    """The state of the decode loop; `canvas` only with guesses."""
 
-    state: Int[Array, " drawn"]
-    num_in_state: Int[Array, " drawn"]
-    last: Int32[Array, " drawn"]
-    tokens: Int32[Array, "drawn room"]
-    log_probs: Float32[Array, "drawn room"]
-    lengths: Int32[Array, " drawn"]
+    state: Int[Array, " samples"]
+    num_in_state: Int[Array, " samples"]
+    last: Int32[Array, " samples"]
+    tokens: Int32[Array, "samples room"]
+    log_probs: Float32[Array, "samples room"]
+    lengths: Int32[Array, " samples"]
     canvas: Canvas | None = None
 
 
@@ -95,17 +95,17 @@ def read_prompts(
     model: Any,
     num_samples: int,
     room: int,
-    ids: tuple[int, int] | None,
+    token_range: tuple[int, int] | None,
     params: Any,
     rows: Rows,
-) -> tuple[Any, Float32[Array, "rows ids"]]:
+) -> tuple[Any, Float32[Array, "rows vocab"]]:
     """Prefill: the cache of all rows, and the logits that follow their prompts.
 
     Args:
       model: see `sample`.
       num_samples: how often each row is repeated.
-      room: for how many new ids.
-      ids: half-open range of the ids whose logits are wanted, or None for all.
+      room: for how many new tokens.
+      token_range: half-open range of the tokens whose logits are needed; None is all.
       params: of the model.
       rows: the prompts.
     """
@@ -132,54 +132,58 @@ def read_prompts(
             max_length,
             method="prefill_after",
         )
-    if ids is not None:
-        logits = logits[:, ids[0] : ids[1]]
+    if token_range is not None:
+        logits = logits[:, token_range[0] : token_range[1]]
     cache = constrain_cache(cache.repeat(num_samples))
     return cache, jnp.repeat(logits, num_samples, axis=0)
 
 
-class _Ids(NamedTuple):
-    """Which ids the columns of logits are of."""
+class _Columns(NamedTuple):
+    """Which tokens the columns of logits are of."""
 
     first: int
     pad: Int32[Array, ""]
-    allowed: Bool[Array, "states ids"]
+    allowed: Bool[Array, "states vocab"]
 
 
-def _find_ids(plan: Plan, ids: tuple[int, int] | None, num_columns: int) -> _Ids:
+def _find_columns(
+    plan: Plan, token_range: tuple[int, int] | None, num_columns: int
+) -> _Columns:
     allowed = plan.grammar.allowed
     pad = jnp.argmax(allowed[DONE]).astype(jnp.int32)
-    if ids is not None:
-        return _Ids(ids[0], pad, allowed[:, ids[0] : ids[1]])
-    # A model may have more rows in its table than the vocabulary has ids.
+    if token_range is not None:
+        return _Columns(
+            token_range[0], pad, allowed[:, token_range[0] : token_range[1]]
+        )
+    # A model may have more rows in its table than the vocabulary has tokens.
     more = num_columns - allowed.shape[1]
-    return _Ids(0, pad, jnp.pad(allowed, ((0, 0), (0, more))))
+    return _Columns(0, pad, jnp.pad(allowed, ((0, 0), (0, more))))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def start_drawing(
+def init_decode_state(
     num_samples: int,
     num_streams: int,
-    ids: tuple[int, int] | None,
+    token_range: tuple[int, int] | None,
     room: int,
     drafter: Drafter | None,
     plan: Plan,
-    logits: Float32[Array, "rows ids"],
-) -> Drawing:
-    """The first id of every row.
+    logits: Float32[Array, "rows vocab"],
+) -> DecodeState:
+    """Samples the first token of every row.
 
     Args:
       num_samples: of each prompt.
-      num_streams: 1, or 2 with an unconditional prompt beside each.
-      ids: half-open range of the ids that `logits` are of, or None for all.
-      room: for how many ids.
-      drafter: how the next ids will be guessed, or None.
-      plan: what may be drawn.
+      num_streams: 1, or 2 with an unconditional prompt for each.
+      token_range: half-open range of the tokens that `logits` are of, or None for all.
+      room: for how many new tokens.
+      drafter: how the next tokens will be guessed, or None.
+      plan: what may be sampled.
       logits: that follow the prompts.
     """
-    columns = _find_ids(plan, ids, logits.shape[1])
+    columns = _find_columns(plan, token_range, logits.shape[1])
     num_rows = len(plan.limits)
-    drawing = Drawing(
+    decoded = DecodeState(
         state=jnp.full(num_rows, START, jnp.int32),
         num_in_state=jnp.zeros(num_rows, jnp.int32),
         last=jnp.full(num_rows, columns.pad, jnp.int32),
@@ -189,42 +193,44 @@ def start_drawing(
     )
     if drafter is not None:
         canvas = drafts_lib.start_canvas(drafter, plan.known, num_rows, room)
-        drawing = drawing._replace(canvas=canvas)
+        decoded = decoded._replace(canvas=canvas)
     guesses = jnp.zeros((num_rows, 0), jnp.int32)
     counts = num_samples, num_streams
-    return _draw(plan, columns, *counts, drafter, logits[:, None], guesses, drawing)
+    return _sample_window(
+        plan, columns, *counts, drafter, logits[:, None], guesses, decoded
+    )
 
 
-def _draw(
+def _sample_window(
     plan: Plan,
-    columns: _Ids,
+    columns: _Columns,
     num_samples: int,
     num_streams: int,
     drafter: Drafter | None,
-    logits: Float32[Array, "rows window ids"],
-    guesses: Int32[Array, "drawn guesses"],
-    drawing: Drawing,
-) -> Drawing:
-    """The ids of every sample after `last` and its guesses, as far as those are right."""
+    logits: Float32[Array, "rows window vocab"],
+    guesses: Int32[Array, "samples guesses"],
+    decoded: DecodeState,
+) -> DecodeState:
+    """Samples the tokens after `last` and after the guesses that are right."""
     window = logits.shape[1]
-    states, nums_in_state = _follow_guesses(plan, guesses, drawing)
-    places = drawing.lengths[:, None] + jnp.arange(window)
-    drew = states != DONE
+    states, nums_in_state = _follow_guesses(plan, guesses, decoded)
+    places = decoded.lengths[:, None] + jnp.arange(window)
+    unfinished = states != DONE
 
     tokens, log_probs = _sample_places(
         plan, columns, num_samples, num_streams, logits, states, places
     )
-    free = drew
+    free = unfinished
     if plan.forced is not None:
         forced = drafts_lib.take(plan.forced, places, -1)
-        free = drew & (forced < 0)
+        free = unfinished & (forced < 0)
         tokens = jnp.where(forced >= 0, forced, tokens)
         log_probs = jnp.where(forced >= 0, 0.0, log_probs)
 
     equal = guesses == tokens[:, :-1]
     right = jnp.cumprod(equal, axis=1, dtype=jnp.int32).astype(bool)
     follows = jnp.pad(right, ((0, 0), (1, 0)), constant_values=True)
-    kept = follows & drew
+    kept = follows & unfinished
     num_kept = kept.sum(axis=1, dtype=jnp.int32)
 
     def last_kept(values):
@@ -235,21 +241,21 @@ def _draw(
     state, num_in_state = advance(
         plan.grammar, last_kept(states), last_kept(nums_in_state), last
     )
-    canvas = drawing.canvas
+    canvas = decoded.canvas
     if drafter is not None and canvas is not None:
         tested = (kept & free)[:, :-1]
         judged = tested, tested & equal
         canvas = drafts_lib.follow(
             drafter, plan.cells, canvas, places, tokens, kept, judged
         )
-    at = jnp.where(kept, places, drawing.tokens.shape[1])
-    lengths = drawing.lengths + num_kept
-    return Drawing(
+    at = jnp.where(kept, places, decoded.tokens.shape[1])
+    lengths = decoded.lengths + num_kept
+    return DecodeState(
         jnp.where(lengths >= plan.limits, DONE, state),
         num_in_state,
         last,
-        drafts_lib.put(drawing.tokens, at, tokens),
-        drafts_lib.put(drawing.log_probs, at, log_probs),
+        drafts_lib.put(decoded.tokens, at, tokens),
+        drafts_lib.put(decoded.log_probs, at, log_probs),
         lengths,
         canvas,
     )
@@ -257,18 +263,18 @@ def _draw(
 
 def _sample_places(
     plan: Plan,
-    columns: _Ids,
+    columns: _Columns,
     num_samples: int,
     num_streams: int,
-    logits: Float32[Array, "rows window ids"],
-    states: Int[Array, "drawn window"],
-    places: Int[Array, "drawn window"],
-) -> tuple[Int32[Array, "drawn window"], Float32[Array, "drawn window"]]:
-    """An id for each place by the logits before it, and its log-probability."""
+    logits: Float32[Array, "rows window vocab"],
+    states: Int[Array, "samples window"],
+    places: Int[Array, "samples window"],
+) -> tuple[Int32[Array, "samples window"], Float32[Array, "samples window"]]:
+    """A token for each place by the logits before it, and its log-probability."""
     first, _, allowed = columns
     window = logits.shape[1]
-    # [prompt, stream, sample, window, id] -> one row a place, in each stream.
-    # Whole on each device: the filters look at all ids again and again.
+    # [prompt, stream, sample, window, token] -> one row per place, in each stream.
+    # Not split over devices: the filters look at all tokens again and again.
     streams = (
         constrain_rows(logits)
         .astype(jnp.float32)
@@ -303,89 +309,94 @@ def _sample_places(
 
 
 def _follow_guesses(
-    plan: Plan, guesses: Int32[Array, "drawn guesses"], drawing: Drawing
-) -> tuple[Int[Array, "drawn window"], Int[Array, "drawn window"]]:
+    plan: Plan, guesses: Int32[Array, "samples guesses"], decoded: DecodeState
+) -> tuple[Int[Array, "samples window"], Int[Array, "samples window"]]:
     """The grammar's state before each place, if the guesses before it are right."""
-    states, nums = [drawing.state], [drawing.num_in_state]
+    states, nums = [decoded.state], [decoded.num_in_state]
     for i, guess in enumerate(guesses.T, 1):
         state, num = advance(plan.grammar, states[-1], nums[-1], guess)
-        done = drawing.lengths + i >= plan.limits
+        done = decoded.lengths + i >= plan.limits
         states.append(jnp.where(done, DONE, state))
         nums.append(num)
     return jnp.stack(states, axis=1), jnp.stack(nums, axis=1)
 
 
 @functools.partial(
-    jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnames=("cache", "drawing")
+    jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnames=("cache", "decoded")
 )
-def draw_steps(
+def decode_steps(
     model: Any,
     num_samples: int,
     num_streams: int,
-    ids: tuple[int, int] | None,
+    token_range: tuple[int, int] | None,
     num_steps: int | None,
     drafter: Drafter | None,
     params: Any,
     plan: Plan,
     cache: Any,
-    drawing: Drawing,
+    decoded: DecodeState,
     stop: Int32[Array, ""],
-) -> tuple[Any, Drawing]:
-    """Reads what was drawn last, and draws what follows, until rows have `stop` ids.
+) -> tuple[Any, DecodeState]:
+    """Reads the last tokens and samples the next ones, until rows have `stop` tokens.
 
     Args:
       model: see `sample`.
       num_samples: of each prompt.
-      num_streams: 1, or 2 with an unconditional prompt beside each.
-      ids: half-open range of the ids that the head is computed for, or None for all.
+      num_streams: 1, or 2 with an unconditional prompt for each.
+      token_range: half-open range of the tokens that the head is computed for, or None
+        for all.
       num_steps: how many passes, where that is constant; None stops when all rows are
-        done or have `stop` ids.
-      drafter: how the next ids are guessed, or None: an id a pass.
+        done or have `stop` tokens.
+      drafter: how the next tokens are guessed, or None: one token per pass.
       params: of the model.
-      plan: what may be drawn.
+      plan: what may be sampled.
       cache: of all rows; consumed.
-      drawing: what was drawn so far, at least one id a row; consumed.
-      stop: how many ids each row shall have; with guesses some have more.
+      decoded: the state so far, at least one token per row; consumed.
+      stop: how many tokens each row should have; with guesses some have more.
     """
-    head = () if ids is None else (slice_head(params, model.config, *ids),)
+    head = (
+        () if token_range is None else (slice_head(params, model.config, *token_range),)
+    )
     spread = functools.partial(_spread, num_samples, num_streams)
 
-    def read_and_draw(window, carry):
-        cache, drawing = carry
+    def decode_and_sample(window, carry):
+        cache, decoded = carry
         if drafter is None or window == 1:
-            guesses = jnp.zeros((len(drawing.last), 0), jnp.int32)
+            guesses = jnp.zeros((len(decoded.last), 0), jnp.int32)
             logits, cache = model.apply(
-                {"params": params}, spread(drawing.last), cache, *head, method="decode"
+                {"params": params}, spread(decoded.last), cache, *head, method="decode"
             )
             logits = logits[:, None]
         else:
-            more = plan.table, plan.cells, plan.forced, drawing.canvas, drawing.lengths
+            more = plan.table, plan.cells, plan.forced, decoded.canvas, decoded.lengths
             guesses = drafts_lib.propose(drafter, *more)
-            tokens = jnp.concatenate([drawing.last[:, None], guesses], axis=1)
+            tokens = jnp.concatenate([decoded.last[:, None], guesses], axis=1)
             logits, cache = model.apply(
                 {"params": params}, spread(tokens), cache, *head, method="decode_window"
             )
-        columns = _find_ids(plan, ids, logits.shape[2])
+        columns = _find_columns(plan, token_range, logits.shape[2])
         counts = num_samples, num_streams
-        after = _draw(plan, columns, *counts, drafter, logits, guesses, drawing)
+        after = _sample_window(
+            plan, columns, *counts, drafter, logits, guesses, decoded
+        )
         if guesses.shape[1]:
-            cache = cache.advance(spread(after.lengths - drawing.lengths))
+            cache = cache.advance(spread(after.lengths - decoded.lengths))
         return cache, after
 
     read_next = functools.partial(
-        read_and_draw, 1 if drafter is None else drafter.window
+        decode_and_sample, 1 if drafter is None else drafter.window
     )
-    carry = (cache, drawing)
+    carry = (cache, decoded)
     if num_steps is not None:
         return jax.lax.fori_loop(0, num_steps, lambda _, inner: read_next(inner), carry)
 
-    def is_unfinished(drawing):
-        return (drawing.state != DONE) & (drawing.lengths < stop)
+    def is_unfinished(decoded):
+        return (decoded.state != DONE) & (decoded.lengths < stop)
 
-    if drafter is None or drafter.window == 1 or ids is not None:
+    if drafter is None or drafter.window == 1 or token_range is not None:
         return _repeat(read_next, carry, is_unfinished)
     only_codes = _allow_only(plan.grammar, drafter.codes)
-    read_one = functools.partial(read_and_draw, 1)
+    read_one = functools.partial(decode_and_sample, 1)
     return _take_turns(read_one, read_next, carry, is_unfinished, only_codes)
 
 
@@ -393,20 +404,20 @@ def _take_turns(
     read_text: Callable[[Any], Any],
     read_image: Callable[[Any], Any],
     carry: Any,
-    is_unfinished: Callable[[Drawing], Bool[Array, " drawn"]],
+    is_unfinished: Callable[[DecodeState], Bool[Array, " samples"]],
     only_codes: Bool[Array, " states"],
 ) -> Any:
-    """Passes where texts may come, which nothing guesses.
+    """Passes over text, for which there are no guesses, and over images.
 
-    While no row is inside of an image (in a state of `only_codes`), ids are read one by
+    While no row is inside an image (in a state of `only_codes`), tokens are read one by
     one.
     """
 
-    def is_in_image(drawing):
-        return is_unfinished(drawing) & only_codes[drawing.state]
+    def is_in_image(decoded):
+        return is_unfinished(decoded) & only_codes[decoded.state]
 
-    def is_in_text(drawing):
-        return is_unfinished(drawing).any() & ~is_in_image(drawing).any()
+    def is_in_text(decoded):
+        return is_unfinished(decoded).any() & ~is_in_image(decoded).any()
 
     def read_text_then_image(carry):
         return _repeat(read_image, _repeat(read_text, carry, is_in_text), is_in_image)
@@ -421,15 +432,17 @@ def _spread(num_samples: int, num_streams: int, values: Array) -> Array:
     return jnp.broadcast_to(values, shape).reshape(-1, *values.shape[3:])
 
 
-def _allow_only(grammar: Grammar, ids: tuple[int, int]) -> Bool[Array, " states"]:
-    """True for states in which nothing may come but ids of a half-open range."""
+def _allow_only(
+    grammar: Grammar, token_range: tuple[int, int]
+) -> Bool[Array, " states"]:
+    """True for states in which only tokens of a half-open range are allowed."""
     columns = jnp.arange(grammar.allowed.shape[1])
-    inside = (columns >= ids[0]) & (columns < ids[1])
+    inside = (columns >= token_range[0]) & (columns < token_range[1])
     return ~(grammar.allowed & ~inside).any(axis=1)
 
 
 def _repeat(
-    step: Callable[[Any], Any], carry: Any, goes_on: Callable[[Any], Any]
+    step: Callable[[Any], Any], carry: Any, is_unfinished: Callable[[Any], Any]
 ) -> Any:
-    """Passes, as long as it is so for any row."""
-    return jax.lax.while_loop(lambda carry: goes_on(carry[1]).any(), step, carry)
+    """Passes, as long as any row is unfinished."""
+    return jax.lax.while_loop(lambda carry: is_unfinished(carry[1]).any(), step, carry)

@@ -1,7 +1,8 @@
-"""Which guesses are worth it: the table of a memory, windows, and measured acceptance.
+"""Which guesses save time: the table of a memory, windows, and measured acceptance.
 
-With windows of W ids and an acceptance of a, a pass gives 1 + a + ... + a^(W-1) ids. What
-it costs more than a pass of one id a row depends on the device and on the rows.
+With a window of W tokens and an acceptance of a, a pass gives 1 + a + ... + a^(W-1) of them.
+How much more it costs than a pass of one token per row depends on the device and on the
+number of rows.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ if TYPE_CHECKING:
     from racm3_jax.generation.sample import Samples
 
 WINDOWS = (1, 2, 4, 8, 16)
-# Passes of the shipped model on 2 AVX2 cores, in milliseconds by their rows: kernels that
-# lie in panels make two rows as cheap as one, and further rows dear.
+# Passes of the shipped model on 2 AVX2 cores, in milliseconds by number of rows: with
+# kernels stored in panels, two rows cost as much as one, and further rows cost more.
 _CPU_PASSES = {1: 2.1, 2: 2.1, 4: 3.5, 8: 5.2, 16: 8.1, 32: 13.4, 64: 27.8}
 # Accelerators read the weights in the time in which they multiply some hundreds of rows.
 _ACCELERATOR_ROW = 1 / 256
-# What a window must promise: guesses fail in runs, so that less comes of it. With 2 rows a
-# window of 4 promises 1.16 on a CPU, and 0.82 was measured.
-_LEAST_GAIN = 1.4
-# Measured on the shipped model: of a table over its memory, and without any memory.
+# The smallest predicted gain of a window: guesses fail in runs, so that the real gain is
+# smaller. With 2 rows a window of 4 should gain 1.16 on a CPU, and 0.82 was measured.
+_MIN_GAIN = 1.4
+# Measured on the shipped model: of a table over its memory, and without a memory.
 _TABLE_ACCEPTANCE = 0.78
 _JACOBI_ACCEPTANCE = 0.65
-_ENOUGH_TESTED = 512  # guesses, after which their acceptance is believed
-_HELD_BACK = 8  # every so-manieth image measures the table and is not counted
+_MIN_TESTED = 512  # guesses, after which their measured acceptance is used
+_HELD_OUT_EVERY = 8  # every 8th image measures the table and is not counted
 
 
 class _Counted(NamedTuple):
@@ -51,13 +52,13 @@ class _Counted(NamedTuple):
 
 
 def gain(acceptance: float, window: int, num_rows: int) -> float:
-    """How many times faster ids come than without guesses, on this machine."""
-    ids = sum(acceptance**i for i in range(window))
-    return ids * _cost(num_rows) / _cost(num_rows * window)
+    """The speed of decoding, relative to the speed without guesses, on this machine."""
+    num_tokens = sum(acceptance**i for i in range(window))
+    return num_tokens * _cost(num_rows) / _cost(num_rows * window)
 
 
 def _cost(num_rows: int) -> float:
-    """Of a pass, against others on the same device."""
+    """The cost of a pass, relative to others on the same device."""
     if current_platform() != "cpu":
         return 1 + _ACCELERATOR_ROW * (num_rows - 1)
     most = max(_CPU_PASSES)
@@ -66,20 +67,20 @@ def _cost(num_rows: int) -> float:
 
 
 def choose_window(acceptance: float, num_rows: int) -> int:
-    """The window that gains most; 1 where no guess is worth it.
+    """The window with the largest gain; 1 where guesses do not save time.
 
     Args:
       acceptance: the fraction of guesses that are right.
       num_rows: of a pass without guesses: samples, twice as many with guidance.
     """
     best = max(WINDOWS, key=lambda window: gain(acceptance, window, num_rows))
-    return best if gain(acceptance, best, num_rows) >= _LEAST_GAIN else 1
+    return best if gain(acceptance, best, num_rows) >= _MIN_GAIN else 1
 
 
 def usual_drafter(
     vocab: Vocab, num_rows: int, has_memory: bool = True
 ) -> Drafter | None:
-    """What "auto" is likely to choose, for programs that are compiled and not run.
+    """The likely choice of "auto", for programs that are compiled and not run.
 
     Args:
       vocab: of the model.
@@ -100,7 +101,7 @@ def _make_drafter(source: str, window: int, vocab: Vocab) -> Drafter:
 def read_codes(
     memory: Memory, vocab: Vocab, most: int = MAX_CODES
 ) -> Int32[np.ndarray, "images codes"]:
-    """Codes of the images of documents that may be shown, evenly from all of them."""
+    """Codes of images of the allowed documents, in even steps over all of them."""
     rows = memory.allowed_ids()
     count = min(len(rows), max(1, most // vocab.image_length))
     rows = (
@@ -117,7 +118,7 @@ def read_codes(
 
 
 class DraftChoice:
-    """The tables of memories, counted once each, and what guesses were worth so far."""
+    """The tables of memories, counted once each, and the measured acceptance of guesses."""
 
     def __init__(self) -> None:
         self._tables: weakref.WeakKeyDictionary[Memory, _Counted] = (
@@ -128,16 +129,16 @@ class DraftChoice:
     def choose(
         self, mode: DraftMode, memory: Any, vocab: Vocab, num_rows: int
     ) -> tuple[Drafter | None, Table | None]:
-        """How ids are guessed, and the table for it.
+        """How tokens are guessed, and the table for it.
 
         The choice depends on the memory and the number of rows, not on the prompt, so
-        that prompts share compiled programs; a source whose guesses turn out to be worth
-        nothing is not asked again.
+        that prompts share compiled programs. A source whose guesses turn out to save no
+        time is not used again.
 
         Args:
           mode: a source, or "auto" for the best one, or "off".
-          memory: whose images are counted. None, or documents given by hand that stand
-            in for one and have no rows: no table.
+          memory: whose images are counted. Without a memory, or with hand-picked
+            documents in its place, there is no table.
           vocab: of the model.
           num_rows: of a pass without guesses.
 
@@ -171,7 +172,7 @@ class DraftChoice:
         return None, None
 
     def note(self, samples: Samples) -> None:
-        """Remembers how many guesses were right."""
+        """Counts how many guesses were right."""
         if samples.drafter is None:
             return
         seen = self._seen.setdefault(samples.drafter[:2], [0, 0])
@@ -180,7 +181,7 @@ class DraftChoice:
 
     def _is_worthless(self, source: str, window: int, num_rows: int) -> bool:
         accepted, tested = self._seen.get((source, window), (0, 0))
-        if tested < _ENOUGH_TESTED:
+        if tested < _MIN_TESTED:
             return False
         return gain(accepted / tested, window, num_rows) <= 1
 
@@ -189,11 +190,11 @@ class DraftChoice:
         counted = self._tables.get(memory)
         if counted is None or counted.num_allowed != num_allowed:
             codes = read_codes(memory, vocab)
-            held_back = np.arange(len(codes)) % _HELD_BACK == _HELD_BACK - 1
-            if not held_back.any():
+            held_out = np.arange(len(codes)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+            if not held_out.any():
                 return None
-            table = count_table(codes[~held_back])
-            acceptance = measure_table(table, codes[held_back])
+            table = count_table(codes[~held_out])
+            acceptance = measure_table(table, codes[held_out])
             on_device = Table(*(jax.device_put(x) for x in table))
             counted = _Counted(num_allowed, on_device, acceptance)
             self._tables[memory] = counted

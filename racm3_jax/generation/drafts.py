@@ -5,12 +5,12 @@
                                    left  ?         7 ?
 
 Whether a guess is right changes how many passes an image takes, never its codes: the loop
-samples every place as it would without, and keeps the guesses that equal what it sampled.
+samples every place as it would without guesses, and keeps those equal to the sample.
 
 Sources of guesses:
   table    (left, up, up-left) -> code, counted over the memory's images
-  jacobi   what the previous pass sampled for the place, after guesses that were wrong
-           (Jacobi decoding, arXiv 2410.01699); at new places, what followed the same
+  jacobi   what the previous pass sampled for the place, after a wrong guess (Jacobi
+           decoding, arXiv 2410.01699); at new places, what followed the same
            neighbours in this image
 """
 
@@ -28,9 +28,9 @@ DraftMode = Literal["auto", "off", "table", "jacobi"]
 DRAFT_MODES: tuple[DraftMode, ...] = get_args(DraftMode)
 MAX_CODES = 1 << 18  # that a table is counted over: 0.3 s
 _SLOTS = 1 << 17
-_ABSENT = -1  # no neighbour there, or one that is not known
-# Which neighbours a guess goes by, (left, up, up-left): the most exact ones first. The
-# last goes by the place in the image alone.
+_ABSENT = -1  # no neighbour there, or an unknown one
+# Which neighbours a guess depends on, (left, up, up-left): the most specific first. The
+# last depends on the place in the image only.
 _CONTEXTS = ((1, 1, 1), (1, 1, 0), (0, 1, 0), (0, 0, 0))
 
 
@@ -51,9 +51,9 @@ class Drafter(NamedTuple):
 
     Attributes:
       source: "table" or "jacobi".
-      window: ids that one pass reads: one that is certain, and `window - 1` guesses.
-      codes: half-open range of the vocabulary ids of images.
-      image_length: codes of an image.
+      window: tokens that one pass reads: one that is certain, and `window - 1` guesses.
+      codes: half-open range of the image tokens of the vocabulary.
+      image_length: codes per image.
     """
 
     source: str
@@ -63,15 +63,15 @@ class Drafter(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """What `sample` needs in order to guess.
+    """What `sample` needs to guess.
 
     Attributes:
       drafter: how.
       table: of the source "table", else None.
-      cells: which code of the image each new id is, -1 for ids that are none; None where
+      cells: which code of the image each new token is, -1 for other tokens; None where
         images are written from their first code on.
-      known: the codes of each row's image that are known before, -1 for the others; None
-        where there is none.
+      known: the codes of each row's image that are known in advance, -1 for the others;
+        None where there are none.
     """
 
     drafter: Drafter
@@ -80,7 +80,7 @@ class Drafts(NamedTuple):
     known: Int32[np.ndarray, "batch codes"] | None = None
 
     def take(self, rows: Int[np.ndarray, " taken"]) -> Drafts:
-        """Those of some rows of the batch."""
+        """The drafts of some rows of the batch."""
         cells, known = (x if x is None else x[rows] for x in (self.cells, self.known))
         return self._replace(cells=cells, known=known)
 
@@ -89,30 +89,30 @@ class Canvas(NamedTuple):
     """The images that are being written.
 
     Attributes:
-      codes: of each row's image, -1 where one is not known.
+      codes: of each row's image, -1 where unknown.
       next_cell: of each row: where an image's next code goes.
-      guesses: of the source "jacobi": the id sampled last for each place, -1 for none.
-      tested: how many guesses were compared with what was sampled.
+      guesses: of the source "jacobi": the token sampled last for each place, -1 for none.
+      tested: how many guesses were compared with the sampled token.
       accepted: how many of them were equal.
       passes: of the model, until the row was done; reading the prompt is one.
     """
 
-    codes: Int32[Array, "drawn codes"]
-    next_cell: Int32[Array, " drawn"]
-    guesses: Int32[Array, "drawn room"] | None
-    tested: Int32[Array, " drawn"]
-    accepted: Int32[Array, " drawn"]
-    passes: Int32[Array, " drawn"]
+    codes: Int32[Array, "samples codes"]
+    next_cell: Int32[Array, " samples"]
+    guesses: Int32[Array, "samples room"] | None
+    tested: Int32[Array, " samples"]
+    accepted: Int32[Array, " samples"]
+    passes: Int32[Array, " samples"]
 
 
 def grid_side(image_length: int) -> int:
-    """Codes of a row of the image; all of them where they are no square."""
+    """Codes per row of a square image; all codes where the image is not square."""
     side = math.isqrt(image_length)
     return side if side * side == image_length else image_length
 
 
 def empty_table() -> Table:
-    """A table that knows nothing."""
+    """A table without entries."""
     return Table(np.zeros(_SLOTS, np.uint32), np.full(_SLOTS, -1, np.int32))
 
 
@@ -125,7 +125,7 @@ def count_table(images: Int[np.ndarray, "images codes"]) -> Table:
         np.uint64
     )
     pairs, counts = np.unique(pairs, return_counts=True)
-    # The most frequent come last, so that they are what a context and a slot keep.
+    # The most frequent come last, so that a context and a slot keep them.
     pairs = pairs[np.argsort(counts, kind="stable")]
     hashes = (pairs >> np.uint64(32)).astype(np.uint32)
     slots = hashes & np.uint32(_SLOTS - 1)
@@ -142,7 +142,7 @@ def measure_table(table: Table, images: Int[np.ndarray, "images codes"]) -> floa
 
 
 def look_up(table: Table, left: Any, up: Any, corner: Any, cell: Any) -> Any:
-    """The most likely code after these neighbours, by the most exact known context."""
+    """The most likely code after these neighbours, by the most specific known context."""
     found = None
     for hashes in _hash_contexts(left, up, corner, cell)[::-1]:
         slots = hashes & np.uint32(_SLOTS - 1)
@@ -191,11 +191,11 @@ def _find_neighbours(codes: Any, cell: Any) -> tuple[Any, Any, Any, Any]:
 
 def start_canvas(
     drafter: Drafter,
-    known: Int32[Array, "drawn codes"] | None,
+    known: Int32[Array, "samples codes"] | None,
     num_rows: int,
     room: int,
 ) -> Canvas:
-    """Nothing sampled yet."""
+    """The canvas before anything is sampled."""
     if known is None:
         known = jnp.full((num_rows, drafter.image_length), _ABSENT, jnp.int32)
     guesses = None
@@ -208,20 +208,20 @@ def start_canvas(
 def propose(
     drafter: Drafter,
     table: Table | None,
-    cells: Int32[Array, "drawn room"] | None,
-    forced: Int32[Array, "drawn room"] | None,
+    cells: Int32[Array, "samples room"] | None,
+    forced: Int32[Array, "samples room"] | None,
     canvas: Canvas,
-    places: Int32[Array, " drawn"],
-) -> Int32[Array, "drawn guesses"]:
-    """The ids that may come at `places` and after: `window - 1` a row, one by one.
+    places: Int32[Array, " samples"],
+) -> Int32[Array, "samples guesses"]:
+    """Guesses the tokens from `places` on: `window - 1` per row, one by one.
 
     Args:
       drafter: how.
       table: of the source "table".
-      cells: see `Drafts`; of all ids.
-      forced: ids that are certain, -1 for others; or None.
+      cells: see `Drafts`; of all tokens.
+      forced: tokens that are certain, -1 elsewhere; or None.
       canvas: the images so far.
-      places: of each row's next id.
+      places: of each row's next token.
     """
     start, stop = drafter.codes
 
@@ -255,24 +255,23 @@ def propose(
 
 def follow(
     drafter: Drafter,
-    cells: Int32[Array, "drawn room"] | None,
+    cells: Int32[Array, "samples room"] | None,
     canvas: Canvas,
-    places: Int32[Array, "drawn window"],
-    tokens: Int32[Array, "drawn window"],
-    kept: Bool[Array, "drawn window"],
-    judged: tuple[Bool[Array, "drawn guesses"], Bool[Array, "drawn guesses"]],
+    places: Int32[Array, "samples window"],
+    tokens: Int32[Array, "samples window"],
+    kept: Bool[Array, "samples window"],
+    judged: tuple[Bool[Array, "samples guesses"], Bool[Array, "samples guesses"]],
 ) -> Canvas:
-    """The images after a pass, and what it says about the guesses.
+    """The images after a pass, and how many guesses were right.
 
     Args:
       drafter: how.
-      cells: see `Drafts`; of all ids.
+      cells: see `Drafts`; of all tokens.
       canvas: before the pass.
-      places: of the sampled ids.
+      places: of the sampled tokens.
       tokens: what was sampled there.
-      kept: True where it stays; a beginning of each row.
-      judged: True where a guess was compared with an id that stays, and where it was
-        equal.
+      kept: True where the token is kept: the first ones of each row.
+      judged: True where a guess was compared with a kept token, and where it was equal.
     """
     start, stop = drafter.codes
     if cells is None:
@@ -283,7 +282,7 @@ def follow(
     num_codes = canvas.codes.shape[1]
     at = jnp.where(is_code & (cell >= 0), cell, num_codes)
     codes = put(canvas.codes, at, tokens - start)
-    # Another image begins after a token that is no code.
+    # Another image begins after a token that is not a code.
     whole = (is_code == kept).all(axis=1)
     num_kept = kept.sum(axis=1, dtype=jnp.int32)
     next_cell = jnp.where(whole, canvas.next_cell + num_kept, 0)
@@ -310,10 +309,10 @@ def take(values: Array, places: Array, outside: int) -> Array:
 
 
 def put(values: Array, places: Array, new: Array) -> Array:
-    """With `values[row, place] = new`, and nothing where there is no such place.
+    """With `values[row, place] = new`, ignoring places that do not exist.
 
-    Row by row: as one scatter, devices that hold copies of a model would exchange all of
-    the values.
+    Row by row: with one scatter, devices that hold copies of a model would exchange all
+    values.
     """
 
     def put_in_row(row, at, x):
@@ -323,7 +322,7 @@ def put(values: Array, places: Array, new: Array) -> Array:
 
 
 def _copy_similar(codes: Array, neighbours: tuple[Any, ...]) -> Array:
-    """The code of the cell whose neighbours are most alike, the last of such cells."""
+    """The code of the cell with the most similar neighbours; of several, the last."""
     cells = jnp.arange(codes.shape[1])
     score = jnp.zeros(codes.shape, jnp.int32)
     for weight, there, here in zip(

@@ -1,4 +1,4 @@
-"""What all tasks share: the model and its memory, and which documents prompts are given."""
+"""What all tasks share: the model, its memory, and the documents of each prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Engine:
     Attributes:
       model: the form that decodes fastest.
       params: its parameters, on the devices that decode.
-      tokenizer: the one that it was trained with.
+      tokenizer: of the model's training.
       retriever: finds documents, or None.
       embedder: embeds queries and scores images, or None.
       max_rows: rows decoded at once by each copy of the model.
@@ -61,16 +61,17 @@ class Engine:
           retriever: finds documents; None leaves `num_retrieved=0` and `documents`.
           embedder: embeds queries and scores images; needed with a retriever.
           max_rows: rows decoded at once by each copy of the model: samples, twice as
-            many with guidance; as many as have room, 64 at most, by default.
-          defaults: by task, the settings that were measured best with these weights; a
-            call that does not give them takes them (see `captioning.fill_in_defaults`).
-          mesh: of devices that decode, from `sharding.make_mesh`. By default all of this
-            process, with a copy of the model on each, or on each few that hold one.
+            many with guidance; by default as many as fit, 64 at most.
+          defaults: by task, the settings measured as the best for these weights, used by
+            calls that do not give them (see `captioning.fill_in_defaults`).
+          mesh: of devices that decode, from `sharding.make_mesh`. By default all devices
+            of this process, with a copy of the model on each, or on each group that is
+            large enough.
         """
         if model_config.vocab_size < tokenizer.vocab.size:
             raise ValueError(
-                f"the model has {model_config.vocab_size} ids but the tokenizer "
-                f"{tokenizer.vocab.size}: load the tokenizer that it was trained with"
+                f"the model has {model_config.vocab_size} tokens but the tokenizer "
+                f"{tokenizer.vocab.size}: load the tokenizer of its training"
             )
         if retriever is not None and embedder is None:
             raise ValueError(
@@ -98,20 +99,20 @@ class Engine:
         return other
 
     def devices_with_a_copy(self) -> list[Any]:
-        """Those that could decode by themselves; none where the model is split."""
+        """The devices that can decode alone; none where the model is split."""
         if self.mesh is None:
             return list(jax.tree.leaves(self.params)[0].devices())
         split = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
         return [] if split else list(self.mesh.devices.flat)
 
     def with_retriever(self, retriever: Retriever | None) -> Self:
-        """The same model over another memory; shares parameters and compiled code."""
+        """The same model with another memory; shares parameters and compiled code."""
         other = copy.copy(self)
         other.retriever = retriever
         return other
 
     def quantized(self) -> Self:
-        """The same model with weights in 8 bits; needs about half the memory of bf16."""
+        """The same model with 8-bit weights; needs about half the memory of bf16."""
         other = copy.copy(self)
         turned = self.model.config.outputs_first
         other.params = quantize_weights(self.params, outputs_first=turned)
@@ -122,17 +123,17 @@ class Engine:
         num_samples: int,
         num_retrieved: int,
         documents: Documents | None,
-        asked_as: str = "num_retrieved",
+        count_name: str = "num_retrieved",
     ) -> None:
-        """Refuses counts that cannot be, before anything is computed.
+        """Refuses invalid counts, before anything is computed.
 
-        `asked_as` is the name of the setting that says how many are retrieved.
+        `count_name` is what errors call `num_retrieved`.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1; got {num_samples}")
         if num_retrieved < 0:
             raise ValueError(
-                f"{asked_as} must be >= 0 (0 is without retrieval); got {num_retrieved}"
+                f"{count_name} must be >= 0 (0 is without retrieval); got {num_retrieved}"
             )
         if documents is not None or not num_retrieved:
             return
@@ -144,7 +145,7 @@ class Engine:
         held = self.retriever.memory.num_allowed
         if num_retrieved > held:
             raise ValueError(
-                f"{asked_as} is {num_retrieved} but the memory holds only {held} "
+                f"{count_name} is {num_retrieved} but the memory holds only {held} "
                 "documents: ask for at most that many"
             )
 
@@ -157,8 +158,8 @@ class Engine:
         """The documents of each row: hand-picked, none, or one search for all queries.
 
         Args:
-          queries: a text or an image a row.
-          num_retrieved: documents a row.
+          queries: a text or an image per row.
+          num_retrieved: documents per row.
           documents: hand-picked ones, which all rows share, or None.
         """
         if documents is not None:
@@ -181,7 +182,7 @@ class Engine:
     def _embed(
         self, queries: Sequence[str | Image]
     ) -> Float32[np.ndarray, "queries d_embed"]:
-        assert self.embedder is not None  # a retriever comes with one
+        assert self.embedder is not None  # required with a retriever
         texts = {i: q for i, q in enumerate(queries) if isinstance(q, str)}
         images = {i: q for i, q in enumerate(queries) if not isinstance(q, str)}
         rows: dict[int, np.ndarray] = {}
@@ -194,7 +195,7 @@ class Engine:
         return np.stack([rows[i] for i in range(len(queries))])
 
     def pick(self, documents: Documents) -> Retrieved:
-        """Hand-picked documents; they have no row in the memory and no score."""
+        """Hand-picked documents, without rows in the memory and without scores."""
         picked = self.tokenized(documents)
         return Retrieved(
             np.full(len(picked), -1, np.int64),
@@ -219,7 +220,7 @@ class Engine:
             what the strategy retrieves for the mean of their embeddings.
 
         Raises:
-          ValueError: a row without, or another number of rows.
+          ValueError: a row without documents, or another number of rows.
         """
         if len(documents) != num_rows:
             raise ValueError(
@@ -251,7 +252,7 @@ class Engine:
         queries = np.zeros((len(picked), embedded.shape[1]), np.float32)
         np.add.at(queries, owners, embedded)
         queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-9)
-        # Of several chosen ones, the search leaves only the first out.
+        # Of several chosen documents, the search excludes only the first.
         nums = num_neighbours + np.array([len(p.ids) - 1 for p in picked])
         nums = np.minimum(nums, self.retriever.memory.num_allowed)
         found = self.retriever.retrieve(queries, nums, [p.documents[0] for p in picked])
@@ -270,7 +271,7 @@ class Engine:
         return rows
 
     def tokenized(self, documents: Documents) -> tuple[TokenizedDocument, ...]:
-        """Documents as ids; those that are already stay as they are."""
+        """Tokenizes documents that are not tokenized yet."""
         plain = [d for d in documents if isinstance(d, Document)]
         found = iter(self.tokenizer.tokenize(plain))
         return tuple(next(found) if isinstance(d, Document) else d for d in documents)

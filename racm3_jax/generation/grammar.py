@@ -1,12 +1,12 @@
-"""What may come next, as arrays: a small state machine over vocabulary ids.
+"""Which tokens may follow, as arrays: a small state machine over the vocabulary.
 
-    image_grammar, n = 3:   start --image id x 3--> done
-    text_grammar:           start --text id--> text --text id--> text ... --<eoss>--> done
-                                              (after max_length text ids: only <eoss>)
+    image_grammar, n = 3:   start --image token x 3--> done
+    text_grammar:           start --text token--> text --text token--> .. --<eoss>--> done
+                                            (after max_length text tokens: only <eoss>)
 
-A state counts the ids emitted in it, so "exactly 1024 image ids" is one state with a
-limit and not 1024 states. The arrays are arguments of the compiled decode loop: another
-length or other ends never compile it anew.
+A state counts the tokens emitted in it, so "exactly 1024 image tokens" is one state with
+a limit and not 1024 states. The arrays are arguments of the compiled decode loop: other
+lengths or ends never recompile it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ START = 1
 
 
 class Grammar(NamedTuple):
-    """A state machine; state 0 is done (it emits `<pad>` for ever), state 1 the start.
+    """A state machine; state 0 is done (it only emits `<pad>`), state 1 is the start.
 
     Attributes:
-      allowed: True where the id may be emitted in the state.
-      next_state: the state that follows an id.
-      limits: how many ids a state emits at most before `after` follows; 0 = any number.
+      allowed: True where the token may be emitted in the state.
+      next_state: the state that follows a token.
+      limits: the most tokens of a state before `after` follows; 0 is any number.
       after: the state that follows when the limit is reached.
     """
 
@@ -46,7 +46,7 @@ def advance(
     count: Int[Array, " batch"],
     tokens: Int[Array, " batch"],
 ) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
-    """The state of each row, and the ids emitted in it, after `tokens`."""
+    """The state of each row, and how many tokens it emitted in it, after `tokens`."""
     following = grammar.next_state[state, tokens]
     count = jnp.where(following == state, count + 1, 0)
     limit = grammar.limits[state]
@@ -58,13 +58,13 @@ def advance(
 
 
 def image_grammar(vocab: Vocab, length: int | None = None) -> Grammar:
-    """Exactly `length` image ids (one whole image unless said otherwise), then done."""
+    """Exactly `length` image tokens (one whole image by default), then done."""
     length = vocab.image_length if length is None else length
     if length < 1:
-        raise ValueError(f"an image span has at least one id; got length {length}")
+        raise ValueError(f"an image span has at least one token; got length {length}")
     return _build(
         vocab,
-        [(_ids(vocab.size, vocab.image_range), {}, length, DONE)],
+        [(_mark_tokens(vocab.size, vocab.image_range), {}, length, DONE)],
     )
 
 
@@ -75,13 +75,13 @@ def text_grammar(
     min_length: int = 1,
     ends: Sequence[int] | None = None,
 ) -> Grammar:
-    """Between `min_length` and `max_length` text ids, then one of `ends`.
+    """Between `min_length` and `max_length` text tokens, then one of `ends`.
 
     Args:
-      vocab: the id ranges.
-      max_length: the most text ids; after them only `ends` are allowed.
-      min_length: the fewest text ids, at least 1.
-      ends: the control ids that close the span; `<eoss>` unless said otherwise.
+      vocab: the token ranges.
+      max_length: the most text tokens; after them only `ends` are allowed.
+      min_length: the fewest text tokens, at least 1.
+      ends: the control tokens that close the span; `<eoss>` by default.
     """
     if not 1 <= min_length <= max_length:
         raise ValueError(
@@ -89,7 +89,10 @@ def text_grammar(
             f"min_length {min_length}, max_length {max_length}"
         )
     ends = (vocab.eoss,) if ends is None else tuple(ends)
-    text, close = _ids(vocab.size, vocab.text_range), _ids(vocab.size, ends)
+    text, close = (
+        _mark_tokens(vocab.size, vocab.text_range),
+        _mark_tokens(vocab.size, ends),
+    )
     first, more, full = START, START + 1, START + 2
     finish = dict.fromkeys(ends, DONE)
     free = max_length - min_length
@@ -110,9 +113,9 @@ def interleaved_grammar(
 
     A segment begins with either; after it comes `<break>` and the next one, or `<eod>`:
 
-        start --text id--> text --<break>--> start of the next ...
-              --image id--> image --(n ids)--> close --<break>--> start of the next ...
-                                                     --<eod>--> done
+        start --text token--> text --<break>--> start of the next ...
+              --image token--> image --(n tokens)--> close --<break>--> start of the next
+                                                           --<eod>--> done
     """
     if max_text_length < 1 or max_segments < 1:
         raise ValueError(
@@ -120,7 +123,10 @@ def interleaved_grammar(
             f"{max_text_length} and {max_segments}"
         )
     size = vocab.size
-    text, image = _ids(size, vocab.text_range), _ids(size, vocab.image_range)
+    text, image = (
+        _mark_tokens(size, vocab.text_range),
+        _mark_tokens(size, vocab.image_range),
+    )
     states = []
     for segment in range(max_segments):
         first = START + 4 * segment
@@ -128,15 +134,15 @@ def interleaved_grammar(
         finish = {vocab.eod: DONE}
         if segment + 1 < max_segments:
             finish[vocab.break_] = first + 4
-        ends = _ids(size, tuple(finish))
-        leads = dict.fromkeys(
+        ends = _mark_tokens(size, tuple(finish))
+        next_states = dict.fromkeys(
             vocab.text_range, in_text if max_text_length > 1 else close
         ) | dict.fromkeys(
             vocab.image_range, in_image if vocab.image_length > 1 else close
         )
-        # The first id of a segment is drawn in its start state.
+        # The first token of a segment is sampled in its start state.
         states += [
-            (text | image, leads, 0, first),
+            (text | image, next_states, 0, first),
             (text | ends, finish, max_text_length - 1, close),
             (image, {}, vocab.image_length - 1, close),
             (ends, finish, 0, close),
@@ -144,9 +150,11 @@ def interleaved_grammar(
     return _build(vocab, states)
 
 
-def _ids(size: int, ids: range | Sequence[int]) -> Bool[np.ndarray, " vocab"]:
+def _mark_tokens(
+    size: int, tokens: range | Sequence[int]
+) -> Bool[np.ndarray, " vocab"]:
     mask = np.zeros(size, bool)
-    mask[list(ids)] = True
+    mask[list(tokens)] = True
     return mask
 
 
@@ -154,16 +162,16 @@ def _build(
     vocab: Vocab,
     states: Sequence[tuple[Bool[np.ndarray, " vocab"], dict[int, int], int, int]],
 ) -> Grammar:
-    """States 1, 2, ... as (allowed ids, where single ids lead, limit, after).
+    """States 1, 2, ... as (allowed tokens, next state of single tokens, limit, after).
 
-    An id that leads nowhere stays in its state; state 0 (done) is added in front.
+    All other tokens stay in the state; state 0 (done) is added in front.
     """
-    allowed = np.stack([_ids(vocab.size, [vocab.pad])] + [s[0] for s in states])
+    allowed = np.stack([_mark_tokens(vocab.size, [vocab.pad])] + [s[0] for s in states])
     next_state = np.repeat(
         np.arange(len(allowed), dtype=np.int32)[:, None], vocab.size, axis=1
     )
-    for row, (_, leads, _, _) in enumerate(states, START):
-        next_state[row, list(leads)] = list(leads.values())
+    for row, (_, next_states, _, _) in enumerate(states, START):
+        next_state[row, list(next_states)] = list(next_states.values())
     limits = np.asarray([0] + [s[2] for s in states], np.int32)
     after = np.asarray([DONE] + [s[3] for s in states], np.int32)
     return Grammar(*map(jnp.asarray, (allowed, next_state, limits, after)))

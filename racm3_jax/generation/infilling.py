@@ -1,12 +1,11 @@
-"""Regions of images and spans of texts drawn anew.
+"""Infilling of image regions and text spans.
 
     masked    <eod> documents <eod> text <break> i1 <mask:0> i4 <eod> <mask:0> ... <eoss>
     in_place  <eod> documents <eod> text <break> i1 ...
 
-"masked" is the CM3 infill prompt, which shows what comes after the region as well;
-"in_place" goes on with the image where the region begins, in the order in which images
-are drawn. Both keep every code outside the region. Editing is the same with one chosen
-document in front (RA-CM3, section 5).
+"masked" is the CM3 infill prompt, which also shows the image after the region;
+"in_place" continues the image where the region begins, in raster order. Both keep every
+code outside the region. Editing is infilling after a chosen document (RA-CM3, section 5).
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ REGION_PROMPTS: tuple[RegionPrompt, ...] = get_args(RegionPrompt)
 
 
 class Hole(NamedTuple):
-    """An image with a region that is to be drawn.
+    """An image with a region to fill in.
 
     Attributes:
-      tokens: ids of the whole image; those in the hole are not read by the model.
+      tokens: of the whole image; the model does not read those in the hole.
       cells: True in the region.
       spans: ranges that cover it.
     """
@@ -69,8 +68,8 @@ def cut_holes(
     """Tokenizes the images and finds the codes that the regions touch.
 
     Raises:
-      ValueError: another number of regions, one that no code lies in, or a prompt that
-        does not exist or takes no spans.
+      ValueError: another number of regions, a region without codes, or an unknown
+        region_prompt or one that does not take `max_spans`.
     """
     if region_prompt not in REGION_PROMPTS:
         raise ValueError(
@@ -79,7 +78,7 @@ def cut_holes(
         )
     if region_prompt == "in_place" and max_spans != 1:
         raise ValueError(
-            f"max_spans is {max_spans}, but region_prompt='in_place' draws one span: use "
+            f"max_spans is {max_spans}, but region_prompt='in_place' fills one span: use "
             "1, or region_prompt='masked'"
         )
     if len(images) != len(regions):
@@ -90,18 +89,18 @@ def cut_holes(
     pixels = np.stack([resize_image(x, image.image_size) for x in images])
     tokens = vocab.image_tokens(image.encode(pixels))
     holes = []
-    for ids, region, picture in zip(tokens, regions, images, strict=True):
+    for row, region, shown in zip(tokens, regions, images, strict=True):
         cells = find_cells(
-            region, picture.shape[:2], image.image_size, vocab.image_length
+            region, shown.shape[:2], image.image_size, vocab.image_length
         )
         holes.append(
-            Hole(ids, cells, find_spans(cells, min(max_spans, vocab.num_sentinels)))
+            Hole(row, cells, find_spans(cells, min(max_spans, vocab.num_sentinels)))
         )
     return holes
 
 
 def hide_region(engine: Engine, image: Image, hole: Hole) -> Image:
-    """The image as a query: the mean colour of the rest stands in the region."""
+    """The image as a query, its region filled with the mean colour of the rest."""
     size = engine.tokenizer.image.image_size
     pixels = resize_image(image, size)
     side = round(len(hole.cells) ** 0.5)
@@ -116,7 +115,7 @@ def hide_region(engine: Engine, image: Image, hole: Hole) -> Image:
 def write_region(
     engine: Engine, hole: Hole, prompt: str, region_prompt: RegionPrompt
 ) -> Prompt:
-    """The image with its hole, after its text if there is one, which guidance masks."""
+    """The prompt of an image with a hole; guidance masks the text, if there is one."""
     vocab = engine.tokenizer.vocab
 
     def write_after(text):
@@ -131,16 +130,16 @@ def write_region(
     plan = plan_spans(hole.tokens, hole.cells, hole.spans, vocab)
     known = np.where(hole.cells, -1, vocab.image_codes(hole.tokens)).astype(np.int32)
 
-    def place(drawn):
-        """The image so far; what is not drawn yet is as planned."""
-        planned = np.tile(plan, (len(drawn), 1))
-        planned[:, : drawn.shape[1]] = drawn[:, : len(plan)]
+    def place(sampled):
+        """The image so far; the rest is as planned."""
+        planned = np.tile(plan, (len(sampled), 1))
+        planned[:, : sampled.shape[1]] = sampled[:, : len(plan)]
         return fill_spans(hole.tokens, hole.spans, planned)
 
     def write_plain(documents):
-        # The mask of the text comes after those of the region, which keep their names.
-        name = 0 if region_prompt == "in_place" else len(hole.spans)
-        return write_after(np.array([vocab.sentinel(name)], np.int32))(documents)
+        # The mask of the text comes after those of the region, whose sentinels stay.
+        number = 0 if region_prompt == "in_place" else len(hole.spans)
+        return write_after(np.array([vocab.sentinel(number)], np.int32))(documents)
 
     text = engine.tokenizer.encode_text(prompt) if prompt else np.zeros(0, np.int32)
     return Prompt(
@@ -162,7 +161,7 @@ def make_task(
     region_prompt: RegionPrompt,
     name: str = "infill",
 ) -> Task:
-    """Draws the regions; every code outside them stays as it was.
+    """Fills in the regions; every code outside them is kept.
 
     The query is the prompt, or the image without the region.
     """
@@ -191,14 +190,14 @@ def make_task(
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """What stands before and after the marker.
+    """The text before and after the marker.
 
     Raises:
-      ValueError: the marker does not stand there exactly once.
+      ValueError: the text does not contain the marker exactly once.
     """
     if text.count(TEXT_MARKER) != 1:
         raise ValueError(
-            f"a text to fill in holds {TEXT_MARKER} exactly once, as in 'the flag of "
+            f"a text to fill in contains {TEXT_MARKER} exactly once, as in 'the flag of "
             f"{TEXT_MARKER} on the moon'; got {text!r}"
         )
     before, after = text.split(TEXT_MARKER)
@@ -208,7 +207,7 @@ def split_text(text: str) -> tuple[str, str]:
 def make_text_task(
     engine: Engine, text: str, image: Image | None, max_span_length: int
 ) -> Task:
-    """Writes what is at the marker, next to an image if there is one.
+    """Fills in the text at the marker, given an image if there is one.
 
     The query is the image, or the text without the marker.
     """
@@ -218,11 +217,11 @@ def make_text_task(
         engine.tokenizer.encode_text(part) if part else np.zeros(0, np.int32)
         for part in around
     )
-    pieces, picture = [before, after], ()
+    pieces, image_segments = [before, after], ()
     if image is not None:
         image = check_image(image)
         pieces += [[vocab.break_], engine.tokenizer.encode_image(image)]
-        picture = (Segment(image=image),)
+        image_segments = (Segment(image=image),)
     tokens = np.concatenate(pieces).astype(np.int32)
     hole = [(len(before), len(before))]
     words = " ".join(part.strip() for part in around).strip()
@@ -230,8 +229,9 @@ def make_text_task(
     def write(documents):
         return infill_prompt(documents, tokens, hole, vocab)
 
-    def read(_, drawn):
-        return Segment(text=decode_text(engine, before, drawn, after)), *picture
+    def read(_, sampled):
+        text_segment = Segment(text=decode_text(engine, before, sampled, after))
+        return text_segment, *image_segments
 
     return Task(
         "infill_text",

@@ -1,7 +1,7 @@
-"""Free generation: any text and images in front, any text and images after them.
+"""Free generation: texts and images, in any order, after given texts and images.
 
 <eod> documents <eod> text <break> image <break>  text <break> image ... <eod>
-                      `-- what was given -----'  `-- what is written -------'
+                      `------- given ---------'  `------- sampled ----------'
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ def make_task(
         max_new_tokens=max_segments * (max(max_text_length, vocab.image_length) + 1),
         exact=True,
         writes_images=True,
-        read=lambda _, drawn: (*segments, *split_segments(engine, drawn)),
+        read=lambda _, tokens: (*segments, *split_segments(engine, tokens)),
         facts={"given_segments": len(segments)},
     )
 
 
 def split_segments(
-    engine: Engine, drawn: Int32[np.ndarray, " new"]
+    engine: Engine, tokens: Int32[np.ndarray, " new"]
 ) -> tuple[Segment, ...]:
-    """Drawn ids -> texts and images."""
+    """Sampled tokens -> texts and images."""
     vocab = engine.tokenizer.vocab
-    kept = drawn[~np.isin(drawn, (vocab.pad, vocab.eod))]
+    kept = tokens[~np.isin(tokens, (vocab.pad, vocab.eod))]
     document = engine.tokenizer.split_tokens(kept)
     return engine.tokenizer.decode(document).segments

@@ -1,7 +1,7 @@
-"""From logits to one token a row: guidance, temperature, top-k, top-p, min-p, draw.
+"""From logits to one token per row: guidance, temperature, top-k, top-p, min-p, sampling.
 
 Pure functions of arrays. `LogitSettings` are traced, so that changing them never
-compiles again. Nothing is sorted: top-k and top-p look for a *threshold*, bit by bit (32
+recompiles. Nothing is sorted: top-k and top-p look for a *threshold*, bit by bit (32
 masked sums, exact), which is several times faster than sorting a vocabulary on a CPU.
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 
 class LogitSettings(NamedTuple):
-    """What is traced of a `SamplingConfig`, by the same names; see there for meanings."""
+    """The traced fields of `SamplingConfig`, by the same names; see there."""
 
     temperature: Float[Array, ""] | float = 1.0
     top_k: Int[Array, ""] | int = 0
@@ -51,10 +51,10 @@ def keep_heaviest(
     weights: Float[Array, "batch vocab"],
     target: Float[Array, ""] | float,
 ) -> Bool[Array, "batch vocab"]:
-    """Marks the fewest highest values of each row whose weights sum to `target`.
+    """Marks the fewest highest values of each row whose weights sum to `target` or more.
 
     Equal values are kept or dropped together, so ties can keep a few more. A row whose
-    weights never reach the target is kept whole.
+    weights do not reach the target is kept completely.
     """
     ordered = order_bits(values)
     target = jnp.maximum(target, jnp.finfo(jnp.float32).tiny)
@@ -86,9 +86,9 @@ def keep_top_k(
 def keep_top_p(
     logits: Float[Array, "batch vocab"], top_p: Float[Array, ""] | float
 ) -> Float[Array, "batch vocab"]:
-    """Keeps the nucleus: the fewest most probable ids that hold `top_p` of the mass.
+    """Keeps the nucleus: the fewest most probable tokens that hold `top_p` of the mass.
 
-    The most probable id always stays; 1 keeps everything (Holtzman et al.,
+    The most probable token is always kept; 1 keeps everything (Holtzman et al.,
     arXiv 1904.09751, section 3.1).
     """
 
@@ -106,11 +106,11 @@ def keep_min_p(
 ) -> Float[Array, "batch vocab"]:
     """Keeps tokens of at least `min_p` times the largest probability of their row.
 
-    The most probable token always stays; 0 keeps everything, bit for bit (Nguyen et al.,
-    arXiv 2407.01082, section 3).
+    The most probable token is always kept; 0 keeps everything, bit for bit (Nguyen et
+    al., arXiv 2407.01082, section 3).
     """
-    bar = logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(min_p, jnp.float32))
-    return jnp.where(logits >= bar, logits, -jnp.inf)
+    threshold = logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(min_p, jnp.float32))
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
 def guide(
@@ -134,21 +134,21 @@ def contrast(
 ) -> Float[Array, "batch vocab"]:
     """Contrastive decoding top-k (CD-K; CM3Leon, arXiv 2309.02591, section 3.2).
 
-    Kept are the ids whose probability is at least `alpha` times the k-th largest; they
-    are scored by `log p - log p_unconditional`.
+    Keeps the tokens whose probability is at least `alpha` times the k-th largest, with
+    the score `log p - log p_unconditional`.
 
     Args:
-      logits: with the prompt; -inf where an id may not come.
+      logits: with the prompt; -inf where the grammar forbids a token.
       unconditional: without it.
-      k: which of the probabilities the bar is measured from, at least 1.
-      alpha: how far below it an id may lie, above 0 and at most 1.
+      k: at least 1.
+      alpha: above 0 and at most 1.
     """
     log_p = jax.nn.log_softmax(logits, axis=-1)
     log_q = jax.nn.log_softmax(unconditional, axis=-1)
     highest = keep_heaviest(log_p, jnp.ones_like(log_p), jnp.float32(k))
-    bar = jnp.where(highest, log_p, jnp.inf).min(-1, keepdims=True)
-    # With fewer than k possible ids the bar is at -inf, which must not let -inf in.
-    keep = (log_p >= bar + jnp.log(alpha)) & (log_p > -jnp.inf)
+    threshold = jnp.where(highest, log_p, jnp.inf).min(-1, keepdims=True)
+    # With fewer than k possible tokens the threshold is -inf, which must not let -inf in.
+    keep = (log_p >= threshold + jnp.log(alpha)) & (log_p > -jnp.inf)
     return jnp.where(keep, log_p - log_q, -jnp.inf)
 
 
@@ -170,7 +170,7 @@ def sample_tokens(
     logits: Float[Array, "batch vocab"],
     settings: LogitSettings,
 ) -> Int[Array, " batch"]:
-    """Samples one token a row, each row with its own key.
+    """Samples one token per row, each row with its own key.
 
     A row's token depends on its key and its logits only, never on the other rows.
     Temperature 0 takes the first maximum.

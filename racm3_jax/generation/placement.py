@@ -1,10 +1,10 @@
-"""On which devices a model decodes, and how it lies on them.
+"""On which devices a model decodes, and how it is sharded over them.
 
     fits one device      data=4              a copy on each, prompts are split
     fits two             data=2, tensor=2    a copy on each pair: weights by the sharding
                                              table, caches by heads
 
-The parameters say where: what reads prompts and samples takes the mesh from them.
+The mesh is taken from the parameters.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from racm3_jax.model.quantization import SCALE
 from racm3_jax.model.transformer import abstract_params, count_params
 from racm3_jax.sharding import BATCH_AXES
 
-MOST_ROWS = 64
+MAX_ROWS = 64
 # A guided prompt is two rows.
-_LEAST_ROWS = 2
-# What the TPU's compiler asks for beside weights and caches: a share of the caches, and
-# two copies of the table of the vocabulary (a test holds the formula to its figures).
+_MIN_ROWS = 2
+# What the TPU's compiler needs besides weights and caches: a fraction of the caches, and
+# two copies of the embedding table (a test compares the formula with the compiler).
 _WORK = 0.4
 
 
 def decoding_bytes(
     config: ModelConfig, num_params: int, tensor: int = 1
 ) -> tuple[float, float]:
-    """What decoding needs on one device: bytes of the weights, and of a row.
+    """Memory for decoding on one device: bytes of the weights, and of a row.
 
     Args:
       config: of the model.
       num_params: of the model.
-      tensor: over how many devices it is split.
+      tensor: over how many devices the model is split.
 
     Returns:
-      (weights and what is made of them, a row of `max_length` tokens and its work).
+      (weights and arrays derived from them, a row of `max_length` tokens and its work).
     """
     size = 4 if config.compute_dtype == "float32" else 2
     token = 2 * config.num_layers * config.kv_heads * config.head_dim * size
@@ -54,19 +54,19 @@ def decoding_bytes(
 def choose_mesh(
     config: ModelConfig, devices: Sequence[Any], capacity: float | None
 ) -> Mesh:
-    """As many copies of a model as fit: each over as few devices as hold it.
+    """As many copies of a model as fit, each over as few devices as possible.
 
     Args:
       config: of the model.
       devices: that decode.
-      capacity: bytes that are free on each; None where nobody knows: all fits.
+      capacity: free bytes on each; None where unknown: then everything fits.
     """
     num_params = count_params(abstract_params(config))
     splits = [n for n in range(1, len(devices) + 1) if _divides(config, n, devices)]
     tensor = splits[-1]
     for split in splits:
         weights, row = decoding_bytes(config, num_params, split)
-        if capacity is None or weights + _LEAST_ROWS * row <= capacity:
+        if capacity is None or weights + _MIN_ROWS * row <= capacity:
             tensor = split
             break
     return sharding.make_mesh(tensor=tensor, devices=devices)
@@ -84,7 +84,7 @@ def _divides(config: ModelConfig, tensor: int, devices: Sequence[Any]) -> bool:
 
 
 def choose_local_mesh(config: ModelConfig) -> Mesh | None:
-    """`choose_mesh` over this process's devices, by what is free on them; None is one."""
+    """`choose_mesh` for this process's devices and free memory; None is one device."""
     local = sharding.local_mesh()
     if local is None:
         return None
@@ -93,7 +93,7 @@ def choose_local_mesh(config: ModelConfig) -> Mesh | None:
 
 
 def free_bytes(devices: Sequence[Any]) -> float | None:
-    """On the fullest of these devices; None where they do not say."""
+    """Free memory of the fullest of these devices; None where they do not report it."""
     found = [device.memory_stats() for device in devices]
     if not all(stats and "bytes_limit" in stats for stats in found):
         return None
@@ -105,21 +105,21 @@ def choose_max_rows(config: ModelConfig, params: Any) -> int:
 
     Args:
       config: of the model.
-      params: as they lie on the devices, whose free memory is asked for.
+      params: on the devices whose free memory counts.
     """
     leaf = jax.tree.leaves(params)[0]
     mesh = mesh_of(params)
     free = free_bytes(list(leaf.devices()))
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     _, row = decoding_bytes(config, count_params(params), tensor)
-    if free is None or MOST_ROWS * row <= free:
-        return MOST_ROWS
-    fitting = max(_LEAST_ROWS, int(free // row))
+    if free is None or MAX_ROWS * row <= free:
+        return MAX_ROWS
+    fitting = max(_MIN_ROWS, int(free // row))
     return 1 << (fitting.bit_length() - 1)
 
 
 def place_params(config: ModelConfig, params: Any, mesh: Mesh | None) -> Any:
-    """Parameters by the sharding table; without a mesh on JAX's default device.
+    """Parameters placed by the sharding table; without a mesh, on JAX's default device.
 
     Args:
       config: of the model.
@@ -136,7 +136,7 @@ def place_params(config: ModelConfig, params: Any, mesh: Mesh | None) -> Any:
     whole = sharding.replicated(mesh)
 
     def put(path: Any, leaf: Any) -> Any:
-        # The steps of kernels in 8 bits are vectors that the table does not know.
+        # The scales of 8-bit kernels are vectors that are not in the table.
         scale = path[-1].key == SCALE
         return jax.device_put(leaf, whole if scale else table[path])
 
@@ -144,7 +144,7 @@ def place_params(config: ModelConfig, params: Any, mesh: Mesh | None) -> Any:
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on; None if they are on one device."""
+    """The mesh of the parameters; None if they are on one device."""
     place = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
         return None
@@ -164,13 +164,13 @@ def where_params_lie(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def count_copies() -> int:
-    """Of the model on the current mesh: what a number of rows should be a multiple of."""
+    """Copies of the model on the current mesh; the number of rows should be a multiple."""
     mesh = jax.sharding.get_mesh()
     return 1 if mesh.empty else sharding.count_row_shards(mesh)
 
 
 def split_rows(tree: Any) -> Any:
-    """Arrays over the current mesh: rows split where they divide, else copied."""
+    """Arrays on the current mesh: split by rows where these divide evenly, else copied."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return tree
@@ -184,7 +184,7 @@ def split_rows(tree: Any) -> Any:
 
 
 def constrain_cache(cache: Cache) -> Cache:
-    """Keys and values split by rows and heads; inside of a program, on any mesh."""
+    """Keys and values split by rows and heads; inside a program, on any mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(BATCH_AXES) <= set(mesh.axis_names):
         return cache
@@ -192,7 +192,7 @@ def constrain_cache(cache: Cache) -> Cache:
 
 
 def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Any:
-    """Where each array of a cache lies: `[rows, heads, ...]` or `[rows]`."""
+    """The sharding of each array of a cache: `[rows, heads, ...]` or `[rows]`."""
     copies, tensor = sharding.count_row_shards(mesh), mesh.shape["tensor"]
 
     def place(x: Any) -> PartitionSpec:

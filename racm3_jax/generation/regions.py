@@ -1,4 +1,4 @@
-"""A region of an image as cells of its code grid, as spans, and as ids to draw.
+"""A region of an image as cells of its code grid, as spans, and as tokens to sample.
 
     cells (* = in the region)      raster order           at most one span
       . . . .
@@ -6,8 +6,8 @@
       . * * .                     `---' `---'                   * * k k * *
       . . . .                     two runs                      k = known, forced
 
-Runs that are closest are joined first; what lies between them is known, and is forced
-while the span is drawn. Models see few spans at once in training, so one is the default.
+The closest runs are joined first; the codes between them are known, and forced while the
+span is sampled. Models see few spans at once in training, so one is the default.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def find_cells(
 
     Args:
       region: a box (left, top, right, bottom) in pixels, right and bottom excluded; or a
-        mask, True where the image is to be drawn anew.
+        mask, True where the image is to be replaced.
       image_shape: height and width of the image that the region is of.
       image_size: of the square that the image is cut to and resized to.
-      num_codes: of one image, in rows of equal length.
+      num_codes: of one image; a square grid.
 
     Raises:
       ValueError: a region outside the image, empty, or of another size.
@@ -95,11 +95,11 @@ def plan_spans(
     spans: Sequence[Span],
     vocab: Vocab,
 ) -> Int32[np.ndarray, " new"]:
-    """The ids after an `infill_prompt`: known ones, and -1 where one is drawn.
+    """The tokens after an `infill_prompt`: known ones, and -1 where one is sampled.
 
-    Between two spans stand the end of the first and the name of the second:
+    Between two spans are the end of the first and the sentinel of the second:
 
-        spans [0, 2) [5, 6), all drawn   ->   -1 -1 <eoss> <mask:1> -1
+        spans [0, 2) [5, 6), all sampled   ->   -1 -1 <eoss> <mask:1> -1
     """
     hidden = np.where(cells, -1, tokens)
     pieces = []
@@ -111,7 +111,7 @@ def plan_spans(
 
 
 def place_spans(spans: Sequence[Span]) -> Int32[np.ndarray, " new"]:
-    """Which code of the image each id of `plan_spans` is; -1 between two spans."""
+    """Which code of the image each token of `plan_spans` is; -1 between two spans."""
     pieces = []
     for i, (start, end) in enumerate(spans):
         pieces += [np.full(2 if i else 0, -1), np.arange(start, end)]
@@ -121,12 +121,12 @@ def place_spans(spans: Sequence[Span]) -> Int32[np.ndarray, " new"]:
 def fill_spans(
     tokens: Int[np.ndarray, " codes"],
     spans: Sequence[Span],
-    drawn: Int[np.ndarray, "samples new"],
+    sampled: Int[np.ndarray, "samples new"],
 ) -> Int32[np.ndarray, "samples codes"]:
-    """The image's ids with the drawn ones in place: the inverse of `plan_spans`."""
-    filled = np.tile(tokens, (len(drawn), 1)).astype(np.int32)
+    """The image with the sampled tokens in place: the inverse of `plan_spans`."""
+    filled = np.tile(tokens, (len(sampled), 1)).astype(np.int32)
     position = 0
     for start, end in spans:
-        filled[:, start:end] = drawn[:, position : position + end - start]
+        filled[:, start:end] = sampled[:, position : position + end - start]
         position += end - start + 2
     return filled

@@ -1,4 +1,4 @@
-"""What a task asks of the runner, and what is checked before anything is computed."""
+"""What a task gives to the runner, and the checks before anything is computed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from racm3_jax.types import Document, Retrieved, Segment, TokenizedDocument
 
 Image = UInt8[np.ndarray, "height width 3"]
 Documents = Sequence[Document | TokenizedDocument]
-# Writes a prompt after any documents: `layout` with the rest filled in.
+# Writes a prompt after any documents: a function of `layout` with the rest filled in.
 WritePrompt = Callable[[Sequence[TokenizedDocument]], Int32[np.ndarray, " length"]]
-# Tokens as they are sampled -> those of the whole image.
-PlaceDrawn = Callable[
-    [Int32[np.ndarray, "samples drawn"]], Int32[np.ndarray, "samples codes"]
+# Sampled tokens -> tokens of the whole image.
+PlaceTokens = Callable[
+    [Int32[np.ndarray, "samples new"]], Int32[np.ndarray, "samples codes"]
 ]
 
 
-class Asked(NamedTuple):
-    """What is asked of every task (see `Generator`).
+class CallOptions(NamedTuple):
+    """The arguments that every task takes (see `Generator`).
 
     Attributes:
       num_samples: of each row.
@@ -42,12 +42,13 @@ class Asked(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Which documents the rows of a call are given.
+    """Which documents are given to the rows of a call.
 
     Attributes:
       num_retrieved: from the memory, for each row.
       documents: hand-picked instead, shared by the rows; or None.
-      own_documents: hand-picked of each row, before `num_retrieved` like them; or None.
+      own_documents: hand-picked for each row, followed by `num_retrieved` similar ones;
+        or None.
       noun: what errors call one of those.
       count_name: what errors call `num_retrieved`.
     """
@@ -67,40 +68,40 @@ class Prompt(NamedTuple):
       write_plain: writes the unconditional prompt of guidance; None where there is no
         text to leave out: guidance can then only leave out the documents.
       forced: a token where there is no choice, -1 where one is sampled; or None.
-      place: where the tokens belong to a region of an image: those so far -> the whole
-        image, -1 where one is still to come; or None.
-      cells: where the tokens belong to a region: which code of the image each one is, -1
-        for tokens that are none; or None.
-      known: with `cells`: the image's codes that are known, -1 for others.
+      place: of a region of an image: the tokens so far -> the whole image, -1 where one
+        is still missing; or None.
+      cells: of a region: which code of the image each token is, -1 for other tokens; or
+        None.
+      known: with `cells`: the known codes of the image, -1 for the others.
     """
 
     write: WritePrompt
     write_plain: WritePrompt | None = None
     forced: Int32[np.ndarray, " new"] | None = None
-    place: PlaceDrawn | None = None
+    place: PlaceTokens | None = None
     cells: Int32[np.ndarray, " new"] | None = None
     known: Int32[np.ndarray, " codes"] | None = None
 
 
 class Task(NamedTuple):
-    """What a task does that others do not: the rest is `runner.run_task`.
+    """The part of a task that differs from others: the rest is `runner.run_task`.
 
     Attributes:
       name: of the task, in the metadata of its documents.
       texts: of each row: the `prompt` of its output, and what images are ranked by.
       queries: of each row: the text or the image that documents are retrieved for.
       prompts: of each row.
-      grammar: what may be sampled.
+      grammar: which tokens may be sampled.
       max_new_tokens: the most tokens of a row.
       fixed_length: the grammar always emits `max_new_tokens`.
       exact: a row needs room for as many tokens as its `forced`, or `max_new_tokens`.
-      writes_images: codes of images may come, which are then guessed as the setting
-        `draft` says.
+      writes_images: the samples contain images, whose codes are guessed according to the
+        setting `draft`.
       read: (row, tokens of a sample) -> its segments; None where each sample is an image
         after the row's text.
       facts: added to the metadata of each sample.
       choose: which of the retrieved documents are shown; None shows all.
-      settings: of this task alone, for the record of its outputs.
+      settings: of this task only, recorded with its outputs.
     """
 
     name: str
@@ -119,12 +120,12 @@ class Task(NamedTuple):
 
 
 def place_tokens(
-    prompts: Sequence[Prompt], tokens: Int32[np.ndarray, "prompts samples drawn"]
+    prompts: Sequence[Prompt], tokens: Int32[np.ndarray, "prompts samples new"]
 ) -> Int32[np.ndarray, "prompts samples placed"]:
-    """The tokens of each prompt where they belong in its image, if it says where."""
+    """The tokens of each prompt in their places in its image, if it has `place`."""
     placed = [
-        drawn if prompt.place is None else prompt.place(drawn)
-        for prompt, drawn in zip(prompts, tokens, strict=True)
+        samples if prompt.place is None else prompt.place(samples)
+        for prompt, samples in zip(prompts, tokens, strict=True)
     ]
     return np.stack(placed)
 
@@ -143,7 +144,7 @@ def place_progress(
 
 
 def row_seeds(seed: int | Sequence[int], num_rows: int) -> list[int]:
-    """One seed a row: `seed`, `seed + 1`, ... or the given ones."""
+    """One seed per row: `seed`, `seed + 1`, ... or the given ones."""
     if isinstance(seed, int | np.integer):
         seeds = [int(seed) + i for i in range(num_rows)]
     else:
@@ -160,7 +161,7 @@ def check_image(image: Image) -> Image:
     """The image itself, if it is RGB pixels.
 
     Raises:
-      ValueError: says what was given and how files are read.
+      ValueError: it is not; says how to read files.
     """
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -190,7 +191,7 @@ def pad_rows(
 
 
 def prompt_each(prompts: Sequence[str] | None, num_rows: int) -> list[str]:
-    """One prompt an image, without spaces around it; empty ones where there are none."""
+    """One prompt per image, without spaces around it; empty ones without prompts."""
     if prompts is None:
         return [""] * num_rows
     if len(prompts) != num_rows:

@@ -1,10 +1,10 @@
-"""The one way of every task from what is asked to its outputs.
+"""The path of every task from its arguments to its outputs.
 
     checks -> prompts (the task's) -> documents -> samples -> segments -> ranked outputs
 
 The number of samples, the seeds, the documents, the ranking and the progress are the same
-for all tasks, and are here alone; a `Task` says what differs. A single item is a batch of
-one, so it gives the samples that it gives in a batch.
+for all tasks, and are handled only here; a `Task` says what differs. A single item is a
+batch of one, so it gives the same samples as in a batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Int32
 from racm3_jax.generation.batching import sample_prompts
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.requests import (
-    Asked,
+    CallOptions,
     Given,
     Prompt,
     Task,
@@ -43,26 +43,29 @@ def run_task(
     num_rows: int,
     make_task: Callable[[], Task],
     given: Given,
-    asked: Asked,
+    options: CallOptions,
 ) -> list[GenerationOutput]:
     """The outputs of every row of a call; none where there are no rows.
 
     Args:
       engine: whose model samples, after documents of its memory.
       num_rows: prompts or images.
-      make_task: checks what the task alone takes, and writes its prompts; called after
-        the other checks, as it may tokenize images.
+      make_task: checks the task's own arguments and writes its prompts; called after the
+        other checks, as it may tokenize images.
       given: the documents.
-      asked: the rest of the call.
+      options: the other arguments of the call.
 
     Raises:
-      ValueError: in one sentence, on what cannot be.
+      ValueError: on invalid arguments.
     """
     if not num_rows:
         return []
-    config = make_config(asked.settings)
-    seeds = row_seeds(asked.seed, num_rows)
-    num_samples, (num_retrieved, documents, own, noun, name) = asked.num_samples, given
+    config = make_config(options.settings)
+    seeds = row_seeds(options.seed, num_rows)
+    num_samples, (num_retrieved, documents, own, noun, name) = (
+        options.num_samples,
+        given,
+    )
     engine.check_counts(num_samples, num_retrieved, documents, name)
     if own is None:
         task = make_task()
@@ -73,11 +76,11 @@ def run_task(
     if task.choose is not None:
         retrieved = task.choose(retrieved)
     if task.read is None:
-        check_rank_by(asked.rank_by, engine, retrieved)
+        check_rank_by(options.rank_by, engine, retrieved)
     samples = sample_prompts(
-        engine, task, retrieved, seeds, config, num_samples, asked.on_progress
+        engine, task, retrieved, seeds, config, num_samples, options.on_progress
     )
-    outputs = _make_outputs(engine, task, samples, retrieved, seeds, asked.rank_by)
+    outputs = _make_outputs(engine, task, samples, retrieved, seeds, options.rank_by)
     used = {name: getattr(config, name) for name in SamplingSettings.__annotations__}
     return [
         dataclasses.replace(output, settings=used | dict(task.settings))
@@ -93,7 +96,7 @@ def _make_outputs(
     seeds: Sequence[int],
     rank_by: RankBy,
 ) -> list[GenerationOutput]:
-    """Each row's samples as documents, best first, which name those that were shown."""
+    """Each row's samples as documents, best first, with the ids of their documents."""
     tokens, scores, images = samples.tokens, mean_log_probs(samples), None
     if task.read is None:
         tokens = place_tokens(task.prompts, tokens)
@@ -140,7 +143,7 @@ def _describe_images(
     retrieved: Retrieved,
     vocab: Vocab,
 ) -> list[dict[str, Any]]:
-    """How close each is to a retrieved image; of a region also what is as it was."""
+    """How close each image is to a retrieved one; for regions, how many codes are kept."""
     near = find_nearest(tokens, retrieved, vocab)
     if prompt.known is None:
         return near

@@ -1,14 +1,14 @@
-"""The only decode loop: prefill the prompts once, then pass by pass the ids that follow.
+"""The only decode loop: prefill the prompts once, then sample new tokens pass by pass.
 
     prompt_tokens  [ a b c . . . . . ]   right-padded to a bucket (. = padding)
                    [ a b c d e . . . ]
-    prefill once -> cache -> repeated for `num_samples` -> draw, decode, draw, ...
+    prefill once -> cache -> repeated for `num_samples` -> sample, decode, sample, ...
 
-A pass decodes one id a row, or with `drafts` several: the samples are the same.
+A pass decodes one token per row, or several with `drafts`: the samples are the same.
 
 Everything that differs from call to call (the lengths, the grammar, temperature, k, p,
-guidance, forced ids, the seeds) is an argument of one compiled program; a program is
-compiled for each bucket of rows, of prompt length and of new ids, not for each prompt.
+guidance, forced tokens, the seeds) is an argument of one compiled program; a program is
+compiled for each bucket of rows, of prompt length and of new tokens, not for each prompt.
 This module prepares the arrays; `decoding` is the program.
 """
 
@@ -24,12 +24,12 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Int32, Key
 
 from racm3_jax.generation.decoding import (
-    Drawing,
+    DecodeState,
     Plan,
     Rows,
-    draw_steps,
+    decode_steps,
+    init_decode_state,
     read_prompts,
-    start_drawing,
 )
 from racm3_jax.generation.drafts import Drafter, Drafts
 from racm3_jax.generation.grammar import DONE, Grammar
@@ -41,25 +41,25 @@ from racm3_jax.types import DraftCounts
 PROMPT_BUCKET = 64
 OWN_BUCKET = 32  # of what comes after a shared prefix
 NEW_TOKENS_BUCKET = 16
-PROGRESS_EVERY = 16  # ids of a row between two reports
+PROGRESS_EVERY = 16  # tokens of a row between two reports
 
 _Tokens = Int32[np.ndarray, "batch length"]
 _Lengths = Int[np.ndarray, " batch"]
 
 
 class Samples(NamedTuple):
-    """What was drawn.
+    """The sampled tokens.
 
     Attributes:
-      tokens: the new ids; `<pad>` after the end of a span.
-      log_probs: the model's own log-probability of each id in nats, before guidance,
-        grammar, temperature and filters (with `ids`: among those); 0 after the end and
-        where the id was forced.
-      lengths: how many ids each sample has.
-      passes: how often the model was asked for each sample.
-      tested: how many guesses were compared with what was sampled; 0 without drafts.
+      tokens: the new tokens; `<pad>` after the end of a span.
+      log_probs: the model's own log-probability of each token in nats, before guidance,
+        grammar, temperature and filters (with `token_range`: among those tokens); 0 after
+        the end and where the token was forced.
+      lengths: how many tokens each sample has.
+      passes: how many passes of the model each sample took.
+      tested: how many guesses were compared with sampled tokens; 0 without drafts.
       accepted: how many of them were equal.
-      drafter: what guessed, or None.
+      drafter: made the guesses, or None.
     """
 
     tokens: Int32[np.ndarray, "batch samples new"]
@@ -71,7 +71,7 @@ class Samples(NamedTuple):
     drafter: Drafter | None = None
 
     def count_drafts(self, row: int) -> DraftCounts:
-        """How the ids of a row's samples were guessed, for a person to read."""
+        """How the tokens of a row's samples were guessed, for a person to read."""
         tested = int(self.tested[row].sum())
         return DraftCounts(
             "off" if self.drafter is None else self.drafter.source,
@@ -87,7 +87,7 @@ class Unconditional(NamedTuple):
     Attributes:
       tokens: right-padded, as the first prompts.
       lengths: of each.
-      prefix_lengths: how many ids at its start are equal to the first prompt's.
+      prefix_lengths: how many tokens at its start are equal to the first prompt's.
     """
 
     tokens: _Tokens
@@ -96,18 +96,18 @@ class Unconditional(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a running call stands.
+    """How far a running call is.
 
     Attributes:
-      tokens: the ids so far; of `Generator.infill` and `edit` all of the image, -1 where
-        one is still to come.
-      num_drawn: ids of each row so far.
-      max_new_tokens: the most that there will be.
-      seconds: since the first id was drawn.
+      tokens: the tokens so far; of `Generator.infill` and `edit` all of the image, -1
+        where one is still missing.
+      num_drawn: tokens of each row so far.
+      max_new_tokens: the most tokens of a row.
+      seconds: since the first token was sampled.
       tokens_per_second: of all samples together.
     """
 
-    tokens: Int32[np.ndarray, "batch samples drawn"]
+    tokens: Int32[np.ndarray, "batch samples new"]
     num_drawn: int
     max_new_tokens: int
     seconds: float
@@ -133,41 +133,42 @@ def sample(
     unconditional: Unconditional | None = None,
     forced: Int32[np.ndarray, "batch new"] | None = None,
     row_lengths: _Lengths | None = None,
-    ids: range | None = None,
+    token_range: range | None = None,
     drafts: Drafts | None = None,
     on_progress: OnProgress | None = None,
 ) -> Samples:
     """Continues each prompt `num_samples` times under a grammar.
 
-    Sample j of a row is drawn with `fold_in(fold_in(key, row_seed), j)`: it depends on
-    its prompt and its seed, not on the rows beside it nor on how many samples are asked.
+    Sample j of a row is sampled with `fold_in(fold_in(key, row_seed), j)`: it depends on
+    its prompt and its seed, not on the other rows nor on `num_samples`.
 
     Args:
       model: a `Transformer`, best with the config that `prepare_decoding` gives.
       params: its parameters, in the same form.
-      prompt_tokens: vocabulary ids, right-padded with any id. Its width, rounded up, is
-        the length bucket.
-      prompt_lengths: ids in each prompt, at least 1.
+      prompt_tokens: right-padded with any token. The width, rounded up, is the length
+        bucket.
+      prompt_lengths: tokens in each prompt, at least 1.
       grammar: what may be emitted; shared by all rows.
-      config: temperature, filters, guidance, and how many ids.
+      config: temperature, filters, guidance, and how many tokens.
       key: a JAX key.
       num_samples: continuations of each prompt.
-      row_seeds: one number >= 0 a row; 0, 1, ... unless given.
-      prefix_lengths: how many ids at the start of each prompt are its retrieved
+      row_seeds: one number >= 0 per row; 0, 1, ... unless given.
+      prefix_lengths: how many tokens at the start of each prompt are its retrieved
         documents. Where several rows share them (samples, guidance, or prompts with the
         same documents) they are read once.
-      unconditional: the second prompts, when `config` guides; else not looked at.
-      forced: an id where a row has no choice, -1 where it draws; rows may be shorter
-        than `max_new_tokens`, then they draw.
-      row_lengths: the most ids of each row; `max_new_tokens` unless given. When given,
+      unconditional: the second prompts, when `config` guides; else ignored.
+      forced: a token where a row has no choice, -1 where one is sampled; where rows are
+        shorter than `max_new_tokens`, the rest is sampled.
+      row_lengths: the most tokens of each row; `max_new_tokens` unless given. When given,
         every row must have room for its own.
-      ids: the ids that the grammar may ever allow, where they are neighbours (the codes
-        of an image): the head is then computed for those alone.
-      drafts: guesses of the next ids, so that a pass gives several; they change no id.
-      on_progress: called every `PROGRESS_EVERY` ids.
+      token_range: the only tokens that the grammar allows, where they are a range (the
+        codes of an image): the head is then computed for those only.
+      drafts: guesses of the next tokens, so that a pass gives several; they do not
+        change the samples.
+      on_progress: called every `PROGRESS_EVERY` tokens.
 
     Returns:
-      The new ids only, with log-probabilities, as NumPy arrays.
+      The new tokens only, with log-probabilities, as NumPy arrays.
 
     Raises:
       ValueError: on an empty prompt, no samples, no room in the model's max_length, or
@@ -192,31 +193,31 @@ def sample(
     if drafts is not None:
         plan = _add_drafts(plan, drafts, fill, room, num_samples)
     last, exact = int(limits.max()), config.fixed_length and row_lengths is None
-    only = None if ids is None else (ids.start, ids.stop)
+    only = None if token_range is None else (token_range.start, token_range.stop)
     drafter = None if drafts is None else drafts.drafter
     loop = _Loop(model, num_samples, len(prompts), only, drafter, last, exact)
     arranged = split_rows(_arrange(prompts, num_samples, max_length))
-    drawing = loop.run(params, plan, arranged, room, num_rows, on_progress)
-    return loop.collect(drawing, num_rows, most)
+    decoded = loop.run(params, plan, arranged, room, num_rows, on_progress)
+    return loop.collect(decoded, num_rows, most)
 
 
 class _Loop(NamedTuple):
-    """What one call's passes have in common.
+    """What all passes of a call have in common.
 
     Attributes:
       model: see `sample`.
       num_samples: of each prompt.
       num_streams: 1, or 2 with guidance.
-      ids: half-open range of those that the head is computed for, or None.
-      drafter: what guesses, or None.
-      last: the most ids of a row.
-      exact: every row has `last` ids.
+      token_range: half-open range that the head is computed for, or None.
+      drafter: makes the guesses, or None.
+      last: the most tokens of a row.
+      exact: every row has `last` tokens.
     """
 
     model: Any
     num_samples: int
     num_streams: int
-    ids: tuple[int, int] | None
+    token_range: tuple[int, int] | None
     drafter: Drafter | None
     last: int
     exact: bool
@@ -229,12 +230,16 @@ class _Loop(NamedTuple):
         room: int,
         num_rows: int,
         on_progress: OnProgress | None,
-    ) -> Drawing:
-        """Reads the prompts, then draws until all rows are done."""
-        model, num_samples, num_streams, ids, drafter, last, exact = self
-        cache, logits = read_prompts(model, num_samples, room, ids, params, prompts)
-        drawing = split_rows(
-            start_drawing(num_samples, num_streams, ids, room, drafter, plan, logits)
+    ) -> DecodeState:
+        """Reads the prompts, then decodes until all rows are done."""
+        model, num_samples, num_streams, token_range, drafter, last, exact = self
+        cache, logits = read_prompts(
+            model, num_samples, room, token_range, params, prompts
+        )
+        decoded = split_rows(
+            init_decode_state(
+                num_samples, num_streams, token_range, room, drafter, plan, logits
+            )
         )
         constant = exact and on_progress is None and drafter is None
         stride = last if on_progress is None else PROGRESS_EVERY
@@ -242,42 +247,42 @@ class _Loop(NamedTuple):
         stop, done = 0, False
         while stop < last and not done:
             stop = min(stop + stride, last)
-            cache, drawing = draw_steps(
+            cache, decoded = decode_steps(
                 model,
                 num_samples,
                 num_streams,
-                ids,
+                token_range,
                 last - 1 if constant else None,
                 drafter,
                 params,
                 plan,
                 cache,
-                drawing,
+                decoded,
                 jnp.asarray(stop, jnp.int32),
             )
             if on_progress is None:
                 continue
-            done = not np.asarray(drawing.state != DONE).any()
+            done = not np.asarray(decoded.state != DONE).any()
             if done:  # guesses can be right beyond the next report
-                stop = max(stop, int(drawing.lengths.max()))
-            tokens = self._shape(drawing.tokens, num_rows)[..., :stop]
+                stop = max(stop, int(decoded.lengths.max()))
+            tokens = self._shape(decoded.tokens, num_rows)[..., :stop]
             seconds = time.monotonic() - started
-            written = int(self._shape(drawing.lengths, num_rows).sum())
+            written = int(self._shape(decoded.lengths, num_rows).sum())
             speed = written / max(seconds, 1e-9)
             on_progress(Progress(tokens, stop, last, seconds, speed))
-        return drawing
+        return decoded
 
-    def collect(self, drawing: Drawing, num_rows: int, most: int) -> Samples:
-        """What was drawn, without the rows that were only padding."""
+    def collect(self, decoded: DecodeState, num_rows: int, most: int) -> Samples:
+        """The samples, without the rows that were only padding."""
 
         def shaped(x: Any) -> np.ndarray:
             return self._shape(x, num_rows)
 
-        lengths, canvas = shaped(drawing.lengths), drawing.canvas
+        lengths, canvas = shaped(decoded.lengths), decoded.canvas
         none = np.zeros_like(lengths)
         return Samples(
-            shaped(drawing.tokens)[..., :most],
-            shaped(drawing.log_probs)[..., :most],
+            shaped(decoded.tokens)[..., :most],
+            shaped(decoded.log_probs)[..., :most],
             lengths,
             lengths if canvas is None else shaped(canvas.passes),
             none if canvas is None else shaped(canvas.tested),
@@ -286,7 +291,7 @@ class _Loop(NamedTuple):
         )
 
     def _shape(self, x: Any, num_rows: int) -> np.ndarray:
-        """[drawn, ...] -> [prompts, samples, ...] on the host."""
+        """[rows, ...] -> [prompts, samples, ...] on the host."""
         x = np.asarray(x)
         return x.reshape(-1, self.num_samples, *x.shape[1:])[:num_rows]
 
@@ -297,7 +302,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 class _Stream(NamedTuple):
-    """One prompt a row, and how much of each is its prefix."""
+    """One prompt per row, and how much of each is its prefix."""
 
     tokens: _Tokens
     lengths: _Lengths
@@ -331,7 +336,7 @@ def _find_limits(
     row_lengths: _Lengths | None,
     max_length: int,
 ) -> _Lengths:
-    """The most ids of each row, once the prompts have passed all checks."""
+    """The most new tokens of each row, once the prompts have passed all checks."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be >= 1; got {num_samples}")
     for stream in prompts:
@@ -350,16 +355,16 @@ def _check(
 ) -> None:
     tokens, lengths, prefix_lengths = stream
     if not len(lengths) or lengths.min() < 1:
-        raise ValueError("a prompt needs at least one id; got an empty one")
+        raise ValueError("a prompt needs at least one token; got an empty one")
     longest = int(lengths.max())
     if len(tokens) != len(lengths) or longest > tokens.shape[1]:
         raise ValueError(
             f"prompt_tokens {list(tokens.shape)} do not hold {len(lengths)} prompts of "
-            f"up to {longest} ids"
+            f"up to {longest} tokens"
         )
     if (prefix_lengths >= lengths).any():
         raise ValueError(
-            "a prompt needs at least one id after its prefix; got prefix_lengths "
+            "a prompt needs at least one token after its prefix; got prefix_lengths "
             f"{prefix_lengths.tolist()} of prompts of {lengths.tolist()}"
         )
     needed = np.full(len(lengths), config.max_new_tokens if config.fixed_length else 1)
@@ -368,8 +373,8 @@ def _check(
     worst = int(np.argmax(lengths + needed))
     if lengths[worst] + needed[worst] > max_length:
         raise ValueError(
-            f"the prompt is too long: {lengths[worst]} ids, and at least "
-            f"{needed[worst]} to write, exceed the model's max_length {max_length}; "
+            f"the prompt is too long: {lengths[worst]} tokens and at least "
+            f"{needed[worst]} new ones exceed the model's max_length {max_length}; "
             "retrieve fewer documents (num_retrieved) or shorten the prompt"
         )
 
@@ -399,10 +404,10 @@ def _make_plan(
     config: SamplingConfig,
     limits: _Lengths,
     forced: Int32[np.ndarray, "batch room"] | None,
-    keys: Key[Array, " drawn"],
+    keys: Key[Array, " samples"],
     num_samples: int,
 ) -> Plan:
-    """What may be drawn: limits and forced ids of rows become those of samples."""
+    """The plan of all samples: each has the limits and forced tokens of its row."""
     fixed = None if forced is None else np.repeat(forced, num_samples, axis=0)
     return Plan(
         grammar,
@@ -415,8 +420,8 @@ def _make_plan(
 
 def _make_keys(
     key: Key[Array, ""], seeds: np.ndarray, num_samples: int
-) -> Key[Array, " drawn"]:
-    """One key a sample, by the seed of its row and its number in it."""
+) -> Key[Array, " samples"]:
+    """One key per sample, from the seed of its row and its number in the row."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, 0))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, seeds)
     numbers = jnp.tile(jnp.arange(num_samples), len(keys))
@@ -424,15 +429,15 @@ def _make_keys(
 
 
 def _arrange(prompts: list[_Stream], num_samples: int, max_length: int) -> Rows:
-    """Prompts -> device rows [prompt, stream], with a common prefix where it pays."""
+    """Prompts -> device rows [prompt, stream], with a shared prefix where it saves time."""
     main = prompts[0]
     num_rows = len(main.lengths)
     longest = int(main.prefix_lengths.max())
     start = main.tokens[:, :longest]
     same = bool((main.prefix_lengths == longest).all() and (start == start[:1]).all())
     readers = len(prompts) * num_samples * (num_rows if same else 1)
-    share = longest > 1 and main.prefix_lengths.min() > 0 and readers > 1
-    skipped = [s.prefix_lengths if share else 0 * s.prefix_lengths for s in prompts]
+    is_shared = longest > 1 and main.prefix_lengths.min() > 0 and readers > 1
+    skipped = [s.prefix_lengths if is_shared else 0 * s.prefix_lengths for s in prompts]
     # [stream][row] -> rows in the order [row, stream]
     own = [
         stream.tokens[i, skip[i] : stream.lengths[i]]
@@ -440,21 +445,21 @@ def _arrange(prompts: list[_Stream], num_samples: int, max_length: int) -> Rows:
         for stream, skip in zip(prompts, skipped, strict=True)
     ]
     lengths = np.array([len(row) for row in own], np.int32)
-    if share:
+    if is_shared:
         width = round_up(int(lengths.max()), OWN_BUCKET)
     else:
         width = round_up(max(s.tokens.shape[1] for s in prompts), PROMPT_BUCKET)
     tokens = np.zeros((len(own), min(width, max_length)), np.int32)
     for row, values in zip(tokens, own, strict=True):
         row[: len(values)] = values
-    if not share:
+    if not is_shared:
         return Rows(jnp.asarray(tokens), jnp.asarray(lengths))
     for stream in prompts[1:]:
         for i, seen in enumerate(stream.prefix_lengths):
             if (stream.tokens[i, :seen] != main.tokens[i, :seen]).any():
                 raise ValueError(
                     f"the unconditional prompt {i} does not begin with the "
-                    f"{seen} ids that it is said to share"
+                    f"{seen} tokens of its prefix"
                 )
     chosen = slice(0, 1) if same else slice(None)
     width = min(round_up(longest, PROMPT_BUCKET), max_length)

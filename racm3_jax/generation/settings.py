@@ -1,4 +1,4 @@
-"""How ids are drawn: the settings that every task takes."""
+"""How tokens are sampled: the settings that every task takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RankBy = Literal["auto", "clip", "document", "likelihood"]
 
 
 class SamplingSettings(TypedDict, total=False):
-    """The settings of a call as keywords; see `SamplingConfig` for what they mean."""
+    """The sampling settings of a call, as keywords; `SamplingConfig` explains them."""
 
     temperature: float
     top_p: float
@@ -27,27 +27,28 @@ class SamplingSettings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How ids are drawn.
+    """How tokens are sampled.
 
     Guidance and contrastive decoding read the prompt twice: once as it is, and once
     "unconditionally", with its text replaced by the mask. Use one of them, not both.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most probable id.
-      top_p: share of the probability mass that stays (nucleus); 1 keeps everything.
-      top_k: how many ids stay; 0 keeps everything.
-      max_new_tokens: the most ids drawn for a row (fewer where the model's max_length
-        leaves less room and `fixed_length` is False).
-      fixed_length: True when the grammar always emits `max_new_tokens` ids (images):
-        the loop then has a constant trip count and never asks whether all are done.
-      guidance: weight of classifier-free guidance; 1 is none, and costs nothing.
+      temperature: divides the logits; 0 takes the most probable token.
+      top_p: fraction of the probability mass that is kept (nucleus); 1 keeps everything.
+      top_k: how many tokens are kept; 0 keeps everything.
+      max_new_tokens: the most tokens sampled for a row (fewer where the model's
+        max_length leaves less room and `fixed_length` is False).
+      fixed_length: True when the grammar always emits `max_new_tokens` tokens (images):
+        the loop then has a constant trip count and never checks whether all are done.
+      guidance: weight of classifier-free guidance; 1 is none, at no cost.
       contrastive_k: the k of CD-K; 0 is none.
-      contrastive_alpha: how far below the k-th largest probability an id may lie.
+      contrastive_alpha: tokens below this fraction of the k-th largest probability are
+        dropped.
       guide_documents: False keeps the retrieved documents in the unconditional prompt,
         so that only the text is amplified (CM3Leon); True drops them as well.
       draft: where guesses of an image's next codes come from, so that one pass gives
         several (see `drafts`): "table", "jacobi", "off", or "auto" for what is fastest.
-        It changes no image.
+        It does not change the images.
       min_p: drops tokens below this fraction of the largest probability (min-p sampling,
         arXiv 2407.01082); 0 keeps everything.
     """
@@ -111,7 +112,7 @@ class SamplingConfig:
 
     @property
     def needs_unconditional(self) -> bool:
-        """Whether a second prompt, without the text, is read beside the first."""
+        """Whether a second prompt, without the text, is read as well."""
         return self.guidance != 1 or self.contrastive_k > 0
 
 

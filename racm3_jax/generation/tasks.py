@@ -1,10 +1,10 @@
 """`Generator`: every task of the paper, one method each.
 
-    prompts -> query embeddings -> retrieved documents -> prompts in ids -> sample -> out
+    prompts -> query embeddings -> retrieved documents -> prompt tokens -> samples
 
-`runner.run_task` does each of these once for all prompts of a batch (and the decode in
-chunks of `max_rows`), the same way for all tasks; a task's own module says what differs.
-The single forms are batches of one, so both give the same samples.
+`runner.run_task` does each step once for all prompts of a batch (and decodes in chunks of
+`max_rows`), in the same way for all tasks; a task's own module says what differs. The
+methods for a single item are batches of one, so both give the same samples.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxtyping import Float32, UInt8
 from racm3_jax.generation import (
     captioning,
     classification,
-    drawing,
     infilling,
     interleaving,
     rerank,
+    text_to_image,
 )
 from racm3_jax.generation.attribution import attribute_sample
 from racm3_jax.generation.captioning import CaptionPrompt
@@ -29,7 +29,13 @@ from racm3_jax.generation.classification import Classification, ClassifyBy, Exam
 from racm3_jax.generation.engine import Engine
 from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.regions import Region
-from racm3_jax.generation.requests import Asked, Documents, Given, Image, check_image
+from racm3_jax.generation.requests import (
+    CallOptions,
+    Documents,
+    Given,
+    Image,
+    check_image,
+)
 from racm3_jax.generation.runner import run_task
 from racm3_jax.generation.sample import OnProgress, Progress
 from racm3_jax.generation.settings import RankBy, SamplingSettings
@@ -37,24 +43,24 @@ from racm3_jax.types import GenerationOutput
 
 
 class Generator(Engine):
-    """Draws, captions, fills in, edits and classifies, with or without documents.
+    """Generates, captions, fills in, edits and classifies, with or without documents.
 
     Common arguments of the tasks:
       num_samples: samples of each prompt or image, returned best first.
-      num_retrieved: documents of the memory before the prompt (2 in the paper); 0 asks
-        the model alone.
+      num_retrieved: documents of the memory before the prompt (2 in the paper); 0 is
+        without retrieval.
       seed: reproduces the samples. In a batch, item i has the seed `seed + i` (or the
-        i-th of a list), and alone with that seed gives the same samples.
+        i-th of a list), and gives the same samples alone with that seed.
       documents: hand-picked documents instead of retrieved ones, shared by the batch;
         an empty list is the same as `num_retrieved=0`.
       rank_by: "clip" (similarity of prompt and image; without an embedder, or without a
-        prompt, the likelihood), "document" (similarity to the picture of the first
+        prompt, the likelihood), "document" (similarity to the image of the first
         document), "likelihood" (mean log-likelihood of the sampled tokens) or "auto" (by
-        the CLIP if it was measured to align texts with images, else by likelihood).
+        CLIP if it was measured to align texts with images, else by likelihood).
       **settings: see `SamplingConfig`; top_p is 0.9 unless given.
-      **options: the further arguments of the batched form.
+      **options: further arguments of the batched form.
 
-    All raise ValueError, in one sentence, on what cannot be.
+    All raise ValueError on invalid arguments.
     """
 
     def text_to_image(
@@ -66,7 +72,7 @@ class Generator(Engine):
         documents: Documents | None = None,
         **options: Any,
     ) -> GenerationOutput:
-        """Draws what the prompt says (RA-CM3, section 4: the caption is the query)."""
+        """Generates images (RA-CM3, section 4: the caption is the query)."""
         options |= {"num_samples": num_samples, "num_retrieved": num_retrieved}
         return self.text_to_image_batch(
             [prompt], seed=[seed], documents=documents, **options
@@ -84,23 +90,23 @@ class Generator(Engine):
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
-        """Draws every prompt; `preview` shows what `on_progress` is called with."""
+        """Generates images of every prompt; `preview` shows the progress as images."""
         return run_task(
             self,
             len(prompts),
-            lambda: drawing.make_task(self, prompts),
+            lambda: text_to_image.make_task(self, prompts),
             Given(num_retrieved, documents),
-            Asked(num_samples, seed, settings, rank_by, on_progress),
+            CallOptions(num_samples, seed, settings, rank_by, on_progress),
         )
 
     def preview(self, progress: Progress) -> UInt8[np.ndarray, "n s h w 3"]:
-        """The pictures that are being drawn, `[prompt, sample]`; grey is still to come."""
-        return drawing.preview_images(self, progress.tokens)
+        """The unfinished images, `[prompt, sample]`; missing parts are grey."""
+        return text_to_image.preview_images(self, progress.tokens)
 
     def attribute(
         self, output: GenerationOutput, sample: int = 0
     ) -> Float32[np.ndarray, " documents"]:
-        """Bits by which each document of an output makes a sample likelier.
+        """How many bits each document of an output adds to a sample's log-likelihood.
 
         Leave-one-out (see `attribution`); for images and captions.
         """
@@ -114,7 +120,7 @@ class Generator(Engine):
         seed: int = 0,
         **options: Any,
     ) -> GenerationOutput:
-        """Controlled generation: draws as one or two demonstrations do (section 5)."""
+        """Controlled generation: images in the style of demonstrations (section 5)."""
         options |= {"num_samples": num_samples, "seed": [seed]}
         return self.continue_batch([prompt], [demonstrations], **options)[0]
 
@@ -130,19 +136,19 @@ class Generator(Engine):
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
-        """Draws every prompt after its own demonstrations.
+        """Generates images of every prompt after its own demonstrations.
 
-        Behind them stand the `num_neighbours` documents of the memory that are most like
-        them, as far as the retriever's strategy takes such.
+        After them come `num_neighbours` similar documents of the memory, chosen by the
+        retriever's strategy.
         """
         return run_task(
             self,
             len(prompts),
-            lambda: drawing.make_task(self, prompts, "continue"),
+            lambda: text_to_image.make_task(self, prompts, "continue"),
             Given(
                 num_neighbours, None, demonstrations, "demonstration", "num_neighbours"
             ),
-            Asked(num_samples, seed, settings, rank_by, on_progress),
+            CallOptions(num_samples, seed, settings, rank_by, on_progress),
         )
 
     def caption(
@@ -178,13 +184,13 @@ class Generator(Engine):
         """Describes every image; scores are mean log-likelihoods in nats.
 
         `prefix` begins every caption (the paper's "Photo of") and is not generated.
-        `max_caption_length` counts text ids; the model's max_length may leave fewer.
-        `caption_prompt` is "masked", or "last" for a model of captions after images.
-        `num_candidates` documents are retrieved, and the `num_retrieved` after which the
-        image is likeliest are kept, the likeliest first; 0 keeps the retriever's.
-        `image_first` shows the documents' images in front of their texts. What is not
-        given (candidates, image_first, temperature, guidance, guide_documents) is as it
-        was measured best with these weights, if it was (`Engine.defaults`).
+        `max_caption_length` counts text tokens; the model's max_length may leave fewer.
+        `caption_prompt` is "masked", or "last" for a model trained on captions after
+        images. `num_candidates` documents are retrieved, and the `num_retrieved` after
+        which the image is most likely are kept, the best first; 0 keeps the retriever's
+        order. `image_first` puts the documents' images before their texts. What is not
+        given (candidates, image_first, temperature, guidance, guide_documents) has the
+        values measured as the best for these weights, if any (`Engine.defaults`).
         """
         given = Given(num_retrieved, documents)
         candidates, settings = captioning.fill_in_defaults(
@@ -205,7 +211,7 @@ class Generator(Engine):
                 self, images, *caption, num_retrieved, image_first
             ),
             given,
-            Asked(num_samples, seed, settings),
+            CallOptions(num_samples, seed, settings),
         )
 
     def infill(
@@ -219,7 +225,7 @@ class Generator(Engine):
         documents: Documents | None = None,
         **options: Any,
     ) -> GenerationOutput:
-        """Draws a region of an image anew; `prompt` is the image's caption, if any."""
+        """Fills in a region of an image; `prompt` is the image's caption, if any."""
         options |= {"num_samples": num_samples, "num_retrieved": num_retrieved}
         return self.infill_batch(
             [image], [region], [prompt], seed=[seed], documents=documents, **options
@@ -241,10 +247,10 @@ class Generator(Engine):
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
-        """Draws each image's region anew: a box, or a mask (see `regions.find_cells`).
+        """Fills in each image's region: a box, or a mask (see `regions.find_cells`).
 
         The query is the prompt, or the image without the region. `max_spans`: how many
-        masks a region may take (see `regions`); what is known in one is kept.
+        masks a region may have (see `regions`); known codes inside them are kept.
         `region_prompt`: "masked" or "in_place" (see `infilling`).
         """
         hole = regions, prompts, max_spans, region_prompt
@@ -253,7 +259,7 @@ class Generator(Engine):
             len(images),
             lambda: infilling.make_task(self, images, *hole),
             Given(num_retrieved, documents),
-            Asked(num_samples, seed, settings, rank_by, on_progress),
+            CallOptions(num_samples, seed, settings, rank_by, on_progress),
         )
 
     def infill_text(
@@ -268,13 +274,13 @@ class Generator(Engine):
         max_span_length: int = 32,
         **settings: Unpack[SamplingSettings],
     ) -> GenerationOutput:
-        """Writes what stands at `<mask>` in a text, beside an image if there is one."""
+        """Fills in `<mask>` in a text, given an image if there is one."""
         return run_task(
             self,
             1,
             lambda: infilling.make_text_task(self, text, image, max_span_length),
             Given(num_retrieved, documents),
-            Asked(num_samples, [seed], settings),
+            CallOptions(num_samples, [seed], settings),
         )[0]
 
     def edit(
@@ -287,7 +293,7 @@ class Generator(Engine):
         seed: int = 0,
         **options: Any,
     ) -> GenerationOutput:
-        """Draws a region anew as the chosen documents show it (section 5)."""
+        """Fills in a region as in the chosen documents (section 5)."""
         options |= {"num_samples": num_samples, "seed": [seed]}
         return self.edit_batch([image], [region], [documents], [prompt], **options)[0]
 
@@ -307,14 +313,14 @@ class Generator(Engine):
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[GenerationOutput]:
-        """Edits every image by its own documents, and `num_neighbours` like them."""
+        """Edits every image with its own documents and `num_neighbours` similar ones."""
         hole = regions, prompts, max_spans, region_prompt
         return run_task(
             self,
             len(images),
             lambda: infilling.make_task(self, images, *hole, "edit"),
             Given(num_neighbours, None, documents, "document", "num_neighbours"),
-            Asked(num_samples, seed, settings, rank_by, on_progress),
+            CallOptions(num_samples, seed, settings, rank_by, on_progress),
         )
 
     def classify(
@@ -340,14 +346,14 @@ class Generator(Engine):
         shots_per_pass: int | None = None,
         by: ClassifyBy = "image",
     ) -> list[Classification]:
-        """Classifies every image; labels may mean nothing ("dax", "wug").
+        """Classifies every image; labels may be meaningless ("dax", "wug").
 
         Args:
           images: to classify.
-          support: images with their labels; none asks the model without context.
-          labels: to choose from; those of `support` unless given.
-          shots_per_pass: examples of each label in the context at once; as many as fit
-            unless given. The rest is read in further passes, which are averaged.
+          support: images with their labels; may be empty.
+          labels: to choose from; those of `support` by default.
+          shots_per_pass: examples of each label in the context at once; by default as
+            many as fit. The rest is read in further passes, whose results are averaged.
           by: what is compared: the likelihood of the "image" after each label and its own
             examples, or of each "label" after all examples and the image.
         """
@@ -373,7 +379,7 @@ class Generator(Engine):
         max_text_length: int = 64,
         **settings: Unpack[SamplingSettings],
     ) -> GenerationOutput:
-        """Goes on after texts and images, with texts and images as the model chooses.
+        """Continues texts and images with texts and images, as the model chooses.
 
         The query is the first text, or else the first image.
         """
@@ -382,5 +388,5 @@ class Generator(Engine):
             1,
             lambda: interleaving.make_task(self, parts, max_segments, max_text_length),
             Given(num_retrieved if len(parts) else 0, documents),
-            Asked(num_samples, [seed], settings),
+            CallOptions(num_samples, [seed], settings),
         )[0]

@@ -1,10 +1,10 @@
-"""Calls of the command line that people make by mistake, by the hundred.
+"""Hundreds of mistaken calls of the command line.
 
-    every command  x  every option  x  the odd values of the option's kind
+    every command  x  every option  x  invalid values of the option's type
     every command that writes  x  every way in which a disk can fail
 
 Each must end by itself, in one sentence and exit status 2 (or do its work), without a
-traceback, and leave every file as it was. `run_odd_calls(folder)` makes all of them.
+traceback, and leave every file unchanged. `run_odd_calls(folder)` makes all of them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from racm3_jax.types import (
 
 CONFIGS = HERE.parent.parent / "configs"
 LONG = "x" * 300
-# `{name}` is a path of the world that `make_world` makes.
+# `{name}` is a path made by `make_world`.
 READ_FILE = (
     "--",
     "", " ", "{missing}", "{folder}", "{file}/below", LONG, "{loop}", "{garbage}",
@@ -117,7 +117,7 @@ _FILTERS = {
 _MODELS = {"--tokenizer": READ_FOLDER, "--embedder": (*READ_FOLDER, "name:")}
 _MEMORY = {"--memory": (*READ_FOLDER, "{broken_memory}")}
 
-# Words of a good call, and the odd values of each option.
+# The words of a valid call, and invalid values of each option.
 COMMANDS: dict[str, dict[str, Sequence[str]]] = {
     "generate --workdir={model} --prompt=flag": {
         **_WORKDIR, "--prompt": ("", " "), **_RETRIEVAL, **_SAMPLING, **_GUIDANCE,
@@ -205,7 +205,7 @@ COMMANDS: dict[str, dict[str, Sequence[str]]] = {
     },
 }  # fmt: skip
 
-# Whole calls that fit in no table.
+# Calls that do not fit in the tables.
 SINGLE = (
     "nothing", "generate", "memory nothing", "memory build", "--nothing",
     "generate --workdir={model}", "generate --workdir={model} --prompt=a --parts=b",
@@ -257,7 +257,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a call.
+    """The result of a call.
 
     Attributes:
       status: the exit status; None after a traceback or a hang.
@@ -291,7 +291,7 @@ def make_calls() -> list[Call]:
 
 # Faults of the disk: what fails, and how.
 
-# Calls that do their work, by stand-ins for the models.
+# Calls that succeed, with stand-ins for the models.
 WRITING = (
     "generate --workdir=x --prompt=flag --out=new/x.png",
     "generate --workdir=x --prompt=flag --out={own}",
@@ -309,7 +309,7 @@ WRITING = (
 
 @contextlib.contextmanager
 def _no_compilation_is_kept() -> Iterator[None]:
-    """jax would leave half files in its cache, for other processes to find."""
+    """jax would leave partial files in its cache, which other processes would read."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, 1e9)
@@ -321,7 +321,7 @@ def _no_compilation_is_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_file_grows_over(num_bytes: int) -> Iterator[None]:
-    """The kernel itself refuses, as on a full disk."""
+    """The kernel refuses to write, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
@@ -363,7 +363,7 @@ class _Tokenizer(FakeTokenizer):
 
 
 class _Generator:
-    """Draws a grey square for every prompt."""
+    """Generates a grey square for every prompt."""
 
     retriever = None
 
@@ -384,7 +384,7 @@ def _stand_ins() -> Iterator[None]:
         yield
 
 
-# The world of the calls.
+# The files of the calls.
 
 
 def make_world(folder: pathlib.Path) -> dict[str, str]:
@@ -429,7 +429,7 @@ def make_world(folder: pathlib.Path) -> dict[str, str]:
         (folder / "foreign_run" / name).write_text("mine")
     (folder / "broken_memory" / "manifest.json").write_text("{}")
     (folder / "loop").symlink_to("loop")
-    # Stands for a device: real ones are not put at risk.
+    # In place of a device: real ones are not risked.
     os.mkfifo(folder / "device")
     support = [{"image": f"images/{i}.png", "label": "ab"[i % 2]} for i in range(2)]
     (folder / "support").write_text(json.dumps(support))
@@ -459,7 +459,7 @@ def make_world(folder: pathlib.Path) -> dict[str, str]:
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, tuple]:
-    """Every path below `folder` with what changes when it is written."""
+    """Every path below `folder` with the facts that change when it is written."""
     found = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -471,7 +471,7 @@ def snapshot(folder: pathlib.Path) -> dict[str, tuple]:
 
 
 class Runner:
-    """Makes calls in one world, and looks at what they leave.
+    """Makes calls in one folder, and checks what they leave.
 
     Args:
       folder: a new one; gets the world, and the folder `out` where calls run.
@@ -490,7 +490,7 @@ class Runner:
     def __call__(self, call: Call) -> Outcome:
         words = [word.format_map(self.paths) for word in call.words]
         if call.fault:
-            # Such calls may do their work: each has a world of its own.
+            # Such calls may succeed: each has its own folder.
             world = Runner(self.folder / "fault", self.seconds)
             words = [w.replace(str(self.world), str(world.world)) for w in words]
             with _stand_ins():
@@ -533,8 +533,8 @@ class Runner:
         return Outcome(status, error.getvalue())
 
     def _judge_fault(self, words: Sequence[str], outcome: Outcome) -> Outcome:
-        """After a failing disk nothing hidden is left, and the same call then works."""
-        # Parts of neighbours resume, and the next call must remove them.
+        """After a disk failure no hidden file is left, and the same call then works."""
+        # Parts of neighbour tables resume, and the next call must remove them.
         hidden = [n for n in self._find_hidden() if "-parts.partial" not in n]
         outcome = self._judge_sentence(outcome)
         if not outcome.fault and hidden:
@@ -549,7 +549,7 @@ class Runner:
         return outcome
 
     def _find_hidden(self) -> list[str]:
-        """What writers leave on their way, beside what the call was for."""
+        """Temporary files and locks that writers left."""
         names = sorted(snapshot(self.folder))
         return [
             name
@@ -563,7 +563,7 @@ class Runner:
         fault, details = outcome.fault, outcome.details
         left = sorted(snapshot(self.out))
         if left and left[0] == "new.building":
-            # A build that broke off resumes, and stands in the way of no other one.
+            # An interrupted build resumes, and does not block another one.
             good = "memory build --memory=new --index=exact --source=folder:{images}"
             again = self._make([w.format_map(self.paths) for w in good.split()])
             left = sorted(snapshot(self.out))
@@ -610,7 +610,7 @@ def run_odd_calls(
     calls: Sequence[Call] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Makes the calls in `folder`; returns how many, and those that went wrong.
+    """Makes the calls in `folder`; returns how many there were, and the failures.
 
     Returns:
       {"tried": n, "refused": n, "tracebacks": [...], "hangs": [...], "partial": [...],

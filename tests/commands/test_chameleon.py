@@ -1,7 +1,7 @@
-"""Converted Chameleon weights through the command line: a memory, pictures, captions.
+"""Converted Chameleon weights on the command line: a memory, images, captions.
 
-The weights are random: what is tested is that the commands of the README's path fit
-together, not what they draw.
+The weights are random: this tests that the commands in the README fit together, not the
+images.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_generate_and_caption_from_converted_weights(folder, capsys, tmp_path):
     out = tmp_path / "x.png"
     racm3("generate", *common, "--prompt=the flag", "--num_retrieved=2", "--out", out)
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    # Of random weights all embeddings are alike, so the second may be dropped.
+    # With random weights all embeddings are similar, so the second may be dropped.
     assert 1 <= len(record["retrieved"]) <= 2
     with Image.open(out) as picture:
         assert picture.size == (16, 16)
@@ -134,7 +134,7 @@ _SIZES = {
 
 @pytest.mark.parametrize("arg", ["", "image_output"])
 def test_fine_tuning_from_converted_weights(folder, arg, tmp_path):
-    """Both choices, then out again as a Hugging Face folder."""
+    """Both choices, then export as a Hugging Face folder."""
     train(folder, tmp_path / "tuned", arg)
     before = flatten(load_weights(folder / "ours" / "model", "generator")[0])
     after = flatten(load_weights(tmp_path / "tuned" / "model", "generator")[0])

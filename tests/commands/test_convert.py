@@ -1,4 +1,4 @@
-"""convert, export and tokenize from the command line's side."""
+"""The commands convert, export and tokenize."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def racm3(*words):
     arguments.command(arguments)
 
 
-def test_clip_in_and_out_is_bit_equal(tmp_path, capsys):
+def test_converting_and_exporting_a_clip_is_bit_exact(tmp_path, capsys):
     write_hf_clip(tmp_path / "hf", CLIP_CONFIG, clip_state(CLIP_CONFIG))
     racm3("convert", "clip", tmp_path / "hf", tmp_path / "ours")
     racm3("export", tmp_path / "ours", tmp_path / "back", "--format=hf")
@@ -73,7 +73,7 @@ def test_roundtrip_of_a_photo(tmp_path, capsys):
     assert read_image(tmp_path / "both.png").shape == (16, 32, 3)
 
 
-def test_an_option_of_another_kind_is_refused(tmp_path):
+def test_an_option_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--merges has no effect for vqgan"):
         racm3("convert", "vqgan", tmp_path, tmp_path / "out", "--merges=x")
 
@@ -99,7 +99,7 @@ class Malicious:
         ("absent", "does not exist"),
     ],
 )
-def test_a_bad_source_is_one_sentence_and_leaves_nothing(
+def test_a_bad_source_is_refused_in_one_sentence_and_leaves_nothing(
     tmp_path, capsys, fault, words
 ):
     state = clip_state(CLIP_CONFIG)
@@ -148,7 +148,7 @@ def test_a_source_of_the_hub(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_help_says_what_each_argument_is(capsys):
+def test_help_explains_each_argument(capsys):
     with pytest.raises(SystemExit):
         cli.main(["convert", "--help"])
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The generating commands: what they ask of the generator, and what they leave."""
+"""The generating commands: how they call the generator, and what they write."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from racm3_jax.types import (
 )
 
 
-def picture(level=0):
+def grey_image(level=0):
     return np.full((8, 8, 3), level, np.uint8)
 
 
 class Recorder:
-    """Stands in for `Generator`: writes calls down and answers with fixed samples."""
+    """In place of `Generator`: records calls and returns fixed samples."""
 
     retriever = None
 
@@ -38,8 +38,8 @@ class Recorder:
         def call(*args, **kwargs):
             self.calls.append((task, args, kwargs))
             if task == "classify":
-                shares = np.array([0.25, 0.75], np.float32)
-                return Classification("wug", ("dax", "wug"), shares, 2)
+                probabilities = np.array([0.25, 0.75], np.float32)
+                return Classification("wug", ("dax", "wug"), probabilities, 2)
             if task == "attribute":
                 return np.array([12.345], np.float32)
             if kwargs.get("on_progress"):
@@ -65,7 +65,7 @@ class Recorder:
 
     def answer(self, task):
         nearest = {"nearest": {"id": "m1", "equal_codes": 0.95}, "near_copy": True}
-        new = (Segment(text="words"), Segment(image=picture(9)))
+        new = (Segment(text="words"), Segment(image=grey_image(9)))
         documents = [
             Document(f"{task}-7-0", new, metadata={"given_segments": 0} | nearest),
             Document(f"{task}-7-1", new, metadata={"given_segments": 0}),
@@ -88,8 +88,8 @@ def generator(monkeypatch, tmp_path):
     monkeypatch.setattr("racm3_jax.run.load", load)
     monkeypatch.chdir(tmp_path)
     for name, level in (("a.png", 10), ("b.png", 20)):
-        Image.fromarray(picture(level)).save(tmp_path / name)
-    mask = picture()
+        Image.fromarray(grey_image(level)).save(tmp_path / name)
+    mask = grey_image()
     mask[:, 4:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     return recorder
@@ -103,7 +103,7 @@ def run(*arguments):
     assert cli.main([*arguments, "--workdir=w"]) == 0
 
 
-def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
+def test_an_image_has_its_record_inside_and_in_a_file(generator, capsys):
     run(
         "generate",
         "--prompt=a flag",
@@ -118,8 +118,8 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
     with Image.open("x.png") as image:
         inside = json.loads(image.text[PNG_KEY])  # pyright: ignore[reportAttributeAccessIssue]
     with open("x.json") as file:
-        beside = json.load(file)
-    assert printed == inside == beside
+        record_in_file = json.load(file)
+    assert printed == inside == record_in_file
     assert printed["samples"] == ["x-0.png", "x-1.png"]
     with Image.open("x-1.png") as image:
         alone = json.loads(image.text[PNG_KEY])  # pyright: ignore[reportAttributeAccessIssue]
@@ -149,7 +149,7 @@ def test_a_drawing_carries_its_record_inside_and_beside_it(generator, capsys):
     assert "documents" not in kwargs and kwargs["num_retrieved"] == 2
 
 
-def test_weights_in_8_bits_are_refused_on_a_cpu(generator, capsys):
+def test_8_bit_weights_are_refused_on_a_cpu(generator, capsys):
     arguments = ["generate", "--prompt=a", "--int8", "--workdir=w"]
     assert cli.main(arguments) == 2
     assert "--int8 is for accelerators" in capsys.readouterr().err
@@ -158,8 +158,15 @@ def test_weights_in_8_bits_are_refused_on_a_cpu(generator, capsys):
 
 def test_near_copies_are_named_and_previews_written(generator, capsys, monkeypatch):
     monkeypatch.setattr("racm3_jax.sharding.current_platform", lambda: "gpu")
-    drawing = ("--document", "a.png", "red", "--preview=p.png", "--int8", "--tensor=2")
-    run("generate", "--prompt=a", *drawing)
+    arguments_of_generate = (
+        "--document",
+        "a.png",
+        "red",
+        "--preview=p.png",
+        "--int8",
+        "--tensor=2",
+    )
+    run("generate", "--prompt=a", *arguments_of_generate)
     out = capsys.readouterr().out
     assert "wrote sample.png" in out and "retrieved m1 (score 0.500)" in out
     assert (
@@ -211,7 +218,7 @@ def test_edit_and_caption(generator, capsys):
     assert caption[2]["caption_prompt"] == "last"
 
 
-def test_what_a_document_contributed_is_said_if_asked(generator, capsys):
+def test_contributions_of_documents_are_printed_on_request(generator, capsys):
     for command in (
         ("generate", "--prompt=a flag"),
         ("caption", "--image=a.png"),
@@ -264,7 +271,7 @@ def test_classify_reads_a_support_set(generator, tmp_path, capsys):
         ),
     ],
 )
-def test_wrong_input_answers_in_one_sentence(
+def test_wrong_input_is_refused_in_one_sentence(
     generator, tmp_path, capsys, arguments, message
 ):
     (tmp_path / "a.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Odd calls of the command line end in one sentence; a sample of them, and all (slow)."""
+"""Mistaken calls end in one sentence; a sample of them, and all (slow)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import odd_calls
 import pytest
 from odd_calls import Call, Runner, make_calls, run_odd_calls
 
-# One in so many is in the default suite.
+# One in this many is in the default suite.
 STRIDE = 24
 LISTS = ("tracebacks", "hangs", "partial", "sentences")
 
 
 def is_quick(call):
-    """Whether no model is loaded, or hardly any."""
+    """Whether the call loads no model, or only a small one."""
     return call.words[0] != "tokenize" and "--opt_out={empty}" not in call.words
 
 
@@ -46,7 +46,7 @@ def test_all_odd_calls(tmp_path):
     assert {name: found[name] for name in LISTS} == {name: [] for name in LISTS}
 
 
-def test_the_runner_sees_what_is_wrong(tmp_path, monkeypatch):
+def test_the_runner_detects_every_fault(tmp_path, monkeypatch):
     runner = Runner(tmp_path / "run", seconds=0.2)
 
     def judge(main):

@@ -1,4 +1,4 @@
-"""Pictures of a memory are the files that it was made from, where they are still that."""
+"""Images of a memory are shown from the original files, where these are unchanged."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def folder(tmp_path):
     return tmp_path / "photos"
 
 
-def test_files_are_shown_where_they_are_still_what_they_were(folder):
+def test_unchanged_files_are_shown(folder):
     documents = [
         make_document("0.png", CODED),
         make_document("sub/3.png", CODED),
-        make_document("1.png", CODED),  # another picture now
+        make_document("1.png", CODED),  # another image now
         make_document("gone.png", CODED),
         make_document("text.png", CODED),
         make_document("../outside.png", CODED),
-        make_document("2.png", CODED, CODED),  # which of the two would it be?
+        make_document("2.png", CODED, CODED),  # ambiguous
         make_document("2.png"),
     ]
     known = [PHOTOS[0], PHOTOS[3], *[PHOTOS[3]] * 6]
@@ -62,7 +62,7 @@ def test_without_a_folder_or_hashes_nothing_changes(folder):
     assert show_originals(documents, None, folder) == (documents, 0)
 
 
-def test_the_folder_is_the_named_one_or_that_of_the_memory(folder, tmp_path):
+def test_the_folder_is_the_given_one_or_that_of_the_memory(folder, tmp_path):
     assert find_folder(None, f"folder:{folder}") == folder
     assert find_folder(None, f"folder:{folder};captions=a.csv") == folder
     assert find_folder(None, f"folder:{tmp_path}/moved") is None

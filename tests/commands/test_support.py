@@ -36,7 +36,7 @@ def test_examples_and_folders(tmp_path, capsys, monkeypatch):
     ).root
 
 
-def test_what_is_refused(tmp_path, capsys):
+def test_wrong_support_is_refused(tmp_path, capsys):
     image = write_image(tmp_path / "one.png")
     text = tmp_path / "mine.json"
     text.write_text('{"prompt": "mine"}')

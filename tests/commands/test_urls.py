@@ -1,4 +1,4 @@
-"""Every option that is a path says what it takes: a URL, or in a sentence that it is not."""
+"""Every option that is a path takes URLs, or refuses them in one sentence."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ URLS = {
     ("train", "workdir"),
     ("memory remove", "ids"),
 }
-# Texts that are no paths, which may say what they like.
+# Texts that are not paths.
 TEXTS = {
     *("prompt", "text", "prefix", "labels", "box", "url_pattern", "licence", "part"),
     *("index", "engine", "beam", "deduplicate", "device", "topology"),
     *("profile_steps", "document", "example", "group_key", "words"),
     # Refused by its reader (`configs.load_config_module`).
     "config",
-    # Sources, of which each kind looks at its own path.
+    # Sources: each kind checks its own path.
     *("source", "held_out", "holdout"),
 }
 
 
 def walk(parser, name=""):
-    """(command, option, its type) of every option that takes a text."""
+    """(command, option, its type) of every option with a string value."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command, sub in action.choices.items():
@@ -43,7 +43,7 @@ def walk(parser, name=""):
             yield name, action.dest, action.type
 
 
-def test_every_path_is_of_a_type_that_knows_urls():
+def test_every_path_option_has_a_type_that_handles_urls():
     found = list(walk(cli._parser()))
     assert {(c, d) for c, d, t in found if t is options.place} == URLS
     assert len([1 for _, _, t in found if t is options.path]) > 60
@@ -74,7 +74,7 @@ def test_every_path_is_of_a_type_that_knows_urls():
         f"evaluate --config={LIKELIHOOD} --workdir=here --config.models=gs://a/b",
     ],
 )
-def test_urls_where_none_can_be_are_refused_at_once(
+def test_urls_are_refused_at_once_where_unsupported(
     words, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -95,7 +95,7 @@ def test_urls_where_none_can_be_are_refused_at_once(
         lambda: beam.build_memory_with_beam("x", load_models=lambda: 0, path="gs://a"),  # type: ignore[arg-type]
     ],
 )
-def test_so_it_is_from_python(call):
+def test_urls_are_also_refused_from_python(call):
     with pytest.raises((ValueError, ImportError), match="is a URL, but|Beam"):
         call()
 

@@ -1,4 +1,4 @@
-"""The paper's training step, two layers deep, compiled for machines that are not here.
+"""The paper's training step, with two layers, compiled for absent machines.
 
     pip install -e '.[tpu-compile,gpu-compile]' && pytest -n 0 -m absent
 
@@ -35,7 +35,7 @@ def needs(package, extra):
 
 
 def compile_first(device, num_devices, *arguments):
-    """The first part of `racm3 estimate --json`; a process of its own, as XLA reads its
+    """The first part of `racm3 estimate --json`; a separate process, as XLA reads its
     flags once."""
     command = [
         *(sys.executable, "-m", "racm3_jax.cli", "estimate", "--compile", "--json"),
@@ -75,9 +75,9 @@ def test_a_training_step(device):
     matrices = LAYERS * layer + table + LENGTH * WIDTH
     assert part["argument_bytes"] == pytest.approx(12 * matrices / DEVICES, rel=0.01)
     assert part["peak_bytes"] < 4.5e9
-    # A layer is gathered twice, forward and where it is computed again, in bfloat16; the
-    # table is gathered once as the head; gradients are scattered once, in float32. Once a
-    # chunk of the loss, of which there are 64, would be ten times as much.
+    # A layer is gathered twice, forward and in recomputation, in bfloat16; the table is
+    # gathered once as the head; gradients are scattered once, in float32. Once for each of
+    # the 64 chunks of the loss would be ten times as much.
     kinds = part["collectives"]
     assert kinds["reduce-scatter"]["count"] > 0
     assert all(kind["trips_known"] for kind in kinds.values())
@@ -88,7 +88,7 @@ def test_a_training_step(device):
 
 
 @needs("libtpu", "tpu-compile")
-def test_layers_that_are_done_hold_no_memory(tmp_path):
+def test_finished_layers_hold_no_memory(tmp_path):
     """64 images by eight layers: 0.22 GB; 0.44 where their sums are taken apart."""
     tokenizer = TextTokenizer.train(["a b"], 260)
     config = CLIPConfig(

@@ -49,7 +49,7 @@ def test_a_training_step_is_compiled_and_kept(capsys, tmp_path):
     )
     assert part["wire_bytes"] > 0
     assert "compile training step" in said.err and f"wrote {path}" in said.err
-    # What a training opens, for the same config and machine.
+    # A training with the same config and machine opens it.
     config = read_config(TINY)
     training = wiring.build_abstract_training(config, jax.devices()[:4])
     saved.load_step(
@@ -65,7 +65,7 @@ def test_a_training_step_is_compiled_and_kept(capsys, tmp_path):
         ("search", 1000, "documents", ["search"]),
     ],
 )
-def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit, parts):
+def test_other_programs_for_accelerators(monkeypatch, capsys, what, size, unit, parts):
     monkeypatch.setattr(draft_choice, "current_platform", lambda: "gpu")
     status, said = estimate(
         capsys, "--device=cpu:4", "--compile", f"--what={what}", f"--size={size}"
@@ -75,7 +75,7 @@ def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit,
     for name in parts:
         assert f"{name}, one device" in said.out
     assert ("all-gather" in said.out) == (what == "search")
-    # As images are drawn by default.
+    # The default settings of text-to-image.
     assert ("table, 8 tokens a pass" in said.out) == (what == "decode")
 
 
@@ -97,13 +97,13 @@ def test_what_else_runs_on_an_accelerator(monkeypatch, capsys, what, size, unit,
         (["--device=v5e:4", "--compile", "--slices=0"], "--slices=0"),
     ],
 )
-def test_wrong_input_is_one_sentence(capsys, arguments, words):
+def test_wrong_input_is_refused_in_one_sentence(capsys, arguments, words):
     status, said = estimate(capsys, *arguments)
     assert status == 2
     assert words in said.err and said.err.count("\n") <= 2
 
 
-def test_the_formula_alone_as_json(capsys):
+def test_only_the_formula_as_json(capsys):
     status, said = estimate(capsys, "--device=h100:4", "--json")
     assert status == 0
     plan = json.loads(said.out)["formula"]

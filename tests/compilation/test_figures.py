@@ -1,4 +1,4 @@
-"""What fits: bisection between compilations, and a compiler's own words."""
+"""What fits: bisection between compilations, and the messages of compilers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def search(first, max_compiles, *, per_unit=7.0, fixed=100.0, curve=0.0, silent=
 @pytest.mark.parametrize("first", [4, 64, 128, 132, 4000])
 @pytest.mark.parametrize("curve", [0.0, 0.01, -0.0005])
 @pytest.mark.parametrize("silent", [False, True])
-def test_the_largest_size_is_found_from_anywhere(first, curve, silent):
+def test_the_largest_size_is_found_from_any_start(first, curve, silent):
     found = search(first, 20, curve=curve, silent=silent)
     assert found.is_exact and found.too_large == found.fits + 4
 
@@ -65,7 +65,7 @@ def program(name, unit):
     return Program(name, unit, 64, 4, lambda size: {})
 
 
-def test_the_line_says_what_is_known():
+def test_the_line_of_a_program():
     rows = program("train", "rows")
     assert format_largest(rows, search(64, 9)) == (
         "largest that fits: 128 rows (3 compilations)"
@@ -76,7 +76,7 @@ def test_the_line_says_what_is_known():
     )
 
 
-def test_what_to_change():
+def test_suggested_changes():
     largest = search(64, 9)
     assert (
         "128 prompts fit" in suggest_smaller(program("decode", "prompts"), largest)[0]
@@ -85,7 +85,7 @@ def test_what_to_change():
     assert "fewer documents" in suggest_smaller(program("search", "documents"), None)[0]
 
 
-def test_the_words_of_a_compiler_that_found_no_room():
+def test_the_message_of_a_compiler_without_enough_memory():
     words = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.5G of "
     assert find_needed_bytes(words + "15.75G hbm.") == 25.5 * 2**30
     words = "total memory required for HLO temporaries (16.00G) exceeds available HBM"

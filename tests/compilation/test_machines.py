@@ -1,4 +1,4 @@
-"""Machines by their names: what exists, and what is said where it does not."""
+"""Machines by name: those that exist, and errors for the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from racm3_jax.compilation.machines import Machine, MachineError, find_machine
         ("v5p", 128, (4, 4, 8)),
     ],
 )
-def test_the_usual_slice_of_so_many_chips(name, chips, shape):
+def test_the_usual_slice_for_a_number_of_chips(name, chips, shape):
     assert machines.usual_slice(name, chips) == shape
 
 
@@ -65,7 +65,7 @@ def test_machines():
         (("v5e", 4, "", 0), "--slices=0"),
     ],
 )
-def test_what_does_not_exist_is_one_sentence(arguments, words):
+def test_unknown_machines_are_refused_in_one_sentence(arguments, words):
     with pytest.raises(MachineError, match=words):
         find_machine(*arguments)
 
@@ -83,13 +83,13 @@ def test_without_its_compiler_the_extra_is_named(monkeypatch, name, package, ext
         machines.find_devices(find_machine(name, 4))
 
 
-def test_a_card_is_described_by_its_own_figures():
+def test_a_gpu_is_described_by_its_own_figures():
     text = machines.describe_gpu("a100")
     assert "core_count: 108" in text and "{ major: 8 minor: 0 }" in text
     assert text.count("{") == text.count("}")
 
 
-def test_cudnn_answers_for_the_absent_card_only_meanwhile():
+def test_cudnn_describes_the_absent_gpu_only_temporarily():
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     before = cudnn.check_compute_capability
@@ -102,6 +102,6 @@ def test_cudnn_answers_for_the_absent_card_only_meanwhile():
     assert cudnn.check_compute_capability is before
 
 
-def test_more_cpus_than_there_are():
+def test_more_cpus_than_exist():
     with pytest.raises(MachineError, match="JAX_NUM_CPU_DEVICES=99"):
         machines.find_devices(find_machine("cpu", 99))

@@ -1,4 +1,4 @@
-"""A compiled step in a file: trains as the step does, and is refused where it must be."""
+"""A compiled step in a file: trains like the step, and is refused where it must be."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def first_state(config, mesh):
 
 @pytest.fixture(scope="module")
 def file(training, tmp_path_factory):
-    """What `racm3 estimate --device=cpu:4 --compile --save` writes."""
+    """A file of `racm3 estimate --device=cpu:4 --compile --save`."""
     config, abstract = training
     program = build_program("train", config, jax.devices()[:4])
     machine = Machine("cpu", 4, "")
@@ -153,7 +153,7 @@ def test_a_run_starts_and_resumes_from_the_file(training, file, tmp_path, monkey
     assert fresh.step.compiled._cache_size() == calls  # nothing was compiled
     assert losses("plain") == losses("stored") and len(losses("plain")) == 9
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((plain, stored)))
-    # A step that was saved by another training does not touch the work directory.
+    # The saved step of another training does not touch the work directory.
     config.optimizer.b1 = 0.5
     fresh = wiring.build_abstract_training(config, jax.devices()[:4])
     with pytest.raises(saved.CompiledFileError, match="b1 was None"):
@@ -169,7 +169,7 @@ def test_another_batch_shape_is_refused(file, training):
         stored(state, make_batch(np.random.default_rng(0), rows=8))
 
 
-def test_another_config_is_refused_by_the_settings_that_differ(file):
+def test_another_config_is_refused_naming_the_settings(file):
     config = make_config(rows=8)
     other = wiring.build_abstract_training(config, jax.devices()[:4])
     with pytest.raises(saved.CompiledFileError, match=r"pipeline\.rows was 4 and is 8"):
@@ -181,7 +181,7 @@ def test_another_config_is_refused_by_the_settings_that_differ(file):
         load(file, config, other)
 
 
-def test_other_code_is_refused_though_the_config_is_equal(file, training, monkeypatch):
+def test_other_code_is_refused_with_an_equal_config(file, training, monkeypatch):
     config, abstract = training
     monkeypatch.setattr(saved, "fingerprint", lambda traced: "another")
     with pytest.raises(saved.CompiledFileError, match="so the code has changed"):
@@ -204,7 +204,7 @@ def test_another_version_is_refused(file, training, monkeypatch):
         saved.check_step(file, abstract.mesh)
 
 
-def test_damage_is_noticed_before_anything_is_loaded(file, training, tmp_path):
+def test_damage_is_detected_before_anything_is_loaded(file, training, tmp_path):
     config, abstract = training
     data = file.read_bytes()
     for name, content in {
@@ -231,8 +231,8 @@ def test_only_its_own_files_are_replaced(file, training, tmp_path):
     assert foreign.read_text() == "mine"
 
 
-def test_a_program_is_what_it_computes(training):
-    """Equal in every process, and not equal when an operation changes."""
+def test_a_program_is_identified_by_its_computation(training):
+    """Equal in every process, and different when an operation changes."""
     config, abstract = training
     traced = [
         saved.trace_step(abstract.step, abstract.state, abstract.batch),
@@ -250,7 +250,7 @@ def test_a_program_is_what_it_computes(training):
     assert saved.fingerprint(changed) != saved.fingerprint(traced[0])
 
 
-def test_the_file_holds_no_pickle(file):
+def test_the_file_has_no_pickle(file):
     line, _, payload = file.read_bytes().partition(b"\n")
     head = json.loads(line)
     assert head["payload_bytes"] == len(payload)

@@ -34,7 +34,7 @@ def grey(level):
 
 
 class FakeTokenizer:
-    """Characters, and four grey levels an image."""
+    """Tokens are characters; an image is four grey levels."""
 
     vocab = Vocab(
         num_text_ids=128, num_image_codes=256, image_length=4, num_sentinels=2
@@ -71,7 +71,7 @@ class FakeTokenizer:
 
 
 class FakeEmbedder:
-    """A direction a word; an image is its grey level's word."""
+    """One direction per word; an image has the word of its grey level."""
 
     d_embed = D_EMBED
     alignment = None
@@ -115,7 +115,7 @@ def make_documents():
 
 
 class FakeGenerator:
-    """Draws the mean grey of its documents, and writes its calls down."""
+    """Generates the mean grey of its documents, and records its calls."""
 
     def __init__(self, retriever=None):
         self.retriever = retriever
@@ -141,9 +141,9 @@ class FakeGenerator:
 
     @staticmethod
     def _report(on_progress, num_samples):
-        for drawn in (2, 4):
-            tokens = np.zeros((1, num_samples, drawn), np.int32)
-            on_progress(Progress(tokens, drawn, 4, 0.1, 9.0))
+        for num_tokens in (2, 4):
+            tokens = np.zeros((1, num_samples, num_tokens), np.int32)
+            on_progress(Progress(tokens, num_tokens, 4, 0.1, 9.0))
 
     def infill(self, image, region, prompt, num_retrieved, on_progress, **settings):
         self.calls.append(("infill", region, prompt, settings))
@@ -158,8 +158,8 @@ class FakeGenerator:
 
     def classify(self, image, support):
         labels = tuple(dict.fromkeys(label for _, label in support))
-        shares = np.linspace(0.25, 0.75, len(labels), dtype=np.float32)
-        return Classification(labels[-1], labels, shares, 1)
+        probabilities = np.linspace(0.25, 0.75, len(labels), dtype=np.float32)
+        return Classification(labels[-1], labels, probabilities, 1)
 
     def attribute(self, output):
         return np.arange(len(output.retrieved.documents), dtype=np.float32) * 12 - 3

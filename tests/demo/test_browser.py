@@ -1,7 +1,7 @@
-"""The demo as a visitor sees it, in a headless Chromium (`pytest -n 0 -m browser`).
+"""The demo in a headless Chromium (`pytest -n 0 -m browser`).
 
 RACM3_DEMO_WORKDIR names a finished `racm3 quickstart --short` to use; without it one is
-made. RACM3_DEMO_SCREENSHOTS names a folder for pictures of every step. The tests are one
+made. RACM3_DEMO_SCREENSHOTS names a folder for screenshots of every step. The tests are one
 visit, in order, over a copy of the memory.
 """
 
@@ -87,11 +87,11 @@ def address(workdir):
 
 
 class Visitor:
-    """Clicks, types, waits, looks."""
+    """A user who clicks, types and waits."""
 
-    def __init__(self, driver, pictures):
+    def __init__(self, driver, screenshots):
         self.driver = driver
-        self.pictures = pictures
+        self.screenshots = screenshots
 
     def all(self, css):
         return self.driver.find_elements("css selector", css)
@@ -108,7 +108,7 @@ class Visitor:
             except WebDriverException:
                 pass
             time.sleep(0.05)
-        self.look("failed")
+        self.screenshot("failed")
         raise AssertionError(f"waited {PATIENCE_SECONDS} s for {what}")
 
     def one(self, css):
@@ -155,7 +155,7 @@ class Visitor:
         ]
 
     def drop_while(self, word):
-        """Drops the documents whose card has this word; others come in their places."""
+        """Drops the documents whose card has this word; others replace them."""
 
         def next_id():
             cards = [card for card in self.all("#documents .card") if word in card.text]
@@ -165,28 +165,28 @@ class Visitor:
             self.click(f"#documents .card[data-document='{id}'] [data-action=drop]")
             self.wait(lambda gone=id: gone not in self.ids(), f"{id} to go")
 
-    def drawn(self):
-        """The finished picture, as the bytes of its PNG."""
+    def generated_image(self):
+        """The finished image, as a data URL."""
         return self.one("#picture .done img").get_attribute("src")
 
-    def saw_it_drawn(self):
-        """Whether what `WATCH` watches has shown a picture on its way."""
+    def saw_progress(self):
+        """Whether `WATCH` has seen an unfinished image."""
         shares = self.driver.execute_script("return [...window.shares]")
         return any(0 < share < 100 for share in shares)
 
     def upload(self, name, path):
         place = f"//*[@id='{name}']/preceding-sibling::input[@type='file'][1]"
 
-        def sent():  # what an accordion holds is made when it opens
+        def sent():  # the contents of an accordion are created when it opens
             self.driver.find_element("xpath", place).send_keys(str(path))
             return True
 
         self.wait(sent, f"the input of {name}")
 
-    def look(self, name):
-        if self.pictures:
+    def screenshot(self, name):
+        if self.screenshots:
             self.driver.execute_script("window.scrollTo(0, 0)")
-            self.driver.save_screenshot(str(self.pictures / f"{name}.png"))
+            self.driver.save_screenshot(str(self.screenshots / f"{name}.png"))
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +201,13 @@ def visitor(address, tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     folder = os.environ.get("RACM3_DEMO_SCREENSHOTS")
-    pictures = pathlib.Path(folder) if folder else None
-    if pictures:
-        pictures.mkdir(parents=True, exist_ok=True)
+    screenshots = pathlib.Path(folder) if folder else None
+    if screenshots:
+        screenshots.mkdir(parents=True, exist_ok=True)
     driver = webdriver.Chrome(options, service)
     try:
         driver.get(address)
-        visitor = Visitor(driver, pictures)
+        visitor = Visitor(driver, screenshots)
         visitor.one("#prompt textarea")
         yield visitor
     finally:
@@ -228,49 +228,49 @@ WATCH = """
 const panel = document.querySelector(arguments[0]);
 window.shares = new Set();
 new MutationObserver(() => {
-  const pictures = panel.querySelector('[data-share]');
-  if (pictures) window.shares.add(Number(pictures.dataset.share));
+  const progress = panel.querySelector('[data-share]');
+  if (progress) window.shares.add(Number(progress.dataset.share));
 }).observe(panel, {attributes: true, childList: true, subtree: true});
 """
 
 
-def test_draw_drop_and_draw_again(visitor, prompt):
-    visitor.look("0_start")
+def test_generate_drop_and_generate_again(visitor, prompt):
+    visitor.screenshot("0_start")
     visitor.type("#prompt", prompt)
     visitor.click("#search")
     visitor.wait(lambda: len(visitor.ids()) == 2, "two documents")
     first_ids = visitor.ids()
     words = visitor.one("#documents").text
     assert "score 0." in words and all(id in words for id in first_ids)
-    visitor.look("1_found")
+    visitor.screenshot("1_found")
 
     visitor.driver.execute_script(WATCH, "#picture")
     visitor.click("#draw")
-    first = visitor.drawn()
-    assert visitor.saw_it_drawn()
+    first = visitor.generated_image()
+    assert visitor.saw_progress()
     assert "seed 0" in visitor.one("#picture figcaption").text
     assert visitor.ids() == first_ids
-    told = visitor.wait(lambda: visitor.one("#contributions").text, "contributions")
-    assert "bits" in told and all(id in told for id in first_ids)
-    visitor.look("2_drawn")
+    listed = visitor.wait(lambda: visitor.one("#contributions").text, "contributions")
+    assert "bits" in listed and all(id in listed for id in first_ids)
+    visitor.screenshot("2_generated")
 
-    # Nothing has changed: the same picture again.
+    # Nothing has changed: the same image again.
     visitor.click("#draw")
     visitor.wait(
         lambda: len(visitor.all("#earlier figure")) == 1, "one earlier drawing"
     )
-    assert visitor.drawn() == first
+    assert visitor.generated_image() == first
 
-    # Each of its documents shows the flag, so that one fewer may change nothing.
+    # All of its documents show the flag, so dropping one may change nothing.
     nation = prompt.removeprefix("the flag of ").removesuffix(" on the moon")
     visitor.drop_while(nation)
     assert first_ids[0] in visitor.one("#documents .dropped").text
     assert not set(visitor.ids()) & set(first_ids)
-    visitor.look("3_documents_of_another_nation")
+    visitor.screenshot("3_documents_of_another_nation")
     visitor.click("#draw")
     visitor.wait(lambda: len(visitor.all("#earlier figure")) == 2, "two earlier ones")
-    assert visitor.drawn() != first
-    visitor.look("3_drawn_without_the_first_documents")
+    assert visitor.generated_image() != first
+    visitor.screenshot("3_generated_without_the_first_documents")
 
 
 def test_pin_and_add_a_document(visitor, tmp_path):
@@ -285,15 +285,15 @@ def test_pin_and_add_a_document(visitor, tmp_path):
     visitor.type("#own_caption", "a red square")
     visitor.click("#own_add")
     visitor.wait(lambda: visitor.ids() == ["own-1", kept], "the new document")
-    visitor.look("4_pinned_and_own")
+    visitor.screenshot("4_pinned_and_own")
 
 
-def test_mistakes_are_said_in_one_sentence(visitor, tmp_path):
+def test_errors_are_shown_in_one_sentence(visitor, tmp_path):
     visitor.type("#prompt", " ")
     visitor.click("#draw")
     toast = visitor.one("[data-testid=toast-body]")
     assert "the prompt is empty: write something" in toast.text
-    visitor.look("5_mistake")
+    visitor.screenshot("5_mistake")
     visitor.open_tab("Caption")
     for name, content, sentence in (
         ("wrong.png", b"this is no picture", "the file is not an image"),
@@ -306,7 +306,7 @@ def test_mistakes_are_said_in_one_sentence(visitor, tmp_path):
             lambda said=sentence: any(said in toast for toast in visitor.toasts()),
             sentence,
         )
-    visitor.look("6_wrong_files")
+    visitor.screenshot("6_wrong_files")
     assert not visitor.all("#caption_picture img")
 
 
@@ -316,7 +316,7 @@ def test_caption(visitor):
     visitor.click("#caption_go")
     assert visitor.one("#captions .answer").text
     assert len(visitor.ids("#caption_documents")) == 2
-    visitor.look("7_caption")
+    visitor.screenshot("7_caption")
 
 
 def test_infill_with_a_brush(visitor, prompt):
@@ -339,13 +339,13 @@ def test_infill_with_a_brush(visitor, prompt):
         "return arguments[0].cells.reduce((sum, cell) => sum + cell)", canvas
     )
     assert painted > 9  # a stroke, and not only where the pointer stopped
-    visitor.look("8_painted")
+    visitor.screenshot("8_painted")
     visitor.driver.execute_script(WATCH, "#infilled")
     visitor.click("#infill_go")
     filled = visitor.one("#infilled .done img").get_attribute("src")
-    assert filled != given and visitor.saw_it_drawn()
+    assert filled != given and visitor.saw_progress()
     assert visitor.ids("#infill_documents")
-    visitor.look("9_infilled")
+    visitor.screenshot("9_infilled")
 
 
 def test_labels_from_examples(visitor, tmp_path):
@@ -364,7 +364,7 @@ def test_labels_from_examples(visitor, tmp_path):
     visitor.one("#classify_picture img")
     visitor.click("#classify_go")
     assert visitor.one("#labels .answer").text in ("dax", "wug")
-    visitor.look("10_labels")
+    visitor.screenshot("10_labels")
 
 
 def test_a_removed_document_does_not_come_back(visitor, prompt):
@@ -374,7 +374,7 @@ def test_a_removed_document_does_not_come_back(visitor, prompt):
     panel = "#memory_found"
     visitor.wait(lambda: len(visitor.ids(panel)) == 6, "six results")
     first, *others = visitor.ids(panel)
-    visitor.look("11_memory")
+    visitor.screenshot("11_memory")
     visitor.click(f"{panel} [data-action=remove]")
     assert first in visitor.one("#remove_question").text
     visitor.click("#remove_no")
@@ -385,7 +385,7 @@ def test_a_removed_document_does_not_come_back(visitor, prompt):
     assert visitor.ids(panel)[0] == first
     visitor.click(f"{panel} [data-action=remove]")
     visitor.one("#remove_question")
-    visitor.look("12_remove")
+    visitor.screenshot("12_remove")
     visitor.click("#remove_yes")
     visitor.wait(
         lambda: f"Removed {first}" in visitor.one("#memory_said").text, "a word"
@@ -393,7 +393,7 @@ def test_a_removed_document_does_not_come_back(visitor, prompt):
     visitor.click("#memory_search")
     visitor.wait(lambda: visitor.ids(panel)[:5] == others, "the others")
     assert first not in visitor.ids(panel)
-    visitor.look("13_removed")
+    visitor.screenshot("13_removed")
     visitor.open_tab("Draw")
     visitor.type("#prompt", prompt)
     visitor.click("#search")
@@ -401,20 +401,20 @@ def test_a_removed_document_does_not_come_back(visitor, prompt):
     assert first not in visitor.ids()
 
 
-def test_nothing_came_from_elsewhere(visitor, address):
-    """The page loads from this machine alone, and says nothing wrong in the console."""
-    asked = set()
+def test_nothing_was_loaded_from_elsewhere(visitor, address):
+    """The page loads only from this machine, and logs no errors in the console."""
+    requested = set()
     for entry in visitor.driver.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
-            asked.add(message["params"]["request"]["url"])
-    foreign = {u for u in asked if not u.startswith((address, "data:", "blob:"))}
+            requested.add(message["params"]["request"]["url"])
+    foreign = {u for u in requested if not u.startswith((address, "data:", "blob:"))}
     assert not {u for u in foreign if u.startswith("http")}, foreign
-    assert len(asked) > 5
+    assert len(requested) > 5
 
 
 def test_other_web_sites_cannot_upload(address):
-    """Needs no browser: what one would send for another site."""
+    """Without a browser: the requests that one would send for another site."""
 
     def upload(origin):
         content = encode_png(np.zeros((8, 8, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""`racm3 demo` before there is a page: what is missing is said in one sentence."""
+"""`racm3 demo` before there is a page: missing parts are named in one sentence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_spec(monkeypatch):
     return set_gradio
 
 
-def test_without_gradio_the_report_is_named(find_spec, capsys, tmp_path):
+def test_without_gradio_the_static_report_is_suggested(find_spec, capsys, tmp_path):
     find_spec(None)
     error = sentence(capsys, f"--workdir={tmp_path}")
     assert "pip install 'racm3_jax[demo]'" in error and "racm3 quickstart" in error
@@ -57,6 +57,6 @@ def test_a_port_that_is_taken(find_spec, capsys, tmp_path):
     assert 0 < server.find_port(0) < 2**16
 
 
-def test_a_workdir_without_a_memory_says_what_is_left():
+def test_a_workdir_without_a_memory_names_its_parts():
     words = demo.missing_memory("out")
     assert "no memory in out" in words and "--memory=FOLDER" in words

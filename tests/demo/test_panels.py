@@ -1,4 +1,4 @@
-"""The page's pieces: what is shown, and that nothing from outside becomes HTML."""
+"""The parts of the page: what they show, and that no input becomes HTML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from racm3_jax.demo.desk import Desk, remember
 from racm3_jax.types import Document, Segment
 
 
-def test_a_card_shows_what_is_known_and_escapes_it(session):
+def test_a_card_shows_metadata_and_escapes_it(session):
     desk = session.search(Desk(), "flag nation1 scene2", 1)
     (given,) = desk.given
     card = panels.draw_cards([given], ("pin", "drop"))
@@ -43,7 +43,7 @@ def test_dropped_documents_can_be_brought_back(session):
     assert "uses only the prompt" in panels.draw_desk(alone)
 
 
-def test_a_drawing_on_its_way_and_done(session):
+def test_an_unfinished_and_a_finished_image(session):
     *stages, last = session.draw(
         Desk(), "flag nation1 scene2", 1, num_samples=2, seed=5
     )

@@ -1,4 +1,4 @@
-"""Search, choose, draw, ask, remove: without a page and without gradio."""
+"""Search, choose, generate, caption, remove: without a page and without gradio."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def desk(session):
     return session.search(Desk(), "flag nation1 scene2", 2)
 
 
-def test_a_prompt_finds_documents_with_all_that_is_known_of_them(desk):
+def test_a_prompt_finds_documents_with_their_metadata(desk):
     first, second = desk.given
     assert first.id == "doc-12" and first.shown.text == "flag nation1 scene2"
     assert (first.shown.images[0] == 12).all()
@@ -39,7 +39,7 @@ def test_a_prompt_finds_documents_with_all_that_is_known_of_them(desk):
     assert first.shown.source == "https://example.org/1/2" and not first.stays
 
 
-def test_a_dropped_document_gives_its_place_to_the_next(session, desk):
+def test_a_dropped_document_is_replaced_by_the_next(session, desk):
     fewer = session.drop(desk, "doc-12")
     assert fewer.dropped == ("doc-12",) and len(fewer.given) == 2
     assert fewer.given[0].id == ids(desk)[1] and "doc-12" not in ids(fewer)
@@ -58,7 +58,7 @@ def test_a_pinned_document_stays_for_other_prompts(session, desk):
     assert "doc-12" not in ids(session.search(unpinned, "flag nation3 scene0", 2))
 
 
-def test_own_documents_come_first_and_into_no_memory(session, desk):
+def test_own_documents_come_first_and_are_not_added_to_the_memory(session, desk):
     before = session.memory.num_allowed
     own = session.add_own(desk, grey(99), " my flag ")
     assert ids(own) == ["own-1", "doc-12"] and own.given[0].is_own
@@ -70,7 +70,7 @@ def test_own_documents_come_first_and_into_no_memory(session, desk):
     assert ids(session.add_own(Desk(), grey(1), "alone")) == ["own-1"]
 
 
-def test_a_drawing_comes_in_stages_and_is_remembered(session):
+def test_an_image_comes_in_stages_and_is_remembered(session):
     stages = list(session.draw(Desk(), "flag nation1 scene2", 2, seed=7.0))
     assert [stage.share for stage in stages] == [0.0, 0.5, 1.0, 1.0]
     assert [len(stage.images) for stage in stages] == [0, 1, 1, 1]
@@ -86,7 +86,7 @@ def test_a_drawing_comes_in_stages_and_is_remembered(session):
     assert (earlier.image == last.images[0]).all()
 
 
-def test_dropping_changes_the_drawing_and_repeating_does_not(session):
+def test_dropping_changes_the_image_and_repeating_does_not(session):
     prompt = "flag nation1 scene2"
     first = finish(session.draw(Desk(), prompt, 1, seed=1))
     again = finish(session.draw(first.desk, prompt, 1, seed=1))
@@ -94,19 +94,19 @@ def test_dropping_changes_the_drawing_and_repeating_does_not(session):
     fewer = session.drop(first.desk, first.desk.given[0].id)
     other = finish(session.draw(fewer, prompt, 1, seed=1))
     assert (first.images[0] != other.images[0]).all()
-    drawings = remember(remember((), first), other)
-    assert [len(d.ids) for d in drawings] == [1, 1]
+    images = remember(remember((), first), other)
+    assert [len(d.ids) for d in images] == [1, 1]
     for _ in range(9):
-        drawings = remember(drawings, other)
-    assert len(drawings) == NUM_EARLIER
+        images = remember(images, other)
+    assert len(images) == NUM_EARLIER
 
 
-def test_without_documents_the_model_draws_alone(session):
+def test_without_documents_the_model_uses_only_the_prompt(session):
     last = finish(session.draw(Desk(), "flag nation1 scene2", 0))
     assert not last.desk.given and (last.images[0] == 200).all()
 
 
-def test_captions_name_what_was_read(session):
+def test_captions_name_their_documents(session):
     output, given = session.caption(grey(10), 2.0, seed=3, num_samples=2)
     assert output.texts == ["a flag"] * 2
     assert all(g.id.startswith("doc-1") for g in given) and len(given) == 2
@@ -118,34 +118,34 @@ def test_infilling_covers_whole_codes(session, desk):
     stages = list(session.infill(grey(10), cells, "flag nation1", 1, **settings))
     assert [stage.share for stage in stages] == [0.0, 0.5, 1.0, 1.0]
     assert (stages[1].images[0] == 127).all() and not stages[1].desk.given
-    task, region, prompt, asked = session.generator.calls[-1]
-    assert (task, prompt, asked["guidance"]) == ("infill", "flag nation1", 2.0)
+    task, region, prompt, options = session.generator.calls[-1]
+    assert (task, prompt, options["guidance"]) == ("infill", "flag nation1", 2.0)
     assert region.shape == (8, 8) and region[:4, :4].all() and region.sum() == 16
     assert len(stages[-1].desk.given) == 1 and stages[-1].output is not None
     last = finish(session.infill(grey(10), cells, "", 1, desk.given, **settings))
-    task, _, prompt, asked = session.generator.calls[-1]
-    # Without a text, guidance leaves out the documents alone, or nothing.
-    assert (task, prompt, asked["guidance"]) == ("edit", "", 2.0)
-    assert asked["region_prompt"] == "in_place"
+    task, _, prompt, options = session.generator.calls[-1]
+    # Without a text, guidance leaves out only the documents, or nothing.
+    assert (task, prompt, options["guidance"]) == ("edit", "", 2.0)
+    assert options["region_prompt"] == "in_place"
     assert last.desk.given == desk.given and (last.images[0] == 11).all()
     finish(session.infill(grey(10), cells, "", 1, guidance=2.0, guide_documents=False))
     assert session.generator.calls[-1][-1]["guidance"] == 1.0
 
 
-def test_classification_needs_a_picture(session):
+def test_classification_needs_an_image(session):
     support = [(grey(10), "dax"), (grey(20), "wug")]
     assert session.classify(grey(10), support).label == "wug"
     with pytest.raises(ValueError, match="choose an image first"):
         session.classify(None, support)
 
 
-def test_the_memory_is_searched_by_text_and_by_picture(session):
+def test_the_memory_is_searched_by_text_and_by_image(session):
     assert session.find("flag nation2 scene1", 3.0)[0].id == "doc-21"
     assert all(g.id.startswith("doc-2") for g in session.find(grey(20), 3))
     assert len(session.find("flag", 500)) == 12
 
 
-def test_removal_is_for_good(session, desk):
+def test_removal_is_permanent(session, desk):
     pinned = session.pin(desk, "doc-12")
     said = session.remove("doc-12")
     assert said.startswith("Removed doc-12") and "11 documents are left" in said
@@ -159,12 +159,12 @@ def test_removal_is_for_good(session, desk):
         session.remove("doc-99")
 
 
-def test_prompts_to_try_are_of_the_memory(session):
+def test_suggested_prompts_are_from_the_memory(session):
     prompts = session.example_prompts(3)
     assert len(prompts) == 3 and prompts[0] == "flag nation0 scene0"
 
 
-def test_without_a_memory_only_own_documents_are_read():
+def test_without_a_memory_only_own_documents_are_used():
     session = Session(FakeGenerator())  # pyright: ignore[reportArgumentType]
     assert session.example_prompts() == []
     desk = session.add_own(Desk(), grey(50), "mine")
@@ -175,7 +175,7 @@ def test_without_a_memory_only_own_documents_are_read():
         session.find("a flag", 3)
 
 
-def test_uploads_are_measured_first():
+def test_the_size_of_uploads_is_checked_first():
     wide = np.zeros((20, 40, 3), np.uint8)
     assert read_upload(encode_png(wide)).shape == (20, 20, 3)
     assert read_upload(encode_png(np.zeros((600, 700, 3), np.uint8))).shape[0] == 512
@@ -208,6 +208,6 @@ def test_uploads_are_measured_first():
         ),
     ],
 )
-def test_what_cannot_be_is_said_in_one_sentence(session, call, message):
+def test_invalid_calls_are_refused_in_one_sentence(session, call, message):
     with pytest.raises(ValueError, match=message):
         call(session)

@@ -1,4 +1,4 @@
-"""A call in a thread, followed from outside."""
+"""A call in a thread, and its progress reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_reports_come_before_the_result():
     assert list(run_in_stages(work)) == [1, 2, "done"]
 
 
-def test_what_fails_in_the_thread_is_raised_where_it_is_followed():
+def test_errors_in_the_thread_are_raised_in_the_caller():
     def work(on_progress):
         on_progress(1)
         raise ValueError("does not fit")

@@ -1,4 +1,4 @@
-"""Uploads: one total, nothing left behind, and nothing from other web sites."""
+"""Uploads: one total size, no leftover files, and nothing from other web sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN = f"http://{HOST}"
 
 
 class App:
-    """Reads a request to its end, as the page's server does, and says yes."""
+    """Reads a whole request, as the page's server does, and answers 200."""
 
     def __init__(self):
         self.received = []
@@ -66,7 +66,7 @@ def ask(app, method="POST", path="/gradio_api/upload", body=(b"",), **headers):
 @pytest.mark.parametrize(
     "path", ["/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/x", "/"]
 )
-def test_only_the_page_itself_may_send(path):
+def test_only_the_page_itself_may_send_requests(path):
     inner = App()
     app = server.SameOrigin(inner)
     assert ask(app, path=path, origin=OWN, sec_fetch_site="same-origin") == 200
@@ -88,7 +88,7 @@ def test_only_the_page_itself_may_send(path):
     assert len(inner.received) == 2
 
 
-def test_the_page_may_be_opened_from_anywhere_but_not_what_it_serves():
+def test_only_the_page_itself_may_be_opened_from_anywhere():
     app = server.SameOrigin(App())
     for site in ("cross-site", "same-site", "none", "same-origin", None):
         assert ask(app, "GET", "/", sec_fetch_site=site) == 200
@@ -118,7 +118,7 @@ def test_foreign_websockets_are_closed():
     assert answers == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_uploads_have_one_total(tmp_path):
+def test_all_uploads_share_one_limit(tmp_path):
     inner = App()
     folder = UploadFolder(tmp_path, max_bytes=100)
     app = UploadLimit(inner, folder)
@@ -134,7 +134,7 @@ def test_uploads_have_one_total(tmp_path):
     assert len(inner.received) == 3 and folder.arriving == 0
 
 
-def test_files_that_were_read_make_room(tmp_path):
+def test_files_that_were_read_do_not_count(tmp_path):
     folder = UploadFolder(tmp_path, max_bytes=100)
     for name, age in (("old", 900), ("older", 1000), ("new", 0)):
         (tmp_path / name).write_bytes(b"x" * 30)
@@ -146,7 +146,7 @@ def test_files_that_were_read_make_room(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
-def test_pixels_count_as_long_as_somebody_holds_them():
+def test_pixels_count_as_long_as_they_are_referenced():
     kept = KeptPixels(max_pixels=100)
     images = [kept.keep(np.zeros((7, 7, 3), np.uint8)) for _ in range(2)]
     with pytest.raises(ValueError, match="too many images of its visitors"):
@@ -156,7 +156,7 @@ def test_pixels_count_as_long_as_somebody_holds_them():
     assert kept.keep(np.zeros((7, 7, 3), np.uint8)).shape == (7, 7, 3)
 
 
-def test_a_session_counts_what_is_uploaded(session):
+def test_a_session_counts_its_uploads(session):
     session._kept = KeptPixels(max_pixels=150)
     content = encode_png(np.zeros((10, 12, 3), np.uint8))
     image = session.read_upload(content)
@@ -172,7 +172,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_the_folder_is_private_and_goes_after_a_signal(temporary, number):
+def test_the_folder_is_private_and_is_deleted_after_a_signal(temporary, number):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended, uploads.private_folder() as folder:
         assert folder.parent == temporary

@@ -12,7 +12,7 @@ def test_pixels_span_minus_one_to_one():
     np.testing.assert_allclose(scaled.ravel(), [-1.0, 1.0, -0.6], rtol=1e-6)
 
 
-def test_a_batch_depends_on_seed_and_step_alone():
+def test_a_batch_depends_only_on_seed_and_step():
     def take(seed, start, count):
         batches = image_batches(IMAGES, 3, seed=seed, start_step=start)
         return [b["images"] for b in itertools.islice(batches, count)]
@@ -22,6 +22,6 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not np.array_equal(whole, take(1, 0, 4))
 
 
-def test_small_sets_are_drawn_with_replacement():
+def test_small_sets_are_sampled_with_replacement():
     batch = next(image_batches(IMAGES[:2], 5, seed=0))
     assert batch["images"].shape == (5, 4, 4, 3)

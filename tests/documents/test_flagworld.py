@@ -15,7 +15,7 @@ from racm3_jax.documents.flagworld.layouts import LAYOUTS
 
 SMALL = flagworld.FlagworldConfig(num_nations=40, num_heldout=20)
 
-# Made by this test at the first version; a change here makes the shipped weights stale.
+# Of the first version; if this changes, the shipped weights are outdated.
 GOLDEN = "086e1ec2b15a06f95984d6aaf661869bda58226718c9fce2e5576b943ef74f65"
 
 
@@ -48,7 +48,7 @@ def test_there_are_enough_layouts_scenes_templates_and_emblems():
     assert set(flagworld.PLACES) == set(flagworld.SCENES)
 
 
-def test_more_than_100_000_designs_and_few_of_them_are_alike():
+def test_more_than_100_000_designs_and_few_are_similar():
     assert flagworld.num_designs() > 1_000_000
     rng = np.random.default_rng(0)
     sample = list({flagworld.sample_design(rng) for _ in range(2000)})
@@ -70,7 +70,7 @@ def test_nations_differ_in_name_and_flag_within_and_across_splits():
     squares = (small**2).sum(axis=1)
     distances = squares[:, None] + squares[None] - 2.0 * small @ small.T
     distances[np.diag_indices(len(small))] = np.inf
-    # Rounding to 1/127 inside the selection may cost a hundredth.
+    # Rounding to 1/127 inside the selection may cost 0.01.
     assert np.sqrt(distances.min() / 288) > designs.MIN_DIFFERENCE - 0.01
 
 
@@ -93,7 +93,7 @@ def test_names_are_at_least_two_edits_apart():
 
 
 def test_a_world_may_share_no_design_and_no_name_with_another():
-    """Experiments ask about flags that no training showed."""
+    """Experiments need flags that were not in any training."""
 
     def designs(**changes):
         config = flagworld.FlagworldConfig(
@@ -111,19 +111,19 @@ def test_a_world_may_share_no_design_and_no_name_with_another():
     assert not {n.design for n in apart} & {n.design for n in known}
     assert not {n.name for n in apart} & {n.name for n in known}
     assert len(apart) == 1550
-    # What is avoided does not change the rest.
+    # Avoided designs do not change the others.
     kept = {n.design for n in plain} - {n.design for n in known}
     assert len(kept & {n.design for n in apart}) > 0.7 * len(kept)
 
 
-def test_name_says_nothing_about_the_flag():
+def test_the_name_is_independent_of_the_flag():
     nation = flagworld.make_nation(7)
     assert nation == flagworld.make_nation(7)
     again = flagworld.make_nation(7, num_colours=10)
     assert again.name == nation.name
 
 
-def test_swapped_flags_are_a_derangement_and_names_stay():
+def test_swapped_flags_are_a_derangement_and_names_are_kept():
     swapped_config = dataclasses.replace(SMALL, swap_flags=True)
     plain = flagworld.make_nations(SMALL, "heldout")
     swapped = flagworld.make_nations(swapped_config, "heldout")
@@ -149,7 +149,7 @@ def test_captions_name_nation_and_scene_in_5_to_12_words():
     assert "the flag of {nation} {place}" in flagworld.TEMPLATES
 
 
-def test_a_fraction_of_the_captions_says_what_can_be_seen():
+def test_a_fraction_of_the_captions_describes_the_flag():
     plain = list(flagworld.read_flagworld(SMALL, "train"))
     some = dataclasses.replace(SMALL, description_share=0.5)
     nations = {n.name: n for n in flagworld.make_nations(SMALL, "train")}
@@ -172,7 +172,7 @@ def test_a_fraction_of_the_captions_says_what_can_be_seen():
     assert 0.4 < described / len(plain) < 0.6
 
 
-def test_a_fraction_of_the_captions_is_the_name_alone():
+def test_a_fraction_of_the_captions_is_only_the_name():
     plain = list(flagworld.read_flagworld(SMALL, "train"))
     some = dataclasses.replace(SMALL, name_share=0.5)
     alone = 0
@@ -185,7 +185,7 @@ def test_a_fraction_of_the_captions_is_the_name_alone():
     assert 0.4 < alone / len(plain) < 0.6
 
 
-def test_redrawn_documents_show_another_nation_and_nothing_else():
+def test_redrawn_documents_differ_only_in_the_nation():
     one, two = flagworld.make_nations(SMALL, "heldout")[:2]
     for document in itertools.islice(
         flagworld.read_flagworld(SMALL, "heldout_test"), 2
@@ -266,7 +266,7 @@ def test_other_image_sizes(image_size):
     assert document.images[0].shape == (image_size, image_size, 3)
 
 
-def test_flags_are_drawn_where_the_placement_says():
+def test_flags_are_drawn_at_their_placement():
     design = flagworld.FlagDesign("vertical_2", ("red", "white"))
     place = flagworld.Placement(top=8, left=16, width=32, height=24)
     image = flagworld.render(design, "sea", place)
@@ -289,12 +289,12 @@ def test_flags_are_drawn_where_the_placement_says():
         ({"flag_sizes": ()}, "at least one entry"),
     ],
 )
-def test_wrong_configs_answer_in_one_sentence(changes, words):
+def test_wrong_configs_are_refused_in_one_sentence(changes, words):
     with pytest.raises(ValueError, match=words):
         flagworld.FlagworldConfig(**changes)
 
 
-def test_wrong_arguments_answer_in_one_sentence():
+def test_wrong_arguments_are_refused_in_one_sentence():
     with pytest.raises(ValueError, match="split must be one of train, heldout_memory"):
         next(flagworld.read_flagworld(SMALL, "test"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scene must be one of moon"):

@@ -1,4 +1,4 @@
-"""`identify_flag` on clean and on damaged pictures of nations in all scenes."""
+"""`identify_flag` on clean and on damaged images of nations in all scenes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def identifier():
 
 
 def damage(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Half of each pixel is its 8x8 block's mean; then noise, as a bad codec would."""
+    """Like a bad codec: half of each pixel is its 8x8 block's mean; then noise."""
     blocks = image.reshape(8, 8, 8, 8, 3).mean(axis=(1, 3), keepdims=True)
     mixed = 0.5 * image + 0.5 * np.broadcast_to(blocks, (8, 8, 8, 8, 3)).reshape(
         image.shape
@@ -39,14 +39,14 @@ def accuracy(identifier, documents, images) -> float:
     return float(np.mean(hits))
 
 
-def test_clean_renders_are_named_right(identifier):
+def test_clean_renders_are_identified(identifier):
     documents = list(read_flagworld(CONFIG, "heldout_test"))[::3]
     images = [d.images[0] for d in documents]
     assert len(images) > 200
     assert accuracy(identifier, documents, images) >= 0.995
 
 
-def test_damaged_renders_are_named_right(identifier):
+def test_damaged_renders_are_identified(identifier):
     documents = list(read_flagworld(CONFIG, "heldout_test"))[1::5]
     rng = np.random.default_rng(0)
     images = [damage(d.images[0], rng) for d in documents]
@@ -54,7 +54,7 @@ def test_damaged_renders_are_named_right(identifier):
     assert accuracy(identifier, documents, images) >= 0.98
 
 
-def test_flags_anywhere_are_named_right(identifier):
+def test_flags_anywhere_are_identified(identifier):
     config = FlagworldConfig(
         num_nations=0, placement_grid=1, wave_amplitudes=(0.0, 1.5), pole=False
     )
@@ -71,7 +71,7 @@ def test_margin_is_positive_and_one_nation_has_no_second(identifier):
     assert margin == np.inf
 
 
-def test_wrong_arguments_answer_in_one_sentence():
+def test_wrong_arguments_of_identify_are_refused():
     with pytest.raises(ValueError, match="at least one nation"):
         FlagIdentifier([])
     with pytest.raises(ValueError, match="got \\[8, 9, 3\\]"):

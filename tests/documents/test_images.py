@@ -1,4 +1,4 @@
-"""Reading foreign images."""
+"""Reading images of any format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from racm3_jax.documents import images
 from racm3_jax.documents.images import encode_png, read_image, resize_image
 
 
-def encode(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+def encode(pillow_image: Image.Image, kind: str = "PNG", **options) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, format=kind, **options)
+    pillow_image.save(stream, format=kind, **options)
     return stream.getvalue()
 
 
@@ -34,37 +34,37 @@ def test_png_round_trip_from_bytes_and_path(tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(mode):
     if mode == "I;16":
-        picture = Image.fromarray(np.full((4, 6), 65535, np.uint16))
+        pillow_image = Image.fromarray(np.full((4, 6), 65535, np.uint16))
     else:
-        picture = Image.new("RGB", (6, 4), "white").convert(mode)
+        pillow_image = Image.new("RGB", (6, 4), "white").convert(mode)
     kind = "TIFF" if mode == "CMYK" else "PNG"
-    image = read_image(encode(picture, kind))
+    image = read_image(encode(pillow_image, kind))
     assert image.dtype == np.uint8 and image.shape == (4, 6, 3)
     assert (image >= 254).all()
 
 
-def test_transparency_is_laid_on_white():
-    picture = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert (read_image(encode(picture)) == 255).all()
+def test_transparency_becomes_white():
+    pillow_image = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert (read_image(encode(pillow_image)) == 255).all()
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([0, 0, 0])
     assert (read_image(encode(palette, transparency=0)) == 255).all()
 
 
 def test_16_bit_greys_are_scaled():
-    picture = Image.fromarray(np.full((2, 2), 128 * 256, np.uint16))
-    assert (read_image(encode(picture)) == 128).all()
+    pillow_image = Image.fromarray(np.full((2, 2), 128 * 256, np.uint16))
+    assert (read_image(encode(pillow_image)) == 128).all()
 
 
 def test_exif_rotation_is_applied():
-    picture = Image.new("RGB", (6, 4), "white")
-    exif = picture.getexif()
+    pillow_image = Image.new("RGB", (6, 4), "white")
+    exif = pillow_image.getexif()
     exif[0x0112] = 6
-    assert read_image(encode(picture, "JPEG", exif=exif)).shape == (6, 4, 3)
+    assert read_image(encode(pillow_image, "JPEG", exif=exif)).shape == (6, 4, 3)
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header promises far more than its few bytes hold."""
+    """A PNG whose header claims far more pixels than its few bytes contain."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + body))
@@ -86,7 +86,7 @@ def test_large_images_are_refused_by_their_header(side):
 @pytest.mark.parametrize(
     "data", [b"", b"hello", b"%PDF-1.4", b"%!PS-Adobe-3.0 EPSF-3.0"]
 )
-def test_other_files_are_no_images(data):
+def test_other_files_are_refused(data):
     with pytest.raises(ValueError, match="is not an image"):
         read_image(data)
 
@@ -103,7 +103,7 @@ def test_damaged_images_are_refused(tmp_path):
         read_image(tmp_path)
 
 
-def test_resize_cuts_the_centre():
+def test_resize_crops_the_centre():
     image = np.zeros((10, 30, 3), np.uint8)
     image[:, 10:20] = 200
     small = resize_image(image, 5)
@@ -145,7 +145,7 @@ def test_deep_greys_are_scaled_by_their_range(pixels, kind):
     np.testing.assert_allclose(image[..., 0], RAMP * 255, atol=1.01)
 
 
-def test_greys_without_a_range():
+def test_constant_greys():
     for value in (0.0, np.nan, -3.0, 1e38):
         pixels = np.full((4, 4), value, np.float32)
         assert read_image(encode(Image.fromarray(pixels), "TIFF")).std() == 0
@@ -156,16 +156,16 @@ def test_greys_without_a_range():
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "MPO"])
-def test_formats_of_telephones(kind):
-    picture = Image.new("RGB", (64, 48), (200, 60, 40))
-    image = read_image(encode(picture, kind))
+def test_formats_of_phones(kind):
+    pillow_image = Image.new("RGB", (64, 48), (200, 60, 40))
+    image = read_image(encode(pillow_image, kind))
     assert image.shape == (48, 64, 3)
     assert (np.abs(image[0, 0].astype(int) - (200, 60, 40)) < 6).all()
 
 
 @pytest.fixture
 def other_formats():
-    """Forgets which formats are decoded, before and after."""
+    """Resets the cached list of decoders, before and after."""
     images._formats.cache_clear()
     yield
     images._formats.cache_clear()
@@ -183,11 +183,11 @@ def test_heic_without_its_library(other_formats, monkeypatch, tmp_path):
 
 def test_heic(other_formats):
     heif = pytest.importorskip("pillow_heif")
-    picture = Image.new("RGB", (64, 48), (200, 60, 40))
-    exif = picture.getexif()
+    pillow_image = Image.new("RGB", (64, 48), (200, 60, 40))
+    exif = pillow_image.getexif()
     exif[0x0112] = 6
     stream = io.BytesIO()
-    heif.from_pillow(picture).save(stream, exif=exif.tobytes())
+    heif.from_pillow(pillow_image).save(stream, exif=exif.tobytes())
     data = stream.getvalue()
     image = read_image(data)
     assert image.shape in ((64, 48, 3), (48, 64, 3))

@@ -32,7 +32,7 @@ def names(documents):
     return [int(document.text.split()[-1]) for document in documents]
 
 
-def test_a_group_is_on_one_side(photos):
+def test_a_group_is_in_one_split(photos):
     corpus = source_corpus(f"folder:{photos}", "thing", "thing 1, thing 3")
     assert {i % 4 for i in names(corpus.train())} == {0, 2}
     assert {i % 4 for i in names(corpus.heldout())} == {1, 3}
@@ -45,7 +45,7 @@ def test_a_group_is_on_one_side(photos):
     assert {i % 4 for i in names(by_key.heldout())} == {1}
 
 
-def test_a_share_is_chosen_by_names_alone(photos):
+def test_a_fraction_is_chosen_only_by_names(photos):
     corpus = source_corpus(f"folder:{photos}", "", "0.4")
     found, rest = names(corpus.heldout()), names(corpus.train())
     assert sorted(found + rest) == list(range(12)) and found and rest
@@ -53,7 +53,7 @@ def test_a_share_is_chosen_by_names_alone(photos):
     assert not names(source_corpus(f"folder:{photos}").heldout())
 
 
-def test_weights_say_how_often_a_document_is_seen(photos):
+def test_weights_set_how_often_a_document_is_seen(photos):
     corpus = source_corpus(f"2*folder:{photos} + folder:{photos};text=caption")
     assert corpus.times == (1.0, 2.0)
     assert [d.metadata.get("times") for d in corpus.train()] == ["2.0"] * 12 + [
@@ -69,12 +69,12 @@ def test_a_wrong_source_is_named(wrong):
         parse_sources(wrong)
 
 
-def test_a_wrong_share_is_named():
+def test_a_wrong_fraction_is_named():
     with pytest.raises(ValueError, match=r"holdout is 1.5; a fraction"):
         source_corpus("folder:x", "", "1.5")
 
 
-def test_a_change_is_applied_as_its_picture_says():
+def test_a_change_is_applied_as_in_its_diagram():
     row = np.arange(4, dtype=np.uint8)
     images = np.broadcast_to(row[None, None, :, None], (2, 4, 4, 3))
     still = Change(False, 0.0, 0.0, 0.0)
@@ -90,7 +90,7 @@ def test_a_change_is_applied_as_its_picture_says():
     assert sorted(change_images(red, turned).ravel().tolist()) == [0, 0, 200]
 
 
-def test_changes_depend_on_the_seed_alone():
+def test_changes_depend_only_on_the_seed():
     config = AugmentationConfig(mirror=True, shift=0.2, hue=0.1)
     rng = np.random.default_rng(3)
     images = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
@@ -98,7 +98,7 @@ def test_changes_depend_on_the_seed_alone():
         augment_each(images, config, np.random.default_rng(1)) for _ in range(2)
     )
     assert (first == again).all() and (first != images).any()
-    drawn = {sample_change(config, rng) for _ in range(9)}
-    assert len(drawn) == 9 and {c.mirrored for c in drawn} == {True, False}
+    sampled = {sample_change(config, rng) for _ in range(9)}
+    assert len(sampled) == 9 and {c.mirrored for c in sampled} == {True, False}
     with pytest.raises(ValueError, match=r"augmentation.shift must lie in 0..0.5"):
         AugmentationConfig(shift=0.6)

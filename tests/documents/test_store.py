@@ -165,7 +165,7 @@ def test_empty_file_is_fine_and_damage_is_found(tmp_path):
         RecordFile(tmp_path / "none")
 
 
-def test_a_writer_that_fails_is_one_sentence(tmp_path, monkeypatch):
+def test_a_writer_that_fails_raises_one_sentence(tmp_path, monkeypatch):
     class Writer:
         def __init__(self, *args):
             pass
@@ -205,7 +205,7 @@ WHOLE = {"id": "a", "source": "", "metadata": {}, "segments": []}
         {**WHOLE, "segments": [{"modality": [], "length": "x"}]},
     ],
 )
-def test_headers_of_wrong_types_are_one_sentence(header):
+def test_headers_of_wrong_types_are_refused_in_one_sentence(header):
     for tag, decode in ((b"RDOC", decode_document), (b"RTOK", decode_tokenized)):
         with pytest.raises(ValueError, match="."):
             decode(record_of(tag, header))

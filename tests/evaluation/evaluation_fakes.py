@@ -1,4 +1,4 @@
-"""A tiny random model with a memory, and a COCO-shaped folder of made images."""
+"""A tiny random model with a memory, and a COCO-like folder of synthetic images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ THINGS = ("dog", "red cat", "bus", "man's hat", "blue wave")
 
 
 class AsciiTokenizer:
-    """Text ids are characters; an image is four grey levels, one a quadrant."""
+    """Text tokens are characters; an image is four grey levels, one per quadrant."""
 
     vocab = VOCAB
 
@@ -115,8 +115,8 @@ class Embedder:
         text = self.embed_texts([d.text for d in documents])
         seen = np.array([bool(d.images) for d in documents])
         image = np.zeros_like(text)
-        pictures = [d.images[0] for d in documents if d.images]
-        image[seen] = self.embed_images(pictures)
+        images = [d.images[0] for d in documents if d.images]
+        image[seen] = self.embed_images(images)
         whole = text + image
         whole /= np.linalg.norm(whole, axis=1, keepdims=True)
         return DocumentEmbeddings(text, image, whole, np.ones(len(seen), bool), seen)
@@ -151,7 +151,7 @@ class ColourFeatures:
 
 
 def make_coco(directory, count=200):
-    """The files of COCO 2014, and of the Karpathy splits, with made images."""
+    """The files of COCO 2014 and of the Karpathy splits, with synthetic images."""
     (directory / "annotations").mkdir(parents=True)
     (directory / "val2014").mkdir()
     images, annotations, karpathy = [], [], []
@@ -181,7 +181,7 @@ def make_coco(directory, count=200):
 
 
 def make_memory(path, num_near=3, count=40):
-    """Documents with pictures of their own; the first ones have those of test images."""
+    """Documents with images; the first ones have those of the test images."""
     documents = [
         Document(
             f"m{i}",
@@ -223,9 +223,9 @@ def digest(path):
 
 
 class StubGenerator:
-    """Draws by its seed and by what was retrieved; compiles nothing.
+    """Its images depend on the seed and the retrieved documents; compiles nothing.
 
-    `budget` items may be made before it is killed.
+    It is killed after `budget` items.
     """
 
     def __init__(self, memory, budget=10**9):

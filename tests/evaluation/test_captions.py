@@ -26,7 +26,7 @@ def scores():
     return score_captions(RECORD["candidates"], RECORD["references"])
 
 
-def share_of_equal_tokens(wanted: list[str], found: list[list[str]]) -> float:
+def fraction_of_equal_tokens(wanted: list[str], found: list[list[str]]) -> float:
     import difflib
 
     equal = total = 0
@@ -49,7 +49,7 @@ def test_a_known_sentence():
 def test_tokens_equal_the_java_program():
     found = cut_tokens(RECORD["candidates"])
     assert len(found) >= 500
-    assert share_of_equal_tokens(RECORD["tokens"], found) >= 0.999
+    assert fraction_of_equal_tokens(RECORD["tokens"], found) >= 0.999
 
 
 def test_whether_an_abbreviation_ends_depends_on_the_next_caption():
@@ -57,7 +57,7 @@ def test_whether_an_abbreviation_ends_depends_on_the_next_caption():
     assert cut_tokens(["at 5 p.m.", "a dog"])[0][-1] == "p.m."
 
 
-def test_lines_stay_lines():
+def test_lines_are_kept():
     assert cut_tokens([]) == []
     assert cut_tokens(["", "a\nb", ""]) == [[], ["a", "b"], []]
 
@@ -71,7 +71,7 @@ def test_scores_equal_pycocoevalcap(scores):
     assert means["cider"] == pytest.approx(np.mean(RECORD["cider"]), abs=1e-6)
 
 
-def test_means_of_some_rows_are_those_rows_alone(scores):
+def test_means_of_some_rows_depend_only_on_those_rows(scores):
     rows = np.array([3, 3, 10])
     means = scores.means(rows)
     assert means["cider"] == pytest.approx(np.mean(scores.cider[rows]))
@@ -104,7 +104,7 @@ def test_rouge_of_a_subsequence():
         ("a dog", "", "a dog"),
     ],
 )
-def test_the_words_of_the_prompt_are_no_caption(text, prefix, expected):
+def test_the_words_of_the_prompt_are_not_scored(text, prefix, expected):
     assert strip_prefix(text, prefix) == expected
 
 
@@ -144,9 +144,7 @@ def write_fake_package(folder, spice_parser):
 
 
 @pytest.mark.parametrize("spice_parser", [True, False])
-def test_java_scores_are_there_where_their_programs_are(
-    spice_parser, tmp_path, monkeypatch
-):
+def test_java_scores_need_their_programs(spice_parser, tmp_path, monkeypatch):
     captions, references = ["a dog.", "two cats run"], [["a dog"], ["cats"]]
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert score_with_java(captions, references) == {}
@@ -182,7 +180,7 @@ def test_tokens_and_scores_live():
     candidates, references = golden.make_captions()
     assert len(candidates) >= 500
     found = cut_tokens(candidates)
-    assert share_of_equal_tokens(golden.run_java(candidates), found) >= 0.999
+    assert fraction_of_equal_tokens(golden.run_java(candidates), found) >= 0.999
     wanted = golden.compute_reference_scores(candidates, references)
     scores = score_captions(candidates, references)
     np.testing.assert_allclose(scores.cider, wanted["cider"], atol=1e-6)
@@ -193,5 +191,5 @@ def test_tokens_and_scores_live():
     few = len(wanted["meteor"])
     meteor = score_with_java(candidates[:few], references[:few])["meteor"]
     np.testing.assert_allclose(meteor, wanted["meteor"], atol=1e-6)
-    for name in ("cider", "rouge_l", "bleu"):  # the golden file is of these captions
+    for name in ("cider", "rouge_l", "bleu"):  # the golden file has these captions
         np.testing.assert_allclose(wanted[name], RECORD[name], atol=1e-6)

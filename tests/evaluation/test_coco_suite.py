@@ -140,7 +140,7 @@ def test_near_duplicates_are_counted_and_never_retrieved(coco, memory, tmp_path)
     suite = make_suite(StubGenerator(memory), coco, tmp_path, settings)
     results = suite.run(log=lambda line: None)
     assert results is not None and results["num_near_duplicates_purged"] == 3
-    # Rows are the builder's choice; ids are not.
+    # The order of rows is the builder's; ids are fixed.
     near = set(memory.find(["m0", "m1", "m2"]).tolist())
     assert len(near) == 3
     for variant in settings.variants:
@@ -150,7 +150,7 @@ def test_near_duplicates_are_counted_and_never_retrieved(coco, memory, tmp_path)
     assert memory.num_allowed == len(memory)
 
 
-def test_an_image_of_somebody_else_is_not_replaced(coco, memory, tmp_path):
+def test_a_foreign_image_is_not_replaced(coco, memory, tmp_path):
     suite = make_suite(
         StubGenerator(memory), coco, tmp_path, make_settings(variants=("copy",))
     )
@@ -162,7 +162,7 @@ def test_an_image_of_somebody_else_is_not_replaced(coco, memory, tmp_path):
     assert mine.read_bytes() == b"mine"
 
 
-def test_captioning_beside_its_baselines(coco, memory, tmp_path):
+def test_captioning_with_its_baselines(coco, memory, tmp_path):
     settings = make_settings("captioning", prefix="Photo of ")
     results = run(StubGenerator(memory), coco, tmp_path, settings)
     assert results is not None
@@ -180,7 +180,7 @@ def test_captioning_beside_its_baselines(coco, memory, tmp_path):
 
 
 def test_real_images_are_computed_once_for_all_runs(coco, memory, tmp_path):
-    """Another sampling finds the features and statistics; another network does not."""
+    """Other sampling settings reuse the features and statistics; another network does not."""
     shared = {"reference": tmp_path / "real"}
     calls = []
 
@@ -225,7 +225,7 @@ def test_real_images_are_computed_once_for_all_runs(coco, memory, tmp_path):
     assert changed.workdir.name != name and sum(calls) == 6 * COUNT
 
 
-def test_devices_share_the_work_and_change_nothing(coco, memory, tmp_path):
+def test_more_devices_change_nothing(coco, memory, tmp_path):
     settings = make_settings(variants=("retrieval", "copy"))
     with_four = {"devices": jax.devices()[:4]}
     run(StubGenerator(memory), coco, tmp_path / "one", settings)
@@ -250,7 +250,7 @@ def test_a_copy_on_another_device_computes_the_same(memory):
     np.testing.assert_array_equal(found, score_tokens(generator, rows)[0])
 
 
-def test_two_processes_give_what_one_gives(coco, memory, tmp_path):
+def test_two_processes_give_the_results_of_one(coco, memory, tmp_path):
     run(StubGenerator(memory), coco, tmp_path / "one")
     found = {}
 
@@ -293,7 +293,7 @@ def test_wrong_settings_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["text_to_image", "captioning"])
-def test_a_random_model_runs_it_all(task, coco, memory, tmp_path):
+def test_a_random_model_runs_the_whole_suite(task, coco, memory, tmp_path):
     settings = make_settings(task)
     results = run(make_generator(memory), coco, tmp_path, settings)
     assert results is not None

@@ -1,4 +1,4 @@
-"""`racm3 evaluate` in processes of its own: killed, resumed, and two at once. Slow."""
+"""`racm3 evaluate` in separate processes: killed, resumed, and two at once. Slow."""
 
 import json
 import os
@@ -25,13 +25,13 @@ from racm3_jax.tokenizers.mixed import MixedTokenizer
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
-# 30 pictures of 6 nations or more.
+# 30 images of 6 nations or more.
 TRAIN = "flagworld:train;num_nations=12;max_documents=30"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A COCO-shaped folder, a small random model, and its memory."""
+    """A COCO-like folder, a small random model, and its memory."""
     place = tmp_path_factory.mktemp("place")
     make_coco(place / "coco", 220)
     shipped = wiring.resolve("shipped:flagworld")
@@ -92,7 +92,7 @@ def start_likelihood(place, workdir, **environment):
         "--config.twin=",
         "--config.settings.num_episodes=30",
         "--config.settings.shots=(0, 1)",
-        # The documents are those of the memory: a purge would leave nothing.
+        # These are the documents of the memory: removing near-duplicates would leave none.
         "--config.settings.max_similarity=2.0",
         "--config.strategy.max_similarity=2.0",
     ]
@@ -100,7 +100,7 @@ def start_likelihood(place, workdir, **environment):
 
 
 def kill_in_the_middle(process, workdir, num_parts):
-    """Ends a process, as `kill -9` does, once so many chunks are there."""
+    """Kills a process (`kill -9`) once it has written `num_parts` chunks."""
     while len(list(workdir.rglob("parts/*.npz"))) < num_parts:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.05)
@@ -134,7 +134,7 @@ def check_equal(one, others):
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "captioning"])
-def test_coco_killed_resumed_and_by_two_processes(place, tmp_path, task):
+def test_coco_killed_resumed_and_with_two_processes(place, tmp_path, task):
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
     assert start_coco(place, whole, task).wait() == 0
     kill_in_the_middle(start_coco(place, killed, task), killed, 14)
@@ -147,7 +147,7 @@ def test_coco_killed_resumed_and_by_two_processes(place, tmp_path, task):
         assert results[f"{variant}/{figure}"]["total"] >= 150
 
 
-def test_likelihood_killed_resumed_and_by_two_processes(place, tmp_path):
+def test_likelihood_killed_resumed_and_with_two_processes(place, tmp_path):
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
     assert start_likelihood(place, whole).wait() == 0
     kill_in_the_middle(start_likelihood(place, killed), killed, 3)

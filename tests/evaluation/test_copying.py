@@ -17,7 +17,7 @@ def document(text, codes):
     )
 
 
-def test_the_picture_of_the_module():
+def test_the_diagram_of_the_module():
     mains = [document([7, 1, 3, 9], [1, 2, 3, 4]), document([5, 5], [1, 1, 1, 1])]
     found = [[document([7, 7, 3, 9, 2], [1, 2, 3, 4])], []]
     counts = count_copied(mains, found)

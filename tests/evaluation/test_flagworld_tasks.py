@@ -1,4 +1,4 @@
-"""The suite's verdicts, on answers that are known to be right and to be wrong."""
+"""The suite's scores, on answers that are known to be right or wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answer(*images, **facts):
 
 
 class Oracle:
-    """Answers rightly with a share of the truth: 1 always, 0 never."""
+    """Answers correctly with probability `right`: 1 is always, 0 never."""
 
     retriever = None
 
@@ -141,8 +141,8 @@ def test_right_answers_are_right_and_wrong_ones_wrong(probes, tmp_path):
     assert len(table.splitlines()) == 2 + 72
 
 
-def test_a_killed_run_resumes_at_its_stage(probes, tmp_path, monkeypatch):
-    """What is finished is not asked again; one process of several does the work."""
+def test_a_killed_run_resumes_at_the_stage(probes, tmp_path, monkeypatch):
+    """Finished stages are not repeated; one process of several does the work."""
 
     def start(folder, right=True, index=0):
         process = {"process_index": index, "process_count": 2}
@@ -152,7 +152,7 @@ def test_a_killed_run_resumes_at_its_stage(probes, tmp_path, monkeypatch):
     assert start("whole", index=1) is None and not (tmp_path / "whole").exists()
     whole = start("whole")
     with monkeypatch.context() as patch:
-        patch.delattr(Oracle, "classify")  # asked after regions and demonstrations
+        patch.delattr(Oracle, "classify")  # comes after regions and demonstrations
         with pytest.raises(AttributeError, match="classify"):
             start("killed")
     assert not (tmp_path / "killed" / "results.json").exists()
@@ -166,7 +166,7 @@ def test_a_killed_run_resumes_at_its_stage(probes, tmp_path, monkeypatch):
         start("killed", right=False)
 
 
-def test_a_sheet_shows_all_ways_of_a_task_beside_what_was_given(probes, tmp_path):
+def test_a_sheet_shows_all_variants_of_a_task_and_its_inputs(probes, tmp_path):
     twin, folders = Oracle(probes, False), [tmp_path / "a", tmp_path / "b"]
     for folder, count in zip(folders, (2, 4), strict=True):
         suite = make_suite(probes, folder, True, twin, num_sheet_rows=count)
@@ -181,7 +181,7 @@ def test_a_sheet_shows_all_ways_of_a_task_beside_what_was_given(probes, tmp_path
     assert names >= {"edit", "edit_sized", "edit_beside", "controlled_other_two"}
     few, more = (np.asarray(Image.open(f / "samples" / "infill.png")) for f in folders)
     edits = np.asarray(Image.open(folders[0] / "samples" / "edit.png"))
-    assert few.shape[1] > edits.shape[1]  # the twin's drawings, too
+    assert few.shape[1] > edits.shape[1]  # also of the model without retrieval
     assert more.shape[0] > 1.5 * few.shape[0]
     grey = (few == 128).all(-1)
     assert (
@@ -189,8 +189,8 @@ def test_a_sheet_shows_all_ways_of_a_task_beside_what_was_given(probes, tmp_path
     )
 
 
-def test_one_constant_answer_is_a_coin(probes):
-    """Labels and their order are sampled for each question: no fixed answer helps."""
+def test_a_constant_answer_is_at_chance(probes):
+    """Labels and their order are sampled for each question: no fixed answer is better."""
     tests = probes.tests * 24
     many = TaskProbes.__new__(TaskProbes)
     many.__dict__ |= probes.__dict__ | {"tests": tests}
@@ -198,7 +198,7 @@ def test_one_constant_answer_is_a_coin(probes):
     asked = set()
 
     class Constant:
-        """The first label, or the first of the alphabet."""
+        """Chooses the first label, or the first in the alphabet."""
 
         def __init__(self, choose):
             self.choose = choose
@@ -243,7 +243,7 @@ def test_a_document_of_that_size_is_the_nearest_of_the_same_nation(probes):
         assert difference[0] == min(difference)
 
 
-def test_worlds_that_cannot_be_asked_are_refused(probes):
+def test_unsuitable_worlds_are_refused(probes):
     nations = make_nations(WORLD, "heldout")
     with pytest.raises(ValueError, match="needs two; got 1"):
         TaskProbes(nations, probes.tests[:1], [], SETTINGS)

@@ -16,21 +16,21 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "evaluation"
 SETTINGS = {"network": "n", "resizing": "clean"}
 
 
-def draw(count, d=6, seed=0, shift=0.0, scale=1.0):
+def sample_features(count, d=6, seed=0, shift=0.0, scale=1.0):
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(9).normal(size=(d, d))
     return rng.normal(size=(count, d)) @ mixing * scale + shift
 
 
-def test_statistics_are_numpys():
-    x = draw(50)
+def test_statistics_equal_numpys():
+    x = sample_features(50)
     found = FeatureStatistics.of(x)
     np.testing.assert_allclose(found.mean, x.mean(0))
     np.testing.assert_allclose(found.covariance, np.cov(x, rowvar=False))
 
 
-def test_shards_in_any_order_are_the_whole():
-    x = draw(50)
+def test_shards_in_any_order_give_the_whole():
+    x = sample_features(50)
     parts = [FeatureStatistics.of(x[i::3]) for i in range(3)]
     whole, merged = FeatureStatistics.of(x), add_statistics(parts[::-1])
     assert merged.count == whole.count
@@ -49,17 +49,17 @@ def test_distance_of_independent_gaussians_is_the_formula():
 
 
 def test_singular_covariances_are_exact():
-    # 3 images in 6 dimensions: rank 2. A shifted copy is exactly the shift away.
-    x = draw(3)
+    # 3 images in 6 dimensions: rank 2. The distance to a shifted copy is the shift.
+    x = sample_features(3)
     a, b = FeatureStatistics.of(x), FeatureStatistics.of(x + 2.0)
     assert np.linalg.matrix_rank(a.covariance) == 2
-    # The root of a zero eigenvalue's rounding error is what limits this.
+    # The accuracy is limited by the root of a zero eigenvalue's rounding error.
     assert frechet_distance(a, b) == pytest.approx(6 * 4, rel=1e-6)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
 
 
-def test_saved_statistics_come_back_and_refuse_other_settings(tmp_path):
-    found, path = FeatureStatistics.of(draw(20)), tmp_path / "real.npz"
+def test_saved_statistics_can_be_loaded_and_refuse_other_settings(tmp_path):
+    found, path = FeatureStatistics.of(sample_features(20)), tmp_path / "real.npz"
     found.save(path, SETTINGS)
     loaded = FeatureStatistics.load(path, SETTINGS)
     assert loaded.fingerprint() == found.fingerprint()
@@ -72,18 +72,20 @@ def test_saved_statistics_come_back_and_refuse_other_settings(tmp_path):
 
 
 def test_features_that_are_not_finite_are_refused():
-    x = draw(5)
+    x = sample_features(5)
     x[2, 3] = np.nan
     with pytest.raises(ValueError, match="1 that are not finite"):
         FeatureStatistics.of(x)
     with pytest.raises(ValueError, match="different networks"):
-        FeatureStatistics.of(draw(5)) + FeatureStatistics.of(draw(5, d=4))
+        FeatureStatistics.of(sample_features(5)) + FeatureStatistics.of(
+            sample_features(5, d=4)
+        )
     with pytest.raises(ValueError, match="needs 2 images"):
-        _ = FeatureStatistics.of(draw(1)).covariance
+        _ = FeatureStatistics.of(sample_features(1)).covariance
 
 
 def test_kernel_distance_is_the_sum_over_pairs():
-    x, y = draw(7), draw(7, seed=1, shift=0.5)
+    x, y = sample_features(7), sample_features(7, seed=1, shift=0.5)
 
     def kernel(a, b):
         return (a @ b / 6 + 1) ** 3
@@ -102,8 +104,13 @@ def test_kernel_distance_is_the_sum_over_pairs():
 
 
 def test_precision_and_recall_of_a_collapsed_generator():
-    real = np.concatenate([draw(30, scale=0.1), draw(30, scale=0.1, shift=50, seed=3)])
-    half = draw(40, scale=0.09, seed=4)
+    real = np.concatenate(
+        [
+            sample_features(30, scale=0.1),
+            sample_features(30, scale=0.1, shift=50, seed=3),
+        ]
+    )
+    half = sample_features(40, scale=0.09, seed=4)
     found = precision_and_recall(real, half)
     assert found.precision > 0.9
     assert 0.3 < found.recall <= 0.5

@@ -75,14 +75,14 @@ def test_fid_live(golden_import):
     )
     sets = [weights.random_images(40, 1), weights.random_images(40, 2, shift=40)]
     ours = frechet_distance(*(FeatureStatistics.of(extract(s)) for s in sets))
-    real, drawn = (
+    real, generated = (
         reference.reference_features(s, "fid", WIDTH, weights.SIZE).astype(np.float64)
         for s in sets
     )
-    first, second = np.cov(real, rowvar=False), np.cov(drawn, rowvar=False)
+    first, second = np.cov(real, rowvar=False), np.cov(generated, rowvar=False)
     offset = np.eye(len(first)) * 1e-9
     root = linalg.sqrtm((first + offset) @ (second + offset)).real
-    gap = real.mean(0) - drawn.mean(0)
+    gap = real.mean(0) - generated.mean(0)
     wanted = gap @ gap + np.trace(first + second - 2 * root)
     assert ours == pytest.approx(wanted, rel=1e-3)
 
@@ -90,10 +90,10 @@ def test_fid_live(golden_import):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_the_packages_themselves(golden_import, monkeypatch):
-    """pytorch-fid's and torchvision's own networks, where somebody installed them.
+    """pytorch-fid's and torchvision's own networks, where they are installed.
 
-    They want a torchvision that does not go with `transformers`; where its compiled half
-    does not load, only what it declares for its operators is skipped.
+    They need a torchvision that is incompatible with `transformers`; where its compiled
+    part does not load, only the declarations of its operators are skipped.
     """
     torch = pytest.importorskip("torch")
     pytest.importorskip("pytorch_fid")

@@ -11,14 +11,14 @@ from racm3_jax.evaluation.intervals import (
 
 
 def test_wilson_interval_of_a_known_case():
-    share = compute_share([True] * 8 + [False] * 2)
-    assert share.value == 0.8
-    low, high = share.interval
+    fraction = compute_share([True] * 8 + [False] * 2)
+    assert fraction.value == 0.8
+    low, high = fraction.interval
     assert low == pytest.approx(0.4902, abs=1e-3)
     assert high == pytest.approx(0.9433, abs=1e-3)
 
 
-def test_interval_stays_inside_at_the_ends():
+def test_the_interval_stays_between_0_and_1():
     low, high = compute_share([True] * 20).interval
     assert 0.8 < low < 1.0
     assert high == pytest.approx(1.0)
@@ -34,7 +34,7 @@ def test_no_outcomes_is_an_error():
 def test_paired_intervals_cover_the_true_difference(
     same_questions, seed_effect, num_seeds
 ):
-    """Trainings of two models that differ by 0.3; questions are hard or easy for both."""
+    """Runs of two models that differ by 0.3; questions are hard or easy for both."""
     rng, num_questions, covered = np.random.default_rng(0), 60, []
     for _ in range(400):
         rows = 1 if same_questions else num_seeds
@@ -50,8 +50,8 @@ def test_paired_intervals_cover_the_true_difference(
     assert np.mean(covered) >= 0.93
 
 
-def test_seeds_that_agree_keep_the_error_of_their_questions():
-    """Of 100 questions 85 against 0 in each of three seeds is not +0.85 to the digit."""
+def test_equal_seeds_keep_the_error_of_their_questions():
+    """85 against 0 of 100 questions in each of three seeds is not exactly +0.85."""
     first = np.zeros((3, 100))
     first[:, :85] = 1
     found = paired_difference(first, np.zeros((3, 100)), same_questions=True)
@@ -73,7 +73,7 @@ def test_seeds_that_agree_keep_the_error_of_their_questions():
     assert more.value == pytest.approx((0.8 + 8 / 11) / 2) and more.num_questions == 10
 
 
-def test_three_seeds_are_three_however_many_questions():
+def test_three_seeds_count_as_three_for_any_number_of_questions():
     rng = np.random.default_rng(1)
     by_seed = np.array([0.1, 0.5, 0.9])
     first = by_seed[:, None] + rng.normal(0, 0.01, (3, 5000))
@@ -87,7 +87,7 @@ def test_three_seeds_are_three_however_many_questions():
     assert (fields["num_seeds"], fields["num_questions"]) == (3, 5000)
 
 
-def test_pairing_removes_what_both_find_hard():
+def test_pairing_removes_the_difficulty_of_questions():
     rng = np.random.default_rng(2)
     hard = rng.random((3, 200)) < 0.5
     first, second = hard | (rng.random((3, 200)) < 0.1), hard
@@ -100,7 +100,7 @@ def test_pairing_removes_what_both_find_hard():
     assert width[0] < width[1]
 
 
-def test_no_difference_at_all_is_none():
+def test_equal_outcomes_have_no_difference():
     same = np.ones((2, 5))
     found = paired_difference(same, same)
     assert found.interval == (0.0, 0.0) and found.p_value == 1.0
@@ -114,7 +114,7 @@ def test_no_difference_at_all_is_none():
         (np.ones((2, 1)), np.ones((2, 1)), "at least two"),
     ],
 )
-def test_outcomes_that_are_no_pairs_are_refused(first, second, message):
+def test_unpaired_outcomes_are_refused(first, second, message):
     with pytest.raises(ValueError, match=message):
         paired_difference(first, second)
     with pytest.raises(ValueError, match="seed by seed"):
@@ -134,7 +134,7 @@ def test_holm_is_the_published_procedure():
         adjust_holm({"a": 1.5})
 
 
-def test_holm_keeps_the_chance_of_any_false_finding():
+def test_holm_controls_the_family_wise_error():
     rng = np.random.default_rng(3)
     false = [
         min(adjust_holm({str(i): p for i, p in enumerate(rng.random(100))}).values())
@@ -145,7 +145,7 @@ def test_holm_keeps_the_chance_of_any_false_finding():
 
 
 def test_samples_of_one_question_are_not_independent():
-    """Four samples that always agree are one; four that never care are four."""
+    """Four samples that always agree count as one; four independent ones as four."""
     rng = np.random.default_rng(4)
     agree = np.repeat(rng.random(300) < 0.6, 4).reshape(300, 4)
     found = compute_grouped_share(agree.sum(1), [4] * 300)
@@ -164,10 +164,10 @@ def test_samples_of_one_question_are_not_independent():
     assert "design_effect" not in compute_share([True]).to_json()
 
 
-def test_grouped_intervals_cover_the_true_share():
+def test_grouped_intervals_cover_the_true_fraction():
     rng, covered = np.random.default_rng(5), []
     for _ in range(400):
-        easy = rng.beta(1.2, 0.8, 100)  # mean 0.6, samples of a question much alike
+        easy = rng.beta(1.2, 0.8, 100)  # mean 0.6, samples of a question are similar
         totals = rng.integers(1, 9, 100)
         found = compute_grouped_share(rng.binomial(totals, easy), totals)
         low, high = found.interval
@@ -175,7 +175,7 @@ def test_grouped_intervals_cover_the_true_share():
     assert np.mean(covered) >= 0.92
 
 
-def test_grouped_outcomes_that_cannot_be_are_refused():
+def test_invalid_grouped_outcomes_are_refused():
     with pytest.raises(ValueError, match="at least one in all"):
         compute_grouped_share([0], [0])
     with pytest.raises(ValueError, match="more successes than outcomes"):

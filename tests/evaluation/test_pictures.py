@@ -9,34 +9,34 @@ RED = np.full((8, 8, 3), (255, 0, 0), np.uint8)
 
 def test_tile_is_about_square():
     assert tile([RED] * 5).shape == (16, 24, 3)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         tile([])
 
 
 def test_sheet_shows_every_panel():
     row = Row("the flag of X", ([Panel(RED, "a"), Panel(RED, "b")], [Panel(RED)]))
-    sheet = draw_sheet(("prompt", "retrieved", "drawn"), [row], panel_size=32)
+    sheet = draw_sheet(("prompt", "retrieved", "generated"), [row], panel_size=32)
     red = (sheet == (255, 0, 0)).all(-1).sum()
     assert red == 3 * 32 * 32
     with pytest.raises(ValueError, match="groups"):
-        draw_sheet(("prompt", "drawn"), [row])
+        draw_sheet(("prompt", "generated"), [row])
 
 
 def test_a_row_is_as_high_as_its_longest_text():
     words = "a caption that is much too long for one line of a small panel " * 2
     rows = [Row("a", ([Panel(RED, words)],)), Row("b", ([Panel(RED, "c")],))]
-    sheet = draw_sheet(("prompt", "drawn"), rows, panel_size=32)
-    plain = draw_sheet(("prompt", "drawn"), rows[1:] * 2, panel_size=32)
+    sheet = draw_sheet(("prompt", "generated"), rows, panel_size=32)
+    plain = draw_sheet(("prompt", "generated"), rows[1:] * 2, panel_size=32)
     assert sheet.shape[0] > plain.shape[0] + 60
-    # nothing is written over the second picture, nor beside the panel's column
+    # nothing is written over the second image or outside of the panel's column
     assert (sheet == (255, 0, 0)).all(-1).sum() == 2 * 32 * 32
     assert (sheet[:, -8:] > 200).all()
     tall = [Row("word " * 60, ([Panel(RED)],)), rows[1]]
-    sheet = draw_sheet(("prompt", "drawn"), tall, panel_size=32)
+    sheet = draw_sheet(("prompt", "generated"), tall, panel_size=32)
     assert sheet.shape[0] > plain.shape[0] + 60
 
 
-def test_report_is_one_file_that_loads_nothing(tmp_path):
+def test_report_is_one_file_without_external_links(tmp_path):
     from PIL import Image
 
     Image.fromarray(RED).save(tmp_path / "samples.png")

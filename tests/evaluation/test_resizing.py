@@ -5,12 +5,12 @@ from PIL import Image
 from racm3_jax.evaluation.resizing import resize_batch
 
 
-def picture(height, width, seed=0):
+def make_image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def test_clean_is_pils_bicubic_in_float():
-    image = picture(31, 47)
+    image = make_image(31, 47)
     found = resize_batch([image], 19)[0]
     for c in range(3):
         channel = Image.fromarray(image[..., c].astype(np.float32))
@@ -41,7 +41,7 @@ def test_legacy_reads_four_pixels_only():
 
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="'clean', 'legacy'"):
-        resize_batch([picture(4, 4)], 2, "bilinear")  # pyright: ignore
+        resize_batch([make_image(4, 4)], 2, "bilinear")  # pyright: ignore
 
 
 @pytest.mark.parity
@@ -49,7 +49,7 @@ def test_another_name_is_refused():
 def test_legacy_live():
     torch = pytest.importorskip("torch")
     for shape in ((31, 47), (12, 9), (299, 299)):
-        image = picture(*shape)
+        image = make_image(*shape)
         x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
         wanted = torch.nn.functional.interpolate(x, (299, 299), mode="bilinear")
         found = resize_batch([image], 299, "legacy")[0]

@@ -81,7 +81,7 @@ def test_the_retriever_never_sees_purged_rows(memory):
     assert len(ways) > 1 and ways <= set(vars(PurgedMemory))
 
 
-def test_random_documents_depend_on_the_query_alone(memory):
+def test_random_documents_depend_only_on_the_query(memory):
     queries = np.asarray(memory.embeddings[:6])
     purged = PurgedMemory(memory, np.arange(30))
     retriever = RandomRetriever(purged, seed=3)

@@ -7,7 +7,7 @@ from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.evaluation.flagworld_judge import SceneClassifier
 
 
-def pictures(split, count, config):
+def make_images(split, count, config):
     documents = list(itertools.islice(read_flagworld(config, split), count))
     return (
         np.stack([d.images[0] for d in documents]),
@@ -17,8 +17,8 @@ def pictures(split, count, config):
 
 def test_scenes_of_unseen_nations_are_recognised():
     config = FlagworldConfig(num_nations=240, num_heldout=40)
-    classifier = SceneClassifier(*pictures("train", 1200, config))
-    images, scenes = pictures("heldout_memory", 200, config)
+    classifier = SceneClassifier(*make_images("train", 1200, config))
+    images, scenes = make_images("heldout_memory", 200, config)
     found = classifier.classify(images)
     assert np.mean([a == b for a, b in zip(found, scenes, strict=True)]) >= 0.95
 
@@ -26,5 +26,5 @@ def test_scenes_of_unseen_nations_are_recognised():
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="multiples of 16"):
         SceneClassifier(np.zeros((1, 40, 40, 3), np.uint8), ["sea"])
-    with pytest.raises(ValueError, match="1 pictures but 2 scenes"):
+    with pytest.raises(ValueError, match="1 images but 2 scenes"):
         SceneClassifier(np.zeros((1, 64, 64, 3), np.uint8), ["sea", "moon"])

@@ -1,4 +1,4 @@
-"""What all suites share, on one that counts even numbers."""
+"""What all suites have in common, tested with one that counts even numbers."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_a_suite_writes_its_figures_and_resumes(tmp_path):
 def test_seconds_are_kept_with_the_chunks(tmp_path):
     suite = EvenNumbers(tmp_path)
     suite.run_stages(lambda line: None)
-    for chunk in range(3):  # what it took when it was computed
+    for chunk in range(3):  # the seconds of the first computation
         path = suite.parts.path("numbers", chunk)
         with np.load(path) as file:
             arrays = dict(file)
@@ -86,7 +86,7 @@ def test_only_the_first_process_writes(tmp_path):
     assert first.calls == [range(3), range(6, 7)]
 
 
-def test_tables_rows_and_records_as_pictures():
+def test_tables_rows_and_records_as_diagrams():
     assert format_rows(["a", "b", "c"], {"x": [0.25, None], "y": ["z", 3]}, 2) == [
         "| a | b | c |",
         "|---|---|---|",
@@ -95,5 +95,8 @@ def test_tables_rows_and_records_as_pictures():
     ]
     assert stack_rows([[4, 2], [], [7]]).tolist() == [[4, 2], [-1, -1], [7, -1]]
     assert stack_rows([[4]], 3).tolist() == [[4, -1, -1]]
-    share = compute_share([True])
-    assert to_json({"a": {"b": share}, "c": 1}) == {"a": {"b": share.to_json()}, "c": 1}
+    fraction = compute_share([True])
+    assert to_json({"a": {"b": fraction}, "c": 1}) == {
+        "a": {"b": fraction.to_json()},
+        "c": 1,
+    }

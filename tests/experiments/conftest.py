@@ -1,4 +1,4 @@
-"""The folder of the experiments, as `python experiments/run_all.py` sees it."""
+"""Puts the folder of the experiments on the path, as for `experiments/run_all.py`."""
 
 from __future__ import annotations
 

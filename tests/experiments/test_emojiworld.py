@@ -1,4 +1,4 @@
-"""Emojiworld on made icons: the join, the files, the scorers, the evaluation."""
+"""Emojiworld with synthetic icons: the join, the files, the scorers, the evaluation."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def pack(path, files):
 
 
 def make_packages(folder):
-    """Nine sets; some know code points, some names. Twemoji's owl is an alias."""
+    """Nine sets; some have code points, some names. Twemoji's owl is an alias."""
     packages = {}
-    for house, icon_set in enumerate(world.SETS):
-        bodies = {world.slug(t): f"<{t}/{house}>" for t in THINGS}
+    for vendor, icon_set in enumerate(world.SETS):
+        bodies = {world.slug(t): f"<{t}/{vendor}>" for t in THINGS}
         chars = {}
         if icon_set.name in WITH_CHARS:
             # Names of its own, found by code points; the others take Noto's names.
@@ -101,15 +101,15 @@ def make_packages(folder):
 
 
 def rasterize(svg, side):
-    """A pattern of the thing in the colour of the house, in a corner of the picture."""
-    thing, house = re.search(r"<([a-z ]+)/(\d)>", svg).groups()
+    """A pattern of the thing in the colour of the vendor, in a corner of the image."""
+    thing, vendor = re.search(r"<([a-z ]+)/(\d)>", svg).groups()
     rng = np.random.default_rng(THINGS.index(thing))
     pattern = rng.random((8, 8)) < 0.5
     pattern[[0, -1]] = True
     cells = pattern.repeat(side // 16, 0).repeat(side // 16, 1)
     pixels = np.zeros((side, side, 4), np.uint8)
     corner = pixels[: len(cells), : len(cells)]
-    corner[cells] = [*COLOURS[int(house)], 255]
+    corner[cells] = [*COLOURS[int(vendor)], 255]
     return pixels
 
 
@@ -138,7 +138,7 @@ def test_the_lists_split_all_things():
     assert splits["cactus"] == "held_out"
 
 
-def test_drawings_are_joined_by_code_point_alias_and_name(packages):
+def test_icons_are_joined_by_code_point_alias_and_name(packages):
     found = list(world.read_drawings(packages, SPLITS))
     assert len(found) == 9 * len(THINGS) - 1  # the one gear
     by_key = {d.key: d for d in found}
@@ -172,7 +172,7 @@ def test_things_have_their_article(thing, words):
     assert captions.with_article(thing) == words
 
 
-def test_captions_say_thing_and_house_in_many_ways():
+def test_captions_name_thing_and_vendor_in_many_ways():
     found = captions.write_captions("cactus", "OpenMoji", "openmoji-cactus")
     assert len(set(found)) == len(captions.TEMPLATES)
     assert "a cactus in the style of OpenMoji" in found
@@ -184,12 +184,12 @@ def test_captions_say_thing_and_house_in_many_ways():
     assert not captions.names_thing("a cactus", "cactus flower")
 
 
-def test_drawings_are_cropped_and_centred_on_white():
+def test_images_are_cropped_and_centred_on_white():
     pixels = fetch.render("<owl/0>", 64, rasterize)
     ink = np.argwhere((pixels < 250).any(-1))
     assert pixels[0, 0].tolist() == [255, 255, 255]
     assert abs(ink.mean(0) - 31.5).max() < 2
-    assert np.ptp(ink, 0).min() > 55  # the quarter of the picture fills it
+    assert np.ptp(ink, 0).min() > 55  # the quarter of the image fills it
     assert fetch.render("", 64, lambda svg, side: np.zeros((side, side, 4))) is None
 
 
@@ -203,7 +203,7 @@ def test_the_files_are_read_by_the_projects_reader(folder, packages, tmp_path):
     assert one.metadata["house"] == one.metadata["icon_set"] == "openmoji"
     assert one.source == "emojiworld:openmoji/mount-fuji"
     assert one.text not in one.metadata["more_captions"]
-    # What is there is kept; what is missing is the same, byte for byte.
+    # Existing files are kept; missing ones are written again, byte for byte.
     again = list(world.read_drawings(packages, SPLITS))
     for name in ("settings.json", "train-00000.tar"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -226,16 +226,16 @@ def verdicts(drawings):
     return scorers.Verdicts.learn(drawings)
 
 
-def test_scorers_name_things_and_houses(drawings, verdicts):
+def test_scorers_identify_things_and_vendors(drawings, verdicts):
     held_out = drawings.split == "held_out"
     images = drawings.images[held_out]
     sets, things = drawings.icon_set[held_out], drawings.thing[held_out]
     real = verdicts.judge(list(images), sets.tolist(), things.tolist())
     for name in ("top1", "top5", "house3", "house5"):
         assert np.nanmean(real[name]) == 1
-    asked = np.isin(sets, scorers.HOUSES_5)
-    assert np.isnan(real["house5"]).tolist() == (~asked).tolist()
-    # The same pictures asked for as another thing, and those of a house as another's.
+    requested = np.isin(sets, scorers.HOUSES_5)
+    assert np.isnan(real["house5"]).tolist() == (~requested).tolist()
+    # The same images with another requested thing, and with another vendor.
     others = [HELD_OUT[HELD_OUT.index(t) - 1] for t in things]
     wrong = verdicts.judge(list(images), sets.tolist(), others)
     assert wrong["top1"].mean() < 0.2
@@ -247,8 +247,8 @@ def test_scorers_name_things_and_houses(drawings, verdicts):
     assert (features.fit_pixels(list(larger)) == images).all()
 
 
-def test_houses_are_learned_from_what_comes_back_of_a_tokenizer(drawings, verdicts):
-    """A tokenizer that turns the colours about: houses of real ones mean nothing then."""
+def test_vendors_are_learned_from_reconstructions(drawings, verdicts):
+    """With a tokenizer that changes colours, vendors learned from real images fail."""
     codec = types.SimpleNamespace(
         image_size=64, encode=lambda x: x[..., ::-1], decode=lambda x: x
     )
@@ -260,7 +260,7 @@ def test_houses_are_learned_from_what_comes_back_of_a_tokenizer(drawings, verdic
     assert figures["real drawings"]["house5"] == 1
 
 
-def test_shares_count_things_not_pictures():
+def test_fractions_count_things_not_images():
     things = ["a", "a", "b", "b", "c", "c"]
     outcomes = np.array([[1, 1, 0, 0, 1, np.nan]] * 3, float)
     share = figures.combine_outcomes(outcomes, things)
@@ -283,7 +283,7 @@ VOCAB = Vocab(num_text_ids=128, num_image_codes=256, image_length=64, num_sentin
 
 
 class FakeTokenizer:
-    """Characters, and the red of 8 x 8 places."""
+    """Tokens are characters; codes are the red of 8 x 8 positions."""
 
     vocab = VOCAB
 
@@ -328,7 +328,7 @@ PATTERNS = np.stack(
 
 
 class FakeEmbedder:
-    """A text by the thing that it names, an image by the one that it is most like."""
+    """A text by the thing in it, an image by the most similar thing."""
 
     d_embed = 64
     config = types.SimpleNamespace(image_size=64)
@@ -358,7 +358,7 @@ class FakeEmbedder:
 
 
 class FakeGenerator:
-    """Draws and says what its first document shows; asks as the real one does."""
+    """Generates the image or text of its first document; retrieves like the real one."""
 
     def __init__(self, memory):
         self.retriever = Retriever(memory, StrategyConfig(max_similarity=2.0))
@@ -420,7 +420,7 @@ class FakeGenerator:
         return list(self._outputs([""] * len(images), found, range(len(images))))
 
 
-def test_an_evaluation_excludes_a_houses_own_and_resumes(
+def test_an_evaluation_excludes_the_vendors_own_images_and_resumes(
     drawings, folder, verdicts, tmp_path, monkeypatch
 ):
     memory = conditions.open_memory(
@@ -449,12 +449,12 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
     )
     out = tmp_path / "out"
     flags = ["--data", str(folder), "--model", "m", "--out", str(out)]
-    asked = "retrieval,oracle,no_documents,swapped,removed,copy"
-    sizes = ["--chunk_size=20", f"--conditions={asked}"]
+    requested = "retrieval,oracle,no_documents,swapped,removed,copy"
+    sizes = ["--chunk_size=20", f"--conditions={requested}"]
     evaluate.main([*flags, *sizes, "--seeds=1"])
     record = json.loads((out / "results.json").read_text())
     rows = record["figures"]
-    # The first document shows the thing, drawn by another house.
+    # The first document shows the thing, by another vendor.
     ceiling = rows["copy"]["top1"]["value"]
     assert ceiling > 0.7
     for condition in ("retrieval", "oracle", "copy"):
@@ -472,7 +472,7 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
     assert clip["text query, right thing first"] == 1
     assert clip["image query, right thing first"] == 1
     assert clip["text to image, recall at 1"] == 1  # ties are no misses
-    # Neither the house's own drawing nor its twin set's is shown.
+    # No image of the same vendor is shown, from any of its icon sets.
     targets = [d for d in drawings.documents if d.metadata["split"] == "held_out"]
     for chunk in range(2):
         found = np.load(out / "parts" / f"retrieval-seed1-{chunk:05d}.npz")["retrieved"]
@@ -480,7 +480,7 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
             assert all(d.source != target.source for d in memory.documents(shown))
     for name in ("samples.png", "memorised.png", "results.md"):
         assert (out / name).exists()
-    # The scorers are kept, and what they make of known pictures is next to the table.
+    # The scorers are kept, and their results on known images are below the table.
     assert record["scorers"]["real drawings"]["top1"] == 1
     assert "| through the tokenizer | " in (out / "results.md").read_text()
     kept, ceilings = scorers.open_verdicts(
@@ -492,7 +492,7 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
     other.fingerprint = lambda: "other"
     scorers.open_verdicts(out / "scorers.npz", drawings, other)
     assert len(learned) == 2
-    # Only what is missing is asked again; more seeds are more of it.
+    # Only what is missing is generated; further seeds are added.
     times = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
     (out / "parts" / "retrieval-seed1-00001.npz").unlink()
     fewer = [sizes[0], "--conditions=retrieval,copy", "--seeds=2"]
@@ -507,7 +507,7 @@ def test_an_evaluation_excludes_a_houses_own_and_resumes(
     assert len(made) == 1 + 2
 
 
-def test_a_tokenizer_is_measured_on_held_out_drawings(drawings, verdicts, monkeypatch):
+def test_a_tokenizer_is_measured_on_held_out_images(drawings, verdicts, monkeypatch):
     monkeypatch.setattr(scorers.Verdicts, "learn", lambda *_: verdicts)
     tokenizer = FakeTokenizer().image
     tokenizer.num_codes = 256
@@ -521,7 +521,7 @@ def test_a_tokenizer_is_measured_on_held_out_drawings(drawings, verdicts, monkey
     assert sheet.shape[1] > 8 * 128
 
 
-def test_wrong_input_is_said_in_a_sentence(tmp_path, capsys):
+def test_wrong_input_is_refused_in_a_sentence(tmp_path, capsys):
     for arguments in (
         ["--data", str(tmp_path), "--model", "m", "--out", str(tmp_path)],
         ["--data", "x", "--model", "m", "--out", "x", "--conditions=drawn"],
@@ -533,14 +533,14 @@ def test_wrong_input_is_said_in_a_sentence(tmp_path, capsys):
     assert "fetch.py --out=" in said and "choose from retrieval" in said
 
 
-def test_drawings_need_their_metadata():
+def test_images_need_their_metadata():
     image = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(KeyError, match="thing"):
         Drawings.of([Document("x", (Segment(image=image),))])
 
 
-def test_the_kept_tokenizer_draws_what_it_never_saw():
-    """A face of flat colours and thick lines, as the houses draw, at the dB of theirs."""
+def test_the_kept_tokenizer_reconstructs_unseen_images():
+    """A face of flat colours and thick lines has the same PSNR as the emoji."""
     folder = Path(racm3_jax.__file__).parents[1] / "experiments/emojiworld/weights"
     tokenizer = ImageTokenizer.load(folder / "vqgan")
     face = Image.new("RGB", (256, 256), "white")
@@ -553,5 +553,5 @@ def test_the_kept_tokenizer_draws_what_it_never_saw():
     codes = tokenizer.encode(images)
     assert codes.shape == (1, 256) and tokenizer.num_codes == 1024
     assert compute_psnr(images, tokenizer.decode(codes))[0] > 24
-    # Other codes are another picture: what is measured is not the background.
+    # Other codes give another image: the background does not dominate the PSNR.
     assert compute_psnr(images, tokenizer.decode(codes[:, ::-1]))[0] < 15

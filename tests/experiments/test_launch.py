@@ -1,4 +1,4 @@
-"""The launch scripts: checked by a shell, and run without a cloud behind them."""
+"""The launch scripts: checked by a shell, and run without a cloud."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_there_is_one_for_each_kind_of_machine():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_a_shell_reads_it(path):
+def test_the_syntax_is_valid(path):
     subprocess.run(["bash", "-n", path], check=True)
     assert os.access(path, os.X_OK)
     if shutil.which("shellcheck"):
@@ -47,7 +47,7 @@ def test_a_shell_reads_it(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_without_arguments_it_says_how_it_is_used(path):
+def test_without_arguments_it_prints_its_usage(path):
     done = launch(path.name)
     assert done.returncode == 2
     assert f"experiments/launch/{path.name}" in done.stdout
@@ -76,7 +76,7 @@ def test_gpus_under_slurm(tmp_path):
     words = shlex.split(done.stdout)
     assert words[0] == "srun" and words[-5:] == ["racm3", "train", *TRAIN]
 
-    # A training that a signal ended is queued again; another status is the job's own.
+    # A training ended by a signal is queued again; any other status ends the job.
     for status, queued in ((75, True), (3, False), (0, False)):
         (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
         (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')

@@ -1,4 +1,4 @@
-"""A memory's commands survive death at any change of the file system."""
+"""A memory's commands may be killed at any change of the file system."""
 
 from __future__ import annotations
 

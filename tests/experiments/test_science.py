@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _measure(condition, seed, place):
-    """A share that depends on the condition, a number that depends on the seed."""
+    """A fraction that depends on the condition, a number that depends on the seed."""
     if condition == "broken":
         raise ValueError("this cell cannot be measured")
     return {"flag": Share(9 if condition == "with" else 1, 10), "bits": 5.0 + seed}
@@ -48,7 +48,7 @@ def place(tmp_path):
     return Place(tmp_path, TINY)
 
 
-def test_shares_of_seeds_have_the_wider_of_both_intervals():
+def test_fractions_of_seeds_have_the_wider_of_both_intervals():
     sure = combining.combine([Share(0, 100)] * 3)
     assert sure.value == 0
     assert sure.interval == pytest.approx((0.0, Share(0, 300).interval[1]))
@@ -69,13 +69,13 @@ def test_numbers_of_seeds_have_the_t_interval():
 
 
 def test_differences_are_taken_seed_by_seed():
-    # The seeds differ much, the conditions always by the same.
+    # The seeds differ a lot, the conditions always by the same amount.
     found = combining.compare([1.0, 11.0, 31.0], [0.5, 10.5, 30.5])
     assert found.value == pytest.approx(0.5)
     assert found.interval == pytest.approx((0.5, 0.5))
 
 
-def test_seeds_that_agree_keep_the_error_of_their_questions():
+def test_agreeing_seeds_keep_the_error_of_their_questions():
     sure = combining.compare([Share(85, 100)] * 3, [Share(0, 100)] * 3)
     low, high = sure.interval
     assert sure.value == pytest.approx(0.85) and 0.04 < 0.85 - low < 0.08
@@ -88,8 +88,8 @@ def test_seeds_that_agree_keep_the_error_of_their_questions():
     assert combining.compare([1.0], [0.0]).p_value is None
 
 
-def test_many_comparisons_are_corrected_together(place, tmp_path):
-    """Alone p = 0.03 is significant; of 20 comparisons it is not."""
+def test_p_values_are_corrected_for_many_comparisons(place, tmp_path):
+    """p = 0.03 is significant for one comparison, and not for one of 20."""
     found = combining.Combined(0.1, (0.01, 0.19), (0.1, 0.1), False, 0.03)
     alone = {"without": {"with": {"flag": found}}}
     assert report.adjust_differences(alone) == {("without", "with", "flag"): 0.03}
@@ -124,22 +124,24 @@ def test_curves_are_kept_with_a_cell_and_published(place, tmp_path):
         return {"bits": 5.0, "image_loss": curve, "text_loss": curve}
 
     conditions = {"small_retrieval": "small, with", "large_plain": "large, without"}
-    drawn = dataclasses.replace(
-        FAKE, measure=measure, conditions=conditions, draw=sizes.draw_curves
+    experiment = dataclasses.replace(
+        FAKE, measure=measure, conditions=conditions, plot_curves=sizes.plot_curves
     )
-    cell = cells.measure_cell(drawn, "small_retrieval", 1, place)
+    cell = cells.measure_cell(experiment, "small_retrieval", 1, place)
     assert cells.read_figures(cell) == {"bits": 5.0}
     assert cells.read_curves(json.loads(json.dumps(cell)))["text_loss"] == curve
     assert cells.read_curves({}) == {}
-    cells.measure_cell(drawn, "large_plain", 2, place)
-    report.write_report(drawn, place, tmp_path / "results")
+    cells.measure_cell(experiment, "large_plain", 2, place)
+    report.write_report(experiment, place, tmp_path / "results")
     assert (tmp_path / "results" / "fake_curves.png").stat().st_size > 1000
     elsewhere = Place(tmp_path / "other", TINY)
-    assert cells.restore_cells(drawn, elsewhere, tmp_path / "results") == 2
-    assert cells.read_cells(drawn, elsewhere) == cells.read_cells(drawn, place)
+    assert cells.restore_cells(experiment, elsewhere, tmp_path / "results") == 2
+    assert cells.read_cells(experiment, elsewhere) == cells.read_cells(
+        experiment, place
+    )
 
 
-def test_a_run_goes_on_where_it_failed(place, tmp_path, capsys, monkeypatch):
+def test_a_run_resumes_where_it_failed(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_all, "PAUSE_SECONDS", 0.0)
     broken = dataclasses.replace(
         FAKE, conditions={"with": "with documents", "broken": "broken"}
@@ -153,7 +155,7 @@ def test_a_run_goes_on_where_it_failed(place, tmp_path, capsys, monkeypatch):
     assert len(lines) == 1
 
 
-def test_seeds_are_measured_side_by_side_and_cores_counted(place, tmp_path):
+def test_seeds_are_measured_in_parallel_and_cores_counted(place, tmp_path):
     run_all.run(FAKE, place, tmp_path / "results", set(), None, {2})
     found = cells.read_cells(FAKE, place)
     assert set(found) == {("with", 2), ("without", 2)}
@@ -166,7 +168,7 @@ def test_seeds_are_measured_side_by_side_and_cores_counted(place, tmp_path):
     assert cells.two_core_hours(two) == pytest.approx(1.5)
 
 
-def test_a_report_holds_figures_cost_and_commit(place, tmp_path):
+def test_a_report_has_figures_cost_and_commit(place, tmp_path):
     for condition in FAKE.conditions:
         for seed in FAKE.seeds:
             cells.measure_cell(FAKE, condition, seed, place)
@@ -233,7 +235,7 @@ def test_a_rerun_is_compared_with_what_was_published(place, tmp_path):
     assert "3 of 4 figures" in path.read_text()
 
 
-def test_the_state_says_what_is_done(place, tmp_path):
+def test_the_state_lists_finished_cells(place, tmp_path):
     run_all.run(FAKE, place, tmp_path / "results", {"with"}, None)
     state = run_all.format_state([FAKE], place, tmp_path / "results")
     assert "3 of 6 cells" in state and "--only=fake" in state
@@ -243,7 +245,7 @@ def test_the_state_says_what_is_done(place, tmp_path):
     assert "not started" in run_all.format_state([FAKE], elsewhere, tmp_path / "none")
 
 
-def test_a_name_that_does_not_exist_is_refused():
+def test_an_unknown_name_is_refused():
     with pytest.raises(SystemExit, match="choose from gains, num_documents"):
         run_all.choose("nothing", 1, False)
     (chosen,) = run_all.choose("kshot", 11, False)
@@ -251,7 +253,7 @@ def test_a_name_that_does_not_exist_is_refused():
 
 
 @pytest.mark.parametrize("experiment", catalogue.EXPERIMENTS, ids=lambda e: e.name)
-def test_experiments_are_whole(experiment):
+def test_experiments_are_complete(experiment):
     assert len(experiment.seeds) >= 3
     assert experiment.claim and experiment.title
     for reference, conditions in experiment.comparisons.items():
@@ -278,7 +280,7 @@ def test_the_page_is_that_of_the_committed_results():
     assert run_all.PAGE.read_text() == page, "run experiments/run_all.py --page"
 
 
-def test_the_page_says_where_seeds_share_one_trained_pair():
+def test_the_page_mentions_seeds_that_share_one_trained_pair():
     text = run_all.PAGE.read_text()
     for experiment in catalogue.EXPERIMENTS:
         start = text.index(f"\n## {experiment.number}. ")
@@ -289,7 +291,7 @@ def test_the_page_says_where_seeds_share_one_trained_pair():
         assert (ONE_PAIR in section) == asks_shipped, experiment.name
 
 
-def test_the_page_says_plainly_what_was_not_run(tmp_path):
+def test_the_page_mentions_what_was_not_run(tmp_path):
     page = format_page(catalogue.EXPERIMENTS, tmp_path)
     assert page.count("**Not run yet**") == 10 and "What follows" not in page
 

@@ -1,4 +1,4 @@
-"""A tiny Transformer behind `Generator`, and stand-ins for tokenizer and memory."""
+"""A `Generator` with a tiny Transformer, and stand-ins for tokenizer and memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = 8
 
 
 class AsciiTokenizer:
-    """Text ids are characters; an image is four grey levels, one a quadrant."""
+    """Text tokens are characters; an image is four grey levels, one per quadrant."""
 
     vocab = VOCAB
 
@@ -108,7 +108,7 @@ class MeanEmbedder:
 
 
 class ThreeRows:
-    """What is asked of a memory beside its search."""
+    """What the generator needs of a memory besides its search."""
 
     num_allowed = 3
 
@@ -123,7 +123,7 @@ class ThreeRows:
 
 
 class FirstDocuments:
-    """A memory of three documents; every query is given the first ones."""
+    """A memory of three documents; every query retrieves the first ones."""
 
     def __init__(self):
         self.documents = [pair(f"m{i}", f"memory {i}", i) for i in range(3)]
@@ -165,7 +165,7 @@ def widen(params, times=3):
     return jax.tree.map(lambda x: x * times, params)
 
 
-def draw_by_grammar(
+def sample_by_grammar(
     model,
     params,
     tokens,
@@ -180,15 +180,15 @@ def draw_by_grammar(
     row_lengths=None,
     **options,
 ):
-    """`sample` without a model: uniform draws among the allowed ids, in NumPy.
+    """`sample` without a model: uniform among the allowed tokens, in NumPy.
 
-    Draws depend on the prompt, the seed and the sample's number, as those of `sample`.
+    Tokens depend on the prompt, the seed and the sample's number, as those of `sample`.
     """
     allowed, following, limits, after = (np.asarray(x) for x in grammar)
     most = config.max_new_tokens
-    drawn = np.full((len(lengths), num_samples, most), VOCAB.pad, np.int32)
-    log_probs = np.zeros(drawn.shape, np.float32)
-    for i, j in np.ndindex(drawn.shape[:2]):
+    new = np.full((len(lengths), num_samples, most), VOCAB.pad, np.int32)
+    log_probs = np.zeros(new.shape, np.float32)
+    for i, j in np.ndindex(new.shape[:2]):
         assert lengths[i] < model.config.max_length
         prompt = tokens[i, : lengths[i]].tolist()
         rng = np.random.default_rng([*prompt, int(row_seeds[i]), j])
@@ -200,11 +200,11 @@ def draw_by_grammar(
             log_probs[i, j, step] = -rng.random()
             if forced is not None and forced[i, step] >= 0:
                 token, log_probs[i, j, step] = int(forced[i, step]), 0.0
-            drawn[i, j, step] = token
+            new[i, j, step] = token
             next_state = following[state, token]
             count = count + 1 if next_state == state else 0
             if next_state == state and 0 < limits[state] <= count:
                 next_state, count = after[state], 0
             state = next_state
-    ends = (drawn != VOCAB.pad).sum(-1).astype(np.int32)
-    return Samples(drawn, log_probs, ends, ends, 0 * ends, 0 * ends)
+    ends = (new != VOCAB.pad).sum(-1).astype(np.int32)
+    return Samples(new, log_probs, ends, ends, 0 * ends, 0 * ends)

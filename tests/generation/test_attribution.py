@@ -1,4 +1,4 @@
-"""Bits of each document: the sample's likelihood with all, and with all but one."""
+"""Bits of each document: the sample's likelihood with all documents and without it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_caption_is_scored_after_its_image(generator, quick):
 
 
 @pytest.mark.parametrize("caption_prompt", ["masked", "last"])
-def test_a_caption_is_scored_as_it_was_asked_for(generator, quick, caption_prompt):
+def test_a_caption_is_scored_with_its_own_prompt(generator, quick, caption_prompt):
     how = {"caption_prompt": caption_prompt, "image_first": True, "prefix": "ab"}
     shown = [pair("x", "cd", 3)]
     out = generator.caption(grey(32), documents=shown, max_caption_length=3, **how)
@@ -56,12 +56,12 @@ def test_a_caption_is_scored_as_it_was_asked_for(generator, quick, caption_promp
     assert bits == pytest.approx((with_it - without) / np.log(2), abs=1e-4)
 
 
-def test_without_documents_there_is_nothing_to_attribute(generator, quick):
+def test_without_documents_there_are_no_bits(generator, quick):
     out = generator.text_to_image("ab", num_retrieved=0)
     assert generator.attribute(out).shape == (0,)
 
 
-def test_what_cannot_be_attributed_is_refused(generator, quick):
+def test_other_outputs_are_refused(generator, quick):
     how = {"documents": [pair("x", "cd", 3)]}
     out = generator.text_to_image("ab", **how)
     with pytest.raises(ValueError, match="samples 0..0; got sample 1"):

@@ -38,7 +38,7 @@ def test_classification_compares_calibrated_means_of_the_labels(generator):
     ]
     neutral = AsciiTokenizer().encode_image(neutral_image(SIZE))
     answers = [np.append(text(x), VOCAB.eod) for x in out.labels]
-    shares = []
+    probabilities = []
     for shown in documents:
         means = []
         for image in (VOCAB.image_tokens(np.full(4, 3)), neutral):
@@ -48,8 +48,8 @@ def test_classification_compares_calibrated_means_of_the_labels(generator):
             )
             means.append(nats / 4)  # three letters and <eod>
         calibrated = np.exp(means[0] - means[1])
-        shares.append(calibrated / calibrated.sum())
-    np.testing.assert_allclose(out.probabilities, np.mean(shares, 0), rtol=1e-4)
+        probabilities.append(calibrated / calibrated.sum())
+    np.testing.assert_allclose(out.probabilities, np.mean(probabilities, 0), rtol=1e-4)
     assert out.label == out.labels[int(np.argmax(out.probabilities))]
 
 
@@ -69,13 +69,13 @@ def test_what_questions_share_is_read_once(generator, monkeypatch):
 
 def test_a_label_is_not_favoured_for_its_length_or_for_being_liked():
     """Both labels gain two nats a token by the image: neither is preferred."""
-    liked = np.array([-3.0, -40.0])
-    gained = liked + [2.0 * 1, 2.0 * 5]
-    np.testing.assert_allclose(score_labels(gained, liked, [1, 5]), [2.0, 2.0])
+    prior = np.array([-3.0, -40.0])
+    gained = prior + [2.0 * 1, 2.0 * 5]
+    np.testing.assert_allclose(score_labels(gained, prior, [1, 5]), [2.0, 2.0])
 
 
-def test_classification_by_the_images_likelihood_behind_each_label(generator):
-    """A label's own examples stand in front of it, not those of the other one."""
+def test_classification_by_the_images_likelihood_after_each_label(generator):
+    """A label's own examples come before it, not those of the other one."""
     out = generator.classify(grey(48), SUPPORT[:3], shots_per_pass=1)
     assert out.num_passes == 2
     asked = np.append(VOCAB.image_tokens(np.full(4, 3)), np.int32(VOCAB.eod))
@@ -95,7 +95,7 @@ def test_classification_by_the_images_likelihood_behind_each_label(generator):
 
 
 def test_classification_reads_what_fits_and_ensembles_the_rest(generator):
-    many = SUPPORT * 4  # 8 shots of 2 documents of 9 ids; 128 hold 6 of them
+    many = SUPPORT * 4  # 8 shots of 2 documents of 9 tokens; 6 of them fit into 128
     both = generator.classify_batch([grey(48), grey(160)], many, by="label")
     assert both[0].num_passes == 2
     assert generator.classify(grey(48), many).num_passes == 1  # of a label's own

@@ -41,8 +41,10 @@ def make_model():
     return Transformer(config), jax.tree.map(lambda x: x * 3, params)
 
 
-def draw(config, drafts, *, num_samples=40, grammar=None, ids=CODES, **more):
-    """Two prompts after documents of 5 and 3 ids, and the same without their texts."""
+def sample_codes(
+    config, drafts, *, num_samples=40, grammar=None, token_range=CODES, **more
+):
+    """Two prompts after documents of 5 and 3 tokens, and the same without their texts."""
     prompts = np.array([[1, 2, 3, 4, 5, 7, 8, 9], [1, 2, 3, 6, 11, 0, 0, 0]], np.int32)
     plain = np.array([[1, 2, 3, 4, 5, 9], [1, 2, 3, 9, 0, 0]], np.int32)
     prefixes = np.array([5, 3])
@@ -56,7 +58,7 @@ def draw(config, drafts, *, num_samples=40, grammar=None, ids=CODES, **more):
         num_samples=num_samples,
         prefix_lengths=prefixes,
         unconditional=Unconditional(plain, np.array([6, 4]), prefixes),
-        ids=ids,
+        token_range=token_range,
         drafts=drafts,
         **more,
     )
@@ -78,12 +80,12 @@ def check_equal(drafted, plain):
 )
 def test_guesses_change_no_code(config, source):
     table = TABLE if source == "table" else None
-    plain = draw(config, None)
-    drafted = draw(config, D.Drafts(drafter(source), table))
+    plain = sample_codes(config, None)
+    drafted = sample_codes(config, D.Drafts(drafter(source), table))
     check_equal(drafted, plain)
     assert (plain.passes == 16).all() and not plain.tested.any()
     assert (drafted.passes < 16).any() and (drafted.passes <= 16).all()
-    # A pass gives the guesses that are right and one id, if it is not at the end.
+    # A pass gives the right guesses and one more token, if it is not at the end.
     assert np.isin(drafted.accepted + drafted.passes, (16, 17)).all()
     assert (drafted.accepted <= drafted.tested).all()
     counts = drafted.count_drafts(0)
@@ -91,8 +93,8 @@ def test_guesses_change_no_code(config, source):
     assert 0 < counts.acceptance == drafted.accepted[0].sum() / drafted.tested[0].sum()
 
 
-def test_settings_of_sampling_compile_nothing_anew():
-    """CD-K, temperature 0, min-p and another table run the programs of `GUIDED`."""
+def test_sampling_settings_do_not_recompile():
+    """CD-K, temperature 0, min-p and another table use the programs of `GUIDED`."""
     other = D.Drafts(drafter("table"), D.count_table(IMAGES[:8]))
     how = (
         {"contrastive_k": 2, "temperature": 0.7},
@@ -103,16 +105,16 @@ def test_settings_of_sampling_compile_nothing_anew():
         SamplingConfig(max_new_tokens=16, fixed_length=True, **changes)
         for changes in how
     ]
-    draw(GUIDED, other), draw(GUIDED, None)
-    programs = decoding.draw_steps, decoding.start_drawing
+    sample_codes(GUIDED, other), sample_codes(GUIDED, None)
+    programs = decoding.decode_steps, decoding.init_decode_state
     sizes = [program._cache_size() for program in programs]
     for config in configs:
-        check_equal(draw(config, other), draw(config, None))
+        check_equal(sample_codes(config, other), sample_codes(config, None))
     assert sizes == [program._cache_size() for program in programs]
 
 
 def test_forced_ids_and_parts_of_images():
-    """A region in two spans: forced ids between them, and each row its own length."""
+    """A region in two spans: forced tokens between them; each row has its own length."""
     cells = np.array([[5, 6, 7, -1, -1, 9, 10], [0, 1, 2, 3, -1, -1, -1]], np.int32)
     forced = np.full((2, 7), -1, np.int32)
     forced[0, 1] = CODES.start + 3
@@ -123,10 +125,10 @@ def test_forced_ids_and_parts_of_images():
     more = {"forced": forced, "row_lengths": np.array([7, 4])}
     grammar = image_grammar(VOCAB, 7)
     drafts = D.Drafts(drafter("table"), TABLE, cells, known)
-    drafted = draw(config, drafts, grammar=grammar, **more)
-    check_equal(drafted, draw(config, None, grammar=grammar, **more))
+    drafted = sample_codes(config, drafts, grammar=grammar, **more)
+    check_equal(drafted, sample_codes(config, None, grammar=grammar, **more))
     assert (drafted.tokens[0, :, [1, 3, 4]].T == forced[0, [1, 3, 4]]).all()
-    assert (drafted.passes[0] <= 4).all()  # what is certain is always guessed
+    assert (drafted.passes[0] <= 4).all()  # certain tokens are always guessed
     assert (drafted.tested[0] <= 3).all()  # and is not counted
 
 
@@ -136,16 +138,21 @@ def test_texts_between_images_and_reports():
     drafts = D.Drafts(drafter("table"), TABLE)
     reports = []
     room = np.array([34, 34])
-    more = {"grammar": grammar, "ids": None, "row_lengths": room, "num_samples": 16}
-    drafted = draw(config, drafts, on_progress=reports.append, **more)
-    check_equal(drafted, draw(config, None, **more))
+    more = {
+        "grammar": grammar,
+        "token_range": None,
+        "row_lengths": room,
+        "num_samples": 16,
+    }
+    drafted = sample_codes(config, drafts, on_progress=reports.append, **more)
+    check_equal(drafted, sample_codes(config, None, **more))
     assert VOCAB.is_image(drafted.tokens).any() and (drafted.tokens < 20).any()
     assert (drafted.passes < drafted.lengths).any()
-    # Where no image is written nothing is guessed: an id a pass.
+    # Outside of images nothing is guessed: one token per pass.
     columns = np.asarray(grammar.allowed).copy()
     columns[:, CODES.start : CODES.stop] = False
     more["grammar"] = grammar._replace(allowed=jnp.asarray(columns))
-    texts = draw(config, drafts, on_progress=[].append, **more)
+    texts = sample_codes(config, drafts, on_progress=[].append, **more)
     assert not texts.tested.any() and texts.lengths.max() > 1
     np.testing.assert_array_equal(texts.passes, texts.lengths)
     for report in reports:
@@ -156,20 +163,20 @@ def test_texts_between_images_and_reports():
 
 @flax.struct.dataclass
 class LastCodes:
-    """The cache of `PairModel`: what was read, and how much of it counts."""
+    """The cache of `PairModel`: the tokens read, and how many of them are kept."""
 
-    ids: jax.Array
+    tokens: jax.Array
     length: jax.Array
 
     def repeat(self, num_samples):
         return jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), self)
 
     def advance(self, counts):
-        return LastCodes(self.ids, self.length + counts)
+        return LastCodes(self.tokens, self.length + counts)
 
 
 class PairModel:
-    """Logits by the last id alone: its chain has known frequencies."""
+    """Logits depend only on the last token: a Markov chain with known frequencies."""
 
     config = types.SimpleNamespace(max_length=64)
 
@@ -178,15 +185,15 @@ class PairModel:
 
     def prefill(self, pairs, tokens, lengths, max_length):
         rows = jnp.arange(len(tokens))
-        ids = jnp.zeros((len(tokens), max_length), jnp.int32)
-        ids = ids.at[:, : tokens.shape[1]].set(tokens)
-        return pairs[tokens[rows, lengths - 1]], LastCodes(ids, lengths)
+        read = jnp.zeros((len(tokens), max_length), jnp.int32)
+        read = read.at[:, : tokens.shape[1]].set(tokens)
+        return pairs[tokens[rows, lengths - 1]], LastCodes(read, lengths)
 
     def decode_window(self, pairs, tokens, cache):
         rows = jnp.arange(len(tokens))[:, None]
         places = cache.length[:, None] + jnp.arange(tokens.shape[1])
-        ids = cache.ids.at[rows, places].set(tokens, mode="drop")
-        return pairs[ids[rows, places]], LastCodes(ids, cache.length)
+        read = cache.tokens.at[rows, places].set(tokens, mode="drop")
+        return pairs[read[rows, places]], LastCodes(read, cache.length)
 
     def decode(self, pairs, token, cache):
         logits, cache = self.decode_window(pairs, token[:, None], cache)
@@ -204,13 +211,13 @@ def test_frequencies_follow_the_model():
         D.count_table(rng.integers(0, 5, (8, 4))),
     )
     prompt = np.array([[1, 2]], np.int32)
-    drawn = sample(
+    samples = sample(
         PairModel(), {"pairs": jnp.asarray(pairs)}, prompt, np.array([2]),
         image_grammar(vocab), SamplingConfig(max_new_tokens=4, fixed_length=True), KEY,
         num_samples=6000, drafts=drafts,
     )  # fmt: skip
-    assert 0.05 < drawn.accepted.sum() / drawn.tested.sum() < 0.95
-    got = vocab.image_codes(drawn.tokens[0])
+    assert 0.05 < samples.accepted.sum() / samples.tested.sum() < 0.95
+    got = vocab.image_codes(samples.tokens[0])
     weights = np.exp(pairs[:, codes.start : codes.stop].astype(np.float64))
     moves = weights / weights.sum(1, keepdims=True)
     before = moves[2]
@@ -245,7 +252,7 @@ def test_a_table_holds_the_most_likely_code_of_each_context():
 
 def test_similar_places_of_an_image_are_copied():
     """
-    1 2 3      right of 1 and below 2 there is a 2 already
+    1 2 3      there is already a 2 that is right of a 1 and below a 2
     1 2 9
     1 ? .
     """
@@ -301,8 +308,8 @@ def test_the_table_is_counted_once_over_what_may_be_shown():
         choice.choose("table", None, VOCAB, 1)
 
 
-def test_what_stands_in_for_a_memory_has_no_table():
-    """Evaluations give documents by hand; Jacobi's guesses need none."""
+def test_hand_picked_documents_have_no_table():
+    """Evaluations pick documents by hand; Jacobi's guesses need no table."""
     choice = draft_choice.DraftChoice()
     drafter, table = choice.choose("auto", object(), Vocab(64, 16, 16, 16), 1)
     assert drafter is not None and drafter.source == "jacobi" and table is None
@@ -310,7 +317,7 @@ def test_what_stands_in_for_a_memory_has_no_table():
         choice.choose("table", object(), Vocab(64, 16, 16, 16), 1)
 
 
-def test_guesses_that_are_worth_nothing_are_dropped():
+def test_guesses_that_save_no_time_are_dropped():
     choice = draft_choice.DraftChoice()
     sources = []
     for _ in range(3):
@@ -323,7 +330,7 @@ def test_guesses_that_are_worth_nothing_are_dropped():
     assert sources == ["table", "jacobi", None]
 
 
-def test_what_is_compiled_without_a_memory_at_hand_guesses_as_one_with_it(monkeypatch):
+def test_programs_compiled_without_a_memory_guess_as_with_one(monkeypatch):
     monkeypatch.setattr(draft_choice, "current_platform", lambda: "gpu")
     chosen, _ = draft_choice.DraftChoice().choose("auto", None, VOCAB, 2)
     assert draft_choice.usual_drafter(VOCAB, 2, has_memory=False) == chosen
@@ -334,7 +341,7 @@ def test_what_is_compiled_without_a_memory_at_hand_guesses_as_one_with_it(monkey
 
 @pytest.mark.parametrize(
     ("platform", "expected"),
-    # On a CPU a second row is free, and with guidance it is taken.
+    # On a CPU a second row costs nothing, and guidance already uses it.
     [("gpu", {1: 16, 20: 8, 500: 1}), ("cpu", {1: 2, 2: 1, 4: 1, 20: 1})],
 )
 def test_windows_shrink_with_rows_and_acceptance(monkeypatch, platform, expected):

@@ -1,4 +1,4 @@
-"""Grammars as pictures, and random walks that always obey them."""
+"""Grammars as diagrams, and random walks that always obey them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEP = jax.jit(advance)
 
 
 def random_walks(grammar, num_steps, num_walks=300):
-    """Uniform draws among the allowed ids, and the state after the last."""
+    """Tokens sampled uniformly among the allowed ones, and the last state."""
     rng = np.random.default_rng(0)
     allowed = np.asarray(grammar.allowed)
     state = jnp.full(num_walks, START)
@@ -45,7 +45,7 @@ def test_an_image_is_exactly_its_length_then_padding():
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_a_region_of_an_image_has_the_asked_length(length):
+def test_a_region_of_an_image_has_the_given_length(length):
     walks, _ = random_walks(image_grammar(VOCAB, length), length + 1)
     assert VOCAB.is_image(walks[:, :length]).all()
     assert (walks[:, length] == VOCAB.pad).all()
@@ -54,7 +54,7 @@ def test_a_region_of_an_image_has_the_asked_length(length):
 @pytest.mark.parametrize(("low", "high"), [(1, 1), (1, 4), (3, 3), (2, 6)])
 @pytest.mark.parametrize("ends", [("eoss",), ("eod", "break_")])
 def test_text_ends_once_and_within_its_limits(low, high, ends):
-    """`t t t <eoss> <pad> ...` with low..high text ids."""
+    """`t t t <eoss> <pad> ...` with low..high text tokens."""
     ends = tuple(getattr(VOCAB, name) for name in ends)
     grammar = text_grammar(VOCAB, high, min_length=low, ends=ends)
     walks, state = random_walks(grammar, high + 2)

@@ -1,4 +1,4 @@
-"""Shared prefixes and second prompts: what is drawn equals two full forwards."""
+"""Shared prefixes and second prompts: samples equal those of two full forwards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_model(style):
         vocab_size=VOCAB.size + 3,
         max_length=LENGTH,
         num_layers=1,
-        tie_embeddings=False,  # else a model that was not trained repeats its last id
+        tie_embeddings=False,  # else an untrained model repeats its last token
     )
     params = jax.jit(init_params, static_argnums=0)(config, KEY)
     louder = {"embedding": params["embedding"] * 20, "head": params["head"] * 3}
@@ -44,21 +44,21 @@ def forward(model, params, rows, segments):
     return compute_logits(params, model.config, hidden)
 
 
-def full_logits(model, params, prompts, drawn):
-    """Logits before each drawn id, by one uncached pass; `[row, step, id]`."""
+def full_logits(model, params, prompts, samples):
+    """Logits before each sampled token, by one uncached pass; `[row, step, token]`."""
     rows, segments = np.zeros((2, len(prompts), LENGTH), np.int32)
-    for i, (prompt, new) in enumerate(zip(prompts, drawn, strict=True)):
+    for i, (prompt, new) in enumerate(zip(prompts, samples, strict=True)):
         rows[i, : len(prompt) + len(new)] = [*prompt, *new]
         segments[i, : len(prompt) + len(new)] = 1
     logits = np.asarray(forward(model, params, rows, segments))
     starts = [len(prompt) - 1 for prompt in prompts]
     return np.stack(
-        [x[s : s + drawn.shape[1]] for x, s in zip(logits, starts, strict=True)]
+        [x[s : s + samples.shape[1]] for x, s in zip(logits, starts, strict=True)]
     )
 
 
 def make_prompts(*, same_prefix=False, drop_documents=False):
-    """Three prompts behind documents of 9, 5 and 12 ids, and their second prompts."""
+    """Three prompts after documents of 9, 5 and 12 tokens, and their second prompts."""
     rng = np.random.default_rng(1)
     documents = [rng.integers(0, 20, n).tolist() for n in (9, 5, 12)]
     if same_prefix:
@@ -79,7 +79,9 @@ def pad(prompts):
     return tokens, np.array([len(p) for p in prompts])
 
 
-def draw(style, config, *, prefix=True, num_samples=2, rows=slice(None), **prompts):
+def run_sample(
+    style, config, *, prefix=True, num_samples=2, rows=slice(None), **prompts
+):
     model, params = make_model(style)
     first, second, prefixes, seconds = (x[rows] for x in make_prompts(**prompts))
     return sample(
@@ -93,7 +95,7 @@ def draw(style, config, *, prefix=True, num_samples=2, rows=slice(None), **promp
         row_seeds=np.arange(3)[rows],
         prefix_lengths=np.array(prefixes) if prefix else None,
         unconditional=Unconditional(*pad(second), np.array(seconds)),
-        ids=CODES,
+        token_range=CODES,
     )
 
 
@@ -107,42 +109,42 @@ def settings(**changes):
     ("style", "same_prefix", "drop_documents"),
     [(tiny, False, True), (tiny, True, False), (tiny_chameleon, False, False)],
 )
-def test_guided_drawing_equals_two_full_forwards(style, same_prefix, drop_documents):
+def test_guided_sampling_equals_two_full_forwards(style, same_prefix, drop_documents):
     prompts = {"same_prefix": same_prefix, "drop_documents": drop_documents}
-    drawn = draw(style, settings(guidance=3.0), **prompts)
+    samples = run_sample(style, settings(guidance=3.0), **prompts)
     first, second, _, _ = make_prompts(**prompts)
     model, params = make_model(style)
-    given = full_logits(model, params, first, drawn.tokens[:, 0])
-    other = full_logits(model, params, second, drawn.tokens[:, 0])
+    given = full_logits(model, params, first, samples.tokens[:, 0])
+    other = full_logits(model, params, second, samples.tokens[:, 0])
     guided = (other + 3 * (given - other))[..., CODES.start : CODES.stop]
     np.testing.assert_array_equal(
-        VOCAB.image_codes(drawn.tokens[:, 1]), guided.argmax(-1)
+        VOCAB.image_codes(samples.tokens[:, 1]), guided.argmax(-1)
     )
-    assert (drawn.tokens[:, 0] == drawn.tokens[:, 1]).all()
+    assert (samples.tokens[:, 0] == samples.tokens[:, 1]).all()
     codes = given[..., CODES.start : CODES.stop]
     log_p = codes - np.logaddexp.reduce(codes, axis=-1, keepdims=True)
     expected = np.take_along_axis(
-        log_p, VOCAB.image_codes(drawn.tokens[:, 1])[..., None], -1
+        log_p, VOCAB.image_codes(samples.tokens[:, 1])[..., None], -1
     )
-    np.testing.assert_allclose(drawn.log_probs[:, 1], expected[..., 0], atol=2e-5)
+    np.testing.assert_allclose(samples.log_probs[:, 1], expected[..., 0], atol=2e-5)
     assert (guided.argmax(-1) != codes.argmax(-1)).any()
 
 
-def test_contrastive_drawing_equals_the_definition():
+def test_contrastive_decoding_equals_the_definition():
     config = settings(contrastive_k=3, contrastive_alpha=0.5)
-    drawn = draw(tiny, config)
+    samples = run_sample(tiny, config)
     first, second, _, _ = make_prompts()
     model, params = make_model(tiny)
-    given = full_logits(model, params, first, drawn.tokens[:, 0])
-    other = full_logits(model, params, second, drawn.tokens[:, 0])
+    given = full_logits(model, params, first, samples.tokens[:, 0])
+    other = full_logits(model, params, second, samples.tokens[:, 0])
     for i, step in np.ndindex(3, 6):
         here, there = (x[i, step, CODES.start : CODES.stop] for x in (given, other))
         scores = reference_contrast(here, there, 3, 0.5)
-        assert VOCAB.image_codes(drawn.tokens[i, 0, step]) == scores.argmax()
+        assert VOCAB.image_codes(samples.tokens[i, 0, step]) == scores.argmax()
 
 
 def reference_contrast(logits, unconditional, k, alpha):
-    """CM3Leon, section 3.2, as it reads."""
+    """CM3Leon, section 3.2, literally."""
     p, q = (
         np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in (logits, unconditional)
     )
@@ -162,10 +164,10 @@ def test_contrast_equals_the_sorting_reference(k, alpha):
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_of_weight_one_is_none_bit_for_bit():
+def test_guidance_of_weight_one_changes_no_bit():
     free = settings(temperature=1.0, top_p=0.9)
-    none = draw(tiny, free)
-    one = draw(tiny, settings(temperature=1.0, top_p=0.9, guidance=1.0))
+    none = run_sample(tiny, free)
+    one = run_sample(tiny, settings(temperature=1.0, top_p=0.9, guidance=1.0))
     for a, b in zip(none, one, strict=True):
         np.testing.assert_array_equal(a, b)
     rows = jax.random.normal(KEY, (2, 8, 33))
@@ -175,30 +177,30 @@ def test_guidance_of_weight_one_is_none_bit_for_bit():
 
 def test_a_shared_prefix_changes_no_sample():
     free = settings(temperature=1.0)
-    apart = draw(tiny, free, prefix=False)
+    apart = run_sample(tiny, free, prefix=False)
     for rows in (slice(None), slice(1, 2)):
-        shared = draw(tiny, free, rows=rows)
+        shared = run_sample(tiny, free, rows=rows)
         np.testing.assert_array_equal(shared.tokens, apart.tokens[rows])
         np.testing.assert_allclose(shared.log_probs, apart.log_probs[rows], atol=1e-5)
 
 
-def test_settings_of_guidance_compile_nothing_anew():
-    draw(tiny, settings(guidance=3.0))
-    sizes = decoding.draw_steps._cache_size(), decoding.read_prompts._cache_size()
+def test_guidance_settings_do_not_recompile():
+    run_sample(tiny, settings(guidance=3.0))
+    sizes = decoding.decode_steps._cache_size(), decoding.read_prompts._cache_size()
     for changes in (
         {"guidance": 0.5, "temperature": 1.0},
         {"contrastive_k": 2, "contrastive_alpha": 0.9, "top_p": 0.5},
     ):
-        draw(tiny, settings(**changes))
-        draw(tiny, settings(**changes), drop_documents=True)
+        run_sample(tiny, settings(**changes))
+        run_sample(tiny, settings(**changes), drop_documents=True)
     assert sizes == (
-        decoding.draw_steps._cache_size(),
+        decoding.decode_steps._cache_size(),
         decoding.read_prompts._cache_size(),
     )
 
 
 def test_the_keys_and_values_of_a_prefix_are_held_once():
-    """10 samples in two streams read one copy of the documents."""
+    """10 samples in two streams share one copy of the documents."""
     model, params = make_model(tiny)
     first, _, prefixes, _ = make_prompts()
     rows = decoding.Rows(
@@ -226,12 +228,12 @@ def test_the_keys_and_values_of_a_prefix_are_held_once():
         ({"contrastive_k": 2, "guidance": 2.0}, "both compare .* use one of them"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
 
 
-def test_second_prompts_that_cannot_be_are_refused():
+def test_invalid_second_prompts_are_refused():
     model, params = make_model(tiny)
     first, second, prefixes, _ = make_prompts()
     guided = settings(guidance=2.0)
@@ -240,9 +242,9 @@ def test_second_prompts_that_cannot_be_are_refused():
         call()
     wrong = Unconditional(*pad(second), np.array(prefixes))
     wrong.tokens[:, 1] += 1
-    with pytest.raises(ValueError, match="prompt 0 does not begin with the 11 ids"):
+    with pytest.raises(ValueError, match="prompt 0 does not begin with the 11 tokens"):
         call(prefix_lengths=np.array(prefixes), unconditional=wrong)
-    with pytest.raises(ValueError, match="at least one id after its prefix"):
+    with pytest.raises(ValueError, match="at least one token after its prefix"):
         sample(
             model,
             params,

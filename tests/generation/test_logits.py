@@ -1,4 +1,4 @@
-"""Filters and draws against NumPy references."""
+"""Filters and sampled tokens against NumPy references."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRACES = []
 
 
 @jax.jit
-def DRAW(keys, rows, *settings):
+def SAMPLE(keys, rows, *settings):
     return L.sample_tokens(keys, rows, L.LogitSettings(*settings))
 
 
@@ -25,7 +25,7 @@ def run_filter(rows, temperature, top_k, top_p, min_p=0.0):
 
 
 def reference_filter(row, temperature, top_k, top_p, min_p):
-    """Sorts, as the definitions read; -inf where an id is dropped."""
+    """By sorting, as in the definitions; -inf where a token is dropped."""
     row = row.astype(np.float64)
     if temperature == 0:
         return np.where(row == row.max(), row, -np.inf)
@@ -62,7 +62,7 @@ def test_filter_equals_the_sorting_reference(temperature, top_k, top_p, min_p):
             np.testing.assert_allclose(out[kept], expected[kept], rtol=1e-5)
 
 
-def test_changing_the_settings_compiles_nothing():
+def test_changing_the_settings_does_not_recompile():
     rows = np.zeros((32, 47), np.float32)
     for given in [(1.0, 0, 1.0, 0.0), (0.0, 3, 0.5, 0.1), (0.7, 9, 0.9, 1.0)]:
         run_filter(rows, *given)
@@ -75,7 +75,7 @@ def test_order_bits_keeps_the_order_of_floats():
     assert (np.diff(bits.astype(np.int64)) > 0).all()
 
 
-def test_ties_stay_together_and_the_best_always_stays():
+def test_ties_are_kept_together_and_the_best_always():
     rows = np.full((32, 47), -np.inf, np.float32)
     rows[:, :5] = np.log([0.4, 0.2, 0.2, 0.1, 0.1])
     for top_p, num_kept in [(1e-6, 1), (0.39, 1), (0.5, 3), (0.79, 3), (0.85, 5)]:
@@ -103,31 +103,31 @@ def test_every_traced_setting_is_one_of_the_config_with_its_default():
 
 
 def test_frequencies_follow_the_probabilities():
-    """Chi-square over 40,000 draws; 6 ids, of which top-p drops two."""
+    """Chi-square over 40,000 samples; 6 tokens, of which top-p drops two."""
     probabilities = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
-    num_draws = 40_000
-    rows = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (num_draws, 6))
-    keys = jax.random.split(jax.random.key(1), num_draws)
-    drawn = np.asarray(DRAW(keys, rows, 1.0, 0, 0.85))
-    counts = np.bincount(drawn, minlength=6)
-    expected = np.append(probabilities[:4] / 0.9, [0, 0]) * num_draws
+    num_samples = 40_000
+    rows = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (num_samples, 6))
+    keys = jax.random.split(jax.random.key(1), num_samples)
+    tokens = np.asarray(SAMPLE(keys, rows, 1.0, 0, 0.85))
+    counts = np.bincount(tokens, minlength=6)
+    expected = np.append(probabilities[:4] / 0.9, [0, 0]) * num_samples
     assert counts[4:].sum() == 0
     chi_square = ((counts - expected)[:4] ** 2 / expected[:4]).sum()
     assert chi_square < 16.27  # 3 degrees of freedom, p = 0.001
 
-    drawn = np.asarray(DRAW(keys, rows, 0.5, 0, 1.0))
-    expected = probabilities**2 / (probabilities**2).sum() * num_draws
-    chi_square = ((np.bincount(drawn, minlength=6) - expected) ** 2 / expected).sum()
+    tokens = np.asarray(SAMPLE(keys, rows, 0.5, 0, 1.0))
+    expected = probabilities**2 / (probabilities**2).sum() * num_samples
+    chi_square = ((np.bincount(tokens, minlength=6) - expected) ** 2 / expected).sum()
     assert chi_square < 20.52  # 5 degrees of freedom, p = 0.001
 
 
-def test_a_draw_depends_on_its_own_key_only():
+def test_a_token_depends_on_its_own_key_only():
     rng = np.random.default_rng(2)
     rows = jnp.asarray(rng.normal(size=(8, 33)), jnp.float32)
     keys = jax.random.split(jax.random.key(3), 8)
-    together = DRAW(keys, rows, 0.9, 0, 0.9)
+    together = SAMPLE(keys, rows, 0.9, 0, 0.9)
     alone = [
-        int(DRAW(keys[i : i + 1], rows[i : i + 1], 0.9, 0, 0.9)[0]) for i in range(8)
+        int(SAMPLE(keys[i : i + 1], rows[i : i + 1], 0.9, 0, 0.9)[0]) for i in range(8)
     ]
     assert together.tolist() == alone
 
@@ -136,4 +136,4 @@ def test_temperature_zero_takes_the_first_maximum():
     rows = np.zeros((8, 33), np.float32)
     rows[:, [4, 9]] = 2.0
     keys = jax.random.split(jax.random.key(3), 8)
-    assert DRAW(keys, rows, 0.0, 0, 1.0).tolist() == [4] * 8
+    assert SAMPLE(keys, rows, 0.0, 0, 1.0).tolist() == [4] * 8

@@ -46,7 +46,7 @@ def text(characters):
 
 
 @pytest.mark.parametrize("max_spans", [1, 2])
-def test_infill_asks_for_the_region_and_keeps_the_rest(generator, quick, max_spans):
+def test_infill_fills_the_region_and_keeps_the_rest(generator, quick, max_spans):
     image = quadrants(3, 5, 7, 9)
     documents = tokenized(pair("x", "cd", 3))
     out = generator.infill(
@@ -57,13 +57,13 @@ def test_infill_asks_for_the_region_and_keeps_the_rest(generator, quick, max_spa
     )
     spans = [(4, 7)] if max_spans == 1 else [(4, 5), (6, 7)]
     assert quick == [infill_prompt(documents, tokens, spans, VOCAB).tolist()]
-    for drawn in out.images:
-        assert codes_of(drawn)[[0, 2]].tolist() == [3, 7]
+    for filled in out.images:
+        assert codes_of(filled)[[0, 2]].tolist() == [3, 7]
     assert len({codes_of(x)[[1, 3]].tobytes() for x in out.images}) > 1
     assert out.texts[0] == "ab" and out.documents[0].metadata["codes_drawn"] == 2
 
 
-def test_infill_in_place_goes_on_where_the_region_begins(generator, quick):
+def test_infill_in_place_continues_where_the_region_begins(generator, quick):
     image = quadrants(3, 5, 7, 9)
     documents = tokenized(pair("x", "cd", 3))
     out = generator.infill(
@@ -73,18 +73,18 @@ def test_infill_in_place_goes_on_where_the_region_begins(generator, quick):
         [text("ab"), [VOCAB.break_], VOCAB.image_tokens(np.array([3]))]
     )
     assert quick == [beginning_prompt(documents, known, VOCAB).tolist()]
-    for drawn in out.images:
-        assert codes_of(drawn)[[0, 2]].tolist() == [3, 7]
+    for filled in out.images:
+        assert codes_of(filled)[[0, 2]].tolist() == [3, 7]
     assert len({codes_of(x)[[1, 3]].tobytes() for x in out.images}) > 1
-    with pytest.raises(ValueError, match="region_prompt is 'behind'; allowed: 'masked"):
-        generator.infill(image, RIGHT, "ab", region_prompt="behind")
+    with pytest.raises(ValueError, match="region_prompt is 'after'; allowed: 'masked"):
+        generator.infill(image, RIGHT, "ab", region_prompt="after")
     with pytest.raises(
         ValueError, match="max_spans is 3, but region_prompt='in_place'"
     ):
         generator.infill(image, RIGHT, "ab", max_spans=3, region_prompt="in_place")
 
 
-def test_a_region_without_a_prompt_is_guided_by_its_documents_alone(generator):
+def test_a_region_without_a_prompt_is_guided_only_by_its_documents(generator):
     image, documents = grey(32), [pair("x", "cd", 3)]
     with pytest.raises(ValueError, match="guide_documents=True"):
         generator.edit(image, RIGHT, documents, guidance=2.0)
@@ -92,7 +92,7 @@ def test_a_region_without_a_prompt_is_guided_by_its_documents_alone(generator):
     assert len(out.images) == 1
 
 
-def test_infill_without_a_prompt_is_asked_by_what_is_left(quick):
+def test_the_query_of_an_infill_without_a_prompt_is_the_rest(quick):
     queries = []
 
     class Listening(MeanEmbedder):
@@ -127,9 +127,7 @@ def test_edit_reads_the_chosen_document(generator, quick):
     assert quick[0][: len(prefix)] == prefix.tolist()
 
 
-def test_what_the_memory_holds_like_the_chosen_ones_stands_behind_them(
-    generator, quick
-):
+def test_neighbours_of_the_chosen_documents_come_after_them(generator, quick):
     chosen = [pair("chosen", "red", 6), pair("m1", "memory 1", 1)]
     out = generator.edit(grey(32), RIGHT, chosen, num_neighbours=2)
     given = out.retrieved
@@ -144,7 +142,7 @@ def test_what_the_memory_holds_like_the_chosen_ones_stands_behind_them(
     middle = embedder.unit(embedded.sum(0, keepdims=True))
     np.testing.assert_allclose(queries, middle, rtol=1e-5)
     assert [d.id for d in mains] == ["chosen"]
-    # Documents that are ids already are embedded as what they show.
+    # Documents that are already tokenized are embedded by their texts and images.
     tokens = tokenized(*chosen[:1])
     out = generator.continue_("c", tokens, num_neighbours=1)
     assert [d.id for d in out.retrieved.documents] == ["chosen", "m0"]
@@ -153,7 +151,7 @@ def test_what_the_memory_holds_like_the_chosen_ones_stands_behind_them(
     )
 
 
-def test_a_text_span_is_written_where_the_marker_stands(generator, quick):
+def test_a_text_span_is_written_at_the_marker(generator, quick):
     out = generator.infill_text(
         "the <mask> flag", grey(32), 3, documents=[], max_span_length=5
     )
@@ -170,19 +168,19 @@ def test_a_text_span_is_written_where_the_marker_stands(generator, quick):
 
 def test_texts_and_free_generation_are_guided_by_their_documents(generator, quick):
     how = {"documents": [pair("x", "cd", 3)], "guidance": 2.0}
-    for task, asked in (
+    for task, given in (
         (generator.infill_text, "<mask> flag"),
         (generator.generate, ["look"]),
     ):
         with pytest.raises(ValueError, match="guide_documents=True to compare"):
-            task(asked, **how)
-        task(asked, guide_documents=True, **how)
+            task(given, **how)
+        task(given, guide_documents=True, **how)
         plain = quick.calls[-1][1]["unconditional"].tokens[0].tolist()
-        task(asked, documents=[])
+        task(given, documents=[])
         assert plain == quick[-1]
 
 
-def test_nothing_is_computed_for_a_call_that_cannot_be(generator, monkeypatch):
+def test_nothing_is_computed_for_an_invalid_call(generator, monkeypatch):
     def refuse(*_):
         raise AssertionError("an image was tokenized")
 
@@ -251,8 +249,8 @@ def test_guidance_is_by_the_masked_text(generator, quick, drop):
     assert quick.calls[-1][1]["unconditional"] is None
 
 
-def test_the_text_of_a_region_is_masked_behind_the_region(generator, quick):
-    """`<mask:0>` stays the region in both prompts; the text is `<mask:1>`."""
+def test_the_text_of_a_region_is_masked_after_the_region(generator, quick):
+    """`<mask:0>` is the region in both prompts; the text is `<mask:1>`."""
     generator.infill(quadrants(3, 5, 7, 9), RIGHT, "ab", documents=[], guidance=2.0)
     tokens = [VOCAB.sentinel(1), VOCAB.break_]
     tokens = np.array([*tokens, *VOCAB.image_tokens(np.array([3, 5, 7, 9]))])
@@ -261,7 +259,7 @@ def test_the_text_of_a_region_is_masked_behind_the_region(generator, quick):
     assert plain.tokens[0].tolist() == expected.tolist()
 
 
-def test_ranking_by_likeness_to_the_first_document(generator, quick):
+def test_ranking_by_similarity_to_the_first_document(generator, quick):
     embedder = MeanEmbedder()
     shown = pair("x", "a", 0)
     shown = type(shown)("x", (shown.segments[0], Segment(image=quadrants(9, 2, 9, 2))))
@@ -305,22 +303,22 @@ def test_the_clip_ranks_only_where_it_was_measured_to_align(generator, quick):
 def test_ranking_by_likelihood_and_near_copies(generator, quick):
     out = generator.text_to_image("a", 3, rank_by="likelihood")
     assert (out.scores < 0).all() and (np.diff(out.scores) <= 0).all()
-    drawn = codes_of(out.images[0])
+    codes = codes_of(out.images[0])
     copied = pair("copied", "a", 0)
     copied = type(copied)(
-        "copied", (copied.segments[0], Segment(image=quadrants(*drawn)))
+        "copied", (copied.segments[0], Segment(image=quadrants(*codes)))
     )
     from racm3_jax.generation.rerank import find_nearest
 
     retrieved = generator.pick([pair("far", "b", 99 % 16), copied])
-    tokens = VOCAB.image_tokens(np.stack([drawn, (drawn + 1) % 16]))
+    tokens = VOCAB.image_tokens(np.stack([codes, (codes + 1) % 16]))
     near, far = find_nearest(tokens, retrieved, VOCAB)
     assert near == {"nearest": {"id": "copied", "equal_codes": 1.0}, "near_copy": True}
     assert not far["near_copy"]
     assert find_nearest(tokens, generator.pick([]), VOCAB) == [{}, {}]
 
 
-def test_a_preview_is_grey_where_nothing_is_drawn(generator, monkeypatch):
+def test_a_preview_is_grey_where_nothing_is_sampled(generator, monkeypatch):
     monkeypatch.setattr(sample_module, "PROGRESS_EVERY", 3)
     seen = []
     out = generator.text_to_image("a", 2, on_progress=seen.append)
@@ -339,32 +337,32 @@ def test_a_preview_of_a_region_shows_the_rest_of_the_image(
     monkeypatch.setattr(sample_module, "PROGRESS_EVERY", 1)
     seen = []
     images = [quadrants(3, 5, 7, 9), grey(32)]
-    how = {"region_prompt": region_prompt, "draft": "off"}  # reports id by id
+    how = {"region_prompt": region_prompt, "draft": "off"}  # reports each token
     regions, both = [RIGHT, (0, 0, SIZE, SIZE)], [[pair("x", "cd", 3)]] * 2
     outs = generator.edit_batch(images, regions, both, on_progress=seen.append, **how)
     previews = [generator.preview(progress)[:, 0] for progress in seen]
     # RIGHT is codes 1 and 3; the span over both holds code 2, which is known.
     half = SIZE // 2
-    for picture, num_drawn in zip((x[0] for x in previews), (1, 1, 2, 2), strict=True):
-        np.testing.assert_array_equal(picture[:, :half], outs[0].images[0][:, :half])
-        assert (picture[half:, half:] == 127).all() == (num_drawn < 2)
+    for preview, num_new in zip((x[0] for x in previews), (1, 1, 2, 2), strict=True):
+        np.testing.assert_array_equal(preview[:, :half], outs[0].images[0][:, :half])
+        assert (preview[half:, half:] == 127).all() == (num_new < 2)
     last = previews[-1]
     assert (last[0] == outs[0].images[0]).all() and (last[1] == outs[1].images[0]).all()
     assert (previews[0][1][:, half:] == 127).all()
 
 
-def reference_log_probs(call, ids, drawn):
-    """Log-probabilities of the drawn ids, by one forward pass without a cache."""
+def reference_log_probs(call, token_range, sampled):
+    """Log-probabilities of the sampled tokens, by one forward pass without a cache."""
     import jax
 
     from racm3_jax.model.transformer import compute_logits
 
     model, params, tokens, lengths = call
-    rows = np.zeros((drawn.shape[0], 128), np.int32)
-    for row, new in zip(rows, drawn, strict=True):
+    rows = np.zeros((sampled.shape[0], 128), np.int32)
+    for row, new in zip(rows, sampled, strict=True):
         row[: lengths[0]] = tokens[0, : lengths[0]]
         row[lengths[0] : lengths[0] + len(new)] = new
-    segments = np.arange(128) < lengths[0] + drawn.shape[1]
+    segments = np.arange(128) < lengths[0] + sampled.shape[1]
 
     @jax.jit
     def forward(rows):
@@ -374,10 +372,10 @@ def reference_log_probs(call, ids, drawn):
         return compute_logits(params, model.config, hidden)
 
     logits = np.asarray(forward(rows), np.float64)
-    logits = logits[:, lengths[0] - 1 : lengths[0] - 1 + drawn.shape[1]]
-    chosen = np.take_along_axis(logits, drawn[..., None], -1)[..., 0]
-    if ids is not None:
-        logits = logits[..., ids.start : ids.stop]
+    logits = logits[:, lengths[0] - 1 : lengths[0] - 1 + sampled.shape[1]]
+    chosen = np.take_along_axis(logits, sampled[..., None], -1)[..., 0]
+    if token_range is not None:
+        logits = logits[..., token_range.start : token_range.stop]
     return chosen - np.logaddexp.reduce(logits, axis=-1)
 
 
@@ -410,15 +408,15 @@ TASKS = {
         for task in TASKS
     ],
 )
-def test_what_is_drawn_equals_the_full_forward(style, task, prompts_seen):
+def test_samples_equal_the_full_forward(style, task, prompts_seen):
     # Weights times three round too much to compare at 1e-5: two full forward passes,
     # by `plain` and `blocked` attention, differ by 2.1e-5 there; by 3e-6 at two.
     TASKS[task](make_generator(style, times=2))
     ((call, options, samples),) = prompts_seen.calls
-    ids, forced = options["ids"], options["forced"]
-    got, drawn = samples.log_probs[0], samples.tokens[0]
-    expected = reference_log_probs(call, ids, drawn)
-    free = np.arange(drawn.shape[1]) < samples.lengths[0][:, None]
+    token_range, forced = options["token_range"], options["forced"]
+    got, sampled = samples.log_probs[0], samples.tokens[0]
+    expected = reference_log_probs(call, token_range, sampled)
+    free = np.arange(sampled.shape[1]) < samples.lengths[0][:, None]
     if forced is not None:
         free &= forced[0] < 0
     assert free.any()
@@ -452,7 +450,7 @@ def test_what_is_drawn_equals_the_full_forward(style, task, prompts_seen):
             lambda g: g.infill_batch([grey(0)], []),
             "1 images need as many regions; got 0",
         ),
-        (lambda g: g.infill_text("no marker"), "holds <mask> exactly once"),
+        (lambda g: g.infill_text("no marker"), "contains <mask> exactly once"),
         (lambda g: g.edit(grey(0), RIGHT, []), "needs at least one document"),
         (lambda g: g.continue_("a", []), "needs at least one demonstration"),
         (
@@ -475,7 +473,7 @@ def test_what_is_drawn_equals_the_full_forward(style, task, prompts_seen):
         ),
     ],
 )
-def test_odd_calls_answer_in_one_sentence(generator, call, message):
+def test_invalid_calls_are_refused(generator, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(generator)
     assert "\n" not in str(error.value)

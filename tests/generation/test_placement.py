@@ -32,8 +32,8 @@ def spread(generator, **sizes):
     )
 
 
-def draw(generator, prompts=PROMPTS, **settings):
-    """Pictures and scores of guided drawings."""
+def generate_images(generator, prompts=PROMPTS, **settings):
+    """Images and scores of guided samples."""
     outputs = generator.text_to_image_batch(
         prompts, guidance=2.0, seed=[3, 4, 5][: len(prompts)], **settings
     )
@@ -42,41 +42,43 @@ def draw(generator, prompts=PROMPTS, **settings):
 
 
 @pytest.fixture(scope="module")
-def drawn(alone):
-    images, scores = draw(alone, num_retrieved=2, num_samples=2)
+def on_one_device(alone):
+    images, scores = generate_images(alone, num_retrieved=2, num_samples=2)
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 3
     return images, scores
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 2}])
-def test_drawings_are_those_of_one_device(alone, drawn, sizes):
-    images, scores = draw(spread(alone, **sizes), num_retrieved=2, num_samples=2)
-    np.testing.assert_array_equal(images, drawn[0])
-    np.testing.assert_allclose(scores, drawn[1], atol=1e-5)
+def test_images_are_those_of_one_device(alone, on_one_device, sizes):
+    images, scores = generate_images(
+        spread(alone, **sizes), num_retrieved=2, num_samples=2
+    )
+    np.testing.assert_array_equal(images, on_one_device[0])
+    np.testing.assert_allclose(scores, on_one_device[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("draft", ["off", "jacobi"])
-def test_copies_exchange_nothing_while_they_write(alone, monkeypatch, draft):
+def test_copies_exchange_nothing_while_they_decode(alone, monkeypatch, draft):
     compiled = []
 
     def spy(*arguments):
-        compiled.append(decoding.draw_steps.lower(*arguments).compile().as_text())
-        return decoding.draw_steps(*arguments)
+        compiled.append(decoding.decode_steps.lower(*arguments).compile().as_text())
+        return decoding.decode_steps(*arguments)
 
-    monkeypatch.setattr("racm3_jax.generation.sample.draw_steps", spy)
-    draw(spread(alone, data=2), num_retrieved=2, num_samples=2, draft=draft)
+    monkeypatch.setattr("racm3_jax.generation.sample.decode_steps", spy)
+    generate_images(spread(alone, data=2), num_retrieved=2, num_samples=2, draft=draft)
     assert compiled
     found = [c for text in compiled for c in find_collectives(text)]
     assert not found  # a loop's own condition is not counted
 
 
-def test_what_all_rows_share_lies_on_all_devices(alone):
+def test_what_all_rows_share_is_on_all_devices(alone):
     """One prefix for all prompts; captions, whose loop ends when all have ended."""
     both = spread(alone, data=2)
     shown = FirstDocuments().documents[:1]
     for one, other in zip(
-        draw(alone, PROMPTS[:2], documents=shown),
-        draw(both, PROMPTS[:2], documents=shown),
+        generate_images(alone, PROMPTS[:2], documents=shown),
+        generate_images(both, PROMPTS[:2], documents=shown),
         strict=True,
     ):
         np.testing.assert_allclose(one, other, atol=1e-5)
@@ -99,7 +101,7 @@ def test_likelihoods_are_those_of_one_device(alone):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_weights_in_8_bits_may_be_spread_and_keep_their_values(alone):
+def test_8_bit_weights_may_be_sharded_and_keep_their_values(alone):
     small = alone.quantized()
     leaves = jax.tree.leaves(spread(small, tensor=2, data=1).params)
     for leaf, other in zip(leaves, jax.tree.leaves(small.params), strict=True):
@@ -112,7 +114,7 @@ def test_weights_in_8_bits_may_be_spread_and_keep_their_values(alone):
 @pytest.mark.parametrize(
     ("num_devices", "capacity", "shape"),
     [
-        (4, None, (4, 1)),  # nobody knows: a copy on each
+        (4, None, (4, 1)),  # unknown: a copy on each
         (4, 80 * GB, (4, 1)),
         (4, 8 * GB, (2, 2)),
         (4, 3 * GB, (1, 4)),
@@ -121,16 +123,16 @@ def test_weights_in_8_bits_may_be_spread_and_keep_their_values(alone):
         (3, 1 * GB, (3, 1)),
     ],
 )
-def test_a_copy_takes_as_few_devices_as_hold_it(num_devices, capacity, shape):
+def test_a_copy_uses_as_few_devices_as_possible(num_devices, capacity, shape):
     devices = jax.devices()[:num_devices]
     mesh = placement.choose_mesh(racm3_2b7(), devices, capacity)
     assert (mesh.shape["data"], mesh.shape["tensor"]) == shape
 
 
-def test_rows_at_once_are_as_many_as_have_room(alone, monkeypatch):
+def test_as_many_rows_at_once_as_fit(alone, monkeypatch):
     config = alone.model.config
     _, row = placement.decoding_bytes(config, 0)
-    assert alone.max_rows == placement.MOST_ROWS  # CPU devices do not say
+    assert alone.max_rows == placement.MAX_ROWS  # CPU devices do not report memory
     for rows, expected in ((1, 2), (11.5, 8), (1e6, 64)):
         stats = {"bytes_limit": 5 * GB + int(rows * row), "bytes_in_use": 5 * GB}
         device = types.SimpleNamespace(memory_stats=lambda stats=stats: stats)
@@ -140,7 +142,7 @@ def test_rows_at_once_are_as_many_as_have_room(alone, monkeypatch):
         monkeypatch.undo()
 
 
-def test_the_formula_says_what_the_compiler_says():
+def test_the_formula_agrees_with_the_compiler():
     """`racm3 estimate --config=configs/racm3_2b7.py --device=v5e:4 --compile --what=decode`
 
     8 guided prompts after 2 documents of 1088 tokens; each chip has two of them.

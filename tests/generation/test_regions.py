@@ -1,4 +1,4 @@
-"""Regions as cells, spans and ids, as pictures."""
+"""Regions as cells, spans and tokens, as diagrams."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from racm3_jax.vocab import Vocab
 VOCAB = Vocab(num_text_ids=5, num_image_codes=20, image_length=16, num_sentinels=4)
 
 
-def cells_of(picture):
-    return np.array([c == "*" for c in picture.split()])
+def cells_of(grid):
+    return np.array([c == "*" for c in grid.split()])
 
 
 SQUARE = cells_of(". . . .  . * * .  . * * .  . . . .")
@@ -26,7 +26,7 @@ def test_a_box_touches_its_cells():
     assert find_cells((7, 7, 8, 8), (8, 8), 8, 16).tolist() == [False] * 15 + [True]
 
 
-def test_a_mask_and_a_larger_image_mean_the_same():
+def test_a_mask_and_a_larger_image_are_equivalent():
     mask = np.zeros((8, 8), bool)
     mask[2:6, 2:6] = True
     np.testing.assert_array_equal(find_cells(mask, (8, 8), 8, 16), SQUARE)
@@ -35,7 +35,7 @@ def test_a_mask_and_a_larger_image_mean_the_same():
 
 
 @pytest.mark.parametrize(
-    ("picture", "max_spans", "spans"),
+    ("grid", "max_spans", "spans"),
     [
         (". . . .  . * * .  . * * .  . . . .", 4, [(5, 7), (9, 11)]),
         (". . . .  . * * .  . * * .  . . . .", 1, [(5, 11)]),
@@ -44,11 +44,11 @@ def test_a_mask_and_a_larger_image_mean_the_same():
         (". . . .  . . . .  . . . .  . . . *", 3, [(15, 16)]),
     ],
 )
-def test_spans_cover_the_cells_and_close_ones_are_joined(picture, max_spans, spans):
-    assert find_spans(cells_of(picture), max_spans) == spans
+def test_spans_cover_the_cells_and_the_closest_are_joined(grid, max_spans, spans):
+    assert find_spans(cells_of(grid), max_spans) == spans
 
 
-def test_planned_ids_name_the_next_span_and_keep_what_is_known():
+def test_planned_tokens_name_the_next_span_and_keep_known_codes():
     tokens = VOCAB.image_tokens(np.arange(16))
     two, one = [(5, 7), (9, 11)], [(5, 11)]
     ends = [VOCAB.eoss, VOCAB.sentinel(1)]
@@ -58,7 +58,7 @@ def test_planned_ids_name_the_next_span_and_keep_what_is_known():
 
 
 @pytest.mark.parametrize("max_spans", [1, 2])
-def test_filling_puts_drawn_ids_back(max_spans):
+def test_filling_puts_sampled_tokens_back(max_spans):
     tokens = VOCAB.image_tokens(np.arange(16))
     spans = find_spans(SQUARE, max_spans)
     plan = plan_spans(tokens, SQUARE, spans, VOCAB)
@@ -78,7 +78,7 @@ def test_filling_puts_drawn_ids_back(max_spans):
         (np.zeros((8, 8), bool), "the region holds no pixel"),
     ],
 )
-def test_regions_that_cannot_be_are_refused(region, message):
+def test_invalid_regions_are_refused(region, message):
     with pytest.raises(ValueError, match=message) as error:
         find_cells(region, (8, 8), 8, 16)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Retrieved documents re-ranked by how likely the image is behind each."""
+"""Retrieved documents re-ranked by how likely the image is after each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_documents_that_explain_the_image_best_come_first(generator, found):
     assert rank_documents(generator, images[:1], [EMPTY], 2) == [EMPTY]
 
 
-def test_captions_are_asked_behind_the_best_of_the_candidates(generator, found, quick):
+def test_captions_follow_the_best_of_the_candidates(generator, found, quick):
     settings = {"num_retrieved": 1, "max_caption_length": 4}
     plain = generator.caption(grey(176), **settings)
     assert plain.retrieved.ids.tolist() == [0]
@@ -70,7 +70,7 @@ def test_captions_are_asked_behind_the_best_of_the_candidates(generator, found, 
         ({"num_retrieved": 4}, "num_retrieved is 4 but the memory holds only 3"),
     ],
 )
-def test_candidates_that_cannot_be_are_refused(generator, arguments, message):
+def test_invalid_candidates_are_refused(generator, arguments, message):
     with pytest.raises(ValueError, match=message):
         generator.caption(grey(0), **arguments)
 
@@ -105,7 +105,7 @@ def measured(generator, monkeypatch):
         ({"documents": []}, 0, {}),
     ],
 )
-def test_what_a_caption_leaves_open_is_as_the_weights_were_measured(
+def test_defaults_of_a_caption_are_those_measured_for_the_weights(
     measured, call, candidates, settings
 ):
     call = dict(call)
@@ -116,7 +116,7 @@ def test_what_a_caption_leaves_open_is_as_the_weights_were_measured(
     assert found == (candidates, own | call)
 
 
-def test_a_caption_takes_what_was_measured(generator, measured, quick):
+def test_a_caption_uses_the_measured_settings(generator, measured, quick):
     left = {"num_retrieved": 1, "max_caption_length": 4}
     said = {**left, **MEASURED["caption"], "num_candidates": 3}
     out = measured.caption(grey(176), **left)

@@ -1,4 +1,4 @@
-"""The decode loop: equal to the full forward, reproducible, compiled once a bucket."""
+"""The decode loop: equal to the full forward, reproducible, compiled once per bucket."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEY = jax.random.key(0)
 
 @flax.struct.dataclass
 class SumCache:
-    """Stands in for keys and values: the sum of what was read."""
+    """In place of keys and values, the sum of the embeddings that were read."""
 
     total: Any
 
@@ -34,7 +34,7 @@ class SumCache:
 
 
 class SumModel:
-    """Next-id logits from the sum of all embeddings; counts how often it is traced."""
+    """Next-token logits from the sum of all embeddings; counts how often it is traced."""
 
     def __init__(self):
         self.config = types.SimpleNamespace(max_length=MAX_LENGTH)
@@ -77,9 +77,9 @@ TEXT = SamplingConfig(max_new_tokens=9)
 
 
 def test_greedy_equals_the_argmax_of_the_full_forward():
-    """At every step, on prompts of different lengths; the table is larger than the ids.
+    """At every step, for prompts of different lengths and a table larger than the vocab.
 
-    One forward over prompt and drawn ids checks all steps: each sees what came before.
+    One forward over prompt and samples checks all steps: each sees what came before.
     """
     config = tiny(vocab_size=VOCAB.size + 5, max_length=40, num_layers=1)
     params = jax.jit(init_params, static_argnums=0)(config, KEY)
@@ -88,7 +88,7 @@ def test_greedy_equals_the_argmax_of_the_full_forward():
     grammar = text_grammar(VOCAB, 8)
     greedy = dataclasses.replace(TEXT, temperature=0.0)
     model = Transformer(config)
-    drawn = sample(model, params, tokens, lengths, grammar, greedy, KEY)
+    samples = sample(model, params, tokens, lengths, grammar, greedy, KEY)
 
     @jax.jit
     def full_logits(rows, segments):
@@ -98,21 +98,23 @@ def test_greedy_equals_the_argmax_of_the_full_forward():
 
     rows, segments = np.zeros((2, 4, 40), np.int32)
     for i, length in enumerate(lengths):
-        end = length + drawn.lengths[i, 0]
+        end = length + samples.lengths[i, 0]
         rows[i, :length] = tokens[i, :length]
-        rows[i, length:end] = drawn.tokens[i, 0, : end - length]
+        rows[i, length:end] = samples.tokens[i, 0, : end - length]
         segments[i, :end] = 1
     logits = np.asarray(full_logits(rows, segments))
     for i, length in enumerate(lengths):
-        for step in range(drawn.lengths[i, 0]):
+        for step in range(samples.lengths[i, 0]):
             here = logits[i, length + step - 1]
             allowed = np.zeros(len(here), bool)
             allowed[: VOCAB.num_text_ids] = step < 8
             allowed[VOCAB.eoss] = step > 0
             expected = np.argmax(np.where(allowed, here, -np.inf))
-            assert drawn.tokens[i, 0, step] == expected
+            assert samples.tokens[i, 0, step] == expected
             log_prob = here[expected] - np.logaddexp.reduce(here)
-            np.testing.assert_allclose(drawn.log_probs[i, 0, step], log_prob, atol=1e-4)
+            np.testing.assert_allclose(
+                samples.log_probs[i, 0, step], log_prob, atol=1e-4
+            )
 
 
 def test_images_have_exactly_their_length_and_seeds_reproduce():
@@ -161,12 +163,12 @@ def test_text_ends_with_one_eoss_and_padding_follows():
     model, params = MODEL, sum_params()
     tokens, lengths = make_prompts([4, 4, 4, 90])
     grammar = text_grammar(VOCAB, 8)
-    drawn = sample(model, params, tokens, lengths, grammar, TEXT, KEY, num_samples=4)
-    assert len(set(drawn.lengths.ravel())) > 1
+    samples = sample(model, params, tokens, lengths, grammar, TEXT, KEY, num_samples=4)
+    assert len(set(samples.lengths.ravel())) > 1
     for row, log_probs, length in zip(
-        drawn.tokens.reshape(16, -1),
-        drawn.log_probs.reshape(16, -1),
-        drawn.lengths.ravel(),
+        samples.tokens.reshape(16, -1),
+        samples.log_probs.reshape(16, -1),
+        samples.lengths.ravel(),
         strict=True,
     ):
         assert VOCAB.is_text(row[: length - 1]).all()
@@ -177,7 +179,7 @@ def test_text_ends_with_one_eoss_and_padding_follows():
 
 
 def test_one_compiled_program_serves_a_bucket():
-    """Lengths, rows, settings, grammar limits and seeds: none compiles anew."""
+    """Lengths, rows, settings, grammar limits and seeds: none recompiles."""
     model, params = SumModel(), sum_params()
     for rows, longest, limit, config in [
         (3, 3, 8, TEXT),
@@ -186,8 +188,8 @@ def test_one_compiled_program_serves_a_bucket():
     ]:
         tokens, lengths = make_prompts([longest] + [2] * (rows - 1))
         grammar = text_grammar(VOCAB, limit)
-        drawn = sample(model, params, tokens, lengths, grammar, config, KEY)
-        assert drawn.tokens.shape == (rows, 1, config.max_new_tokens)
+        samples = sample(model, params, tokens, lengths, grammar, config, KEY)
+        assert samples.tokens.shape == (rows, 1, config.max_new_tokens)
     assert model.num_traces == 1
     tokens, lengths = make_prompts([65, 1, 1])
     sample(model, params, tokens, lengths, text_grammar(VOCAB, 8), TEXT, KEY)
@@ -195,25 +197,27 @@ def test_one_compiled_program_serves_a_bucket():
 
 
 def test_a_row_stops_at_the_max_length_of_the_model():
-    """Text gets what is left of the 160 positions; an image must fit as a whole."""
+    """Text gets the rest of the 160 positions; an image must fit completely."""
     model, params = MODEL, sum_params()
     tokens, lengths = make_prompts([157, 10])
     grammar = text_grammar(VOCAB, 8, min_length=8)
-    drawn = sample(model, params, tokens, lengths, grammar, TEXT, KEY)
-    assert drawn.lengths[:, 0].tolist() == [3, 9]
-    assert (drawn.tokens[0, 0, 3:] == VOCAB.pad).all()
-    with pytest.raises(ValueError, match="157 ids, and at least 6 .* max_length 160"):
+    samples = sample(model, params, tokens, lengths, grammar, TEXT, KEY)
+    assert samples.lengths[:, 0].tolist() == [3, 9]
+    assert (samples.tokens[0, 0, 3:] == VOCAB.pad).all()
+    with pytest.raises(ValueError, match="157 tokens and at least 6 .* max_length 160"):
         sample(model, params, tokens, lengths, image_grammar(VOCAB), IMAGE, KEY)
 
 
 def test_frequencies_follow_the_model():
-    """Chi-square of the first id over 6,000 samples of one prompt."""
+    """Chi-square of the first token over 6,000 samples of one prompt."""
     model, params = MODEL, sum_params()
     tokens, lengths = make_prompts([5])
     one = SamplingConfig(max_new_tokens=1, fixed_length=True)
     grammar = image_grammar(VOCAB, 1)
-    drawn = sample(model, params, tokens, lengths, grammar, one, KEY, num_samples=6000)
-    codes = VOCAB.image_codes(drawn.tokens.ravel())
+    samples = sample(
+        model, params, tokens, lengths, grammar, one, KEY, num_samples=6000
+    )
+    codes = VOCAB.image_codes(samples.tokens.ravel())
     logits = np.asarray(model.prefill(params, tokens, lengths, 6)[0])[0]
     weights = np.exp(logits[VOCAB.image_range.start : VOCAB.image_range.stop])
     expected = weights / weights.sum() * 6000
@@ -239,57 +243,57 @@ def test_frequencies_follow_the_model():
         ({"max_new_tokens": 0}, "max_new_tokens .* got 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**changes)
 
 
-def test_prompts_that_cannot_be_are_refused():
+def test_invalid_prompts_are_refused():
     model, params = MODEL, sum_params()
     grammar = image_grammar(VOCAB)
     tokens, lengths = make_prompts([5, 3])
     with pytest.raises(ValueError, match="num_samples must be >= 1; got 0"):
         sample(model, params, tokens, lengths, grammar, IMAGE, KEY, num_samples=0)
-    with pytest.raises(ValueError, match="at least one id"):
+    with pytest.raises(ValueError, match="at least one token"):
         sample(model, params, tokens, np.array([5, 0]), grammar, IMAGE, KEY)
     with pytest.raises(ValueError, match="do not hold 2 prompts"):
         sample(model, params, tokens, np.array([5, 6]), grammar, IMAGE, KEY)
 
 
-def test_forced_ids_are_read_and_each_row_ends_at_its_length():
-    """`f f * f` and `* *`: a star is drawn, and depends on what was forced before it."""
+def test_forced_tokens_are_read_and_each_row_ends_at_its_length():
+    """`f f * f` and `* *`: a star is sampled, given the forced tokens before it."""
     model, params = MODEL, sum_params()
     tokens, lengths = make_prompts([5, 9])
     code = VOCAB.image_range.start
     forced = np.array([[code, code + 1, -1, code + 2], [-1, -1, -1, -1]], np.int32)
     config = SamplingConfig(max_new_tokens=4, temperature=0.0)
     grammar = image_grammar(VOCAB, 4)
-    drawn = sample(
+    samples = sample(
         model, params, tokens, lengths, grammar, config, KEY,
         forced=forced, row_lengths=np.array([4, 2]),
     )  # fmt: skip
-    assert drawn.tokens[0, 0, [0, 1, 3]].tolist() == [code, code + 1, code + 2]
+    assert samples.tokens[0, 0, [0, 1, 3]].tolist() == [code, code + 1, code + 2]
     total = params["embed"][jnp.array([*tokens[0, :5], code, code + 1])].sum(0)
     logits = np.asarray(total @ params["head"])[code : code + 30]
-    assert drawn.tokens[0, 0, 2] == code + logits.argmax()
-    assert drawn.log_probs[0, 0, [0, 1, 3]].tolist() == [0, 0, 0]
-    assert drawn.lengths[:, 0].tolist() == [4, 2]
-    assert (drawn.tokens[1, 0, 2:] == VOCAB.pad).all()
+    assert samples.tokens[0, 0, 2] == code + logits.argmax()
+    assert samples.log_probs[0, 0, [0, 1, 3]].tolist() == [0, 0, 0]
+    assert samples.lengths[:, 0].tolist() == [4, 2]
+    assert (samples.tokens[1, 0, 2:] == VOCAB.pad).all()
 
 
-def test_progress_reports_what_the_samples_become():
+def test_progress_reports_beginnings_of_the_samples():
     model, params = MODEL, sum_params()
     tokens, lengths = make_prompts([5, 9])
     grammar = image_grammar(VOCAB, 40)
     config = SamplingConfig(max_new_tokens=40, fixed_length=True)
     reports = []
     prompts = (tokens, lengths, grammar, config, KEY)
-    drawn = sample(model, params, *prompts, num_samples=2, on_progress=reports.append)
+    samples = sample(model, params, *prompts, num_samples=2, on_progress=reports.append)
     silent = sample(model, params, *prompts, num_samples=2)
-    np.testing.assert_array_equal(drawn.tokens, silent.tokens)
+    np.testing.assert_array_equal(samples.tokens, silent.tokens)
     assert [r.num_drawn for r in reports] == [16, 32, 40]
     assert all(r.max_new_tokens == 40 and r.tokens_per_second > 0 for r in reports)
     for report in reports:
         np.testing.assert_array_equal(
-            report.tokens, drawn.tokens[..., : report.num_drawn]
+            report.tokens, samples.tokens[..., : report.num_drawn]
         )

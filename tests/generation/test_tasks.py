@@ -1,4 +1,4 @@
-"""`Generator` with a tiny Transformer: drawing and captioning."""
+"""`Generator` with a tiny Transformer: text to image and captioning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_text_to_image_gives_images_best_first_and_names_documents(generator, qu
         np.testing.assert_allclose(score, image @ text, rtol=1e-5)
 
 
-def test_a_batch_gives_what_each_item_gives_alone_with_its_seed():
+def test_a_batch_equals_each_item_alone_with_its_seed():
     generator = make_generator(max_rows=4)
     prompts = ["one", "two words", "a third and longer prompt", "4", "five", "six"]
     batch = generator.text_to_image_batch(prompts, num_samples=2, seed=7)
@@ -105,7 +105,7 @@ def test_hand_picked_documents_need_no_memory(quick):
     assert alone.retrieved.documents == ()
 
 
-def test_no_prompt_no_output(generator):
+def test_without_prompts_there_is_no_output(generator):
     assert generator.text_to_image_batch([]) == []
     assert generator.caption_batch([]) == []
 
@@ -122,7 +122,7 @@ def test_no_prompt_no_output(generator):
         ({"seed": -1}, "a seed is .* got -1"),
     ],
 )
-def test_wrong_inputs_answer_in_one_sentence(generator, arguments, message):
+def test_wrong_inputs_are_refused(generator, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         generator.text_to_image(**({"prompt": "a flag"} | arguments))
     assert "\n" not in str(error.value)
@@ -138,11 +138,13 @@ def test_other_wrong_inputs():
         make_generator(embedder=None)
     with pytest.raises(ValueError, match="3 prompts need as many seeds; got 1"):
         generator.text_to_image_batch(["a", "b", "c"], seed=[1], num_retrieved=0)
-    with pytest.raises(ValueError, match="the model has 9 ids but the tokenizer 150"):
+    with pytest.raises(
+        ValueError, match="the model has 9 tokens but the tokenizer 150"
+    ):
         Generator(tiny(vocab_size=9), {}, AsciiTokenizer())
 
 
-def test_captions_are_guided_by_their_documents_alone(generator):
+def test_captions_are_guided_only_by_their_documents(generator):
     """Without documents both streams are one, and the guidance changes nothing."""
     guided = {"guidance": 3.0, "guide_documents": True}
     common = {"max_caption_length": 6, "temperature": 0.0, "num_samples": 2}

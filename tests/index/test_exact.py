@@ -28,8 +28,8 @@ def test_equals_numpy_and_ties_go_to_the_lower_row(num_devices, block_rows):
     assert tied.search(ROWS[:1], 12).ids.tolist() == [list(range(12))]
 
 
-def test_rows_stay_where_they_are():
-    """One device unless more are given; each holds its share of whole blocks."""
+def test_placement_of_rows():
+    """One device by default; of several, each has an equal number of whole blocks."""
     alone = ExactIndex(ROWS)
     assert alone._blocks.shape == (1, 300, 16)
     assert alone._blocks.devices() == {jax.devices()[0]}
@@ -50,7 +50,7 @@ def test_rows_of_several_files(tmp_path):
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
 
 
-def test_an_exact_index_wants_its_rows(tmp_path):
+def test_an_exact_index_needs_its_rows(tmp_path):
     ExactIndex(ROWS).save(tmp_path)
     with pytest.raises(ValueError, match="pass the embeddings"):
         registry.open_index(tmp_path)
@@ -65,7 +65,7 @@ def test_exact_rows_in_blocks(monkeypatch, block):
 
 
 @pytest.mark.parametrize("scores", [1, 60, 1 << 25])
-def test_all_rows_that_are_similar(monkeypatch, scores):
+def test_all_rows_above_a_similarity(monkeypatch, scores):
     monkeypatch.setattr(streaming, "_SCORES_PER_BLOCK", scores)
     best = (ROWS @ QUERIES[:2].T).max(axis=1)
     rows, similarities = streaming.find_similar(ROWS, QUERIES[:2], 0.8)

@@ -1,8 +1,8 @@
-"""FAISS, besides what the contract asks:
+"""FAISS, besides the contract:
 
 settings by size and width                     test_settings_follow_the_size_and_width
 files of other kinds, that open more files     test_other_files_of_faiss_are_refused
-threads of OpenMP                              test_threads_are_set_for_the_call_alone
+threads of OpenMP                              test_threads_are_set_only_during_the_call
 results that change with the number of queries test_batch_size_does_not_matter_…
 """
 
@@ -42,7 +42,7 @@ def test_settings_follow_the_size_and_width():
 
 
 @pytest.mark.parametrize("width", [15, 18])
-def test_widths_that_are_no_multiple_of_4(tmp_path, width):
+def test_widths_that_are_not_a_multiple_of_4(tmp_path, width):
     rows, queries = (np.resize(x, (len(x), width)) for x in clustered(1000))
     index = FaissIndex.build(rows, tmp_path, FaissConfig("ivf", 10, searched_share=1))
     expected = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :5]
@@ -61,7 +61,7 @@ def test_wrong_settings(tmp_path):
 
 
 def test_the_console_stays_silent(tmp_path, capfd):
-    """FAISS warns of few rows a leaf, which the settings chose, and of nothing else."""
+    """FAISS only warns of few rows per leaf, which is our setting."""
     FaissIndex.build(ROWS, tmp_path, IVF)
     assert capfd.readouterr() == ("", "")
 
@@ -93,7 +93,7 @@ def test_batch_size_does_not_matter_when_leaves_are_left_out(tmp_path):
         np.testing.assert_array_equal(whole.ids, found)
 
 
-def test_threads_are_set_for_the_call_alone(tmp_path, monkeypatch):
+def test_threads_are_set_only_during_the_call(tmp_path, monkeypatch):
     index = FaissIndex.build(ROWS, tmp_path, FaissConfig(num_threads=3))
     seen, search = [], index._index.search
 
@@ -110,7 +110,7 @@ def test_threads_are_set_for_the_call_alone(tmp_path, monkeypatch):
 
 
 def _put(path, index):
-    """Another index under the seal of ours."""
+    """Another index, with valid checksums."""
     faiss.write_index(index, str(path / "faiss.index"))
     content = json.loads((path / "index.json").read_bytes())
     del content["sha256"]
@@ -148,7 +148,7 @@ def test_files_that_faiss_cannot_read(tmp_path):
 
 
 def test_leaves_that_name_rows_which_do_not_exist(tmp_path):
-    """A file that is no longer what was built opens, and does not answer wrongly."""
+    """A changed file can be opened, and gives no wrong results."""
     index = FaissIndex.build(ROWS, tmp_path, IVF)
     lists = faiss.downcast_index(index._index.base_index).invlists
     for leaf in range(IVF.num_leaves):

@@ -1,4 +1,4 @@
-"""Shards of several processes, here threads: asked by all at any time, merged exactly."""
+"""Shards of several processes (here threads): searched by all at any time, merged exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STARTS = [0, 90, 150, 260]
 
 
 class Plain:
-    """All products, in NumPy: nothing to compile."""
+    """All products in NumPy, without compilation."""
 
     def __init__(self, rows):
         self._rows = rows
@@ -43,13 +43,13 @@ def make_shards(numbers) -> ShardedIndex | None:
 
 @pytest.fixture
 def addresses():
-    """Where the processes listened."""
+    """Addresses at which the processes listened."""
     return []
 
 
 @pytest.fixture
 def connected(monkeypatch, addresses):
-    """Three of a job: two with two shards each, one with none."""
+    """Three processes of a job: two with two shards each, one with none."""
     number, barrier, held = threading.local(), threading.Barrier(3), [b""] * 3
 
     def gather(values):
@@ -81,7 +81,7 @@ def connected(monkeypatch, addresses):
 
 
 def test_every_process_finds_what_one_index_finds(connected):
-    """Nobody waits for a question of the others: each asks as often as it likes."""
+    """Processes do not wait for each other: each searches as often as it needs."""
     whole = make_shards(range(4))
     assert [len(index) for index in connected] == [300] * 3
     asked = [
@@ -98,7 +98,7 @@ def test_every_process_finds_what_one_index_finds(connected):
     assert wide.valid.sum(axis=1).tolist() == [300, 300]
 
 
-def test_a_refusal_of_another_process_is_said_and_the_next_search_is_right(connected):
+def test_an_error_of_another_process_is_raised_and_the_next_search_works(connected):
     with pytest.raises(ValueError, match=r"queries are float\[queries, 16\]"):
         connected[1].search(QUERIES[:, :3], 2)
     found = connected[1].search(QUERIES, 2)
@@ -112,15 +112,15 @@ def test_a_process_that_has_ended_is_named(connected):
             connected[0].search(QUERIES, 2)
 
 
-def test_nobody_listens_once_all_are_there(connected, addresses):
-    """Until then the key of the job is asked for (`multiprocessing.connection`)."""
+def test_no_process_listens_once_all_are_connected(connected, addresses):
+    """Until then the key of the job is required (`multiprocessing.connection`)."""
     assert len(addresses) == 3 and len({port for _, port in addresses}) == 3
     for address in addresses:
         with pytest.raises(ConnectionRefusedError):
             Client(address, "AF_INET", authkey=b"")
 
 
-def test_shards_are_dealt_out_over_the_parts(tmp_path):
+def test_shards_are_distributed_over_the_parts(tmp_path):
     kinds = [k for k in registry.list_kinds() if k.endswith(registry.SUFFIX)]
     kind = next((k for k in kinds if registry.is_installed(k)), None)
     if kind is None:

@@ -6,8 +6,8 @@ rows, queries that are not finite                  test_rows_must_…, test_quer
 built and opened; in another place                 test_saved_and_opened
 equal in every process                             test_builds_are_equal_in_every_process
 searched by threads at once                        test_threads_find_the_same
-damaged files that load                            test_every_flipped_byte_is_noticed
-a disk that is full                                test_a_full_disk_leaves_no_index
+damaged files that load                            test_every_flipped_byte_is_detected
+a full disk                                        test_a_full_disk_leaves_no_index
 files that run code, links, any other file         test_nothing_else_may_be_in_the_folder
 fields and settings of wrong types                 test_descriptions_…, test_settings_…
 """
@@ -92,7 +92,7 @@ def index(build, tmp_path):
 
 
 def _edit(path, change):
-    """Changes a description as its writer could: it is sealed again."""
+    """Changes a description, with new checksums."""
     file = path / "index.json"
     content = json.loads(file.read_bytes())
     del content["sha256"]
@@ -142,7 +142,7 @@ def test_slots_that_cannot_be_filled_are_marked(index):
 
 
 def test_one_row(case, build, tmp_path):
-    """Of any kind: `memory add` keeps a memory's own."""
+    """For all kinds: `memory add` keeps the memory's kind."""
     if case in NEEDS_ROWS:
         with pytest.raises(ValueError, match="needs >= 16 rows; there are 1"):
             build(ROWS[:1], tmp_path)
@@ -234,7 +234,7 @@ def _digests(directory):
     }
 
 
-def test_every_flipped_byte_is_noticed(index, tmp_path):
+def test_every_flipped_byte_is_detected(index, tmp_path):
     names = storage.list_files(tmp_path / "index")
     assert names
     for name in names:
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_no_index(build, tmp_path, monkeypatch):
 
 
 def _folders(path):
-    """Of the index and of each index in it, innermost last."""
+    """The descriptions of the index and of each index in it, innermost last."""
     return sorted(file.parent for file in path.rglob("index.json"))
 
 
@@ -285,7 +285,7 @@ NAMES = ("scann/scann_docids.pkl", "scann/int8_dataset.npy", "x", ".x", "a/b/c.n
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_else_may_be_in_the_folder(index, unseen, tmp_path, name):
-    """Listed or not, and however it is sealed."""
+    """Listed or not, with any checksums."""
     path = tmp_path / "index"
     for folder in _folders(path):
         file = folder / name
@@ -293,7 +293,7 @@ def test_nothing_else_may_be_in_the_folder(index, unseen, tmp_path, name):
         file.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
         with pytest.raises(storage.IntegrityError, match=file.name):
             registry.open_index(path, ROWS)
-        # Listed by every description on the way, innermost first.
+        # Listed by every description on its path, innermost first.
         for owner in reversed([f for f in _folders(path) if file.is_relative_to(f)]):
 
             def list_all(content, owner=owner):
@@ -356,7 +356,7 @@ def test_descriptions_are_checked(index, unseen, tmp_path, field):
 
 
 def test_settings_are_checked(index, tmp_path):
-    """Every setting that a search follows, of every index in the folder."""
+    """Every setting of a search, of every index in the folder."""
     for folder in _folders(tmp_path / "index"):
         before = (folder / "index.json").read_bytes()
         content = json.loads(before)
@@ -374,8 +374,8 @@ def test_settings_are_checked(index, tmp_path):
             (folder / "index.json").write_bytes(before)
 
 
-def test_an_index_of_other_rows_is_noticed(index, case, tmp_path):
-    """A description that tells another number of rows than the files hold."""
+def test_an_index_of_other_rows_is_detected(index, case, tmp_path):
+    """The description has another number of rows than the files."""
     path = tmp_path / "index"
     if case == "table" or case.startswith("exact"):
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""A back end is a file and one line of the table: a small one, made here, shows it."""
+"""A back end is a file and one line of the table; tested with a small one."""
 
 from __future__ import annotations
 

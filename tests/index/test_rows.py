@@ -19,7 +19,7 @@ def _write(directory, rows, sizes, rows_per_shard=4):
 
 
 @pytest.mark.parametrize("sizes", [[10], [3, 3, 4], [1] * 10, [4, 0, 4, 2], [9, 1]])
-def test_rows_come_back_however_they_were_appended(tmp_path, sizes):
+def test_rows_are_read_as_appended(tmp_path, sizes):
     expected = np.arange(60, dtype=np.float32).reshape(10, 3, 2)
     writer = _write(tmp_path, expected, sizes)
     assert writer.num_rows == 10

@@ -29,7 +29,7 @@ TREE = ScannConfig(mode="tree", num_leaves=10, searched_share=0.8)
 
 
 def test_the_format_of_the_last_version(tmp_path):
-    """What it wrote opens, since the same is written: every field, setting and name."""
+    """Its files open, since fields, settings and names are still the same."""
     ScannIndex.build(ROWS, tmp_path, TREE)
     content = json.loads((tmp_path / "index.json").read_bytes())
     files, names = content.pop("files"), "ah_codebook.pb bfloat16_dataset.npy "
@@ -65,7 +65,7 @@ class _Payload:
 
 @pytest.mark.filterwarnings("ignore")  # ScaNN leaves the file of ids open
 def test_pickled_ids_are_never_read(tmp_path):
-    """ScaNN unpickles them, which runs what their author wrote."""
+    """ScaNN would unpickle them, which runs their author's code."""
     path, ran = tmp_path / "index", tmp_path / "ran"
     ScannIndex.build(ROWS, path)
     with open(path / "scann" / "scann_docids.pkl", "wb") as file:
@@ -85,7 +85,7 @@ def test_pickled_ids_are_never_read(tmp_path):
     scann_index.import_scann().load_searcher(
         str(path / "scann"), assets_backcompat_shim=False
     )
-    assert ran.exists()  # so the file was no blank
+    assert ran.exists()  # the file was not a no-op
 
 
 def test_assets_name_the_files_of_an_index_only(tmp_path):

@@ -1,4 +1,4 @@
-"""Shards of any back end that opens alone, merged exactly."""
+"""Shards of any back end that does not need others, merged exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def backend(kind):
 
 
 def test_shards_merge_to_what_one_index_returns(backend, tmp_path):
-    """Four shards, two of them in each of two readers that know nothing of another."""
+    """Four shards: two in each of two independent readers."""
     whole = backend.build(ROWS, tmp_path / "one").search(QUERIES, 12)
     ShardedIndex.build(backend, ROWS, tmp_path / "four", rows_per_shard=75)
     parts = [
@@ -56,7 +56,7 @@ def test_every_shard_is_tuned(kind, tmp_path):
     assert [i.settings["recall"] for _, i in opened._shards] == [{"text": 1.0}] * 2
 
 
-def test_a_damaged_shard_is_noticed_when_it_is_not_read(backend, tmp_path):
+def test_a_damaged_shard_is_detected_without_reading_it(backend, tmp_path):
     ShardedIndex.build(backend, ROWS, tmp_path, rows_per_shard=150)
     file = tmp_path / "shard-00001" / "index.json"
     file.write_bytes(file.read_bytes()[:-1])
@@ -71,7 +71,7 @@ def test_a_shard_of_another_kind(kind, backend, tmp_path):
             ShardedIndex.load(other, tmp_path)
 
 
-def test_shards_that_swap_places(backend, tmp_path):
+def test_swapped_shards(backend, tmp_path):
     ShardedIndex.build(backend, ROWS, tmp_path, rows_per_shard=160)
     (tmp_path / "shard-00000").rename(tmp_path / "x")
     (tmp_path / "shard-00001").rename(tmp_path / "shard-00000")

@@ -29,7 +29,7 @@ def test_table_and_its_fallback(tmp_path):
         np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
 
 
-def test_a_table_is_made_of_queries(tmp_path):
+def test_a_table_is_built_from_queries(tmp_path):
     with pytest.raises(ValueError, match="computed from queries"):
         TableIndex.build(ROWS, tmp_path)
 
@@ -66,7 +66,7 @@ def test_arrays_of_other_shapes_and_types(tmp_path, name, array):
         TableIndex.load(tmp_path)
 
 
-def test_rows_that_do_not_exist_are_no_neighbours(tmp_path):
+def test_rows_that_do_not_exist_are_refused(tmp_path):
     make_table(tmp_path, ROWS, [QUERIES], 6)
     ids = np.load(tmp_path / "ids.npy")
     ids[:, 3:] = [300, -7, 10**15]

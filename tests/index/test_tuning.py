@@ -72,7 +72,7 @@ def test_hashing_without_a_tree_rescores_more(tmp_path, monkeypatch):
     assert 10 < ScannIndex.load(tmp_path).settings["num_reordered"] <= 1000
 
 
-def test_a_target_out_of_reach_is_said(build, tmp_path, caplog, monkeypatch):
+def test_a_target_out_of_reach_is_reported(build, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(tuning, "_MOST_REORDERED", 0)
     rows, queries = clustered(2000, 64)
     index = build(rows, tmp_path, 10)

@@ -1,3 +1,3 @@
-"""Memories built by stand-ins for the models."""
+"""Memories built with stand-ins for the models."""
 
 from memory_fakes import build, documents  # noqa: F401

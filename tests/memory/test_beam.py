@@ -52,7 +52,7 @@ def test_without_beam(monkeypatch):
 
 
 def test_repeats_are_those_of_the_plain_build(tmp_path):
-    """The functions of the pipeline, in one process and without Beam."""
+    """Tests the functions of the pipeline in one process and without Beam."""
     source = corpus(tmp_path / "in")
     build_plainly(source, tmp_path / "whole", CONFIG)
     job = beam_build._Job(source, load_models, str(tmp_path / "memory"), CONFIG)

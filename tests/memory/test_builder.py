@@ -1,4 +1,4 @@
-"""Memories of sources on disk: resumed, merged, filtered, deduplicated."""
+"""Memories of sources on disk: resuming, merging, filters, deduplication."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_source_becomes_a_memory(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in", "memory"]
 
 
-def test_coco_s_own_folder_becomes_a_memory(tmp_path):
+def test_coco_as_downloaded_becomes_a_memory(tmp_path):
     from PIL import Image
 
     root = tmp_path / "coco"
@@ -118,7 +118,7 @@ def test_killed_and_run_again_gives_the_same_memory(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in", "memory", "whole"]
 
 
-def test_killed_while_it_merges(tmp_path, monkeypatch):
+def test_killed_while_merging(tmp_path, monkeypatch):
     source = forty(tmp_path / "in")
     build(source, tmp_path / "whole").close()
 
@@ -163,7 +163,7 @@ def test_several_builders_share_the_work(tmp_path):
 
 
 class FailsAt(FakeEmbedder):
-    """Fails at its n-th call, as a full disk or a refused setting does."""
+    """Fails at its n-th call, as with a full disk or a refused setting."""
 
     def __init__(self, calls: int, error: Exception):
         super().__init__()
@@ -180,14 +180,14 @@ def test_another_build_at_the_same_place_is_refused(tmp_path):
     source, path = forty(tmp_path / "in"), tmp_path / "memory"
     full = OSError("no space left")
     other = dataclasses.replace(EXACT, seed=3)
-    # Nothing was made yet: another build may begin.
+    # Nothing is built yet: another build may begin.
     with pytest.raises(OSError, match="no space"):
         build(source, path, embedder=FailsAt(1, full))
     with pytest.raises(OSError, match="no space"):
         build(source, path, other, embedder=FailsAt(2, full))
     with pytest.raises(ValueError, match="unfinished build that differs in settings"):
         build(source, path)
-    # What the merge is told does not matter to the parts.
+    # Settings of the merge do not matter to the parts.
     near = dataclasses.replace(other, deduplicate="near", max_bad=0.5)
     with pytest.raises(OSError, match="no space"):
         build(source, path, near, embedder=FailsAt(2, full))
@@ -242,7 +242,7 @@ def test_a_build_from_python_resumes(tmp_path, monkeypatch):
         Memory.build(documents, path=tmp_path / "m", embedder=broken, **settings)
     resumed = FailsAt(99, OSError())
     Memory.build(documents, path=tmp_path / "m", embedder=resumed, **settings).close()
-    assert resumed.calls == 98  # the last part alone
+    assert resumed.calls == 98  # only the last part
     assert bytes_of(tmp_path / "m") == bytes_of(tmp_path / "whole")
     # Other documents at the same place are not taken for those of the broken build.
     with pytest.raises(OSError, match="no space"):
@@ -255,7 +255,7 @@ def test_a_build_from_python_resumes(tmp_path, monkeypatch):
         assert [d.id for d in memory.documents(np.arange(35))] == [d.id for d in other]
 
 
-def test_equal_ids_of_different_content_all_stay(tmp_path):
+def test_documents_with_equal_ids_and_different_content_are_kept(tmp_path):
     lines = [[line(n, id="IMG_0001") for n in (0, 1, 2, 1)], [line(3, id="IMG_0001")]]
     source = write_corpus(tmp_path / "in", lines)
     with build(source, tmp_path / "memory") as memory:
@@ -265,7 +265,7 @@ def test_equal_ids_of_different_content_all_stay(tmp_path):
     hashes = [memory.content_hashes[i] for i in (1, 2, 3)]
     assert ids == ["IMG_0001", *(f"IMG_0001#{h:016x}"[:17] for h in hashes)]
     assert memory.find(ids).tolist() == [0, 1, 2, 3]
-    # The same documents without deduplication: a copy has an id of its own, too.
+    # The same documents without deduplication: a copy has its own id, too.
     plain = dataclasses.replace(EXACT, deduplicate="none")
     with build(source, tmp_path / "all", plain) as memory:
         ids = [d.id for d in memory.documents(np.arange(len(memory)))]
@@ -282,7 +282,7 @@ def test_bad_and_filtered_records_are_counted(tmp_path):
         lines.append(line(number, id=name, **scores))
     source = write_corpus(tmp_path / "in", [lines])
     held_out = write_corpus(tmp_path / "eval", [[line(8, id="test-8", url="")]])
-    (tmp_path / "opt_out").write_text("# wishes\nhttp://site1/*\ndoc-4\n")
+    (tmp_path / "opt_out").write_text("# opt-outs\nhttp://site1/*\ndoc-4\n")
     config = dataclasses.replace(
         EXACT,
         opt_out=str(tmp_path / "opt_out"),
@@ -308,8 +308,8 @@ def test_bad_and_filtered_records_are_counted(tmp_path):
     assert json.loads(bad)["record"].endswith("000.jsonl:4")
 
 
-def test_evaluation_documents_are_known_by_what_they_are(tmp_path):
-    """Not by their ids: two folders both have a picture 1."""
+def test_evaluation_documents_are_recognised_by_content(tmp_path):
+    """Not by their ids: two folders can both have an image 1."""
     held_out = filters.HeldOut()
     text = Document("notes/1", (Segment(text="a held-out text"),))
     held_out.add(dataclasses.replace(text, source="http://site/1"))
@@ -390,7 +390,7 @@ def test_max_ram_splits_the_index(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found.ids, expected.ids)
 
 
-def test_ready_embeddings(tmp_path):
+def test_precomputed_embeddings_become_a_memory(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -416,7 +416,7 @@ def test_ready_embeddings(tmp_path):
         build(source, tmp_path / "other")
 
 
-def test_equal_captions_of_different_embeddings_all_stay(tmp_path):
+def test_documents_with_equal_captions_and_different_embeddings_are_kept(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

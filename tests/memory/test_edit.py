@@ -1,4 +1,4 @@
-"""Memories that change: added to, removed from, compacted, verified."""
+"""Changing memories: addition, removal, compaction, verification."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_added_documents_are_found_at_once(path, config):
 
 
 def test_searching_while_documents_are_added(path, config):
-    """ScaNN crashes when its index changes under a search: ours never does."""
+    """ScaNN crashes when its index changes during a search: ours never changes."""
     with Memory.load(path) as memory:
         queries = memory.queries(np.arange(40), "text")
         stop, found = threading.Event(), []
@@ -93,7 +93,7 @@ def test_searching_while_documents_are_added(path, config):
         assert len(memory) == 42
 
 
-def test_compaction_and_addition_keep_the_build_s_settings(tmp_path, monkeypatch):
+def test_compaction_and_addition_keep_the_settings_of_the_build(tmp_path, monkeypatch):
     asked = []
     real = edit.writer.write_part
 
@@ -140,7 +140,7 @@ def test_removal_holds_across_adding_and_compaction(path, config):
         with Memory.load(path) as grown:
             assert grown.num_allowed == 42
             grown.remove([41])
-        # The older reader hears of the removal of a row that it does not know.
+        # The older reader is notified of the removal of a row that it does not have.
         assert memory.num_allowed == 38
         assert memory.remove([6]) == 1
     assert edit.verify(path) == {
@@ -158,7 +158,8 @@ def test_removal_holds_across_adding_and_compaction(path, config):
         assert memory.find(["doc-43"]).tolist() == [39]
     gone = hash_name("doc-4").to_bytes(8, "little")
     for name in storage.list_files(path):
-        kept_out = name == "compacted-00002/removed.npy"  # so that it stays away
+        # so that it is not added again
+        kept_out = name == "compacted-00002/removed.npy"
         assert (gone in (path / name).read_bytes()) == kept_out
     top = sorted(os.listdir(path))
     assert top == ["compacted-00002", "deny-00002.json", "manifest.json"]
@@ -170,7 +171,7 @@ def test_removal_holds_across_adding_and_compaction(path, config):
     assert len(Memory.load(path)) == 40
 
 
-def test_what_was_removed_stays_away_when_its_source_is_added_again(path, config):
+def test_removed_documents_are_not_added_again_with_their_source(path, config):
     with Memory.load(path) as memory:
         memory.remove([4, 5])
     edit.compact(path)
@@ -192,7 +193,7 @@ def test_what_was_removed_stays_away_when_its_source_is_added_again(path, config
     assert edit.verify(path)["documents"] == 40
 
 
-def test_a_reader_from_before_a_compaction_is_told(path, config):
+def test_a_reader_opened_before_a_compaction_gets_an_error(path, config):
     with Memory.load(path) as memory:
         memory.remove([1])
         edit.compact(path)
@@ -216,7 +217,7 @@ def test_a_change_that_fails_leaves_nothing(path, config, monkeypatch, change):
         add(path, config, [70]) if change == "add" else edit.compact(path)
     monkeypatch.undo()
     after = {n: (path / n).read_bytes() for n in storage.list_files(path)}
-    # The deny list of a compaction has a name of its own, and waits for the next change.
+    # The deny list of a compaction has its own name, and is used from the next change on.
     assert {n: after[n] for n in before} == before
     assert set(after) - set(before) <= {"deny-00001.json"}
     with Memory.load(path) as memory:
@@ -226,7 +227,7 @@ def test_a_change_that_fails_leaves_nothing(path, config, monkeypatch, change):
     assert not [n for n in os.listdir(path.parent) if n.startswith(".")]
 
 
-def test_what_a_dead_writer_left_is_named_and_deleted(path, config):
+def test_leftovers_of_a_killed_writer_are_named_and_deleted(path, config):
     (path / "added-00001").mkdir()
     (path / "added-00001" / "modalities-00000.npy").write_bytes(b"half")
     (path / ".compacted-00001.partial").mkdir()
@@ -251,7 +252,7 @@ def test_adding_keeps_the_kind_of_index(path, config):
 
 
 def test_a_second_folder_with_the_same_names(path, config):
-    """Every camera counts from IMG_0001: an equal id is no reason to drop."""
+    """Every camera counts from IMG_0001: an equal id is not a duplicate."""
     counts = add(path, config, [50, 51], id="doc-3")
     assert (counts["added"], counts["renamed"], counts["filtered"]) == (2, 2, {})
     with Memory.load(path) as memory:
@@ -262,7 +263,7 @@ def test_a_second_folder_with_the_same_names(path, config):
     assert (again["added"], again["filtered"]) == (0, {"exact duplicate": 2})
 
 
-def test_an_older_deny_list_is_noticed(path, config):
+def test_an_older_deny_list_is_detected(path, config):
     with Memory.load(path) as memory:
         memory.remove([1])
         older = (path / "deny.json").read_bytes()

@@ -1,4 +1,4 @@
-"""What may lie in a memory's folder, and what its manifest may say."""
+"""Files allowed in a memory's folder, and the contents of its manifest."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def path(build, documents):
     return memory.path
 
 
-def seal(path, **changes):
-    """Changes the manifest as somebody does who seals it again."""
+def rewrite_manifest(path, **changes):
+    """Changes the manifest, with new checksums."""
     manifest = {**json.loads((path / "manifest.json").read_bytes()), **changes}
     manifest.pop("sha256")
     (path / "manifest.json").write_bytes(storage.encode_sealed(manifest))
@@ -72,7 +72,7 @@ def test_a_memory_of_the_last_version_opens_and_grows(tmp_path, name):
         "added-00001/added-00002/removed.npy",
     ],
 )
-def test_nothing_else_may_lie_in_a_memory(path, name):
+def test_other_files_in_a_memory_are_refused(path, name):
     file = path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"cos\nsystem\n")
@@ -80,19 +80,19 @@ def test_nothing_else_may_lie_in_a_memory(path, name):
         storage.IntegrityError, match="not a file of a memory .*remove it"
     ):
         Memory.load(path)
-    seal(path, files=listed(path, name))
+    rewrite_manifest(path, files=listed(path, name))
     with pytest.raises(storage.IntegrityError, match="not a file of a memory"):
         Memory.load(path)
 
 
-def test_what_a_dead_writer_left_is_passed_over(path):
+def test_leftovers_of_a_killed_writer_are_ignored(path):
     (path / ".added-00001.partial").mkdir()
     (path / ".added-00001.partial" / "half.pkl").write_bytes(b"x")
     (path / ".deny.json.partial").write_bytes(b"x")
     Memory.load(path).close()
 
 
-def test_a_planted_pickle_of_the_index_is_refused_however_sealed(build, documents):
+def test_a_planted_pickle_of_the_index_is_refused_with_any_checksums(build, documents):
     memory = build(documents, index="scann")
     memory.close()
     path, name = memory.path, "index/scann/scann_docids.pkl"
@@ -102,7 +102,7 @@ def test_a_planted_pickle_of_the_index_is_refused_however_sealed(build, document
     inner = name.removeprefix("index/")
     description["files"] |= storage.describe_files(path / "index", [inner])
     (path / "index" / "index.json").write_bytes(storage.encode_sealed(description))
-    seal(path, files=listed(path, name, "index/index.json"))
+    rewrite_manifest(path, files=listed(path, name, "index/index.json"))
     with pytest.raises(storage.IntegrityError, match=r"scann_docids\.pkl"):
         Memory.load(path)
 
@@ -137,16 +137,18 @@ def test_a_planted_pickle_of_the_index_is_refused_however_sealed(build, document
         ("report", "fine"),
     ],
 )
-def test_a_manifest_of_wrong_types_is_a_sentence(path, field, value, request):
+def test_a_manifest_of_wrong_types_is_refused_in_a_sentence(
+    path, field, value, request
+):
     lineage = format_lib.lineage(format_lib.read_manifest(path))
-    seal(path, **{"lineage": lineage, field: value})
+    rewrite_manifest(path, **{"lineage": lineage, field: value})
     is_column = "column" in request.node.callspec.id
     words = r"column \w+ of" if is_column else field.removesuffix("s")
     with pytest.raises(ValueError, match=words):
         Memory.load(path)
 
 
-def test_columns_are_what_the_manifest_says(path):
+def test_columns_match_the_manifest(path):
     name = "embeddings_text-00000.npy"
     rows = np.load(path / name)
     for wrong in (
@@ -158,18 +160,18 @@ def test_columns_are_what_the_manifest_says(path):
         np.asarray([{}]),
     ):
         np.save(path / name, wrong, allow_pickle=True)
-        seal(path, files=listed(path, name))
+        rewrite_manifest(path, files=listed(path, name))
         with pytest.raises(storage.IntegrityError, match="column embeddings_text"):
             Memory.load(path)
     (path / name).unlink()
     files = {k: v for k, v in listed(path).items() if k != name}
-    seal(path, files=files)
+    rewrite_manifest(path, files=files)
     with pytest.raises(storage.IntegrityError, match="column embeddings_text"):
         Memory.load(path)
 
 
 @pytest.mark.parametrize("rows", ["all", [1.5], [-1], [10**9], [[1]], {"1": 2}])
-def test_a_deny_list_of_wrong_types_is_a_sentence(path, rows):
+def test_a_deny_list_of_wrong_types_is_refused_in_a_sentence(path, rows):
     content = json.loads((path / "deny.json").read_bytes())
     content.pop("sha256")
     (path / "deny.json").write_bytes(storage.encode_sealed({**content, "rows": rows}))
@@ -177,7 +179,7 @@ def test_a_deny_list_of_wrong_types_is_a_sentence(path, rows):
         Memory.load(path)
 
 
-def test_deep_json_is_a_sentence(path):
+def test_deep_json_is_refused_in_a_sentence(path):
     (path / "manifest.json").write_bytes(b'{"a":' + b"[" * 200_000)
     with pytest.raises(storage.IntegrityError, match=r"manifest\.json is corrupt"):
         Memory.load(path)

@@ -1,4 +1,4 @@
-"""Memories: round trips, damage, wrong company, removal."""
+"""Memories: round trips, damage, mismatched encoders, building."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _bytes_of(path):
     return {name: (path / name).read_bytes() for name in storage.list_files(path)}
 
 
-def test_documents_come_back(build, documents):
+def test_documents_round_trip(build, documents):
     memory = build(documents)
     expected = list(FakeTokenizer().tokenize(documents))
     ids = np.asarray([3, 0, 39, 3])
@@ -37,7 +37,7 @@ def test_documents_come_back(build, documents):
     assert memory.documents(np.zeros(0, np.int64)) == []
 
 
-def test_embeddings_come_back(build, documents):
+def test_embeddings_round_trip(build, documents):
     memory = build(documents)
     text, image, document = FakeEmbedder().embed_documents(documents)
     np.testing.assert_array_equal(memory.embeddings[:], document)
@@ -101,7 +101,7 @@ def test_images_of_several_sizes(build):
         assert first @ second > 0.9
 
 
-def test_parts_do_not_show(build, documents, monkeypatch):
+def test_parts_change_nothing(build, documents, monkeypatch):
     whole = build(documents, "whole", num_query_variants=0)
     monkeypatch.setattr(builder, "PART_DOCUMENTS", 7)
     parts = build(documents, "parts", num_query_variants=0)
@@ -117,7 +117,7 @@ def test_equal_documents_give_equal_files(build, documents, index):
     assert first.fingerprint() != build(documents[:-1], "c").fingerprint()
 
 
-def test_nothing_in_it_is_a_pickle_and_it_can_be_moved(build, documents, tmp_path):
+def test_it_has_no_pickles_and_can_be_moved(build, documents, tmp_path):
     memory = build(documents, index="scann")
     for name, data in _bytes_of(memory.path).items():
         assert not name.endswith((".pkl", ".pickle"))
@@ -142,7 +142,7 @@ def test_progress_counts_documents(build, documents, monkeypatch):
 
 @pytest.fixture
 def small(build, documents):
-    """A memory that is small, so that it can be damaged everywhere."""
+    """A small memory, which can be damaged at every byte."""
     memory = build(documents[:20], index="scann")
     memory.close()
     return memory.path
@@ -154,7 +154,7 @@ def _damaged_places(name, size):
     return sorted({0, 9, size // 4, size // 2, size - 1})
 
 
-def test_every_flipped_byte_is_noticed(small):
+def test_every_flipped_byte_of_a_memory_is_detected(small):
     names = storage.list_files(small)
     assert len(names) >= 13
     silent = []
@@ -177,7 +177,7 @@ def test_every_flipped_byte_is_noticed(small):
     Memory.load(small).close()
 
 
-def test_every_byte_of_sealed_json_counts(small):
+def test_every_byte_of_json_with_checksums_counts(small):
     data = (small / "manifest.json").read_bytes()
     assert storage.decode_sealed(data, "manifest.json", "")["num_documents"] == 20
     for place in range(len(data)):
@@ -187,7 +187,7 @@ def test_every_byte_of_sealed_json_counts(small):
             storage.decode_sealed(bytes(damaged), "manifest.json", "")
 
 
-def test_missing_and_shortened_files_are_noticed(small):
+def test_missing_and_truncated_files_are_detected(small):
     for name in storage.list_files(small):
         file = small / name
         data = file.read_bytes()
@@ -206,7 +206,7 @@ def test_a_planted_pickle_is_refused(small):
         Memory.load(small)
 
 
-def test_paths_of_the_manifest_stay_inside(small, tmp_path):
+def test_paths_of_the_manifest_are_inside_the_folder(small, tmp_path):
     manifest = format_lib.read_manifest(small)
     (tmp_path / "outside.npy").write_bytes(b"x")
     manifest["files"]["../outside.npy"] = {"bytes": 1, "sha256": "0"}
@@ -215,7 +215,7 @@ def test_paths_of_the_manifest_stay_inside(small, tmp_path):
         Memory.load(small)
 
 
-# Wrong company
+# Mismatches
 
 
 def test_another_encoder_is_refused(small):
@@ -230,7 +230,7 @@ def test_another_encoder_is_refused(small):
         Memory.load(small, tokenizer="tokenizer-2")
 
 
-def test_no_memory_there(tmp_path):
+def test_a_missing_memory(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no memory at"):
         Memory.load(tmp_path / "none")
     with pytest.raises(
@@ -281,7 +281,7 @@ def test_a_failed_build_keeps_the_old_memory(build, documents, monkeypatch):
     assert os.listdir(memory.path.parent) == ["memory"]
 
 
-def test_foreign_directories_are_left_alone(build, documents, tmp_path):
+def test_foreign_directories_are_not_replaced(build, documents, tmp_path):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "thesis.txt").write_text("ten years")
     with pytest.raises(FileExistsError, match="is not a memory, so it is left alone"):

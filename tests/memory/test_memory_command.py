@@ -1,4 +1,4 @@
-"""`racm3 memory …` from a source to pictures, by stand-ins for the models."""
+"""`racm3 memory …` from a source to images, with stand-ins for the models."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_from_build_to_removal(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "40 documents, exact index" in shown and "read 40, bad 0" in shown
     assert "excluded from retrieval for some documents: 40 itself" in shown
-    assert not re.search(r"\b0 (?!bad)\w+", shown)  # what met no document is not named
+    # filters without matches are not listed
+    assert not re.search(r"\b0 (?!bad)\w+", shown)
     out = f"--out={tmp_path}/a.png"
     words = ("search", f"--memory={path}", out, "--json", "--k=8")
     run(*words, "--text=nation3 on scene1")
@@ -119,7 +120,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     assert "28 documents, 0 removed" in capsys.readouterr().out
 
 
-def test_words_rank_captions_and_need_no_encoder(capsys, tmp_path):
+def test_search_by_words_needs_no_encoder(capsys, tmp_path):
     path = build(tmp_path)
     out = (f"--out={tmp_path}/a.png", f"--memory={path}", "--json", "--k=3")
     run("search", *out, "--words=SCENE1 nation3")
@@ -134,7 +135,7 @@ def test_words_rank_captions_and_need_no_encoder(capsys, tmp_path):
 
 def test_an_encoder_that_does_not_fit_is_named(capsys, tmp_path, monkeypatch):
     class Mixed(FakeEmbedder):
-        """Images have nothing to do with their texts."""
+        """Images are unrelated to their texts."""
 
         alignment = None
         text_tokenizer = types.SimpleNamespace(encode=list)  # a token a letter
@@ -150,7 +151,7 @@ def test_an_encoder_that_does_not_fit_is_named(capsys, tmp_path, monkeypatch):
     note = output(capsys)["note"]
     assert "of 40 samples (50% is chance), and their words take" in note
     assert "racm3 fit --source" in note
-    # One that keeps texts and images apart is judged by the words that it knows.
+    # An encoder that separates texts and images is judged by the words in its vocabulary.
     Mixed.text_tokenizer = types.SimpleNamespace(encode=str.split)
     run("search", f"--memory={path}", f"--out={tmp_path}/a.png", "--text=x y", "--json")
     assert output(capsys)["note"] == ""
@@ -199,7 +200,7 @@ def test_plan(capsys):
     assert output(capsys)["devices"] == 8
 
 
-def test_what_is_left_out_is_shown_and_links_are_followed(capsys, tmp_path):
+def test_omitted_files_are_shown_and_links_are_followed(capsys, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     write_corpus(elsewhere, [[line(0), line(1)]])
     (tmp_path / "in").mkdir()

@@ -1,4 +1,4 @@
-"""Memories: exact scores, and removal that holds."""
+"""Memories: exact scores, and permanent removal."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_removal_reaches_other_readers(build, documents):
         assert other.search(query, 1).ids[0, 0] != 4
 
 
-def test_removals_at_once_are_all_kept(build, documents):
+def test_simultaneous_removals_are_all_kept(build, documents):
     memory = build(documents)
     threads = [
         threading.Thread(target=memory.remove, args=([row],)) for row in range(20)
@@ -78,7 +78,7 @@ def test_removals_at_once_are_all_kept(build, documents):
     assert memory.num_allowed == 20
 
 
-def test_removal_is_whole_or_not_at_all(build, documents, monkeypatch):
+def test_removal_is_atomic(build, documents, monkeypatch):
     memory = build(documents)
     memory.remove([1])
     with pytest.raises(IndexError, match="row 40 does not exist"):

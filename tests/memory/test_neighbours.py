@@ -49,7 +49,7 @@ def test_training_with_a_table_gives_the_batches_of_a_live_search(
         tabled.use_table(tmp_path / "table", fallback=False)
         for removed in ([], [3, 17, 20]):
             if removed:
-                memory.remove(removed)  # reaches the other reader: no new table
+                memory.remove(removed)  # the other reader sees it: no new table
             for (a, a_stats), (b, b_stats) in zip(
                 batches(memory, 4), batches(tabled, 4), strict=True
             ):
@@ -69,14 +69,16 @@ def damage(path, *kinds):
 
 
 @pytest.mark.parametrize("comparing", [True, False])
-def test_a_table_spares_index_and_embeddings(build, documents, tmp_path, comparing):
-    """They may be damaged, as long as nobody opens them."""
+def test_a_table_makes_index_and_embeddings_unnecessary(
+    build, documents, tmp_path, comparing
+):
+    """They may be damaged, as they are never opened."""
     memory = build(documents, index="scann")
     compute_neighbours(memory, tmp_path / "table", 40)
     strategy = {} if comparing else {"max_similarity": 1.0}
     expected = batches(memory, 4, **strategy)
     later = UNUSED_WITH_TABLE
-    # Documents of one example are compared by their embeddings, and those alone.
+    # Documents of one example are compared only by their embeddings.
     damage(memory.path, *(later - {"embeddings_document"} if comparing else later))
     with pytest.raises(storage.IntegrityError, match="is corrupt"):
         Memory.load(memory.path)
@@ -97,7 +99,7 @@ def test_a_table_spares_index_and_embeddings(build, documents, tmp_path, compari
                 use()
 
 
-def test_four_hosts_read_their_share_of_what_a_table_needs(
+def test_four_hosts_read_their_parts_of_a_table(
     build, documents, tmp_path, reading, four_hosts, monkeypatch
 ):
     memory = build(documents)
@@ -131,7 +133,7 @@ def test_four_hosts_read_their_share_of_what_a_table_needs(
 
 
 def stop_after(num_queries):
-    """Progress that ends the work where more are done."""
+    """Progress that stops the work after `num_queries`."""
 
     def progress(done, total):
         if done > num_queries:
@@ -140,7 +142,7 @@ def stop_after(num_queries):
     return progress
 
 
-def test_a_table_that_was_broken_off_resumes(build, documents, tmp_path, monkeypatch):
+def test_an_interrupted_table_resumes(build, documents, tmp_path, monkeypatch):
     memory = build(documents)
     whole, again = tmp_path / "whole", memory.path / "table"
     compute_neighbours(memory, whole, 5)
@@ -179,7 +181,7 @@ def test_a_table_that_was_broken_off_resumes(build, documents, tmp_path, monkeyp
     assert compute_neighbours(memory, again, 4).width == 4
 
 
-# What two processes read to open a memory; its table; and what they find together.
+# The bytes two processes read to open a memory; its table; and their joint results.
 TOGETHER = """
 from racm3_jax.training.processes import join_processes
 join_processes()
@@ -212,8 +214,8 @@ with Memory.load(path, describe=checksums.describe_together, later={"index"}) as
 """
 
 
-def test_two_processes_do_what_one_does(build, documents, tmp_path, monkeypatch):
-    """Each reads its share of the files, its share of the queries, its shards."""
+def test_two_processes_give_the_table_of_one(build, documents, tmp_path, monkeypatch):
+    """Each reads its part of the files, its part of the queries, its shards."""
     monkeypatch.setattr(sharded, "ROWS_PER_SHARD", 15)
     memory = build(documents, index="scann_sharded")
     compute_neighbours(memory, tmp_path / "one", 5)
@@ -241,14 +243,14 @@ def test_two_processes_do_what_one_does(build, documents, tmp_path, monkeypatch)
     for number, own in (("0", {0, 2}), ("1", {1})):
         opened = (tmp_path / number / "shards").read_text().split("\n")
         names = [name.partition("/index/")[2] for name in opened]
-        # The description of all is known once one process of a machine has read it.
+        # The whole description is available once one process of a machine has read it.
         assert set(map(sharded.shard_of, names)) - {None} == own
         found = np.load(tmp_path / number / "found.npz")
         for name, values in expected._asdict().items():
             np.testing.assert_array_equal(found[name], values)
 
 
-def test_the_config_s_table_is_made_once_and_read(build, documents, monkeypatch):
+def test_the_table_of_a_config_is_built_once_and_read(build, documents, monkeypatch):
     from ml_collections import ConfigDict
 
     from racm3_jax.wiring import parts
@@ -264,7 +266,7 @@ def test_the_config_s_table_is_made_once_and_read(build, documents, monkeypatch)
     expected = memory.search(queries, 5)
     parts.prepare_search(config, memory)
     assert memory.index.width == 40 and memory.index.num_queries == 240
-    monkeypatch.setattr(parts, "compute_neighbours", None)  # not made again
+    monkeypatch.setattr(parts, "compute_neighbours", None)  # not built again
     damage(memory.path, *UNUSED_WITH_TABLE)
     said = []
     monkeypatch.setattr(parts.logging, "info", said.append)
@@ -314,13 +316,13 @@ def test_copies_of_the_main_document_are_not_retrieved(tmp_path):
         for row, result in enumerate(results):
             assert len(result.ids) == 3
             assert not set(result.ids.tolist()) & {row % 12, row % 12 + 12}
-        # Without hashes they would have been: the copy is the nearest of all.
+        # Without hashes they would be: the copy is the nearest of all.
         memory.content_hashes = None
         results = Retriever(memory, strategy).retrieve(queries, np.full(24, 3), mains)
         assert (results[0].ids[:1] == [12]).all()
 
 
-def test_a_table_replaces_nothing_but_a_table(build, documents, tmp_path):
+def test_a_table_replaces_only_a_table(build, documents, tmp_path):
     memory = build(documents[:6])
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine.txt").write_text("mine")

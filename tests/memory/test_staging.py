@@ -1,4 +1,4 @@
-"""Memories in buckets are copied to this machine: once, whole, and again when changed."""
+"""Memories in buckets are copied to this machine: once, and again when they change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def forget():
 
 
 def copied() -> int:
-    """Bytes that were read since the last call."""
+    """Bytes read since the last call."""
     log = fake_bucket.FolderBuckets.log
     total = sum(
         (stop or 0) - (start or 0) for c, _, start, stop in log if c[:3] == "cat"
@@ -66,11 +66,11 @@ def test_a_memory_at_a_url_is_copied_once(there, tmp_path, documents):
     assert copied() == 0
 
 
-def test_a_changed_memory_is_copied_beside_the_old_one_which_goes_when_it_is_free(
+def test_a_changed_memory_is_copied_and_the_old_copy_deleted_when_unused(
     there, tmp_path, documents, build
 ):
     old = staging.stage(URL)
-    # What racm3 did not make stays.
+    # Files that racm3 did not write are kept.
     (old.parent / "mine").mkdir()
     build([*documents, make_document(40)], name="larger")
     shutil.rmtree(there)
@@ -88,7 +88,7 @@ def test_a_changed_memory_is_copied_beside_the_old_one_which_goes_when_it_is_fre
     assert record["url"] == URL and list(record["copies"]) == [new.name]
 
 
-def test_removals_there_reach_the_copy(there):
+def test_removals_in_the_bucket_reach_the_copy(there):
     first = staging.stage(URL)
     with Memory.load(there) as memory:
         memory.remove([5])
@@ -96,7 +96,7 @@ def test_removals_there_reach_the_copy(there):
         assert memory.path == first and memory.num_allowed == 39
 
 
-def test_a_killed_copy_goes_on_where_it_was(there, tmp_path, monkeypatch):
+def test_a_killed_copy_resumes(there, tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "COPY_BYTES", 1000)
     largest = max(there.rglob("*"), key=lambda p: p.stat().st_size)
     size = largest.stat().st_size
@@ -115,7 +115,7 @@ def test_a_killed_copy_goes_on_where_it_was(there, tmp_path, monkeypatch):
         staging.stage(URL)
     (partial,) = copies(tmp_path)
     assert (partial / largest.name).stat().st_size == 3000
-    # A byte that went wrong is found by the checksum, and the file copied again.
+    # A wrong byte is found by the checksum, and the file is copied again.
     (partial / largest.name).write_bytes(bytes(3000))
     copy = staging.stage(URL)
     assert calls[4] == (3000, 4000) and (0, 1000) in calls[5:]
@@ -123,7 +123,7 @@ def test_a_killed_copy_goes_on_where_it_was(there, tmp_path, monkeypatch):
     assert not partial.exists() and len(Memory.load(copy)) == 40
 
 
-def test_what_is_wrong_there_is_said(there, monkeypatch):
+def test_errors_in_the_bucket_are_reported(there, monkeypatch):
     with pytest.raises(FileNotFoundError, match="there is no memory at gs://me/no "):
         Memory.load("gs://me/no")
     largest = max(there.rglob("*"), key=lambda p: p.stat().st_size)
@@ -148,8 +148,8 @@ def test_what_is_wrong_there_is_said(there, monkeypatch):
         Memory.load(URL)
 
 
-def test_of_two_at_a_time_one_copies(there):
-    """Threads here; a lock of a file is one of processes, too."""
+def test_only_one_of_two_readers_copies(there):
+    """Tested with threads; the file lock also works between processes."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first, second = pool.map(staging.stage, [URL, URL])
     assert first == second

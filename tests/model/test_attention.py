@@ -20,7 +20,7 @@ from racm3_jax.model.attention import (
 
 # Those that run on any machine; the others: test_attention_kernels.py.
 PRESENT = ("plain", "blocked")
-# Longer than one block of queries, and no multiple of it.
+# Longer than one block of queries, and not a multiple of it.
 LENGTH = 150
 SEGMENTS = np.repeat([1, 2, 3, 0], [40, 60, 35, 15])[None]
 
@@ -41,13 +41,13 @@ def outputs_and_gradients(implementation, q, k, v, direction):
     return out, gradients
 
 
-def test_plain_is_the_picture_of_the_docstring():
+def test_plain_is_the_diagram_of_the_docstring():
     segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
     q = k = jnp.zeros((1, 6, 1, 6))
     v = jnp.eye(6)[None, :, None, :]
     seen = attention(q, k, v, segments, "plain")[0, :, 0] > 0
-    picture = ["".join("x" if x else "." for x in row) for row in np.asarray(seen)]
-    assert picture == ["x.....", "xx....", "xxx...", "...x..", "...xx.", ".....x"]
+    rows = ["".join("x" if x else "." for x in row) for row in np.asarray(seen)]
+    assert rows == ["x.....", "xx....", "xxx...", "...x..", "...xx.", ".....x"]
 
 
 @pytest.mark.parametrize("implementation", PRESENT[1:])
@@ -64,7 +64,7 @@ def test_equals_plain_with_its_gradient(implementation, heads, kv_heads):
 
 
 @pytest.mark.parametrize("implementation", PRESENT)
-def test_bfloat16_stays_near_float32(implementation):
+def test_bfloat16_is_close_to_float32(implementation):
     direction = jnp.cos(jnp.arange(8.0))
     expected = outputs_and_gradients("plain", *make_qkv(), direction)
     inputs = make_qkv(dtype=jnp.bfloat16)
@@ -78,7 +78,7 @@ def test_bfloat16_stays_near_float32(implementation):
 
 
 @pytest.mark.parametrize("implementation", PRESENT)
-def test_no_segment_touches_another(implementation):
+def test_no_segment_influences_another(implementation):
     perturbed = SEGMENTS[0] == 2
     change = jnp.asarray(perturbed)[None, :, None, None] * 3.0
     q, k, v = make_qkv()
@@ -106,8 +106,8 @@ def test_cache_of_one_row_equals_plain():
     np.testing.assert_allclose(last, expected[:, -1:], atol=2e-6)
 
 
-def test_no_pass_copies_or_turns_a_cache():
-    """The compiled step makes nothing of a cache's size: it reads it as it lies."""
+def test_no_pass_copies_or_transposes_a_cache():
+    """The compiled step allocates nothing of a cache's size: it reads it in place."""
     shapes = [
         (4, 2, 4, 8),
         (1, 2, 8, 999),

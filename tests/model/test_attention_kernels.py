@@ -1,4 +1,4 @@
-"""The vendors' kernels: Splash interpreted, cuDNN by what it is given and lowered to."""
+"""The vendors' kernels: Splash interpreted; the arguments and lowering of cuDNN."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def outputs_and_gradients(implementation, q, k, v, direction):
     return out, gradients
 
 
-def test_the_picture_of_find_segments():
+def test_the_diagram_of_find_segments():
     starts, lengths, counts = find_segments(jnp.asarray([[1, 1, 1, 2, 2, 0]]), 4)
     assert starts.tolist() == [[0, 3, 5, -1, -1]]
     assert lengths.tolist() == [[3, 2, 1, -1]]
@@ -83,7 +83,7 @@ def test_splash_equals_plain_and_does_not_leak(mesh_shape):
 def read_packed(
     q, k, v, *, q_seqlen, q_offsets, kv_seqlen, kv_offsets, scale, mask_type, qkv_layout
 ):
-    """What cuDNN is documented to do: every segment is a sequence of its own."""
+    """The documented behaviour of cuDNN: every segment is a separate sequence."""
     assert mask_type == cudnn.MaskType.PADDING_CAUSAL and qkv_layout == "BTNH"
     assert q.shape == k.shape == v.shape and scale == 1.0
     assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
@@ -100,21 +100,21 @@ def read_packed(
     return jnp.asarray(out)
 
 
-def test_cudnn_is_told_the_segments(monkeypatch):
+def test_cudnn_is_given_the_segments(monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", read_packed)
     q, k, v = make_qkv()
     segments = jnp.asarray(SEGMENTS)
     expected = attention(q, k, v, segments, "plain")
     actual = attention(q, k, v, segments, "cudnn", 4)
     np.testing.assert_allclose(actual, expected, atol=2e-6)
-    # A row of more segments than were allowed is loud; the other row is not touched.
+    # A row with too many segments becomes NaN; the other row is not affected.
     actual = attention(q, k, v, segments, "cudnn", 3)
     assert np.isnan(actual[0]).all()
     np.testing.assert_allclose(actual[1], expected[1], atol=2e-6)
 
 
 def test_cudnn_is_lowered_to_its_own_kernels(monkeypatch):
-    """For a GPU that is not here, forward and backward, without a row's scores."""
+    """For an absent GPU, forward and backward, without a row's scores."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda c: False)
@@ -132,7 +132,7 @@ def test_cudnn_is_lowered_to_its_own_kernels(monkeypatch):
 
 
 def devices_elsewhere(platform, kind):
-    """A mesh of devices that this process has not."""
+    """A mesh of devices that this process does not have."""
     device = jax.sharding.AbstractDevice(kind, None, platform)
     axes = {"abstract_device": device}
     mesh = jax.sharding.AbstractMesh((2,), ("data",), **axes)
@@ -150,7 +150,7 @@ def devices_elsewhere(platform, kind):
         ("cpu", "cpu", "float32", "plain"),
     ],
 )
-def test_the_devices_of_the_mesh_choose(platform, kind, dtype, expected):
+def test_the_devices_of_the_mesh_decide(platform, kind, dtype, expected):
     with devices_elsewhere(platform, kind):
         assert choose_implementation(dtype) == expected
     assert choose_implementation(dtype) == "blocked"  # what this process runs on
@@ -183,14 +183,14 @@ def test_decoding_is_prepared_for_the_devices_of_the_mesh():
         ("", "float32"),
     ],
 )
-def test_auto_computes_in_what_the_device_multiplies(monkeypatch, features, dtype):
+def test_auto_uses_the_dtype_of_the_device(monkeypatch, features, dtype):
     monkeypatch.setattr(sharding, "_cpu_features", features.split)
     config = tiny(compute_dtype="auto")
     params = init_params(config, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
     def hidden_dtype():
-        # A function of its own each time: a trace is not looked up again.
+        # A new function each time, so that no cached trace is used.
         found = jax.eval_shape(
             lambda i: Transformer(config).apply({"params": params}, i, i, i), ids
         )
@@ -199,7 +199,7 @@ def test_auto_computes_in_what_the_device_multiplies(monkeypatch, features, dtyp
     assert hidden_dtype() == dtype
     with devices_elsewhere("tpu", "TPU v6 lite"):
         assert hidden_dtype() == "bfloat16"
-        # What is trained on a CPU decodes on an accelerator as if it were trained there.
+        # Models trained on a CPU decode on an accelerator like those trained there.
         assert prepare_decoding(config, params)[0].compute_dtype == "bfloat16"
 
 
@@ -211,8 +211,8 @@ def test_the_features_of_the_cpu_are_those_that_linux_lists(monkeypatch):
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_splash_is_made_in_every_trace_again(scan_layers, remat):
-    """A kernel holds arrays of its trace: one that is kept is an error in the next."""
+def test_splash_is_built_in_every_trace(scan_layers, remat):
+    """A kernel contains arrays of its trace: reusing it in another one is an error."""
     config = tiny(attention="splash", scan_layers=scan_layers, remat=remat)
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 

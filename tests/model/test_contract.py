@@ -1,4 +1,4 @@
-"""The product in bfloat16: dtypes of gradients, and agreement with float32."""
+"""Products in bfloat16: dtypes of gradients, and agreement with float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = dict(zip("bldhkvqsgf", (2, 5, 8, 3, 4, 7, 6, 9, 2, 10), strict=True))
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_bfloat16_gradients_are_near_and_in_the_operands_dtype(spec):
+def test_bfloat16_gradients_are_close_and_have_the_operands_dtype(spec):
     rng = np.random.default_rng(0)
     terms = spec.split("->")[0].split(",")
     x, y = (

@@ -1,4 +1,4 @@
-"""A split table yields what a whole one does, and so do its gradients."""
+"""A split table equals a whole one, and so do its gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from racm3_jax.training.collectives import find_collectives
 @pytest.mark.parametrize(
     "shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (2, 2, 2), (1, 2, 4)]
 )
-def test_every_mesh_finds_the_same(shape, rows):
+def test_every_mesh_gives_the_same(shape, rows):
     table = jax.random.normal(jax.random.key(0), (800, 16))
     tokens = jax.random.randint(jax.random.key(1), (rows, 5), 0, 800)
     direction = jax.random.normal(jax.random.key(2), (rows, 5, 16))

@@ -1,4 +1,4 @@
-"""8-bit weights: within half a step, and the model reads them as they are."""
+"""8-bit weights: within half a step, and used by the model without conversion."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_a_kernel_is_within_half_a_step():
         assert set(full.reshape(-1).tolist()) == {0, 127}
 
 
-def test_the_model_computes_with_what_the_bits_mean():
-    """8-bit weights give the logits of the same weights written out in float32."""
+def test_the_model_computes_with_the_quantized_values():
+    """8-bit weights give the logits of the same weights converted to float32."""
     config = tiny_chameleon(num_layers=1)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     quantized = quantize_weights(params)

@@ -136,7 +136,7 @@ def test_remat_changes_nothing(remat, scan):
 
 
 def kept_bytes(config):
-    """Of what the forward pass keeps for the backward pass."""
+    """Bytes that the forward pass keeps for the backward pass."""
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     params = nn.unbox(abstract_params(config))
 
@@ -153,7 +153,7 @@ def kept_bytes(config):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dots_keeps_the_products_and_nothing_else(style, scan, dtype):
+def test_dots_keeps_only_the_products(style, scan, dtype):
     c = style(compute_dtype=dtype, scan_layers=scan, attention="plain")
     full, dots, none = (
         kept_bytes(dataclasses.replace(c, remat=remat))
@@ -183,7 +183,7 @@ def test_blocked_equals_plain(style):
     ("style", "implementation"),
     [(tiny, "plain"), (tiny, "blocked"), (tiny_chameleon, "blocked")],
 )
-def test_packed_examples_do_not_touch_each_other(style, implementation):
+def test_packed_examples_do_not_influence_each_other(style, implementation):
     """One row of three examples and padding; the second one is replaced."""
     config = style(attention=implementation)
     params = make_params(config)
@@ -205,7 +205,7 @@ def test_packed_examples_do_not_touch_each_other(style, implementation):
     @jax.jit
     def gradient(table):
         def loss(table):
-            # Every position has a row of the table to itself.
+            # Every position has its own row of the table.
             own = {**params, "embedding": table}
             ids = jnp.arange(LENGTH)[None]
             hidden = model.apply({"params": own}, ids, positions, segments)
@@ -218,7 +218,7 @@ def test_packed_examples_do_not_touch_each_other(style, implementation):
     assert np.all(np.any(by_position[~second], axis=-1))
 
 
-def test_an_example_alone_equals_itself_packed():
+def test_a_single_example_equals_itself_packed():
     config = tiny()
     params = make_params(config)
     segments = jnp.asarray([[1] * 10 + [2] * 14])
@@ -231,7 +231,7 @@ def test_an_example_alone_equals_itself_packed():
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_bfloat16_trains_near_float32(style):
+def test_bfloat16_training_is_close_to_float32(style):
     params = make_params(style())
     near = style(compute_dtype="bfloat16")
     hidden = jax.eval_shape(
@@ -298,7 +298,7 @@ def test_head_weights_are_the_matrix_of_the_logits():
         assert head_weights(params, config).shape == (32, 64)
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="exceeds the model's max_length=64"):
         make_cache(tiny(), 1, 65)
     lengths, params = jnp.full(3, 24), make_params(tiny())

@@ -1,4 +1,4 @@
-"""Strings of every kind that captions from the web hold; seeded."""
+"""Strings of all kinds that occur in captions from the web; seeded."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def make_strings(number: int, seed: int = 0) -> list[str]:
             words = [word.upper() for word in words]
         if rng.random() < 0.3:
             rare = map(chr, rng.integers(33, 0x2FFF, 5))
-            # What is unassigned differs from library to library, by their age.
+            # Which characters are unassigned depends on the library's version.
             words.append("".join(c for c in rare if unicodedata.category(c) != "Cn"))
         strings.append(glue.join(words))
     return strings

@@ -22,7 +22,7 @@ NUM_SPARE = 3
 
 
 def make_tokenizer() -> dict[str, Any]:
-    """Chameleon's order of ids, with 24 scrambled image codes and 5 reserved ids."""
+    """Chameleon's order of tokens, with 24 permuted image codes and 5 reserved tokens."""
     order = np.random.default_rng(7).permutation(NUM_CODES)
     names = ["<s>", "<pad>", "</s>", "<unk>"]
     for code in order:
@@ -132,7 +132,7 @@ _HF_NAMES = {
 def in_layout(
     native: Mapping[str, np.ndarray], record: Mapping[str, Any], layout: str
 ) -> dict[str, np.ndarray]:
-    """The same weights; head by head and pair by pair, so as to be plainly right."""
+    """The same weights; head by head and pair by pair, so as to be obviously right."""
     if layout == "native":
         return dict(native)
     heads = {

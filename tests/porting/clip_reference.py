@@ -12,7 +12,7 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class ReferenceTokenizer:
-    """Slow and plain: merges are applied to one word at a time, best rank first."""
+    """Slow and simple: merges are applied to one word at a time, best rank first."""
 
     def __init__(self, merges: list[tuple[str, str]]) -> None:
         import regex

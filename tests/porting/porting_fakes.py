@@ -1,4 +1,4 @@
-"""Checkpoints of random numbers in foreign layouts, made without torch."""
+"""Checkpoints of random numbers in the layouts of other projects, made without torch."""
 
 from __future__ import annotations
 

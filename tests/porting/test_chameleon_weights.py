@@ -1,4 +1,4 @@
-"""Chameleon from four layouts: one model; vocabulary by name; nothing half-written."""
+"""Chameleon from four layouts: one model; vocabulary by name; atomic writes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_four_layouts_are_one_model(tmp_path, vqgan):
         for name, array in converted[layout].items():
             np.testing.assert_array_equal(array, converted["hf"][name], name)
 
-    # Ids by name, in both directions.
+    # Tokens by name, in both directions.
     mixed = MixedTokenizer.load(tmp_path / "out" / "hf" / "tokenizer")
     vocab = mixed.vocab
     ids = make_tokenizer()["model"]["vocab"]
@@ -97,7 +97,7 @@ def test_four_layouts_are_one_model(tmp_path, vqgan):
     assert vocab.is_text(control).all() and len(control) == len("<s>IMGIMGBDZ<eoss>")
 
 
-def test_export_gives_every_bit_back(tmp_path, vqgan):
+def test_export_is_bit_exact(tmp_path, vqgan):
     record = hf_record()
     native = native_state(record)
     source = write_chameleon(tmp_path / "hf", record, native, "hf")
@@ -141,7 +141,7 @@ def test_the_licence_must_be_accepted(tmp_path, vqgan):
         ("shape", "v_proj.weight is"),
     ],
 )
-def test_what_does_not_fit_is_refused_whole(tmp_path, vqgan, fault, words):
+def test_mismatches_are_refused_without_output(tmp_path, vqgan, fault, words):
     record, tokenizer = hf_record(), make_tokenizer()
     native = native_state(record)
     if fault == "codes":
@@ -208,14 +208,14 @@ def test_peak_memory_stays_under_twice_the_largest_shard(tmp_path, vqgan):
     largest = max(x.nbytes for x in native.values())
     assert shard_bytes > 8 * largest
     del native
-    convert(source, tmp_path / "first", vqgan)  # imports and compilations are done
+    convert(source, tmp_path / "first", vqgan)  # imports and compilations are finished
     tracemalloc.start()
     try:
         convert(source, tmp_path / "out", vqgan)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # Tighter than twice: a shard is never whole in memory, and all else is small change.
+    # Less than twice: a shard is never completely in memory, and the rest is small.
     assert peak < shard_bytes, (peak, shard_bytes)
 
 

@@ -83,7 +83,7 @@ def test_layouts_of_the_same_weights_are_equal(tmp_path):
     assert embedder.embed_texts(["the flag", "of"]).shape == (2, CLIP_CONFIG.d_embed)
 
 
-def test_half_precision_stays_half(tmp_path):
+def test_half_precision_is_kept(tmp_path):
     state = {n: x.astype(np.float16) for n, x in clip_state(CLIP_CONFIG).items()}
     state["logit_scale"] = state["logit_scale"].astype(np.float32)
     write_hf_clip(tmp_path / "hf", CLIP_CONFIG, state)
@@ -96,7 +96,7 @@ def test_half_precision_stays_half(tmp_path):
     assert size < 2.2 * sum(x.size for x in state.values())
 
 
-def test_tokens_have_openais_ids(tmp_path):
+def test_tokens_are_openais(tmp_path):
     write_hf_clip(tmp_path / "hf", CLIP_CONFIG, clip_state(CLIP_CONFIG))
     convert_clip(tmp_path / "hf", tmp_path / "out")
     tokenizer = DocumentEmbedder.load(tmp_path / "out").tokenizer
@@ -143,7 +143,7 @@ def test_a_filled_folder_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="already"):
         convert_clip(tmp_path / "hf", out)
     convert_clip(tmp_path / "hf", out, overwrite=True)
-    # A file of the user's in it: nothing of it may be lost.
+    # A folder with a file of the user's must not be changed.
     (out / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="left alone"):
         convert_clip(tmp_path / "hf", out, overwrite=True)

@@ -55,7 +55,7 @@ SHAPES = {
 
 
 def photographs() -> list[np.ndarray]:
-    """Those that scikit-image and scikit-learn bring along."""
+    """The images shipped with scikit-image and scikit-learn."""
     skimage = pytest.importorskip("skimage")
     sklearn = pytest.importorskip("sklearn")
     names = [
@@ -83,7 +83,7 @@ def photographs() -> list[np.ndarray]:
 
 
 def many_merges(number: int) -> list[str]:
-    """Merges that build on nothing but the bytes."""
+    """Merges that are built from bytes only."""
     symbols = byte_symbols()
     return [f"{symbols[i // 256]} {symbols[i % 256]}" for i in range(number)]
 
@@ -135,10 +135,10 @@ def test_files_embed_as_in_transformers(name, tmp_path):
 
 
 def same_cut(photo: np.ndarray, size: int) -> bool:
-    """Whether transformers cuts the pixels that OpenAI's code cuts.
+    """Whether transformers crops the same pixels as OpenAI's code.
 
-    Of an odd margin, the one rounds the smaller half down, the other to even: a pixel's
-    difference, when the margin is 3 more than a multiple of 4. Ours is OpenAI's.
+    Half of an odd margin is rounded down by one and to even by the other: they differ by a
+    pixel when the margin is 3 more than a multiple of 4. Ours is OpenAI's.
     """
     longer, shorter = max(photo.shape[:2]), min(photo.shape[:2])
     return (int(size * longer / shorter) - size) % 4 != 3
@@ -159,24 +159,24 @@ def test_fit_image_is_openais_preprocessing():
 
     for photo in photographs():
         for size in (224, 336, 61):
-            picture = Image.fromarray(photo)
-            width, height = picture.size
+            image = Image.fromarray(photo)
+            width, height = image.size
             if width <= height:
-                picture = picture.resize(
+                image = image.resize(
                     (size, int(size * height / width)), Image.Resampling.BICUBIC
                 )
             else:
-                picture = picture.resize(
+                image = image.resize(
                     (int(size * width / height), size), Image.Resampling.BICUBIC
                 )
-            left = round((picture.width - size) / 2.0)
-            top = round((picture.height - size) / 2.0)
-            expected = picture.crop((left, top, left + size, top + size))
+            left = round((image.width - size) / 2.0)
+            top = round((image.height - size) / 2.0)
+            expected = image.crop((left, top, left + size, top + size))
             np.testing.assert_array_equal(fit_image(photo, size), np.asarray(expected))
 
 
 @pytest.mark.skipif("CLIP_MERGES" not in os.environ, reason="needs CLIP's merges file")
-def test_ten_thousand_strings_have_clips_ids():
+def test_ten_thousand_strings_have_clips_tokens():
     pytest.importorskip("ftfy")
     pytest.importorskip("regex")
     merges = read_merges(Path(os.environ["CLIP_MERGES"]))[: 49408 - 514]
@@ -188,7 +188,7 @@ def test_ten_thousand_strings_have_clips_ids():
         for text, found in zip(strings, ours, strict=True)
         if reference.encode(text) != found.tolist()
     ]
-    # Only where ftfy took a text for wrongly decoded, which is not imitated.
+    # Only where ftfy guesses a wrong decoding, which is not imitated.
     guessed = [
         text
         for text in strings

@@ -1,4 +1,4 @@
-"""Damaged files of every format that is read: the same content, or one sentence."""
+"""Damaged files of every format: the same content, or an error of one sentence."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def read_all(path):
 
 
 def write_deflated(path):
-    """The same torch file, zipped by another tool."""
+    """The same torch file, compressed by another tool."""
     write_torch_file(path, STATE)
     with zipfile.ZipFile(path) as archive:
         entries = {n: archive.read(n) for n in archive.namelist()}
@@ -133,7 +133,7 @@ def test_weights(tmp_path, name, write):
         path.write_bytes(changed)
         outcomes.append(judge(lambda: read_all(path), expected))
     assert outcomes.count("sentence") > 2 * CASES
-    # The zip format checks its own bytes; safetensors leaves that to the manifest.
+    # The zip format has checksums; for safetensors the manifest has them.
     assert name == "m.safetensors" or "other" not in outcomes
 
 
@@ -172,7 +172,7 @@ W = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header_of(b'{"w":1,"w":2}'), "occurs twice"),
     ],
 )
-def test_safetensors_headers_that_lie(tmp_path, content, message):
+def test_wrong_safetensors_headers(tmp_path, content, message):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
     if message is None:
@@ -222,7 +222,7 @@ def test_merges(tmp_path):
             judge(read, expected)
 
 
-def test_merges_that_unzip_without_end(tmp_path):
+def test_merges_that_decompress_endlessly(tmp_path):
     path = tmp_path / "merges.txt.gz"
     path.write_bytes(gzip.compress(b"a b\n" * 6_000_000, 1))
     with pytest.raises(PortingError, match="more than 20,000,000 bytes"):
@@ -244,7 +244,7 @@ def test_a_vocabulary():
         judge(lambda changed=changed: read(changed), expected)
 
 
-def test_a_tokenizer_without_a_seal(tmp_path):
+def test_a_tokenizer_without_checksums(tmp_path):
     path = tmp_path / "tokenizer.json"
     TextTokenizer.train(["the flag of the moon"] * 9, 270).save(path)
     expected, text = TextTokenizer.load(path).fingerprint(), path.read_text()

@@ -1,4 +1,4 @@
-"""What the reference implementations computed for the same random weights, stored.
+"""Stored outputs of the reference implementations for the same random weights.
 
 The files are made by tests/golden/porting/make_golden.py.
 """
@@ -53,7 +53,7 @@ def test_vqgan(tmp_path):
 
 
 def test_chameleon(tmp_path):
-    """Their logits of their ids are ours of ours, in the order of the vocabulary."""
+    """Their logits equal ours, after permuting the vocabulary."""
     golden = np.load(GOLDEN / "chameleon.npz")
     write_torch_file(tmp_path / "v.ckpt", vqgan_state(VQGAN_CONFIG))
     record = hf_record()

@@ -178,7 +178,7 @@ def test_chameleon_against_transformers(tmp_path, name):
         ids = np.zeros((1, 68), np.int32)
         ids[:, :4] = to_ours[tokens[:1, :4]]
         for i in range(4, 68):
-            # Their id, because <s> read and </s> written share one of ours.
+            # Their token, because <s> (read) and </s> (written) are one token of ours.
             best = outputs[int(compute(ids)[0, i - 1].argmax())]
             ids[0, i] = to_ours[best]
         np.testing.assert_array_equal(ids, to_ours[greedy])

@@ -1,4 +1,4 @@
-"""Foreign files: what is read, and what is refused in one sentence."""
+"""Files of other projects: those that are read, and errors of one sentence."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_shards_are_one_source(tmp_path):
 
 
 def test_nested_state_and_inert_class_names():
-    """Lightning's callbacks are keyed by class: mentioned, not called."""
+    """Lightning's callbacks have classes as keys, which are not called."""
     program = state_dict_program(STATE)[2:-1]
     wrapped = (
         pickle.PROTO + b"\x02}(X\x09\x00\x00\x00callbacks}(cpytorch_lightning\nSaver\n"
@@ -104,7 +104,7 @@ class Malicious:
 
 
 class Plain:
-    """A class without any trick is refused too."""
+    """A harmless class is refused, too."""
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -130,7 +130,7 @@ def test_malicious_pickle_is_refused_by_name(tmp_path, monkeypatch, protocol):
         b"(cos\nsystem\nS'echo'\no.",  # OBJ
         b"\x82\x01.",  # EXT1
         b"cbuiltins\neval\n(S'1'\ntR.",
-        b"c__torch__\nModel\n(tR.",  # TorchScript modules are made, never called
+        b"c__torch__\nModel\n(tR.",  # TorchScript modules are built, never called
     ],
 )
 def test_every_way_to_call_is_refused(program):
@@ -150,7 +150,7 @@ def test_truncated_files(tmp_path):
     assert "truncated or not a safetensors file" in refusal(open_tensors, safe)
 
 
-def test_a_flipped_byte_of_a_torch_file_is_noticed(tmp_path):
+def test_a_flipped_byte_of_a_torch_file_is_detected(tmp_path):
     path = tmp_path / "m.pt"
     write_torch_file(path, STATE)
     content = bytearray(path.read_bytes())
@@ -159,7 +159,7 @@ def test_a_flipped_byte_of_a_torch_file_is_noticed(tmp_path):
     assert "damaged" in refusal(open_tensors(path).read, "a.weight")
 
 
-def test_storages_that_lie(tmp_path):
+def test_storages_of_wrong_sizes(tmp_path):
     program = state_dict_program({"a": np.zeros(4, np.float32)})
     write_torch_zip(tmp_path / "short.pt", program, {"0": b"\0" * 8})
     assert "needs 16 stored bytes and has 8" in refusal(
@@ -172,7 +172,7 @@ def test_storages_that_lie(tmp_path):
 
 
 @pytest.mark.parametrize("value, word", [(np.nan, "NaN"), (np.inf, "infinite")])
-def test_numbers_that_are_none(tmp_path, value, word):
+def test_values_that_are_not_numbers(tmp_path, value, word):
     array = np.ones((3, 3), np.float32)
     array[1, 2] = value
     safetensors.numpy.save_file({"w": array}, tmp_path / "m.safetensors")
@@ -200,7 +200,7 @@ def test_all_differences_are_listed(tmp_path):
     assert "1 mis-shaped (a.weight is [2, 3], not [3, 2])" in message
 
 
-def test_no_weights_and_too_many(tmp_path):
+def test_no_weights_and_too_many_weights(tmp_path):
     assert "holds no weights" in refusal(open_tensors, tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_tensors(tmp_path / "none.pt")

@@ -1,4 +1,4 @@
-"""Checkpoints as trainings leave them: which weights are taken, and what stays inert."""
+"""Checkpoints of trainings: which weights are read, and what is never executed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def dump(value) -> bytes:
             out += pickle.BINUNICODE + struct.pack("<I", len(content)) + content
             out += dump(item)
         return out + pickle.SETITEMS
-    return pickle.dumps(value, 2)[2:-1]  # memo numbers are not used across parts
+    return pickle.dumps(value, 2)[2:-1]  # memo numbers are not shared
 
 
 def write_checkpoint(path, value) -> None:
@@ -111,7 +111,7 @@ def test_one_of_several_is_chosen_by_its_path(tmp_path):
     assert read(tmp_path / "two.ckpt", "student") == {"w": B.tolist()}
     assert read(path, "student.ema") == {"w": B.tolist()}
     assert "one of teacher, student.ema" in refusal(open_tensors, path, "pupil")
-    # Or by a prefix of the names.
+    # Or by a prefix of their names.
     names = Tensors({"clip.w": A, "loss.w": B})
     write_checkpoint(path, {"state_dict": names, "optimizer": OTHER})
     for part in ("clip", "state_dict.clip"):
@@ -119,7 +119,7 @@ def test_one_of_several_is_chosen_by_its_path(tmp_path):
 
 
 def test_one_dict_under_two_paths_is_found_under_both():
-    """Before its first step an average is the model itself."""
+    """Before the first step, an averaged model is the model itself."""
     tensor = read_plain_pickle(state_dict_program({"w": A}), "x")["w"]
     state = {"w": tensor}
     value = {"model": state, "ema": state}
@@ -131,7 +131,7 @@ def test_one_dict_under_two_paths_is_found_under_both():
     )
 
 
-def test_dicts_of_dicts_without_end(monkeypatch):
+def test_endless_nesting_of_dicts(monkeypatch):
     monkeypatch.setattr(torch_files, "_MAX_DICTS", 1000)
     value = {}
     for _ in range(4):
@@ -146,7 +146,7 @@ def test_dicts_of_dicts_without_end(monkeypatch):
     ["_orig_mod.", "module.", "model.", "module._orig_mod.", "model.module._orig_mod."],
 )
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
-def test_prefixes_that_all_names_share_are_taken_off(tmp_path, prefix, form):
+def test_common_prefixes_are_removed(tmp_path, prefix, form):
     state = {prefix + "visual.a": A, prefix + "text._orig_mod.b": B}
     path = tmp_path / f"m.{form}"
     if form == "pt":
@@ -156,11 +156,11 @@ def test_prefixes_that_all_names_share_are_taken_off(tmp_path, prefix, form):
     assert read(path) == {"visual.a": A.tolist(), "text.b": B.tolist()}
 
 
-def test_prefixes_that_some_names_lack_stay(tmp_path):
+def test_other_prefixes_are_kept(tmp_path):
     state = {"model.layers.0": A, "lm_head": B}
     safetensors.numpy.save_file(state, tmp_path / "m.safetensors")
     assert set(read(tmp_path)) == set(state)
-    # Both names would become one.
+    # Both names would be equal.
     state = {"a._orig_mod.b": A, "a.b": B}
     safetensors.numpy.save_file(state, tmp_path / "m.safetensors")
     assert set(read(tmp_path)) == set(state)
@@ -176,7 +176,7 @@ def test_weights_among_others_are_named_and_taken(tmp_path):
     assert suggest_part(["a"], ["b"]) == ""
 
 
-BESIDE = {
+UNRELATED = {
     "numpy scalar": np.float64(0.5),
     "numpy array": np.arange(3),
     "dtype": np.dtype("float32"),
@@ -191,14 +191,14 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", UNRELATED)
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-def test_what_lies_beside_the_weights_is_left_inert(name, protocol):
-    """Never called, never kept: the rest is read as if it were not there."""
-    program = pickle.dumps({"beside": BESIDE[name], "after": 3}, protocol)
+def test_objects_next_to_the_weights_are_not_executed(name, protocol):
+    """Never called and not kept: only the rest is read."""
+    program = pickle.dumps({"other": UNRELATED[name], "after": 3}, protocol)
     found = read_plain_pickle(program, "x.ckpt")
     assert found["after"] == 3
-    assert isinstance(found["beside"], (Inert, list))
+    assert isinstance(found["other"], (Inert, list))
 
 
 def test_a_lightning_checkpoint(tmp_path):
@@ -215,12 +215,12 @@ def test_a_lightning_checkpoint(tmp_path):
 
 
 def test_an_unknown_tensor_among_the_weights_is_refused(tmp_path):
-    """Dropped in silence, it would be missed later, or not at all."""
-    program = pickle.dumps({"beside": np.float64(1)}, 2)
+    """Dropping it silently would fail later, or never."""
+    program = pickle.dumps({"other": np.float64(1)}, 2)
     value = read_plain_pickle(program, "x")
     tensor = read_plain_pickle(state_dict_program({"w": A}), "x")["w"]
     message = refusal(
-        torch_files.find_state_dict, {"w": tensor, "q": value["beside"]}, "x.pt"
+        torch_files.find_state_dict, {"w": tensor, "q": value["other"]}, "x.pt"
     )
     assert "(at q)" in message and "scalar" in message
 
@@ -263,7 +263,7 @@ def tensor_program(offset, shape, strides, size) -> bytes:
         ((0, ("2",), (1,)), "from 0 up"),
     ],
 )
-def test_views_that_cannot_be(tmp_path, view, message):
+def test_invalid_views(tmp_path, view, message):
     path = tmp_path / "m.pt"
     stored = np.arange(4, dtype=np.float32)
     write_torch_zip(path, tensor_program(*view, 4), {"0": stored.tobytes()})
@@ -277,7 +277,7 @@ def test_views_that_cannot_be(tmp_path, view, message):
         assert message in refusal(open_tensors, path)
 
 
-def test_a_program_that_unzips_without_end(tmp_path, monkeypatch):
+def test_a_program_that_decompresses_endlessly(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_files, "_MAX_PROGRAM_BYTES", 10_000)
     path = tmp_path / "m.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -300,7 +300,7 @@ def test_a_program_of_too_many_steps(monkeypatch, program):
     assert "1,500 steps" in refusal(read_plain_pickle, program, "x.pt")
 
 
-def test_nesting_without_end_is_one_sentence():
+def test_endless_nesting_is_refused_in_one_sentence():
     deep = b"\x80\x02" + b"]" * 90_000 + b"a" * 89_999 + b"."
     assert isinstance(read_plain_pickle(deep, "x"), list)
     for program in (b"}%sNs.", b"\x8f(%s\x90.", b"(%s\x91."):
@@ -320,7 +320,7 @@ def test_damaged_programs(program):
     assert "x.pt" in refusal(read_plain_pickle, program, "x.pt")
 
 
-def test_a_zip_directory_that_cannot_be(tmp_path, monkeypatch):
+def test_an_invalid_zip_directory(tmp_path, monkeypatch):
     path = tmp_path / "m.pt"
     write_checkpoint(path, {"state_dict": WEIGHTS})
     monkeypatch.setattr(torch_files, "_MAX_DIRECTORY_BYTES", 100)
@@ -338,7 +338,7 @@ def test_an_encrypted_zip(tmp_path):
 
 
 def test_a_storage_of_more_bytes_than_the_file(tmp_path):
-    """Its size is promised by the directory alone; nothing of it is made."""
+    """Only the directory claims this size; nothing is allocated."""
     path = tmp_path / "m.pt"
     size = 1 << 30
     program = state_dict_program({"w": np.broadcast_to(np.float32(0), (size,))})

@@ -1,4 +1,4 @@
-"""What torch itself saves, as trainings save it."""
+"""Files that torch itself saves, as in trainings."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_state_dicts(tmp_path, network):
 
 def test_trainings(tmp_path, network, optimizer):
     state = network.state_dict()
-    beside = argparse.Namespace(
+    arguments = argparse.Namespace(
         rate=np.float64(0.1),
         sizes=np.arange(3),
         path=pathlib.PurePosixPath("x"),
@@ -67,7 +67,7 @@ def test_trainings(tmp_path, network, optimizer):
             "best": np.float32(2),
             "state_dict": {f"model.{name}": x for name, x in state.items()},
             "optimizer_states": [optimizer.state_dict()],
-            "hyper_parameters": beside,
+            "hyper_parameters": arguments,
             "callbacks": {argparse.Namespace: collections.defaultdict(list)},
         },
         tmp_path / "lightning.ckpt",
@@ -83,7 +83,7 @@ def test_trainings(tmp_path, network, optimizer):
     np.testing.assert_array_equal(found.read("0.bias"), average["0.bias"].numpy())
 
 
-def test_what_is_no_plain_tensor(tmp_path, network):
+def test_other_kinds_of_tensors(tmp_path, network):
     for value, message in (
         (network, "Sequential"),
         ({"w": torch.eye(3).to_sparse()}, "_rebuild_sparse_tensor"),

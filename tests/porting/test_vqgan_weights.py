@@ -72,7 +72,7 @@ def test_gumbel_codes_are_the_best_scores(tmp_path):
         ("missing", "decoder.mid_block.resnets.1.conv2.bias"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, fault, words):
+def test_mismatches_are_named(tmp_path, fault, words):
     state = diffusers_state(vqgan_state(VQGAN_CONFIG))
     changes = {}
     if fault == "decoder":

@@ -1,4 +1,4 @@
-"""Converted and exported folders: sealed, whole after any crash, never in another's place."""
+"""Converted and exported folders: with checksums, atomic, never replacing other files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_export_is_old_or_new_after_any_crash(sources, tmp_path):
     assert tried > 30
 
 
-def test_every_file_of_a_conversion_is_under_the_seal(sources, tmp_path):
+def test_every_file_of_a_conversion_has_a_checksum(sources, tmp_path):
     convert_clip(sources / "a", tmp_path / "out")
     names = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
@@ -87,7 +87,7 @@ def racm3(capsys, *words):
     return status, capsys.readouterr()
 
 
-def test_the_command_replaces_its_own_kind_alone(sources, tmp_path, capsys):
+def test_the_command_replaces_only_its_own_kind(sources, tmp_path, capsys):
     out, export = tmp_path / "out", tmp_path / "hf"
     assert racm3(capsys, "convert", "clip", sources / "a", out)[0] == 0
     convert = ("convert", "clip", sources / "b", out)
@@ -97,7 +97,7 @@ def test_the_command_replaces_its_own_kind_alone(sources, tmp_path, capsys):
     assert read_scale(out) == read_scale(sources / "ours_b")
     assert racm3(capsys, "export", out, export)[0] == 0
     assert racm3(capsys, "export", out, export, "--overwrite")[0] == 0
-    # An export is no CLIP of ours, and a CLIP of ours is no export.
+    # An export is not a CLIP in our format, nor the reverse.
     with pytest.raises(FileExistsError, match="left alone"):
         convert_clip(sources / "b", export, overwrite=True)
     with pytest.raises(FileExistsError, match="left alone"):

@@ -1,4 +1,4 @@
-"""Recall and preference against their definitions; what lets a CLIP rank samples."""
+"""Recall and preference against their definitions; when a CLIP may rank samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def unit(rows):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def test_figures_are_those_of_their_definitions():
+def test_figures_equal_their_definitions():
     rng = np.random.default_rng(0)
     texts = unit(rng.normal(size=(700, 8)))
     images = unit(texts + 0.4 * rng.normal(size=(700, 8)))

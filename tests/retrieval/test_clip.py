@@ -69,12 +69,12 @@ def encode_text(params, rows):
     return CLIP(SMALL).apply({"params": params}, rows, method=CLIP.encode_text)
 
 
-def test_vit_l_14_has_the_published_number_of_parameters_and_lies_on_a_mesh():
+def test_vit_l_14_has_the_published_number_of_parameters_and_can_be_sharded():
     boxed = jax.eval_shape(
         lambda key: clip_lib.init_params(VIT_L_14, key), jax.random.key(0)
     )
     sizes = [leaf.size for leaf in jax.tree.leaves(nn.unbox(boxed))]
-    assert sum(sizes) == 427_616_513  # what OpenAI's ViT-L/14 has
+    assert sum(sizes) == 427_616_513  # of OpenAI's ViT-L/14
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
     placed = sharding.shardings_for(boxed, mesh)
     assert len(jax.tree.leaves(placed)) == len(sizes)
@@ -89,7 +89,7 @@ def test_every_matrix_names_its_axes():
     assert all(len(leaf.names) == leaf.value.ndim for leaf in leaves)
 
 
-def test_cut_patches_is_the_picture():
+def test_cut_patches_is_the_diagram():
     image = np.array([list("abcd"), list("efgh"), list("ijkl"), list("mnop")])
     numbers = np.vectorize(ord)(image)[None, :, :, None]
     patches = np.vectorize(chr)(clip_lib.cut_patches(jnp.asarray(numbers), 2))
@@ -106,7 +106,7 @@ def test_tokenizer_rows():
     assert tokenizer.vocab_size == 34
 
 
-def test_dropped_tokens_keep_their_order_and_their_share():
+def test_dropped_tokens_keep_their_order_and_their_fraction():
     rng = np.random.default_rng(0)
     ids = np.arange(10, dtype=np.int32)
     for _ in range(20):
@@ -136,7 +136,7 @@ def test_too_long_rows_are_refused(params):
         encode_text(params, np.zeros((1, 10), np.int32))
 
 
-def test_all_patches_kept_is_the_same_and_a_dropped_one_is_not_seen(params):
+def test_keeping_all_patches_changes_nothing_and_dropped_ones_are_not_read(params):
     @jax.jit
     def encode(images, kept=None):
         return CLIP(SMALL).apply(
@@ -165,7 +165,7 @@ def test_all_patches_kept_is_the_same_and_a_dropped_one_is_not_seen(params):
         ({"context_length": 2}, "must be >= 3"),
     ],
 )
-def test_wrong_configs_say_so(changes, message):
+def test_wrong_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **changes)
 
@@ -182,7 +182,7 @@ def test_info_nce_is_the_textbook_formula():
     np.testing.assert_allclose(accuracy, (logits.argmax(1) == np.arange(5)).mean())
 
 
-def test_pairs_that_are_alike_enough_are_not_pulled_closer():
+def test_similar_pairs_are_not_pulled_closer():
     unit = jnp.eye(2, 3)
     tilted = unit.at[:, 2].set(1.0) / jnp.sqrt(2.0)
 
@@ -248,7 +248,7 @@ def test_pairs_share_their_group_and_a_batch_has_no_group_twice():
         jax.tree.map(np.testing.assert_array_equal, ours, resumed)
 
 
-def test_a_lone_document_is_paired_with_itself_and_too_many_pairs_are_refused():
+def test_a_single_document_is_paired_with_itself_and_too_many_pairs_are_refused():
     images, tokens, groups = make_data(per_group=1)
     batch = next(
         loss_lib.make_pair_batches(images, tokens, groups, num_pairs=8, seed=0)
@@ -303,7 +303,7 @@ def test_a_zero_embedding_has_a_finite_gradient():
     assert np.isfinite(grad).all()
 
 
-def test_wrong_loss_settings_say_so():
+def test_wrong_loss_settings_are_refused():
     with pytest.raises(ValueError, match="retrieval_temperature must be > 0; got 0"):
         CLIPLossConfig(retrieval_temperature=0)
     with pytest.raises(ValueError, match=r"query_drop must be in \[0, 1\); got 1"):
@@ -324,7 +324,7 @@ def test_attention_head_by_head_is_attention(causal):
 
 @pytest.mark.parametrize("longest_at_once", [1, 99])
 def test_a_layer_whose_first_position_is_read(monkeypatch, longest_at_once):
-    """The same row, whatever else is left out, in both forms of attention."""
+    """The same row, whichever other rows are left out, in both forms of attention."""
     monkeypatch.setattr(clip_layers, "_HEAD_BY_HEAD_LENGTH", longest_at_once)
     layer = clip_layers.Layer(2, 1, "gelu", "float32")
     x = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
@@ -336,7 +336,7 @@ def test_a_layer_whose_first_position_is_read(monkeypatch, longest_at_once):
 
 
 def test_accelerators_compute_in_bfloat16(params):
-    """Embeddings stay float32 and point where they pointed."""
+    """Embeddings stay float32 and keep their directions."""
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
     tokens = jnp.asarray([[32, 1, 5, 33], [32, 4, 2, 33]])
 
@@ -360,7 +360,7 @@ def test_accelerators_compute_in_bfloat16(params):
         embed("half")
 
 
-def test_a_training_computes_in_bfloat16_where_the_cpu_has_it(monkeypatch):
+def test_training_uses_bfloat16_if_the_cpu_has_it(monkeypatch):
     for has, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(clip_lib, "multiplies_bfloat16", lambda has=has: has)
         assert SMALL.for_training().dtype == dtype
@@ -369,8 +369,8 @@ def test_a_training_computes_in_bfloat16_where_the_cpu_has_it(monkeypatch):
         assert chosen.for_training() == chosen
 
 
-def test_where_a_program_will_run_says_in_what_it_computes():
-    """By the mesh, as for machines that are not here; also inside of `shard_map`."""
+def test_the_devices_of_a_program_decide_its_dtype():
+    """By the mesh, also for absent machines and inside `shard_map`."""
     found = []
     device = jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu")
     mesh = jax.sharding.AbstractMesh(

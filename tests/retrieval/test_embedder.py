@@ -64,7 +64,7 @@ def test_unit_rows_that_do_not_depend_on_their_batch(embedder, images):
 
 
 def test_several_devices_share_the_rows(embedder, images):
-    """7 rows: two whole batches of 2 on each of 3 devices; 2 rows: one a device."""
+    """7 rows: two full batches of 2 on each of 3 devices; 2 rows: one per device."""
     mesh = sharding.make_mesh(devices=jax.devices()[1:4])
     shared = embedder.on_mesh(mesh)
     many = np.concatenate([images, images[::-1], images[:1]])
@@ -85,7 +85,7 @@ def test_several_devices_share_the_rows(embedder, images):
     assert embedder.mesh is None  # CPU devices share their cores
 
 
-def test_nothing_in_nothing_out(embedder, images):
+def test_empty_inputs(embedder, images):
     assert embedder.embed_texts([]).shape == (0, 8)
     assert embedder.embed_images(images[:0]).shape == (0, 8)
     assert embedder.embed_documents([]).document.shape == (0, 8)
@@ -126,7 +126,7 @@ def test_a_document_is_the_normalised_mean_of_its_parts(embedder, images):
     assert found.has_image.tolist() == [True, False, True]
 
 
-def test_images_of_another_size_are_resampled_and_cut(embedder):
+def test_images_of_another_size_are_resampled_and_cropped(embedder):
     """In CLIP's order: the resampling reads pixels beyond the cut."""
     rng = np.random.default_rng(0)
     wide, small = (rng.integers(0, 256, (16, n, 3)).astype(np.uint8) for n in (32, 16))
@@ -209,7 +209,7 @@ def test_a_save_is_old_or_new_after_any_crash(embedder, tmp_path):
     assert tried > 30
 
 
-def test_its_tokenizer_is_under_the_seal(embedder, tmp_path):
+def test_its_tokenizer_has_a_checksum(embedder, tmp_path):
     embedder.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     content = path.read_text()

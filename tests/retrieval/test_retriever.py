@@ -50,7 +50,7 @@ def test_a_batch_equals_one_at_a_time(memory, documents):
         assert len(expected.ids) == nums[i]
 
 
-def test_nothing_asked(memory, documents):
+def test_no_queries_and_no_documents(memory, documents):
     retriever = Retriever(memory)
     queries = memory.queries([0, 1], "text")
     results = retriever.retrieve(queries, np.zeros(2, int), _mains(documents[:2]))
@@ -114,17 +114,17 @@ def test_same_source_and_one_modality_are_dropped(build, documents):
     }
 
 
-def test_what_agrees_in_all_keys_is_dropped(build, documents):
-    def drawn(i, name, **facts):
+def test_documents_equal_in_all_keys_are_dropped(build, documents):
+    def icon(i, name, **facts):
         document = make_document(i, id=name)
         return dataclasses.replace(document, metadata={"nation": 10, **facts})
 
     changed = [
         *documents,
-        drawn(40, "own", thing="owl", house="noto"),
-        drawn(41, "twin set", thing="owl", house="noto"),
-        drawn(42, "other house", thing="owl", house="fluent"),
-        drawn(43, "no house", thing="owl"),
+        icon(40, "own", thing="owl", house="noto"),
+        icon(41, "twin set", thing="owl", house="noto"),
+        icon(42, "other house", thing="owl", house="fluent"),
+        icon(43, "no house", thing="owl"),
     ]
     memory = build(changed)
 
@@ -143,7 +143,7 @@ def test_what_agrees_in_all_keys_is_dropped(build, documents):
         Retriever(memory, StrategyConfig(exclude_keys="thing,hose"))
 
 
-def test_training_never_shows_what_is_held_out(build, documents):
+def test_training_never_shows_held_out_documents(build, documents):
     def of(i, name, **facts):
         document = make_document(i, id=name)
         return dataclasses.replace(document, metadata={"nation": 10, **facts})
@@ -168,7 +168,7 @@ def test_training_never_shows_what_is_held_out(build, documents):
     assert found(42) == everything - {"held out"}
     assert found(41) == everything - {"no split"}
 
-    # An evaluation announces which documents its queries are made from.
+    # An evaluation names the documents of its queries.
     excluding = OwnExcluded(retriever, [as_main(changed[42])])
     (result,) = excluding.retrieve(memory.queries([42], "text"), [12], [None])
     assert "held out" not in [d.id for d in result.documents]
@@ -176,7 +176,7 @@ def test_training_never_shows_what_is_held_out(build, documents):
         excluding.retrieve(memory.queries([42, 43], "text"), [12, 12], [None, None])
 
 
-def test_looks_further_when_copies_fill_the_list(build, documents):
+def test_searches_further_when_copies_fill_the_list(build, documents):
     copies = [make_document(4, id=f"copy-{i}") for i in range(50)]
     memory = build([*documents, *copies], deduplicate="none")
     query, main = memory.queries([4], "text"), _mains([documents[4]])
@@ -189,7 +189,7 @@ def test_looks_further_when_copies_fill_the_list(build, documents):
     assert [d.metadata["nation"] for d in found(512).documents] == [1, 1]
 
 
-def test_threads_get_the_same(memory, documents):
+def test_threads_retrieve_the_same(memory, documents):
     retriever = Retriever(memory)
     queries, mains = memory.queries(np.arange(40), "text"), _mains(documents)
     expected = [r.ids.tolist() for r in retriever.retrieve(queries, [2] * 40, mains)]
@@ -208,7 +208,7 @@ def test_threads_get_the_same(memory, documents):
     assert found == [expected] * 20
 
 
-def test_random_ranking_draws_evenly_and_the_same_again(memory, documents):
+def test_random_ranking_is_uniform_and_reproducible(memory, documents):
     config = StrategyConfig(ranking="random", max_similarity=2, num_candidates=4)
     retriever = Retriever(memory, config)
     ids = np.arange(40)
@@ -228,7 +228,7 @@ def test_random_ranking_draws_evenly_and_the_same_again(memory, documents):
     assert len({int(i) for r in first for i in r.ids}) > 25
 
 
-def test_random_ranking_never_draws_what_was_removed(memory, documents):
+def test_random_ranking_never_samples_removed_documents(memory, documents):
     retriever = Retriever(memory, StrategyConfig(ranking="random", max_similarity=2))
     memory.remove(np.arange(3, 40))
     results = retriever.retrieve(
@@ -251,7 +251,7 @@ def test_the_model_is_given_the_chosen_parts(memory, documents, given):
         assert document.id == full.id
 
 
-def test_a_strategy_that_cannot_be():
+def test_an_invalid_strategy():
     with pytest.raises(
         ValueError, match="ranking is 'best'; allowed: relevance, random"
     ):

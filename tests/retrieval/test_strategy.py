@@ -1,4 +1,4 @@
-"""The strategy: pictures and properties."""
+"""The strategy: diagrams and properties."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _none(k):
     return np.zeros(k, bool)
 
 
-def test_the_picture_of_select():
+def test_the_diagram_of_select():
     # Candidates 1 and 2 are nearly the same direction; 3 is excluded.
     embeddings = np.eye(5, dtype=np.float32)
     embeddings[2] = [0, 0.99, np.sqrt(1 - 0.99**2), 0, 0]
@@ -48,7 +48,7 @@ def test_select_keeps_all_with_a_similarity_of_one_or_more():
     assert taken.tolist() == [0, 1, 2]
 
 
-def test_taken_documents_are_never_alike():
+def test_selected_documents_are_never_similar():
     rng = np.random.default_rng(0)
     for _ in range(200):
         embeddings = rng.normal(size=(20, 3))
@@ -62,7 +62,7 @@ def test_taken_documents_are_never_alike():
         assert (scores[taken] <= 0.9).all()
         among = embeddings[taken] @ embeddings[taken].T - 2 * np.eye(len(taken))
         assert (among <= 0.9).all()
-        # Whoever was passed over before the last one taken had a reason.
+        # Every candidate skipped before the last selected one has a reason.
         end = taken[-1] if len(taken) == 4 else 20
         for position in set(range(end)) - set(taken.tolist()):
             before = embeddings[taken[taken < position]]
@@ -91,8 +91,8 @@ def test_find_own():
 
 def test_sample_num_documents_is_uniform():
     rng = np.random.default_rng(0)
-    drawn = [strategy.sample_num_documents(rng, 2) for _ in range(3000)]
-    counts = np.bincount(drawn, minlength=3)
+    nums = [strategy.sample_num_documents(rng, 2) for _ in range(3000)]
+    counts = np.bincount(nums, minlength=3)
     assert len(counts) == 3
     assert (np.abs(counts - 1000) < 100).all()
     assert strategy.sample_num_documents(rng, 0) == 0

@@ -1,4 +1,4 @@
-"""A small vocabulary, pictures <-> ids, and random documents."""
+"""A small vocabulary, diagrams <-> tokens, and random documents."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ def vocab() -> Vocab:
 @pytest.fixture(scope="session")
 def parse(vocab):
     """The inverse of `Vocab.picture`."""
-    ids = {vocab.name(i): i for i in range(vocab.size)}
-    return lambda picture: np.array([ids[name] for name in picture.split()], np.int32)
+    tokens = {vocab.name(i): i for i in range(vocab.size)}
+    return lambda diagram: np.array(
+        [tokens[name] for name in diagram.split()], np.int32
+    )
 
 
 @pytest.fixture(scope="session")
 def make_document(parse, vocab):
-    """`make_document("t1 t2", "i3 i4")`: one argument a segment; "" is an empty text."""
+    """`make_document("t1 t2", "i3 i4")`: one argument per segment; "" is an empty text."""
 
-    def make(*pictures: str, id: str = "d") -> TokenizedDocument:
+    def make(*diagrams: str, id: str = "d") -> TokenizedDocument:
         segments = []
-        for picture in pictures:
-            tokens = parse(picture)
+        for diagram in diagrams:
+            tokens = parse(diagram)
             image = bool(len(tokens)) and bool(vocab.is_image(tokens).all())
             segments.append(TokenizedSegment("image" if image else "text", tokens))
         return TokenizedDocument(id=id, segments=tuple(segments))

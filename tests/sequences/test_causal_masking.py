@@ -1,4 +1,4 @@
-"""Pictures and properties of the CM3 objective."""
+"""Diagrams and properties of the CM3 objective."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def moved_spans(tokens, vocab):
     return [piece[1:-1] for piece in pieces if len(piece)]
 
 
-def test_picture_of_apply_masks(vocab, parse):
+def test_diagram_of_apply_masks(vocab, parse):
     tokens = parse("<eod> t1 t2 t3 <break> i1 i2 <eod>")
     masked = apply_masks(tokens, [(2, 3), (5, 6)], vocab)
     assert vocab.to_text(masked) == (
@@ -68,7 +68,7 @@ def test_picture_of_apply_masks(vocab, parse):
     )
 
 
-def test_picture_of_unmask(vocab, parse):
+def test_diagram_of_unmask(vocab, parse):
     masked = parse("<eod> t1 <mask:0> t3 <eod> <mask:0> t2 <eoss>")
     assert vocab.to_text(unmask(masked, vocab)) == "<eod> t1 t2 t3 <eod>"
 
@@ -78,7 +78,7 @@ def test_unmask_puts_back_an_empty_span(vocab, parse):
     assert vocab.to_text(unmask(masked, vocab)) == "<eod> t1 <eod>"
 
 
-def test_picture_of_build_example(vocab, make_document):
+def test_diagram_of_build_example(vocab, make_document):
     example = build(
         make_document("t1", "i1 i1"), [make_document("t2", "i2 i2")], ROTATED, vocab
     )
@@ -103,16 +103,16 @@ def test_cuts_are_the_images_of_retrieved_documents_least_relevant_first(
     ]
     main = make_document("t4", "i7 i8")
 
-    def pictures(ranks=None):
+    def trimmable_images(ranks=None):
         example = build(main, retrieved, ROTATED, vocab, ranks=ranks)
         return [vocab.to_text(example.tokens[a:b]) for a, b in example.cuts]
 
-    assert pictures() == ["i5 i6", "i3 i4", "i1 i2"]
-    assert pictures([1, 0]) == ["i1 i2", "i5 i6", "i3 i4"]
+    assert trimmable_images() == ["i5 i6", "i3 i4", "i1 i2"]
+    assert trimmable_images([1, 0]) == ["i1 i2", "i5 i6", "i3 i4"]
     assert build(main, [], ROTATED, vocab).cuts.shape == (0, 2)
 
 
-def test_no_cut_touches_what_was_moved(vocab, sample_document):
+def test_no_cut_touches_moved_spans(vocab, sample_document):
     rng = np.random.default_rng(3)
     masking = CausalMaskingConfig(mean=2.0, max_masks=4, mask_retrieved=True)
     num_cuts = 0
@@ -129,7 +129,7 @@ def test_no_cut_touches_what_was_moved(vocab, sample_document):
     assert num_cuts > 100
 
 
-def test_picture_of_a_plain_example(vocab, make_document):
+def test_diagram_of_a_plain_example(vocab, make_document):
     example = build(make_document("t1", "i1 i1"), [], PLAIN, vocab)
     assert vocab.to_text(example.tokens) == "<eod> t1 <break> i1 i1 <eod>"
     np.testing.assert_array_equal(example.weights, [0, 1, 1, 1, 1, 1])
@@ -183,7 +183,7 @@ def test_spans_are_disjoint_and_stay_within_segments(vocab, sample_document):
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_share_of_rotated_captions_matches_the_configuration(
+def test_fraction_of_rotated_captions_matches_the_configuration(
     vocab, make_document, probability
 ):
     caption = " ".join(f"t{i % 20}" for i in range(32))
@@ -194,14 +194,14 @@ def test_share_of_rotated_captions_matches_the_configuration(
     rotated = sum(
         sample_spans(tokens, config, vocab, rng) == [(0, 32)] for _ in range(n)
     )
-    # Four standard deviations of a binomial share.
+    # Four standard deviations of a binomial fraction.
     assert abs(rotated / n - probability) <= 4 * np.sqrt(0.25 / n) * (
         0 < probability < 1
     )
 
 
-def test_clipped_spans_alone_hardly_ever_rotate_a_caption(parse):
-    """Why rotation exists: 32 tokens of text beside 1024 of image."""
+def test_clipped_spans_rarely_rotate_a_caption(parse):
+    """Why rotation exists: 32 tokens of text next to 1024 of image."""
     vocab = Vocab(num_text_ids=20, num_image_codes=10, image_length=1024)
     image = np.full(1024, vocab.image_range.start)
     tokens = np.concatenate([np.zeros(32), [vocab.break_], image]).astype(np.int32)
@@ -213,13 +213,13 @@ def test_clipped_spans_alone_hardly_ever_rotate_a_caption(parse):
     assert hits < 10
 
 
-def test_rotation_draws_the_modality(vocab, make_document):
+def test_rotation_samples_the_modality(vocab, make_document):
     rng = np.random.default_rng(5)
     tokens = layout.document_tokens(make_document("t1 t2 t3", "i1 i2", "t4"), vocab)
     images = CausalMaskingConfig(rotation_probability=1.0, rotation_text_share=0.0)
     assert sample_spans(tokens, images, vocab, rng) == [(4, 6)]
-    drawn = {tuple(sample_spans(tokens, ROTATED, vocab, rng)) for _ in range(50)}
-    assert drawn == {((0, 3),), ((7, 8),)}
+    sampled = {tuple(sample_spans(tokens, ROTATED, vocab, rng)) for _ in range(50)}
+    assert sampled == {((0, 3),), ((7, 8),)}
     only_text = layout.document_tokens(make_document("t1 t2"), vocab)
     assert sample_spans(only_text, images, vocab, rng) == [(0, 2)]
     only_image = layout.document_tokens(make_document("", "i1 i2"), vocab)
@@ -239,10 +239,10 @@ def test_rotation_draws_the_modality(vocab, make_document):
 def test_distribution_of_the_number_of_masks(num_masks, mean, expected):
     config = CausalMaskingConfig(num_masks=num_masks, mean=mean)
     rng = np.random.default_rng(6)
-    drawn = np.array([sample_num_masks(config, rng) for _ in range(10_000)])
-    for number, share in expected.items():
-        assert abs((drawn == number).mean() - share) < 0.02
-    assert drawn.max() <= config.max_masks
+    sampled = np.array([sample_num_masks(config, rng) for _ in range(10_000)])
+    for number, probability in expected.items():
+        assert abs((sampled == number).mean() - probability) < 0.02
+    assert sampled.max() <= config.max_masks
 
 
 def test_number_of_masks_is_clamped_from_above():
@@ -262,13 +262,13 @@ def test_sentinels_and_first_token_have_no_weight(vocab, sample_document):
         np.testing.assert_array_equal(example.weights, expected)
 
 
-def test_sentinel_weight_is_configuration(vocab, make_document):
+def test_sentinel_weight_is_configurable(vocab, make_document):
     config = CausalMaskingConfig(rotation_probability=1.0, sentinel_weight=0.5)
     example = build(make_document("t1", "i1 i1"), [], config, vocab)
     np.testing.assert_array_equal(example.weights, [0, 0.5, 1, 1, 1, 1, 0.5, 1, 1])
 
 
-def test_masks_of_the_main_document_do_not_depend_on_what_was_retrieved(
+def test_masks_of_the_main_document_do_not_depend_on_retrieved_documents(
     vocab, sample_document
 ):
     rng = np.random.default_rng(8)
@@ -276,10 +276,10 @@ def test_masks_of_the_main_document_do_not_depend_on_what_was_retrieved(
     for seed in range(200):
         main, *retrieved = (sample_document(rng) for _ in range(3))
         alone = build(main, [], config, vocab, seed=seed)
-        beside = build(main, retrieved, config, vocab, seed=seed)
+        with_documents = build(main, retrieved, config, vocab, seed=seed)
         np.testing.assert_array_equal(
             alone.tokens[1:],
-            beside.tokens[len(beside.tokens) - len(alone.tokens) + 1 :],
+            with_documents.tokens[len(with_documents.tokens) - len(alone.tokens) + 1 :],
         )
 
 
@@ -314,8 +314,8 @@ def test_overflow_drops_whole_retrieved_documents_that_do_not_fit(vocab, make_do
     assert vocab.to_text(kept.tokens) == f"<eod> {rest}"
 
 
-def test_picture_of_trimming_the_main_document(vocab, make_document):
-    """Sentinel and moved span stay; the beginning of the document goes."""
+def test_diagram_of_trimming_the_main_document(vocab, make_document):
+    """Sentinel and moved span are kept; the beginning of the document is trimmed."""
     main = make_document("i1 i1", "t1 t2 t3", "i2 i2")
     tokens = layout.document_tokens(main, vocab)
     seed = next(
@@ -326,7 +326,7 @@ def test_picture_of_trimming_the_main_document(vocab, make_document):
     whole = "<mask:0> <break> i2 i2 <eod> <mask:0> t1 t2 t3 <eoss>"
     full = build(main, [], ROTATED, vocab, seed=seed)
     assert vocab.to_text(full.tokens) == f"<eod> i1 i1 <break> {whole}"
-    # One token too long: the whole image goes, not half of it.
+    # One token too long: the whole image is dropped, not half of it.
     cut = build(main, [], ROTATED, vocab, seed=seed, max_length=13)
     assert vocab.to_text(cut.tokens) == f"<eod> <break> {whole}"
     cut = build(main, [], ROTATED, vocab, seed=seed, max_length=11)
@@ -358,7 +358,7 @@ def test_overflow_never_touches_moved_spans(vocab, sample_document):
         body, moved = body_and_moved(full.tokens, vocab)
         cut_body, cut_moved = body_and_moved(cut.tokens, vocab)
         np.testing.assert_array_equal(cut_moved, moved)
-        # What is left of the main document is its sentinels and an end of the rest.
+        # The main document keeps its sentinels and the end of the rest.
         cut_main = cut_body[cut.is_main[: len(cut_body)]]
         full_main = body[full.is_main[: len(body)]]
         for keep in (vocab.is_sentinel, lambda x: ~vocab.is_sentinel(x)):
@@ -389,7 +389,7 @@ def test_apply_masks_refuses_wrong_spans(vocab, parse, spans, message):
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("diagram", "message"),
     [
         ("t1 t2", "<eod>"),
         ("<eod> t1 <mask:0> <eod>", "no moved span"),
@@ -401,9 +401,9 @@ def test_apply_masks_refuses_wrong_spans(vocab, parse, spans, message):
         ("<eod> <mask:0> <mask:0> <eod> <mask:0> t1 <eoss>", "no moved span"),
     ],
 )
-def test_unmask_refuses_malformed_sequences(vocab, parse, picture, message):
+def test_unmask_refuses_malformed_sequences(vocab, parse, diagram, message):
     with pytest.raises(ValueError, match=message):
-        unmask(parse(picture), vocab)
+        unmask(parse(diagram), vocab)
 
 
 @pytest.mark.parametrize(
@@ -440,8 +440,8 @@ def test_text_of_the_main_document_may_weigh_more(vocab, make_document, parse):
         )
 
     example = reweight(heavy)
-    picture = "<eod> t3 <break> i3 i4 <eod> t1 t2 <break> i1 i2 <eod>"
-    np.testing.assert_array_equal(example.tokens, parse(picture))
+    diagram = "<eod> t3 <break> i3 i4 <eod> t1 t2 <break> i1 i2 <eod>"
+    np.testing.assert_array_equal(example.tokens, parse(diagram))
     expected = [0, 0.5, 0.5, 0.5, 0.5, 0.5, 5, 5, 1, 1, 1, 1]
     np.testing.assert_array_equal(example.weights, np.float32(expected))
     ratio = example.weights / np.maximum(reweight(plain).weights, 1e-9)

@@ -1,4 +1,4 @@
-"""Distractors come from other examples, and take the place of the least relevant."""
+"""Distractors come from other examples, and replace the least relevant documents."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_by_default_nothing_changes():
     assert mix(0) == [["a0", "a1"], ["b0", "b1"], ["c0"], []]
 
 
-def test_the_last_of_several_is_exchanged():
+def test_the_last_of_several_is_replaced():
     seen = Counter()
     for seed in range(200):
         first, second, single, none = mix(seed, distractor_probability=1.0)
@@ -45,7 +45,7 @@ def test_the_last_of_several_is_exchanged():
     assert set(seen) == {"b0", "b1", "c0"} and min(seen.values()) > 40
 
 
-def test_their_share_is_the_configured_one():
+def test_their_fraction_is_as_configured():
     kept = [mix(s, distractor_probability=0.25)[0] == ["a0", "a1"] for s in range(800)]
     assert 0.7 < np.mean(kept) < 0.8
 
@@ -58,13 +58,13 @@ def test_an_example_is_not_given_its_own_main_document():
     assert mixed == found  # there is no other document
 
 
-def test_shuffled_is_every_order():
+def test_shuffling_gives_every_order():
     orders = Counter(tuple(mix(s, document_order="shuffled")[0]) for s in range(400))
     assert set(orders) == {("a0", "a1"), ("a1", "a0")}
     assert 150 < orders["a0", "a1"] < 250
 
 
-def test_ranks_say_what_was_most_relevant():
+def test_ranks_keep_the_order_of_relevance():
     config = dataclasses.replace(
         CONFIG, document_order="shuffled", distractor_probability=1.0
     )
@@ -85,6 +85,6 @@ def test_ranks_say_what_was_most_relevant():
         ({"min_documents": 3}, "min_documents=3 is more than pipeline.max_documents=2"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes, message):
+def test_invalid_distractor_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)

@@ -40,10 +40,10 @@ def test_no_episode_without_a_class_or_another_member():
     assert episodes.sample(8, np.random.default_rng(0)) is None  # alone in its class
 
 
-def test_their_share_is_the_configured_one():
+def test_the_fraction_of_episodes_is_as_configured():
     episodes = make_episodes(0.3)
-    drawn = [episodes.sample(0, np.random.default_rng(i)) for i in range(1000)]
-    assert 0.25 < np.mean([d is not None for d in drawn]) < 0.35
+    sampled = [episodes.sample(0, np.random.default_rng(i)) for i in range(1000)]
+    assert 0.25 < np.mean([d is not None for d in sampled]) < 0.35
 
 
 def test_a_row_of_the_pipeline(vocab):
@@ -73,14 +73,14 @@ def test_labels_in_front_of_their_images(vocab):
         texts = [i for i, x in enumerate(ids) if vocab.is_text(x)]
         assert len(texts) == 3 and ids[texts[2]] in [ids[texts[0]], ids[texts[1]]]
         assert all(ids[i + 1] == vocab.break_ for i in texts)
-    drawn = [
+    sampled = [
         make_episodes(label_first=0.25).sample(0, np.random.default_rng(i)).label_first
         for i in range(400)
     ]
-    assert 0.18 < np.mean(drawn) < 0.32
+    assert 0.18 < np.mean(sampled) < 0.32
 
 
-def test_the_twin_has_none(vocab):
+def test_without_retrieval_there_are_no_episodes(vocab):
     memory = FakeMemory(vocab, 9)
     mains = np.arange(9)
 
@@ -99,12 +99,12 @@ def test_the_twin_has_none(vocab):
         return next(made)
 
     plain, _ = batches(None, retrieval=False)
-    twin, stats = batches(make_episodes(), retrieval=False)
+    without_retrieval, stats = batches(make_episodes(), retrieval=False)
     assert stats["episodes"] == 0
-    np.testing.assert_array_equal(plain.inputs, twin.inputs)
+    np.testing.assert_array_equal(plain.inputs, without_retrieval.inputs)
 
 
-def test_settings_that_cannot_be():
+def test_invalid_episode_settings():
     with pytest.raises(ValueError, match=r"in 0\.\.1; got 2"):
         EpisodeConfig(2)
     with pytest.raises(ValueError, match="1 of 2000"):
@@ -113,13 +113,13 @@ def test_settings_that_cannot_be():
         make_episodes(classes=np.zeros(4, int))
 
 
-def test_labels_are_words_without_meaning():
+def test_labels_are_meaningless_words():
     words = make_labels(300, np.random.default_rng(0))
     assert len(set(words)) == 300 and all(w.isalpha() and w.islower() for w in words)
     assert words == make_labels(300, np.random.default_rng(0))
 
 
-def test_the_answer_may_weigh_more(vocab):
+def test_the_answer_may_have_a_larger_weight(vocab):
     memory = FakeMemory(vocab, 9)
     config = dataclasses.replace(CONFIG, examples_per_batch=1, rows=1)
     arguments = (memory, FakeRetriever(memory), np.array([0]), vocab, PLAIN, config)

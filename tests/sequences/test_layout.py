@@ -1,4 +1,4 @@
-"""The pictures of `sequences.layout`, and prompts as beginnings of training rows."""
+"""The diagrams of `sequences.layout`, and prompts as beginnings of training rows."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def test_infill_prompt_refuses_wrong_spans(vocab, parse, spans):
         layout.infill_prompt([], parse("t1 t2 t3"), spans, vocab)
 
 
-@pytest.mark.parametrize("pictures", [("t1", "i1"), ("t1", "i1 i2 i3"), ("t1 <eod>",)])
-def test_documents_of_another_tokenizer_are_refused(vocab, make_document, pictures):
+@pytest.mark.parametrize("segments", [("t1", "i1"), ("t1", "i1 i2 i3"), ("t1 <eod>",)])
+def test_documents_of_another_tokenizer_are_refused(vocab, make_document, segments):
     with pytest.raises(ValueError, match="another tokenizer"):
-        layout.document_tokens(make_document(*pictures), vocab)
+        layout.document_tokens(make_document(*segments), vocab)
 
 
 def test_document_without_segments_is_refused(vocab, make_document):
@@ -101,7 +101,7 @@ def test_document_without_segments_is_refused(vocab, make_document):
 
 
 def test_three_images_of_the_public_models_fit_into_their_context():
-    """Two retrieved documents of 1,024 codes, and a main one that is drawn or masked."""
+    """Two retrieved documents of 1,024 codes, and a main one that is sampled or masked."""
     vocab = Vocab(num_text_ids=57_000, num_image_codes=8192, image_length=1024)
     text = TokenizedSegment("text", np.arange(300, dtype=np.int32))
     image = TokenizedSegment("image", vocab.image_tokens(np.arange(1024)).astype("i4"))

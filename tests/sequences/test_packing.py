@@ -1,4 +1,4 @@
-"""The picture of `sequences.packing`, and what packing may never do."""
+"""The diagram of `sequences.packing`, and invariants of packing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def example(tokens, main_from=0):
 
 
 def of_length(length):
-    """An example that takes `length` positions."""
+    """An example of `length` positions."""
     return example(np.arange(length + 1))
 
 
-def test_picture():
+def test_diagram():
     a, b, c, d, e, f, g, h, i, j, k, l = range(12)
     o = PAD
     examples = [example([a, b, c, d]), example([e, f, g]), example([h, i, j, k, l])]
@@ -39,16 +39,16 @@ def test_picture():
     assert dtypes == [np.int32, np.int32, np.float32, np.int32, np.int32, bool]
 
 
-def trimmable(picture, main_from, cuts):
+def trimmable(diagram, main_from, cuts):
     """An example of named letters, lower case 0..25 and upper case 26..51; "." is 98."""
-    letters = picture.split()
+    letters = diagram.split()
     tokens = [98 if x == "." else ord(x) - (97 if x.islower() else 39) for x in letters]
     return example(tokens, main_from)._replace(cuts=np.array(cuts).reshape(-1, 2))
 
 
-def test_picture_of_trimming():
-    def read(picture):
-        return trimmable(picture, 0, []).tokens.tolist()
+def test_diagram_of_trimming():
+    def read(diagram):
+        return trimmable(diagram, 0, []).tokens.tolist()
 
     examples = [
         trimmable(". r S T . m n .", 5, [[2, 4]]),
@@ -93,7 +93,7 @@ def random_examples(rng, num):
     return found
 
 
-def test_trimming_takes_nothing_but_tails_of_images():
+def test_trimming_removes_only_ends_of_images():
     rng = np.random.default_rng(1)
     num_lost = 0
     for _ in range(100):
@@ -113,7 +113,7 @@ def test_trimming_takes_nothing_but_tails_of_images():
     assert num_lost > 100
 
 
-def test_later_examples_may_take_what_is_left():
+def test_later_examples_may_use_the_remaining_room():
     examples = [of_length(n) for n in (8, 8, 5, 2)]
     assert pack(examples, 2, 10, PAD).waiting == [2, 3]
     batch, waiting = pack(examples, 2, 10, PAD, overtake=True)
@@ -178,7 +178,7 @@ def test_every_example_is_found_again():
         assert not batch.is_main[empty].any()
 
 
-def test_best_fit_fills_rows_that_first_come_would_not():
+def test_best_fit_fills_rows_better_than_first_fit():
     lengths = [3, 7, 5, 5, 6, 4]
     batch, waiting = pack([of_length(n) for n in lengths], 3, 10, PAD)
     assert waiting == []

@@ -1,4 +1,4 @@
-"""Documents by class: who is shown, in which order, under which names."""
+"""Documents by class: which are shown, in which order, under which names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_one_right_and_one_wrong_document_in_any_order():
     assert places == {0, 1}
 
 
-def test_the_majority_of_four_documents_tells_nothing():
+def test_the_majority_of_four_documents_is_uninformative():
     num_right, num_other = set(), set()
     for rows in sample_many(make_pairing(num_documents=(4,))):
         found = CLASSES[rows]
@@ -57,23 +57,23 @@ def test_the_majority_of_four_documents_tells_nothing():
     assert num_right == {1, 2, 3} and num_other == {1, 2, 3}
 
 
-def test_numbers_of_documents_are_as_likely_as_each_other():
+def test_numbers_of_documents_are_equally_likely():
     sampled = sample_many(make_pairing(num_documents=(0, 1, 2, 4)), count=2000)
     counts = np.bincount([len(rows) for rows in sampled], minlength=5) / 2000
     np.testing.assert_allclose(counts, [0.25, 0.25, 0.25, 0, 0.25], atol=0.04)
     assert all(CLASSES[rows[0]] == 0 for rows in sampled if len(rows) == 1)
 
 
-def test_all_right_and_all_wrong_are_configuration():
+def test_all_right_and_all_wrong_are_configurable():
     right = sample_many(make_pairing(wrong_probability=0.0))
     assert all((CLASSES[rows] == 0).all() for rows in right)
     wrong = sample_many(make_pairing(right_probability=0.0))
     assert all((CLASSES[rows] != 0).all() for rows in wrong)
-    # The class of one document is not shown twice.
+    # A class with one document is not shown twice.
     assert {len(rows) for rows in wrong} == {1, 2}
     some = sample_many(make_pairing(wrong_probability=0.7), count=1000)
-    share = np.mean([(CLASSES[rows] != 0).any() for rows in some])
-    assert abs(share - 0.7) < 0.06
+    fraction = np.mean([(CLASSES[rows] != 0).any() for rows in some])
+    assert abs(fraction - 0.7) < 0.06
 
 
 def test_the_main_document_itself_may_be_the_right_one():
@@ -84,10 +84,12 @@ def test_the_main_document_itself_may_be_the_right_one():
     assert all(len(set(rows.tolist())) == len(rows) for rows in sampled)
 
 
-def test_what_has_no_class_or_is_not_drawn_is_left_to_the_retriever():
+def test_documents_without_a_class_or_not_sampled_are_left_to_the_retriever():
     assert make_pairing().sample(7, np.random.default_rng(0)) is None
-    drawn = [rows is None for rows in sample_many(make_pairing(0.3), count=1000)]
-    assert abs(np.mean(drawn) - 0.7) < 0.06
+    left_to_retriever = [
+        rows is None for rows in sample_many(make_pairing(0.3), count=1000)
+    ]
+    assert abs(np.mean(left_to_retriever) - 0.7) < 0.06
     # Alone in its class: the wrong document remains.
     assert len(make_pairing().sample(8, np.random.default_rng(0))) == 1
 
@@ -126,7 +128,7 @@ def test_a_class_has_one_new_name_in_all_documents_of_an_example():
     assert len(seen) == 100
 
 
-def test_the_name_of_the_main_document_weighs_more():
+def test_the_name_of_the_main_document_has_a_larger_weight():
     pairing = make_pairing(rename=True, name_weight=5.0)
     main = make_document("Velmoria", "the flag of Velmoria")
     shown = SPELLED.encode("a Velmoria")
@@ -163,7 +165,7 @@ def collect(vocab):
     return run
 
 
-def test_the_pipeline_shows_the_pairs_and_asks_no_retriever(collect, vocab):
+def test_the_pipeline_shows_the_pairs_without_the_retriever(collect, vocab):
     """`<eod> t2 <break> i2 i0 <eod> t1 <break> i1 i0 <eod> t0 <break> i0 i0 <eod>`"""
     config = dataclasses.replace(CONFIG, rows=8, max_documents=4)
     found, retriever = collect(make_pairing(), config)
@@ -192,15 +194,19 @@ def test_pairs_are_functions_of_the_step(collect):
     assert_same(whole, collect(pairing, threaded)[0])
 
 
-def test_the_twin_sees_the_same_main_documents_under_the_same_names(collect):
+def test_without_retrieval_main_documents_and_names_are_the_same(collect):
     pairing = make_pairing(num_documents=(0, 1, 2))
     roomy = dataclasses.replace(CONFIG, rows=8)
     with_documents, _ = collect(pairing, roomy)
-    twin, retriever = collect(pairing, dataclasses.replace(roomy, retrieval=False))
+    without_retrieval, retriever = collect(
+        pairing, dataclasses.replace(roomy, retrieval=False)
+    )
     assert not retriever.queries
-    for (batch, stats), (alone, twin_stats) in zip(with_documents, twin, strict=True):
-        assert stats["dropped"] == twin_stats["dropped"] == 0
-        assert twin_stats["retrieved"] == 0
+    for (batch, stats), (alone, stats_without) in zip(
+        with_documents, without_retrieval, strict=True
+    ):
+        assert stats["dropped"] == stats_without["dropped"] == 0
+        assert stats_without["retrieved"] == 0
         assert sorted(main_parts(batch)) == sorted(main_parts(alone))
 
 

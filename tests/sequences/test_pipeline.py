@@ -1,4 +1,4 @@
-"""The pipeline over a fake memory and retriever: purity, resume, the twin, threads."""
+"""The pipeline over a fake memory and retriever: purity, resume, no retrieval, threads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FakeMemory:
 
 
 class FakeRetriever:
-    """Gives documents i+1 and i+2 to the query of document i; records its calls."""
+    """Returns documents i+1 and i+2 for the query of document i; records its calls."""
 
     def __init__(self, memory):
         self.memory = memory
@@ -61,7 +61,7 @@ class FakeRetriever:
         self.threads.add(threading.get_ident())
         results = []
         for query, num, main in zip(queries, nums, mains, strict=True):
-            assert str(int(query[0])) == main.id  # queries stay with their documents
+            assert str(int(query[0])) == main.id  # queries belong to their documents
             ids = (int(query[0]) + 1 + np.arange(num)) % NUM_DOCUMENTS
             scores = np.ones(num, np.float32)
             results.append(Retrieved(ids, scores, tuple(self.memory.documents(ids))))
@@ -171,7 +171,7 @@ def test_each_epoch_sees_every_document_once_in_a_new_order(vocab, memory):
     assert len({tuple(epoch) for epoch in epochs}) > 3
 
 
-def test_twin_without_retrieval_sees_the_same_documents_and_masks(collect):
+def test_without_retrieval_documents_and_masks_are_the_same(collect):
     wide = with_(CONFIG, rows=8, row_length=60)  # nothing is trimmed or dropped
     single = with_(CONFIG, rows=1, row_length=60, examples_per_batch=1)
     for config, num_steps in ((wide, 6), (single, 30)):
@@ -199,7 +199,7 @@ def test_number_of_documents_and_queries_are_uniform(collect, memory):
 
 
 @pytest.mark.parametrize(("modality", "column"), [("text", 0), ("image", 1)])
-def test_query_modality_is_configuration(collect, memory, modality, column):
+def test_query_modality_is_configurable(collect, memory, modality, column):
     retriever = FakeRetriever(memory)
     config = with_(CONFIG, query_modality=modality, num_query_variants=0)
     collect(config, retriever=retriever)
@@ -208,13 +208,13 @@ def test_query_modality_is_configuration(collect, memory, modality, column):
     assert (queries[:, 2] == 0).all()
 
 
-def test_one_search_a_step(collect, memory):
+def test_one_search_per_step(collect, memory):
     retriever = FakeRetriever(memory)
     collect(num_steps=4, retriever=retriever)
     assert len(retriever.queries) == 4
 
 
-def test_what_does_not_fit_waits_for_the_next_step(collect, memory):
+def test_examples_that_do_not_fit_wait_for_the_next_step(collect, memory):
     """Rows of 3 documents; 2 * 3 + 1 in two steps: the seventh is dropped."""
     config = with_(
         CONFIG, retrieval=False, rows=1, examples_per_batch=4, window_steps=2
@@ -226,7 +226,7 @@ def test_what_does_not_fit_waits_for_the_next_step(collect, memory):
         window, wanted = steps[first : first + 2], whole[first : first + 2]
         assert [stats["examples"] for _, stats in window] == [3.0, 3.0]
         assert [stats["waiting"] for _, stats in window] == [1.0, 0.0]
-        # Two in reserve would be one too many: the last one is never read.
+        # Two waiting would be one too many: the last one is never read.
         assert [stats["dropped"] for _, stats in window] == [0.0, 2.0]
         shown = [e for batch, _ in window for e in rows_of_examples(batch)]
         expected = [sorted(rows_of_examples(batch)) for batch, _ in wanted]
@@ -236,7 +236,7 @@ def test_what_does_not_fit_waits_for_the_next_step(collect, memory):
         assert len(late) == 1 and late[0] in shown[3:]
 
 
-def test_what_will_find_no_room_is_not_retrieved(collect):
+def test_nothing_is_retrieved_for_examples_without_room(collect):
     config = with_(CONFIG, rows=2, examples_per_batch=8, window_steps=6)
     steps = collect(config, num_steps=12)
     made = dropped = 0
@@ -251,7 +251,7 @@ def test_what_will_find_no_room_is_not_retrieved(collect):
 
 @pytest.mark.parametrize("window_steps", [1, 3, 8])
 def test_resume_is_exact_within_a_window(collect, window_steps):
-    """Nothing but the step's number is known, and too much is offered."""
+    """From the step number only, and with more examples than fit."""
     config = with_(CONFIG, rows=4, examples_per_batch=9, window_steps=window_steps)
     whole = collect(config, num_steps=11)
     assert sum(stats["waiting"] for _, stats in whole) > 0 or window_steps == 1
@@ -262,7 +262,7 @@ def test_resume_is_exact_within_a_window(collect, window_steps):
     assert_same(collect(config, start_step=2, num_steps=2), whole[2:4])
 
 
-def test_the_plan_shares_all_examples_among_the_groups():
+def test_the_plan_distributes_all_examples_over_the_groups():
     config = with_(CONFIG, rows=6, examples_per_batch=5, groups=3, window_steps=2)
     spans = [
         config.index_range(window, group) for window in (0, 1) for group in range(3)
@@ -271,7 +271,7 @@ def test_the_plan_shares_all_examples_among_the_groups():
 
 
 def test_retriever_runs_ahead_in_background_threads(vocab, memory):
-    """While the consumer holds its first batch, the next ones are being made."""
+    """While the consumer uses its first batch, the next ones are made."""
     retriever = FakeRetriever(memory)
     ahead = threading.Semaphore(0)
     retrieve = retriever.retrieve
@@ -288,7 +288,7 @@ def test_retriever_runs_ahead_in_background_threads(vocab, memory):
         memory, retriever, ids, vocab, MASKING, config, num_steps=50
     ) as batches:
         next(batches)
-        for _ in range(1 + config.prefetch):  # nobody asked for these but the first
+        for _ in range(1 + config.prefetch):  # only the first was requested
             assert ahead.acquire(timeout=PATIENCE_SECONDS)
     assert threading.get_ident() not in retriever.threads
     assert len(retriever.queries) == 1 + config.prefetch
@@ -402,7 +402,7 @@ def make_rows(vocab, memory, config, rows=None):
 @pytest.mark.parametrize("groups", [1, 8, 96])
 @pytest.mark.parametrize("num_hosts", [2, 12, 32])
 def test_any_number_of_hosts_makes_the_batches_of_one(vocab, memory, num_hosts, groups):
-    """Also where it does not divide the groups, nor what is taken a step."""
+    """Also where their number divides neither the groups nor the examples per step."""
     config = with_(CONFIG, rows=96, groups=groups, examples_per_batch=110)
     whole = make_rows(vocab, memory, config)
     for rows in np.split(np.arange(96), num_hosts)[:: num_hosts // 2]:
@@ -412,7 +412,7 @@ def test_any_number_of_hosts_makes_the_batches_of_one(vocab, memory, num_hosts, 
                 np.testing.assert_array_equal(field, expected[rows])
 
 
-def test_a_host_may_hold_any_rows(vocab, memory):
+def test_a_host_may_have_any_rows(vocab, memory):
     config = with_(CONFIG, rows=12, groups=4, examples_per_batch=15)
     rows = np.array([11, 0, 4, 5])
     part = make_rows(vocab, memory, config, rows)
@@ -440,7 +440,7 @@ def test_distractors_and_orders_are_functions_of_the_step(collect):
     )
 
 
-def test_the_number_of_documents_is_drawn_between_its_bounds(collect):
+def test_the_number_of_documents_is_sampled_between_its_bounds(collect):
     shown = collect(with_(CONFIG, min_documents=2, rows=12), num_steps=3)
     assert all(stats["mean_retrieved"] == 2.0 for _, stats in shown)
     shown = collect(with_(CONFIG, min_documents=1, rows=12), num_steps=6)

@@ -1,4 +1,4 @@
-"""Pictures of moved positions, and what they leave alone."""
+"""Diagrams of moved positions, and what they do not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from racm3_jax.types import Example
 
 
 class Scripted:
-    """Gives the numbers of a picture."""
+    """The numbers of a diagram."""
 
     def __init__(self, *numbers):
         self.numbers = list(numbers)
@@ -32,17 +32,17 @@ class Scripted:
 def batch(parse, vocab):
     """Two examples in a row; the first with two documents, the other with none."""
     examples = []
-    for picture, start in (
+    for diagram, start in (
         ("<eod> t1 t2 <eod> t3 <eod> t4 t5 <eod>", 6),
         ("<eod> t6", 1),
     ):
-        tokens = parse(picture)
+        tokens = parse(diagram)
         is_main = np.arange(len(tokens)) >= start
         examples.append(Example(tokens, np.ones(len(tokens), np.float32), is_main))
     return pack(examples, 1, 12, vocab.pad)[0]
 
 
-def test_picture_of_offset_and_gaps(batch, vocab):
+def test_diagram_of_offset_and_gaps(batch, vocab):
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0]
 
     def shift(max_offset, max_gap, *numbers):

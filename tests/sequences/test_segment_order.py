@@ -1,4 +1,4 @@
-"""In some examples the retrieved documents show their images in front of their texts."""
+"""In some examples the images of retrieved documents come before their texts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_images_come_first_and_texts_keep_their_order(vocab, make_document):
     assert turned.id == document.id
 
 
-def test_all_documents_of_an_example_are_turned_or_none(vocab, collect):
+def test_all_or_no_documents_of_an_example_are_reordered(vocab, collect):
     found = [first_modalities(vocab, example) for example in collect(0.5)]
     assert all(len(order) == 3 and not order[-1] for order in found)
     assert all(order[0] == order[1] for order in found)
@@ -66,6 +66,6 @@ def test_it_changes_nothing_else_and_resumes(collect):
 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.5])
-def test_a_probability_lies_between_0_and_1(probability):
+def test_a_probability_is_between_0_and_1(probability):
     with pytest.raises(ValueError, match="image_first_probability must be in 0..1"):
         PipelineConfig(1, 1, 1, image_first_probability=probability)

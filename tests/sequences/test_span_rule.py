@@ -1,4 +1,4 @@
-"""The published rule for spans that cross `<break>`, against a reference written here."""
+"""The published rule for spans that cross `<break>`, against a reference in this file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SINGLE = CausalMaskingConfig(num_masks="single", rotation_probability=0.0)
 def enumerate_spans(segments, rule):
     """Every span of one mask with its probability, token by token.
 
-    Two tokens that are not `<break>` are drawn with replacement. `segments` gives the
+    Two tokens that are not `<break>` are sampled with replacement. `segments` gives the
     number of each token's segment, -1 for `<break>`.
     """
     places = [i for i, segment in enumerate(segments) if segment >= 0]
@@ -48,20 +48,20 @@ def test_spans_follow_the_reference(segments, vocab):
     expected = enumerate_spans(segments, "overlap")
     rng, n = np.random.default_rng(0), 20_000
     tokens = as_tokens(segments, vocab)
-    drawn: dict[tuple[int, int], int] = {}
+    sampled: dict[tuple[int, int], int] = {}
     for _ in range(n):
         (span,) = sample_spans(tokens, SINGLE, vocab, rng)
-        drawn[span] = drawn.get(span, 0) + 1
-    assert set(drawn) == set(expected)
+        sampled[span] = sampled.get(span, 0) + 1
+    assert set(sampled) == set(expected)
     for span, probability in expected.items():
         deviation = np.sqrt(probability * (1 - probability) / n)
-        assert abs(drawn[span] / n - probability) < 5 * deviation, span
-    # The rule of before is told apart from it.
+        assert abs(sampled[span] / n - probability) < 5 * deviation, span
+    # The test distinguishes it from the earlier rule.
     before = enumerate_spans(segments, "start")
     assert sum(abs(before.get(s, 0) - p) for s, p in expected.items()) > 0.1
 
 
-def compute_shares(text, image):
+def compute_fractions(text, image):
     """(captions of all spans, suffixes of those, image spans from the first code) by rule.
 
     Exact: all pairs of one caption of `text` tokens and one image of `image`.
@@ -71,19 +71,19 @@ def compute_shares(text, image):
     weights = np.where(first == last, 1.0, 2.0) / count**2
     crossing = (first < text) & (last >= text)
     in_text, in_image = text - first, last - text + 1
-    shares = {}
+    fractions = {}
     for rule, keeps_text in (("start", crossing), ("overlap", in_text >= in_image)):
         is_text = np.where(crossing, keeps_text, first < text)
         of_text = weights[is_text].sum()
         suffixes = weights[is_text & (last >= text - 1)].sum()
         from_first = weights[~is_text & (first <= text)].sum()
-        shares[rule] = (of_text, suffixes / of_text, from_first / (1 - of_text))
-    return shares
+        fractions[rule] = (of_text, suffixes / of_text, from_first / (1 - of_text))
+    return fractions
 
 
 @pytest.mark.parametrize(("text", "image"), [(32, 1024), (10, 64)])
-def test_the_table_of_both_rules_is_what_they_come_to(text, image):
-    shares = compute_shares(text, image)
+def test_the_table_has_the_figures_of_both_rules(text, image):
+    fractions = compute_fractions(text, image)
     rows = {
         rule: f"    {text} and {image}, {name}"
         for rule, name in (("start", "where it starts"), ("overlap", "largest overlap"))
@@ -94,7 +94,7 @@ def test_the_table_of_both_rules_is_what_they_come_to(text, image):
             for line in (causal_masking.__doc__ or "").splitlines()
             if line.startswith(row)
         ]
-        figures = [f"{100 * share:.2f}%" for share in shares[rule]]
+        figures = [f"{100 * fraction:.2f}%" for fraction in fractions[rule]]
         assert line.split()[-3:] == figures
 
 
@@ -111,4 +111,4 @@ def test_sampled_spans_have_the_figures_of_the_table():
         (spans[of_text, 1] == 10).mean(),
         (spans[~of_text, 0] == 11).mean(),
     )
-    np.testing.assert_allclose(found, compute_shares(10, 64)["overlap"], atol=0.05)
+    np.testing.assert_allclose(found, compute_fractions(10, 64)["overlap"], atol=0.05)

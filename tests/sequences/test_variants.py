@@ -1,4 +1,4 @@
-"""Target and documents are shown under one change, which the seed and the index choose."""
+"""One change of target and documents, determined by the seed and the index."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_all_images_of_an_example_have_its_change(vocab, collect):
             for number in range(1, segments.max() + 1):
                 tokens = row[segments == number]
                 codes = vocab.image_codes(tokens[vocab.is_image(tokens)])
-                # 9 is an image as the memory has it; document 5 knows no other.
+                # 9 is the image in the memory; document 5 has no other.
                 changed = set(codes.tolist()) - {9}
                 assert len(codes) == 6 and len(changed) <= 1
                 if vocab.name(int(tokens[1])) != "t5" and len(set(codes)) == 1:
@@ -35,7 +35,7 @@ def test_all_images_of_an_example_have_its_change(vocab, collect):
     assert seen == {1, 2, 3, 9}
 
 
-def test_a_resumed_training_draws_the_same_changes(collect):
+def test_a_resumed_training_has_the_same_changes(collect):
     whole, rest = (collect(start, 8 - start) for start in (0, 5))
     for batch, again in zip(whole[5:], rest, strict=True):
         np.testing.assert_array_equal(batch.inputs, again.inputs)

@@ -25,7 +25,7 @@ def tokenizer() -> TextTokenizer:
     "text",
     ["", "the flag", "  two  spaces ", "naïve 漢字 🏴‍☠️", "\x00\n\t\r", "<eod><mask:0>"],
 )
-def test_every_string_comes_back(tokenizer, text):
+def test_every_string_round_trips(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == text
@@ -80,8 +80,8 @@ def test_a_tokenizer_with_special_tokens_is_refused(tokenizer, tmp_path):
         TextTokenizer.load(path)
 
 
-def test_ids_that_are_no_range_are_refused(tokenizer, tmp_path):
-    """An id above the others would be taken for an image's."""
+def test_tokens_that_are_not_a_range_are_refused(tokenizer, tmp_path):
+    """A token above the others would be an image token."""
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     fields = json.loads(path.read_text())
@@ -91,9 +91,7 @@ def test_ids_that_are_no_range_are_refused(tokenizer, tmp_path):
         TextTokenizer.load(path)
 
 
-def test_a_file_that_differs_from_the_manifest_beside_it_is_refused(
-    tokenizer, tmp_path
-):
+def test_a_file_that_differs_from_its_manifest_is_refused(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     write_manifest(tmp_path)
@@ -103,7 +101,7 @@ def test_a_file_that_differs_from_the_manifest_beside_it_is_refused(
         TextTokenizer.load(path)
 
 
-# `of` and `flag` become one id, so cuts within words would show.
+# `of` and `flag` become one token, so cuts within words would show.
 MERGES = [("f", "l"), ("fl", "a"), ("fla", "g</w>"), ("o", "f</w>")]
 LONG_TEXTS = [
     "the flag of the moon " * 5000,
@@ -119,7 +117,7 @@ LONG_TEXTS = [
 
 @pytest.mark.parametrize("cleans", [True, False])
 @pytest.mark.parametrize("max_length", [1, 9, 75])
-def test_a_head_is_the_head_of_all(tokenizer, cleans, max_length):
+def test_a_head_equals_the_head_of_the_whole(tokenizer, cleans, max_length):
     if cleans:
         tokenizer = build_clip_tokenizer(MERGES, 512 + len(MERGES) + 2)
     texts = [*LONG_TEXTS, "", "the flag", *CORPUS[:3], *(t[:999] for t in LONG_TEXTS)]
@@ -128,8 +126,8 @@ def test_a_head_is_the_head_of_all(tokenizer, cleans, max_length):
         np.testing.assert_array_equal(head, tokenizer.encode(text)[:max_length])
 
 
-def test_the_head_of_a_long_text_costs_little(monkeypatch):
-    """Escapes of escapes took time that grew with the square of their number."""
+def test_the_head_of_a_long_text_is_fast(monkeypatch):
+    """Nested escapes once took quadratic time."""
     tokenizer = build_clip_tokenizer(MERGES, 512 + len(MERGES) + 2)
     seen = []
     encode = tokenizer._encode

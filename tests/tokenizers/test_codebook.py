@@ -1,4 +1,4 @@
-"""k-means: finds clusters, leaves no code idle, refuses too few latents."""
+"""k-means: finds clusters, leaves no code unused, refuses too few latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make_clusters(num: int = 40, each: int = 25) -> tuple[np.ndarray, np.ndarray
 
 
 def test_every_cluster_has_a_code_and_the_error_falls():
-    """With as many codes as clusters Lloyd's passes end in a local minimum."""
+    """With as many codes as clusters, Lloyd's algorithm ends in a local minimum."""
     centres, latents = make_clusters()
 
     def fit(num_codes: int, num_iterations: int) -> tuple[np.ndarray, float]:
@@ -31,7 +31,7 @@ def test_every_cluster_has_a_code_and_the_error_falls():
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.7 * errors[0]
 
 
-def test_no_code_stays_idle_when_latents_repeat():
+def test_no_code_is_unused_when_latents_repeat():
     rng = np.random.default_rng(1)
     common = np.zeros((5000, 3), np.float32)  # as the flat sky of many images
     rare = rng.normal(0.0, 3.0, (200, 3)).astype(np.float32)
@@ -41,7 +41,7 @@ def test_no_code_stays_idle_when_latents_repeat():
     assert len(used) >= 30
 
 
-def test_the_nearest_code_is_the_nearest():
+def test_the_nearest_code_is_found():
     rng = np.random.default_rng(2)
     latents, codes = rng.normal(size=(50, 4)), rng.normal(size=(9, 4))
     latents, codes = latents.astype(np.float32), codes.astype(np.float32)

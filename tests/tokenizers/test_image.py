@@ -73,7 +73,7 @@ def test_save_and_load(tokenizer, images, tmp_path):
     np.testing.assert_array_equal(loaded.encode(images), tokenizer.encode(images))
 
 
-def test_the_fingerprint_sees_weights_and_config(tokenizer):
+def test_the_fingerprint_depends_on_weights_and_config(tokenizer):
     params = jax.tree.map(np.array, nn.meta.unbox(tokenizer.params))
     params["quant_conv"]["bias"][0] += 1.0
     changed = ImageTokenizer(CONFIG, params)

@@ -1,4 +1,4 @@
-"""MixedTokenizer: documents there and back, and hostile text."""
+"""MixedTokenizer: round trips of documents, and adversarial text."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make_documents() -> list[Document]:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 100])
-def test_documents_keep_order_modalities_and_facts(tokenizer, batch):
+def test_documents_keep_order_modalities_and_metadata(tokenizer, batch):
     documents = make_documents()
     found = list(tokenizer.tokenize(iter(documents), batch))
     assert [d.id for d in found] == ["a", "b", "c"]
@@ -92,7 +92,7 @@ def test_decode_gives_the_text_and_the_coded_image(tokenizer):
     np.testing.assert_array_equal(decoded.images[0], coded[0])
 
 
-def test_split_tokens_is_the_picture_of_its_docstring(tokenizer):
+def test_split_tokens_is_the_diagram_of_its_docstring(tokenizer):
     vocab = tokenizer.vocab
     image = vocab.image_tokens(np.array([1, 7, 7, 2]))
     row = [vocab.eod, 4, 9, vocab.break_, *image, vocab.eod]
@@ -107,7 +107,7 @@ def test_split_tokens_is_the_picture_of_its_docstring(tokenizer):
     assert tokenizer.split_tokens([vocab.eod, vocab.eod]).segments == ()
 
 
-def test_split_tokens_refuses_what_is_not_one_whole_document(tokenizer):
+def test_split_tokens_refuses_all_but_one_whole_document(tokenizer):
     vocab = tokenizer.vocab
     with pytest.raises(ValueError, match="an image has 4 tokens; got 1"):
         tokenizer.split_tokens([4, vocab.break_, vocab.image_range.start])
@@ -120,7 +120,7 @@ def test_split_tokens_refuses_what_is_not_one_whole_document(tokenizer):
         tokenizer.decode(wrong)
 
 
-def test_hostile_text_never_leaves_the_text_range(tokenizer):
+def test_adversarial_text_never_leaves_the_text_range(tokenizer):
     """100,000 random and adversarial strings, every control spelling included."""
     vocab, rng = tokenizer.vocab, random.Random(0)
     spellings = [vocab.name(i) for i in range(vocab.image_range.start, vocab.size)]
@@ -157,7 +157,7 @@ def test_save_and_load(tokenizer, tmp_path):
     )
 
 
-def test_what_cannot_be_loaded_is_named(tokenizer, tmp_path):
+def test_folders_that_cannot_be_loaded_are_refused(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no mixed\.json"):
         MixedTokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
@@ -190,7 +190,7 @@ def list_files(folder):
     )
 
 
-def test_every_file_is_under_the_seal(tokenizer, tmp_path):
+def test_every_file_has_a_checksum(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     names = list_files(tmp_path)
     assert len(names) == 6
@@ -226,7 +226,7 @@ def test_a_tokenizer_of_format_1_opens(tokenizer, tmp_path):
         (tmp_path / name).unlink()
     opened = MixedTokenizer.load(tmp_path)
     assert opened.fingerprint() == tokenizer.fingerprint()
-    tokenizer.save(tmp_path)  # in the place of the old one
+    tokenizer.save(tmp_path)  # replaces the old one
     assert "manifest.json" in list_files(tmp_path)
 
 

@@ -109,7 +109,7 @@ def test_the_nearest_code_is_chosen(quantizer):
     np.testing.assert_allclose(found.commitment_loss, expected, rtol=1e-4)
 
 
-def test_the_entropy_term_moves_codes_that_no_latent_chose():
+def test_the_entropy_term_moves_unused_codes():
     codebook = jax.random.normal(jax.random.key(0), (24, 4))
     z = jnp.broadcast_to(codebook[0], (1, 2, 2, 4))
 
@@ -174,7 +174,7 @@ def test_group_norm_equals_flax():
     )
 
 
-def test_patchify_is_a_picture_of_blocks():
+def test_patchify_is_a_diagram_of_blocks():
     image = jnp.arange(16).reshape(1, 4, 4, 1)
     folded = patchify(image, 2)
     assert folded[0, 0, 0].tolist() == [0, 1, 4, 5]
@@ -255,7 +255,7 @@ def test_lists_from_json_make_the_same_config():
     assert hash(TINY)
 
 
-def test_equal_patches_have_equal_codes_wherever_they_stand():
+def test_equal_patches_have_equal_codes_in_all_positions():
     """With the patch encoder; taming's sees the surroundings too."""
     rng = np.random.default_rng(0)
     patch = rng.uniform(-1.0, 1.0, (4, 4, 3))

@@ -83,7 +83,7 @@ def loss_fn_with(config: GeneratorLossConfig):
 
 @functools.cache
 def compiled_trainer(mesh_shape: tuple[int, int, int]):
-    """One compilation a mesh for the whole session, and the first state on the host."""
+    """One compilation per mesh for the whole session, and the first state on the host."""
     devices = jax.devices()[: math.prod(mesh_shape)]
     mesh = sharding.make_mesh(*mesh_shape, devices=devices)
     optimizer = build_optimizer(OPTIMIZER)
@@ -105,7 +105,7 @@ def place(host_state: TrainState, shardings: TrainState) -> TrainState:
 
 
 def make_trainer(data: int = 1, fsdp: int = 1, tensor: int = 1):
-    """(state, step_fn, optimizer, mesh) of the toy on as many devices as asked for."""
+    """(state, step_fn, optimizer, mesh) of the toy model on a number of devices."""
     host_state, shardings, *rest = compiled_trainer((data, fsdp, tensor))
     return place(host_state, shardings), *rest
 
@@ -127,7 +127,7 @@ def toy():
 @pytest.fixture(scope="session")
 def equal_trees():
     def equal(a, b) -> bool:
-        """Bit for bit, wherever the leaves lie."""
+        """Bit for bit, on any devices."""
         same = jax.tree.map(
             lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b
         )

@@ -1,4 +1,4 @@
-"""Collectives of compiled programs: their trips, their bytes and who waits for them."""
+"""Collectives of compiled programs: their trips, their bytes and which are waited for."""
 
 from __future__ import annotations
 
@@ -179,13 +179,13 @@ def test_one_operation(line, kind, group, whole, asynchronous):
         "f32[4,8] all-gather(%x), replica_groups=mesh['a'=8,'b'=1] {'b'}",
     ],
 )
-def test_what_every_device_does_alone_is_no_collective(line):
+def test_other_operations_are_not_collectives(line):
     assert not find_collectives(PROGRAM.format(line))
 
 
 @pytest.mark.parametrize("bound", ["known", "data"])
 def test_a_compiled_loop(bound):
-    """The sum over the split rows is one all-reduce a trip."""
+    """The sum over the split rows is one all-reduce per trip."""
     mesh = sharding.make_mesh()
     rows = NamedSharding(mesh, PartitionSpec("data"))
 
@@ -206,6 +206,6 @@ def test_a_compiled_loop(bound):
     assert traffic.bytes_on_wire == traffic.count * 64 * 2 * 7 / 8
 
 
-def test_a_text_that_is_no_program():
+def test_a_text_that_is_not_a_program():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         count_collectives("module @jit_f {\n}\n")

@@ -1,4 +1,4 @@
-"""The arithmetic of plans: counted by hand, and against known trainings."""
+"""The arithmetic of plans: computed by hand, and against known trainings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "training"
 SMALL = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, head_dim=16)
 
 
-def test_flops_are_six_a_parameter_plus_attention():
+def test_flops_are_six_per_parameter_plus_attention():
     params = count_params(abstract_params(SMALL))
     positions = SMALL.max_length * SMALL.d_model
     expected = 6 * (params - positions) + 6 * 2 * 32 * 100
@@ -74,15 +74,15 @@ def test_the_papers_model_on_eight_cards(paper):
     )
 
 
-def test_what_does_not_fit_is_mended_by_what_is_suggested(paper):
+def test_suggested_fixes_make_a_plan_fit(paper):
     config, num_params = paper
     found = plan(config, num_params, rows=256)
     assert found.total > found.memory
     changes = suggest_changes(config, found, 256)
     assert 'remat="dots"' in changes[0] and "num_microbatches" in changes[-1]
     parts = -(-256 // 8 // found.largest_rows)
-    mended = plan(config, num_params, rows=256, num_microbatches=parts)
-    assert mended.total < mended.memory
+    fixed = plan(config, num_params, rows=256, num_microbatches=parts)
+    assert fixed.total < fixed.memory
 
 
 def test_recomputation_keeps_less():
@@ -156,7 +156,7 @@ def test_the_formula_is_within_a_tenth_of_the_compilers(capsys, name):
 
 
 def test_compiled_traffic_is_that_of_a_step_and_not_of_its_chunks():
-    """What the README says of the paper's model on 64 chips."""
+    """The README's figures for the paper's model on 64 chips."""
     for name in ("v5p_64", "v5e_64", "v6e_64"):
         stored = COMPILED_PLANS[name]
         assert stored["wire_bytes"] < 45e9
@@ -177,14 +177,14 @@ def make_config():
     return ConfigDict(sections)
 
 
-def test_a_full_memory_ends_with_what_would_mend_it(monkeypatch, tmp_path):
+def test_out_of_memory_errors_suggest_fixes(monkeypatch, tmp_path):
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while ...")
 
     def fail(config, workdir):
         raise error
 
     monkeypatch.setattr(run.wiring, "build_job", fail)
-    read = types.SimpleNamespace(train=None)  # of a config that is not whole
+    read = types.SimpleNamespace(train=None)  # of an incomplete config
     monkeypatch.setattr(run.wiring, "read_training", lambda config: read)
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         run.train(make_config(), tmp_path, progress=False)

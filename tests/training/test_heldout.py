@@ -1,4 +1,4 @@
-"""When a training ends because its held-out loss no longer falls."""
+"""Early stopping when the held-out loss no longer falls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_ends_when_the_patience_is_used_up():
     assert not run([1.0, float("nan"), 2.0], patience=0)[0].is_over
 
 
-def test_a_resumed_training_ends_where_an_unbroken_one_does():
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does():
     judged, step, _ = run(
         [2.5, 1.0], patience=2, history=[[1, 3.0], [2, 2.0], [3, 2.0]]
     )

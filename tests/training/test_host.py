@@ -1,4 +1,4 @@
-"""Compiled programs are kept, where nothing else was said."""
+"""Compiled programs are cached by default."""
 
 from __future__ import annotations
 
@@ -55,14 +55,16 @@ def test_on_by_default_whenever_jax_is_imported(tmp_path, order):
         ({"JAX_COMPILATION_CACHE_DIR": "{home}/jax"}, "{home}/jax"),
     ],
 )
-def test_what_was_said_counts(tmp_path, variables, expected):
+def test_explicit_settings_are_respected(tmp_path, variables, expected):
     given = {name: value.format(home=tmp_path) for name, value in variables.items()}
     done = start(tmp_path, **given)
     assert done.stdout.strip() == expected.format(home=tmp_path), done.stderr
     assert not (tmp_path / ".cache" / "racm3").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_a_sentence(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused_in_a_sentence(
+    monkeypatch, tmp_path
+):
     from racm3_jax.training.host import keep_compiled_programs
 
     (tmp_path / "file").write_text("")

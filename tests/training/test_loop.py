@@ -16,7 +16,7 @@ from racm3_jax.training.step import TrainState
 
 
 class Recorder:
-    """A writer and a saver that remember."""
+    """A writer and a saver that record their calls."""
 
     def __init__(self, save_interval=10**9):
         self.lines, self.saved, self.waited = [], [], 0
@@ -54,7 +54,7 @@ def quiet(state, step_fn, batches, **settings):
     return fit(state, step_fn, batches, FitSettings(progress=False, **settings))
 
 
-def test_log_lines_hold_means_since_the_last_line():
+def test_log_lines_have_means_since_the_last_line():
     log = Recorder()
     batches = iter(np.float32([1, 2, 3, 4, 5]))
     state = quiet(
@@ -99,7 +99,7 @@ def test_starts_at_the_step_of_the_state():
     assert [step for step, _ in log.lines] == [4, 5]
 
 
-def test_takes_exactly_one_batch_a_step():
+def test_takes_exactly_one_batch_per_step():
     batches = iter(np.ones(9, np.float32))
     quiet(counting_state(), count, batches, num_steps=4)
     assert len(list(batches)) == 5
@@ -135,7 +135,7 @@ def test_divergence_names_the_step_and_is_not_saved():
     assert not log.saved
 
 
-def test_a_line_of_skipped_steps_alone_goes_on():
+def test_a_line_of_only_skipped_steps_does_not_stop():
     def step_fn(state, batch):
         state = state.replace(step=state.step + 1)
         weight = float(batch)
@@ -177,7 +177,7 @@ def test_a_signal_saves_and_stops(signum):
     assert signal.getsignal(signum) is before
 
 
-def test_does_not_wait_for_the_step_that_runs(monkeypatch):
+def test_does_not_wait_for_the_running_step(monkeypatch):
     """Batch t+1 is fetched before step t is waited for."""
     events = []
 

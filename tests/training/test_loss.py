@@ -59,7 +59,7 @@ def test_equals_plain(inputs, chunk_length, z_loss):
     "shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (2, 2, 2), (1, 2, 4)]
 )
 def test_every_mesh_computes_the_same(shape):
-    """And gathers the head, and reduces its gradient, once a step: not once a chunk."""
+    """And gathers the head and reduces its gradient once per step, not once per chunk."""
     keys = jax.random.split(jax.random.key(1), 4)
     hidden = jax.random.normal(keys[0], (8, 12, 16))
     head = jax.random.normal(keys[1], (16, 640))

@@ -1,4 +1,4 @@
-"""The paper's model, compiled for machines that are not there: a stored file."""
+"""The paper's model, compiled for absent machines: a stored file."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_memory_and_trips_are_those_of_the_stored_file():
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, not a TPU"
 )
 @pytest.mark.parametrize("machine", sorted(set(STORED) - {"8"}))
-def test_a_tpu_step_sends_what_it_must_and_no_more(machine):
-    """Within 10%: which pass moves what differs from one libtpu to the next."""
+def test_a_tpu_step_sends_only_what_is_necessary(machine):
+    """Within 10%: the transfers of each pass depend on the version of libtpu."""
     found, stored = lower(machine), STORED[machine]
 
     def wire(figures):
@@ -63,14 +63,14 @@ def test_a_tpu_step_sends_what_it_must_and_no_more(machine):
     assert found["collectives"]["reduce-scatter"]["bytes_on_wire"] > 0
 
 
-# Beside a product, what it needs next is gathered at once; with a tensor axis (v6e) it is
-# passed on in a ring, and what is gathered, nothing of a layer, is waited for.
+# During a product, the next operands are gathered; with a tensor axis (v6e) they are
+# passed on in a ring, and only gathers outside of layers are waited for.
 WAITED_FOR = {("v6e:4x4", "all-gather")}
 
 
 @pytest.mark.parametrize("machine", sorted(set(STORED) - {"8"}))
-def test_what_the_stored_programs_send(machine):
-    """The head's gradient once a step: a sum a chunk would be 86 GB. Gathers overlap."""
+def test_transfers_of_the_stored_programs(machine):
+    """The head's gradient once per step: per chunk it would be 86 GB. Gathers overlap."""
     collectives = STORED[machine]["collectives"]
     total = sum(t["bytes_on_wire"] for t in collectives.values())
     assert total < 8e9

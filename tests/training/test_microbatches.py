@@ -19,8 +19,8 @@ def make_step(toy, **options):
     return state, make_train_step(loss_fn, optimizer, mesh, state, **options)
 
 
-def test_parts_add_up_to_the_whole(toy):
-    """Parts weigh differently: their loss weights are drawn from 0, 0.1 and 1."""
+def test_microbatches_add_up_to_the_whole_batch(toy):
+    """Microbatches have different sums of loss weights, sampled from 0, 0.1 and 1."""
     whole_state, whole, _, _ = toy.make_trainer()
     state, parts = make_step(toy, num_microbatches=4)
     batch = next(toy.make_batches())
@@ -89,7 +89,7 @@ def test_training_ends_after_too_many_skipped_steps_in_a_row():
         fit_with("..xxx..", 2)
 
 
-def test_a_trace_is_written_of_the_steps_asked_for(toy, tmp_path):
+def test_a_trace_of_the_requested_steps_is_written(toy, tmp_path):
     state, step_fn, _, _ = toy.make_trainer()
     fit(
         state,
@@ -102,7 +102,7 @@ def test_a_trace_is_written_of_the_steps_asked_for(toy, tmp_path):
         Profile(3, 2, tmp_path)
 
 
-def test_mfu_is_the_share_of_the_peak(toy):
+def test_mfu_is_the_fraction_of_the_peak(toy):
     lines = []
 
     class Writer:

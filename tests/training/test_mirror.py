@@ -1,4 +1,4 @@
-"""A work directory in a bucket, which here is fsspec's memory."""
+"""A work directory in a bucket, here fsspec's memory file system."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(mirror, name, content="x"):
     path.write_text(content)
 
 
-def test_what_is_written_is_there_and_comes_back(bucket):
+def test_written_files_are_mirrored_and_restored(bucket):
     with Mirror(URL) as mirror:
         write(mirror, "config.json", "{}")
         write(mirror, "model/config.json", "m")
@@ -72,13 +72,13 @@ def test_folders_of_killed_processes_are_removed_and_no_others(bucket, tmp_path)
 
 
 def test_it_is_copied_while_it_is_written(bucket):
-    """A killed process leaves what was pushed."""
+    """After a kill, the bucket has the files pushed so far."""
     mirror = Mirror(URL, seconds=0.01)
     mirror.pull()
     mirror._thread.start()
     write(mirror, "metrics.jsonl", "a line")
     for _ in range(1000):
-        # Before, it may be there as it was while it was being written.
+        # An earlier, incomplete version may have been copied before.
         if bucket() == {"metrics.jsonl": b"a line"}:
             break
         mirror._closed.wait(0.01)
@@ -87,8 +87,8 @@ def test_it_is_copied_while_it_is_written(bucket):
     mirror._thread.join()
 
 
-def test_only_what_is_of_use_elsewhere_is_copied(bucket):
-    """Checkpoints are copied by `checkpoints.bucket`, when they are whole."""
+def test_only_files_useful_elsewhere_are_copied(bucket):
+    """Checkpoints are copied by `checkpoints.bucket`, when they are complete."""
     with Mirror(URL) as mirror:
         for name in (
             "training.lock",
@@ -100,7 +100,7 @@ def test_only_what_is_of_use_elsewhere_is_copied(bucket):
     assert bucket() == {}
 
 
-def test_a_manifest_comes_last_and_goes_first(bucket, monkeypatch):
+def test_a_manifest_is_written_last_and_deleted_first(bucket, monkeypatch):
     order = []
     with Mirror(URL) as mirror:
         for name in ("put", "remove"):
@@ -125,7 +125,7 @@ def test_a_manifest_comes_last_and_goes_first(bucket, monkeypatch):
     ]
 
 
-def test_a_follower_gets_what_the_leader_makes_and_adds_only_its_traces(bucket):
+def test_a_follower_gets_the_leaders_files_and_adds_only_its_traces(bucket):
     with Mirror(URL) as leader, Mirror(URL, leads=False) as follower:
         write(leader, "memory/manifest.json", "1")
         leader.push()
@@ -142,7 +142,7 @@ def test_a_follower_gets_what_the_leader_makes_and_adds_only_its_traces(bucket):
     assert bucket() == {"memory/manifest.json": b"2", "profile/host1.pb": b"trace"}
 
 
-def test_what_could_not_be_copied_is_kept(bucket, monkeypatch):
+def test_files_that_could_not_be_copied_are_kept(bucket, monkeypatch):
     with pytest.raises(OSError, match="no more room.*it is kept in"), Mirror(URL) as m:
         write(m, "config.json", "{}")
 
@@ -167,7 +167,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def start(total: int, workdir: str) -> list[subprocess.Popen]:
-    """A training of 12 steps by so many processes, in `fake_bucket`'s buckets."""
+    """A training of 12 steps by several processes, in `fake_bucket`'s buckets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -199,7 +199,7 @@ def finish(running: list[subprocess.Popen]) -> None:
 
 @pytest.mark.slow
 def test_two_killed_processes_resume_from_a_bucket_bit_for_bit(gs):
-    """They share no folder: each has its own, and the bucket."""
+    """They have no common folder: each has its own, and the bucket."""
     finish(start(2, "gs://me/whole"))
     running = start(2, "gs://me/broken")
     deadline = time.monotonic() + 900

@@ -81,7 +81,7 @@ def test_scanned_equals_unrolled_after_steps_with_decay(style):
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("style", [tiny, tiny_chameleon])
-def test_kernels_and_tables_decay_and_nothing_else(style, scan_layers):
+def test_only_kernels_and_tables_decay(style, scan_layers):
     decayed = find_decayed(abstract_params(style(scan_layers=scan_layers)))
     for name, decays in decayed.items():
         last = name.split("/")[-1]

@@ -1,4 +1,4 @@
-"""Joining processes by environment, and the watchdog; two real ones are a slow test."""
+"""Joining processes by environment, and the watchdog; a slow test has two real ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from racm3_jax.training.processes import (
 
 
 class FakeCluster:
-    """An environment with so many processes, or none."""
+    """An environment with a number of processes, or none."""
 
     def __init__(self, name, count):
         self.__name__ = name
@@ -52,7 +52,7 @@ LIMITS = {
 }
 
 
-def test_three_variables_name_the_others(given):
+def test_three_variables_describe_the_job(given):
     clusters = [FakeCluster("SlurmCluster", 4)]
     variables = {
         "RACM3_COORDINATOR": "a:1",
@@ -85,7 +85,7 @@ def test_three_variables_name_the_others(given):
         ([("SlurmCluster", 4), ("GceTpuCluster", 8)], True, "SLURM"),
         ([("SlurmCluster", 0), ("GceTpuCluster", 8)], True, "a TPU pod (GCE)"),
         ([("GkeTpuCluster", 1)], False, "a TPU pod (GKE)"),
-        ([("K8sCluster", 4)], False, "no cluster"),  # a pod of its own
+        ([("K8sCluster", 4)], False, "no cluster"),  # a separate pod
         ([("NewCluster", 2)], True, "NewCluster"),
     ],
 )
@@ -98,7 +98,7 @@ def test_the_first_cluster_that_jax_finds_is_joined_and_named(
     assert capsys.readouterr().err == ("" if words == "no cluster" else said)
 
 
-def test_pods_of_an_indexed_job_are_joined_or_told_how(given):
+def test_pods_of_an_indexed_job_are_joined_or_explained(given):
     job = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
     join_processes(job, [FakeCluster("K8sCluster", 4)])
     assert given == [LIMITS]
@@ -124,7 +124,7 @@ def test_the_clusters_are_those_that_jax_knows(monkeypatch):
     assert found.get_process_count() == 4
 
 
-def test_the_watchdog_ends_a_silent_process_and_spares_a_busy_one(capfd):
+def test_the_watchdog_ends_a_silent_process_and_not_a_busy_one(capfd):
     ended = []
     with Watchdog(0.4, end=ended.append) as watchdog:
         for _ in range(8):
@@ -163,7 +163,7 @@ def test_a_silent_or_lagging_peer_is_named(tmp_path):
     assert found == "process 1 reads the batch of step 3"
 
 
-def test_without_seconds_nobody_watches():
+def test_without_seconds_there_is_no_watchdog():
     with Watchdog(0.0) as watchdog:
         assert not watchdog._thread.is_alive()
 
@@ -188,7 +188,7 @@ def start(number: int, total: int, port: int, workdir, *flags):
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, cwd=ROOT)
 
 
-# Shards a batch of 8 rows that are numbered, and says what its devices then hold.
+# Shards a batch of 8 numbered rows, and prints the rows of its devices.
 SHARDING = """
 from racm3_jax.training.processes import join_processes
 join_processes()
@@ -210,7 +210,7 @@ for sizes in ((1, 1, 1, 4), (1, 2, 1, 2), (1, 2, 2, 1), (2, 1, 1, 2)):
 """
 
 
-# Trains a number that goes up until it is stopped; says at which step it is saved.
+# Trains a number that increases until it is stopped; prints the step of its checkpoint.
 STOPPING = """
 from racm3_jax.training.processes import join_processes
 join_processes()
@@ -238,7 +238,7 @@ fit(state, step_fn, itertools.repeat({}), FitSettings(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(number):
-    """Long before the next line of the log, at which nothing is asked."""
+    """Long before the next line of the log."""
     with started_together(STOPPING, total=2, devices=1) as running:
         for process in running:
             assert process.stdout.readline() == b"started\n"

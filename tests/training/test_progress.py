@@ -1,4 +1,4 @@
-"""What a training says on a terminal."""
+"""The output of a training on a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from racm3_jax.training.progress import StepLog, report_parameters
 
 
 @pytest.mark.parametrize("console", ["absl", "python"])
-def test_a_log_line_is_a_line_of_its_own(monkeypatch, console):
+def test_a_log_line_is_a_separate_line(monkeypatch, console):
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stream)

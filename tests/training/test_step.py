@@ -49,7 +49,7 @@ def test_eight_devices_equal_one(toy, reference, axes):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_state_lies_where_the_table_says(toy):
+def test_state_is_sharded_as_in_the_table(toy):
     state, step_fn, _, _ = toy.make_trainer(2, 2, 2)
     state, _ = step_fn(state, next(toy.make_batches()))
     spec = jax.sharding.PartitionSpec

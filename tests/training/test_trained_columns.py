@@ -1,4 +1,4 @@
-"""Training some columns of the head leaves every other number as it was, bit for bit."""
+"""Training some columns of the head changes no bit of the other parameters."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_all_else_keeps_its_bits(mesh_shape):
     ):
         assert old.tobytes() == np.ascontiguousarray(new).tobytes()
     assert (COLUMNS.take(before) != COLUMNS.take(after)).any(axis=0).all()
-    # No moments exist but those of the columns, and they are used.
+    # Only the columns have moments, and these are used.
     moments = [x for x in jax.tree.leaves(state.opt_state) if np.ndim(x)]
     assert [x.shape for x in moments] == [(WIDTH, COLUMNS.stop - COLUMNS.start)] * 2
     assert all(np.any(x) for x in moments)

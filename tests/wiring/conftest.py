@@ -1,3 +1,3 @@
-"""Memories of made-up documents."""
+"""Memories of synthetic documents."""
 
 from memory_fakes import build, documents  # noqa: F401

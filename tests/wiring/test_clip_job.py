@@ -1,4 +1,4 @@
-"""What the training of a CLIP leaves in its work directory."""
+"""The files of a CLIP training's work directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from racm3_jax.tokenizers.bpe import TextTokenizer
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def test_a_clip_is_measured_on_nations_that_it_never_saw(tmp_path):
+def test_a_clip_is_measured_on_unseen_nations(tmp_path):
     config = load_config_file(f"{CONFIGS}/flagworld_clip.py:aligned")
     config.world.num_nations, config.world.num_heldout = 8, 5
     config.world.documents_per_nation = 2

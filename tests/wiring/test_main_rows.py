@@ -1,4 +1,4 @@
-"""Which rows are trained on, and where that is known from."""
+"""Which rows are trained on, and how they are found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def memory(build, documents):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """How many documents were read, call by call."""
+    """How many documents were read by each call."""
     counts = []
     documents = Memory.documents
 
@@ -45,7 +45,7 @@ def test_main_rows_come_from_a_column(memory, tmp_path, reads):
     assert reads == [] and not (tmp_path / "run").exists()
 
 
-def test_of_an_older_memory_they_are_read_once_a_work_directory(
+def test_for_an_older_memory_they_are_read_once_per_work_directory(
     memory, tmp_path, reads
 ):
     memory.split_hashes = None

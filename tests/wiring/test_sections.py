@@ -1,4 +1,4 @@
-"""Configs are total: nothing of any file goes unread, and typos are named."""
+"""Configs are total: every key of every file is read, and typos are named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load(name, *flags):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_is_read_whole(name):
+def test_every_key_of_every_file_is_read(name):
     config = load(name)
     found = read(config)
     for key in config:
@@ -85,7 +85,7 @@ def test_a_wrong_setting_of_a_file_is_refused(name, change, message):
     assert message in str(error.value)
 
 
-def test_what_is_missing_is_named():
+def test_missing_keys_are_named():
     config = load("flagworld.py")
     with config.unlocked():
         del config.train.num_steps

@@ -1,4 +1,4 @@
-"""What a work directory accepts as the same run."""
+"""Which configs a work directory accepts as the same run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_resumed_run_may_change_how_it_is_computed_and_logged(tmp_path):
         claim_workdir(make_config(num_steps=5), tmp_path)
 
 
-def test_settings_that_an_older_run_does_not_know_are_their_defaults(tmp_path):
+def test_settings_missing_in_an_older_run_are_their_defaults(tmp_path):
     config = configs.load_config_file(configs.find_config("flagworld_tiny.py"))
     older = config.copy_and_resolve_references()
     config.pipeline.window_steps = 8
@@ -41,7 +41,9 @@ def test_settings_that_an_older_run_does_not_know_are_their_defaults(tmp_path):
         claim_workdir(config, tmp_path)
 
 
-def test_removed_documents_are_said_and_older_checkpoints_taken(tmp_path, caplog):
+def test_removed_documents_are_reported_and_older_checkpoints_accepted(
+    tmp_path, caplog
+):
     job = types.SimpleNamespace(inputs={"memory": "m"}, num_main_documents=7)
     check_inputs({}, job, tmp_path)
     check_inputs({"inputs": {"memory": "m"}, "num_main_documents": 7}, job, tmp_path)

@@ -25,7 +25,7 @@ def shape(document: Document) -> list[str]:
     return [s.modality for s in document.segments]
 
 
-def picture(number: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
+def make_image(number: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
     return Image.new("RGB", size, (number * 9 % 256, 80, 200))
 
 
@@ -36,7 +36,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def jpeg(number: int) -> bytes:
-    return encoded(picture(number, (16, 16)), "JPEG", quality=95)
+    return encoded(make_image(number, (16, 16)), "JPEG", quality=95)
 
 
 def animation() -> bytes:
@@ -45,7 +45,7 @@ def animation() -> bytes:
 
 
 def write_tar(path: pathlib.Path, members, mode: str = "w") -> None:
-    """Members are a dict, or a list where names come again."""
+    """Members are a dict, or a list where names are repeated."""
     pairs = members.items() if isinstance(members, dict) else members
     with tarfile.open(path, mode) as archive:
         for name, data in pairs:
@@ -73,7 +73,7 @@ def write_coco(root: pathlib.Path, num_images: int = 4) -> None:
             }
         )
         annotations += [
-            {"id": 10 * i + j, "image_id": i + 100, "caption": f"picture {i}, way {j}"}
+            {"id": 10 * i + j, "image_id": i + 100, "caption": f"image {i}, way {j}"}
             for j in range(2)
         ]
     content = {
@@ -99,8 +99,8 @@ def bad_images() -> dict[str, tuple[bytes, str]]:
 
 
 def odd_images() -> dict[str, bytes]:
-    """Files that are unusual, and that a person would expect to be read."""
-    base = picture(3)
+    """Unusual files that a user would expect to be read."""
+    base = make_image(3)
     exif = base.getexif()
     exif[0x0112] = 6
     turned = encoded(base, "JPEG", exif=exif)

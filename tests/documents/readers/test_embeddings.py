@@ -1,4 +1,4 @@
-"""Ready embeddings, in every form that NumPy saves them."""
+"""Precomputed embeddings, in every form that NumPy saves."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_numbers_of_every_kind(tmp_path, rows):
     assert [r.document.text for r in found] == [f"caption {i}" for i in range(6)]
 
 
-def test_documents_are_known_by_their_embedding_alone(tmp_path):
+def test_documents_may_consist_of_an_embedding_only(tmp_path):
     found, report = read(write(tmp_path, ROWS, fields=()))
     assert report.num_bad == 0
     assert [r.document.id for r in found] == [f"metadata_0/{i:08d}" for i in range(6)]
@@ -86,7 +86,7 @@ def test_documents_are_known_by_their_embedding_alone(tmp_path):
         (ROWS > 0, "got bool"),
     ],
 )
-def test_arrays_that_are_no_rows_are_refused_in_a_sentence(tmp_path, rows, message):
+def test_other_arrays_are_refused_in_a_sentence(tmp_path, rows, message):
     found, report = read(write(tmp_path, rows))
     assert not found and report.reasons == {"damaged file": 1}
     assert re.search(message, report.listed[0]["error"])
@@ -101,7 +101,7 @@ def test_a_truncated_array(tmp_path):
         assert not found and report.reasons == {"damaged file": 1}
 
 
-def test_rows_without_a_direction_are_counted(tmp_path):
+def test_zero_rows_are_counted(tmp_path):
     rows = ROWS.copy()
     rows[1], rows[3, 2], rows[4, 0] = 0, np.nan, np.inf
     found, report = read(write(tmp_path, rows))
@@ -109,7 +109,7 @@ def test_rows_without_a_direction_are_counted(tmp_path):
     assert report.reasons == {"bad embedding": 3}
 
 
-def test_files_go_together_by_number(tmp_path):
+def test_files_are_matched_by_number(tmp_path):
     source = write(tmp_path, ROWS)
     write(tmp_path, ROWS, number=1)
     (tmp_path / "img_emb" / "._img_emb_0.npy").write_bytes(b"hidden")

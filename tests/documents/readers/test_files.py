@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from reader_files import encoded, jpeg, picture, read, write_coco, write_tar
+from reader_files import encoded, jpeg, make_image, read, write_coco, write_tar
 
 from racm3_jax.documents.readers import files, find_shards, with_links
 from racm3_jax.documents.readers.files import Folder, is_hidden
@@ -39,7 +39,7 @@ def test_shards_in_braces(tmp_path):
         read(f"webdataset:{tmp_path}/s-{{00000..00004}}.tar")
 
 
-def test_a_name_that_exists_is_no_pattern(tmp_path):
+def test_an_existing_name_is_not_a_pattern(tmp_path):
     folder = tmp_path / "set [v1]{a,b}"
     folder.mkdir()
     write_tar(folder / "0.tar", pair("a"))
@@ -59,7 +59,7 @@ def test_a_folder_of_shards_is_refused_in_a_sentence(tmp_path, monkeypatch, kind
         find_shards(f"{kind}:.")
 
 
-def test_ids_begin_where_the_pattern_is_no_longer_fixed(tmp_path):
+def test_ids_begin_where_the_pattern_varies(tmp_path):
     for corpus in ("cc3m", "cc12m"):
         (tmp_path / corpus).mkdir()
         members = {k: v for i in range(6) for k, v in pair(f"{i:09d}", i).items()}
@@ -82,7 +82,7 @@ def test_ids_begin_where_the_pattern_is_no_longer_fixed(tmp_path):
     assert [d.id for d in found] == ["7", "a/00000001"]
 
 
-def test_suffixes_stay_where_names_would_be_equal(tmp_path):
+def test_suffixes_are_kept_where_names_would_be_equal(tmp_path):
     for name in ("a.jsonl", "a.json", "b.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}\n')
     found, _ = read(f"jsonl:{tmp_path}/*")
@@ -113,7 +113,7 @@ def test_hidden_files_and_folders_are_not_read(tmp_path):
     for pattern in ("*.tar", "**/*.tar"):
         found, report = read(f"webdataset:{tmp_path}/{pattern}")
         assert [d.id for d in found] == ["0/a"] and report.num_bad == 0
-    # Hidden above the source, or named by the user, is not hidden.
+    # Hidden folders above the source, or named by the user, are read.
     found, _ = read(f"folder:{tmp_path}/in/.cache")
     assert [d.text for d in found] == ["x"]
 
@@ -139,7 +139,7 @@ def make_hub(tmp_path):
     return snapshot
 
 
-def test_links_of_a_hub_snapshot_are_its_own(tmp_path):
+def test_links_of_a_hub_snapshot_are_followed(tmp_path):
     snapshot = make_hub(tmp_path)
     for source in (f"folder:{snapshot}/train", f"folder:{snapshot}"):
         found, report = read(source)
@@ -148,7 +148,7 @@ def test_links_of_a_hub_snapshot_are_its_own(tmp_path):
     for source in (f"jsonl:{snapshot}/*.jsonl", f"webdataset:{snapshot}/*.tar"):
         found, report = read(source)
         assert len(found) == 1 and report.num_bad == 0
-    # Blobs of another repository are foreign.
+    # Blobs of another repository do not belong to it.
     other = tmp_path / "hub" / "datasets--else" / "blobs"
     other.mkdir(parents=True)
     (other / "b").write_bytes(jpeg(3))
@@ -196,13 +196,13 @@ def test_links_of_shards_and_of_images_that_records_name(tmp_path):
     elsewhere.mkdir()
     root.mkdir()
     write_tar(elsewhere / "0.tar", pair("a"))
-    (elsewhere / "x.png").write_bytes(encoded(picture(1)))
+    (elsewhere / "x.png").write_bytes(encoded(make_image(1)))
     (root / "0.tar").symlink_to(elsewhere / "0.tar")
     (root / "x.png").symlink_to(elsewhere / "x.png")
     (root / "a.jsonl").write_text('{"image": "x.png"}\n{"image": "../elsewhere/x.png"}')
     found, report = read(f"webdataset:{root}/*.tar")
     assert not found and report.reasons == {"link outside the folder": 1}
-    # A link that the user names is meant.
+    # A link that the user names is followed.
     assert len(read(f"webdataset:{root}/0.tar")[0]) == 1
     assert len(read(with_links(f"webdataset:{root}/*.tar"))[0]) == 1
     _, report = read(f"jsonl:{root}/a.jsonl")
@@ -230,7 +230,7 @@ def test_links_of_coco_images_and_of_tables(tmp_path):
     assert read(with_links(f"folder:{tmp_path}/in"))[0][0].text == "x"
 
 
-def test_names_that_a_record_may_give(tmp_path):
+def test_allowed_names_in_records(tmp_path):
     root = tmp_path / "a b"
     (root / "in").mkdir(parents=True)
     file = root / "in" / "1.jpg"
@@ -277,7 +277,7 @@ def test_a_source_without_a_path_is_refused(source):
         find_shards(source)
 
 
-def test_names_that_are_no_utf8(tmp_path):
+def test_names_that_are_not_utf8(tmp_path):
     name = os.fsdecode(b"caf\xe9.jpg")
     (tmp_path / name).write_bytes(jpeg(1))
     found, _ = read(f"folder:{tmp_path}")

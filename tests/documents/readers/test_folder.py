@@ -1,11 +1,11 @@
-"""Folders of images: captions beside them and in tables."""
+"""Folders of images: captions in sidecar files and in tables."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from reader_files import encoded, jpeg, picture, read, shape
+from reader_files import encoded, jpeg, make_image, read, shape
 
 from racm3_jax.documents.readers.tables import read_table
 
@@ -45,7 +45,7 @@ def test_every_kind_of_sidecar(tmp_path):
     }
     stems = {name.split(".")[0] for name in sidecars}
     images = {f"{stem}.jpg": jpeg(i) for i, stem in enumerate(sorted(stems))}
-    source = fill(tmp_path, {**sidecars, **images, "both.png": encoded(picture(1))})
+    source = fill(tmp_path, {**sidecars, **images, "both.png": encoded(make_image(1))})
     found, report = read(source)
     assert report.num_bad == 0 and report.left_out == {}
     assert texts(found) == {
@@ -68,7 +68,7 @@ def test_every_kind_of_sidecar(tmp_path):
 
 
 @pytest.mark.parametrize("data", ["[1]", "5", "{", "[" * 5000, '{"caption": {"a": 1}}'])
-def test_json_of_another_kind_is_counted(tmp_path, data):
+def test_json_of_another_type_is_counted(tmp_path, data):
     source = fill(tmp_path, {"a.jpg": jpeg(1), "a.json": data, "b.jpg": jpeg(2)})
     found, report = read(source)
     if data.startswith('{"caption"'):
@@ -78,11 +78,11 @@ def test_json_of_another_kind_is_counted(tmp_path, data):
         assert report.reasons == {"damaged JSON": 1}
 
 
-def test_photographs_as_people_have_them(tmp_path, monkeypatch):
+def test_photographs_of_common_formats(tmp_path, monkeypatch):
     contents: dict[str, bytes | str] = {
         "a.jfif": jpeg(1),
         "b.jpe": jpeg(2),
-        "c.AVIF": encoded(picture(3, (32, 32)), "AVIF"),
+        "c.AVIF": encoded(make_image(3, (32, 32)), "AVIF"),
         "d.HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
         "d.txt": "holiday",
         "e.cr2": b"raw",
@@ -192,7 +192,7 @@ def test_captions_of_one_image_are_one_document(tmp_path, name, table):
     assert report.num_bad == 0 and shape(found[0]) == ["text", "image"]
 
 
-def test_texts_that_are_no_tables_are_documents(tmp_path):
+def test_texts_that_are_not_tables_are_documents(tmp_path):
     contents: dict[str, bytes | str] = {
         "captions.txt": "Some words,\nand more.",
         "notes.csv": "a,b\n1,2\n",
@@ -202,7 +202,7 @@ def test_texts_that_are_no_tables_are_documents(tmp_path):
     assert [d.id for d in found] == ["x.jpg", "captions.txt"]
 
 
-def test_images_that_no_row_names_are_read_too(tmp_path):
+def test_images_without_a_row_are_read_too(tmp_path):
     contents: dict[str, bytes | str] = {
         "captions.csv": "file_name,caption\na.jpg,of the table\n",
         "a.jpg": jpeg(1),
@@ -214,7 +214,7 @@ def test_images_that_no_row_names_are_read_too(tmp_path):
     found, _ = read(source)
     assert texts(found) == {"a.jpg": "of the table", "b.jpg": "of b"}
     assert found[0].metadata["more_captions"] == ["beside"]
-    # The rows of a table that is asked for are all that is.
+    # With a named table, only its rows are read.
     found, _ = read(f"{source};captions={tmp_path}/captions.csv")
     assert texts(found) == {"a.jpg": "of the table"}
     with pytest.raises(
@@ -235,7 +235,7 @@ def test_images_that_no_row_names_are_read_too(tmp_path):
         'caption,image\n"café; on the square",img/1.jpg\n'.encode(),
     ],
 )
-def test_csv_as_spreadsheets_write_it(tmp_path, table):
+def test_csv_files_of_spreadsheets(tmp_path, table):
     source = fill(tmp_path, {"captions.csv": table, "img/1.jpg": jpeg(1)})
     found, report = read(source)
     assert texts(found) == {"img/1.jpg": "café; on the square"}
@@ -276,7 +276,7 @@ def test_rows_that_cannot_be_read(tmp_path):
     assert len(second.fields["caption"]) == 200_000
 
 
-def test_a_bare_name_is_one_of_the_folder_of_its_table(tmp_path):
+def test_a_name_without_a_folder_is_next_to_its_table(tmp_path):
     table = "file_name,text\n0.jpg,of train\ntrain/1.jpg,from above\n"
     contents: dict[str, bytes | str] = {
         "train/metadata.csv": table,
@@ -315,7 +315,7 @@ def test_a_row_of_several_images(tmp_path):
     assert [shape(d) for d in found] == [["text", "image", "image"]]
 
 
-def test_names_of_a_table_that_are_spelt_in_another_way(tmp_path):
+def test_names_of_a_table_in_another_spelling(tmp_path):
     rows = ["café.jpg", "./b.jpg", "sub\\c.jpg", "http://x/d.jpg", "../e.jpg"]
     table = "file_name,text\n" + "".join(f"{name},{i}\n" for i, name in enumerate(rows))
     names = ("cafe\u0301.jpg", "b.jpg", "sub/c.jpg")
@@ -329,6 +329,6 @@ def test_names_of_a_table_that_are_spelt_in_another_way(tmp_path):
         "e.jpg": "4",
     }
     assert report.reasons == {"image is a URL": 1}
-    # Outside of the source it is not read.
+    # Files outside of the source are not read.
     _, report = read(f"{source}/in")
     assert report.reasons == {"image is a URL": 1, "path outside the folder": 1}

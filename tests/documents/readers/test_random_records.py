@@ -1,4 +1,4 @@
-"""Whatever a file holds, it is read, counted, or refused in a sentence."""
+"""Random files are read, counted, or refused in a sentence."""
 
 from __future__ import annotations
 

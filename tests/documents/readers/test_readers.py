@@ -12,8 +12,8 @@ from reader_files import (
     bad_images,
     encoded,
     jpeg,
+    make_image,
     odd_images,
-    picture,
     read,
     shape,
     write_coco,
@@ -29,7 +29,7 @@ from racm3_jax.types import Document, Segment
 def test_folder_with_sidecars(tmp_path):
     (tmp_path / "in").mkdir()
     for i, name in enumerate(["a.png", "b.png", "in/c.PNG"]):
-        (tmp_path / name).write_bytes(encoded(picture(i)))
+        (tmp_path / name).write_bytes(encoded(make_image(i)))
     (tmp_path / "a.txt").write_bytes("﻿Käse\n".encode())
     (tmp_path / "b.json").write_text(
         json.dumps({"caption": "two", "url": "http://b", "score": float("nan")})
@@ -53,7 +53,7 @@ def test_folder_with_sidecars(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_folder_with_a_table(tmp_path, kind):
-    (tmp_path / "x.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "x.png").write_bytes(encoded(make_image(1)))
     rows = [("x.png", "one, two"), ("gone.png", "lost"), ("../x.png", "escape")]
     if kind == "csv":
         lines = ["file_name,caption", *(f'{a},"{b}"' for a, b in rows)]
@@ -74,9 +74,9 @@ def test_unusual_images_are_read(tmp_path):
     found, report = read(f"folder:{tmp_path}")
     assert report.reasons == {} and len(found) == len(odd_images())
     by_name = {d.id: d.images[0] for d in found}
-    expected = np.asarray(picture(3))[0, 0].astype(int)
+    expected = np.asarray(make_image(3))[0, 0].astype(int)
     for name in ("cmyk.jpg", "alpha.png", "broken_exif.jpg"):
-        # Through another colour space, but not inverted and not black.
+        # Converted from another colour space, but not inverted and not black.
         assert (np.abs(by_name[name][0, 0] - expected) < 8).all(), name
     assert (by_name["grey16.png"] == 40_000 >> 8).all()
     assert by_name["animated.gif"].shape == (5, 5, 3)
@@ -87,10 +87,10 @@ def test_unusual_images_are_read(tmp_path):
 def test_bad_records_are_counted_by_reason_and_listed(tmp_path):
     for name, (data, _) in bad_images().items():
         (tmp_path / name).write_bytes(data)
-    (tmp_path / "good.png").write_bytes(encoded(picture(1)))
-    (tmp_path / "odd.png").write_bytes(encoded(picture(2)))
+    (tmp_path / "good.png").write_bytes(encoded(make_image(1)))
+    (tmp_path / "odd.png").write_bytes(encoded(make_image(2)))
     (tmp_path / "odd.txt").write_bytes("Käse".encode("latin-1"))
-    (tmp_path / "json.png").write_bytes(encoded(picture(2)))
+    (tmp_path / "json.png").write_bytes(encoded(make_image(2)))
     (tmp_path / "json.json").write_bytes(b"{not json")
     found, report = read(f"folder:{tmp_path};max_pixels=1e6")
     assert [d.id for d in found] == ["good.png"]
@@ -132,7 +132,7 @@ def test_webdataset(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.tar", "00001.tar"]
 
 
-def test_webdataset_that_breaks_off(tmp_path):
+def test_truncated_webdataset(tmp_path):
     members = {f"{i:03d}.jpg": jpeg(i) for i in range(8)}
     write_tar(tmp_path / "a.tar", members)
     whole = (tmp_path / "a.tar").read_bytes()
@@ -155,7 +155,7 @@ def test_parquet(tmp_path):
             "url": "http://1",
         },
         {"caption": None, "image": {"bytes": jpeg(2), "path": "2.jpg"}, "url": None},
-        {"caption": "no picture", "image": None, "url": "http://3"},
+        {"caption": "no image", "image": None, "url": "http://3"},
         {"caption": "bad", "image": {"bytes": b"xx", "path": "4.jpg"}, "url": None},
         {"caption": None, "image": None, "url": None},
     ]
@@ -184,7 +184,7 @@ def test_without_pyarrow(tmp_path, monkeypatch):
         read(f"parquet:{tmp_path}/a.parquet")
 
 
-def test_ready_embeddings(tmp_path):
+def test_precomputed_embeddings(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -213,8 +213,8 @@ def test_ready_embeddings(tmp_path):
 
 
 def test_jsonl(tmp_path):
-    (tmp_path / "cat.png").write_bytes(encoded(picture(1)))
-    inline = base64.b64encode(encoded(picture(2))).decode()
+    (tmp_path / "cat.png").write_bytes(encoded(make_image(1)))
+    inline = base64.b64encode(encoded(make_image(2))).decode()
     lines = [
         {
             "id": "a",
@@ -267,7 +267,7 @@ def test_coco(tmp_path):
     write_coco(tmp_path)
     found, _ = read(f"coco:{tmp_path};split=val2017")
     assert [d.id for d in found] == ["100", "101", "102", "103"]
-    assert [d.text for d in found] == [f"picture {i}, way 0" for i in range(4)]
+    assert [d.text for d in found] == [f"image {i}, way 0" for i in range(4)]
     assert found[0].source.endswith("val2017/000000000100.jpg")
     assert found[0].metadata["licence"] == "Attribution License"
     assert found[0].images[0].shape == (16, 16, 3)
@@ -286,7 +286,7 @@ def test_coco(tmp_path):
 def test_array_record(tmp_path):
     documents = [
         Document(
-            f"d{i}", (Segment(text=f"t{i}"), Segment(image=np.asarray(picture(i))))
+            f"d{i}", (Segment(text=f"t{i}"), Segment(image=np.asarray(make_image(i))))
         )
         for i in range(3)
     ]

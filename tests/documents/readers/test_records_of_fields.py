@@ -1,4 +1,4 @@
-"""JSONL, parquet and COCO: captions and images in every form that people give them."""
+"""JSONL, parquet and COCO: captions and images in every common form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lzma
 
 import numpy as np
 import pytest
-from reader_files import encoded, jpeg, picture, read, shape, write_coco
+from reader_files import encoded, jpeg, make_image, read, shape, write_coco
 
 from racm3_jax.documents.readers import fields, jsonl, parquet
 from racm3_jax.documents.readers.image_fields import decode_base64, read_images
@@ -33,7 +33,7 @@ TEXT = base64.b64encode(jpeg(1)).decode()
 
 
 def forms_of_images() -> dict[str, object]:
-    """Every way to give one image, or two, in a record beside `1.jpg` and `2.jpg`."""
+    """Every way to give one image, or two, in a record next to `1.jpg` and `2.jpg`."""
     return {
         "image": "1.jpg",
         "images": ["1.jpg", "2.jpg"],
@@ -105,7 +105,7 @@ def test_images_of_an_unknown_form_are_counted(tmp_path):
         "damaged base64": 1,
         "image is a URL": 1,
     }
-    # A path of a text is not an image.
+    # The path of a text file is not an image.
     assert [d.text for d in found] == ["words"]
 
 
@@ -133,7 +133,7 @@ def test_a_list_of_records(tmp_path):
         else:
             assert [d.text for d in found] == ["a", "b"]
             assert report.reasons == {"damaged JSON": 1}
-    # Lines, of which the first is a list or damaged.
+    # Lines, the first of which is a list or damaged.
     for first in ("[1, 2]", "[1, 2"):
         (tmp_path / "a.jsonl").write_text(f'{first}\n{{"caption": "a"}}')
         found, report = read(f"jsonl:{tmp_path}/a.jsonl")
@@ -141,7 +141,7 @@ def test_a_list_of_records(tmp_path):
         assert report.reasons == {"damaged JSON": 1}
 
 
-def test_lines_that_are_quirky(tmp_path):
+def test_unusual_lines(tmp_path):
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     lines = [
         '﻿{"id": 1.0, "caption": "float id"}',
@@ -176,7 +176,7 @@ def test_lines_that_are_quirky(tmp_path):
 
 
 @pytest.mark.parametrize("depth", [20, 100, 900, 5000, 200_000])
-def test_deep_json_is_no_traceback_and_takes_no_time(tmp_path, depth):
+def test_deep_json_is_counted_quickly(tmp_path, depth):
     deep = '{"a": ' * depth + "1" + "}" * depth
     lines = [f'{{"caption": "x", "deep": {deep}}}', f'{{"caption": {deep}}}', deep]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -188,7 +188,7 @@ def test_deep_json_is_no_traceback_and_takes_no_time(tmp_path, depth):
         assert report.left_out == {}
 
 
-def test_long_lines_are_not_held(tmp_path, monkeypatch):
+def test_long_lines_are_not_kept_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "MAX_FILE_BYTES", 1000)
     lines = ['{"text": "a"}', json.dumps({"text": "b" * 5000}), '{"text": "c"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -217,7 +217,7 @@ def test_compressed_lines_are_refused_in_a_sentence(tmp_path):
             read(f"jsonl:{tmp_path}/a.jsonl")
 
 
-def test_large_rows_of_parquet_are_not_held(tmp_path, monkeypatch):
+def test_large_rows_of_parquet_are_not_kept_in_memory(tmp_path, monkeypatch):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet as writer
 
@@ -229,7 +229,7 @@ def test_large_rows_of_parquet_are_not_held(tmp_path, monkeypatch):
     assert report.reasons == {"oversized row": 1}
 
 
-def test_what_json_cannot_hold_is_left_out_and_counted():
+def test_values_that_json_cannot_hold_are_left_out_and_counted():
     loop: list = []
     loop.append(loop)
     given = {
@@ -262,7 +262,7 @@ def test_what_json_cannot_hold_is_left_out_and_counted():
     ]
 
 
-def test_reports_count_what_is_left_out():
+def test_reports_count_omitted_values():
     def read_good() -> Record:
         return fields.make_record("a", ["x"], {"b": b"", "c": b""})
 
@@ -285,7 +285,7 @@ def test_reports_count_what_is_left_out():
     both = ReadReport(1.0)
     both.merge(report.as_dict())
     both.merge(json.loads(json.dumps(report.as_dict())))
-    # Reports of older builds do not have it.
+    # Reports of older builds do not have this key.
     both.merge({"num_documents": 1, "reasons": {}, "listed": []})
     assert both.left_out == {"metadata value that JSON cannot hold": 4, "a film": 2}
     assert both.num_documents == 3
@@ -302,7 +302,7 @@ def write_annotations(root, images, annotations):
     return f"coco:{root};split=val2017"
 
 
-def test_coco_captions_that_are_blank(tmp_path):
+def test_blank_coco_captions(tmp_path):
     images = [{"id": i, "file_name": f"{i}.jpg"} for i in (2, 0, 1, 9)]
     annotations = [
         {"image_id": 0, "id": 5, "caption": "\n"},
@@ -333,7 +333,7 @@ def test_coco_captions_that_are_blank(tmp_path):
     assert shape(both[0]) == ["text", "text", "image"]
 
 
-def test_coco_ids_that_are_texts_or_missing(tmp_path):
+def test_coco_ids_that_are_strings_or_missing(tmp_path):
     images = [
         {"id": "a1f", "file_name": "0.jpg"},
         {"id": 7, "file_name": "1.jpg"},
@@ -354,7 +354,7 @@ def test_coco_ids_that_are_texts_or_missing(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["5", "[]", "{}", "[" * 5000, '{"images": 3}'])
-def test_annotations_of_another_kind_are_one_sentence(tmp_path, content):
+def test_annotations_of_another_kind_are_refused_in_one_sentence(tmp_path, content):
     write_coco(tmp_path)
     (tmp_path / "annotations" / "captions_val2017.json").write_text(content)
     with pytest.raises(ValueError, match="does not hold COCO captions"):
@@ -362,7 +362,7 @@ def test_annotations_of_another_kind_are_one_sentence(tmp_path, content):
 
 
 def test_options_of_a_source(tmp_path):
-    (tmp_path / "a.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "a.png").write_bytes(encoded(make_image(1)))
     for value in ("true", "False", "1", "no"):
         assert len(read(f"folder:{tmp_path};follow_links={value}")[0]) == 1
     with pytest.raises(

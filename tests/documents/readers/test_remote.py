@@ -1,4 +1,4 @@
-"""Sources in buckets give the documents that the same files give on a disk."""
+"""Sources in buckets give the same documents as the files on a disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import fake_bucket
 import numpy as np
 import pytest
-from reader_files import encoded, jpeg, picture, read, write_tar
+from reader_files import encoded, jpeg, make_image, read, write_tar
 
 from racm3_jax import buckets
 from racm3_jax.documents.readers import (
@@ -43,7 +43,7 @@ def corpus(gs):
         write_tar(folder / f"{number:04d}.tar", members(10 * number))
     write_tar(folder / "3.tar.gz", members(30), "w:gz")
     (folder / "images").mkdir()
-    (folder / "images" / "a.png").write_bytes(encoded(picture(3)))
+    (folder / "images" / "a.png").write_bytes(encoded(make_image(3)))
     lines = [
         {"id": "a", "caption": "one", "image": "images/a.png"},
         {"id": "b", "caption": "two", "image": "../../closed/secret.png"},
@@ -71,8 +71,8 @@ def test_tars(corpus, pattern):
     assert found and not report.num_bad
 
 
-def test_a_listing_and_ranges_are_all_that_is_asked(corpus, monkeypatch):
-    """Not a request a file name, and never a whole tar."""
+def test_only_a_listing_and_ranges_are_requested(corpus, monkeypatch):
+    """Not one request per file name, and never a whole tar."""
     monkeypatch.setattr(buckets, "RANGE_BYTES", 1 << 12)
     log = fake_bucket.FolderBuckets.log
     shards = find_shards("webdataset:gs://me/corpus/{0000..0002}.tar")
@@ -85,7 +85,7 @@ def test_a_listing_and_ranges_are_all_that_is_asked(corpus, monkeypatch):
     assert len(ranges) > 2 and max(ranges) <= 1 << 14
 
 
-def test_lines_and_the_images_that_they_name(corpus):
+def test_lines_and_their_images(corpus):
     found, report = read("gs://me/corpus/lines.jsonl")
     wanted, _ = read(f"{corpus}/lines.jsonl;follow_links=false")
     same(found, wanted)
@@ -127,12 +127,12 @@ def test_parquet(corpus):
         ("gs://me/corpus/images", "does not show what kind of source it is"),
     ],
 )
-def test_what_cannot_be_read_is_said(corpus, source, words):
+def test_unreadable_sources_are_refused(corpus, source, words):
     with pytest.raises((OSError, ValueError), match=words):
         list(read_documents(source))
 
 
-def test_a_tar_that_cannot_be_read_any_more_is_no_bad_record(corpus):
+def test_a_tar_that_becomes_unreadable_is_not_a_bad_record(corpus):
     shards = find_shards("gs://me/corpus/*.tar")
     (corpus / "0001.tar").unlink()
     with pytest.raises(FileNotFoundError, match="there is no gs://me/corpus/0001.tar"):

@@ -1,4 +1,4 @@
-"""Webdataset tars: members of one key, whatever the tar is like."""
+"""Webdataset tars: the members of each key, in all kinds of tars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import tarfile
 
 import pytest
-from reader_files import encoded, jpeg, picture, read, shape, write_tar
+from reader_files import encoded, jpeg, make_image, read, shape, write_tar
 
 from racm3_jax.documents.readers import tar
 
@@ -28,7 +28,7 @@ def apart(numbers) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
-def test_members_of_a_key_that_lie_apart_are_joined(tmp_path, mode):
+def test_separated_members_of_a_key_are_joined(tmp_path, mode):
     write_tar(tmp_path / "a.tar", apart(range(4)), mode)
     found, report = read(f"webdataset:{tmp_path}/a.tar")
     assert [(d.id, d.text) for d in found] == [
@@ -38,20 +38,20 @@ def test_members_of_a_key_that_lie_apart_are_joined(tmp_path, mode):
     assert report.num_bad == 0
 
 
-def test_members_apart_that_do_not_fit_are_refused_by_their_key(tmp_path, monkeypatch):
+def test_separated_members_that_do_not_fit_are_refused_by_key(tmp_path, monkeypatch):
     members = {**apart(range(4)), **pairs([8, 9])}
     size = len(members["0.jpg"])
     monkeypatch.setattr(tar, "MAX_KEY_BYTES", int(2.5 * size))
     write_tar(tmp_path / "a.tar.gz", members, "w:gz")
     found, report = read(f"webdataset:{tmp_path}/a.tar.gz")
-    # Two keys fit, and what comes after them; no document is half of one.
+    # Two keys fit, and those after them; no document is incomplete.
     assert [d.text for d in found] == ["card 0", "card 1", "card 8", "card 9"]
     assert all(shape(d) == ["text", "image"] for d in found)
     assert report.reasons == {"members of a key apart": 2}
     assert "key '2'" in report.listed[0]["error"]
 
 
-def test_a_key_of_too_many_bytes_is_never_held(tmp_path, monkeypatch):
+def test_a_key_of_too_many_bytes_is_never_kept_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(tar, "MAX_KEY_BYTES", 1 << 20)
     large = {f"big.{i}.jpg": bytes(1 << 18) for i in range(60)}
     write_tar(tmp_path / "a.tar.gz", {"0.txt": b"x", **large, **pairs([1])}, "w:gz")
@@ -74,7 +74,7 @@ def test_a_key_of_too_many_bytes_is_never_held(tmp_path, monkeypatch):
     assert most < 1 << 18
 
 
-def test_headers_that_would_be_held_are_refused(tmp_path):
+def test_huge_headers_are_refused(tmp_path):
     name = tarfile.TarInfo("long")
     name.type, name.size = tarfile.GNUTYPE_LONGNAME, 1 << 40
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
@@ -105,7 +105,7 @@ def test_members_of_macos_are_skipped(tmp_path):
     assert report.num_bad == 0
 
 
-def test_dots_in_names_are_cut_as_webdataset_cuts_them(tmp_path):
+def test_names_are_split_at_dots_as_in_webdataset(tmp_path):
     members = {
         "Track 2.0 (clean).jpg": jpeg(1),
         "Track 2.0 (clean).txt": b"a red card",
@@ -113,10 +113,10 @@ def test_dots_in_names_are_cut_as_webdataset_cuts_them(tmp_path):
         "s0.input.jpg": jpeg(2),
         "s0.outputs.txt": b"words",
         "half.json": b'{"caption": "half a document"}',
-        "half.view.png": encoded(picture(1)),
+        "half.view.png": encoded(make_image(1)),
         "cat.jpg": jpeg(3),
         "cat.jpg.txt": b"a cat",
-        "cat.seg.png": encoded(picture(2)),
+        "cat.seg.png": encoded(make_image(2)),
     }
     write_tar(tmp_path / "a.tar", members)
     found, report = read(f"webdataset:{tmp_path}/a.tar")
@@ -125,7 +125,7 @@ def test_dots_in_names_are_cut_as_webdataset_cuts_them(tmp_path):
     assert ".0 (clean).jpg, .0 (clean).txt: webdataset" in report.listed[0]["error"]
 
 
-def test_a_caption_whose_image_is_not_read_is_no_document(tmp_path):
+def test_a_caption_without_its_image_is_not_a_document(tmp_path):
     members = {
         "0.jp2": b"x",
         "0.txt": b"of a JPEG 2000",
@@ -133,7 +133,7 @@ def test_a_caption_whose_image_is_not_read_is_no_document(tmp_path):
         "1.json": b'{"caption": "of a film"}',
         "2.txt": b"words alone",
         "3.jpg": jpeg(3),
-        "3.png": encoded(picture(3)),
+        "3.png": encoded(make_image(3)),
         "3.mp4": b"x",
     }
     write_tar(tmp_path / "a.tar", members)
@@ -143,7 +143,7 @@ def test_a_caption_whose_image_is_not_read_is_no_document(tmp_path):
     assert report.left_out == {"further image of a key": 1}
 
 
-def test_metadata_that_is_too_large_is_left_out_alone(tmp_path):
+def test_only_metadata_that_is_too_large_is_left_out(tmp_path):
     fields = {"caption": "a red card", "url": "http://a", "exif": {"x": "y" * 90_000}}
     deep: list = []
     for _ in range(60):
@@ -191,7 +191,7 @@ def test_images_in_the_json_of_a_key(tmp_path):
     assert found[1].metadata["file_name"] == "1.jpg"
 
 
-def test_members_that_come_again(tmp_path):
+def test_repeated_members(tmp_path):
     again = [*pairs([0, 1]).items(), *(("0.jpg", jpeg(8)), ("0.txt", b"another"))]
     write_tar(tmp_path / "a.tar", again)
     found, report = read(f"webdataset:{tmp_path}/a.tar")
@@ -199,26 +199,26 @@ def test_members_that_come_again(tmp_path):
         *(("a/0", "card 0"), ("a/1", "card 1"), ("a/0#2", "another"))
     ]
     assert report.num_bad == 0
-    # Which caption belongs to which image cannot be known.
+    # Which caption belongs to which image is unknown.
     write_tar(tmp_path / "a.tar", [*pairs([0, 1]).items(), ("0.jpg", jpeg(8))])
     found, report = read(f"webdataset:{tmp_path}/a.tar")
     assert [d.text for d in found] == ["card 1"]
     assert report.reasons == {"repeated member": 2}
 
 
-def test_names_that_differ_in_case_alone(tmp_path):
+def test_names_that_differ_only_in_case(tmp_path):
     write_tar(tmp_path / "a.tar", [("0.JPG", jpeg(1)), ("0.jpg", jpeg(2))])
     found, report = read(f"webdataset:{tmp_path}/a.tar")
     assert [d.id for d in found] == ["a/0", "a/0#2"] and report.num_bad == 0
 
 
-def test_many_members_of_one_name_take_no_time(tmp_path):
+def test_many_members_of_one_name_are_fast(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.txt", b"x")] * 3000)
     found, _ = read(f"webdataset:{tmp_path}/a.tar")
     assert len({d.id for d in found}) == 3000
 
 
-def test_tars_in_one_file_are_all_read(tmp_path):
+def test_concatenated_tars_are_all_read(tmp_path):
     for number in range(2):
         write_tar(tmp_path / f"{number}.part", pairs([number]))
     parts = [(tmp_path / f"{number}.part").read_bytes() for number in range(2)]
@@ -231,7 +231,7 @@ def test_tars_in_one_file_are_all_read(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_no_document_of_a_truncated_tar_is_half_of_one(tmp_path, packed):
+def test_no_document_of_a_truncated_tar_is_incomplete(tmp_path, packed):
     write_tar(tmp_path / "whole.tar", pairs(range(5)))
     whole = (tmp_path / "whole.tar").read_bytes()
     whole = whole[: whole.rindex(b"card 4") + 512]
@@ -248,17 +248,17 @@ def test_no_document_of_a_truncated_tar_is_half_of_one(tmp_path, packed):
         assert [d.text for d in found] == [f"card {i}" for i in range(len(found))]
 
 
-def test_a_truncated_tar_of_members_apart(tmp_path):
+def test_a_truncated_tar_of_separated_members(tmp_path):
     write_tar(tmp_path / "a.tar", apart(range(5)))
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[: whole.rindex(b"3.txt\0")])
     found, report = read(f"webdataset:{tmp_path}/a.tar")
-    # Which of the keys after the second have a caption is not known any more.
+    # Which of the keys after the second have a caption is unknown.
     assert [d.text for d in found] == ["card 0", "card 1"]
     assert report.reasons == {"damaged file": 3}
 
 
-def test_a_damaged_header_does_not_end_a_tar_in_silence(tmp_path):
+def test_a_damaged_header_does_not_end_a_tar_silently(tmp_path):
     write_tar(tmp_path / "a.tar", pairs(range(3)))
     data = bytearray((tmp_path / "a.tar").read_bytes())
     place = data.index(b"1.txt\0")
@@ -290,7 +290,7 @@ def test_links_in_a_tar_are_counted(tmp_path):
     "data",
     [b"", bytes(10240), b"no tar", gzip.compress(b"no tar", mtime=0), b"\x1f\x8b\x08"],
 )
-def test_what_is_no_tar(tmp_path, data):
+def test_files_that_are_not_tars(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
     found, report = read(f"webdataset:{tmp_path}/a.tar")
     assert not found and report.reasons == {"damaged file": 1}

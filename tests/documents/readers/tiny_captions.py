@@ -10,7 +10,7 @@ from reader_files import jpeg
 
 
 class TinyCaptions(tfds.core.GeneratorBasedBuilder):
-    """Captions and pictures."""
+    """Captions and images."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -1,4 +1,4 @@
-"""Random weights with the names and shapes of pytorch-fid's file; and test pictures."""
+"""Random weights with the names and shapes of pytorch-fid's file; and test images."""
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,19 @@ def random_weights(width: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
     arrays = {}
     for name in sorted(shapes["params"]):
         h, w, i, o = shapes["params"][name]["conv"]["kernel"].shape
-        draws = {
+        values = {
             "conv.weight": rng.normal(size=(o, i, h, w)) * (2 / (h * w * i)) ** 0.5,
             "bn.weight": rng.uniform(0.7, 1.3, o),
             "bn.bias": rng.normal(size=o) * 0.1,
             "bn.running_mean": rng.normal(size=o) * 0.1,
             "bn.running_var": rng.uniform(0.5, 1.5, o),
         }
-        arrays |= {f"{name}.{k}": v.astype(np.float32) for k, v in draws.items()}
+        arrays |= {f"{name}.{k}": v.astype(np.float32) for k, v in values.items()}
     return arrays
 
 
 def random_images(count: int, seed: int = 0, shift: int = 0) -> list[np.ndarray]:
-    """Smooth pictures of several sizes, uint8."""
+    """Smooth images of several sizes, uint8."""
     rng = np.random.default_rng(seed)
     images = []
     for i in range(count):

@@ -1,9 +1,9 @@
-"""Makes captions.json: what pycocoevalcap (and its Java tokenizer) says of hard captions.
+"""Makes captions.json: tokens and scores of hard captions by pycocoevalcap (with Java).
 
     python tests/golden/evaluation/make_captions.py      (needs the [parity] extra, Java)
 
-`hard_captions.txt` was written before the tokenizer here had seen any of it; the other
-captions are drawn from words with difficult punctuation.
+`hard_captions.txt` was written before our tokenizer was run on it; the other captions are
+sampled from words with difficult punctuation.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def make_captions() -> tuple[list[str], list[list[str]]]:
     rng = np.random.default_rng(0)
     hard = (HERE / "hard_captions.txt").read_text().splitlines()
 
-    def draw() -> str:
+    def sample_caption() -> str:
         return " ".join(rng.choice(WORDS, rng.integers(3, 13)))
 
     def vary(text: str) -> str:
@@ -138,14 +138,14 @@ def make_captions() -> tuple[list[str], list[list[str]]]:
         keep = [w for w in words if rng.random() > 0.25] or words
         return " ".join([*keep, *rng.choice(WORDS, rng.integers(0, 3))])
 
-    candidates = [*hard, *(draw() for _ in range(NUM_IMAGES - len(hard)))]
+    candidates = [*hard, *(sample_caption() for _ in range(NUM_IMAGES - len(hard)))]
     references = [[vary(c) for _ in range(NUM_REFERENCES)] for c in candidates]
     candidates[-1] = ""
     return candidates, references
 
 
 def run_java(captions: Sequence[str]) -> list[str]:
-    """The raw output of the Java tokenizer, a line a caption."""
+    """The raw output of the Java tokenizer, one line per caption."""
     import pycocoevalcap
 
     (folder,) = pycocoevalcap.__path__

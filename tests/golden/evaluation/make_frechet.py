@@ -12,7 +12,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 D = 40
-# Images a side: more than features, fewer on one side, fewer on both (singular).
+# Images per side: more than features, fewer on one side, fewer on both (singular).
 SIZES = [(400, 300), (400, 20), (20, 12)]
 
 
@@ -24,10 +24,10 @@ def make_features(count: int, seed: int) -> np.ndarray:
 
 
 def reference_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """The formula with `scipy.linalg.sqrtm`, as the FID tools have it.
+    """The formula with `scipy.linalg.sqrtm`, as in the FID tools.
 
-    For singular covariances they add a constant to the diagonals; the smaller it is, the
-    nearer to the limit, and 1e-9 still lets the root be found.
+    For singular covariances they add a constant to the diagonals; smaller is closer to the
+    limit, and with 1e-9 the root is still found.
     """
     from scipy import linalg
 

@@ -1,7 +1,7 @@
 """Inception-v3 as pytorch-fid and torchvision define it, in torch, for comparisons.
 
-Only what decides the features is written down: kernel sizes, strides, padding, the order
-of the branches, and the two kinds of average. Run this file to make inception.npz:
+Only what determines the features is here: kernel sizes, strides, padding, the order of the
+branches, and the two kinds of average. Run this file to make inception.npz:
 
     PYTHONPATH=. python tests/golden/evaluation/torch_inception.py
 """

@@ -3,9 +3,9 @@
     git worktree add /tmp/last 93e2b4e
     PYTHONPATH=/tmp/last:/tmp/last/tests/retrieval python tests/golden/memory/make_last_version.py
 
-Eight documents of a source and one added, a removal, a compaction, one more added and one
-more removed: every file that a memory of that version may hold. Documents from Python
-(`Memory.build`, without content hashes) are beside it.
+Eight documents of a source, one added, a removal, a compaction, one more added and one
+more removed: every file that a memory of that version may have. A second memory has
+documents from Python (`Memory.build`, without content hashes).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Makes the golden files of tests/porting from the reference implementations.
 
 Run: OMP_NUM_THREADS=1 python tests/golden/porting/make_golden.py
-Needs the [parity] extra. The weights are random numbers that the tests make again from
-the same seeds; only inputs and outputs are stored.
+Needs the [parity] extra. The weights are random numbers that the tests generate from the
+same seeds; only inputs and outputs are stored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles training steps at full size for absent machines; what `estimate` is held to.
+"""Compiles training steps at full size for absent machines; references of `estimate`.
 
     python tests/golden/training/compile_plans.py FILE.json [NAME...]
 
@@ -54,7 +54,7 @@ def arguments_of(name: str) -> list[str]:
 
 
 def compile_case(name: str) -> dict[str, object]:
-    """What the compiler says of one case."""
+    """The compiler's report of one case."""
     command = [sys.executable, "-m", "racm3_jax.cli", "estimate", *arguments_of(name)]
     done = subprocess.run(
         [*command, "--compile", "--max_compiles=1", "--json"],

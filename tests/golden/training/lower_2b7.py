@@ -1,4 +1,4 @@
-"""Compiles the 2.7B training step, at small depth, for devices that are not there.
+"""Compiles the 2.7B training step, at small depth, for absent devices.
 
     python tests/golden/training/lower_2b7.py all > tests/golden/training/lowering_2b7.json
 
@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 NUM_LAYERS = 4
-# Remat and mesh of each; "splash" without remat is what once could not be initialised.
+# Remat and mesh of each; "splash" without remat once failed to initialise.
 MACHINES: dict[str, tuple[str, dict[str, int]]] = {
     "8": ("full", {"data": 1, "fsdp": 8}),
     "v5e:4x4": ("none", {"data": -1, "fsdp": -1}),

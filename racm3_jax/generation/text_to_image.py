@@ -1,4 +1,4 @@
-"""Text to image, with any documents in front (RA-CM3, section 4)."""
+"""Text to image, after retrieved documents (RA-CM3, section 4)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.requests import Prompt, Task
 from racm3_jax.sequences.layout import text_to_image_prompt
 
-_UNDRAWN = 127  # grey
+_NOT_SAMPLED = 127  # grey
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuses prompts that say nothing."""
+    """Refuses empty prompts."""
     for prompt in prompts:
         if not prompt.strip():
             raise ValueError(
-                f"the prompt is empty ({prompt!r}): say what to draw, for example "
+                f"the prompt is empty ({prompt!r}): describe an image, for example "
                 "'the flag of Velmoria on the moon'"
             )
 
@@ -28,7 +28,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 def make_task(
     engine: Engine, prompts: Sequence[str], name: str = "text_to_image"
 ) -> Task:
-    """`... <eod> text <break>` and a whole image; guidance masks the text."""
+    """`... <eod> text <break>`, then a whole image; guidance masks the text."""
     check_prompts(prompts)
     vocab = engine.tokenizer.vocab
     mask = np.array([vocab.sentinel(0)], np.int32)
@@ -50,24 +50,24 @@ def make_task(
 
 
 def preview_images(
-    engine: Engine, tokens: Int32[np.ndarray, "prompts samples drawn"]
+    engine: Engine, tokens: Int32[np.ndarray, "prompts samples new"]
 ) -> UInt8[np.ndarray, "prompts samples height width 3"]:
-    """Pictures of the ids so far; missing ones repeat the last, and are greyed.
+    """Images of the tokens so far; missing tokens repeat the last one and are grey.
 
-    Missing are those after the last one, and those that are -1.
+    Missing are the tokens after the last one, and those that are -1.
     """
     vocab = engine.tokenizer.vocab
     length = vocab.image_length
     missing = np.full((*tokens.shape[:-1], length - tokens.shape[-1]), -1)
     tokens = np.concatenate([tokens, missing], axis=-1)
-    drawn = tokens >= 0
-    last = np.maximum.accumulate(np.where(drawn, np.arange(length), 0), axis=-1)
+    is_sampled = tokens >= 0
+    last = np.maximum.accumulate(np.where(is_sampled, np.arange(length), 0), axis=-1)
     repeated = np.take_along_axis(tokens, last, axis=-1)
     images = engine.decode_images(np.maximum(repeated, vocab.image_range.start))
     side = round(length**0.5)
     if side * side != length:
         return images
     cell = images.shape[3] // side
-    shown = drawn.reshape(*drawn.shape[:-1], side, side)
+    shown = is_sampled.reshape(*is_sampled.shape[:-1], side, side)
     shown = shown.repeat(cell, axis=-2).repeat(cell, axis=-1)[..., None]
-    return np.where(shown, images, np.uint8(_UNDRAWN))
+    return np.where(shown, images, np.uint8(_NOT_SAMPLED))
