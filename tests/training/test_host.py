@@ -7,7 +7,10 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from racm3_jax.training import host
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROGRAM = """
@@ -72,3 +75,29 @@ def test_a_folder_that_cannot_be_created_is_refused_in_a_sentence(
     monkeypatch.setenv("RACM3_CACHE", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="give another path, or RACM3_CACHE=off"):
         keep_compiled_programs()
+
+
+def test_programs_that_were_not_read_for_longest_are_removed(tmp_path, monkeypatch):
+    for age, name in enumerate(("d-cache", "c-cache", "b-cache", "a-cache", "notes")):
+        path = tmp_path / "programs" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(10))
+        os.utime(path, (1000 - age, 900))
+    monkeypatch.setenv("RACM3_CACHE", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+
+    def left():
+        return sorted(path.name for path in (tmp_path / "programs").iterdir())
+
+    everything = left()
+    monkeypatch.setattr(host, "MAX_CACHE_BYTES", 40)
+    host.keep_compiled_programs()
+    assert left() == everything
+    monkeypatch.setattr(host, "MAX_CACHE_BYTES", 25)
+    host.keep_compiled_programs()
+    assert left() == ["c-cache", "d-cache", "notes"]
+    assert host.remove_oldest(tmp_path / "programs", "*-cache", 0) == [
+        *("c-cache", "d-cache")
+    ]
+    assert left() == ["notes"]
