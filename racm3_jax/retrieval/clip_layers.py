@@ -187,7 +187,8 @@ class Dense(nn.Module):
             y = contract("bli,io->blo", x, kernel, self.dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[1:])
-            y = y + self.param("bias", zeros, (self.features,))
+            bias: Any = self.param("bias", zeros, (self.features,))
+            y = y + bias
         return y.astype(self.dtype)
 
 
