@@ -42,6 +42,19 @@ def get_config(arg: str = "") -> ConfigDict:
     # A CLIP trained on few images has high similarities: only near copies are dropped.
     # "house,thing": documents that agree in both are never retrieved for each other.
     config.strategy = dict(max_similarity=0.98, num_candidates=24, exclude_keys="")
+    # Documents chosen by a metadata key instead of by the retriever, for a curriculum:
+    # with same_probability=1 one of them is the main document itself, so that a model
+    # first learns to copy.
+    config.pairing = dict(
+        probability=0.0,
+        num_documents=(2,),
+        wrong_probability=0.5,
+        right_probability=1.0,
+        same_probability=0.0,
+        class_key="",
+        rename=False,
+        name_weight=1.0,
+    )
     config.masking = dict(
         num_masks="poisson_clamp0", mean=0.3, rotation_probability=0.25
     )
