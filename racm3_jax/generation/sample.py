@@ -145,8 +145,7 @@ def sample(
     Args:
       model: a `Transformer`, best with the config that `prepare_decoding` gives.
       params: its parameters, in the same form.
-      prompt_tokens: right-padded with any token. The width, rounded up, is the length
-        bucket.
+      prompt_tokens: right-padded with any token; the width is rounded up to a bucket.
       prompt_lengths: tokens in each prompt, at least 1.
       grammar: what may be emitted; shared by all rows.
       config: temperature, filters, guidance, and how many tokens.
