@@ -27,11 +27,18 @@ from emojiworld.drawings import Drawings, read_drawings
 from PIL import Image, ImageDraw
 
 import racm3_jax
+from racm3_jax import checkpoints
+from racm3_jax.generation.likelihood import Scored, score_tokens
+from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
-from racm3_jax.retrieval.embedder import DocumentEmbeddings
+from racm3_jax.model.config import ModelConfig
+from racm3_jax.retrieval.embedder import DocumentEmbedder, DocumentEmbeddings
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.sequences.layout import document_tokens, retrieved_prefix
+from racm3_jax.tokenizers.bpe import TextTokenizer
 from racm3_jax.tokenizers.image import ImageTokenizer, compute_psnr
+from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.types import (
     Document,
     GenerationOutput,
@@ -539,19 +546,69 @@ def test_images_need_their_metadata():
         Drawings.of([Document("x", (Segment(image=image),))])
 
 
-def test_the_kept_tokenizer_reconstructs_unseen_images():
-    """A face of flat colours and thick lines has the same PSNR as the emoji."""
-    folder = Path(racm3_jax.__file__).parents[1] / "experiments/emojiworld/weights"
-    tokenizer = ImageTokenizer.load(folder / "vqgan")
+KEPT = Path(racm3_jax.__file__).parents[1] / "experiments/emojiworld/weights"
+
+
+def draw_face():
+    """A face of flat colours and thick lines, as emoji are: [1, 64, 64, 3]."""
     face = Image.new("RGB", (256, 256), "white")
     draw = ImageDraw.Draw(face)
     draw.ellipse((24, 24, 232, 232), (255, 200, 60), (40, 40, 40), 10)
     for left in (80, 146):
         draw.ellipse((left, 90, left + 30, 130), (40, 40, 40))
     draw.arc((80, 120, 176, 190), 20, 160, (160, 30, 40), 12)
-    images = np.asarray(face.resize((64, 64), Image.Resampling.LANCZOS))[None]
+    return np.asarray(face.resize((64, 64), Image.Resampling.LANCZOS))[None]
+
+
+def test_the_kept_tokenizer_reconstructs_unseen_images():
+    """The face has the same PSNR as the emoji."""
+    tokenizer = ImageTokenizer.load(KEPT / "vqgan")
+    images = draw_face()
     codes = tokenizer.encode(images)
     assert codes.shape == (1, 256) and tokenizer.num_codes == 1024
     assert compute_psnr(images, tokenizer.decode(codes))[0] > 24
     # Other codes give another image: the background does not dominate the PSNR.
     assert compute_psnr(images, tokenizer.decode(codes[:, ::-1]))[0] < 15
+
+
+def test_the_kept_clip_finds_a_caption_by_another_of_its_thing():
+    """Held-out things, in the words of two vendors."""
+    embedder = DocumentEmbedder.load(KEPT / "clip")
+    things = ("panda", "violin", "saxophone", "lemon", "crocodile", "cookie", "scroll")
+    queries = embedder.embed_texts(
+        [f"a {thing} in the style of Noto" for thing in things]
+    )
+    found = embedder.embed_texts(
+        [f"an OpenMoji emoji of a {thing}" for thing in things]
+    )
+    assert (np.argmax(queries @ found.T, axis=1) == np.arange(len(things))).all()
+
+
+def test_the_kept_weights_copy_an_image_that_they_never_saw():
+    """A start for the generator's training: it reads nothing else yet."""
+    text = TextTokenizer.load(KEPT / "text" / "tokenizer.json")
+    tokenizer = MixedTokenizer(text, ImageTokenizer.load(KEPT / "vqgan"), 16)
+    params, fields, _ = checkpoints.load_weights(KEPT / "copying", "generator")
+    config = checkpoints.build_config(ModelConfig, fields, KEPT / "copying")
+    assert config.vocab_size == tokenizer.vocab.size
+    generator = Generator(config, params, tokenizer, None, None)
+    face, caption = draw_face()[0], Segment(text="a face in the style of Noto")
+    documents = [
+        Document(name, (caption, Segment(image=image)))
+        for name, image in (("face", face), ("other", face[::-1, :, ::-1].copy()))
+    ]
+    asked, other = tokenizer.tokenize(documents)
+    vocab = tokenizer.vocab
+    main = document_tokens(asked, vocab)
+    start = len(main) - vocab.image_length
+    same, turned = score_tokens(
+        generator,
+        [
+            Scored(
+                np.append(retrieved_prefix([shown], vocab), main[:start]), main[start:]
+            )
+            for shown in (asked, other)
+        ],
+    )
+    assert same.mean() < 1.5
+    assert turned.mean() > 3
