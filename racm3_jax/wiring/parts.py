@@ -35,7 +35,7 @@ from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
-from racm3_jax.wiring.rows import read_column
+from racm3_jax.wiring.rows import find_main_rows, read_column
 from racm3_jax.wiring.sections import (
     MemoryConfig,
     MeshConfig,
@@ -291,8 +291,8 @@ def build_pairing(
 def _read_classes(
     memory: Memory, key: str, workdir: Path
 ) -> Int64[np.ndarray, " rows"]:
-    """Numbers for the values of a metadata key; -1 for rows without it."""
-    rows = memory.allowed_ids()
+    """Numbers for the values of a metadata key; -1 for rows without it, or held out."""
+    rows = find_main_rows(memory, workdir)
     names = read_column(memory, key, workdir)[rows]
     _, firsts, found = np.unique(names, return_index=True, return_inverse=True)
     # Numbered by first appearance; 0 means no name.

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from racm3_jax import storage
 from racm3_jax.memory.format import hash_name
 from racm3_jax.memory.memory import Memory
-from racm3_jax.wiring import build_episodes, rows
+from racm3_jax.wiring import build_episodes, parts, rows
 
 SPLITS = ["train", "heldout", None]
 WANTED = [i for i in range(40) if SPLITS[i % 3] != "heldout"]
@@ -78,3 +78,9 @@ def test_classes_of_episodes_are_numbered_as_they_appear(build, documents, tmp_p
     tokenizer = types.SimpleNamespace(encode_text=lambda word: np.zeros(1, np.int32))
     episodes = build_episodes(config, memory, tokenizer, tmp_path / "run")
     assert episodes._classes.tolist() == [-1, 0, -1, 1, *[2, 0, -1, 1] * 9]
+
+
+def test_held_out_documents_have_no_class(memory, tmp_path):
+    """Documents that are chosen by class are never held out either."""
+    classes = parts._read_classes(memory, "nation", tmp_path / "run")
+    assert np.flatnonzero(classes >= 0).tolist() == WANTED
