@@ -38,6 +38,7 @@ from racm3_jax.types import Example, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 NumMasks = Literal["poisson_clamp1", "poisson_clamp0", "fixed", "single", "none"]
+SegmentOrder = Literal["stored", "as_main"]
 Span = tuple[int, int]
 
 
@@ -232,6 +233,7 @@ def build_example(
     max_length: int,
     rng: np.random.Generator,
     ranks: Sequence[int] | None = None,
+    segment_order: SegmentOrder = "stored",
 ) -> Example:
     """One training sequence: retrieved documents, main document, moved spans.
 
@@ -255,6 +257,10 @@ def build_example(
       rng: the only source of randomness.
       ranks: relevance rank of each retrieved document, 0 for the most relevant one, if
         they are not in that order.
+      segment_order: "as_main" puts the images of retrieved documents before their texts
+        where a whole text of the main document is moved behind its image, as a caption
+        that is asked for. What is asked then comes last in all documents, and is found
+        by what precedes it: captions by images as images by captions.
 
     Raises:
       ExampleTooLong: the moved spans do not fit into `max_length`.
@@ -267,6 +273,8 @@ def build_example(
         )
     main_tokens = layout.document_tokens(main, vocab)
     main_spans = sample_spans(main_tokens, config, vocab, rng)
+    if segment_order == "as_main" and _moves_a_text(main_tokens, main_spans, vocab):
+        retrieved = [layout.put_images_first(document) for document in retrieved]
     room = max_length - (len(main_tokens) + 2 + 3 * len(main_spans))
     sentinels_left = vocab.num_sentinels - len(main_spans)
     kept: list[TokenizedDocument] = []
@@ -302,6 +310,15 @@ def build_example(
     owners = _find_owners(order, starts, is_main)
     cuts = _find_cuts(tokens, owners, np.array(kept_ranks, np.int64), vocab)
     return Example(tokens=tokens, weights=weights, is_main=is_main, cuts=cuts)
+
+
+def _moves_a_text(
+    tokens: Int32[np.ndarray, " length"], spans: Sequence[Span], vocab: Vocab
+) -> bool:
+    """Whether one of the spans is a whole text of the document."""
+    ends = _segment_ends(tokens, vocab)
+    texts = set(zip([0, *(ends[:-1] + 1).tolist()], ends.tolist(), strict=True))
+    return any(span in texts and vocab.is_text(tokens[span[0]]) for span in spans)
 
 
 def _find_owners(

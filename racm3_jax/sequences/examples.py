@@ -20,7 +20,6 @@ from racm3_jax.sequences.causal_masking import (
 )
 from racm3_jax.sequences.distractors import mix_documents
 from racm3_jax.sequences.episodes import Episode, Episodes
-from racm3_jax.sequences.layout import put_images_first
 from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline_config import PipelineConfig, QueryModality
 from racm3_jax.sequences.variants import Variants
@@ -29,7 +28,7 @@ from racm3_jax.vocab import Vocab
 
 # Names of the random streams; changing one changes every batch.
 MASKING, RETRIEVAL, EPISODES, DISTRACTORS, PAIRING, RENAMING, POSITIONS = range(7)
-AUGMENTATION, SEGMENT_ORDER = 7, 8
+AUGMENTATION = 7
 
 
 class DocumentStore(Protocol):
@@ -121,7 +120,6 @@ class ExampleMaker:
         self._show_pairs(paired, mains, retrieved, ranks, first)
         episodes = self._make_episodes(ids, mains, retrieved, ranks, first)
         self._change_images(mains, retrieved, first)
-        self._order_segments(retrieved, first)
         examples: list[Example] = []
         num_skipped = 0
         for i, (main, documents) in enumerate(zip(mains, retrieved, strict=True)):
@@ -135,6 +133,7 @@ class ExampleMaker:
                     max_length=config.row_length + 1,
                     rng=np.random.default_rng([config.seed, MASKING, first + i]),
                     ranks=ranks[i],
+                    segment_order=config.segment_order,
                 )
             except ExampleTooLong as error:
                 num_skipped += 1
@@ -173,17 +172,6 @@ class ExampleMaker:
             retrieved[i] = tuple(
                 self._variants.change(document, number) for document in retrieved[i]
             )
-
-    def _order_segments(
-        self, retrieved: list[tuple[TokenizedDocument, ...]], first: int
-    ) -> None:
-        """Puts the images of some examples' documents first, in place."""
-        if not self._config.image_first_probability:
-            return
-        for i, documents in enumerate(retrieved):
-            rng = np.random.default_rng([self._config.seed, SEGMENT_ORDER, first + i])
-            if rng.random() < self._config.image_first_probability:
-                retrieved[i] = tuple(map(put_images_first, documents))
 
     def _pair(
         self, ids: Int64[np.ndarray, " n"], first: int

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from racm3_jax.sequences.causal_masking import SegmentOrder
+
 QueryModality = Literal["text", "image", "both"]
 DocumentOrder = Literal["relevance", "shuffled"]
 
@@ -46,9 +48,10 @@ class PipelineConfig:
         `model.max_segments` minus one segment for the padding.
       max_position_offset: examples start at a position of 0 to this; see `positions`.
       max_position_gap: maximum number of positions skipped after a retrieved document.
-      image_first_probability: fraction of the examples whose retrieved documents have
-        their images before their texts, so that captions can be asked for in this order
-        (see `generation.captioning`).
+      segment_order: "stored" shows retrieved documents as they are in the memory;
+        "as_main" with their images first where the main document's caption is asked for
+        (see `causal_masking.build_example`). A model trained so is asked for captions
+        in this order, too (see `generation.captioning`).
       max_skipped_share: maximum fraction of the main documents of a step that cannot be
         used; more is an error.
     """
@@ -74,7 +77,7 @@ class PipelineConfig:
     max_examples: int = 0
     max_position_offset: int = 0
     max_position_gap: int = 0
-    image_first_probability: float = 0.0
+    segment_order: SegmentOrder = "stored"
 
     def __post_init__(self) -> None:
         least = {
@@ -106,17 +109,13 @@ class PipelineConfig:
         for name, allowed in (
             ("query_modality", QueryModality),
             ("document_order", DocumentOrder),
+            ("segment_order", SegmentOrder),
         ):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
                     f"pipeline.{name} is {getattr(self, name)!r}; allowed: "
                     + ", ".join(get_args(allowed))
                 )
-        if not 0 <= self.image_first_probability <= 1:
-            raise ValueError(
-                "pipeline.image_first_probability must be in 0..1; got "
-                f"{self.image_first_probability}"
-            )
         if not 0 <= self.distractor_probability <= 1:
             raise ValueError(
                 "pipeline.distractor_probability must be in 0..1; got "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import numpy as np
@@ -64,10 +65,10 @@ def sample_document(vocab):
 
 @pytest.fixture(scope="session")
 def ring_batches(vocab):
-    """Batches without masks; each document reads the two that follow it in a ring."""
+    """Batches, by default without masks; each document reads the two after it in a ring."""
     plain = CausalMaskingConfig(num_masks="none", rotation_probability=0.0)
 
-    def collect(documents, start_step, num_steps, variants=None, **settings):
+    def collect(documents, start_step, num_steps, variants=None, masking=None, **settings):
         memory = types.SimpleNamespace(
             documents=lambda ids: [documents[i] for i in ids],
             queries=lambda ids, modality, variant: np.asarray(ids, np.float32)[:, None],
@@ -85,7 +86,7 @@ def ring_batches(vocab):
             types.SimpleNamespace(retrieve=retrieve),
             np.arange(len(documents)),
             vocab,
-            plain,
+            dataclasses.replace(plain, **(masking or {})),
             PipelineConfig(**sizes, min_documents=2, seed=5, **settings),
             start_step=start_step,
             num_steps=num_steps,
