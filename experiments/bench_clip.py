@@ -2,10 +2,10 @@
 
     python experiments/bench_clip.py --shapes b_32 l_14 --out=racm3_out/bench_clip
 
-Equal random weights; float32; the same uint8 images, normalised by each side. Both use
-`--threads` threads (the process is bound to this number of cores, which XLA uses),
-alternate in one process, and are compared by the medians of `--repeats` calls after two
-warm-up calls. Needs the [parity] extra.
+Equal random weights; float32; the same uint8 images, normalised by each side. Each side
+has its own process with `--threads` cores and threads; they take turns on an idle machine
+and are compared by the medians of `--repeats` calls after two warm-up calls. Needs the
+[parity] extra.
 
 The table shows the GFLOP/s of matmuls of each side, next to those of one
 large matmul in each library, the upper limit.
@@ -17,12 +17,15 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import bench_sides
+import numpy as np
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "heads": 2},
@@ -48,17 +51,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "heads": 16,
     },
 }
+SIDES = ("ours", "transformers")
 Call = Callable[[], Any]
-
-
-def bind_threads(threads: int) -> None:
-    """Sets the same cores and threads for both libraries, before importing them."""
-    cores = sorted(os.sched_getaffinity(0))
-    if threads > len(cores):
-        raise SystemExit(f"--threads={threads}, but there are {len(cores)} cores")
-    os.sched_setaffinity(0, cores[:threads])
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def make_config(shape: dict[str, int]) -> Any:
@@ -80,14 +74,13 @@ def make_config(shape: dict[str, int]) -> Any:
     )
 
 
-def make_models(config: Any) -> tuple[Any, Any]:
-    """(our embedder, their model) with the same weights, converted from theirs."""
+def write_models(config: Any, folder: Path) -> None:
+    """Random weights as transformers saves them (`hf`), and converted (`ours`)."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
     from racm3_jax.porting.clip import convert_clip
     from racm3_jax.porting.clip_text import byte_symbols
-    from racm3_jax.retrieval.embedder import DocumentEmbedder
 
     torch.manual_seed(0)
     shared = {"projection_dim": config.d_embed, "hidden_act": config.activation}
@@ -116,58 +109,100 @@ def make_models(config: Any) -> tuple[Any, Any]:
             },
             projection_dim=config.d_embed,
         )
-    ).eval()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model.save_pretrained(folder / "hf")
-        symbols = byte_symbols()
-        merges = [f"{symbols[0]} {symbols[i]}" for i in range(config.vocab_size - 514)]
-        (folder / "hf" / "merges.txt").write_text("\n".join(["#version", *merges]))
-        convert_clip(folder / "hf", folder / "ours")
-        return DocumentEmbedder.load(folder / "ours"), model
+    )
+    model.save_pretrained(folder / "hf")
+    symbols = byte_symbols()
+    merges = [f"{symbols[0]} {symbols[i]}" for i in range(config.vocab_size - 514)]
+    (folder / "hf" / "merges.txt").write_text("\n".join(["#version", *merges]))
+    convert_clip(folder / "hf", folder / "ours")
 
 
-def make_calls(config: Any, batch: int) -> tuple[dict[str, Call], float]:
-    """The calls to time, and the largest difference between their embeddings."""
-    import numpy as np
-    import torch  # pyright: ignore[reportMissingImports]
-
-    ours, theirs = make_models(config)
-    ours.batch_size = batch
+def make_images(config: Any, batch: int) -> Any:
+    """Random uint8 images, [batch, size, size, 3]."""
     size = config.image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3))
-    images = pixels.astype(np.uint8)
-    as_torch = torch.from_numpy(images)
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
+
+
+def make_ours(folder: Path, batch: int) -> Call:
+    """Embeds images with our CLIP."""
+    from racm3_jax.retrieval.embedder import DocumentEmbedder
+
+    embedder = DocumentEmbedder.load(folder / "ours")
+    embedder.batch_size = batch
+    images = make_images(embedder.config, batch)
+    return lambda: embedder.embed_images(images)
+
+
+def make_theirs(folder: Path, config: Any, batch: int) -> Call:
+    """Embeds the same images with transformers."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    model = transformers.CLIPModel.from_pretrained(folder / "hf").eval()
+    images = torch.from_numpy(make_images(config, batch))
     mean = torch.tensor(config.image_mean)
     std = torch.tensor(config.image_std)
 
     def run_theirs() -> Any:
         with torch.inference_mode():
-            x = ((as_torch.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-            features = theirs.get_image_features(pixel_values=x.contiguous())
+            x = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+            features = model.get_image_features(pixel_values=x.contiguous())
             features = getattr(features, "pooler_output", features)
             return (features / features.norm(dim=-1, keepdim=True)).numpy()
 
-    def run_ours() -> Any:
-        return ours.embed_images(images)
-
-    difference = float(np.linalg.norm(run_ours() - run_theirs(), axis=1).max())
-    return {"ours": run_ours, "transformers": run_theirs}, difference
+    return run_theirs
 
 
-def make_products(size: int) -> dict[str, Call]:
-    """One large float32 matmul in each library: the upper limit."""
+def make_product(side: str, size: int) -> Call:
+    """One large float32 matmul: the upper limit."""
+    if side == "transformers":
+        import torch  # pyright: ignore[reportMissingImports]
+
+        x = torch.randn(size, size)
+        return lambda: torch.mm(x, x)
     import jax
     import jax.numpy as jnp
-    import torch  # pyright: ignore[reportMissingImports]
 
-    x = torch.randn(size, size)
-    y = jnp.asarray(x.numpy())
+    y = jax.random.normal(jax.random.key(0), (size, size))
     dot = jax.jit(jnp.dot)
-    return {
-        "ours": lambda: dot(y, y).block_until_ready(),
-        "transformers": lambda: torch.mm(x, x),
-    }
+    return lambda: dot(y, y).block_until_ready()
+
+
+def run_side(side: str, folder: Path, batch: int) -> None:
+    """A side's process: seconds of a call.
+
+    Requests are {"shape": name}, {"product": size}; the embeddings of the last call are
+    in `folder`/SHAPE/SIDE.npy.
+    """
+    if side == "transformers":
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    calls: dict[str, Call] = {}
+
+    def make_call(request: dict[str, Any]) -> Call:
+        if "product" in request:
+            return make_product(side, request["product"])
+        models = folder / request["shape"]
+        if side == "ours":
+            return make_ours(models, batch)
+        return make_theirs(models, make_config(SHAPES[request["shape"]]), batch)
+
+    def answer(request: dict[str, Any]) -> float:
+        key = json.dumps(request)
+        if key not in calls:
+            calls.clear()
+            calls[key] = make_call(request)
+            calls[key]()
+            embeddings = calls[key]()
+            if "shape" in request:
+                np.save(folder / request["shape"] / f"{side}.npy", embeddings)
+        started = time.perf_counter()
+        calls[key]()
+        return time.perf_counter() - started
+
+    bench_sides.serve(answer)
 
 
 def count_flops(config: Any) -> float:
@@ -178,54 +213,59 @@ def count_flops(config: Any) -> float:
     return config.vision_layers * layer + patches + 2 * width * config.d_embed
 
 
-def time_calls(calls: dict[str, Call], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, alternating so that all have the same conditions."""
-    for call in calls.values():
-        call()
-        call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def run(shapes: list[str], *, batch: int, repeats: int, threads: int) -> dict[str, Any]:
+def run(
+    shapes: list[str], *, batch: int, repeats: int, threads: int, load: float
+) -> dict[str, Any]:
     """Runs the benchmark; returns what is written as JSON."""
-    import jax
-    import torch  # pyright: ignore[reportMissingImports]
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    torch.set_num_threads(threads)
     ceiling = 64 if shapes == ["tiny"] else 2048
-    seconds = time_calls(make_products(ceiling), repeats)
-    results: dict[str, Any] = {
-        "threads": {"torch": torch.get_num_threads(), "cores": threads},
-        "batch": batch,
-        "repeats": repeats,
-        "cpu": platform.processor() or platform.machine(),
-        "versions": {
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "gflops_of_one_product": {k: 2e-9 * ceiling**3 / v for k, v in seconds.items()},
-        "shapes": {},
-    }
-    for name in shapes:
-        config = make_config(SHAPES[name])
-        calls, difference = make_calls(config, batch)
-        seconds = time_calls(calls, repeats)
-        gflops = 1e-9 * batch * count_flops(config)
-        results["shapes"][name] = {
-            "seconds": seconds,
-            "images_per_second": {k: batch / v for k, v in seconds.items()},
-            "gflops": {k: gflops / v for k, v in seconds.items()},
-            "times_faster": seconds["transformers"] / seconds["ours"],
-            "largest_difference": difference,
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for shape in shapes:
+            write_models(make_config(SHAPES[shape]), folder / shape)
+        command = [__file__, f"--folder={folder}", f"--batch={batch}"]
+        sides = [
+            bench_sides.Side(side, [*command, f"--side={side}"], cores)
+            for side in SIDES
+        ]
+
+        def measure(request: dict[str, Any]) -> dict[str, Any]:
+            answers = bench_sides.ask_in_turns(sides, request, repeats)
+            return bench_sides.summarise(answers)
+
+        found = measure({"product": ceiling})["median_seconds"]
+        results: dict[str, Any] = {
+            "threads": threads,
+            "load_at_start": load,
+            "batch": batch,
+            "repeats": repeats,
+            "cpu": platform.processor() or platform.machine(),
+            "versions": {
+                name: metadata.version(name)
+                for name in ("jax", "torch", "transformers")
+            },
+            "gflops_of_one_product": {
+                k: 2e-9 * ceiling**3 / v for k, v in found.items()
+            },
+            "shapes": {},
         }
+        for shape in shapes:
+            found = measure({"shape": shape})
+            seconds = found["median_seconds"]
+            gflops = 1e-9 * batch * count_flops(make_config(SHAPES[shape]))
+            ours, theirs = (np.load(folder / shape / f"{side}.npy") for side in SIDES)
+            results["shapes"][shape] = {
+                "seconds": seconds,
+                "fastest": found["fastest_seconds"],
+                "images_per_second": {k: batch / v for k, v in seconds.items()},
+                "gflops": {k: gflops / v for k, v in seconds.items()},
+                "times_faster": found["ours_is_faster"]["transformers"],
+                "largest_difference": float(
+                    np.linalg.norm(ours - theirs, axis=1).max()
+                ),
+            }
+        for side in sides:
+            side.close()
     return results
 
 
@@ -244,7 +284,7 @@ def format_table(results: dict[str, Any]) -> str:
     mine, other = results["gflops_of_one_product"].values()
     lines.append(
         f"one large matmul: {mine:.0f} GFLOP/s in XLA, {other:.0f} in torch; "
-        f"{results['threads']['cores']} threads, batches of {results['batch']}"
+        f"{results['threads']} threads, batches of {results['batch']}"
     )
     return "\n".join(lines)
 
@@ -259,13 +299,25 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both"
     )
+    parser.add_argument("--side", choices=SIDES, help="internal: run as this side")
+    parser.add_argument("--folder", type=Path, help="internal: its weights")
+    bench_sides.add_busy_flag(parser)
     arguments = parser.parse_args()
-    bind_threads(arguments.threads)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if arguments.side:
+        run_side(arguments.side, arguments.folder, arguments.batch)
+        return
+    cores = len(os.sched_getaffinity(0))
+    if arguments.threads > cores:
+        parser.error(f"--threads={arguments.threads}, but there are {cores} cores")
+    tiny = arguments.shapes == ["tiny"]
+    load = bench_sides.check_load(parser, arguments.busy or tiny)
     results = run(
         arguments.shapes,
         batch=arguments.batch,
         repeats=arguments.repeats,
         threads=arguments.threads,
+        load=load,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     aside = arguments.out / ".bench_clip.json.tmp"

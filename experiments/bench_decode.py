@@ -33,8 +33,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +41,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_sides import (
+    Side,
+    add_busy_flag,
+    ask_in_turns,
+    check_load,
+    serve,
+    summarise,
+)
 
 from racm3_jax import run as run_lib
 from racm3_jax.generation import decoding, text_to_image
@@ -59,7 +65,6 @@ from racm3_jax.model.transformer import (
 )
 from racm3_jax.vocab import Vocab
 
-MOST_LOAD = 0.5
 # The first two are this package.
 SIDES = (
     "ours",
@@ -406,77 +411,40 @@ def make_calls(side: str, case: Case) -> Callable[..., Callable[[], Any]]:
     return ours.make_call
 
 
-def serve(side: str, shape: str) -> None:
+def run_side(side: str, shape: str) -> None:
     """A side's process: for each requested setting, seconds and programs."""
     if side.startswith(("torch loop", "transformers")):
         import torch  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     make_call = make_calls(side, make_case(shape))
-    calls: dict[str, Callable[[], Any]] = {}
-    for line in sys.stdin:
-        if line not in calls:
-            calls[line] = make_call(*json.loads(line))
-            calls[line]()
-            calls[line]()
+    calls: dict[tuple[int, int, float], Callable[[], Any]] = {}
+
+    def answer(request: Any) -> tuple[float, int]:
+        setting = tuple(request)
+        if setting not in calls:
+            calls[setting] = make_call(*setting)
+            calls[setting]()
+            calls[setting]()
         compiled, started = count_programs(), time.perf_counter()
-        calls[line]()
-        seconds = time.perf_counter() - started
-        print(json.dumps([seconds, count_programs() - compiled]), flush=True)
+        calls[setting]()
+        return time.perf_counter() - started, count_programs() - compiled
 
-
-class Side:
-    """One side of the comparison, in its own process."""
-
-    def __init__(self, name: str, shape: str, cores: Sequence[int]) -> None:
-        threads = str(len(cores))
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, f"--side={name}", f"--shape={shape}"],
-            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        # XLA and OpenMP create as many threads as the process may use cores.
-        os.sched_setaffinity(self.process.pid, cores)
-
-    def time(self, setting: tuple[int, int, float]) -> tuple[float, int]:
-        """Seconds of a call, and the number of compiled programs."""
-        pipes = self.process.stdin, self.process.stdout
-        assert pipes[0] is not None and pipes[1] is not None
-        pipes[0].write(json.dumps(setting) + "\n")
-        pipes[0].flush()
-        answer = pipes[1].readline()
-        if not answer:
-            raise SystemExit(f"{self.name} ended: see what it printed above")
-        seconds, compiled = json.loads(answer)
-        return seconds, compiled
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+    serve(answer)
 
 
 def time_sides(
     sides: Sequence[Side], setting: tuple[int, int, float], repeats: int
 ) -> dict[str, Any]:
     """Seconds of each side's calls, which alternate for equal conditions."""
-    taken: dict[str, list[float]] = {side.name: [] for side in sides}
-    compiled = 0
-    for turn in range(repeats):
-        for side in sides:
-            seconds, programs = side.time(setting)
-            taken[side.name].append(seconds)
-            compiled += programs
-            progress = f"{side.name}, call {turn + 1} of {repeats}: {seconds:.2f} s"
-            print(progress, file=sys.stderr, flush=True)
+    answers = ask_in_turns(sides, setting, repeats)
+    found = summarise({k: [x for x, _ in pairs] for k, pairs in answers.items()})
     return {
-        "seconds": {name: statistics.median(x) for name, x in taken.items()},
-        "fastest": {name: min(x) for name, x in taken.items()},
-        "programs_compiled_after_the_first_call": compiled,
+        "seconds": found["median_seconds"],
+        "fastest": found["fastest_seconds"],
+        "programs_compiled_after_the_first_call": sum(
+            programs for pairs in answers.values() for _, programs in pairs
+        ),
     }
 
 
@@ -514,7 +482,8 @@ def run(
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
     }
     names = SIDES[:2] if only_ours else SIDES
-    sides = [Side(name, shape, cores) for name in names]
+    command = [__file__, f"--shape={shape}"]
+    sides = [Side(name, [*command, f"--side={name}"], cores) for name in names]
     for name, setting in (
         ("one", (1, 0, 1.0)),
         ("guided", (1, 2, 3.0)),
@@ -621,18 +590,13 @@ def main() -> None:
         "--threads", type=int, default=0, help="of each side; all cores"
     )
     parser.add_argument("--side", choices=SIDES, help="internal: run as this side")
-    parser.add_argument("--busy", action="store_true", help="ignore the load")
+    add_busy_flag(parser)
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     if side := arguments.pop("side"):
-        serve(side, arguments["shape"])
+        run_side(side, arguments["shape"])
         return
-    load = os.getloadavg()[0]
-    if not arguments.pop("busy") and load > MOST_LOAD:
-        parser.error(
-            f"the load is {load:.1f}, but measurements need an idle machine (at most "
-            f"{MOST_LOAD}): wait, or give --busy"
-        )
+    check_load(parser, arguments.pop("busy"))
     results = run(arguments.pop("shape"), **arguments)
     write(results, out)
     print(format_tables(results))

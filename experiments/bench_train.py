@@ -5,9 +5,9 @@
     python experiments/bench_train.py --part=compile --out=bench
     python experiments/bench_train.py --part=gpu --out=bench        # one GPU, needs torch
 
-cpu      27M parameters, 2 rows of 512, two threads: our step, torch float32 and torch
-         bfloat16 autocast alternate in one process; medians and ratios, then the parts
-         of our step.
+cpu      27M parameters, 2 rows of 512, all cores: our step, torch float32 and torch
+         bfloat16 autocast, each in its own process, in turns, on an idle machine;
+         medians, fastest and ratios, then the parts of our step.
 packing  fill and useful tokens per row at K ~ U{0,1,2}, 1024 tokens per image, captions
 of
          about 30, rows of 4096; one example per row, best fit, best fit with
@@ -33,8 +33,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_sides
 import numpy as np
 
+CPU_SIDES = ("ours, bfloat16", "torch, float32", "torch, bfloat16 autocast")
+GPU_SIDES = ("ours", "torch")
 # Seconds: limits of `gpu`, and of one side of it.
 GPU_LIMIT = 460
 
@@ -109,18 +112,10 @@ def show(results: dict[str, Any]) -> None:
     print(format_results(results), file=sys.stderr, flush=True)
 
 
-def run_cpu(repeats: int, tiny: bool) -> dict[str, Any]:
-    """Three steps, alternating, so that a busy machine affects all equally."""
-    # Before jax starts its threads: both sides get two.
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
-    import torch
-    from bench_parts import time_parts
-    from bench_torch import make_torch_step
-
+def cpu_case(tiny: bool) -> tuple[Any, dict[str, np.ndarray]]:
+    """(model, batch) of `cpu`."""
     from racm3_jax.model.config import ModelConfig
-    from racm3_jax.model.transformer import abstract_params, count_params
 
-    torch.set_num_threads(2)
     sizes = (32, 2, 2, 16, 64, 64) if tiny else (512, 8, 8, 64, 2048, 4096)
     width, layers, heads, head_dim, d_ff, vocab_size = sizes
     rows, length = (2, 64) if tiny else (2, 512)
@@ -135,40 +130,74 @@ def run_cpu(repeats: int, tiny: bool) -> dict[str, Any]:
         activation="relu",
         compute_dtype="bfloat16",
     )
-    batch = make_rows(vocab_size, rows, length, num_segments=1)
-    ours = Ours(config, batch)
-    ids = batch["inputs"], batch["targets"]
-    steps = {
-        "ours, bfloat16": ours.step,
-        "torch, float32": make_torch_step(
-            config, *ids, half=False, compiled=False, device="cpu"
-        ),
-        "torch, bfloat16 autocast": make_torch_step(
-            config, *ids, half=True, compiled=False, device="cpu"
-        ),
-    }
-    first = {name: step() for name, step in steps.items()}
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            seconds[name].append(step())
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    own = medians["ours, bfloat16"]
+    return config, make_rows(vocab_size, rows, length, num_segments=1)
+
+
+def run_cpu_side(side: str, tiny: bool) -> None:
+    """One side of `cpu`, in this process: steps, and ours by parts."""
+    from racm3_jax.training.host import keep_freed_memory
+
+    # Both sides keep freed memory for the next step, as `racm3 train` does.
+    keep_freed_memory()
+    config, batch = cpu_case(tiny)
+    if side == CPU_SIDES[0]:
+        from bench_parts import time_parts
+
+        ours = Ours(config, batch)
+
+        def answer(request: Any) -> Any:
+            if request == "step":
+                return ours.step()
+            return time_parts(ours, config, request["parts"])
+
+    else:
+        import torch
+        from bench_torch import make_torch_step
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        ids = batch["inputs"], batch["targets"]
+        half = side == CPU_SIDES[2]
+        step = make_torch_step(config, *ids, half=half, compiled=False, device="cpu")
+
+        def answer(request: Any) -> Any:
+            assert request == "step"
+            return step()
+
+    bench_sides.serve(answer)
+
+
+def run_cpu(repeats: int, tiny: bool, load: float) -> dict[str, Any]:
+    """Steps of the three sides in turns, after two of each; then parts of ours."""
+    from racm3_jax.model.transformer import abstract_params, count_params
+
+    config, batch = cpu_case(tiny)
+    rows, length = batch["inputs"].shape
+    cores = sorted(os.sched_getaffinity(0))
+    command = [__file__, "--part=side", *(["--tiny"] if tiny else [])]
+    sides = [
+        bench_sides.Side(name, [*command, f"--side={name}"], cores)
+        for name in CPU_SIDES
+    ]
+    first = bench_sides.ask_in_turns(sides, "step", 1)
+    bench_sides.ask_in_turns(sides, "step", 1)
+    found = bench_sides.summarise(bench_sides.ask_in_turns(sides, "step", repeats))
+    medians = found["median_seconds"]
     results = {
         "parameters": count_params(abstract_params(config)),
         "rows": rows,
         "length": length,
         "repeats": repeats,
-        "first_step_seconds": first["ours, bfloat16"],
-        "median_seconds": medians,
-        "fastest_seconds": {name: min(values) for name, values in seconds.items()},
+        "cores": len(cores),
+        "load_at_start": load,
+        "first_step_seconds": first[CPU_SIDES[0]][0],
+        **found,
         "tokens_per_second": {n: rows * length / s for n, s in medians.items()},
-        "ours_is_faster": {n: s / own for n, s in medians.items() if s != own},
     }
     show(results)
-    return results | {"parts_seconds": time_parts(ours, config, max(3, repeats // 3))}
+    results["parts_seconds"] = sides[0].ask({"parts": max(3, repeats // 3)})
+    for side in sides:
+        side.close()
+    return results
 
 
 def run_compile() -> dict[str, Any]:
@@ -214,7 +243,7 @@ def gpu_config(tiny: bool) -> tuple[Any, int]:
     return configs.racm3_2b7(max_segments=4), 4096
 
 
-def run_side(side: str, rows: int, tiny: bool, repeats: int) -> dict[str, Any]:
+def run_gpu_side(side: str, rows: int, tiny: bool, repeats: int) -> dict[str, Any]:
     """One side of `gpu`, in this process."""
     config, length = gpu_config(tiny)
     # Two examples per row, the average of packing.
@@ -276,7 +305,7 @@ def run_gpu(tiny: bool, repeats: int) -> dict[str, Any]:
     deadline = time.monotonic() + GPU_LIMIT
     results: dict[str, Any] = {}
     for rows in (2,) if tiny else (2, 4, 6):
-        for side in ("ours", "torch"):
+        for side in GPU_SIDES:
             last = results.get(f"{side}, {rows - 2} rows", {})
             left = deadline - time.monotonic()
             if "error" in last or left < 60:
@@ -305,7 +334,7 @@ def run_gpu(tiny: bool, repeats: int) -> dict[str, Any]:
             (r.get("tokens_per_second", 0.0) for n, r in results.items() if side in n),
             default=0.0,
         )
-        for side in ("ours", "torch")
+        for side in GPU_SIDES
     }
     results["best_tokens_per_second"] = speeds
     if speeds["torch"]:
@@ -332,22 +361,23 @@ def main() -> None:
     parser.add_argument("--out", default="")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="to try the code")
-    parser.add_argument("--side", default="ours", choices=["ours", "torch"])
+    parser.add_argument("--side", default="ours", choices=[*GPU_SIDES, *CPU_SIDES])
     parser.add_argument("--rows", type=int, default=2)
+    bench_sides.add_busy_flag(parser)
     arguments = parser.parse_args()
-    repeats = arguments.repeats
-    if arguments.part == "side":
-        print(
-            json.dumps(
-                run_side(arguments.side, arguments.rows, arguments.tiny, repeats)
-            )
-        )
+    repeats, tiny = arguments.repeats, arguments.tiny
+    if arguments.part == "side" and arguments.side in CPU_SIDES:
+        run_cpu_side(arguments.side, tiny)
         return
+    if arguments.part == "side":
+        print(json.dumps(run_gpu_side(arguments.side, arguments.rows, tiny, repeats)))
+        return
+    load = bench_sides.check_load(parser, arguments.busy or tiny)
     runs: dict[str, Callable[[], dict[str, Any]]] = {
-        "cpu": lambda: run_cpu(repeats, arguments.tiny),
-        "packing": lambda: run_packing(arguments.tiny),
+        "cpu": lambda: run_cpu(repeats, tiny, load),
+        "packing": lambda: run_packing(tiny),
         "compile": run_compile,
-        "gpu": lambda: run_gpu(arguments.tiny, repeats),
+        "gpu": lambda: run_gpu(tiny, repeats),
     }
     results = runs[arguments.part]()
     print(format_results(results))

@@ -146,7 +146,7 @@ class ExampleMaker:
             if i in episodes and self._episodes is not None:
                 example = self._episodes.reweight(example, self._vocab)
             elif self._pairing is not None:
-                example = self._pairing.reweight(example, main)
+                example = self._pairing.reweight(example, main, self._vocab)
             examples.append(example)
         stats = {
             "skipped": float(num_skipped),

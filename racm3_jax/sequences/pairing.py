@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from racm3_jax.types import Example, TokenizedDocument
+from racm3_jax.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,9 @@ class PairingConfig:
       class_key: metadata key of a document's class.
       rename: give the classes of an example new names. Their names are the values of
         `class_key` as spelled in the documents' texts.
-      name_weight: factor of the loss weight of the main document's name. The name is
-        one bit that only reading gives; the words around it have several bits that no
-        document tells.
+      name_weight: factor of the loss weight of the main document's name after its
+        image. The name is one bit that only reading gives; the words around it have
+        several bits that no document tells.
     """
 
     probability: float = 0.0
@@ -208,18 +209,22 @@ class Pairing:
             )
         return renamed[0], tuple(renamed[1:])
 
-    def reweight(self, example: Example, main: TokenizedDocument) -> Example:
+    def reweight(
+        self, example: Example, main: TokenizedDocument, vocab: Vocab
+    ) -> Example:
         """Multiplies the loss weights of the main document's name by `name_weight`.
 
         tokens    ... <mask:0> the flag of Ve lmoria <eoss>
         weights   ... 0        1   1    1  5  5      1          name_weight 5
 
-        A name that is split by a moved span is unchanged.
+        Only after an image of the main document: before it, nothing tells which of the
+        documents' names it is. A name that is split by a moved span is unchanged.
         """
         name = str(main.metadata.get(self.config.class_key, ""))
         if self.config.name_weight == 1 or not name:
             return example
         assert self._names is not None  # checked in __init__
+        seen = np.cumsum(example.is_main & vocab.is_image(example.tokens)) > 0
         weights = example.weights.copy()
         # After a space, and at the start of a text.
         for spelled in (f" {name}", name):
@@ -229,7 +234,7 @@ class Pairing:
             )
             found = np.flatnonzero((windows == tokens).all(-1))
             places = (found[:, None] + np.arange(len(tokens))).ravel()
-            places = np.unique(places[example.is_main[places]])
+            places = np.unique(places[example.is_main[places] & seen[places]])
             if len(places):
                 weights[places] *= self.config.name_weight
                 break

@@ -128,23 +128,29 @@ def test_a_class_has_one_new_name_in_all_documents_of_an_example():
     assert len(seen) == 100
 
 
-def test_the_name_of_the_main_document_has_a_larger_weight():
+def test_the_name_after_the_main_image_has_a_larger_weight(vocab):
     pairing = make_pairing(rename=True, name_weight=5.0)
     main = make_document("Velmoria", "the flag of Velmoria")
     shown = SPELLED.encode("a Velmoria")
+    image = np.full(3, vocab.image_range.start)
+    weights = is_main = tokens = np.zeros(0)
     for text, first in (("the flag of Velmoria", 11), ("Velmoria is it", 0)):
-        tokens = np.concatenate([shown, SPELLED.encode(text)])
-        is_main = np.arange(len(tokens)) >= len(shown)
-        weights = np.where(is_main, 1.0, 0.1).astype(np.float32)
-        found = pairing.reweight(Example(tokens, weights, is_main), main)
-        expected = weights.copy()
-        first += len(shown)
-        expected[first : first + len("Velmoria") + (first > len(shown))] = 5
-        np.testing.assert_array_equal(found.weights, expected)
+        for before, after in ((shown, [*image]), ([*image, *shown], [])):
+            parts = [before, after, SPELLED.encode(text), after]
+            tokens = np.concatenate(parts).astype(np.int64)
+            is_main = np.arange(len(tokens)) >= len(before)
+            weights = np.where(is_main, 1.0, 0.1).astype(np.float32)
+            found = pairing.reweight(Example(tokens, weights, is_main), main, vocab)
+            expected = weights.copy()
+            if after:
+                start = len(before) + len(after) + first
+                expected[start : start + len("Velmoria") + (first > 0)] = 5
+            np.testing.assert_array_equal(found.weights, expected)
+    example = Example(tokens, weights, is_main)
     other = make_document("Ostrania", "the flag of Ostrania")
-    unchanged = pairing.reweight(Example(tokens, weights, is_main), other)
+    unchanged = pairing.reweight(example, other, vocab)
     np.testing.assert_array_equal(unchanged.weights, weights)
-    plain = make_pairing(rename=True).reweight(Example(tokens, weights, is_main), main)
+    plain = make_pairing(rename=True).reweight(example, main, vocab)
     np.testing.assert_array_equal(plain.weights, weights)
     renamed, _ = pairing.rename(main, (), np.random.default_rng(0))
     assert text_of(renamed) == f"the flag of {renamed.metadata['nation']}"
