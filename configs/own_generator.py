@@ -77,7 +77,8 @@ def get_config(arg: str = "") -> ConfigDict:
         max_length=row_length,
         position="rope",
         norm="rmsnorm",
-        qk_norm=True,
+        # A small model without it learns sooner to choose between its documents.
+        qk_norm=is_large,
         activation="gelu",
         compute_dtype="auto",
     )

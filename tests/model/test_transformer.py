@@ -281,14 +281,19 @@ def test_every_parameter_names_every_axis(style, scan):
         assert len(leaf.names) == len(leaf.value.shape)
 
 
-def test_fresh_parameters_give_nearly_uniform_predictions():
+def test_fresh_parameters_predict_little_and_keep_tokens_in_the_hidden_states():
     config = tiny()
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(
         jnp.shape, make_params(config)
     )
     log_probs = jax.nn.log_softmax(compute(config, params))
-    assert np.abs(log_probs + np.log(64)).max() < 1.0
+    # Of a random target: logits of about one unit.
+    assert -log_probs.mean() < np.log(64) + 1.0
+    for width in (32, 512):
+        fresh = init_params(dataclasses.replace(config, d_model=width), jax.random.key(0))
+        size = np.sqrt(np.mean(np.square(fresh["embedding"])))
+        np.testing.assert_allclose(size, width**-0.5, rtol=0.1)
 
 
 def test_head_weights_are_the_matrix_of_the_logits():
