@@ -1,4 +1,6 @@
-"""The composition root: builds objects from a ConfigDict, which nothing else reads.
+"""The composition root: builds objects from a ConfigDict.
+
+Only the builders of suites (`worlds.SuiteEntry`) read one, too.
 
 config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
 """
