@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from racm3_jax import wiring
 from racm3_jax.checkpoints import Checkpoints, save_weights
-from racm3_jax.evaluation.reading import make_reading_questions, measure_reading
+from racm3_jax.flagworld.reading import make_reading_questions, measure_reading
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.model.transformer import init_params
 from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer

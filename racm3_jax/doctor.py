@@ -191,7 +191,7 @@ def _run_self_test() -> Finding:
     import tempfile
 
     from racm3_jax import wiring
-    from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
+    from racm3_jax.flagworld import FlagworldConfig, read_flagworld
     from racm3_jax.memory.memory import Memory
 
     started = time.monotonic()

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "racm3_jax"
 
 FLOORS = [
     {"types", "vocab", "storage", "buckets"},
-    {"own_files", "progress", "checksums"},
+    {"own_files", "progress", "checksums", "worlds"},
     {"documents", "sharding", "checkpoints", "metrics"},
     {"tokenizers", "model", "index"},
     {"memory"},
@@ -19,7 +19,7 @@ FLOORS = [
     {"training", "generation"},
     {"evaluation", "porting"},
     {"wiring"},
-    {"compilation"},
+    {"compilation", "flagworld"},
     {"run"},
     {"quickstart", "fit", "sweeps", "doctor", "demo"},
     {"commands"},
@@ -29,12 +29,15 @@ FLOORS = [
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 NUMPY_ONLY = (
     "documents",
+    "flagworld/__init__.py",
+    "flagworld/world",
     "retrieval/strategy.py",
     "sequences/causal_masking.py",
     "sequences/packing.py",
     "sequences/layout.py",
     "types.py",
     "vocab.py",
+    "worlds.py",
 )
 SAYS_NOTHING = {"utils", "util", "common", "helpers", "misc", "base"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -69,6 +72,16 @@ def test_imports_point_down(path):
         if target not in FLOOR:
             continue  # a name of racm3_jax/__init__.py
         assert FLOOR[target] < FLOOR[own], f"{path} imports {name}"
+
+
+def test_lower_floors_name_the_room_of_flagworld_only_in_the_registry():
+    found = {
+        package_of(path)
+        for path in MODULES
+        if "racm3_jax.flagworld" in path.read_text()
+        and FLOOR.get(package_of(path), 0) < FLOOR["flagworld"]
+    }
+    assert found == {"worlds"}
 
 
 def test_every_package_has_a_floor():

@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 
 from racm3_jax import sharding, wiring
-from racm3_jax.commands import configs, train
-from racm3_jax.documents.flagworld import FlagworldConfig
+from racm3_jax.commands import configs
 from racm3_jax.evaluation.inception import VARIANTS
 from racm3_jax.evaluation.resizing import RESIZINGS
-from racm3_jax.evaluation.settings import (
-    CocoSettings,
-    FlagworldSettings,
-    LikelihoodSettings,
-    TaskSettings,
-)
+from racm3_jax.evaluation.settings import CocoSettings, LikelihoodSettings
+from racm3_jax.flagworld import FlagworldConfig
+from racm3_jax.flagworld.settings import FlagworldSettings, TaskSettings
 from racm3_jax.model.config import ModelConfig, chameleon_7b
 from racm3_jax.model.transformer import init_params
 from racm3_jax.retrieval.clip import CLIPConfig
@@ -35,6 +31,7 @@ from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer
 from racm3_jax.training.step import abstract_state
 from racm3_jax.vocab import Vocab
 from racm3_jax.wiring.jobs import check_positions
+from racm3_jax.worlds import find_suite
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 GENERATORS = [
@@ -181,7 +178,7 @@ def test_evaluation_configs(name, arg):
     config = load(name, arg)
     config.lock()
     assert name == f"eval/{config.suite}"
-    assert config.suite in wiring.BUILDERS and config.suite in train.SUITES
+    assert type(wiring.read_evaluation(config)) is find_suite(config.suite).config
     settings = wiring.construct(SUITES[name][0], config.settings, "settings")
     wiring.construct(StrategyConfig, config.strategy, "strategy")
     if name == "eval/coco":

@@ -14,7 +14,7 @@ import pytest
 from racm3_jax import cli, run, storage, wiring
 from racm3_jax.checkpoints import Checkpoints
 from racm3_jax.commands import configs
-from racm3_jax.documents.flagworld import read_flagworld
+from racm3_jax.flagworld import read_flagworld
 from racm3_jax.memory.memory import Memory
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

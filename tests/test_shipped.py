@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from racm3_jax import checkpoints, cli, wiring
-from racm3_jax.documents.flagworld import (
+from racm3_jax.flagworld import (
     FlagIdentifier,
     FlagworldConfig,
     make_nations,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from racm3_jax.documents.flagworld import make_nations, read_flagworld
-from racm3_jax.evaluation import task_answers
 from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.evaluation.kshot import INVENTED, compute_auc
-from racm3_jax.evaluation.settings import TaskSettings
-from racm3_jax.evaluation.task_probes import TaskProbes
+from racm3_jax.flagworld import make_nations, read_flagworld, task_answers
+from racm3_jax.flagworld.settings import TaskSettings
+from racm3_jax.flagworld.task_probes import TaskProbes
 from racm3_jax.generation.classification import ClassifyBy
 from racm3_jax.generation.tasks import Generator
 from science.experiment import Experiment, Figures, Panel, Place

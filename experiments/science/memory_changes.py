@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-from racm3_jax.documents.flagworld import read_flagworld
 from racm3_jax.evaluation.intervals import compute_share
+from racm3_jax.flagworld import read_flagworld
 from racm3_jax.memory.memory import Memory
 from racm3_jax.types import Document
 from science.experiment import Experiment, Figures, Panel, Place

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 import racm3_jax
 from racm3_jax import wiring
 from racm3_jax.commands.configs import find_config, load_config_file
-from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
+from racm3_jax.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import read_jsonl
 from racm3_jax.model.transformer import abstract_params, count_params

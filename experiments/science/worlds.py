@@ -17,12 +17,12 @@ import numpy as np
 
 from racm3_jax import wiring
 from racm3_jax.commands.configs import find_config, load_config_file
-from racm3_jax.documents.flagworld import (
+from racm3_jax.flagworld import (
     FlagworldConfig,
     make_nations,
     read_flagworld,
 )
-from racm3_jax.evaluation.flagworld_judge import FlagworldJudge
+from racm3_jax.flagworld.judge import FlagworldJudge
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.retrieval.retriever import Retriever

@@ -15,11 +15,11 @@ from racm3_jax.commands.configs import (
     load_config_file,
     read_config,
 )
+from racm3_jax.worlds import SUITES
 
 Arguments = argparse.Namespace
 # Exit status of a training stopped by a signal, after a save (EX_TEMPFAIL).
 STOPPED_EARLY = 75
-SUITES = ("flagworld", "flagworld_tasks", "coco", "likelihood")
 # Fields of `fit.Plan`, which is imported when it is needed.
 _PLAN_FLAGS = (
     *("image_size", "num_codes", "d_model", "num_layers", "batch_size"),
@@ -63,7 +63,9 @@ def register(commands: Any) -> None:
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.set_defaults(command=_evaluate)
     add_config_option(sub)
-    sub.add_argument("--suite", default="flagworld", choices=SUITES, help="the suite")
+    sub.add_argument(
+        "--suite", default="flagworld", choices=list(SUITES), help="the suite"
+    )
     sub.add_argument(
         "--workdir", type=options.path, required=True, help="folder of the results"
     )

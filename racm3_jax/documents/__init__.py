@@ -1,1 +1,1 @@
-"""Input documents: readers, the document store, images, and flagworld."""
+"""Input documents: readers, the document store, and images."""

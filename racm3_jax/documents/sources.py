@@ -18,13 +18,14 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
 
-from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.documents.readers import parse_source, read_documents
 from racm3_jax.types import Document
+from racm3_jax.worlds import World
 
 # Metadata keys that a corpus writes into its documents.
 SPLIT_KEY, TIMES_KEY = "split", "times"
@@ -54,17 +55,18 @@ class Corpus:
         return _group(document, self.group_key)
 
 
-def flagworld_corpus(world: FlagworldConfig) -> Corpus:
-    """The built-in world: its held-out nations are in the memory in other scenes."""
-    measured = world
-    if world.description_share:
-        # If some captions describe their image, the evaluation captions do.
-        measured = dataclasses.replace(world, description_share=1.0)
+def world_corpus(world: World, settings: Any) -> Corpus:
+    """A world: other documents of its held-out groups may be in the memory.
+
+    Args:
+      world: it.
+      settings: of its class `world.settings`.
+    """
     return Corpus(
-        "nation_id",
-        functools.partial(read_flagworld, world, "train"),
-        functools.partial(read_flagworld, measured, "heldout_test"),
-        functools.partial(read_flagworld, world, "heldout_memory"),
+        world.group_key,
+        functools.partial(world.read, settings, "train"),
+        functools.partial(world.read, world.measured(settings), "heldout_test"),
+        functools.partial(world.read, settings, "heldout_memory"),
     )
 
 

@@ -1,8 +1,6 @@
 """Figures with intervals, image sheets and reports about trained models.
 
 suite              common parts of all suites: stages in chunks, figures, table, images
-  flagworld        flagworld_judge: are images and captions right?
-  flagworld_tasks  task_probes: inputs; task_answers: outputs; task_sheets: image sheets
   likelihood_suite perplexity, kshot, retrieval, copying
   coco_suite       coco_tasks: text to image, captioning; coco: the lists of images
   settings         of all suites
@@ -11,7 +9,6 @@ fingerprints       of models, memories, documents; document_sets: which document
 
 captions, treebank, clip_score, frechet, inception, resizing, features
                    scores of captions and of sets of images
-reading            does a model read its documents, or copy by position?
 intervals          of all figures
 pictures, report   image sheets and an HTML report
 """

@@ -15,10 +15,6 @@ from racm3_jax import own_files
 from racm3_jax.documents.images import encode_png
 from racm3_jax.evaluation.pictures import Panel
 
-_EXPLANATION = (
-    "The nations below were never trained on; the model knows their flags and names "
-    "only from the documents that it retrieved."
-)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px;
   color: #222; padding: 0 1em; }
@@ -40,7 +36,6 @@ class CaptionRow:
     retrieved: Sequence[Panel]
     with_retrieval: str
     without: str
-    nation: str = ""
 
 
 def _inline(png: bytes, alt: str, small: bool = False) -> str:
@@ -71,8 +66,8 @@ def _caption_table(rows: Sequence[CaptionRow]) -> str:
 def write_report(
     path: Path,
     *,
-    title: str = "RA-CM3 on flagworld",
-    explanation: str = _EXPLANATION,
+    title: str,
+    explanation: str,
     sheet: Path,
     captions: Sequence[CaptionRow],
     loss_curves: Mapping[str, Path],

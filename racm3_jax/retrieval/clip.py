@@ -37,7 +37,7 @@ INITIAL_LOG_SCALE = float(np.log(1 / 0.07))
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes of both towers. The defaults are flagworld's.
+    """Sizes of both towers. The defaults are those of the shipped one.
 
     Attributes:
       vocab_size: of the text tower, including `<start>` and `<end>`, the two highest

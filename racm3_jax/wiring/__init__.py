@@ -1,4 +1,6 @@
-"""The composition root: builds objects from a ConfigDict, which nothing else reads.
+"""The composition root: builds objects from a ConfigDict.
+
+Only the builders of suites (`worlds.SuiteEntry`) read one, too.
 
 config -> construct(Section) -> world, tokenizer, embedder, memory, model, mesh -> Job
 """
@@ -26,9 +28,9 @@ from racm3_jax.wiring.parts import (
     resolve,
 )
 from racm3_jax.wiring.sections import (
-    SUITES,
     TRAININGS,
     TrainConfig,
+    choose_world,
     construct,
     read_evaluation,
     read_training,
@@ -41,11 +43,9 @@ from racm3_jax.wiring.steps import (
     build_trained_columns,
     build_vocab,
 )
-from racm3_jax.wiring.suites import BUILDERS, build_suite
+from racm3_jax.wiring.suites import build_suite
 
 __all__ = [
-    "BUILDERS",
-    "SUITES",
     "TRAININGS",
     "AbstractTraining",
     "Job",
@@ -67,6 +67,7 @@ __all__ = [
     "build_trained_columns",
     "build_vocab",
     "build_world",
+    "choose_world",
     "construct",
     "count_shards",
     "generate_heldout",

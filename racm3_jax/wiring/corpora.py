@@ -11,17 +11,16 @@ from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
 from racm3_jax.documents.augmentation import AugmentationConfig
-from racm3_jax.documents.flagworld import FlagworldConfig
 from racm3_jax.documents.images import resize_image
 from racm3_jax.documents.sources import (
     TIMES_KEY,
     Corpus,
-    flagworld_corpus,
     repeat_rows,
     source_corpus,
+    world_corpus,
 )
 from racm3_jax.types import Document
-from racm3_jax.wiring.sections import MemoryConfig, construct
+from racm3_jax.wiring.sections import MemoryConfig, choose_world, construct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +38,19 @@ class Pairs:
     groups: Int64[np.ndarray, " pairs"]
 
 
-def build_world(config: Any) -> FlagworldConfig:
-    return construct(FlagworldConfig, config.world, "world")
+def build_world(config: Any) -> Any:
+    """The settings of the config's world, see `choose_world`."""
+    return construct(choose_world(config).settings, config.world, "world")
 
 
 def build_corpus(config: Any) -> Corpus:
-    """The training corpus: a flagworld, or the documents of `config.source`.
+    """The training corpus: a world, or the documents of `config.source`.
 
     Raises:
       ValueError: the config has neither, or it cannot be read.
     """
     if config.get("world") is not None:
-        return flagworld_corpus(build_world(config))
+        return world_corpus(choose_world(config), build_world(config))
     source = config.get("source", "")
     if not source:
         raise ValueError(

@@ -16,7 +16,7 @@ from jaxtyping import Int64
 
 from racm3_jax import checkpoints, checksums, sharding, storage
 from racm3_jax.buckets import is_url, refuse_url
-from racm3_jax.documents.flagworld.names import make_labels, make_name
+from racm3_jax.documents.invented_names import make_labels, make_name
 from racm3_jax.index.sharded import SUFFIX
 from racm3_jax.memory.format import TABLE_DIRECTORY
 from racm3_jax.memory.memory import UNUSED_WITH_TABLE, Memory
@@ -47,7 +47,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def resolve(path: str | Path) -> Path:
-    """`"shipped:flagworld/clip"` -> the folder inside the package; else the path.
+    """`"shipped:NAME/clip"` -> the folder inside the package; else the path.
 
     Raises:
       ValueError: a URL.

@@ -1,7 +1,8 @@
 """The schema of config files: one frozen dataclass per file, one per section.
 
-    file     kind or suite     ->  its class in TRAININGS or SUITES
+    file     kind or suite     ->  its class in TRAININGS, or of its SuiteEntry
     section  config.pipeline   ->  PipelineConfig, ...
+             config.world      ->  the settings of the world `config.world_name`
 
 An unknown key is an error that names the nearest one; missing values and wrong types
 are errors, too: no setting is ignored.
@@ -13,19 +14,13 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from racm3_jax import checksums
 from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.augmentation import NO_AUGMENTATION, AugmentationConfig
-from racm3_jax.documents.flagworld import FlagworldConfig
-from racm3_jax.evaluation.settings import (
-    CocoSettings,
-    FlagworldSettings,
-    LikelihoodSettings,
-    TaskSettings,
-)
+from racm3_jax.evaluation.settings import CocoSettings, LikelihoodSettings
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.retrieval.clip import CLIPConfig
 from racm3_jax.retrieval.clip_loss import CLIPLossConfig
@@ -39,6 +34,7 @@ from racm3_jax.tokenizers.vqgan_loss import VQGANLossConfig
 from racm3_jax.training.loss import GeneratorLossConfig
 from racm3_jax.training.optimizer import OptimizerConfig
 from racm3_jax.vocab import Vocab
+from racm3_jax.worlds import DEFAULT_WORLD, World, find_suite, find_world, list_suites
 
 T = TypeVar("T")
 
@@ -137,7 +133,7 @@ class MemoryConfig:
       index: back end of searches; "table" looks them up (see `parts.prepare_search`).
       num_query_variants: queries with dropout of each document.
       query_drop: fraction of a query's tokens or patches that is dropped.
-      include_heldout: also include held-out groups (flagworld's held-out nations).
+      include_heldout: also include documents of held-out groups.
       cache: where a memory at a URL is copied to; "" is `~/.cache/racm3/memories`.
       verify_share: fraction of its bytes that is verified on opening, in randomly
         chosen files; unchanged files that this machine has verified before are skipped.
@@ -168,7 +164,8 @@ class _Training:
     """Settings of all trainings.
 
     Attributes:
-      world: a flagworld to train on; without it, `source`.
+      world: settings of a world to train on; without it, `source`.
+      world_name: which world, see `racm3_jax.worlds`.
       source: documents to train on, see `documents.sources`.
       group_key: the metadata key of groups, see there.
       holdout: the held-out groups, see there.
@@ -180,7 +177,8 @@ class _Training:
     optimizer: OptimizerConfig
     mesh: MeshConfig
     train: TrainConfig
-    world: FlagworldConfig | None = None
+    world: Any = None
+    world_name: str = DEFAULT_WORLD
     source: str = ""
     group_key: str = ""
     holdout: str = ""
@@ -189,8 +187,13 @@ class _Training:
     def __post_init__(self) -> None:
         if self.world is not None and (self.source or self.group_key or self.holdout):
             raise ValueError(
-                "config.world is a flagworld with groups and held-out nations of its own: "
-                "remove config.source, group_key and holdout, or remove world"
+                f"config.world is a {self.world_name} with groups and held-out ones of "
+                "its own: remove config.source, group_key and holdout, or remove world"
+            )
+        if self.world is None and self.world_name != DEFAULT_WORLD:
+            raise ValueError(
+                f"config.world_name is {self.world_name!r}, but there is no config.world "
+                "with its settings"
             )
 
 
@@ -249,34 +252,27 @@ class GeneratorTraining(_Training):
     num_prompts: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvaluationOfModels:
-    """What every suite says that can build flagworld's memory."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOfModels:
+    """What every suite says that can build the memory of a world.
+
+    Attributes:
+      suite: its name.
+      models: a folder of models.
+      model: the one with a memory, in this folder.
+      twin: the one without; "" leaves it out.
+      world: the world's settings; a suite of one world has its class here.
+      memory: of `world`.
+      strategy: of retrieval.
+    """
 
     suite: str
     models: str
     model: str
     twin: str
-    world: FlagworldConfig
+    world: Any
     memory: MemoryConfig
     strategy: StrategyConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class FlagworldEvaluation(_EvaluationOfModels):
-    """A file with `suite = "flagworld"`."""
-
-    settings: FlagworldSettings
-    num_scene_examples: int
-    num_sheet_rows: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TasksEvaluation(_EvaluationOfModels):
-    """A file with `suite = "flagworld_tasks"`."""
-
-    settings: TaskSettings
-    num_sheet_rows: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,10 +292,11 @@ class CocoEvaluation:
     reference: str
 
 
-@dataclasses.dataclass(frozen=True)
-class LikelihoodEvaluation(_EvaluationOfModels):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LikelihoodEvaluation(EvaluationOfModels):
     """A file with `suite = "likelihood"`."""
 
+    world_name: str = DEFAULT_WORLD
     source: str
     num_items: int
     memory_path: str
@@ -313,12 +310,6 @@ TRAININGS: Mapping[str, type] = {
     "clip": CLIPTraining,
     "vqgan": VQGANTraining,
 }
-SUITES: Mapping[str, type] = {
-    "flagworld": FlagworldEvaluation,
-    "flagworld_tasks": TasksEvaluation,
-    "coco": CocoEvaluation,
-    "likelihood": LikelihoodEvaluation,
-}
 # `memory` is a string in an evaluation on COCO; sources check URLs themselves.
 _MAY_BE_URLS = ("memory_path", "memory", "source", "kshot_source")
 # Placeholder until the tokenizer is loaded.
@@ -331,7 +322,7 @@ def read_training(config: Any) -> Any:
     Raises:
       ValueError: an unknown kind, section, key, value or type, or a missing one.
     """
-    return _read(config, "kind", TRAININGS)
+    return _read(config, TRAININGS[_choose(config, "kind", TRAININGS)])
 
 
 def read_evaluation(config: Any) -> Any:
@@ -340,25 +331,39 @@ def read_evaluation(config: Any) -> Any:
     Raises:
       ValueError: an unknown suite, section, key, value or type, or a missing one.
     """
-    return _read(config, "suite", SUITES)
+    return _read(config, find_suite(_choose(config, "suite", list_suites())).config)
 
 
-def _read(config: Any, key: str, classes: Mapping[str, type]) -> Any:
+def _choose(config: Any, key: str, names: Collection[str]) -> str:
     if key not in config:
         raise ValueError(
-            f"the config has no setting {key!r}; give one of {', '.join(sorted(classes))}"
+            f"the config has no setting {key!r}; give one of {', '.join(sorted(names))}"
         )
-    if config[key] not in classes:
+    if config[key] not in names:
         raise ValueError(
-            f"config.{key} is {config.get(key)!r}; allowed: {', '.join(sorted(classes))}"
+            f"config.{key} is {config.get(key)!r}; allowed: {', '.join(sorted(names))}"
         )
-    cls = classes[config[key]]
+    return config[key]
+
+
+def choose_world(config: Any) -> World:
+    """The world that `config.world_name` names.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    return find_world(config.get("world_name", DEFAULT_WORLD))
+
+
+def _read(config: Any, cls: type) -> Any:
     _check_keys(cls, config, "config", ())
     _refuse_urls(config, "config")
     hints = typing.get_type_hints(cls)
     values = {}
     for name in config:
         section = _section_class(hints[name])
+        if name == "world" and section is None and config["world"] is not None:
+            section = choose_world(config).settings
         if section is None:
             _check_type(config[name], hints[name], f"config.{name}")
             values[name] = config[name]

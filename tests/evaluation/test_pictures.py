@@ -40,11 +40,11 @@ def test_report_is_one_file_without_external_links(tmp_path):
     from PIL import Image
 
     Image.fromarray(RED).save(tmp_path / "samples.png")
-    caption = CaptionRow(
-        RED, "<b>truth", [Panel(RED, "w")], "with", "without", nation="X"
-    )
+    caption = CaptionRow(RED, "<b>truth", [Panel(RED, "w")], "with", "without")
     write_report(
         tmp_path / "report.html",
+        title="Flags",
+        explanation="What they are.",
         sheet=tmp_path / "samples.png",
         captions=[caption],
         loss_curves={"Training": tmp_path / "none.png"},

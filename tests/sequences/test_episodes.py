@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_pipeline import CONFIG, PLAIN, FakeMemory, FakeRetriever
 
-from racm3_jax.documents.flagworld.names import make_labels
+from racm3_jax.documents.invented_names import make_labels
 from racm3_jax.sequences.episodes import EpisodeConfig, Episodes
 from racm3_jax.sequences.pipeline import make_batches
 

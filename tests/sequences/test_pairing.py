@@ -16,7 +16,7 @@ from test_pipeline import (
     main_parts,
 )
 
-from racm3_jax.documents.flagworld.names import make_name
+from racm3_jax.documents.invented_names import make_name
 from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
 from racm3_jax.sequences.pipeline import make_batches
 from racm3_jax.types import Example, TokenizedDocument, TokenizedSegment

@@ -9,7 +9,6 @@ import pytest
 
 from racm3_jax import run, wiring
 from racm3_jax.commands import configs
-from racm3_jax.commands.train import SUITES
 from racm3_jax.sweeps import Hyper, as_flags
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
@@ -109,10 +108,6 @@ def test_a_typo_in_a_file_is_refused_before_the_work_directory_is_made(tmp_path)
     with pytest.raises(ValueError, match=r"config\.model\?"):
         run.evaluate(evaluation, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_every_suite_has_its_class():
-    assert set(wiring.SUITES) == set(wiring.BUILDERS) == set(SUITES)
 
 
 def test_rows_are_packed_for_the_bound_of_the_model():

@@ -8,7 +8,7 @@ jsonl         interleaved documents, one per line
 tfds          a builder prepared on disk
 array_record  documents written by `documents.store`
 embeddings    precomputed .npy embeddings with parquet metadata
-flagworld     the built-in world
+flagworld     the built-in world; other worlds by their names (`racm3_jax.worlds`)
 
 A path may start with `~`, and may be a pattern for kinds that read files: `*/*.tar`,
 `s-{00000..00099}.tar`. Hidden files are never read, nor links to outside the folder
@@ -19,9 +19,10 @@ A path may start with `~`, and may be a pattern for kinds that read files: `*/*.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from racm3_jax.buckets import is_url
@@ -48,8 +49,9 @@ from racm3_jax.documents.readers.records_on_disk import (
 )
 from racm3_jax.documents.readers.remote import refuse_kind
 from racm3_jax.documents.readers.tar import tar_shards
-from racm3_jax.documents.readers.world import flagworld_shards
+from racm3_jax.documents.readers.world import world_options, world_shards
 from racm3_jax.types import Document
+from racm3_jax.worlds import WORLDS, find_world, list_worlds
 
 __all__ = [
     "BadRecord",
@@ -72,7 +74,6 @@ READERS: dict[str, Callable[..., list[Shard]]] = {
     "tfds": tfds_shards,
     "array_record": array_record_shards,
     "embeddings": embedding_shards,
-    "flagworld": flagworld_shards,
 }
 _KIND_OF_SUFFIX = {
     ".tar": "webdataset",
@@ -128,20 +129,14 @@ def find_shards(source: str, **options: Any) -> list[Shard]:
     """The shards of a source, in a fixed order; see `read_documents`."""
     kind, path, written = parse_source(source)
     options = {**written, **options}
-    reader = READERS[kind]
-    allowed = {
-        name: parameter
-        for name, parameter in inspect.signature(reader).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
+    reader, allowed = _open_kind(kind)
     for name, value in options.items():
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, 1, 0.0)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{kind} has no option {name!r}{hint}")
-        default = allowed[name].default
         if isinstance(value, str):
-            options[name] = _convert(kind, name, value, default)
+            options[name] = _convert(kind, name, value, allowed[name])
     for place in (path, *options.values()):
         refuse_kind(kind, place)
     try:
@@ -151,6 +146,17 @@ def find_shards(source: str, **options: Any) -> list[Shard]:
     if not shards:
         raise FileNotFoundError(f"{source} holds no records")
     return shards
+
+
+def _open_kind(kind: str) -> tuple[Callable[..., list[Shard]], Mapping[str, Any]]:
+    """The reader of a kind, and its options with their defaults."""
+    if kind not in READERS:
+        world = find_world(kind)
+        return functools.partial(world_shards, kind, world), world_options(world)
+    parameters = inspect.signature(READERS[kind]).parameters.values()
+    return READERS[kind], {
+        p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY
+    }
 
 
 def _convert(kind: str, name: str, value: str, default: Any) -> Any:
@@ -186,23 +192,34 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
             raise ValueError(f"an option of a source is name=value; got {option!r}")
         options[name.strip()] = value
     kind, colon, path = place.partition(":")
-    if not place.strip() or (colon and kind in READERS and not path.strip()):
+    is_kind = bool(colon) and _is_kind(kind)
+    if not place.strip() or (is_kind and not path.strip()):
         raise ValueError(
             f"the source {source!r} has no path; give kind:path, as folder:pets (the "
             "current folder is folder:.)"
         )
-    if colon and kind in READERS:
+    if is_kind:
         return kind, expand_home(path), options
     place = expand_home(place)
     if is_url(place):
         return _guess_kind(place), place, options
     if colon and "/" not in kind and not pathlib.Path(place).exists():
-        near = difflib.get_close_matches(kind, READERS, 1, 0.0)
+        kinds = _list_kinds()
+        near = difflib.get_close_matches(kind, kinds, 1, 0.0)
         raise ValueError(
             f"unknown source kind {kind!r}; did you mean {near[0]!r}? The kinds are "
-            f"{', '.join(READERS)}"
+            f"{', '.join(kinds)}"
         )
     return _guess_kind(place), place, options
+
+
+def _is_kind(name: str) -> bool:
+    # The worlds of other packages last: it takes longer.
+    return name in READERS or name in WORLDS or name in list_worlds()
+
+
+def _list_kinds() -> list[str]:
+    return [*READERS, *list_worlds()]
 
 
 def _guess_kind(place: str) -> str:
@@ -218,7 +235,7 @@ def _guess_kind(place: str) -> str:
         return "folder"
     raise ValueError(
         f"the path {place!r} does not show what kind of source it is; give kind:path "
-        f"with one of {', '.join(READERS)}"
+        f"with one of {', '.join(_list_kinds())}"
     )
 
 

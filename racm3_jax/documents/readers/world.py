@@ -1,58 +1,51 @@
-"""The built-in world as a source: `flagworld:train;num_nations=40;seed=1`."""
+"""A world as a source: `flagworld:train;num_nations=40;seed=1`, see `worlds`."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
-from racm3_jax.documents.flagworld.reader import Split
 from racm3_jax.documents.readers.files import RECORDS_PER_SHARD
 from racm3_jax.documents.readers.records import RawRecord, Shard
+from racm3_jax.types import Document
+from racm3_jax.worlds import SPLITS, Split, World
+
+_ALL = 1 << 40
 
 
-def flagworld_shards(
-    path: str,
-    *,
-    seed: int = 0,
-    num_nations: int = 40,
-    num_heldout: int = 16,
-    image_size: int = 64,
-    max_documents: int = 1 << 40,
+def world_options(world: World) -> Mapping[str, bool | int | str]:
+    """The options of the source, with their defaults."""
+    return {**world.source, "max_documents": _ALL}
+
+
+def world_shards(
+    name: str, world: World, path: str, *, max_documents: int = _ALL, **options: Any
 ) -> list[Shard]:
-    """A split of a flagworld, as one shard.
+    """A split of a world, as one shard.
 
     Args:
-      path: "train", "heldout_memory" or "heldout_test".
-      seed: of the world.
-      num_nations: of the training split.
-      num_heldout: nations of the other two.
-      image_size: pixels.
+      name: of the world.
+      world: it.
+      path: the split.
       max_documents: take only the first ones.
+      **options: of `world.source`.
 
     Raises:
-      ValueError: another split.
+      ValueError: no such split.
     """
-    split = next((s for s in get_args(Split) if s == path), None)
+    split: Split | None = next((s for s in SPLITS if s == path), None)
     if split is None:
-        raise ValueError(
-            f"flagworld has the splits {', '.join(get_args(Split))}; got {path!r}"
-        )
-    config = FlagworldConfig(
-        seed=seed,
-        num_nations=num_nations,
-        num_heldout=num_heldout,
-        image_size=image_size,
-    )
-    read = functools.partial(_read, config, split, max_documents)
-    name = f"flagworld/{split}/{seed}/{num_nations}/{num_heldout}/{image_size}"
-    return [Shard(name, min(max_documents, RECORDS_PER_SHARD), read)]
+        raise ValueError(f"{name} has the splits {', '.join(SPLITS)}; got {path!r}")
+    options = {**world.source, **options}
+    read = functools.partial(world.read, world.settings(**options), split)
+    shard = "/".join(map(str, (name, split, *options.values())))
+    records = functools.partial(_read, read, max_documents)
+    return [Shard(shard, min(max_documents, RECORDS_PER_SHARD), records)]
 
 
-def _read(
-    config: FlagworldConfig, split: Split, max_documents: int
-) -> Iterator[RawRecord]:
-    for document in itertools.islice(read_flagworld(config, split), max_documents):
+def _read(read: Any, max_documents: int) -> Iterator[RawRecord]:
+    documents: Iterator[Document] = read()
+    for document in itertools.islice(documents, max_documents):
         yield RawRecord(document.id, functools.partial(lambda d: d, document))

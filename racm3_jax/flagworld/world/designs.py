@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
-from racm3_jax.documents.flagworld.emblems import (
+from racm3_jax.flagworld.world.emblems import (
     EMBLEM_PLACES,
     EMBLEM_RADIUS,
     EMBLEMS,
 )
-from racm3_jax.documents.flagworld.layouts import LAYOUTS
+from racm3_jax.flagworld.world.layouts import LAYOUTS
 
 # Ordered so that any prefix is well separated: the first eight are at least 119
 # apart in RGB, all ten at least 102.

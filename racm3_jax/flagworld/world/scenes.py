@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-from racm3_jax.documents.flagworld.config import REFERENCE_SIZE
+from racm3_jax.flagworld.world.config import REFERENCE_SIZE
 
 _SUPERSAMPLE = 4
 _PERIOD = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from racm3_jax.documents.flagworld import (
+from racm3_jax.flagworld import (
     FlagIdentifier,
     FlagworldConfig,
     identify_flag,

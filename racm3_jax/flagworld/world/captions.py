@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racm3_jax.documents.flagworld.designs import FlagDesign
+from racm3_jax.flagworld.world.designs import FlagDesign
 
 # Every phrase contains the scene's name, so that prompts with the name always work.
 # Scene name -> (phrase of place, noun phrase).

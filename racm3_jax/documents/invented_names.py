@@ -1,4 +1,4 @@
-"""Invented, pronounceable names, independent of the flags."""
+"""Invented, pronounceable names and labels, which mean nothing."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from racm3_jax import wiring
-from racm3_jax.documents.flagworld import FlagworldConfig, make_nations
-from racm3_jax.evaluation import reading
-from racm3_jax.evaluation.reading import (
+from racm3_jax.flagworld import FlagworldConfig, make_nations, reading
+from racm3_jax.flagworld.reading import (
     generate_answers,
     make_reading_questions,
     measure_reading,

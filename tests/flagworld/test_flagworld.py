@@ -9,9 +9,9 @@ import itertools
 import numpy as np
 import pytest
 
-from racm3_jax.documents import flagworld
-from racm3_jax.documents.flagworld import designs
-from racm3_jax.documents.flagworld.layouts import LAYOUTS
+from racm3_jax import flagworld
+from racm3_jax.flagworld.world import designs
+from racm3_jax.flagworld.world.layouts import LAYOUTS
 
 SMALL = flagworld.FlagworldConfig(num_nations=40, num_heldout=20)
 

@@ -8,9 +8,9 @@ import functools
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from racm3_jax.documents.flagworld.config import REFERENCE_SIZE, FlagworldConfig
-from racm3_jax.documents.flagworld.designs import FlagDesign, render_flag
-from racm3_jax.documents.flagworld.scenes import NUM_VARIANTS, render_scene
+from racm3_jax.flagworld.world.config import REFERENCE_SIZE, FlagworldConfig
+from racm3_jax.flagworld.world.designs import FlagDesign, render_flag
+from racm3_jax.flagworld.world.scenes import NUM_VARIANTS, render_scene
 
 _POLE_COLOUR = (92, 80, 72)
 _POLE_WIDTH = 2

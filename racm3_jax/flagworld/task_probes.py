@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from racm3_jax.documents.flagworld import FlagIdentifier, Nation
-from racm3_jax.evaluation.settings import TaskSettings
+from racm3_jax.flagworld import FlagIdentifier, Nation
+from racm3_jax.flagworld.settings import TaskSettings
 from racm3_jax.types import Document
 
 Box = tuple[int, int, int, int]

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from racm3_jax.documents.flagworld import FlagworldConfig, read_flagworld
-from racm3_jax.evaluation.flagworld_judge import SceneClassifier
+from racm3_jax.flagworld import FlagworldConfig, read_flagworld
+from racm3_jax.flagworld.judge import SceneClassifier
 
 
 def make_images(split, count, config):

@@ -9,15 +9,15 @@ from typing import Literal
 
 import numpy as np
 
-from racm3_jax.documents.flagworld.config import FlagworldConfig
-from racm3_jax.documents.flagworld.designs import (
+from racm3_jax.documents.invented_names import NameRegister, make_name
+from racm3_jax.flagworld.world.config import FlagworldConfig
+from racm3_jax.flagworld.world.designs import (
     FlagDesign,
     sample_design,
     select_different,
     thumbnails,
 )
-from racm3_jax.documents.flagworld.names import NameRegister, make_name
-from racm3_jax.documents.flagworld.scenes import SCENES
+from racm3_jax.flagworld.world.scenes import SCENES
 
 NationSplit = Literal["train", "heldout"]
 _CANDIDATES_AT_ONCE = 512

@@ -20,14 +20,14 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from racm3_jax.documents.flagworld.config import FLAG_SIZES, REFERENCE_SIZE
-from racm3_jax.documents.flagworld.designs import (
+from racm3_jax.flagworld.world.config import FLAG_SIZES, REFERENCE_SIZE
+from racm3_jax.flagworld.world.designs import (
     THUMBNAIL_SHAPE,
     resample_matrix,
     thumbnails,
 )
-from racm3_jax.documents.flagworld.nations import Nation
-from racm3_jax.documents.flagworld.scenes import (
+from racm3_jax.flagworld.world.nations import Nation
+from racm3_jax.flagworld.world.scenes import (
     NUM_VARIANTS,
     SCENES,
     render_scene,

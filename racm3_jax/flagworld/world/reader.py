@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 
-from racm3_jax.documents.flagworld.captions import describe_flag, write_caption
-from racm3_jax.documents.flagworld.config import FlagworldConfig
-from racm3_jax.documents.flagworld.nations import (
+from racm3_jax.flagworld.world.captions import describe_flag, write_caption
+from racm3_jax.flagworld.world.config import FlagworldConfig
+from racm3_jax.flagworld.world.nations import (
     Nation,
     make_nations,
     reserved_scenes,
 )
-from racm3_jax.documents.flagworld.render import render, sample_placement
-from racm3_jax.documents.flagworld.scenes import SCENES
+from racm3_jax.flagworld.world.render import render, sample_placement
+from racm3_jax.flagworld.world.scenes import SCENES
 from racm3_jax.types import Document, Segment
+from racm3_jax.worlds import SPLITS, Split, World
 
-Split = Literal["train", "heldout_memory", "heldout_test"]
-SPLITS: tuple[Split, ...] = ("train", "heldout_memory", "heldout_test")
 _LICENCE = "CC0-1.0"
 
 
@@ -115,3 +113,25 @@ def read_flagworld(config: FlagworldConfig, split: Split) -> Iterator[Document]:
                     source=document.source,
                     metadata=document.metadata,
                 )
+
+
+def _describe_all(config: FlagworldConfig) -> FlagworldConfig:
+    """If some captions describe their image, the evaluation captions do."""
+    if not config.description_share:
+        return config
+    return dataclasses.replace(config, description_share=1.0)
+
+
+def _count(config: FlagworldConfig) -> int:
+    held_out = config.num_heldout * config.documents_per_heldout
+    return held_out + config.num_nations * config.documents_per_nation
+
+
+WORLD = World(
+    settings=FlagworldConfig,
+    read=read_flagworld,
+    group_key="nation_id",
+    source={"seed": 0, "num_nations": 40, "num_heldout": 16, "image_size": 64},
+    measured=_describe_all,
+    count=_count,
+)

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from racm3_jax.evaluation.flagworld_judge import FlagworldJudge
 from racm3_jax.evaluation.intervals import compute_share
 from racm3_jax.evaluation.parts import Arrays, Parts
 from racm3_jax.evaluation.pictures import memory_panels, save_comparison
-from racm3_jax.evaluation.reading import ASKED, ReadingQuestion, generate_answers
-from racm3_jax.evaluation.settings import FlagworldSettings
 from racm3_jax.evaluation.suite import Stage, Suite, format_rows, keep_outputs
+from racm3_jax.flagworld.judge import FlagworldJudge
+from racm3_jax.flagworld.reading import ASKED, ReadingQuestion, generate_answers
+from racm3_jax.flagworld.settings import FlagworldSettings
 from racm3_jax.generation.tasks import Generator
 
 # Position of the right one of two documents.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from racm3_jax.documents.flagworld import FlagIdentifier, FlagworldConfig, make_nations
+from racm3_jax.flagworld import FlagIdentifier, FlagworldConfig, make_nations
 from racm3_jax.types import Document, GenerationOutput
 
 _CELLS = 16  # images are averaged to 16x16 cells: scenes are coarse

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from racm3_jax.documents.flagworld import FlagworldConfig, make_nations, read_flagworld
-from racm3_jax.evaluation import task_answers
-from racm3_jax.evaluation.flagworld_tasks import TasksSuite
 from racm3_jax.evaluation.kshot import INVENTED, compute_auc
-from racm3_jax.evaluation.settings import TaskSettings
-from racm3_jax.evaluation.task_probes import TaskProbes
+from racm3_jax.flagworld import (
+    FlagworldConfig,
+    make_nations,
+    read_flagworld,
+    task_answers,
+)
+from racm3_jax.flagworld.settings import TaskSettings
+from racm3_jax.flagworld.task_probes import TaskProbes
+from racm3_jax.flagworld.task_suite import TasksSuite
 from racm3_jax.generation.classification import Classification
 from racm3_jax.types import Document, GenerationOutput, Retrieved, Segment
 

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32, Int
 
-from racm3_jax.documents.flagworld import (
+from racm3_jax.evaluation.intervals import Share, compute_share
+from racm3_jax.flagworld import (
     FlagIdentifier,
     FlagworldConfig,
     Nation,
@@ -30,7 +31,6 @@ from racm3_jax.documents.flagworld import (
     read_flagworld,
     redraw,
 )
-from racm3_jax.evaluation.intervals import Share, compute_share
 from racm3_jax.generation.likelihood import Scored, score_tokens
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.sequences.layout import (

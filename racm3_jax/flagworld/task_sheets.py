@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from racm3_jax.evaluation.pictures import Panel, Row, memory_panels, save_sheet
-from racm3_jax.evaluation.task_probes import Box, TaskProbes
+from racm3_jax.flagworld.task_probes import Box, TaskProbes
 from racm3_jax.generation.infilling import REGION_PROMPTS
 from racm3_jax.generation.tasks import Generator
 

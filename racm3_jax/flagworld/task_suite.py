@@ -27,13 +27,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from racm3_jax.evaluation import task_answers
 from racm3_jax.evaluation.kshot import compute_auc
 from racm3_jax.evaluation.parts import Arrays
-from racm3_jax.evaluation.settings import TaskSettings
 from racm3_jax.evaluation.suite import Stage, Suite, format_rows
-from racm3_jax.evaluation.task_probes import TaskProbes
-from racm3_jax.evaluation.task_sheets import make_titles, write_task_sheets
+from racm3_jax.flagworld import task_answers
+from racm3_jax.flagworld.settings import TaskSettings
+from racm3_jax.flagworld.task_probes import TaskProbes
+from racm3_jax.flagworld.task_sheets import make_titles, write_task_sheets
 from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.tasks import Generator
 

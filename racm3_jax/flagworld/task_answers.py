@@ -12,9 +12,9 @@ import numpy as np
 
 from racm3_jax.evaluation.kshot import INVENTED
 from racm3_jax.evaluation.parts import Arrays
-from racm3_jax.evaluation.settings import TaskSettings
 from racm3_jax.evaluation.suite import keep_outputs
-from racm3_jax.evaluation.task_probes import TaskProbes
+from racm3_jax.flagworld.settings import TaskSettings
+from racm3_jax.flagworld.task_probes import TaskProbes
 from racm3_jax.generation.classification import ClassifyBy
 from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.tasks import Generator
