@@ -10,7 +10,7 @@
     racm3 train --config=configs/flagworld_reading.py:twin --workdir=out/cm3
     python experiments/reading_gate.py out/first --follow --every=2000
 
-Weights after `alike` are kept in experiments/weights/reading_alike: `first` can start there.
+Weights after `pilot` are kept in experiments/weights/reading_pilot.
 
 Large batches, one right and one wrong document in any order, a new name for every
 nation in every example, and what is asked for last in all documents: captions come before

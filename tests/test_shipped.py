@@ -14,7 +14,7 @@ from racm3_jax.flagworld import (
     read_flagworld,
 )
 from racm3_jax.tokenizers.mixed import MixedTokenizer
-from racm3_jax.wiring.generators import read_defaults
+from racm3_jax.wiring.generators import ask_as_trained, read_defaults
 
 SHIPPED = wiring.resolve("shipped:flagworld")
 
@@ -49,6 +49,16 @@ def test_settings_of_another_training_are_refused(tmp_path):
     checkpoints.write_manifest(tmp_path / "model", {"kind": "generator"})
     with pytest.raises(ValueError, match="trained with another tokenizer"):
         wiring.load_generator(tmp_path, None)
+
+
+def test_captions_are_asked_for_in_the_order_of_the_training():
+    measured = {"caption": {"num_candidates": 16, "image_first": True}}
+    stored = ask_as_trained(measured, "stored")
+    assert stored == {"caption": {"num_candidates": 16, "image_first": False}}
+    turned = ask_as_trained({}, "as_main")
+    assert turned == {"caption": {"image_first": True}}
+    assert read_defaults({"defaults": turned}, SHIPPED / "model") == turned
+    assert measured["caption"]["image_first"]
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,8 @@ def generate_answers(
 ) -> dict[Asked, list[bool]]:
     """Of each question: has what is generated the right nation's name, and flag?
 
-    Captions are greedy; nothing is guided, ranked or chosen again.
+    Captions are greedy, after documents in the order of the model's training; nothing is
+    guided, ranked or chosen again.
 
     Args:
       generator: its memory is not used, its embedder is not asked.
@@ -275,7 +276,6 @@ def generate_answers(
         temperature=0.0,
         guidance=1.0,
         num_candidates=0,
-        image_first=False,
         **how,
     )
     return {

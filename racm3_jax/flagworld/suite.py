@@ -220,7 +220,6 @@ class FlagworldSuite(Suite):
             seed=settings.seed,
             temperature=settings.caption_temperature,
             num_candidates=candidates or 0,
-            image_first=False,
             guidance=1.0 if alone else settings.caption_guidance,
             guide_documents=True,
         )

@@ -19,6 +19,7 @@ from racm3_jax.model.config import ModelConfig
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.retriever import Retriever
 from racm3_jax.retrieval.strategy import StrategyConfig
+from racm3_jax.sequences.causal_masking import SegmentOrder
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 
 ORIGIN_NAME = "origin.json"
@@ -55,6 +56,19 @@ def save_generator(
             "defaults": dict(defaults or {}),
         },
     )
+
+
+def ask_as_trained(
+    defaults: Mapping[str, Mapping[str, Any]], segment_order: SegmentOrder
+) -> dict[str, dict[str, Any]]:
+    """The defaults of a trained model: captions are asked for as its examples ask.
+
+    Args:
+      defaults: those of the weights where the training began.
+      segment_order: of the training, see `PipelineConfig`.
+    """
+    caption = {**defaults.get("caption", {}), "image_first": segment_order == "as_main"}
+    return {name: dict(of) for name, of in defaults.items()} | {"caption": caption}
 
 
 def carry_origin(start: Path, directory: Path) -> bool:

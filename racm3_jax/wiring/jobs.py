@@ -25,7 +25,7 @@ from racm3_jax.model.transformer import (
 )
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.retrieval.strategy import StrategyConfig
-from racm3_jax.sequences.causal_masking import CausalMaskingConfig
+from racm3_jax.sequences.causal_masking import CausalMaskingConfig, SegmentOrder
 from racm3_jax.sequences.episodes import Episodes
 from racm3_jax.sequences.pairing import Pairing
 from racm3_jax.sequences.pipeline import PipelineConfig, make_batches
@@ -37,7 +37,12 @@ from racm3_jax.training.step import TrainState
 from racm3_jax.wiring import heldout
 from racm3_jax.wiring.corpora import build_corpus, read_heldout, read_memory_documents
 from racm3_jax.wiring.encoder_jobs import build_clip_job, build_vqgan_job
-from racm3_jax.wiring.generators import carry_origin, read_defaults, save_generator
+from racm3_jax.wiring.generators import (
+    ask_as_trained,
+    carry_origin,
+    read_defaults,
+    save_generator,
+)
 from racm3_jax.wiring.job import Job, make_job
 from racm3_jax.wiring.parts import (
     build_embedder,
@@ -122,7 +127,8 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
         )
 
     def export(state: TrainState) -> None:
-        _export_generator(config, workdir, model_config, state, tokenizer, embedder)
+        parts = model_config, state, tokenizer, embedder, pipeline.segment_order
+        _export_generator(config, workdir, *parts)
 
     train, evaluate = construct(TrainConfig, config.train, "train"), None
     if train.eval_every:
@@ -179,6 +185,7 @@ def _export_generator(
     state: TrainState,
     tokenizer: MixedTokenizer,
     embedder: DocumentEmbedder,
+    segment_order: SegmentOrder,
 ) -> None:
     """Writes what `run.load` opens, from one process."""
     params = fetch_all(state.params)
@@ -193,6 +200,7 @@ def _export_generator(
             params = unstack_layers(params)
             model_config = dataclasses.replace(model_config, scan_layers=False)
     strategy = construct(StrategyConfig, config.strategy, "strategy")
+    defaults = ask_as_trained(defaults, segment_order)
     save_generator(
         workdir, model_config, params, tokenizer, embedder, strategy, defaults
     )

@@ -291,7 +291,9 @@ def test_fresh_parameters_predict_little_and_keep_tokens_in_the_hidden_states():
     # Of a random target: logits of about one unit.
     assert -log_probs.mean() < np.log(64) + 1.0
     for width in (32, 512):
-        fresh = init_params(dataclasses.replace(config, d_model=width), jax.random.key(0))
+        fresh = init_params(
+            dataclasses.replace(config, d_model=width), jax.random.key(0)
+        )
         size = np.sqrt(np.mean(np.square(fresh["embedding"])))
         np.testing.assert_allclose(size, width**-0.5, rtol=0.1)
 

@@ -68,7 +68,9 @@ def ring_batches(vocab):
     """Batches, by default without masks; each document reads the two after it in a ring."""
     plain = CausalMaskingConfig(num_masks="none", rotation_probability=0.0)
 
-    def collect(documents, start_step, num_steps, variants=None, masking=None, **settings):
+    def collect(
+        documents, start_step, num_steps, variants=None, masking=None, **settings
+    ):
         memory = types.SimpleNamespace(
             documents=lambda ids: [documents[i] for i in ids],
             queries=lambda ids, modality, variant: np.asarray(ids, np.float32)[:, None],
