@@ -18,8 +18,8 @@ stage `seal` saves the shipped weights again, for a new format of the folders.
     python experiments/make_shipped_weights.py --out=out --recipe=reading
 
 uses the curriculum of configs/flagworld_reading.py and the CLIP that aligns texts with
-images, in four stages `alike`, `first`, `second` and `racm3`, each initialised from the
-previous one.
+images, in five stages `alike`, `names`, `first`, `second` and `racm3`, each initialised
+from the previous one.
 """
 
 from __future__ import annotations
@@ -98,12 +98,13 @@ RECIPES = {
             "vqgan": "flagworld_vqgan.py",
             "clip": "flagworld_clip.py:aligned",
             "alike": "flagworld_reading.py:alike",
+            "names": "flagworld_reading.py:names",
             "first": "flagworld_reading.py:first",
             "second": "flagworld_reading.py:second",
             "racm3": "flagworld_reading.py:third",
             "cm3": "flagworld_reading.py:twin",
         },
-        {"first": "alike", "second": "first", "racm3": "second"},
+        {"names": "alike", "first": "names", "second": "first", "racm3": "second"},
     ),
 }
 
