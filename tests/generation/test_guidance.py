@@ -111,12 +111,12 @@ def settings(**changes):
 )
 def test_guided_sampling_equals_two_full_forwards(style, same_prefix, drop_documents):
     prompts = {"same_prefix": same_prefix, "drop_documents": drop_documents}
-    samples = run_sample(style, settings(guidance=3.0), **prompts)
+    samples = run_sample(style, settings(guidance=9.0), **prompts)
     first, second, _, _ = make_prompts(**prompts)
     model, params = make_model(style)
     given = full_logits(model, params, first, samples.tokens[:, 0])
     other = full_logits(model, params, second, samples.tokens[:, 0])
-    guided = (other + 3 * (given - other))[..., CODES.start : CODES.stop]
+    guided = (other + 9 * (given - other))[..., CODES.start : CODES.stop]
     np.testing.assert_array_equal(
         VOCAB.image_codes(samples.tokens[:, 1]), guided.argmax(-1)
     )
