@@ -7,7 +7,8 @@ The first is the shipped one, which separates texts and images: it finds documen
 cannot tell whether an image matches a text. `aligned` is trained contrastively on
 captions half of which describe the flag, so that it can; names are still found only by
 a document's text embedding. The alignment on held-out nations is stored with its
-weights.
+weights, which are kept in experiments/weights/clip_aligned: of 320 held-out captions that describe, 89% find their
+image first, of the images 87% their caption (experiments/LOG.md).
 """
 
 from ml_collections import ConfigDict
@@ -76,5 +77,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.clip.context_length = 80
         config.clip_loss.contrast_weight = 1.0
         config.clip_loss.separation_weight = 0.0
-        config.train.num_steps = 3000
+        config.train.num_steps = 1200
     return config

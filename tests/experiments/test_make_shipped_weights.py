@@ -11,6 +11,8 @@ import pytest
 
 from racm3_jax import checkpoints, wiring
 from racm3_jax.commands import configs
+from racm3_jax.flagworld import WORLD
+from racm3_jax.retrieval.embedder import DocumentEmbedder
 
 
 @pytest.mark.parametrize("name", make_shipped_weights.RECIPES)
@@ -61,3 +63,16 @@ def test_the_kept_weights_of_the_curriculum_fit_its_config(stage):
         n: value for n, value in wanted.items() if n != "compute_dtype"
     }
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_the_kept_clip_aligns_captions_with_images():
+    folder = make_shipped_weights.ROOT / "experiments/weights/clip_aligned"
+    file = make_shipped_weights.ROOT / "configs/flagworld_clip.py"
+    config = configs.load_config_file(f"{file}:aligned")
+    embedder = DocumentEmbedder.load(folder)
+    assert all(getattr(embedder.config, k) == v for k, v in config.clip.items())
+    world = WORLD.measured(wiring.build_world(config))
+    one_each = {d.metadata["nation"]: d for d in WORLD.read(world, "heldout_test")}
+    found = embedder.measure([*one_each.values()])
+    assert found.num_pairs == 320
+    assert found.text_to_image > 0.85 and found.image_to_text > 0.85
