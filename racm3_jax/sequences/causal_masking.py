@@ -258,7 +258,7 @@ def build_example(
       ranks: relevance rank of each retrieved document, 0 for the most relevant one, if
         they are not in that order.
       segment_order: "as_main" puts the images of retrieved documents before their texts
-        where a whole text of the main document is moved behind its image, as a caption
+        where a whole text of the main document is moved after its image, as a caption
         that is asked for. What is asked then comes last in all documents, and is found
         by what precedes it: captions by images as images by captions.
 
