@@ -77,8 +77,8 @@ def get_config(arg: str = "third") -> ConfigDict:
     # Names are learned as flags are: by what precedes them in every document.
     config.pipeline.segment_order = "as_main"
     config.pipeline.rows = 12
-    # A wider one (256) copied, but did not choose, after 48,000 examples.
     config.model.qk_norm = False
+    # A wider one (256) copied, but did not choose, after 48,000 examples.
     config.model.d_model = 128
     config.model.head_dim = 32
     config.model.d_ff = 512

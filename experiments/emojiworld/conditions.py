@@ -217,7 +217,6 @@ class ConditionRunner:
                 temperature=0.0,
                 guidance=1.0,
                 num_candidates=0,
-                image_first=False,
             )
             texts = [output.texts[0] for output in outputs]
         return {"text": np.array(texts, np.str_)}

@@ -113,7 +113,6 @@ def write_captions(
 ) -> list[GenerationOutput]:
     """Captions every test image, greedily."""
     plain: dict[str, Any] = {"temperature": 0.0, "guidance": 1.0, "num_candidates": 0}
-    plain["image_first"] = False
     return generator.caption_batch(
         [test.images[0] for test in bench.tests],
         num_retrieved=num_retrieved,

@@ -106,7 +106,6 @@ class CocoCaptioning(CocoSuite):
                 images,
                 prefix=self.settings.prefix,
                 num_candidates=0,
-                image_first=False,
                 guidance=1.0,
                 **self.sampling(variant, items),
             )

@@ -62,8 +62,8 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Defines embedding, positions, blocks, output norm and head."""
         c = self.config
-        # Of the hidden states' order in every width: 0.02 at 2,560, but larger in small
-        # models, whose blocks else read the sum of earlier blocks and hardly the tokens.
+        # 0.02 at a width of 2,560. Small models learn sooner with it, and some only with
+        # it, to choose between their documents (experiments/LOG.md).
         normal = nn.initializers.normal(c.d_model**-0.5)
         self.embedding = self.param(
             "embedding",

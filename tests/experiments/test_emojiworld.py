@@ -419,10 +419,8 @@ class FakeGenerator:
         temperature,
         guidance,
         num_candidates,
-        image_first,
     ):
         assert (temperature, guidance, num_candidates) == (0.0, 1.0, 0)
-        assert image_first is False
         found = self.retrieve_for(images, num_retrieved, None)
         return list(self._outputs([""] * len(images), found, range(len(images))))
 
