@@ -52,6 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         separation_weight=20.0,
         query_drop=0.2,
     )
+    config.rename_key = ""
     config.batch_size = 128
     config.optimizer = dict(
         learning_rate=1.5e-3,
@@ -76,7 +77,11 @@ def get_config(arg: str = "") -> ConfigDict:
         # Existing generators keep their vocabulary.
         config.text_tokenizer.path = "shipped:flagworld/tokenizer/text"
         config.clip.context_length = 80
+        # A name says nothing about an image here, and is compared letter by letter.
+        config.rename_key = "nation"
         config.clip_loss.contrast_weight = 1.0
+        config.clip_loss.retrieval_weight = 1.5
+        config.clip_loss.image_weight = 0.5
         config.clip_loss.separation_weight = 0.0
         config.train.num_steps = 1200
     return config

@@ -42,6 +42,11 @@ MAX_LOG_SCALE = float(np.log(100.0))
 
 Metrics = dict[str, tuple[Array, Array]]
 LossFn = Callable[[Any, "PairBatch", Array, Array], tuple[Array, Metrics]]
+# Tokens of pairs of documents, given by their numbers, with names of this batch alone.
+Rename = Callable[
+    [Int[np.ndarray, "pairs 2"], np.random.Generator],
+    Int32[np.ndarray, "pairs 2 context_length"],
+]
 
 
 class PairBatch(TypedDict):
@@ -239,6 +244,7 @@ def make_pair_batches(
     start_step: int = 0,
     num_steps: int | None = None,
     augmentation: AugmentationConfig = NO_AUGMENTATION,
+    rename: Rename | None = None,
 ) -> Iterator[PairBatch]:
     """Samples pairs of two documents of a group; step t depends only on `seed` and t.
 
@@ -254,6 +260,7 @@ def make_pair_batches(
       start_step: the first step (for resuming).
       num_steps: ends after the batch of step `num_steps - 1`; None is endless.
       augmentation: of each image.
+      rename: writes the texts of a batch with new names; its tokens replace `tokens`.
 
     Raises:
       ValueError: `num_pairs` is larger than the number of groups.
@@ -275,11 +282,14 @@ def make_pair_batches(
         chosen = order[place * num_pairs : (place + 1) * num_pairs]
         rng = np.random.default_rng((seed, 1, step))
         pairs = np.stack([_sample_pair(members[group], rng) for group in chosen])
+        texts = tokens[pairs]
+        if rename is not None:
+            texts = rename(pairs, np.random.default_rng((seed, 2, step)))
         yield {
             "images_a": augment_each(images[pairs[:, 0]], augmentation, rng),
-            "tokens_a": tokens[pairs[:, 0]],
+            "tokens_a": texts[:, 0],
             "images_b": augment_each(images[pairs[:, 1]], augmentation, rng),
-            "tokens_b": tokens[pairs[:, 1]],
+            "tokens_b": texts[:, 1],
         }
         step += 1
 

@@ -31,11 +31,13 @@ class Pairs:
       texts: all of a document's text.
       images: its first image, resized.
       groups: equal numbers for documents of the same group.
+      names: values of the metadata key that `read_pairs` was given; "" without one.
     """
 
     texts: list[str]
     images: UInt8[np.ndarray, "pairs size size 3"]
     groups: Int64[np.ndarray, " pairs"]
+    names: list[str]
 
 
 def build_world(config: Any) -> Any:
@@ -93,35 +95,42 @@ def read_images(
     return _repeat(np.stack(images), np.array(times), corpus, seed)
 
 
-def read_pairs(corpus: Corpus, size: int, seed: int) -> Pairs:
+def read_pairs(corpus: Corpus, size: int, seed: int, name_key: str = "") -> Pairs:
     """All documents with a text and an image, repeated as often as seen per epoch.
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are none, or no text has the name that it has by `name_key`.
     """
-    texts, images, names, times = [], [], [], []
+    texts, images, groups, names, times = [], [], [], [], []
     for document in _shown(corpus.train(), "read documents"):
         if document.text.strip() and document.images:
             texts.append(document.text)
             images.append(resize_image(document.images[0], size))
-            names.append(corpus.group(document))
+            groups.append(corpus.group(document))
+            names.append(str(document.metadata.get(name_key, "")))
             times.append(_times(document))
     if not texts:
         raise ValueError(
             "no documents with a text and an image are left for training: "
             "config.source has none, or config.holdout holds out all of them"
         )
+    if name_key and not any(n and n in t for n, t in zip(names, texts, strict=True)):
+        raise ValueError(
+            f"config.rename_key is {name_key!r}, but no training document's text has "
+            "the value of this metadata key: choose another key, or set it to ''"
+        )
     rows = np.arange(len(texts))
     rows = _repeat(rows, np.array(times), corpus, seed)
     # Numbered by first appearance; a repeated copy is its own group.
     copies = np.arange(len(rows)) - np.searchsorted(rows, rows)
     numbers: dict[tuple[str, int], int] = {}
-    keys = [(names[row], int(copy)) for row, copy in zip(rows, copies, strict=True)]
-    groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    keys = [(groups[row], int(copy)) for row, copy in zip(rows, copies, strict=True)]
+    numbered = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
     stacked = np.stack(images)
     if len(rows) != len(texts):
-        texts, stacked = [texts[row] for row in rows], stacked[rows]
-    return Pairs(texts, stacked, groups)
+        texts, names = [texts[row] for row in rows], [names[row] for row in rows]
+        stacked = stacked[rows]
+    return Pairs(texts, stacked, numbered, names)
 
 
 def read_heldout(

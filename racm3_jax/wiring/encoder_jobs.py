@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from jaxtyping import Int, Int32
 
 from racm3_jax import checkpoints
 from racm3_jax.documents import batches as image_data
 from racm3_jax.documents.images import resize_image
+from racm3_jax.documents.invented_names import make_name
 from racm3_jax.retrieval import clip as clip_model
 from racm3_jax.retrieval import clip_loss as clip_objective
 from racm3_jax.retrieval.embedder import DocumentEmbedder
@@ -24,6 +27,7 @@ from racm3_jax.training.processes import fetch_all
 from racm3_jax.training.step import TrainState
 from racm3_jax.wiring import heldout
 from racm3_jax.wiring.corpora import (
+    Pairs,
     build_augmentation,
     build_corpus,
     read_heldout,
@@ -108,7 +112,8 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     mesh = build_mesh(config)
     rows = local_rows(mesh, config.batch_size)
     corpus, augmentation = build_corpus(config), build_augmentation(config)
-    pairs = read_pairs(corpus, config.clip.image_size, config.seed)
+    rename_key = config.get("rename_key", "")
+    pairs = read_pairs(corpus, config.clip.image_size, config.seed, rename_key)
     text_tokenizer = _build_text_tokenizer(config, pairs.texts)
     with leader_first():
         if jax.process_index() == 0:
@@ -134,6 +139,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
             seed=config.seed,
             start_step=start_step,
             augmentation=augmentation,
+            rename=build_rename(pairs, tokenizer) if rename_key else None,
         )
         return take_rows(batches, rows)
 
@@ -161,6 +167,29 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
         export,
         evaluate=evaluate,
     )
+
+
+def build_rename(
+    pairs: Pairs, tokenizer: clip_model.CLIPTokenizer
+) -> clip_objective.Rename:
+    """Invents one name for each pair of a batch, and writes it into both texts.
+
+    A text without the name of its document is unchanged.
+    """
+
+    def rename(
+        rows: Int[np.ndarray, "pairs 2"], rng: np.random.Generator
+    ) -> Int32[np.ndarray, "pairs 2 context_length"]:
+        texts = []
+        for both in rows.tolist():
+            invented = make_name(rng)
+            for row in both:
+                name = pairs.names[row]
+                text = pairs.texts[row]
+                texts.append(text.replace(name, invented) if name else text)
+        return tokenizer.encode_batch(texts).reshape(*rows.shape, -1)
+
+    return rename
 
 
 def _build_text_tokenizer(config: Any, texts: Sequence[str]) -> TextTokenizer:

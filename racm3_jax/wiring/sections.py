@@ -209,12 +209,19 @@ class VQGANTraining(_Training):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTraining(_Training):
-    """A file with `kind = "clip"`. `clip.vocab_size` is the text tokenizer's."""
+    """A file with `kind = "clip"`. `clip.vocab_size` is the text tokenizer's.
+
+    Attributes:
+      rename_key: metadata key of names that a batch replaces in its texts by invented
+        ones, the same in both texts of a pair, so that no image can be learned by name
+        and names are compared by their letters; "" keeps the names.
+    """
 
     clip: CLIPConfig
     clip_loss: CLIPLossConfig
     text_tokenizer: TextTokenizerConfig
     batch_size: int
+    rename_key: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
