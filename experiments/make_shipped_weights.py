@@ -100,11 +100,20 @@ RECIPES = {
             "alike": "flagworld_reading.py:alike",
             "names": "flagworld_reading.py:names",
             "first": "flagworld_reading.py:first",
+            "larger": "flagworld_reading.py:larger",
+            "full": "flagworld_reading.py:full",
             "second": "flagworld_reading.py:second",
             "racm3": "flagworld_reading.py:third",
             "cm3": "flagworld_reading.py:twin",
         },
-        {"names": "alike", "first": "names", "second": "first", "racm3": "second"},
+        {
+            "names": "alike",
+            "first": "names",
+            "larger": "first",
+            "full": "larger",
+            "second": "full",
+            "racm3": "second",
+        },
     ),
 }
 

@@ -44,6 +44,8 @@ GENERATORS = [
     ("flagworld_reading", "alike"),
     ("flagworld_reading", "names"),
     ("flagworld_reading", "first"),
+    ("flagworld_reading", "larger"),
+    ("flagworld_reading", "full"),
     ("flagworld_reading", "second"),
     ("flagworld_reading", "third"),
     ("flagworld_reading", "twin"),
