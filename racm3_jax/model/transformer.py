@@ -19,6 +19,7 @@ stacked weights would copy them at every step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -298,6 +299,14 @@ def init_params(config: ModelConfig, key: Array, *, boxed: bool = False) -> Para
 
 def abstract_params(config: ModelConfig) -> Params:
     """Boxed shapes of the parameters, with logical axes; allocates nothing."""
+    shapes = _trace_shapes(config, jax.sharding.get_abstract_mesh())
+    return jax.tree.map(lambda shape: shape, shapes)  # the caller's own dicts
+
+
+@functools.lru_cache(maxsize=16)
+def _trace_shapes(config: ModelConfig, mesh: jax.sharding.AbstractMesh) -> Params:
+    """Tracing a large model takes seconds; a training asks for its shapes repeatedly."""
+    del mesh  # in which it is called: part of the key
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), boxed=True))
 
 

@@ -13,8 +13,10 @@ memory, 1.1 GB for the 7B model's embedding in bfloat16.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +139,19 @@ def convert_chameleon(
                 model_folder,
                 tensors,
                 rules,
-                parameter_shapes(lambda key: init_params(config, key, boxed=True)),
+                chameleon_shapes(config),
                 kind="generator",
                 config=dataclasses.asdict(config),
                 extra=extra,
             )
         _keep_source(directory / "source", folder, tokenizer_path, vocabulary)
     return config
+
+
+@functools.lru_cache(maxsize=8)
+def chameleon_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of our parameters."""
+    return parameter_shapes(lambda key: init_params(config, key, boxed=True))
 
 
 def _copy_clip(clip: Path, directory: Path) -> None:

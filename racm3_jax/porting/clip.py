@@ -10,6 +10,8 @@ The towers must be OpenAI's: ViT with a class token, MLPs four times as wide.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 from racm3_jax.porting.clip_config import Layout, read_clip_config
@@ -153,7 +155,8 @@ class _TextUnwrapped:
         return inner.read(name) if name in inner.tensors else outer.read(name)
 
 
-def clip_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def clip_shapes(config: CLIPConfig) -> Mapping[str, tuple[int, ...]]:
     """Shapes of our parameters."""
     return parameter_shapes(lambda key: init_params(config, key))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -139,13 +140,14 @@ def check_names(
         )
 
 
-def parameter_shapes(init: Callable[[Any], Any]) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(init: Callable[[Any], Any]) -> Mapping[str, tuple[int, ...]]:
     """`{path: shape}` of the parameters of `init(key)`."""
     tree = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
-    return {
+    shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+    return types.MappingProxyType(shapes)  # callers keep and share it
 
 
 def count(names: Iterable[str], pattern: str) -> int:

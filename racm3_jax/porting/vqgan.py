@@ -11,6 +11,7 @@ Sizes are read from the shapes; only the image size must be given.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -204,7 +205,8 @@ def _check_diffusers(record: Mapping[str, Any], folder: Path) -> None:
             )
 
 
-def vqgan_shapes(config: VQGANConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def vqgan_shapes(config: VQGANConfig) -> Mapping[str, tuple[int, ...]]:
     """Shapes of our parameters."""
     model: Any = VQGAN(config)
     size = config.image_size

@@ -8,6 +8,7 @@ sum has the correct gradient for each network and one optimizer can update both.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -135,14 +136,17 @@ def init_vqgan_from_images(
     images: UInt8[np.ndarray, "n h w 3"],
 ) -> dict[str, Any]:
     """Initial parameters, unboxed, with the codebook from k-means of latents."""
-    params = meta.unbox(init_vqgan(config, loss, key))
-    encode: Any = jax.jit(
-        lambda x: VQGAN(config).apply(
-            {"params": params["vqgan"]}, normalize_images(x), method=VQGAN.encode
-        )
-    )
+    # One program; `init` alone would compile and dispatch each operation.
+    params = meta.unbox(jax.jit(functools.partial(init_vqgan, config, loss))(key))
+
+    @jax.jit
+    def encode(params: Any, images: Any) -> Any:
+        pixels = normalize_images(images)
+        return VQGAN(config).apply({"params": params}, pixels, method=VQGAN.encode)
+
+    blocks = [images[i : i + 100] for i in range(0, len(images), 100)]
     latents = np.concatenate(
-        [np.asarray(encode(images[i : i + 100])) for i in range(0, len(images), 100)]
+        [np.asarray(encode(params["vqgan"], block)) for block in blocks]
     )
     params["vqgan"]["codebook"] = jnp.asarray(
         fit_codebook(latents.reshape(-1, config.d_code), config.num_codes)

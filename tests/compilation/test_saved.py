@@ -69,14 +69,23 @@ def training():
     return config, wiring.build_abstract_training(config, jax.devices()[:4])
 
 
-def first_state(config, mesh):
+@pytest.fixture(scope="module")
+def first_state(training):
+    """Makes the first state, from arrays that were computed once."""
+    config, abstract = training
     model_config = wiring.build_model_config(config, wiring.build_vocab(config))
     settings = OptimizerConfig(num_steps=9, **config.optimizer)
-    return init_state(
+    state = init_state(
         lambda key: init_params(model_config, key, boxed=True),
         build_optimizer(settings),
-        mesh,
+        abstract.mesh,
         jax.random.key(0),
+    )
+    places = jax.tree.map(lambda x: x.sharding, state)
+    held = jax.tree.map(np.array, state)
+    # Copied: device_put may alias the host's memory, and steps donate their state.
+    return lambda: jax.tree.map(
+        lambda x, place: jax.device_put(x.copy(), place), held, places
     )
 
 
@@ -103,12 +112,12 @@ def load(file, config, training):
     )
 
 
-def test_training_from_the_file_is_the_same_training(file, training):
+def test_training_from_the_file_is_the_same_training(file, training, first_state):
     config, abstract = training
     stored = load(file, config, abstract)
     found = []
     for step in (abstract.step, stored):
-        state = first_state(config, abstract.mesh)
+        state = first_state()
         losses = []
         rng = np.random.default_rng(0)
         for _ in range(4):
@@ -119,12 +128,14 @@ def test_training_from_the_file_is_the_same_training(file, training):
         found.append((losses, jax.device_get(state)))
     assert found[0][0] == found[1][0] and len(set(found[0][0])) == 4
     jax.tree.map(np.testing.assert_array_equal, found[0][1], found[1][1])
-    state, _ = stored(first_state(config, abstract.mesh), make_batch(rng))
+    state, _ = stored(first_state(), make_batch(rng))
     places = jax.tree.map(lambda x: x.sharding, (state, abstract.state))
     assert jax.tree.leaves(places[0]) == jax.tree.leaves(places[1])
 
 
-def test_a_run_starts_and_resumes_from_the_file(training, file, tmp_path, monkeypatch):
+def test_a_run_starts_and_resumes_from_the_file(
+    training, file, first_state, tmp_path, monkeypatch
+):
     config, abstract = training
     config = config.copy_and_resolve_references()
     monkeypatch.setattr(run.wiring, "build_mesh", lambda config: abstract.mesh)
@@ -132,7 +143,7 @@ def test_a_run_starts_and_resumes_from_the_file(training, file, tmp_path, monkey
 
     def build_job(config, workdir):
         return wiring.Job(
-            first_state(config, abstract.mesh),
+            first_state(),
             fresh.step,
             lambda start: (
                 make_batch(np.random.default_rng(i)) for i in range(start, 9)
@@ -161,10 +172,10 @@ def test_a_run_starts_and_resumes_from_the_file(training, file, tmp_path, monkey
     assert not (tmp_path / "other").exists()
 
 
-def test_another_batch_shape_is_refused(file, training):
+def test_another_batch_shape_is_refused(file, training, first_state):
     config, abstract = training
     stored = load(file, config, abstract)
-    state = first_state(config, abstract.mesh)
+    state = first_state()
     with pytest.raises(ValueError, match=r"\(8, 16\).* instead of \(\(4, 16\)"):
         stored(state, make_batch(np.random.default_rng(0), rows=8))
 

@@ -15,6 +15,7 @@ fields and settings of wrong types                 test_descriptions_…, test_s
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -73,17 +74,28 @@ VARIANTS = {
 NEEDS_ROWS = ("scann, hash", "scann, tree", "faiss, ivf")
 
 
-@pytest.fixture(params=[*KINDS, *(v for v in VARIANTS if v not in KINDS)])
+CASES = [*KINDS, *(v for v in VARIANTS if v not in KINDS)]
+
+
+def _is_installed(case):
+    return registry.is_installed(case.split(",")[0])
+
+
+def _build_case(case, rows, path):
+    build = VARIANTS.get(case)
+    return build(rows, path) if build else _build(case, rows, path)
+
+
+@pytest.fixture(params=CASES)
 def case(request):
-    kind = request.param.split(",")[0]
-    if not registry.is_installed(kind):
-        pytest.skip(f"the library of {kind} is not installed")
+    if not _is_installed(request.param):
+        pytest.skip(f"the library of {request.param} is not installed")
     return request.param
 
 
 @pytest.fixture
 def build(case):
-    return VARIANTS.get(case) or (lambda rows, path: _build(case, rows, path))
+    return functools.partial(_build_case, case)
 
 
 @pytest.fixture
@@ -209,22 +221,29 @@ def test_saved_and_opened(index, tmp_path):
     np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
 
 
-def test_builds_are_equal_in_every_process(case, index, tmp_path):
+@pytest.fixture(scope="module")
+def built_elsewhere(tmp_path_factory):
+    """The indexes of all cases, built by one other process, in the reverse order."""
+    folder = tmp_path_factory.mktemp("elsewhere")
     program = (
-        "import pathlib, sys, numpy as np, test_index\n"
-        "case, rows, path = sys.argv[1], test_index.ROWS, pathlib.Path(sys.argv[2])\n"
-        "build = test_index.VARIANTS.get(case)\n"
-        "build(rows, path) if build else test_index._build(case, rows, path)\n"
+        "import pathlib, sys, test_index\n"
+        "for case in sys.argv[2:]:\n"
+        "    path = pathlib.Path(sys.argv[1], case)\n"
+        "    test_index._build_case(case, test_index.ROWS, path)\n"
     )
     here = pathlib.Path(__file__)
     places = map(str, (here.parents[2], here.parents[1], here.parent))
     subprocess.run(
-        [sys.executable, "-c", program, case, tmp_path / "there"],
+        [sys.executable, "-c", program, folder, *filter(_is_installed, CASES[::-1])],
         check=True,
         capture_output=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
     )
-    assert _digests(tmp_path / "index") == _digests(tmp_path / "there")
+    return folder
+
+
+def test_builds_are_equal_in_every_process(case, index, built_elsewhere, tmp_path):
+    assert _digests(tmp_path / "index") == _digests(built_elsewhere / case)
 
 
 def _digests(directory):

@@ -13,12 +13,11 @@ from flax import linen as nn
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from racm3_jax import sharding
+from racm3_jax.model import attention_kernels
 from racm3_jax.model.attention import attention, choose_implementation
-from racm3_jax.model.attention_kernels import find_segments
 from racm3_jax.model.config import tiny
 from racm3_jax.model.transformer import (
     Transformer,
-    abstract_params,
     init_params,
     prepare_decoding,
 )
@@ -43,6 +42,7 @@ def outputs_and_gradients(implementation, q, k, v, direction):
 
 
 def test_the_diagram_of_find_segments():
+    find_segments = jax.jit(attention_kernels.find_segments, static_argnums=1)
     starts, lengths, counts = find_segments(jnp.asarray([[1, 1, 1, 2, 2, 0]]), 4)
     assert starts.tolist() == [[0, 3, 5, -1, -1]]
     assert lengths.tolist() == [[3, 2, 1, -1]]
@@ -104,7 +104,7 @@ def test_cudnn_is_given_the_segments(monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", read_packed)
     q, k, v = make_qkv()
     segments = jnp.asarray(SEGMENTS)
-    expected = attention(q, k, v, segments, "plain")
+    expected = jax.jit(attention, static_argnums=4)(q, k, v, segments, "plain")
     actual = attention(q, k, v, segments, "cudnn", 4)
     np.testing.assert_allclose(actual, expected, atol=2e-6)
     # A row with too many segments becomes NaN; the other row is not affected.
@@ -167,7 +167,7 @@ def test_a_jax_without_the_packed_kernel_falls_back(monkeypatch):
 
 def test_decoding_is_prepared_for_the_devices_of_the_mesh():
     config = tiny(compute_dtype="bfloat16")
-    params = init_params(config, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     assert prepare_decoding(config, params)[0].compute_dtype == "float32"
     with devices_elsewhere("tpu", "TPU v6 lite"):
         assert prepare_decoding(config, params)[0].compute_dtype == "bfloat16"
@@ -186,7 +186,7 @@ def test_decoding_is_prepared_for_the_devices_of_the_mesh():
 def test_auto_uses_the_dtype_of_the_device(monkeypatch, features, dtype):
     monkeypatch.setattr(sharding, "_cpu_features", features.split)
     config = tiny(compute_dtype="auto")
-    params = init_params(config, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
     def hidden_dtype():
@@ -221,6 +221,7 @@ def test_splash_is_built_in_every_trace(scan_layers, remat):
         return hidden.astype(jnp.float32).sum()
 
     for _ in range(2):
-        params = nn.unbox(abstract_params(config))
+        boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        params = nn.unbox(boxed)
         gradients = jax.jit(jax.grad(loss)).trace(params, ids).out_info
         assert jax.tree.structure(gradients) == jax.tree.structure(params)

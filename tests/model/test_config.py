@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import pytest
 
+from racm3_jax.model import transformer
 from racm3_jax.model.config import PRESETS, ModelConfig, racm3_2b7, tiny
 from racm3_jax.model.transformer import abstract_params, count_params
 from racm3_jax.sharding import make_mesh, shardings_for
@@ -20,6 +21,17 @@ def test_preset_builds_by_shape(name):
     params = abstract_params(PRESETS[name]())
     if name in BILLIONS:
         assert count_params(params) / 1e9 == pytest.approx(BILLIONS[name], rel=0.01)
+
+
+def test_shapes_are_traced_once_and_the_callers_trees_are_their_own(monkeypatch):
+    config = tiny(num_layers=1, vocab_size=77)
+    first = abstract_params(config)
+    expected = jax.tree.structure(first)
+    first["layers_0"].clear()
+    monkeypatch.setattr(transformer, "init_params", None)
+    assert jax.tree.structure(abstract_params(config)) == expected
+    with pytest.raises(TypeError, match="not callable"):
+        abstract_params(tiny(num_layers=1, vocab_size=78))
 
 
 def test_both_2b7_presets_have_as_many_parameters():

@@ -35,10 +35,11 @@ def test_the_model_computes_with_the_quantized_values():
     """8-bit weights give the logits of the same weights converted to float32."""
     config = tiny_chameleon(num_layers=1)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    quantized = quantize_weights(params)
+    quantize = jax.jit(quantize_weights, static_argnames="outputs_first")
+    quantized = quantize(params)
     prepared, turned = prepare_decoding(config, params)
     assert prepared.outputs_first  # the tests run on a CPU
-    turned = quantize_weights(turned, outputs_first=True)
+    turned = quantize(turned, outputs_first=True)
     for name, inputs in (("out", 2), ("query", 1)):
         plain = quantized["layers_0"]["attention"][name]
         other = turned["layers_0"]["attention"][name]
@@ -51,11 +52,15 @@ def test_the_model_computes_with_the_quantized_values():
     def write_out(tree):
         if "kernel" in tree:
             rest = {k: v for k, v in tree.items() if k not in ("kernel", SCALE)}
-            return {"kernel": tree["kernel"] * tree[SCALE], **rest}
+            return {
+                "kernel": np.asarray(tree["kernel"]) * np.asarray(tree[SCALE]),
+                **rest,
+            }
         return {k: write_out(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
-    tokens = jnp.arange(12)[None]
+    tokens = np.arange(12)[None]
 
+    @jax.jit
     def logits(params):
         lengths = jnp.array([12])
         return Transformer(config).apply(
@@ -72,5 +77,5 @@ def test_stacked_layers_are_refused():
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with pytest.raises(ValueError, match="quantise what prepare_decoding returns"):
         quantize_weights(
-            stack_layers(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
+            stack_layers(jax.tree.map(lambda x: np.zeros(x.shape), shapes))
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 from chameleon_fakes import hf_record, native_state, write_chameleon
 from porting_fakes import CLIP_CONFIG, clip_state, write_hf_clip, write_torch_file
@@ -32,7 +33,8 @@ def test_clip(tmp_path):
     config = convert_clip(tmp_path / "hf", tmp_path / "out")
     params = load_weights(tmp_path / "out", "clip")[0]
     pixels = normalise_images(golden["images"], config)
-    image, text, _ = CLIP(config).apply({"params": params}, pixels, golden["tokens"])
+    apply = jax.jit(CLIP(config).apply)
+    image, text, _ = apply({"params": params}, pixels, golden["tokens"])
     for ours, theirs in ((image, "image_embeds"), (text, "text_embeds")):
         ours = ours / np.linalg.norm(ours, axis=1, keepdims=True)
         error = np.linalg.norm(ours - golden[theirs], axis=1)
@@ -46,7 +48,8 @@ def test_vqgan(tmp_path):
     tokenizer = ImageTokenizer.load(tmp_path / "out", batch_size=4)
     np.testing.assert_array_equal(tokenizer.encode(golden["images"]), golden["codes"])
     assert len(np.unique(golden["codes"])) > 5
-    decoded = VQGAN(VQGAN_CONFIG).apply(
+    apply = jax.jit(VQGAN(VQGAN_CONFIG).apply, static_argnames="method")
+    decoded = apply(
         {"params": tokenizer.params}, golden["codes"], method="decode_codes"
     )
     np.testing.assert_allclose(decoded, golden["decoded"], rtol=1e-4, atol=1e-4)
@@ -73,8 +76,13 @@ def test_chameleon(tmp_path):
     tokens = ours_of_theirs[golden["tokens"]].astype(np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     segments = np.ones_like(tokens)
-    model = Transformer(config)
-    hidden = model.apply({"params": params}, tokens, positions, segments)
-    logits = np.asarray(compute_logits(params, config, hidden))
+
+    @jax.jit
+    def compute(params):
+        inputs = (tokens, positions, segments)
+        hidden = Transformer(config).apply({"params": params}, *inputs)
+        return compute_logits(params, config, hidden)
+
+    logits = np.asarray(compute(params))
     theirs = golden["logits"][..., np.array(orders["outputs"])]
     np.testing.assert_allclose(logits, theirs, rtol=1e-4, atol=1e-4)

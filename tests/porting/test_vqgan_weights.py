@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -56,7 +57,8 @@ def test_gumbel_codes_are_the_best_scores(tmp_path):
     from racm3_jax.tokenizers.vqgan import VQGAN
 
     pixels = images.astype(np.float32) / 127.5 - 1
-    latents = VQGAN(config).apply({"params": tokenizer.params}, pixels, method="encode")
+    apply = jax.jit(VQGAN(config).apply, static_argnames="method")
+    latents = apply({"params": tokenizer.params}, pixels, method="encode")
     weight = state["quantize.proj.weight"][:, :, 0, 0]
     scores = np.asarray(latents) @ weight.T + state["quantize.proj.bias"]
     np.testing.assert_array_equal(codes, scores.argmax(-1).reshape(2, -1))

@@ -15,12 +15,20 @@ BATCH, LENGTH, D_MODEL, VOCAB = 3, 11, 8, 40
 
 @pytest.fixture(scope="module")
 def inputs():
-    keys = jax.random.split(jax.random.key(0), 4)
-    hidden = jax.random.normal(keys[0], (BATCH, LENGTH, D_MODEL))
-    head = jax.random.normal(keys[1], (D_MODEL, VOCAB))
-    targets = jax.random.randint(keys[2], (BATCH, LENGTH), 0, VOCAB)
-    weights = jax.random.uniform(keys[3], (BATCH, LENGTH)).at[:, -3:].set(0.0)
-    return hidden, head, targets, weights
+    hidden, head, targets, weights = make_inputs(0, BATCH, LENGTH, D_MODEL, VOCAB)
+    return hidden, head, targets, weights.at[:, -3:].set(0.0)
+
+
+def make_inputs(seed, rows, length, d_model, vocab):
+    rng = np.random.default_rng(seed)
+    arrays = (
+        rng.standard_normal((rows, length, d_model)),
+        rng.standard_normal((d_model, vocab)),
+        rng.integers(0, vocab, (rows, length)),
+        rng.random((rows, length)),
+    )
+    dtypes = (np.float32, np.float32, np.int32, np.float32)
+    return [jnp.asarray(x.astype(t)) for x, t in zip(arrays, dtypes, strict=True)]
 
 
 def plain_cross_entropy(hidden, head, targets, weights, z_loss):
@@ -29,6 +37,12 @@ def plain_cross_entropy(hidden, head, targets, weights, z_loss):
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = log_partition - chosen
     return (weights * (nll + z_loss * log_partition**2)).sum(), nll
+
+
+def differentiate(function, *inputs):
+    """The value of `function`, which has an aux, and its gradients."""
+    numbers = tuple(range(len(inputs)))
+    return jax.jit(jax.value_and_grad(function, numbers, has_aux=True))(*inputs)
 
 
 @pytest.mark.parametrize(("chunk_length", "z_loss"), [(0, 0.1), (4, 0.0), (4, 0.1)])
@@ -45,9 +59,9 @@ def test_equals_plain(inputs, chunk_length, z_loss):
         total, nll = plain_cross_entropy(hidden, head, targets, weights, z_loss)
         return 3.0 * total, nll
 
-    got, got_gradients = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, head)
-    want, want_gradients = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, head)
-    without_gradient = chunked(hidden, head)
+    got, got_gradients = differentiate(chunked, hidden, head)
+    want, want_gradients = differentiate(plain, hidden, head)
+    without_gradient = jax.jit(chunked)(hidden, head)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     for a, b in zip(got_gradients, want_gradients, strict=True):
@@ -60,11 +74,7 @@ def test_equals_plain(inputs, chunk_length, z_loss):
 )
 def test_every_mesh_computes_the_same(shape):
     """And gathers the head and reduces its gradient once per step, not once per chunk."""
-    keys = jax.random.split(jax.random.key(1), 4)
-    hidden = jax.random.normal(keys[0], (8, 12, 16))
-    head = jax.random.normal(keys[1], (16, 640))
-    targets = jax.random.randint(keys[2], (8, 12), 0, 640)
-    weights = jax.random.uniform(keys[3], (8, 12))
+    hidden, head, targets, weights = make_inputs(1, 8, 12, 16, 640)
 
     def total(hidden, head, targets, weights):
         losses = chunked_cross_entropy(
@@ -97,10 +107,9 @@ def test_every_mesh_computes_the_same(shape):
 def test_correct_counts_the_argmax(inputs):
     hidden, head, _, weights = inputs
     best = jnp.argmax(hidden @ head, axis=-1)
-    right = chunked_cross_entropy(hidden, head, best, weights, chunk_length=4)
-    wrong = chunked_cross_entropy(
-        hidden, head, (best + 1) % VOCAB, weights, chunk_length=4
-    )
+    compute = jax.jit(chunked_cross_entropy, static_argnames="chunk_length")
+    right = compute(hidden, head, best, weights, chunk_length=4)
+    wrong = compute(hidden, head, (best + 1) % VOCAB, weights, chunk_length=4)
     assert right.correct.all()
     assert not wrong.correct.any()
 
@@ -112,7 +121,7 @@ def test_bfloat16_keeps_float32_sums_and_head_gradient(inputs):
     def total(head):
         return chunked_cross_entropy(narrow, head, targets, weights).total
 
-    value, gradient = jax.value_and_grad(total)(head)
+    value, gradient = jax.jit(jax.value_and_grad(total))(head)
     want, _ = plain_cross_entropy(hidden, head, targets, weights, 0.0)
     assert value.dtype == gradient.dtype == jnp.float32
     np.testing.assert_allclose(value, want, rtol=0.02)
@@ -120,13 +129,15 @@ def test_bfloat16_keeps_float32_sums_and_head_gradient(inputs):
 
 def test_targets_of_weight_0_have_no_gradient(inputs):
     hidden, head, targets, weights = inputs
-    gradient = jax.grad(
-        lambda h: (
-            chunked_cross_entropy(
-                h, head, targets, weights, chunk_length=4, z_loss=0.1
-            ).total
-        )
-    )(hidden)
+
+    @jax.jit
+    @jax.grad
+    def compute_gradient(hidden):
+        return chunked_cross_entropy(
+            hidden, head, targets, weights, chunk_length=4, z_loss=0.1
+        ).total
+
+    gradient = compute_gradient(hidden)
     assert not gradient[:, -3:].any()
     assert gradient[:, :-3].any()
 
@@ -150,7 +161,8 @@ def test_metrics_by_modality_and_origin(toy):
         segment_ids=jnp.asarray(filled),
     )
     params = toy.make_trainer()[0].params
-    loss, metrics = toy.loss_fn_with(GeneratorLossConfig())(params, batch, None, None)
+    loss_fn = jax.jit(toy.loss_fn_with(GeneratorLossConfig()))
+    loss, metrics = loss_fn(params, batch, None, None)
     counts = {name: float(weight) for name, (_, weight) in metrics.items()}
     assert counts["main_loss"] == 4
     assert counts["text_loss"] == counts["text_accuracy"] == 2

@@ -99,7 +99,12 @@ def test_columns_move_as_in_a_full_training():
         chosen, loss = optimizer, loss_fn
         if part is not None:
             chosen, loss = part.restrict(optimizer), part.restrict_loss(loss_fn)
-        gradients = jax.grad(lambda p, f=loss: f(p, batch, None, 0)[0])(params)
-        updates, _ = chosen.update(gradients, chosen.init(params), params)
-        results.append(COLUMNS.take(updates))
+
+        @jax.jit
+        def update(params, chosen=chosen, loss=loss):
+            gradients = jax.grad(lambda p: loss(p, batch, None, 0)[0])(params)
+            updates, _ = chosen.update(gradients, chosen.init(params), params)
+            return COLUMNS.take(updates)
+
+        results.append(update(params))
     np.testing.assert_allclose(*results, rtol=1e-6)
