@@ -10,6 +10,7 @@ import pytest
 from racm3_jax import wiring, worlds
 from racm3_jax.commands import configs
 from racm3_jax.documents.readers import read_documents
+from racm3_jax.wiring.sections import choose_class_key
 from racm3_jax.wiring.workdirs import claim_workdir
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -169,6 +170,15 @@ def test_an_installed_suite_is_built(installed, tmp_path):
         ValueError, match="allowed: coco, counted, flagworld, flagworld"
     ):
         wiring.read_evaluation(config)
+
+
+def test_the_key_of_classes_is_the_worlds_unless_named(installed):
+    assert choose_class_key(load_tiny(), "") == "parity"
+    assert choose_class_key(load_tiny(), "loud") == "loud"
+    config = configs.load_config_file(f"{CONFIGS}/eval/likelihood.py:")
+    assert choose_class_key(config, config.class_key) == "nation"
+    config.source = "folder:photos"
+    assert choose_class_key(config, config.class_key) == ""
 
 
 def test_an_entry_point_of_another_type_is_refused(installed):

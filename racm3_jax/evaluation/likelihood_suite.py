@@ -84,9 +84,9 @@ class LikelihoodSuite(Suite):
           twin: a model trained without retrieval, with the same tokenizer; None leaves
             that variant out.
           pool: what k-shot shows and asks; None leaves k-shot out.
-          class_key: metadata that documents which tell the same thing share (e.g.
-            "nation"): those are the right ones to retrieve. "" asks for the document
-            itself, so that the test set must be part of the memory.
+          class_key: metadata that documents which tell the same thing share: those are
+            the right ones to retrieve. "" asks for the document itself, so that the
+            test set must be part of the memory.
           **process: see `Suite`.
 
         Raises:

@@ -35,7 +35,7 @@ class EpisodeConfig:
     Attributes:
       probability: fraction of the main documents that become queries of episodes.
       num_ways: labels per episode, one demonstration each.
-      class_key: metadata key of a document's class.
+      class_key: metadata key of a document's class; in a config, "" takes the world's.
       num_labels: number of invented words from which labels are sampled.
       label_first: fraction of the episodes whose labels come before their images.
       label_weight: factor of the answer's loss weight (a few tokens vs. a whole image).
@@ -43,7 +43,7 @@ class EpisodeConfig:
 
     probability: float = 0.0
     num_ways: int = 2
-    class_key: str = "nation"
+    class_key: str = ""
     num_labels: int = 2000
     label_first: float = 0.5
     label_weight: float = 1.0

@@ -42,7 +42,7 @@ class PairingConfig:
         least one is of the main document's class.
       same_probability: fraction of the examples in which the main document itself is one
         of the right ones, which is the easiest case: for the start of a curriculum.
-      class_key: metadata key of a document's class.
+      class_key: metadata key of a document's class; in a config, "" takes the world's.
       rename: give the classes of an example new names. Their names are the values of
         `class_key` as spelled in the documents' texts.
       name_weight: factor of the loss weight of the main document's name after its
@@ -55,7 +55,7 @@ class PairingConfig:
     wrong_probability: float = 1.0
     right_probability: float = 1.0
     same_probability: float = 0.0
-    class_key: str = "nation"
+    class_key: str = ""
     rename: bool = True
     name_weight: float = 1.0
 

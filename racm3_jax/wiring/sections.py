@@ -355,6 +355,18 @@ def choose_world(config: Any) -> World:
     return find_world(config.get("world_name", DEFAULT_WORLD))
 
 
+def choose_class_key(config: Any, class_key: str) -> str:
+    """`class_key` of a section; if it is "", that of the world, if there is one.
+
+    Raises:
+      ValueError: there is no world of the config's name.
+    """
+    if class_key or config.get("world") is None or config.get("source"):
+        return class_key
+    world = choose_world(config)
+    return world.class_key or world.group_key
+
+
 def _read(config: Any, cls: type) -> Any:
     _check_keys(cls, config, "config", ())
     _refuse_urls(config, "config")

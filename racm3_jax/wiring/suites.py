@@ -26,6 +26,7 @@ from racm3_jax.wiring.parts import open_memory, resolve
 from racm3_jax.wiring.sections import (
     CocoEvaluation,
     LikelihoodEvaluation,
+    choose_class_key,
     choose_world,
     construct,
 )
@@ -94,6 +95,7 @@ def build_likelihood_suite(config: Any, workdir: Path) -> LikelihoodSuite:
         documents = list(read_documents(config.source))
     else:
         documents = list(world.read(world_settings, "heldout_test"))
+    class_key = choose_class_key(config, config.class_key)
     shown = list(read_documents(config.kshot_source)) if config.kshot_source else []
     if config.memory_path:
         memory = open_memory(
@@ -109,8 +111,8 @@ def build_likelihood_suite(config: Any, workdir: Path) -> LikelihoodSuite:
         settings,
         workdir,
         twin=twin,
-        pool=choose_pool(shown or documents, config.class_key),
-        class_key=config.class_key,
+        pool=choose_pool(shown or documents, class_key),
+        class_key=class_key,
         **describe_process(plain),
     )
 
