@@ -95,9 +95,9 @@ def main(config: Any, workdir: Path) -> None:
     )
     how = {"seed": config.seed, "temperature": 0.5}
     guided = {"guidance": 2.0, "guide_documents": True}
-    drawn = generator.text_to_image_batch(prompts, num_retrieved=2, **how, **guided)
+    generated = generator.text_to_image_batch(prompts, num_retrieved=2, **how, **guided)
     plain = twin.text_to_image_batch(prompts, num_retrieved=0, **how)
-    save_outputs(workdir / "samples.png", generator, drawn, plain)
+    save_outputs(workdir / "samples.png", generator, generated, plain)
     stages.say(f"images of {len(prompts)} held-out nations: {workdir / 'samples.png'}")
 
     captions = caption_rows(generator, twin, tests, config.seed)
@@ -165,14 +165,14 @@ def generate_first_image(
             documents.append(document)
         if all(len(documents) == 2 for documents in own.values()):
             break
-    drawn = [
+    generated = [
         shipped.text_to_image(
             test.text, documents=own[test.metadata["nation"]], seed=seed
         )
         for test in tests
     ]
     plain = [shipped.text_to_image(t.text, num_retrieved=0, seed=seed) for t in tests]
-    save_outputs(path, shipped, drawn, plain)
+    save_outputs(path, shipped, generated, plain)
 
 
 def caption_rows(

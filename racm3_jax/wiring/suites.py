@@ -9,7 +9,7 @@ from racm3_jax.documents.readers import read_documents
 from racm3_jax.evaluation.clip_score import CLIPFeatures, CLIPScorer
 from racm3_jax.evaluation.coco import choose_items, read_coco, read_karpathy
 from racm3_jax.evaluation.coco_suite import CocoSuite
-from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoDrawing
+from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoTextToImage
 from racm3_jax.evaluation.document_sets import choose_documents, choose_pool
 from racm3_jax.evaluation.inception import InceptionFeatures, convert_weights
 from racm3_jax.evaluation.likelihood_suite import LikelihoodSuite
@@ -73,7 +73,7 @@ def build_coco_suite(config: Any, workdir: Path) -> CocoSuite:
             variant=config.inception.variant,
             resizing=config.inception.resizing,
         )
-    suite = CocoDrawing if settings.task == "text_to_image" else CocoCaptioning
+    suite = CocoTextToImage if settings.task == "text_to_image" else CocoCaptioning
     return suite(
         generator,
         items,
