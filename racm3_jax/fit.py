@@ -30,8 +30,7 @@ from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.readers import find_shards, read_documents
 from racm3_jax.documents.sources import parse_sources
 from racm3_jax.evaluation.perplexity import compute_likelihoods
-from racm3_jax.evaluation.pictures import retrieved_panels
-from racm3_jax.evaluation.report import CaptionRow, write_report
+from racm3_jax.evaluation.report import CaptionRow, caption_rows, write_report
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import read_jsonl
 from racm3_jax.types import Document
@@ -432,13 +431,4 @@ def _caption(generator: Generator, documents: list[Document]) -> list[CaptionRow
     images = [document.images[0] for document in documents]
     named = generator.caption_batch(images, num_retrieved=2, temperature=0.0)
     alone = generator.caption_batch(images, num_retrieved=0, temperature=0.0)
-    return [
-        CaptionRow(
-            image=document.images[0],
-            truth=document.text,
-            retrieved=retrieved_panels(generator, with_memory),
-            with_retrieval=with_memory.texts[0],
-            without=without.texts[0],
-        )
-        for document, with_memory, without in zip(documents, named, alone, strict=True)
-    ]
+    return caption_rows(generator, documents, named, alone)

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from racm3_jax import own_files, run, wiring
 from racm3_jax.buckets import refuse_url
-from racm3_jax.evaluation.pictures import retrieved_panels, save_outputs
-from racm3_jax.evaluation.report import CaptionRow, write_report
+from racm3_jax.evaluation.pictures import save_outputs
+from racm3_jax.evaluation.report import CaptionRow, caption_rows, write_report
 from racm3_jax.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import Document
@@ -100,7 +100,7 @@ def main(config: Any, workdir: Path) -> None:
     save_outputs(workdir / "samples.png", generator, generated, plain)
     stages.say(f"images of {len(prompts)} held-out nations: {workdir / 'samples.png'}")
 
-    captions = caption_rows(generator, twin, tests, config.seed)
+    captions = _caption(generator, twin, tests, config.seed)
     right = sum(
         test.metadata["nation"] in row.with_retrieval
         for test, row in zip(tests, captions, strict=True)
@@ -175,20 +175,10 @@ def generate_first_image(
     save_outputs(path, shipped, generated, plain)
 
 
-def caption_rows(
+def _caption(
     generator: Generator, twin: Generator, tests: list[Document], seed: int
 ) -> list[CaptionRow]:
-    """Captions of the test images, with and without retrieval."""
     images = [test.images[0] for test in tests]
     named = generator.caption_batch(images, num_retrieved=2, seed=seed, temperature=0.0)
     guessed = twin.caption_batch(images, num_retrieved=0, seed=seed, temperature=0.0)
-    return [
-        CaptionRow(
-            image=test.images[0],
-            truth=test.text,
-            retrieved=retrieved_panels(generator, with_memory),
-            with_retrieval=with_memory.texts[0],
-            without=alone.texts[0],
-        )
-        for test, with_memory, alone in zip(tests, named, guessed, strict=True)
-    ]
+    return caption_rows(generator, tests, named, guessed)

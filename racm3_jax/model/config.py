@@ -28,6 +28,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "remat": get_args(RematKind),
     "compute_dtype": get_args(ComputeDtype),
 }
+CHAMELEON_STYLE: dict[str, Any] = {
+    "position": "rope",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "qk_norm": True,
+    "use_bias": False,
+    "tie_embeddings": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,16 +173,10 @@ def chameleon_7b(**changes: Any) -> ModelConfig:
         "head_dim": 128,
         "d_ff": 11_008,
         "max_length": 4096,
-        "position": "rope",
-        "norm": "rmsnorm",
-        "activation": "swiglu",
-        "qk_norm": True,
-        "use_bias": False,
-        "tie_embeddings": False,
         "compute_dtype": "bfloat16",
         "scan_layers": True,
     }
-    return ModelConfig(**(sizes | changes))
+    return ModelConfig(**(CHAMELEON_STYLE | sizes | changes))
 
 
 def tiny(**changes: Any) -> ModelConfig:
@@ -193,18 +195,8 @@ def tiny(**changes: Any) -> ModelConfig:
 
 def tiny_chameleon(**changes: Any) -> ModelConfig:
     """Chameleon style with grouped queries, small enough for a unit test."""
-    style: dict[str, Any] = {
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "position": "rope",
-        "norm": "rmsnorm",
-        "activation": "swiglu",
-        "qk_norm": True,
-        "use_bias": False,
-        "tie_embeddings": False,
-    }
-    return tiny(**(style | changes))
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    return tiny(**(CHAMELEON_STYLE | heads | changes))
 
 
 PRESETS: dict[str, Callable[..., ModelConfig]] = {
