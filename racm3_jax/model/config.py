@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+from racm3_jax.limits import check_choices, check_range
 from racm3_jax.sharding import multiplies_bfloat16
 
 Position = Literal["learned", "rope"]
@@ -99,16 +100,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuses invalid sizes and names."""
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.{name} is {getattr(self, name)!r}; use one of "
-                    + ", ".join(map(repr, allowed))
-                )
+        check_choices(self, "model", **_CHOICES)
         sizes = "vocab_size d_model num_layers num_heads head_dim d_ff max_length"
-        for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; use >= 1")
+        check_range(self, "model", *sizes.split(), low=1)
         if self.max_segments < 2:
             raise ValueError(
                 f"model.max_segments is {self.max_segments}; use >= 2: an example and "

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from racm3_jax.limits import check_range
 from racm3_jax.types import Example, TokenizedDocument, TokenizedSegment
 from racm3_jax.vocab import Vocab
 
@@ -49,11 +50,7 @@ class EpisodeConfig:
     label_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("probability", "label_first"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"episodes.{name} must be in 0..1; got {getattr(self, name)}"
-                )
+        check_range(self, "episodes", "probability", "label_first", low=0, high=1)
         if not 0 < self.label_weight < float("inf"):
             raise ValueError(
                 f"episodes.label_weight must be above 0; got {self.label_weight}"

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from racm3_jax.limits import check_range
 from racm3_jax.types import Example, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
@@ -60,12 +61,8 @@ class PairingConfig:
     name_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        names = ("", "wrong_", "right_", "same_")
-        for name in (f"{prefix}probability" for prefix in names):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"pairing.{name} must be in 0..1; got {getattr(self, name)}"
-                )
+        names = (f"{prefix}probability" for prefix in ("", "wrong_", "right_", "same_"))
+        check_range(self, "pairing", *names, low=0, high=1)
         if not 0 < self.name_weight < float("inf"):
             raise ValueError(
                 f"pairing.name_weight must be above 0; got {self.name_weight}"

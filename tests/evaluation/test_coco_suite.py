@@ -285,7 +285,7 @@ def test_parts_of_another_run_are_refused(coco, memory, tmp_path):
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="'captioning'"):
+    with pytest.raises(ValueError, match="'vqa'; allowed: text_to_image, captioning"):
         make_settings("vqa")
     with pytest.raises(ValueError, match="no_retrieval"):
         make_settings(variants=("oracle",))

@@ -198,7 +198,7 @@ def test_sets_are_chosen_by_hash(documents):
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="no_retrieval"):
         make_settings(variants=("oracle",))
-    with pytest.raises(ValueError, match="'text', 'image'"):
+    with pytest.raises(ValueError, match="query is 'both'; allowed: text, image"):
         make_settings(query="both")
     with pytest.raises(ValueError, match="num_episodes must be >= 1"):
         make_settings(num_episodes=0)
