@@ -121,7 +121,7 @@ def main(config: Any, workdir: Path) -> None:
             "memory": f"{num_documents:,} documents",
             "training steps": str(config.train.num_steps),
             "captions that name the right nation": f"{right} of {len(captions)}",
-            "config": "configs/flagworld_quickstart.py",
+            "config": "flagworld_quickstart",
         },
     )
     stages.say(f"captions name the right nation {right} of {len(captions)} times")

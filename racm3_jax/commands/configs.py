@@ -85,7 +85,8 @@ def call_config(path: str, module: types.ModuleType, name: str, given: Any) -> A
     """
     function = getattr(module, name, None)
     if not callable(function):
-        raise UsageError(f"{path} has no function {name}: see the files of configs/")
+        example = find_config("flagworld_tiny.py")
+        raise UsageError(f"{path} has no function {name}; an example is {example}")
     try:
         return function(given)
     except ValueError:
@@ -221,6 +222,6 @@ def add_config_option(sub: Any) -> None:
     sub.add_argument(
         "--config",
         metavar="NAME|FILE.py[:ARG]",
-        help="a config by name (see configs/) or file, with its optional "
-        "argument; --config.key=value overrides a setting",
+        help=f"a config file, or the name of an installed one ({_names()}), with its "
+        "optional argument; --config.key=value overrides a setting",
     )
