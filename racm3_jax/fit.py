@@ -201,6 +201,11 @@ def choose_plan(stats: SourceStats, cores: int, accelerated: bool) -> Plan:
     )
 
 
+def choose_holdout(count: int) -> str:
+    """The fraction of a tenth of the documents, at most about 500, for `--holdout`."""
+    return f"{min(0.1, 500 / count):.4g}"
+
+
 def _decide(
     workdir: Path,
     source: str,
@@ -236,13 +241,14 @@ def _decide(
     plan = dataclasses.replace(plan, **sizes)
     asked = dict(data)
     if not holdout:
-        data["holdout"] = f"{min(0.1, 500 / stats.count):.4f}"
+        data["holdout"] = choose_holdout(stats.count)
     machine = jax.devices()[0].device_kind if accelerated else f"{cores} cores"
     say(
         f"{stats.count:,} documents, images of about {stats.side} pixels, "
-        f"{machine}; held out: {data['holdout']}"
+        f"{machine}: sizes follow from them unless given"
     )
-    for name, value in dataclasses.asdict(plan).items():
+    chosen = {"holdout": data["holdout"]} | dataclasses.asdict(plan)
+    for name, value in chosen.items():
         say(f"  --{name}={value}")
     workdir.mkdir(parents=True, exist_ok=True)
     record = {"asked": asked, "data": data, "plan": dataclasses.asdict(plan)}
