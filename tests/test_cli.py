@@ -271,7 +271,7 @@ def test_config_files_that_fail(capsys, tmp_path):
         ("import sys\nsys.exit(3)\n", "c.py fails (line 2) with SystemExit: 3"),
         ("x = 1\n", "has no function get_config; an example is /"),
         ("def get_config(arg):\n    return {}[arg]\n", "(line 2) with KeyError"),
-        ("def get_config(arg):\n    raise ValueError('no')\n", "racm3: no"),
+        ("def get_config(arg):\n    raise ValueError('no')\n", "c.py: no"),
         ("def get_config(arg):\n    return 7\n", "returns a int"),
         (
             "from ml_collections import *\ndef get_config(_):\n    return ConfigDict()\n",

@@ -80,7 +80,8 @@ def call_config(path: str, module: types.ModuleType, name: str, given: Any) -> A
     """Calls a function of a config file; any failure is an error of the file.
 
     Raises:
-      ValueError: raised by the function itself (for an invalid argument).
+      ValueError: raised by the function itself (for an invalid argument); with the
+        config's name before its message.
       UsageError: it is missing, or raises another error; names file and line.
     """
     function = getattr(module, name, None)
@@ -89,8 +90,8 @@ def call_config(path: str, module: types.ModuleType, name: str, given: Any) -> A
         raise UsageError(f"{path} has no function {name}; an example is {example}")
     try:
         return function(given)
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise ValueError(f"{path.partition(':')[0]}: {error}") from error
     except (Exception, SystemExit) as error:
         raise _broken_config(f"{name} of {path}", module.__file__, error) from error
 
