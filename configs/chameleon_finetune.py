@@ -25,9 +25,7 @@ from configs import racm3_2b7
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" trains all, "image_output" only the output rows of the image codes."""
     if arg not in ("", "image_output"):
-        raise ValueError(
-            f"configs/chameleon_finetune.py:{arg}: use :image_output or nothing"
-        )
+        raise ValueError(f"unknown argument {arg!r}: use :image_output, or none")
     config = racm3_2b7.get_config()
     config.train_only = "image_output_rows" if arg else "all"
     config.model = dict(

@@ -29,7 +29,7 @@ def world() -> ConfigDict:
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "retrieval" for RA-CM3, "twin" for the baseline without it."""
     if arg not in ("", "retrieval", "twin"):
-        raise ValueError(f"configs/flagworld.py:{arg}: use :retrieval or :twin")
+        raise ValueError(f"unknown argument {arg!r}: use :retrieval or :twin")
     config = ConfigDict()
     config.kind = "generator"
     config.seed = 0

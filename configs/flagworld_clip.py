@@ -20,7 +20,7 @@ from configs import flagworld
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" for the shipped one, "aligned" for one that aligns texts and images."""
     if arg not in ("", "aligned"):
-        raise ValueError(f"configs/flagworld_clip.py:{arg}: use :aligned or nothing")
+        raise ValueError(f"unknown argument {arg!r}: use :aligned, or none")
     config = ConfigDict()
     config.kind = "clip"
     config.seed = 0

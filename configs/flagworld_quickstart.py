@@ -16,9 +16,7 @@ from configs import flagworld
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "short" (under 90 seconds, for CI)."""
     if arg not in ("", "short"):
-        raise ValueError(
-            f"configs/flagworld_quickstart.py:{arg}: use :short or nothing"
-        )
+        raise ValueError(f"unknown argument {arg!r}: use :short, or none")
     short = arg == "short"
     config = flagworld.get_config()
     config.world = flagworld.world()

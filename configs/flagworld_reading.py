@@ -99,9 +99,7 @@ def get_config(arg: str = "third") -> ConfigDict:
     """`arg`: a stage of the curriculum, or "twin"."""
     arg = arg or "third"
     if arg not in _STAGES:
-        raise ValueError(
-            f"configs/flagworld_reading.py:{arg}: use one of {', '.join(_STAGES)}"
-        )
+        raise ValueError(f"unknown argument {arg!r}: use one of {', '.join(_STAGES)}")
     config = flagworld.get_config("twin" if arg == "twin" else "")
     config.world.num_nations = 8000
     config.world.documents_per_nation = 3

@@ -11,7 +11,7 @@ from configs import flagworld
 def get_config(arg: str = "") -> ConfigDict:
     """Takes no argument."""
     if arg:
-        raise ValueError(f"configs/flagworld_vqgan.py takes no argument; got {arg!r}")
+        raise ValueError(f"unknown argument {arg!r}: leave it out")
     config = ConfigDict()
     config.kind = "vqgan"
     config.seed = 0

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config(arg: str = "") -> ConfigDict:
     """Takes no argument."""
     if arg:
-        raise ValueError(f"configs/own_clip.py takes no argument; got {arg!r}")
+        raise ValueError(f"unknown argument {arg!r}: leave it out")
     config = ConfigDict()
     config.kind = "clip"
     config.seed = 0

@@ -18,7 +18,7 @@ _ROW_LENGTHS = {"64": 320, "128": 896, "256": 3328}
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: side of the images in pixels, "64", "128" or "256"."""
     if arg not in ("", *_ROW_LENGTHS):
-        raise ValueError(f"configs/own_generator.py:{arg}: use :64, :128 or :256")
+        raise ValueError(f"unknown argument {arg!r}: use :64, :128 or :256")
     row_length = _ROW_LENGTHS[arg or "128"]
     is_large = arg == "256"
     config = ConfigDict()

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: side of the images in pixels, "64", "128" or "256"."""
     if arg not in ("", "64", "128", "256"):
-        raise ValueError(f"configs/own_tokenizer.py:{arg}: use :64, :128 or :256")
+        raise ValueError(f"unknown argument {arg!r}: use :64, :128 or :256")
     is_large = arg == "256"
     config = ConfigDict()
     config.kind = "vqgan"

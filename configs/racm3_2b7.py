@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" for 20 heads of 128 (fast), "fidelity" for the authors' 32 heads of 80."""
     if arg not in ("", "fidelity"):
-        raise ValueError(f"configs/racm3_2b7.py:{arg}: use :fidelity or nothing")
+        raise ValueError(f"unknown argument {arg!r}: use :fidelity, or none")
     config = ConfigDict()
     config.kind = "generator"
     config.seed = 0

@@ -30,8 +30,7 @@ from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.readers import find_shards, read_documents
 from racm3_jax.documents.sources import parse_sources
 from racm3_jax.evaluation.perplexity import compute_likelihoods
-from racm3_jax.evaluation.pictures import retrieved_panels
-from racm3_jax.evaluation.report import CaptionRow, write_report
+from racm3_jax.evaluation.report import CaptionRow, caption_rows, write_report
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.metrics import read_jsonl
 from racm3_jax.types import Document
@@ -202,6 +201,11 @@ def choose_plan(stats: SourceStats, cores: int, accelerated: bool) -> Plan:
     )
 
 
+def choose_holdout(count: int) -> str:
+    """The fraction of a tenth of the documents, at most about 500, for `--holdout`."""
+    return f"{min(0.1, 500 / count):.4g}"
+
+
 def _decide(
     workdir: Path,
     source: str,
@@ -237,13 +241,14 @@ def _decide(
     plan = dataclasses.replace(plan, **sizes)
     asked = dict(data)
     if not holdout:
-        data["holdout"] = f"{min(0.1, 500 / stats.count):.4f}"
+        data["holdout"] = choose_holdout(stats.count)
     machine = jax.devices()[0].device_kind if accelerated else f"{cores} cores"
     say(
         f"{stats.count:,} documents, images of about {stats.side} pixels, "
-        f"{machine}; held out: {data['holdout']}"
+        f"{machine}: sizes follow from them unless given"
     )
-    for name, value in dataclasses.asdict(plan).items():
+    chosen = {"holdout": data["holdout"]} | dataclasses.asdict(plan)
+    for name, value in chosen.items():
         say(f"  --{name}={value}")
     workdir.mkdir(parents=True, exist_ok=True)
     record = {"asked": asked, "data": data, "plan": dataclasses.asdict(plan)}
@@ -432,13 +437,4 @@ def _caption(generator: Generator, documents: list[Document]) -> list[CaptionRow
     images = [document.images[0] for document in documents]
     named = generator.caption_batch(images, num_retrieved=2, temperature=0.0)
     alone = generator.caption_batch(images, num_retrieved=0, temperature=0.0)
-    return [
-        CaptionRow(
-            image=document.images[0],
-            truth=document.text,
-            retrieved=retrieved_panels(generator, with_memory),
-            with_retrieval=with_memory.texts[0],
-            without=without.texts[0],
-        )
-        for document, with_memory, without in zip(documents, named, alone, strict=True)
-    ]
+    return caption_rows(generator, documents, named, alone)

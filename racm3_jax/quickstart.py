@@ -20,8 +20,8 @@ from rich.console import Console
 
 from racm3_jax import own_files, run, wiring
 from racm3_jax.buckets import refuse_url
-from racm3_jax.evaluation.pictures import retrieved_panels, save_outputs
-from racm3_jax.evaluation.report import CaptionRow, write_report
+from racm3_jax.evaluation.pictures import save_outputs
+from racm3_jax.evaluation.report import CaptionRow, caption_rows, write_report
 from racm3_jax.flagworld import FlagworldConfig, read_flagworld
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import Document
@@ -95,12 +95,12 @@ def main(config: Any, workdir: Path) -> None:
     )
     how = {"seed": config.seed, "temperature": 0.5}
     guided = {"guidance": 2.0, "guide_documents": True}
-    drawn = generator.text_to_image_batch(prompts, num_retrieved=2, **how, **guided)
+    generated = generator.text_to_image_batch(prompts, num_retrieved=2, **how, **guided)
     plain = twin.text_to_image_batch(prompts, num_retrieved=0, **how)
-    save_outputs(workdir / "samples.png", generator, drawn, plain)
+    save_outputs(workdir / "samples.png", generator, generated, plain)
     stages.say(f"images of {len(prompts)} held-out nations: {workdir / 'samples.png'}")
 
-    captions = caption_rows(generator, twin, tests, config.seed)
+    captions = _caption(generator, twin, tests, config.seed)
     right = sum(
         test.metadata["nation"] in row.with_retrieval
         for test, row in zip(tests, captions, strict=True)
@@ -121,7 +121,7 @@ def main(config: Any, workdir: Path) -> None:
             "memory": f"{num_documents:,} documents",
             "training steps": str(config.train.num_steps),
             "captions that name the right nation": f"{right} of {len(captions)}",
-            "config": "configs/flagworld_quickstart.py",
+            "config": "flagworld_quickstart",
         },
     )
     stages.say(f"captions name the right nation {right} of {len(captions)} times")
@@ -165,30 +165,20 @@ def generate_first_image(
             documents.append(document)
         if all(len(documents) == 2 for documents in own.values()):
             break
-    drawn = [
+    generated = [
         shipped.text_to_image(
             test.text, documents=own[test.metadata["nation"]], seed=seed
         )
         for test in tests
     ]
     plain = [shipped.text_to_image(t.text, num_retrieved=0, seed=seed) for t in tests]
-    save_outputs(path, shipped, drawn, plain)
+    save_outputs(path, shipped, generated, plain)
 
 
-def caption_rows(
+def _caption(
     generator: Generator, twin: Generator, tests: list[Document], seed: int
 ) -> list[CaptionRow]:
-    """Captions of the test images, with and without retrieval."""
     images = [test.images[0] for test in tests]
     named = generator.caption_batch(images, num_retrieved=2, seed=seed, temperature=0.0)
     guessed = twin.caption_batch(images, num_retrieved=0, seed=seed, temperature=0.0)
-    return [
-        CaptionRow(
-            image=test.images[0],
-            truth=test.text,
-            retrieved=retrieved_panels(generator, with_memory),
-            with_retrieval=with_memory.texts[0],
-            without=alone.texts[0],
-        )
-        for test, with_memory, alone in zip(tests, named, guessed, strict=True)
-    ]
+    return caption_rows(generator, tests, named, guessed)

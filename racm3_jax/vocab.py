@@ -16,6 +16,8 @@ import json
 
 import numpy as np
 
+from racm3_jax.limits import check_range
+
 CONTROL_NAMES = ("pad", "eod", "break", "eoss")
 
 
@@ -36,15 +38,8 @@ class Vocab:
     num_sentinels: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("num_text_ids", "num_image_codes", "image_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"vocab.{name} must be >= 1; got {getattr(self, name)}"
-                )
-        if self.num_sentinels < 1:
-            raise ValueError(
-                f"vocab.num_sentinels must be >= 1; got {self.num_sentinels}"
-            )
+        sizes = ("num_text_ids", "num_image_codes", "image_length", "num_sentinels")
+        check_range(self, "vocab", *sizes, low=1)
 
     @property
     def text_range(self) -> range:

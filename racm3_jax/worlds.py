@@ -62,6 +62,8 @@ class World:
         evaluated on.
       count: settings -> number of documents in "train" and "heldout_memory", for
         progress bars.
+      class_key: the metadata key of a document's class as its texts spell it, for
+        episodes, pairing and k-shot questions; "" is `group_key`.
     """
 
     settings: type[Any]
@@ -70,6 +72,7 @@ class World:
     source: Mapping[str, bool | int | str]
     measured: Callable[[Any], Any] = _unchanged
     count: Callable[[Any], int | None] = lambda settings: None
+    class_key: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "racm3_jax"
 
 FLOORS = [
+    {"limits"},
     {"types", "vocab", "storage", "buckets"},
     {"own_files", "progress", "checksums", "worlds"},
     {"documents", "sharding", "checkpoints", "metrics"},

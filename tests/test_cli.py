@@ -193,6 +193,15 @@ def test_a_closed_pipe_ends_it_quietly(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_help_names_the_installed_configs(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert set(configs.list_configs()) >= {"own_clip", "flagworld_tiny"}
+    assert all(n in said for n in configs.list_configs() if "/" not in n)
+    assert "configs/" not in said
+
+
 def test_output_that_cannot_be_written(monkeypatch, capsys):
     with open("/dev/full", "w") as stdout, monkeypatch.context() as patch:
         patch.setattr("sys.stdout", stdout)
@@ -260,9 +269,9 @@ def test_config_files_that_fail(capsys, tmp_path):
     for text, words in [
         ("x = [\n", "c.py fails (line 1) with SyntaxError"),
         ("import sys\nsys.exit(3)\n", "c.py fails (line 2) with SystemExit: 3"),
-        ("x = 1\n", "has no function get_config"),
+        ("x = 1\n", "has no function get_config; an example is /"),
         ("def get_config(arg):\n    return {}[arg]\n", "(line 2) with KeyError"),
-        ("def get_config(arg):\n    raise ValueError('no')\n", "racm3: no"),
+        ("def get_config(arg):\n    raise ValueError('no')\n", "c.py: no"),
         ("def get_config(arg):\n    return 7\n", "returns a int"),
         (
             "from ml_collections import *\ndef get_config(_):\n    return ConfigDict()\n",

@@ -249,6 +249,14 @@ def test_unknown_key_names_the_nearest():
         )
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in configs.list_configs() if not n.startswith("eval/")]
+)
+def test_an_unknown_argument_is_refused_by_the_name_that_was_given(name):
+    with pytest.raises(ValueError, match=f"^{name}: unknown argument 'nope': "):
+        configs.load_config_file(f"{name}:nope")
+
+
 def test_dropout_is_refused_because_the_trainer_would_ignore_it():
     config = load("flagworld_tiny")
     with config.unlocked():

@@ -64,6 +64,14 @@ def test_sizes_follow_the_images_and_the_machine():
     assert large.image_size == 256 and large.generator_steps > few.generator_steps
 
 
+@pytest.mark.parametrize(
+    ("count", "fraction"), [(60, "0.1"), (50_000, "0.01"), (150_000_000, "3.333e-06")]
+)
+def test_a_tenth_or_about_500_documents_are_held_out(count, fraction):
+    assert fit.choose_holdout(count) == fraction
+    assert 0 < float(fraction) * count <= 501
+
+
 @pytest.mark.slow
 def test_it_runs_from_files_to_images_and_resumes(photos, tmp_path, monkeypatch):
     """Every stage is interrupted once: before its training, or during it by a signal."""

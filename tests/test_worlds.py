@@ -1,15 +1,18 @@
 """Worlds and suites of this package and of others are found by name."""
 
+import contextlib
 import dataclasses
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from racm3_jax import wiring, worlds
+from racm3_jax import cli, wiring, worlds
 from racm3_jax.commands import configs
 from racm3_jax.documents.readers import read_documents
+from racm3_jax.wiring.sections import choose_class_key
 from racm3_jax.wiring.workdirs import claim_workdir
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -169,6 +172,62 @@ def test_an_installed_suite_is_built(installed, tmp_path):
         ValueError, match="allowed: coco, counted, flagworld, flagworld"
     ):
         wiring.read_evaluation(config)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "--help"],
+        ["completion", "bash"],
+        ["completion", "zsh"],
+        ["evaluate", "--suite=x", "--workdir=x"],
+    ],
+)
+def test_help_completion_and_errors_name_an_installed_suite(installed, words, capsys):
+    with contextlib.suppress(SystemExit):
+        cli.main(words)
+    shown = capsys.readouterr()
+    found = set(re.findall(r"\w+", shown.out + shown.err))
+    assert {"flagworld_tasks", "likelihood", "counted"} <= found
+    assert "counted_world" not in sys.modules
+
+
+def test_commands_read_no_entry_points_to_start(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.metadata.entry_points", None)
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "evaluate" in capsys.readouterr().out
+
+
+def test_an_installed_suite_is_run_with_its_config(
+    installed, monkeypatch, capsys, tmp_path
+):
+    words = ["evaluate", "--suite=counted", "--workdir=out"]
+    assert cli.main(words) == 2
+    assert "is of another package: give its config" in capsys.readouterr().err
+    file = tmp_path / "counted.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg):\n"
+        "    return ConfigDict(dict(suite='counted', world=dict(count=7)))\n"
+    )
+    ran = []
+    monkeypatch.setattr("racm3_jax.run.evaluate", lambda *call: ran.append(call))
+    assert cli.main([*words, f"--config={file}", "--config.world.count=8"]) == 0
+    ((config, workdir),) = ran
+    assert workdir == "out"
+    assert wiring.build_suite(config, tmp_path) == (8, tmp_path)
+
+
+def test_the_key_of_classes_is_the_worlds_unless_named(installed):
+    assert choose_class_key(load_tiny(), "") == "parity"
+    assert choose_class_key(load_tiny(), "loud") == "loud"
+    config = configs.load_config_file(f"{CONFIGS}/eval/likelihood.py:")
+    assert choose_class_key(config, config.class_key) == "nation"
+    config.source = "folder:photos"
+    assert choose_class_key(config, config.class_key) == ""
 
 
 def test_an_entry_point_of_another_type_is_refused(installed):

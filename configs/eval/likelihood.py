@@ -2,7 +2,7 @@
 
 racm3 evaluate --suite=likelihood --workdir=out/likelihood
 racm3 evaluate --suite=likelihood --workdir=out/coco_likelihood --config.twin= \
-    --config.models=WORKDIR --config.memory_path=MEMORY --config.class_key= \
+    --config.models=WORKDIR --config.memory_path=MEMORY \
     --config.source="coco:DATA/coco;split=val2014"
 """
 
@@ -26,9 +26,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # An existing memory; "" builds flagworld's in the work directory.
     config.memory_path = ""
     # Metadata key of a document's class: the classes of k-shot, and the correct results
-    # of the retriever. "" skips k-shot, and the correct result is the document with the
-    # same id.
-    config.class_key = "nation"
+    # of the retriever. "" takes the world's; with a source it skips k-shot, and the
+    # correct result is the document with the same id.
+    config.class_key = ""
     # Source of the k-shot examples; "" is flagworld's memory of held-out nations, or
     # the evaluation documents if a memory is given.
     config.kshot_source = ""

@@ -12,7 +12,7 @@ from configs import flagworld, flagworld_tiny
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" (as configs/flagworld.py, shorter) or "tiny" (seconds, for tests)."""
     if arg not in ("", "tiny"):
-        raise ValueError(f"configs/sweeps/flagworld_alpha.py:{arg}: use :tiny or none")
+        raise ValueError(f"unknown argument {arg!r}: use :tiny, or none")
     if arg == "tiny":
         return flagworld_tiny.get_config()
     config = flagworld.get_config()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from racm3_jax.buckets import is_url, refuse_url
@@ -20,6 +20,25 @@ MAX_SEED = 2**32 - 1
 
 class UrlError(argparse.ArgumentTypeError, ValueError):
     """A URL instead of a path, as an option or inside one."""
+
+
+class Names:
+    """Choices of an option that are read when they are shown or checked.
+
+    With a metavar and `%(choices)s` in its help, adding the option reads nothing.
+
+    Args:
+      read: lists them.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[str]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
 
 
 def path(text: str) -> str:

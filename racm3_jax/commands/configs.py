@@ -80,16 +80,18 @@ def call_config(path: str, module: types.ModuleType, name: str, given: Any) -> A
     """Calls a function of a config file; any failure is an error of the file.
 
     Raises:
-      ValueError: raised by the function itself (for an invalid argument).
+      ValueError: raised by the function itself (for an invalid argument); with the
+        config's name before its message.
       UsageError: it is missing, or raises another error; names file and line.
     """
     function = getattr(module, name, None)
     if not callable(function):
-        raise UsageError(f"{path} has no function {name}: see the files of configs/")
+        example = find_config("flagworld_tiny.py")
+        raise UsageError(f"{path} has no function {name}; an example is {example}")
     try:
         return function(given)
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise ValueError(f"{path.partition(':')[0]}: {error}") from error
     except (Exception, SystemExit) as error:
         raise _broken_config(f"{name} of {path}", module.__file__, error) from error
 
@@ -221,6 +223,6 @@ def add_config_option(sub: Any) -> None:
     sub.add_argument(
         "--config",
         metavar="NAME|FILE.py[:ARG]",
-        help="a config by name (see configs/) or file, with its optional "
-        "argument; --config.key=value overrides a setting",
+        help=f"a config file, or the name of an installed one ({_names()}), with its "
+        "optional argument; --config.key=value overrides a setting",
     )

@@ -47,8 +47,8 @@ def check_outputs(arguments: Arguments, writes_out: bool = True) -> None:
         change = "give another --out"
         own_files.check_png_paths(arguments.out, inputs=inputs, change=change)
         if getattr(arguments, "parts", None):
-            drawn = out.parent.glob(f"{glob.escape(out.stem)}_*_*.png")
-            own_files.check(*drawn, inputs=inputs, change=change)
+            previews = out.parent.glob(f"{glob.escape(out.stem)}_*_*.png")
+            own_files.check(*previews, inputs=inputs, change=change)
         else:
             record = out.with_suffix(".json")
             own_files.check(record, inputs=inputs, change=change, key="prompt")
@@ -218,9 +218,9 @@ def show_progress(generator: Any, preview: str | None) -> Callable[[Any], None] 
 
     def show(progress: Any) -> None:
         if sys.stderr.isatty():
-            end = "\n" if progress.num_drawn == progress.max_new_tokens else ""
+            end = "\n" if progress.num_sampled == progress.max_new_tokens else ""
             print(
-                f"\r{progress.num_drawn}/{progress.max_new_tokens} tokens, "
+                f"\r{progress.num_sampled}/{progress.max_new_tokens} tokens, "
                 f"{progress.tokens_per_second:.0f} tokens/s",
                 end=end,
                 file=sys.stderr,

@@ -15,7 +15,7 @@ from racm3_jax.commands.configs import (
     load_config_file,
     read_config,
 )
-from racm3_jax.worlds import SUITES
+from racm3_jax.worlds import SUITES, list_suites
 
 Arguments = argparse.Namespace
 # Exit status of a training stopped by a signal, after a save (EX_TEMPFAIL).
@@ -64,7 +64,11 @@ def register(commands: Any) -> None:
     sub.set_defaults(command=_evaluate)
     add_config_option(sub)
     sub.add_argument(
-        "--suite", default="flagworld", choices=list(SUITES), help="the suite"
+        "--suite",
+        default="flagworld",
+        choices=options.Names(list_suites),
+        metavar="SUITE",
+        help="one of %(choices)s",
     )
     sub.add_argument(
         "--workdir", type=options.path, required=True, help="folder of the results"
@@ -153,7 +157,14 @@ def _parse_steps(text: str) -> tuple[int, int] | None:
 def _evaluate(arguments: Arguments) -> None:
     from racm3_jax import run
 
-    default = find_config(f"eval/{arguments.suite}.py")
+    default = ""
+    if not arguments.config:
+        if arguments.suite not in SUITES:
+            raise UsageError(
+                f"the suite {arguments.suite} is of another package: give its config, "
+                "--config=FILE.py"
+            )
+        default = find_config(f"eval/{arguments.suite}.py")
     run.evaluate(read_config(arguments.config_flags, default), arguments.workdir)
 
 

@@ -171,7 +171,7 @@ class Session:
         for part in run_in_stages(work):
             if isinstance(part, Progress):
                 images = list(self.generator.preview(part)[0])
-                yield Stage(desk, images, part.num_drawn / part.max_new_tokens)
+                yield Stage(desk, images, part.num_sampled / part.max_new_tokens)
                 continue
             if not desk.given:
                 desk = dataclasses.replace(desk, given=self.show(part.retrieved))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from racm3_jax.limits import check_range
+
 Images = UInt8[np.ndarray, "images height width 3"]
 
 
@@ -38,15 +40,8 @@ class AugmentationConfig:
     num_variants: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("shift", "hue"):
-            if not 0 <= getattr(self, name) <= 0.5:
-                raise ValueError(
-                    f"augmentation.{name} must lie in 0..0.5; got {getattr(self, name)}"
-                )
-        if self.num_variants < 0:
-            raise ValueError(
-                f"augmentation.num_variants must be >= 0; got {self.num_variants}"
-            )
+        check_range(self, "augmentation", "shift", "hue", low=0, high=0.5)
+        check_range(self, "augmentation", "num_variants", low=0)
 
     @property
     def changes_images(self) -> bool:

@@ -31,7 +31,7 @@ from racm3_jax.evaluation.intervals import Estimate, bootstrap
 from racm3_jax.evaluation.parts import Arrays, Parts
 from racm3_jax.evaluation.pictures import Panel, Row, save_sheet
 from racm3_jax.evaluation.replicas import Replicas
-from racm3_jax.evaluation.retrieval import purge_memory, stack_rows
+from racm3_jax.evaluation.retrieval import stack_rows, without_near_duplicates
 from racm3_jax.evaluation.settings import CocoSettings
 from racm3_jax.evaluation.suite import Stage, Suite, format_variants
 from racm3_jax.generation.tasks import Generator
@@ -47,7 +47,7 @@ class CocoSuite(Suite):
     Attributes:
       settings: as given.
       reference: chunks of the real images.
-      num_purged: near-duplicates of test images in the memory.
+      num_removed: near-duplicates of test images in the memory.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class CocoSuite(Suite):
         real = self.finish(Stage(REAL, self.reference, self._read_real))
         digest = hashlib.sha256("".join(real["sha256"].tolist()).encode())
         self.facts["pixels"] = digest.hexdigest()[:16]
-        self.retrievers, self.num_purged = purge_memory(
+        self.retrievers, self.num_removed = without_near_duplicates(
             generator.retriever,
             real["embedding"],
             settings.max_similarity,
@@ -148,7 +148,7 @@ class CocoSuite(Suite):
 
     def figures(self) -> dict[str, Any]:
         """The figures of every variant, by "variant/name"."""
-        results: dict[str, Any] = {"num_near_duplicates_purged": self.num_purged}
+        results: dict[str, Any] = {"num_near_duplicates_removed": self.num_removed}
         for variant in self.settings.variants:
             found = self.score(self.parts.load(variant))
             results |= {f"{variant}/{name}": value for name, value in found.items()}
@@ -158,7 +158,7 @@ class CocoSuite(Suite):
         """One row per figure, one column per variant."""
         title = f"{self.settings.task}, {len(self.items)} images"
         lines = format_variants(title, self.settings.variants, results)
-        lines.append(f"\nnear-duplicates purged from the memory: {self.num_purged}")
+        lines.append(f"\nnear-duplicates removed from the memory: {self.num_removed}")
         return "\n".join(lines)
 
     def write_images(self) -> None:

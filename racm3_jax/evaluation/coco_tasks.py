@@ -18,7 +18,7 @@ from racm3_jax.evaluation.parts import Arrays
 from racm3_jax.evaluation.pictures import BLANK, Panel, memory_panels
 
 
-class CocoDrawing(CocoSuite):
+class CocoTextToImage(CocoSuite):
     """Fréchet distances and CLIPScores of generated images."""
 
     def compute(self, variant: str, items: range, device: Any) -> Arrays:

@@ -86,14 +86,14 @@ def sample_episodes(
         rng = np.random.default_rng([seed, i])
         names = [usable[j] for j in rng.choice(len(usable), num_ways, replace=False)]
         answer = int(rng.integers(num_ways))
-        drawn = [rng.permutation(rows[name]) for name in names]
+        sampled = [rng.permutation(rows[name]) for name in names]
         spoken = [
             str(words[j]) for j in rng.choice(len(words), num_ways, replace=False)
         ]
         episodes.append(
             Episode(
-                tuple(tuple(int(x) for x in d[:num_shots]) for d in drawn),
-                int(drawn[answer][num_shots]),
+                tuple(tuple(int(x) for x in d[:num_shots]) for d in sampled),
+                int(sampled[answer][num_shots]),
                 answer,
                 tuple(spoken),
             )
@@ -155,8 +155,8 @@ def mislead(
                 f"{need} images of other classes are needed to mislead; there are "
                 f"{len(others)}"
             )
-        drawn = iter(rng.choice(others, need, replace=False).tolist())
-        shown = tuple(tuple(next(drawn) for _ in rows) for rows in episode.shown)
+        sampled = iter(rng.choice(others, need, replace=False).tolist())
+        shown = tuple(tuple(next(sampled) for _ in rows) for rows in episode.shown)
         changed.append(dataclasses.replace(episode, shown=shown))
     return changed
 

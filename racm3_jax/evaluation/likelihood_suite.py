@@ -58,7 +58,7 @@ class LikelihoodSuite(Suite):
 
     Attributes:
       settings: as given.
-      num_purged: documents of the memory that are nearly test documents.
+      num_removed: documents of the memory that are nearly test documents.
       right: rows of the memory that each document should find; none for some.
     """
 
@@ -84,9 +84,9 @@ class LikelihoodSuite(Suite):
           twin: a model trained without retrieval, with the same tokenizer; None leaves
             that variant out.
           pool: what k-shot shows and asks; None leaves k-shot out.
-          class_key: metadata that documents which tell the same thing share (e.g.
-            "nation"): those are the right ones to retrieve. "" asks for the document
-            itself, so that the test set must be part of the memory.
+          class_key: metadata that documents which tell the same thing share: those are
+            the right ones to retrieve. "" asks for the document itself, so that the
+            test set must be part of the memory.
           **process: see `Suite`.
 
         Raises:
@@ -117,7 +117,7 @@ class LikelihoodSuite(Suite):
         self._models = Replicas(generator, devices)
         self._twins = None if twin is None else Replicas(twin, devices)
         self._embedded = self.finish(Stage("embedded", self.parts, self._embed))
-        self._retrievers, self.num_purged = retrieval.purge_memory(
+        self._retrievers, self.num_removed = retrieval.without_near_duplicates(
             generator.retriever,
             self._embedded["image"],
             settings.max_similarity,
@@ -162,7 +162,7 @@ class LikelihoodSuite(Suite):
             self.settings.recall_ks,
             self.memory.num_allowed,
         )
-        results["num_near_duplicates_purged"] = self.num_purged
+        results["num_near_duplicates_removed"] = self.num_removed
         return results
 
     def _load(self, variant: str) -> Likelihoods:
@@ -180,7 +180,7 @@ class LikelihoodSuite(Suite):
             if name.startswith("recall/") and "/chance" not in name
         }
         lines += [*format_rows(["the retriever", "recall", "chance"], rows), ""]
-        lines.append(f"near-duplicates purged from the memory: {self.num_purged}")
+        lines.append(f"near-duplicates removed from the memory: {self.num_removed}")
         return "\n".join(lines)
 
     def write_images(self) -> None:
@@ -239,7 +239,7 @@ class LikelihoodSuite(Suite):
         return counts._asdict() | {"retrieved": rows}
 
     def _search(self, items: range, device: Any) -> Arrays:
-        """What the index itself finds, before any strategy and any purge."""
+        """What the index itself finds, before any strategy and any removal."""
         del device
         k = min(max(self.settings.recall_ks), self.memory.num_allowed)
         some = slice(items.start, items.stop)

@@ -7,13 +7,18 @@ import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
 from racm3_jax import own_files
 from racm3_jax.documents.images import encode_png
-from racm3_jax.evaluation.pictures import Panel
+from racm3_jax.evaluation.pictures import Panel, retrieved_panels
+
+if TYPE_CHECKING:
+    from racm3_jax.generation.tasks import Generator
+    from racm3_jax.types import Document, GenerationOutput
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px;
@@ -36,6 +41,34 @@ class CaptionRow:
     retrieved: Sequence[Panel]
     with_retrieval: str
     without: str
+
+
+def caption_rows(
+    generator: Generator,
+    documents: Sequence[Document],
+    with_retrieval: Sequence[GenerationOutput],
+    without: Sequence[GenerationOutput],
+) -> list[CaptionRow]:
+    """Captions of the documents' images, with and without retrieval.
+
+    Args:
+      generator: of `with_retrieval`.
+      documents: one image and one text each.
+      with_retrieval: output per document.
+      without: the same, from any model.
+    """
+    return [
+        CaptionRow(
+            image=document.images[0],
+            truth=document.text,
+            retrieved=retrieved_panels(generator, found),
+            with_retrieval=found.texts[0],
+            without=alone.texts[0],
+        )
+        for document, found, alone in zip(
+            documents, with_retrieval, without, strict=True
+        )
+    ]
 
 
 def _inline(png: bytes, alt: str, small: bool = False) -> str:
@@ -92,7 +125,7 @@ def write_report(
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{html.escape(explanation)}</p>",
         f"<table>{items}</table>",
-        "<h2>Drawn from a prompt</h2>",
+        "<h2>Generated from a prompt</h2>",
         _inline(
             sheet.read_bytes(), "prompts, retrieved documents and generated images"
         ),

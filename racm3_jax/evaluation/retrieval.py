@@ -51,9 +51,10 @@ def chance_recall(num_rows: int, right: Sequence[Sequence[int]], k: int) -> floa
 
     A query with r right rows of n misses with probability C(n - r, k) / C(n, k).
     """
-    drawn = min(k, num_rows)
+    num_sampled = min(k, num_rows)
     missed = [
-        math.comb(num_rows - len(wanted), drawn) / math.comb(num_rows, drawn)
+        math.comb(num_rows - len(wanted), num_sampled)
+        / math.comb(num_rows, num_sampled)
         for wanted in right
     ]
     return 1 - sum(missed) / len(missed)
@@ -178,16 +179,16 @@ class RandomRetriever:
         return results
 
 
-class PurgedMemory:
-    """A memory that never returns some rows; the files are not changed.
+class ReducedMemory:
+    """A memory without some of its documents; the files are not changed.
 
     Everything else is delegated to the memory. For evaluations: with near-duplicates of
     the test set in the memory, a model could copy the answer.
     """
 
-    def __init__(self, memory: Memory, rows: Int64[np.ndarray, " purged"]) -> None:
+    def __init__(self, memory: Memory, rows: Int64[np.ndarray, " removed"]) -> None:
         self._memory = memory
-        self.purged = np.unique(np.asarray(rows, np.int64))
+        self.removed = np.unique(np.asarray(rows, np.int64))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._memory, name)
@@ -200,15 +201,15 @@ class PurgedMemory:
         return len(self.allowed_ids())
 
     def allowed_ids(self) -> Int64[np.ndarray, " allowed"]:
-        return np.setdiff1d(self._memory.allowed_ids(), self.purged)
+        return np.setdiff1d(self._memory.allowed_ids(), self.removed)
 
     def search(
         self, queries: Float32[np.ndarray, "queries d_embed"], k: int, **how: Any
     ) -> Neighbours:
         """As `Memory.search`, without the removed rows."""
-        width = min(len(self), k + min(k, len(self.purged)))
+        width = min(len(self), k + min(k, len(self.removed)))
         while True:
-            kept = self._without_purged(self._memory.search(queries, width, **how))
+            kept = self._without_removed(self._memory.search(queries, width, **how))
             if width == len(self) or (kept.valid.sum(1) >= k).all():
                 break
             width = min(len(self), 4 * width)
@@ -234,14 +235,14 @@ class PurgedMemory:
         """
         self._memory.search_until(
             queries,
-            lambda asking, found: take(asking, self._without_purged(found)),
+            lambda asking, found: take(asking, self._without_removed(found)),
             width,
             max_width,
         )
 
-    def _without_purged(self, found: Neighbours) -> Neighbours:
+    def _without_removed(self, found: Neighbours) -> Neighbours:
         """The same neighbours, with removed ones as empty slots at the end."""
-        kept = found.valid & ~np.isin(found.ids, self.purged)
+        kept = found.valid & ~np.isin(found.ids, self.removed)
         order = np.argsort(~kept, axis=1, kind="stable")
         valid = np.take_along_axis(kept, order, 1)
         ids = np.where(valid, np.take_along_axis(found.ids, order, 1), -1)
@@ -265,7 +266,7 @@ def find_near_duplicates(
     return streaming.find_similar(memory.image_embeddings, images, larger)[0]
 
 
-def purge_memory(
+def without_near_duplicates(
     retriever: Retriever,
     images: Float32[np.ndarray, "images d_embed"],
     max_similarity: float,
@@ -284,7 +285,7 @@ def purge_memory(
       "random"; the number of removed documents).
     """
     rows = find_near_duplicates(retriever.memory, images, max_similarity)
-    memory: Any = PurgedMemory(retriever.memory, rows)
+    memory: Any = ReducedMemory(retriever.memory, rows)
     retrievers = {
         "retrieval": Retriever(memory, retriever.strategy),
         "random": RandomRetriever(memory, seed),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from racm3_jax.limits import check_choices, check_range
 from racm3_jax.types import Modality
 
 COCO_VARIANTS = ("retrieval", "no_retrieval", "copy", "random")
@@ -58,13 +59,9 @@ class CocoSettings:
     num_sheet_rows: int = 8
 
     def __post_init__(self) -> None:
-        if self.task not in ("text_to_image", "captioning"):
-            raise ValueError(
-                f"task is {self.task!r}; allowed: 'text_to_image', 'captioning'"
-            )
+        check_choices(self, "settings", task=("text_to_image", "captioning"))
         _check_variants(self.variants, COCO_VARIANTS)
-        if self.chunk_size < 1 or self.num_retrieved < 1:
-            raise ValueError("chunk_size and num_retrieved must be >= 1")
+        check_range(self, "settings", "chunk_size", "num_retrieved", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +101,6 @@ class LikelihoodSettings:
 
     def __post_init__(self) -> None:
         _check_variants(self.variants, LIKELIHOOD_VARIANTS)
-        if self.query not in ("text", "image"):
-            raise ValueError(f"query is {self.query!r}; allowed: 'text', 'image'")
-        for name in ("num_retrieved", "chunk_size", "num_rows", "num_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+        check_choices(self, "settings", query=("text", "image"))
+        counts = ("num_retrieved", "chunk_size", "num_rows", "num_episodes")
+        check_range(self, "settings", *counts, low=1)

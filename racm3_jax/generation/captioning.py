@@ -131,8 +131,8 @@ def make_task(
     tokens = vocab.image_tokens(engine.tokenizer.image.encode(pixels))
     start = engine.tokenizer.encode_text(prefix) if prefix else np.zeros(0, np.int32)
 
-    def read(row, drawn):
-        text = decode_text(engine, start, drawn)
+    def read(row, sampled):
+        text = decode_text(engine, start, sampled)
         return Segment(text=text), Segment(image=images[row])
 
     choose = None
@@ -162,10 +162,10 @@ def make_task(
 def decode_text(
     engine: Engine,
     before: Int32[np.ndarray, " before"],
-    drawn: Int32[np.ndarray, " new"],
+    sampled: Int32[np.ndarray, " new"],
     after: Int32[np.ndarray, " after"] | Sequence[int] = (),
 ) -> str:
     """Sampled text between what was around it, without control tokens."""
-    kept = drawn[engine.tokenizer.vocab.is_text(drawn)]
+    kept = sampled[engine.tokenizer.vocab.is_text(sampled)]
     ids = np.concatenate([before, kept, np.asarray(after, np.int32)])
     return engine.tokenizer.text.decode(ids.astype(np.int32))

@@ -149,7 +149,7 @@ def _describe_images(
         return near
     known = prompt.known >= 0
     kept = (vocab.image_codes(tokens) == prompt.known)[:, known].sum(1)
-    counts = {"codes_drawn": int((~known).sum()), "codes_outside": int(known.sum())}
+    counts = {"codes_generated": int((~known).sum()), "codes_outside": int(known.sum())}
     return [
         fact | counts | {"codes_outside_kept": int(count)}
         for fact, count in zip(near, kept, strict=True)

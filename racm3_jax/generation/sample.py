@@ -101,14 +101,14 @@ class Progress(NamedTuple):
     Attributes:
       tokens: the tokens so far; of `Generator.infill` and `edit` all of the image, -1
         where one is still missing.
-      num_drawn: tokens of each row so far.
+      num_sampled: tokens of each row so far.
       max_new_tokens: the most tokens of a row.
       seconds: since the first token was sampled.
       tokens_per_second: of all samples together.
     """
 
     tokens: Int32[np.ndarray, "batch samples new"]
-    num_drawn: int
+    num_sampled: int
     max_new_tokens: int
     seconds: float
     tokens_per_second: float

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+from racm3_jax.limits import check_choices, check_range
 from racm3_jax.sharding import multiplies_bfloat16
 
 Position = Literal["learned", "rope"]
@@ -27,6 +28,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "attention": get_args(AttentionKind),
     "remat": get_args(RematKind),
     "compute_dtype": get_args(ComputeDtype),
+}
+CHAMELEON_STYLE: dict[str, Any] = {
+    "position": "rope",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "qk_norm": True,
+    "use_bias": False,
+    "tie_embeddings": False,
 }
 
 
@@ -91,16 +100,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuses invalid sizes and names."""
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.{name} is {getattr(self, name)!r}; use one of "
-                    + ", ".join(map(repr, allowed))
-                )
+        check_choices(self, "model", **_CHOICES)
         sizes = "vocab_size d_model num_layers num_heads head_dim d_ff max_length"
-        for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; use >= 1")
+        check_range(self, "model", *sizes.split(), low=1)
         if self.max_segments < 2:
             raise ValueError(
                 f"model.max_segments is {self.max_segments}; use >= 2: an example and "
@@ -165,16 +167,10 @@ def chameleon_7b(**changes: Any) -> ModelConfig:
         "head_dim": 128,
         "d_ff": 11_008,
         "max_length": 4096,
-        "position": "rope",
-        "norm": "rmsnorm",
-        "activation": "swiglu",
-        "qk_norm": True,
-        "use_bias": False,
-        "tie_embeddings": False,
         "compute_dtype": "bfloat16",
         "scan_layers": True,
     }
-    return ModelConfig(**(sizes | changes))
+    return ModelConfig(**(CHAMELEON_STYLE | sizes | changes))
 
 
 def tiny(**changes: Any) -> ModelConfig:
@@ -193,18 +189,8 @@ def tiny(**changes: Any) -> ModelConfig:
 
 def tiny_chameleon(**changes: Any) -> ModelConfig:
     """Chameleon style with grouped queries, small enough for a unit test."""
-    style: dict[str, Any] = {
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "position": "rope",
-        "norm": "rmsnorm",
-        "activation": "swiglu",
-        "qk_norm": True,
-        "use_bias": False,
-        "tie_embeddings": False,
-    }
-    return tiny(**(style | changes))
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    return tiny(**(CHAMELEON_STYLE | heads | changes))
 
 
 PRESETS: dict[str, Callable[..., ModelConfig]] = {

@@ -31,7 +31,7 @@ from racm3_jax.checkpoints import (
     weights_folder,
     write_manifest,
 )
-from racm3_jax.model.config import ModelConfig
+from racm3_jax.model.config import CHAMELEON_STYLE, ModelConfig
 from racm3_jax.model.transformer import init_params
 from racm3_jax.porting.chameleon_rules import (
     LAYOUT_NAMES,
@@ -188,15 +188,8 @@ def read_model_config(source: TensorSource, folder: Path) -> ModelConfig:
         fields = _hf_fields(folder)
     names = {info.dtype.name for info in source.tensors.values()}
     half = bool(names & {"bfloat16", "float16"})
-    fields |= {
-        "position": "rope",
-        "norm": "rmsnorm",
-        "activation": "swiglu",
-        "qk_norm": True,
-        "use_bias": False,
-        "tie_embeddings": False,
-        "compute_dtype": "bfloat16" if half else "float32",
-    }
+    fields |= CHAMELEON_STYLE
+    fields["compute_dtype"] = "bfloat16" if half else "float32"
     try:
         config = build_config(ModelConfig, fields, folder)
     except CheckpointError as error:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
+from racm3_jax.limits import check_choices
 from racm3_jax.retrieval.clip_layers import ACTIVATIONS, Layer, dense, norm, normal
 from racm3_jax.sharding import current_platform, multiplies_bfloat16
 
@@ -88,16 +89,10 @@ class CLIPConfig:
                     f"clip.{tower}_width {width} is not a multiple of "
                     f"clip.{tower}_heads {heads}"
                 )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"clip.activation is {self.activation!r}; allowed: "
-                + ", ".join(sorted(ACTIVATIONS))
-            )
-        if self.compute_dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(
-                f"clip.compute_dtype is {self.compute_dtype!r}; allowed: 'auto', "
-                "'bfloat16', 'float32'"
-            )
+        dtypes = ("auto", "bfloat16", "float32")
+        check_choices(
+            self, "clip", activation=sorted(ACTIVATIONS), compute_dtype=dtypes
+        )
         if self.vocab_size < 3 or self.context_length < 3:
             raise ValueError(
                 "clip.vocab_size and clip.context_length must be >= 3 (a token between "

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
+from racm3_jax.limits import check_choices, check_range
 from racm3_jax.types import TokenizedDocument
 
 Ranking = Literal["relevance", "random"]
@@ -50,21 +51,14 @@ class StrategyConfig:
     given: Given = "both"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("ranking", Ranking), ("given", Given)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(
-                    f"strategy.{name} is {getattr(self, name)!r}; allowed: "
-                    + ", ".join(get_args(allowed))
-                )
+        choices = {"ranking": get_args(Ranking), "given": get_args(Given)}
+        check_choices(self, "strategy", **choices)
         if self.given != "both" and not self.require_multimodal:
             raise ValueError(
                 f"strategy.given={self.given!r} needs strategy.require_multimodal=True: "
                 "a document without that modality would be empty"
             )
-        if self.num_candidates < 1:
-            raise ValueError(
-                f"strategy.num_candidates must be >= 1; got {self.num_candidates}"
-            )
+        check_range(self, "strategy", "num_candidates", low=1)
         if self.max_candidates < self.num_candidates:
             raise ValueError(
                 "strategy.max_candidates must be >= strategy.num_candidates "

@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from racm3_jax.limits import check_choices, check_range
 from racm3_jax.sequences import layout
 from racm3_jax.types import Example, TokenizedDocument
 from racm3_jax.vocab import Vocab
@@ -79,29 +80,19 @@ class CausalMaskingConfig:
     text_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_masks not in get_args(NumMasks):
-            raise ValueError(
-                f"causal_masking.num_masks is {self.num_masks!r}; allowed: "
-                + ", ".join(get_args(NumMasks))
-            )
+        check_choices(self, "causal_masking", num_masks=get_args(NumMasks))
         if self.mean < 0 or (self.num_masks == "fixed" and self.mean % 1):
             raise ValueError(
                 "causal_masking.mean must be >= 0, and whole when num_masks is "
                 f"'fixed'; got {self.mean}"
             )
-        if self.max_masks < 1:
-            raise ValueError(
-                f"causal_masking.max_masks must be >= 1; got {self.max_masks}"
-            )
+        check_range(self, "causal_masking", "max_masks", low=1)
         if not 0 < self.text_weight < float("inf"):
             raise ValueError(
                 f"causal_masking.text_weight must be above 0; got {self.text_weight}"
             )
-        for name in ("rotation_probability", "rotation_text_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"causal_masking.{name} must be in 0..1; got {getattr(self, name)}"
-                )
+        shares = ("rotation_probability", "rotation_text_share")
+        check_range(self, "causal_masking", *shares, low=0, high=1)
 
 
 def sample_num_masks(config: CausalMaskingConfig, rng: np.random.Generator) -> int:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from racm3_jax.limits import check_range
 from racm3_jax.types import Example, TokenizedDocument, TokenizedSegment
 from racm3_jax.vocab import Vocab
 
@@ -35,7 +36,7 @@ class EpisodeConfig:
     Attributes:
       probability: fraction of the main documents that become queries of episodes.
       num_ways: labels per episode, one demonstration each.
-      class_key: metadata key of a document's class.
+      class_key: metadata key of a document's class; in a config, "" takes the world's.
       num_labels: number of invented words from which labels are sampled.
       label_first: fraction of the episodes whose labels come before their images.
       label_weight: factor of the answer's loss weight (a few tokens vs. a whole image).
@@ -43,17 +44,13 @@ class EpisodeConfig:
 
     probability: float = 0.0
     num_ways: int = 2
-    class_key: str = "nation"
+    class_key: str = ""
     num_labels: int = 2000
     label_first: float = 0.5
     label_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("probability", "label_first"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"episodes.{name} must be in 0..1; got {getattr(self, name)}"
-                )
+        check_range(self, "episodes", "probability", "label_first", low=0, high=1)
         if not 0 < self.label_weight < float("inf"):
             raise ValueError(
                 f"episodes.label_weight must be above 0; got {self.label_weight}"

@@ -319,9 +319,9 @@ def _describe(
 def _query_modality(
     main: TokenizedDocument, wanted: QueryModality, rng: np.random.Generator
 ) -> Modality:
-    drawn: Modality = "text" if rng.random() < 0.5 else "image"
+    sampled: Modality = "text" if rng.random() < 0.5 else "image"
     if wanted != "both":
-        drawn = wanted
-    if drawn in main.modalities:
-        return drawn
-    return "image" if drawn == "text" else "text"
+        sampled = wanted
+    if sampled in main.modalities:
+        return sampled
+    return "image" if sampled == "text" else "text"

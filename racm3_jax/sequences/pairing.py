@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from racm3_jax.limits import check_range
 from racm3_jax.types import Example, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
@@ -42,7 +43,7 @@ class PairingConfig:
         least one is of the main document's class.
       same_probability: fraction of the examples in which the main document itself is one
         of the right ones, which is the easiest case: for the start of a curriculum.
-      class_key: metadata key of a document's class.
+      class_key: metadata key of a document's class; in a config, "" takes the world's.
       rename: give the classes of an example new names. Their names are the values of
         `class_key` as spelled in the documents' texts.
       name_weight: factor of the loss weight of the main document's name after its
@@ -55,17 +56,13 @@ class PairingConfig:
     wrong_probability: float = 1.0
     right_probability: float = 1.0
     same_probability: float = 0.0
-    class_key: str = "nation"
+    class_key: str = ""
     rename: bool = True
     name_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        names = ("", "wrong_", "right_", "same_")
-        for name in (f"{prefix}probability" for prefix in names):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"pairing.{name} must be in 0..1; got {getattr(self, name)}"
-                )
+        names = (f"{prefix}probability" for prefix in ("", "wrong_", "right_", "same_"))
+        check_range(self, "pairing", *names, low=0, high=1)
         if not 0 < self.name_weight < float("inf"):
             raise ValueError(
                 f"pairing.name_weight must be above 0; got {self.name_weight}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from racm3_jax.limits import check_choices, check_range
 from racm3_jax.sequences.causal_masking import SegmentOrder
 
 QueryModality = Literal["text", "image", "both"]
@@ -80,47 +81,26 @@ class PipelineConfig:
     segment_order: SegmentOrder = "stored"
 
     def __post_init__(self) -> None:
-        least = {
-            "rows": 1,
-            "row_length": 1,
-            "examples_per_batch": 1,
-            "max_documents": 0,
-            "min_documents": 0,
-            "num_query_variants": 0,
-            "max_trim": 0,
-            "max_examples": 0,
-            "max_position_offset": 0,
-            "max_position_gap": 0,
-            "prefetch": 0,
-            "threads": 1,
-            "groups": 1,
-            "window_steps": 1,
-        }
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(
-                    f"pipeline.{name} must be >= {minimum}; got {getattr(self, name)}"
-                )
+        sizes = ("rows", "row_length", "examples_per_batch")
+        counts = ("threads", "groups", "window_steps")
+        check_range(self, "pipeline", *sizes, *counts, low=1)
+        bounds = ("max_documents", "min_documents", "max_trim", "max_examples")
+        steps = ("max_position_offset", "max_position_gap")
+        rest = ("num_query_variants", "prefetch")
+        check_range(self, "pipeline", *bounds, *steps, *rest, low=0)
         if self.min_documents > self.max_documents:
             raise ValueError(
                 f"pipeline.min_documents={self.min_documents} is more than "
                 f"pipeline.max_documents={self.max_documents}"
             )
-        for name, allowed in (
-            ("query_modality", QueryModality),
-            ("document_order", DocumentOrder),
-            ("segment_order", SegmentOrder),
-        ):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(
-                    f"pipeline.{name} is {getattr(self, name)!r}; allowed: "
-                    + ", ".join(get_args(allowed))
-                )
-        if not 0 <= self.distractor_probability <= 1:
-            raise ValueError(
-                "pipeline.distractor_probability must be in 0..1; got "
-                f"{self.distractor_probability}"
-            )
+        check_choices(
+            self,
+            "pipeline",
+            query_modality=get_args(QueryModality),
+            document_order=get_args(DocumentOrder),
+            segment_order=get_args(SegmentOrder),
+        )
+        check_range(self, "pipeline", "distractor_probability", low=0, high=1)
         if self.rows % self.groups:
             raise ValueError(
                 f"pipeline.groups must divide pipeline.rows={self.rows}; got "

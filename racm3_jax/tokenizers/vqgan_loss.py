@@ -19,6 +19,7 @@ import numpy as np
 from flax.core import meta
 from jaxtyping import Array, Float, Int, UInt8
 
+from racm3_jax.limits import check_range
 from racm3_jax.tokenizers.codebook import fit_codebook
 from racm3_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from racm3_jax.tokenizers.vqgan_layers import Conv, GroupNorm
@@ -65,12 +66,8 @@ class VQGANLossConfig:
     discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 0:
-                raise ValueError(
-                    f"vqgan_loss.{field.name} must be >= 0; got "
-                    f"{getattr(self, field.name)}"
-                )
+        names = (field.name for field in dataclasses.fields(self))
+        check_range(self, "vqgan_loss", *names, low=0)
         for name in ("codebook_decay", "revive_below"):
             if getattr(self, name) >= 1:
                 raise ValueError(

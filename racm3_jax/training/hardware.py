@@ -382,5 +382,9 @@ def format_estimate(estimate: TrainingEstimate, details: dict[str, Any]) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """In GB (10**9 bytes) or MB."""
-    return f"{number / GB:,.2f} GB" if number >= GB / 10 else f"{number / 1e6:,.1f} MB"
+    """In GB (10**9 bytes), MB or KB."""
+    if number >= GB / 10:
+        return f"{number / GB:,.2f} GB"
+    if number >= GB / 10_000:
+        return f"{number / 1e6:,.1f} MB"
+    return f"{number / 1e3:,.1f} KB"

@@ -12,6 +12,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from racm3_jax.limits import check_choices, check_range
+
 SCHEDULES = ("linear", "cosine", "constant")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
@@ -48,25 +50,15 @@ class OptimizerConfig:
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"optimizer.schedule is {self.schedule!r}; choose one of {SCHEDULES}"
-            )
-        if self.first_moment_dtype not in MOMENT_DTYPES:
-            raise ValueError(
-                f"optimizer.first_moment_dtype is {self.first_moment_dtype!r}; choose "
-                f"one of {MOMENT_DTYPES}"
-            )
+        choices = {"schedule": SCHEDULES, "first_moment_dtype": MOMENT_DTYPES}
+        check_choices(self, "optimizer", **choices)
         for name in ("learning_rate", "num_steps", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(
                     f"optimizer.{name} must be > 0; got {getattr(self, name)}"
                 )
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "final_fraction"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"optimizer.{name} must be >= 0; got {getattr(self, name)}"
-                )
+        rest = ("warmup_steps", "weight_decay", "clip_norm", "final_fraction")
+        check_range(self, "optimizer", *rest, low=0)
 
 
 def build_schedule(config: OptimizerConfig) -> optax.Schedule:

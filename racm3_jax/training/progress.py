@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import logging as python_logging
 import math
+import re
 import statistics
 import sys
 import time
@@ -39,8 +41,43 @@ class TrainingDiverged(FloatingPointError):
     """The loss is no longer a finite number."""
 
 
+@dataclasses.dataclass
+class _Alike:
+    """Parameters whose names differ only in a number: a row of the table."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    number: int = 0
+    size: int = 0
+
+
+def describe_parameters(params: Any) -> str:
+    """A table of names, shapes and sizes, and the total of all parameters.
+
+    Equal parameters of numbered layers share a row:
+
+        | Name                          | Shape        | Dtype   | Number | Size    |
+        | layers_*/attention/key/kernel | (256, 4, 64) | float32 | 4      | 262,144 |
+    """
+    tree = dict(params) if isinstance(params, Mapping) else {"params": params}
+    rows: dict[tuple[str, tuple[int, ...], str], _Alike] = {}
+    num_bytes = 0
+    for name, values in parameter_overview.flatten_dict(tree).items():
+        kind = (re.sub(r"\d+", "*", name), values.shape, str(values.dtype))
+        row = rows.setdefault(kind, _Alike(name, *kind[1:]))
+        if row.number:
+            row.name = kind[0]
+        row.number += 1
+        row.size += values.size
+        num_bytes += values.nbytes
+    total = sum(row.size for row in rows.values())
+    table = parameter_overview.make_table(list(rows.values()))
+    return f"{table}\nTotal: {total:,} -- {num_bytes:,} bytes"
+
+
 def report_parameters(params: Any, progress: bool) -> None:
-    """Prints and logs name, shape and size of every parameter, and their total.
+    """Prints and logs `describe_parameters`.
 
     Args:
       params: of the trained model.
@@ -48,8 +85,7 @@ def report_parameters(params: Any, progress: bool) -> None:
     """
     if jax.process_index() > 0:
         return
-    tree = dict(params) if isinstance(params, Mapping) else {"params": params}
-    table = parameter_overview.get_parameter_overview(tree, include_stats=False)
+    table = describe_parameters(params)
     logging.info("trained parameters:\n%s", table)
     if progress and not logging.level_info():
         tqdm.write(table, file=sys.stderr)

@@ -192,7 +192,7 @@ def generate_heldout(
         mains = [as_main(document) for document in documents]
         excluding: Any = OwnExcluded(generator.retriever, mains)
         generator = generator.with_retriever(excluding)
-    drawn = generator.text_to_image_batch(
+    generated = generator.text_to_image_batch(
         [document.text for document in documents],
         num_retrieved=num_retrieved,
         seed=seed,
@@ -207,7 +207,7 @@ def generate_heldout(
                 [Panel(resize_image(document.images[0], size))],
             ),
         )
-        for output, document in zip(drawn, documents, strict=True)
+        for output, document in zip(generated, documents, strict=True)
     ]
     headings = (title, "retrieved documents", "generated", "held out")
     save_sheet(path, headings, rows)

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -40,10 +40,14 @@ from racm3_jax.wiring.sections import (
     MemoryConfig,
     MeshConfig,
     TokenizerConfig,
+    choose_class_key,
     construct,
 )
 
 PACKAGE = Path(__file__).parent.parent
+
+# What chooses documents by class.
+Chosen = TypeVar("Chosen", EpisodeConfig, PairingConfig)
 
 
 def resolve(path: str | Path) -> Path:
@@ -267,6 +271,7 @@ def build_episodes(
     if "episodes" not in config or not config.episodes.probability:
         return None
     settings = construct(EpisodeConfig, config.episodes, "episodes")
+    settings = _with_class_key(config, "episodes", settings)
     classes = _read_classes(memory, settings.class_key, workdir)
     words = make_labels(settings.num_labels, np.random.default_rng(config.seed))
     labels = [tokenizer.encode_text(word) for word in words]
@@ -284,8 +289,19 @@ def build_pairing(
         return None
     settings = construct(PairingConfig, config.pairing, "pairing")
     names = Names(tokenizer.text.decode, tokenizer.text.encode, make_name)
+    settings = _with_class_key(config, "pairing", settings)
     classes = _read_classes(memory, settings.class_key, workdir)
     return Pairing(settings, classes, names)
+
+
+def _with_class_key(config: Any, section: str, settings: Chosen) -> Chosen:
+    class_key = choose_class_key(config, settings.class_key)
+    if not class_key:
+        raise ValueError(
+            f"config.{section}.class_key is empty: give the metadata key of the "
+            "documents' classes"
+        )
+    return dataclasses.replace(settings, class_key=class_key)
 
 
 def _read_classes(

@@ -21,6 +21,7 @@ from racm3_jax import checksums
 from racm3_jax.buckets import refuse_url
 from racm3_jax.documents.augmentation import NO_AUGMENTATION, AugmentationConfig
 from racm3_jax.evaluation.settings import CocoSettings, LikelihoodSettings
+from racm3_jax.limits import check_range
 from racm3_jax.model.config import ModelConfig
 from racm3_jax.retrieval.clip import CLIPConfig
 from racm3_jax.retrieval.clip_loss import CLIPLossConfig
@@ -74,24 +75,14 @@ class TrainConfig:
     sheet_rows: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"train.{name} must be >= 1; got {getattr(self, name)}"
-                )
-        for name in ("eval_every", "patience", "sheet_rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"train.{name} must be >= 0; got {getattr(self, name)}"
-                )
+        counts = ("num_steps", "checkpoint_every", "keep_checkpoints")
+        check_range(self, "train", *counts, low=1)
+        check_range(self, "train", "eval_every", "patience", "sheet_rows", low=0)
+        check_range(self, "train", "eval_documents", low=2)
         if self.patience and not self.eval_every:
             raise ValueError(
                 f"train.patience={self.patience} counts evaluations: give "
                 "train.eval_every, too"
-            )
-        if self.eval_documents < 2:
-            raise ValueError(
-                f"train.eval_documents must be >= 2; got {self.eval_documents}"
             )
 
 
@@ -360,6 +351,18 @@ def choose_world(config: Any) -> World:
       ValueError: there is none of this name.
     """
     return find_world(config.get("world_name", DEFAULT_WORLD))
+
+
+def choose_class_key(config: Any, class_key: str) -> str:
+    """`class_key` of a section; if it is "", that of the world, if there is one.
+
+    Raises:
+      ValueError: there is no world of the config's name.
+    """
+    if class_key or config.get("world") is None or config.get("source"):
+        return class_key
+    world = choose_world(config)
+    return world.class_key or world.group_key
 
 
 def _read(config: Any, cls: type) -> Any:

@@ -9,7 +9,7 @@ from racm3_jax.documents.readers import read_documents
 from racm3_jax.evaluation.clip_score import CLIPFeatures, CLIPScorer
 from racm3_jax.evaluation.coco import choose_items, read_coco, read_karpathy
 from racm3_jax.evaluation.coco_suite import CocoSuite
-from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoDrawing
+from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoTextToImage
 from racm3_jax.evaluation.document_sets import choose_documents, choose_pool
 from racm3_jax.evaluation.inception import InceptionFeatures, convert_weights
 from racm3_jax.evaluation.likelihood_suite import LikelihoodSuite
@@ -26,6 +26,7 @@ from racm3_jax.wiring.parts import open_memory, resolve
 from racm3_jax.wiring.sections import (
     CocoEvaluation,
     LikelihoodEvaluation,
+    choose_class_key,
     choose_world,
     construct,
 )
@@ -72,7 +73,7 @@ def build_coco_suite(config: Any, workdir: Path) -> CocoSuite:
             variant=config.inception.variant,
             resizing=config.inception.resizing,
         )
-    suite = CocoDrawing if settings.task == "text_to_image" else CocoCaptioning
+    suite = CocoTextToImage if settings.task == "text_to_image" else CocoCaptioning
     return suite(
         generator,
         items,
@@ -94,6 +95,7 @@ def build_likelihood_suite(config: Any, workdir: Path) -> LikelihoodSuite:
         documents = list(read_documents(config.source))
     else:
         documents = list(world.read(world_settings, "heldout_test"))
+    class_key = choose_class_key(config, config.class_key)
     shown = list(read_documents(config.kshot_source)) if config.kshot_source else []
     if config.memory_path:
         memory = open_memory(
@@ -109,8 +111,8 @@ def build_likelihood_suite(config: Any, workdir: Path) -> LikelihoodSuite:
         settings,
         workdir,
         twin=twin,
-        pool=choose_pool(shown or documents, config.class_key),
-        class_key=config.class_key,
+        pool=choose_pool(shown or documents, class_key),
+        class_key=class_key,
         **describe_process(plain),
     )
 

@@ -21,7 +21,7 @@ from racm3_jax.sharding import sharing
 from racm3_jax.training.mirror import PUSH_SECONDS, Mirror
 from racm3_jax.training.processes import wait_for_all
 from racm3_jax.wiring.job import Job
-from racm3_jax.wiring.sections import read_training
+from racm3_jax.wiring.sections import choose_class_key, read_training
 
 LOCK_NAME = "training.lock"
 # Files of a work directory that was claimed but not used.
@@ -56,6 +56,8 @@ _MAY_CHANGE = (
     "config.train.sheet_rows",
     "config.train.watchdog_seconds",
 )
+# Older runs without a world may leave out the key of their classes; newer ones name it.
+_OLD_CLASS_KEY = "nation"
 
 
 @contextlib.contextmanager
@@ -202,7 +204,13 @@ def check_inputs(extra: Mapping[str, Any], job: Job, workdir: Path) -> None:
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
     """A config with all defaults, in JSON form."""
-    return json.loads(json.dumps(dataclasses.asdict(read_training(config))))
+    settings = dataclasses.asdict(read_training(config))
+    for name in ("episodes", "pairing"):
+        section = settings.get(name)
+        if section is not None:
+            class_key = choose_class_key(config, section["class_key"])
+            section["class_key"] = class_key or _OLD_CLASS_KEY
+    return json.loads(json.dumps(settings))
 
 
 def _differences(old: Any, new: Any, where: str) -> set[str]:

@@ -47,7 +47,7 @@ class Recorder:
                 kwargs["on_progress"](
                     types.SimpleNamespace(
                         tokens=tokens,
-                        num_drawn=2,
+                        num_sampled=2,
                         max_new_tokens=4,
                         tokens_per_second=9.0,
                     )

@@ -100,5 +100,5 @@ def test_changes_depend_only_on_the_seed():
     assert (first == again).all() and (first != images).any()
     sampled = {sample_change(config, rng) for _ in range(9)}
     assert len(sampled) == 9 and {c.mirrored for c in sampled} == {True, False}
-    with pytest.raises(ValueError, match=r"augmentation.shift must lie in 0..0.5"):
+    with pytest.raises(ValueError, match=r"augmentation.shift must be in 0..0.5"):
         AugmentationConfig(shift=0.6)

@@ -23,7 +23,7 @@ from racm3_jax.evaluation.coco import (
     read_coco,
     read_karpathy,
 )
-from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoDrawing
+from racm3_jax.evaluation.coco_tasks import CocoCaptioning, CocoTextToImage
 from racm3_jax.evaluation.frechet import FeatureStatistics
 from racm3_jax.evaluation.replicas import Replicas
 from racm3_jax.evaluation.settings import CocoSettings
@@ -66,7 +66,7 @@ def make_suite(generator, coco, workdir, settings, **process):
         "scorer": CLIPScorer(Embedder()),  # pyright: ignore
     }
     items = choose_items(read_coco(coco), COUNT)
-    return CocoDrawing(generator, items, settings, workdir, **judge, **process)
+    return CocoTextToImage(generator, items, settings, workdir, **judge, **process)
 
 
 def run(generator, coco, workdir, settings=None, **process):
@@ -139,7 +139,7 @@ def test_near_duplicates_are_counted_and_never_retrieved(coco, memory, tmp_path)
     settings = make_settings(variants=("retrieval", "copy", "random"))
     suite = make_suite(StubGenerator(memory), coco, tmp_path, settings)
     results = suite.run(log=lambda line: None)
-    assert results is not None and results["num_near_duplicates_purged"] == 3
+    assert results is not None and results["num_near_duplicates_removed"] == 3
     # The order of rows is the builder's; ids are fixed.
     near = set(memory.find(["m0", "m1", "m2"]).tolist())
     assert len(near) == 3
@@ -191,7 +191,7 @@ def test_real_images_are_computed_once_for_all_runs(coco, memory, tmp_path):
 
     def compute(name, seed):
         extractor = Counted()
-        suite = CocoDrawing(
+        suite = CocoTextToImage(
             StubGenerator(memory),  # pyright: ignore
             choose_items(read_coco(coco), COUNT),
             make_settings(variants=("copy",), seed=seed),
@@ -285,7 +285,7 @@ def test_parts_of_another_run_are_refused(coco, memory, tmp_path):
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="'captioning'"):
+    with pytest.raises(ValueError, match="'vqa'; allowed: text_to_image, captioning"):
         make_settings("vqa")
     with pytest.raises(ValueError, match="no_retrieval"):
         make_settings(variants=("oracle",))

@@ -110,7 +110,7 @@ def test_every_figure_stands_beside_its_baselines(scorer, memory, documents, tmp
     assert results["recall/image_to_document@10"].total == 5
     assert results["recall/text_to_document@1/chance"] == pytest.approx(1 / 40)
     assert results["recall/text_to_image@1"].total == COUNT
-    assert results["num_near_duplicates_purged"] >= 3
+    assert results["num_near_duplicates_removed"] >= 3
     record = json.loads((tmp_path / "results.json").read_text())
     for name in ("model", "twin", "tokenizer", "retrieval_clip", "run"):
         assert len(record["settings"][name]) > 4
@@ -198,7 +198,7 @@ def test_sets_are_chosen_by_hash(documents):
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="no_retrieval"):
         make_settings(variants=("oracle",))
-    with pytest.raises(ValueError, match="'text', 'image'"):
+    with pytest.raises(ValueError, match="query is 'both'; allowed: text, image"):
         make_settings(query="both")
     with pytest.raises(ValueError, match="num_episodes must be >= 1"):
         make_settings(num_episodes=0)

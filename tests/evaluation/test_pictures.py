@@ -1,8 +1,11 @@
+import types
+
 import numpy as np
 import pytest
 
 from racm3_jax.evaluation.pictures import Panel, Row, draw_sheet, tile
-from racm3_jax.evaluation.report import CaptionRow, write_report
+from racm3_jax.evaluation.report import CaptionRow, caption_rows, write_report
+from racm3_jax.types import Document, Segment
 
 RED = np.full((8, 8, 3), (255, 0, 0), np.uint8)
 
@@ -34,6 +37,25 @@ def test_a_row_is_as_high_as_its_longest_text():
     tall = [Row("word " * 60, ([Panel(RED)],)), rows[1]]
     sheet = draw_sheet(("prompt", "generated"), tall, panel_size=32)
     assert sheet.shape[0] > plain.shape[0] + 60
+
+
+def test_captions_of_a_report_are_those_of_their_images():
+    documents = [
+        Document(str(i), (Segment(text=f"truth {i}"), Segment(image=RED)))
+        for i in range(2)
+    ]
+    nothing = types.SimpleNamespace(documents=(), scores=np.zeros(0))
+    found, alone = (
+        [types.SimpleNamespace(texts=[f"{how} {i}"], retrieved=nothing) for i in (0, 1)]
+        for how in ("found", "alone")
+    )
+    generator = types.SimpleNamespace(tokenizer=None)
+    rows = caption_rows(generator, documents, found, alone)
+    assert [(r.truth, r.with_retrieval, r.without) for r in rows] == [
+        ("truth 0", "found 0", "alone 0"),
+        ("truth 1", "found 1", "alone 1"),
+    ]
+    assert (rows[0].image == RED).all() and rows[0].retrieved == []
 
 
 def test_report_is_one_file_without_external_links(tmp_path):

@@ -4,8 +4,8 @@ from evaluation_fakes import Embedder, make_memory, picture
 
 from racm3_jax.evaluation.intervals import bootstrap
 from racm3_jax.evaluation.retrieval import (
-    PurgedMemory,
     RandomRetriever,
+    ReducedMemory,
     chance_recall,
     document_recall,
     find_near_duplicates,
@@ -51,47 +51,49 @@ def test_near_duplicates_are_the_equal_images(memory):
     assert find_near_duplicates(memory, images).tolist() == [0, 2]
 
 
-def test_purged_rows_never_come_back(memory):
+def test_removed_rows_never_come_back(memory):
     queries = np.asarray(memory.embeddings[:5])
     rows = np.array([0, 2, 4, 5, 6, 7, 8])
-    purged = PurgedMemory(memory, rows)
-    found = purged.search(queries, 6)
+    reduced = ReducedMemory(memory, rows)
+    found = reduced.search(queries, 6)
     assert not np.isin(found.ids, rows).any() and found.valid.all()
     assert (np.diff(found.scores, axis=1) <= 0).all()
-    assert purged.num_allowed == len(memory) - 7 == len(purged) - 7
+    assert reduced.num_allowed == len(memory) - 7 == len(reduced) - 7
     full = memory.search(queries, len(memory))
     for mine, all_ids in zip(found.ids, full.ids, strict=True):
         assert mine.tolist() == [i for i in all_ids if i not in rows][:6]
-    everything = purged.search(queries, len(memory))
+    everything = reduced.search(queries, len(memory))
     assert everything.ids.shape == (5, len(memory))
     assert everything.valid.sum(1).tolist() == [len(memory) - 7] * 5
     assert (everything.ids[~everything.valid] == -1).all()
 
 
-def test_the_retriever_never_sees_purged_rows(memory):
+def test_the_retriever_never_sees_removed_rows(memory):
     queries = np.asarray(memory.embeddings[:5])
     rows = np.array([0, 2, 4, 5, 6, 7, 8])
     retriever = Retriever(
-        PurgedMemory(memory, rows), StrategyConfig(max_similarity=2.0)
+        ReducedMemory(memory, rows), StrategyConfig(max_similarity=2.0)
     )
     for result in retriever.retrieve(queries, np.full(5, 6), [None] * 5):
         assert len(result.ids) == 6 and not np.isin(result.ids, rows).any()
     # Whatever way there is to search a memory, this one has it too.
     ways = {name for name in vars(Memory) if name.startswith("search")}
-    assert len(ways) > 1 and ways <= set(vars(PurgedMemory))
+    assert len(ways) > 1 and ways <= set(vars(ReducedMemory))
 
 
 def test_random_documents_depend_only_on_the_query(memory):
     queries = np.asarray(memory.embeddings[:6])
-    purged = PurgedMemory(memory, np.arange(30))
-    retriever = RandomRetriever(purged, seed=3)
+    reduced = ReducedMemory(memory, np.arange(30))
+    retriever = RandomRetriever(reduced, seed=3)
     together = retriever.retrieve(queries, np.full(6, 2), [None] * 6)
     alone = retriever.retrieve(queries[4:5], np.array([2]), [None])
     assert together[4].ids.tolist() == alone[0].ids.tolist()
     rows = np.array([r.ids for r in together])
     assert (rows >= 30).all() and len(np.unique(rows)) > 2
     assert [d.id for d in together[0].documents] == [f"m{i}" for i in rows[0]]
-    other = RandomRetriever(purged, seed=4).retrieve(queries, np.full(6, 2), [None] * 6)
+    other = RandomRetriever(reduced, seed=4).retrieve(
+        queries, np.full(6, 2), [None] * 6
+    )
     assert any(
         a.ids.tolist() != b.ids.tolist() for a, b in zip(together, other, strict=True)
     )

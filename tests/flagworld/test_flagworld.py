@@ -285,7 +285,7 @@ def test_flags_are_drawn_at_their_placement():
     [
         ({"image_size": 60}, "multiple of 8"),
         ({"num_nations": -1}, "num_nations must be >= 0"),
-        ({"duplicate_share": 2.0}, "duplicate_share must lie in 0..1"),
+        ({"duplicate_share": 2.0}, "duplicate_share must be in 0..1"),
         ({"flag_sizes": ()}, "at least one entry"),
     ],
 )

@@ -156,9 +156,9 @@ def test_texts_between_images_and_reports():
     assert not texts.tested.any() and texts.lengths.max() > 1
     np.testing.assert_array_equal(texts.passes, texts.lengths)
     for report in reports:
-        shown = drafted.tokens[..., : report.num_drawn]
+        shown = drafted.tokens[..., : report.num_sampled]
         np.testing.assert_array_equal(report.tokens, shown)
-    assert reports[-1].num_drawn >= drafted.lengths.max()
+    assert reports[-1].num_sampled >= drafted.lengths.max()
 
 
 @flax.struct.dataclass

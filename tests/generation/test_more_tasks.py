@@ -60,7 +60,7 @@ def test_infill_fills_the_region_and_keeps_the_rest(generator, quick, max_spans)
     for filled in out.images:
         assert codes_of(filled)[[0, 2]].tolist() == [3, 7]
     assert len({codes_of(x)[[1, 3]].tobytes() for x in out.images}) > 1
-    assert out.texts[0] == "ab" and out.documents[0].metadata["codes_drawn"] == 2
+    assert out.texts[0] == "ab" and out.documents[0].metadata["codes_generated"] == 2
 
 
 def test_infill_in_place_continues_where_the_region_begins(generator, quick):
@@ -322,7 +322,7 @@ def test_a_preview_is_grey_where_nothing_is_sampled(generator, monkeypatch):
     monkeypatch.setattr(sample_module, "PROGRESS_EVERY", 3)
     seen = []
     out = generator.text_to_image("a", 2, on_progress=seen.append)
-    assert [progress.num_drawn for progress in seen] == [3, 4]
+    assert [progress.num_sampled for progress in seen] == [3, 4]
     first, last = (generator.preview(progress)[0] for progress in seen)
     assert {x.tobytes() for x in last} == {x.tobytes() for x in out.images}
     half = SIZE // 2

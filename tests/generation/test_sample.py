@@ -291,9 +291,9 @@ def test_progress_reports_beginnings_of_the_samples():
     samples = sample(model, params, *prompts, num_samples=2, on_progress=reports.append)
     silent = sample(model, params, *prompts, num_samples=2)
     np.testing.assert_array_equal(samples.tokens, silent.tokens)
-    assert [r.num_drawn for r in reports] == [16, 32, 40]
+    assert [r.num_sampled for r in reports] == [16, 32, 40]
     assert all(r.max_new_tokens == 40 and r.tokens_per_second > 0 for r in reports)
     for report in reports:
         np.testing.assert_array_equal(
-            report.tokens, samples.tokens[..., : report.num_drawn]
+            report.tokens, samples.tokens[..., : report.num_sampled]
         )

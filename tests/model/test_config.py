@@ -70,8 +70,8 @@ def leaf_size(shape):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm": "batchnorm"}, "model.norm is 'batchnorm'; use one of 'layernorm'"),
-        ({"num_layers": 0}, "model.num_layers is 0; use >= 1"),
+        ({"norm": "batchnorm"}, "model.norm is 'batchnorm'; allowed: layernorm"),
+        ({"num_layers": 0}, "model.num_layers must be >= 1; got 0"),
         ({"num_kv_heads": 3}, "model.num_kv_heads is 3; use a divisor of num_heads=2"),
         ({"dropout": 1.0}, "model.dropout is 1.0; use 0 <= dropout < 1"),
         ({"position": "rope", "head_dim": 5}, "head_dim is 5; rope needs it even"),

@@ -17,7 +17,7 @@ LABELS = [np.array([10 + i], np.int32) for i in range(8)]
 
 
 def make_episodes(probability=1.0, classes=CLASSES, label_first=0.0):
-    config = EpisodeConfig(probability, label_first=label_first)
+    config = EpisodeConfig(probability, class_key="nation", label_first=label_first)
     return Episodes(config, classes, LABELS)
 
 

@@ -31,7 +31,7 @@ SPELLED = Names(
 
 
 def make_pairing(probability=1.0, classes=CLASSES, rename=False, **changes):
-    config = PairingConfig(probability, rename=rename, **changes)
+    config = PairingConfig(probability, rename=rename, class_key="nation", **changes)
     return Pairing(config, classes, SPELLED if rename else None)
 
 

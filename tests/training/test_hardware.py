@@ -22,6 +22,7 @@ from racm3_jax.training.hardware import (
     explain_out_of_memory,
     find_device,
     flops_per_token,
+    format_bytes,
     suggest_changes,
 )
 
@@ -201,3 +202,11 @@ def test_out_of_memory_errors_suggest_fixes(monkeypatch, tmp_path):
     config = make_config()
     config.mesh.update(data=-1, fsdp=-1)  # nothing is left to be split by itself
     assert "config.mesh" not in explain_out_of_memory(error, config)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(0, "0.0 KB"), (4060, "4.1 KB"), (33e6, "33.0 MB"), (11e10, "110.00 GB")],
+)
+def test_bytes_have_the_unit_that_shows_them(number, words):
+    assert format_bytes(number) == words

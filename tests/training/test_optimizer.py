@@ -116,7 +116,7 @@ def test_gradients_are_clipped_by_global_norm():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schedule": "step"}, "choose one of"),
+        ({"schedule": "step"}, "schedule is 'step'; allowed: linear, cosine"),
         ({"learning_rate": 0.0}, "learning_rate must be > 0"),
         ({"clip_norm": -1.0}, "clip_norm must be >= 0"),
     ],

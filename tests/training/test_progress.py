@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from absl import logging
 
-from racm3_jax.training.progress import StepLog, report_parameters
+from racm3_jax.training.progress import StepLog, describe_parameters, report_parameters
 
 
 @pytest.mark.parametrize("console", ["absl", "python"])
@@ -44,3 +44,16 @@ def test_parameters_are_printed(capsys):
     report_parameters({"up": {"kernel": jnp.ones((3, 5))}}, progress=True)
     said = capsys.readouterr().err
     assert "up/kernel" in said and "Total: 15" in said
+
+
+def test_equal_parameters_of_numbered_layers_share_a_row():
+    layers = {f"layers_{i}": {"kernel": jnp.ones((3, 5))} for i in range(12)}
+    other = {"layers_12": {"kernel": jnp.ones((7,))}, "head": jnp.ones(2, jnp.int8)}
+    *_, total = lines = describe_parameters(layers | other).splitlines()
+    assert [re.split(r"\s*\|\s*", line)[1:-1] for line in lines if "|" in line] == [
+        ["Name", "Shape", "Dtype", "Number", "Size"],
+        ["layers_*/kernel", "(3, 5)", "float32", "12", "180"],
+        ["layers_12/kernel", "(7,)", "float32", "1", "7"],
+        ["head", "(2,)", "int8", "1", "2"],
+    ]
+    assert total == "Total: 189 -- 750 bytes"

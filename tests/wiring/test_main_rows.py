@@ -74,10 +74,32 @@ def test_classes_of_episodes_are_numbered_as_they_appear(build, documents, tmp_p
             document.metadata["nation"] = names[i % 4]
     memory = build(documents)
     memory.remove([0])
-    config = ConfigDict({"seed": 0, "episodes": {"probability": 1.0}})
+    section = {"probability": 1.0, "class_key": "nation"}
+    config = ConfigDict({"seed": 0, "episodes": section})
     tokenizer = types.SimpleNamespace(encode_text=lambda word: np.zeros(1, np.int32))
     episodes = build_episodes(config, memory, tokenizer, tmp_path / "run")
-    assert episodes._classes.tolist() == [-1, 0, -1, 1, *[2, 0, -1, 1] * 9]
+    expected = [-1, 0, -1, 1, *[2, 0, -1, 1] * 9]
+    assert episodes._classes.tolist() == expected
+    # Left out, the key is the world's.
+    config = ConfigDict({"seed": 0, "episodes": {"probability": 1.0}, "world": {}})
+    episodes = build_episodes(config, memory, tokenizer, tmp_path / "run")
+    assert episodes.config.class_key == "nation"
+    assert episodes._classes.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["episodes", "pairing"])
+def test_without_a_world_the_key_of_classes_must_be_named(memory, tmp_path, name):
+    section = {"probability": 1.0}
+    config = ConfigDict({"seed": 0, "source": "folder:photos", name: section})
+    text = types.SimpleNamespace(decode=None, encode=None)
+    tokenizer = types.SimpleNamespace(encode_text=str.encode, text=text)
+    build = {"episodes": build_episodes, "pairing": parts.build_pairing}[name]
+    with pytest.raises(ValueError, match=f"config.{name}.class_key is empty"):
+        build(config, memory, tokenizer, tmp_path / "run")
+    section["class_key"] = "nation"
+    config = ConfigDict({"seed": 0, "source": "folder:photos", name: section})
+    built = build(config, memory, tokenizer, tmp_path / "run")
+    assert len(np.unique(built._classes[built._classes >= 0])) == 10
 
 
 def test_held_out_documents_have_no_class(memory, tmp_path):

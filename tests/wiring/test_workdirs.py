@@ -41,6 +41,24 @@ def test_settings_missing_in_an_older_run_are_their_defaults(tmp_path):
         claim_workdir(config, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["episodes", "pairing"])
+@pytest.mark.parametrize("file", ["flagworld_tiny.py", "own_generator.py"])
+def test_an_older_run_without_a_key_of_classes_has_that_of_flagworld(
+    tmp_path, file, name
+):
+    config = configs.load_config_file(configs.find_config(file))
+    if file == "own_generator.py":
+        config.source = "folder:photos"
+    config[name] = {"probability": 0.5}
+    claim_workdir(config, tmp_path)
+    claim_workdir(config, tmp_path)
+    config[name].class_key = "nation"
+    claim_workdir(config, tmp_path)
+    config[name].class_key = "scene"
+    with pytest.raises(ValueError, match=rf"differs in config.{name}.class_key\)"):
+        claim_workdir(config, tmp_path)
+
+
 def test_removed_documents_are_reported_and_older_checkpoints_accepted(
     tmp_path, caplog
 ):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from racm3_jax.limits import check_range
+
 # Width and height in pixels of a 64x64 image; scaled with `image_size`. Multiples of 8,
 # so that flags on the placement grid fill whole codes of a factor-8 image tokenizer; one
 # is twice the other, so that each code of the large flag comes from one of the small.
@@ -68,21 +70,16 @@ class FlagworldConfig:
     avoided_nations: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("seed", 0),
-            ("num_nations", 0),
-            ("avoided_seed", 0),
-            ("avoided_nations", 0),
-            ("num_heldout", 0),
-            ("documents_per_nation", 1),
-            ("documents_per_heldout", 1),
-            ("placement_grid", 1),
-            ("num_reserved_scenes", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"flagworld.{name} must be >= {least}; got {getattr(self, name)}"
-                )
+        counts = (
+            "seed",
+            "num_nations",
+            "avoided_seed",
+            "avoided_nations",
+            "num_heldout",
+        )
+        check_range(self, "flagworld", *counts, low=0)
+        sizes = ("documents_per_nation", "documents_per_heldout", "placement_grid")
+        check_range(self, "flagworld", *sizes, "num_reserved_scenes", low=1)
         if self.image_size < 32 or self.image_size % 8:
             raise ValueError(
                 "flagworld.image_size must be a multiple of 8, at least 32; got "
@@ -96,10 +93,7 @@ class FlagworldConfig:
                 f"flagworld.avoided_seed is {self.avoided_seed}, this world's own seed: "
                 "choose another flagworld.seed, or avoided_nations=0"
             )
-        for name in ("duplicate_share", "description_share", "name_share"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(
-                    f"flagworld.{name} must lie in 0..1; got {getattr(self, name)}"
-                )
+        shares = ("duplicate_share", "description_share", "name_share")
+        check_range(self, "flagworld", *shares, low=0, high=1)
         if self.swap_flags and self.num_heldout == 1:
             raise ValueError("flagworld.swap_flags needs num_heldout >= 2; got 1")

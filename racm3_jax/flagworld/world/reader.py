@@ -134,4 +134,5 @@ WORLD = World(
     source={"seed": 0, "num_nations": 40, "num_heldout": 16, "image_size": 64},
     measured=_describe_all,
     count=_count,
+    class_key="nation",
 )
