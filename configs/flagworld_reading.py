@@ -33,8 +33,6 @@ after `first`, 6 minutes later, in 98%, 97%, 99% and 99%; after `full`, another 
 hour, in 99%, 97%, 96% and 95% (experiments/LOG.md).
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import flagworld
@@ -53,7 +51,7 @@ _ONE_PLACE = _STILL | {
     "world.name_share": 1.0,
     "optimizer.learning_rate": 2e-3,
 }
-_PAPER: dict[str, Any] = {
+_PAPER = {
     "pairing.num_documents": (0, 1, 2, 4),
     "pairing.wrong_probability": 0.8,
     "pairing.name_weight": 2.0,
@@ -76,7 +74,7 @@ _LARGER = {
     "pipeline.row_length": 512,
 }
 # What differs from a training on full images with one right and one wrong document.
-_STAGES: dict[str, dict[str, Any]] = {
+_STAGES = {
     "alike": _SMALL
     | _ONE_PLACE
     | {"pairing.name_weight": 1.0, "train.num_steps": 2300},
