@@ -30,7 +30,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # Target and documents get the same augmentation. No hue, as captions name colours;
     # where they do not, it keeps a model from memorising images.
     config.augmentation = dict(mirror=True, shift=0.1, hue=0.0, num_variants=7)
-    config.tokenizer = dict(text="", image="", num_sentinels=16)
+    # image_size: a side in pixels for the start of a curriculum, 0 for the tokenizer's.
+    # Half of the side means a quarter of the codes, which documents tell more about.
+    config.tokenizer = dict(text="", image="", num_sentinels=16, image_size=0)
     config.embedder = ""
     config.init_from = ""
     config.memory_path = ""
@@ -66,6 +68,9 @@ def get_config(arg: str = "") -> ConfigDict:
         alpha=0.1,
         query_modality="both",
         retrieval=True,
+        # "as_main": what is asked for comes last in all documents; a small model learns
+        # sooner to read names.
+        segment_order="stored",
         groups=1,
     )
     config.model = dict(

@@ -4,10 +4,11 @@
     python experiments/reading_gate.py WORKDIR --follow --every=2000
     python experiments/reading_gate.py WORKDIR --export=FOLDER
 
-Tests held-out nations with one right and one wrong document, in both orders, and
-appends a line to WORKDIR/gate.jsonl: fractions of the questions that follow the right
-document, at the first token of the name and at the first code of the flag. The training
-is not affected. With `--follow` it waits for more checkpoints until the last step. With
+On flagworld it tests held-out nations with one right and one wrong document, in both
+orders: fractions of the questions that follow the right document, at the first token of
+the name and at the first code of the flag. On any other source with a `group_key` it
+measures bits of held-out images and captions after right and wrong documents
+(`document_bits.py`). Appends a line to WORKDIR/gate.jsonl; the training is not affected. With `--follow` it waits for more checkpoints until the last step. With
 `--export` it writes the checkpoint's weights in half precision instead, for
 `--config.init_from=FOLDER` of another training.
 """
@@ -18,17 +19,24 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from document_bits import make_questions, measure_bits
 from ml_collections import ConfigDict
 
 from racm3_jax import wiring
 from racm3_jax.checkpoints import Checkpoints, save_weights
-from racm3_jax.flagworld.reading import make_reading_questions, measure_reading
+from racm3_jax.flagworld.reading import (
+    ReadingQuestion,
+    make_reading_questions,
+    measure_reading,
+)
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.model.transformer import init_params
+from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer
 from racm3_jax.training.step import init_state
 from racm3_jax.wiring.parts import build_mesh, build_model_config, construct
@@ -56,31 +64,31 @@ class Gate:
             build_mesh(config),
             jax.random.key(0),
         )
-        self.questions = make_reading_questions(
-            wiring.build_world(config), num_questions, num_documents=num_documents
-        )
+        self.measure: Callable[[Generator], dict[str, Any]]
+        if config.get("world") is not None:
+            asked = make_reading_questions(
+                wiring.build_world(config), num_questions, num_documents=num_documents
+            )
+            self.measure = lambda generator: _ask_nations(generator, asked)
+        else:
+            strategy = construct(StrategyConfig, config.strategy, "strategy")
+            questions = make_questions(
+                wiring.build_corpus(config),
+                num_questions,
+                num_documents=num_documents,
+                exclude_keys=strategy.parsed_exclude_keys,
+            )
+            turned = config.pipeline.get("segment_order", "") == "as_main"
+            self.measure = lambda generator: measure_bits(
+                generator, questions, images_first=turned
+            )
 
     def ask(self, step: int) -> dict[str, Any]:
-        """Results with the right document first and last, by question."""
+        """What the checkpoint of that step does with its documents."""
         state, _ = self.checkpoints.restore(step, self.like)
         params = jax.device_get(state.params)
         generator = Generator(self.model_config, params, self.tokenizer, None, None)
-        line: dict[str, Any] = {"step": step, "questions": len(self.questions)}
-        for order, place in (("right_first", 0), ("right_last", -1)):
-            found = measure_reading(generator, self.questions, right_place=place)
-            named = {f"{asked}_{order}": result for asked, result in found.items()}
-            turned = measure_reading(
-                generator, self.questions, right_place=place, image_first=True
-            )
-            named[f"name_{order}_images_in_front"] = turned["name"]
-            for name, result in named.items():
-                line[name] = {
-                    "first": round(result.first.value, 3),
-                    "whole": round(result.whole.value, 3),
-                    "p_right": round(result.probability_right, 3),
-                    "p_wrong": round(result.probability_wrong, 3),
-                }
-        return line
+        return {"step": step} | self.measure(generator)
 
     def export(self, step: int, folder: Path) -> None:
         """Only the weights, in half precision."""
@@ -93,6 +101,28 @@ class Gate:
             extra={"step": step},
             dtype="float16",
         )
+
+
+def _ask_nations(
+    generator: Generator, questions: Sequence[ReadingQuestion]
+) -> dict[str, Any]:
+    """Results with the right document first and last, by question."""
+    line: dict[str, Any] = {"questions": len(questions)}
+    for order, place in (("right_first", 0), ("right_last", -1)):
+        found = measure_reading(generator, questions, right_place=place)
+        named = {f"{asked}_{order}": result for asked, result in found.items()}
+        turned = measure_reading(
+            generator, questions, right_place=place, image_first=True
+        )
+        named[f"name_{order}_images_in_front"] = turned["name"]
+        for name, result in named.items():
+            line[name] = {
+                "first": round(result.first.value, 3),
+                "whole": round(result.whole.value, 3),
+                "p_right": round(result.probability_right, 3),
+                "p_wrong": round(result.probability_wrong, 3),
+            }
+    return line
 
 
 def main() -> None:
