@@ -15,7 +15,7 @@ Each stage starts from the one before:
     first    16 codes   flags at any position, half of the captions are sentences
     larger   36 codes   as in `names`
     full     64 codes   as in `first`
-    second   64 codes   flags of two sizes
+    second   64 codes   flags of two sizes, one document or two
     third    64 codes   waving flags; 0, 1, 2 or 4 documents, CM3 masks on all of them, labels
     twin     64 codes   the baseline: main documents of `third` from the start, no others
 
@@ -82,11 +82,15 @@ _STAGES = {
     "first": _SMALL | _ONE_SIZE | {"train.num_steps": 2100},
     "larger": _LARGER | _ONE_PLACE | {"train.num_steps": 600},
     "full": _ONE_SIZE | {"optimizer.learning_rate": 1.5e-3, "train.num_steps": 1100},
+    # A single document is the right one, so that its flag is drawn at another size in
+    # half of these examples, whatever the other document shows.
     "second": _STILL
     | {
         "world.name_share": 0.4,
+        "pairing.num_documents": (1, 2),
+        "pipeline.rows": 10,
         "optimizer.learning_rate": 1.5e-3,
-        "train.num_steps": 2000,
+        "train.num_steps": 4500,
     },
     "third": _PAPER,
     "twin": _PAPER | {"pipeline.rows": 4},

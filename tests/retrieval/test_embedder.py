@@ -265,5 +265,5 @@ def test_patches_cut_on_the_host_are_those_that_the_tower_cuts(embedder):
         return CLIP(config).apply({"params": params}, pixels, method=CLIP.encode_image)
 
     whole = np.asarray(encode(embedder.params, images))
-    whole /= np.linalg.norm(whole, axis=-1, keepdims=True)
+    whole = whole / np.linalg.norm(whole, axis=-1, keepdims=True)
     np.testing.assert_allclose(embedder.embed_images(images), whole, atol=1e-6)
