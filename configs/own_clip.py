@@ -46,6 +46,9 @@ def get_config(arg: str = "") -> ConfigDict:
         separation_weight=0.0,
         query_drop=0.2,
     )
+    # A metadata key whose values, in the captions, get invented names in every batch: for
+    # names of one person or place each, that say nothing about how it looks.
+    config.rename_key = ""
     config.batch_size = 64
     config.optimizer = dict(
         learning_rate=1e-3,
