@@ -282,8 +282,9 @@ def make_pair_batches(
         chosen = order[place * num_pairs : (place + 1) * num_pairs]
         rng = np.random.default_rng((seed, 1, step))
         pairs = np.stack([_sample_pair(members[group], rng) for group in chosen])
-        texts = tokens[pairs]
-        if rename is not None:
+        if rename is None:
+            texts = tokens[pairs]
+        else:
             texts = rename(pairs, np.random.default_rng((seed, 2, step)))
         yield {
             "images_a": augment_each(images[pairs[:, 0]], augmentation, rng),
