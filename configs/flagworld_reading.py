@@ -128,6 +128,7 @@ def get_config(arg: str = "third") -> ConfigDict:
         class_key="nation",
         rename=True,
         name_weight=5.0,
+        box_weight=1.0,
     )
     config.masking.num_masks = "none"
     config.masking.mask_retrieved = False

@@ -17,6 +17,7 @@ All sampling depends only on (seed, global index).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from jaxtyping import Int32, Int64
 from racm3_jax.limits import check_range
 from racm3_jax.types import Example, TokenizedDocument
 from racm3_jax.vocab import Vocab
+
+_NOWHERE = np.zeros(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ class PairingConfig:
       name_weight: factor of the loss weight of the main document's name after its
         image. The name is one bit that only reading gives; the words around it have
         several bits that no document tells.
+      box_weight: the same for the codes in the main image's box: metadata "box", with
+        top, left, height and width in pixels of the tokenizer's images.
     """
 
     probability: float = 0.0
@@ -59,14 +64,16 @@ class PairingConfig:
     class_key: str = ""
     rename: bool = True
     name_weight: float = 1.0
+    box_weight: float = 1.0
 
     def __post_init__(self) -> None:
         names = (f"{prefix}probability" for prefix in ("", "wrong_", "right_", "same_"))
         check_range(self, "pairing", *names, low=0, high=1)
-        if not 0 < self.name_weight < float("inf"):
-            raise ValueError(
-                f"pairing.name_weight must be above 0; got {self.name_weight}"
-            )
+        for name in ("name_weight", "box_weight"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"pairing.{name} must be above 0; got {getattr(self, name)}"
+                )
         if not self.num_documents or min(self.num_documents) < 0:
             raise ValueError(
                 "pairing.num_documents must list at least one number, none below 0; got "
@@ -95,6 +102,7 @@ class Pairing:
       config: fractions and numbers.
       classes: class of every row of the memory; -1 for rows that are not used.
       names: not needed if nothing is renamed.
+      image_size: side of the tokenizer's images in pixels, for `box_weight`.
 
     Raises:
       ValueError: fewer than two classes, or no `names` although `rename` or
@@ -106,8 +114,10 @@ class Pairing:
         config: PairingConfig,
         classes: Int64[np.ndarray, " rows"],
         names: Names | None = None,
+        *,
+        image_size: int = 0,
     ) -> None:
-        self.config = config
+        self.config, self._image_size = config, image_size
         self._classes = np.asarray(classes, np.int64)
         order = np.argsort(self._classes, kind="stable")
         order = order[self._classes[order] >= 0]
@@ -209,20 +219,31 @@ class Pairing:
     def reweight(
         self, example: Example, main: TokenizedDocument, vocab: Vocab
     ) -> Example:
-        """Multiplies the loss weights of the main document's name by `name_weight`.
+        """Multiplies the loss weights of the main document's name and box.
 
         tokens    ... <mask:0> the flag of Ve lmoria <eoss>
         weights   ... 0        1   1    1  5  5      1          name_weight 5
 
-        Only after an image of the main document: before it, nothing tells which of the
-        documents' names it is. A name that is split by a moved span is unchanged.
+        The name only after an image of the main document: before it, nothing tells which
+        of the documents' names it is. A name or an image that is split by a moved span is
+        unchanged.
         """
+        weights = example.weights.copy()
+        if self.config.name_weight != 1:
+            weights[self._find_name(example, main, vocab)] *= self.config.name_weight
+        if self.config.box_weight != 1:
+            weights[self._find_box(example, main, vocab)] *= self.config.box_weight
+        return example._replace(weights=weights)
+
+    def _find_name(
+        self, example: Example, main: TokenizedDocument, vocab: Vocab
+    ) -> Int64[np.ndarray, " places"]:
+        """Places of the tokens of the main document's name after its image."""
         name = str(main.metadata.get(self.config.class_key, ""))
-        if self.config.name_weight == 1 or not name:
-            return example
+        if not name:
+            return _NOWHERE
         assert self._names is not None  # checked in __init__
         seen = np.cumsum(example.is_main & vocab.is_image(example.tokens)) > 0
-        weights = example.weights.copy()
         # After a space, and at the start of a text.
         for spelled in (f" {name}", name):
             tokens = self._names.encode(spelled)
@@ -233,9 +254,26 @@ class Pairing:
             places = (found[:, None] + np.arange(len(tokens))).ravel()
             places = np.unique(places[example.is_main[places] & seen[places]])
             if len(places):
-                weights[places] *= self.config.name_weight
-                break
-        return example._replace(weights=weights)
+                return places
+        return _NOWHERE
+
+    def _find_box(
+        self, example: Example, main: TokenizedDocument, vocab: Vocab
+    ) -> Int64[np.ndarray, " places"]:
+        """Places of the codes whose centres are in the main document's box."""
+        box = main.metadata.get("box")
+        images = [s.tokens for s in main.segments if s.modality == "image"]
+        places = np.flatnonzero(example.is_main & vocab.is_image(example.tokens))
+        if box is None or len(images) != 1 or len(places) != vocab.image_length:
+            return _NOWHERE
+        if (example.tokens[places] != images[0]).any():
+            return _NOWHERE  # a span of it was moved
+        side = math.isqrt(vocab.image_length)
+        centres = (np.arange(side) + 0.5) * (self._image_size / side)
+        top, left, height, width = box
+        rows = (centres >= top) & (centres < top + height)
+        columns = (centres >= left) & (centres < left + width)
+        return places[(rows[:, None] & columns).ravel()]
 
 
 def _replace(

@@ -35,6 +35,7 @@ from racm3_jax.tokenizers.image import ImageTokenizer
 from racm3_jax.tokenizers.mixed import MixedTokenizer
 from racm3_jax.types import Document
 from racm3_jax.vocab import Vocab
+from racm3_jax.wiring.corpora import build_augmentation
 from racm3_jax.wiring.rows import find_main_rows, read_column
 from racm3_jax.wiring.sections import (
     MemoryConfig,
@@ -288,10 +289,17 @@ def build_pairing(
     if "pairing" not in config or not config.pairing.probability:
         return None
     settings = construct(PairingConfig, config.pairing, "pairing")
+    augmentation = build_augmentation(config)
+    if settings.box_weight != 1 and (augmentation.mirror or augmentation.shift):
+        raise ValueError(
+            "pairing.box_weight needs the boxes of the images as they are: set "
+            "augmentation.mirror=False and augmentation.shift=0"
+        )
     names = Names(tokenizer.text.decode, tokenizer.text.encode, make_name)
     settings = _with_class_key(config, "pairing", settings)
     classes = _read_classes(memory, settings.class_key, workdir)
-    return Pairing(settings, classes, names)
+    size = tokenizer.image.image_size
+    return Pairing(settings, classes, names, image_size=size)
 
 
 def _with_class_key(config: Any, section: str, settings: Chosen) -> Chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from racm3_jax.documents.invented_names import make_name
 from racm3_jax.sequences.pairing import Names, Pairing, PairingConfig
 from racm3_jax.sequences.pipeline import make_batches
 from racm3_jax.types import Example, TokenizedDocument, TokenizedSegment
+from racm3_jax.vocab import Vocab
 
 CLASSES = np.array([0, 0, 1, 1, 1, 2, 2, -1, 3, 0, 0])
 # Texts are their characters' codes.
@@ -32,7 +34,7 @@ SPELLED = Names(
 
 def make_pairing(probability=1.0, classes=CLASSES, rename=False, **changes):
     config = PairingConfig(probability, rename=rename, class_key="nation", **changes)
-    return Pairing(config, classes, SPELLED if rename else None)
+    return Pairing(config, classes, SPELLED if rename else None, image_size=64)
 
 
 def sample_many(pairing, row=0, count=400):
@@ -156,6 +158,29 @@ def test_the_name_after_the_main_image_has_a_larger_weight(vocab):
     assert text_of(renamed) == f"the flag of {renamed.metadata['nation']}"
 
 
+def test_the_box_of_the_main_image_has_a_larger_weight():
+    vocab = Vocab(num_text_ids=9, num_image_codes=16, image_length=16, num_sentinels=2)
+    pairing, side = make_pairing(box_weight=3.0), math.isqrt(vocab.image_length)
+    image = vocab.image_tokens(np.arange(vocab.image_length, dtype=np.int32))
+    cell = 64 // side
+    box = (0, cell, cell, 64 - cell)  # the upper row but for its first code
+    segments = (TokenizedSegment("image", image),)
+    main = TokenizedDocument("main", segments, metadata={"box": box})
+    tokens = np.concatenate([image, [vocab.eod], image])
+    is_main = np.arange(len(tokens)) > len(image)
+    example = Example(tokens, np.ones(len(tokens), np.float32), is_main)
+    found = pairing.reweight(example, main, vocab).weights
+    expected = np.ones(len(tokens))
+    expected[len(image) + 2 : len(image) + 1 + side] = 3
+    np.testing.assert_array_equal(found, expected)
+    moved = np.concatenate([image, [vocab.eod], np.roll(image, 3)])
+    for other, shown in (
+        (example._replace(tokens=moved), main),
+        (example, dataclasses.replace(main, metadata={})),
+    ):
+        np.testing.assert_array_equal(pairing.reweight(other, shown, vocab).weights, 1)
+
+
 @pytest.fixture
 def collect(vocab):
     memory = FakeMemory(vocab, len(CLASSES))
@@ -223,6 +248,7 @@ def test_without_retrieval_main_documents_and_names_are_the_same(collect):
         ({"wrong_probability": -1}, "pairing.wrong_probability"),
         ({"same_probability": 2}, "pairing.same_probability"),
         ({"name_weight": 0.0}, "name_weight must be above 0; got 0.0"),
+        ({"box_weight": -1.0}, "box_weight must be above 0; got -1.0"),
         ({"num_documents": ()}, "at least one number"),
         ({"num_documents": (2, -1)}, "none below 0"),
     ],

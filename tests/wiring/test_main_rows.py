@@ -92,7 +92,8 @@ def test_without_a_world_the_key_of_classes_must_be_named(memory, tmp_path, name
     section = {"probability": 1.0}
     config = ConfigDict({"seed": 0, "source": "folder:photos", name: section})
     text = types.SimpleNamespace(decode=None, encode=None)
-    tokenizer = types.SimpleNamespace(encode_text=str.encode, text=text)
+    image = types.SimpleNamespace(image_size=64)
+    tokenizer = types.SimpleNamespace(encode_text=str.encode, text=text, image=image)
     build = {"episodes": build_episodes, "pairing": parts.build_pairing}[name]
     with pytest.raises(ValueError, match=f"config.{name}.class_key is empty"):
         build(config, memory, tokenizer, tmp_path / "run")
@@ -100,6 +101,14 @@ def test_without_a_world_the_key_of_classes_must_be_named(memory, tmp_path, name
     config = ConfigDict({"seed": 0, "source": "folder:photos", name: section})
     built = build(config, memory, tokenizer, tmp_path / "run")
     assert len(np.unique(built._classes[built._classes >= 0])) == 10
+
+
+@pytest.mark.parametrize("change", [{"mirror": True}, {"shift": 0.1}])
+def test_boxes_of_moved_images_are_refused(memory, tmp_path, change):
+    section = {"probability": 1.0, "class_key": "nation", "box_weight": 2.0}
+    config = ConfigDict({"seed": 0, "pairing": section, "augmentation": change})
+    with pytest.raises(ValueError, match="box_weight needs the boxes"):
+        parts.build_pairing(config, memory, types.SimpleNamespace(), tmp_path)
 
 
 def test_held_out_documents_have_no_class(memory, tmp_path):
