@@ -8,7 +8,8 @@ and are compared by the medians of `--repeats` calls after two warm-up calls. Ne
 [parity] extra.
 
 The table shows the GFLOP/s of matmuls of each side, next to those of one
-large matmul in each library, the upper limit.
+large matmul in each library, the upper limit. `python experiments/speed_table.py` makes
+the table of results/README.md from the record in results/.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ architecture (OPT: learned positions, pre-LayerNorm, ReLU, tied embeddings):
   transformers  `generate` with its dynamic cache, its static one, and that one compiled
   torch loop    a static cache only, head of the codes only; float32, bfloat16
 There are two warm-up calls; the medians and the fastest of `--repeats` calls are
-written to `bench_decode.json` and `bench_decode.png`.
+written to `bench_decode.json` and `bench_decode.png`. `python experiments/speed_table.py`
+makes the table of results/README.md from the record in results/.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -479,8 +481,12 @@ def run(
         "device": jax.devices()[0].device_kind,
         "cores": len(cores),
         "load_at_start": os.getloadavg()[0],
+        "repeats": repeats,
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
     }
+    if not only_ours:
+        for library in ("torch", "transformers"):
+            results["versions"][library] = importlib.metadata.version(library)
     names = SIDES[:2] if only_ours else SIDES
     command = [__file__, f"--shape={shape}"]
     sides = [Side(name, [*command, f"--side={name}"], cores) for name in names]

@@ -14,44 +14,37 @@ Each side is a process of its own on the same cores; FAISS is measured if instal
 sweep of every side's settings finds its fastest one at `--recall_target`, or at the
 highest recall that both reach; those are then measured in turns, `--repeats` times:
 queries/s in one batch, and the median latency of single queries. The load is checked
-first. Writes `results.json` and `sweep.png`. Tiny form: --num_rows=4000 --d_embed=32
---num_queries=64 --busy.
+first. Writes `results.json` and `sweep.png`; results/bench_memory.json is a copy of the
+former, and `python experiments/speed_table.py` makes the table of results/README.md from
+it. An interrupted run keeps the sweeps that are finished in --out, and the same command
+reuses them. Tiny form: --num_rows=4000 --d_embed=32 --num_queries=64 --busy.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import importlib.metadata
-import itertools
 import json
 import os
 import resource
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from bench_sides import Side, add_busy_flag, ask_in_turns, check_load, serve
+from bench_searchers import BLOCK, Faiss, Flat, K, Ours, Searcher
+from bench_sides import Side, add_busy_flag, check_load, serve
+from speed_table import format_table
 
-from racm3_jax.index import registry, streaming, tuning
-from racm3_jax.index.scann import ScannIndex
+from racm3_jax.index import registry, streaming
 
-K = 10
 SIDES = ("ours", "flat", "FAISS")
-SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
-# Rows that are rescored exactly.
-REORDERED = (200, 800, 3200)
-EF_SEARCH = (32, 64, 128, 256, 512)
-BLOCK = 20_000
 NUM_SINGLES = 200
 # Exact search needs seconds per hundred queries.
 NUM_FLAT = 100
-
-Settings = dict[str, Any]
 
 
 def make_vectors(
@@ -84,143 +77,6 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-class Searcher(Protocol):
-    """One side: its settings, and a search with one of them."""
-
-    facts: dict[str, Any]
-
-    def settings(self) -> Iterator[Settings]:
-        """Those of the sweep; indexes are built on the way."""
-        ...
-
-    def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
-        """A function from queries to ids."""
-        ...
-
-
-class Ours:
-    """ScaNN, built and tuned as by a memory; the queries of a batch in threads."""
-
-    def __init__(self, folder: Path, rows: np.ndarray, threads: int, target: float):
-        start = time.perf_counter()
-        self.index = ScannIndex.build(rows, folder / "index")
-        built = time.perf_counter() - start
-        start = time.perf_counter()
-        queries = dict(np.load(folder / "queries.npz"))
-        tuned = tuning.tune(
-            self.index, folder / "index", rows, queries, recall_target=target
-        )
-        self.threads = threads
-        self.facts = {
-            "build_seconds": built,
-            "tune_seconds": time.perf_counter() - start,
-            "tuned_recall": tuned,
-        }
-
-    def settings(self) -> Iterator[Settings]:
-        yield dict(self.index.settings)
-        leaves = self.index.settings.get("num_leaves")
-        if not leaves:
-            return
-        for share, reordered in itertools.product(SHARES, REORDERED):
-            searched = max(1, round(share * leaves))
-            reordered = min(reordered, len(self.index))
-            yield self.index.settings | {
-                "num_searched": searched,
-                "num_reordered": reordered,
-            }
-
-    def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
-        self.index.settings.update(settings)
-
-        def search(queries: np.ndarray) -> np.ndarray:
-            return self.index.search(queries, K).ids
-
-        def in_threads(queries: np.ndarray) -> np.ndarray:
-            if len(queries) < self.threads:
-                return search(queries)
-            with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-                blocks = np.array_split(queries, self.threads)
-                return np.concatenate(list(pool.map(search, blocks)))
-
-        return in_threads
-
-
-class Flat:
-    """Exact search, as of the expected results."""
-
-    def __init__(self, rows: np.ndarray):
-        self.rows, self.facts = rows, {}
-
-    def settings(self) -> Iterator[Settings]:
-        yield {}
-
-    def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
-        del settings
-        return lambda queries: streaming.find_exact(self.rows, queries, K)
-
-
-class Faiss:
-    """FAISS's own classes, with its own threads; one index in memory at a time."""
-
-    def __init__(self, rows: np.ndarray, threads: int):
-        import faiss
-
-        self.faiss, self.rows = faiss, rows
-        faiss.omp_set_num_threads(threads)
-        self.leaves = max(4, round(4 * len(rows) ** 0.5))
-        self.facts: dict[str, Any] = {
-            "version": importlib.metadata.version("faiss-cpu"),
-            "build_seconds": {},
-        }
-        self._kind = ""
-        self._index: Any = None
-
-    def settings(self) -> Iterator[Settings]:
-        dims = self.rows.shape[1]
-        for per_code in (2, 3, 4):
-            if dims % per_code:
-                continue
-            kind = f"IVF{self.leaves},PQ{dims // per_code}x4fs,RFlat"
-            for share, reordered in itertools.product(SHARES, REORDERED):
-                yield {"kind": kind} | self._probes(share) | {"reordered": reordered}
-        for share in SHARES:
-            yield {"kind": f"IVF{self.leaves},SQ8"} | self._probes(share)
-        for ef in EF_SEARCH:
-            yield {"kind": "HNSW32", "ef_search": ef}
-        yield {"kind": "Flat"}
-
-    def _probes(self, share: float) -> Settings:
-        return {"searched": max(1, round(share * self.leaves))}
-
-    def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
-        if settings["kind"] != self._kind:
-            self._index = None  # frees it first
-            self._index = self._build(settings["kind"])
-            self._kind = settings["kind"]
-        # The casts do not own the index.
-        index = self.faiss.downcast_index(self._index)
-        if "reordered" in settings:
-            index.k_factor = settings["reordered"] / K
-            self.faiss.downcast_index(index.base_index).nprobe = settings["searched"]
-        elif "searched" in settings:
-            index.nprobe = settings["searched"]
-        elif "ef_search" in settings:
-            index.hnsw.efSearch = settings["ef_search"]
-        return lambda queries: index.search(queries, K)[1]
-
-    def _build(self, kind: str) -> Any:
-        start = time.perf_counter()
-        metric = self.faiss.METRIC_INNER_PRODUCT
-        index = self.faiss.index_factory(self.rows.shape[1], kind, metric)
-        # FAISS itself samples 256 rows for each leaf.
-        index.train(self.rows)
-        for first in range(0, len(self.rows), BLOCK):
-            index.add(np.ascontiguousarray(self.rows[first : first + BLOCK]))
-        self.facts["build_seconds"][kind] = time.perf_counter() - start
-        return index
-
-
 def run_side(name: str, folder: Path, threads: int, target: float) -> None:
     """The process of a side: sweeps, or measures one setting."""
     rows = np.load(folder / "rows.npy", mmap_mode=None if name == "FAISS" else "r")
@@ -228,27 +84,70 @@ def run_side(name: str, folder: Path, threads: int, target: float) -> None:
     expected = dict(np.load(folder / "expected.npz"))
     side: Searcher
     if name == "ours":
-        side = Ours(folder, np.asarray(rows), threads, target)
+        swept = sweep_path(folder, name).exists()
+        side = Ours(folder, np.asarray(rows), threads, target, built=swept)
     elif name == "flat":
         side = Flat(np.asarray(rows))
         queries = {kind: some[:NUM_FLAT] for kind, some in queries.items()}
     else:
         side = Faiss(rows, threads)
 
+    def sweep_settings() -> Iterator[dict[str, Any]]:
+        known = "{}"
+        for settings in side.settings():
+            search = side.prepare(settings)
+            if known != (facts := json.dumps(side.facts)):  # an index was built
+                yield {"facts": side.facts}
+                known = facts
+            point = measure(search, queries, expected, singles=20)
+            yield {"settings": settings} | point
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        yield {"facts": side.facts, "peak_gb": peak}
+
+    answers = sweep_settings()
+
     def answer(request: dict[str, Any]) -> Any:
         if "settings" in request:
             search = side.prepare(request["settings"])
             return measure(search, queries, expected)
-        points = []
-        for settings in side.settings():
-            search = side.prepare(settings)
-            points.append(
-                {"settings": settings} | measure(search, queries, expected, singles=20)
-            )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        return {"points": points, "facts": side.facts, "peak_gb": peak}
+        return next(answers)
 
     serve(answer)
+
+
+def sweep_path(folder: Path, name: str) -> Path:
+    """Of a side's finished sweep."""
+    return folder / f"sweep_{name}.json"
+
+
+def sweep(side: Side, folder: Path, load: float) -> dict[str, Any]:
+    """All settings of a side, one by one, or its finished sweep in the folder."""
+    path = sweep_path(folder, side.name)
+    if path.exists():
+        show(side.name, f"the sweep in {path} is reused")
+        return json.loads(path.read_text())
+    show(side.name, "sweep")
+    points: list[dict[str, Any]] = []
+    while "peak_gb" not in (found := side.ask({})):
+        show(side.name, found)
+        if "settings" in found:
+            points.append(found)
+    show(side.name, found)
+    found = {"points": points, **found, "load_average": load}
+    write_json(path, found)
+    return found
+
+
+def show(name: str, found: Any) -> None:
+    """A line of progress."""
+    print(f"{name}: {found}", file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(aside, path)
 
 
 def measure(
@@ -317,12 +216,12 @@ def compare(
             name: fastest(found["points"], common, by) for name, found in sweeps.items()
         }
         values: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-        for _ in range(repeats):
+        for turn in range(repeats):
             for name, side in sides.items():
                 point = chosen[name]
                 assert point is not None  # all reach `common`
-                request = {"settings": point["settings"]}
-                values[name] += ask_in_turns([side], request, 1)[name]
+                values[name].append(side.ask({"settings": point["settings"]}))
+                show(f"{name}, {turn + 1} of {repeats}", values[name][-1])
         results[by] = {
             name: {
                 "settings": (chosen[name] or {})["settings"],
@@ -365,6 +264,22 @@ def plot(path: Path, sweeps: dict[str, Any]) -> None:
     figure.savefig(path, dpi=120)
 
 
+def check_folder(
+    parser: argparse.ArgumentParser, folder: Path, parameters: dict[str, Any]
+) -> None:
+    """Makes a new folder, or ends the program unless an equal run was interrupted."""
+    path = folder / "parameters.json"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        write_json(path, parameters)
+    elif not path.exists():
+        parser.error(
+            f"{folder} exists, and is not an interrupted run: give a new --out"
+        )
+    elif (known := json.loads(path.read_text())) != parameters:
+        parser.error(f"{folder} is a run with {known}: give these, or a new --out")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -386,7 +301,8 @@ def main() -> None:
         return
     load = check_load(parser, arguments.busy)
     out = arguments.out
-    out.mkdir(parents=True)
+    names = ("num_rows", "d_embed", "num_queries", "recall_target", "threads")
+    check_folder(parser, out, {name: vars(arguments)[name] for name in names})
     shapes = arguments.num_rows, arguments.d_embed, arguments.num_queries
     rows, queries = make_vectors(*shapes)
     np.save(out / "rows.npy", rows)
@@ -400,7 +316,7 @@ def main() -> None:
     command.append(f"--recall_target={arguments.recall_target}")
     sides = {n: Side(n, [*command, f"--side={n}"], cores) for n in names}
     try:
-        sweeps = {n: ask_in_turns([s], {}, 1)[n][0] for n, s in sides.items()}
+        sweeps = {name: sweep(side, out, load) for name, side in sides.items()}
         found = compare(sides, sweeps, arguments.recall_target, arguments.repeats)
     finally:
         for side in sides.values():
@@ -415,12 +331,14 @@ def main() -> None:
         **found,
         "sweeps": sweeps,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out / "results.json", results)
     plot(out / "sweep.png", sweeps)
-    for name in ("rows.npy", "queries.npz", "expected.npz"):
+    for name in ("parameters.json", "rows.npy", "queries.npz", "expected.npz"):
         (out / name).unlink()
+    for name in sides:
+        sweep_path(out, name).unlink()
     shutil.rmtree(out / "index")
-    print(json.dumps({k: v for k, v in results.items() if k != "sweeps"}, indent=1))
+    print(format_table({"bench_memory": results}))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,15 @@ gpu      the paper's 2.7B at 4096: our step (packed rows, cuDNN) vs. torch.compi
          flash attention, each in its own process, at most 8 minutes in total.
          Imports jax, flax, optax, numpy and torch only. --tiny tries its code on a CPU.
 
-Each part adds to `bench_train.json` in --out and prints a table.
+Each part adds to `bench_train.json` in --out and prints a table. `python
+experiments/speed_table.py` makes the table of results/README.md from the record in
+results/.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -189,6 +192,7 @@ def run_cpu(repeats: int, tiny: bool, load: float) -> dict[str, Any]:
         "repeats": repeats,
         "cores": len(cores),
         "load_at_start": load,
+        "versions": {n: importlib.metadata.version(n) for n in ("jax", "torch")},
         "first_step_seconds": first[CPU_SIDES[0]][0],
         **found,
         "tokens_per_second": {n: rows * length / s for n, s in medians.items()},

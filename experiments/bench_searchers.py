@@ -1,0 +1,177 @@
+"""The sides of bench_memory.py: ours, exact search and FAISS, and their settings."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.metadata
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from racm3_jax.index import streaming, tuning
+from racm3_jax.index.scann import ScannIndex
+
+K = 10
+SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+# Rows that are rescored exactly.
+REORDERED = (200, 800, 3200)
+EF_SEARCH = (32, 64, 128, 256, 512)
+BLOCK = 20_000
+
+Settings = dict[str, Any]
+
+
+class Searcher(Protocol):
+    """One side: its settings, and a search with one of them."""
+
+    facts: dict[str, Any]
+
+    def settings(self) -> Iterator[Settings]:
+        """Those of the sweep; indexes are built on the way."""
+        ...
+
+    def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
+        """A function from queries to ids."""
+        ...
+
+
+class Ours:
+    """ScaNN, built and tuned as by a memory; the queries of a batch in threads.
+
+    Args:
+      folder: with `queries.npz`, on which it is tuned; for `index`.
+      rows: of the index.
+      threads: of a batch.
+      target: recall.
+      built: `index` is there, of an earlier process.
+    """
+
+    def __init__(
+        self, folder: Path, rows: np.ndarray, threads: int, target: float, built: bool
+    ):
+        self.threads, self.facts = threads, {}
+        if built:
+            self.index = ScannIndex.load(folder / "index")
+            return
+        shutil.rmtree(folder / "index", ignore_errors=True)
+        start = time.perf_counter()
+        self.index = ScannIndex.build(rows, folder / "index")
+        build_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        queries = dict(np.load(folder / "queries.npz"))
+        tuned = tuning.tune(
+            self.index, folder / "index", rows, queries, recall_target=target
+        )
+        self.facts = {
+            "build_seconds": build_seconds,
+            "tune_seconds": time.perf_counter() - start,
+            "tuned_recall": tuned,
+        }
+
+    def settings(self) -> Iterator[Settings]:
+        yield dict(self.index.settings)
+        leaves = self.index.settings.get("num_leaves")
+        if not leaves:
+            return
+        for share, reordered in itertools.product(SHARES, REORDERED):
+            searched = max(1, round(share * leaves))
+            reordered = min(reordered, len(self.index))
+            yield self.index.settings | {
+                "num_searched": searched,
+                "num_reordered": reordered,
+            }
+
+    def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
+        self.index.settings.update(settings)
+
+        def search(queries: np.ndarray) -> np.ndarray:
+            return self.index.search(queries, K).ids
+
+        def in_threads(queries: np.ndarray) -> np.ndarray:
+            if len(queries) < self.threads:
+                return search(queries)
+            with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+                blocks = np.array_split(queries, self.threads)
+                return np.concatenate(list(pool.map(search, blocks)))
+
+        return in_threads
+
+
+class Flat:
+    """Exact search, as of the expected results."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows, self.facts = rows, {}
+
+    def settings(self) -> Iterator[Settings]:
+        yield {}
+
+    def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
+        del settings
+        return lambda queries: streaming.find_exact(self.rows, queries, K)
+
+
+class Faiss:
+    """FAISS's own classes, with its own threads; one index in memory at a time."""
+
+    def __init__(self, rows: np.ndarray, threads: int):
+        import faiss
+
+        self.faiss, self.rows = faiss, rows
+        faiss.omp_set_num_threads(threads)
+        self.leaves = max(4, round(4 * len(rows) ** 0.5))
+        self.facts: dict[str, Any] = {
+            "version": importlib.metadata.version("faiss-cpu"),
+            "build_seconds": {},
+        }
+        self._kind = ""
+        self._index: Any = None
+
+    def settings(self) -> Iterator[Settings]:
+        dims = self.rows.shape[1]
+        for per_code in (2, 3, 4):
+            if dims % per_code:
+                continue
+            kind = f"IVF{self.leaves},PQ{dims // per_code}x4fs,RFlat"
+            for share, reordered in itertools.product(SHARES, REORDERED):
+                yield {"kind": kind} | self._probes(share) | {"reordered": reordered}
+        for share in SHARES:
+            yield {"kind": f"IVF{self.leaves},SQ8"} | self._probes(share)
+        for ef in EF_SEARCH:
+            yield {"kind": "HNSW32", "ef_search": ef}
+        yield {"kind": "Flat"}
+
+    def _probes(self, share: float) -> Settings:
+        return {"searched": max(1, round(share * self.leaves))}
+
+    def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
+        if settings["kind"] != self._kind:
+            self._index = None  # frees it first
+            self._index = self._build(settings["kind"])
+            self._kind = settings["kind"]
+        # The casts do not own the index.
+        index = self.faiss.downcast_index(self._index)
+        if "reordered" in settings:
+            index.k_factor = settings["reordered"] / K
+            self.faiss.downcast_index(index.base_index).nprobe = settings["searched"]
+        elif "searched" in settings:
+            index.nprobe = settings["searched"]
+        elif "ef_search" in settings:
+            index.hnsw.efSearch = settings["ef_search"]
+        return lambda queries: index.search(queries, K)[1]
+
+    def _build(self, kind: str) -> Any:
+        start = time.perf_counter()
+        metric = self.faiss.METRIC_INNER_PRODUCT
+        index = self.faiss.index_factory(self.rows.shape[1], kind, metric)
+        # FAISS itself samples 256 rows for each leaf.
+        index.train(self.rows)
+        for first in range(0, len(self.rows), BLOCK):
+            index.add(np.ascontiguousarray(self.rows[first : first + BLOCK]))
+        self.facts["build_seconds"][kind] = time.perf_counter() - start
+        return index
