@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.metadata
 import itertools
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from bench_sides import write_json
 
 from racm3_jax.index import streaming, tuning
 from racm3_jax.index.scann import ScannIndex
@@ -31,6 +33,10 @@ class Searcher(Protocol):
 
     facts: dict[str, Any]
 
+    def build(self) -> Iterator[str]:
+        """Builds the indexes that are not in the folder yet; yields their names."""
+        ...
+
     def settings(self) -> Iterator[Settings]:
         """Those of the sweep; indexes are built on the way."""
         ...
@@ -44,33 +50,39 @@ class Ours:
     """ScaNN, built and tuned as by a memory; the queries of a batch in threads.
 
     Args:
-      folder: with `queries.npz`, on which it is tuned; for `index`.
+      folder: with `queries.npz`, on which it is tuned; for `index` and its facts.
       rows: of the index.
       threads: of a batch.
       target: recall.
-      built: `index` is there, of an earlier process.
     """
 
-    def __init__(
-        self, folder: Path, rows: np.ndarray, threads: int, target: float, built: bool
-    ):
-        self.threads, self.facts = threads, {}
-        if built:
-            self.index = ScannIndex.load(folder / "index")
-            return
-        shutil.rmtree(folder / "index", ignore_errors=True)
+    def __init__(self, folder: Path, rows: np.ndarray, threads: int, target: float):
+        self.folder, self.rows = folder, rows
+        self.threads, self.target = threads, target
+        self.facts = {}
+
+    def build(self) -> Iterator[str]:
+        path = self.folder / "index.json"
+        if not path.exists():
+            write_json(path, self._build())
+        self.facts = json.loads(path.read_text())
+        self.index = ScannIndex.load(self.folder / "index")
+        yield "ScaNN"
+
+    def _build(self) -> dict[str, Any]:
+        folder = self.folder / "index"
+        shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
-        self.index = ScannIndex.build(rows, folder / "index")
-        build_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        queries = dict(np.load(folder / "queries.npz"))
-        tuned = tuning.tune(
-            self.index, folder / "index", rows, queries, recall_target=target
+        index = ScannIndex.build(self.rows, folder)
+        built = time.perf_counter()
+        queries = dict(np.load(self.folder / "queries.npz"))
+        found = tuning.tune(
+            index, folder, self.rows, queries, recall_target=self.target
         )
-        self.facts = {
-            "build_seconds": build_seconds,
-            "tune_seconds": time.perf_counter() - start,
-            "tuned_recall": tuned,
+        return {
+            "build_seconds": built - start,
+            "tune_seconds": time.perf_counter() - built,
+            "tuned_recall": found,
         }
 
     def settings(self) -> Iterator[Settings]:
@@ -108,6 +120,9 @@ class Flat:
     def __init__(self, rows: np.ndarray):
         self.rows, self.facts = rows, {}
 
+    def build(self) -> Iterator[str]:
+        yield from ()
+
     def settings(self) -> Iterator[Settings]:
         yield {}
 
@@ -119,10 +134,10 @@ class Flat:
 class Faiss:
     """FAISS's own classes, with its own threads; one index in memory at a time."""
 
-    def __init__(self, rows: np.ndarray, threads: int):
+    def __init__(self, folder: Path, rows: np.ndarray, threads: int):
         import faiss
 
-        self.faiss, self.rows = faiss, rows
+        self.faiss, self.folder, self.rows = faiss, folder, rows
         faiss.omp_set_num_threads(threads)
         self.leaves = max(4, round(4 * len(rows) ** 0.5))
         self.facts: dict[str, Any] = {
@@ -131,6 +146,11 @@ class Faiss:
         }
         self._kind = ""
         self._index: Any = None
+
+    def build(self) -> Iterator[str]:
+        for kind in dict.fromkeys(settings["kind"] for settings in self.settings()):
+            self._open(kind)
+            yield kind
 
     def settings(self) -> Iterator[Settings]:
         dims = self.rows.shape[1]
@@ -150,10 +170,7 @@ class Faiss:
         return {"searched": max(1, round(share * self.leaves))}
 
     def prepare(self, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
-        if settings["kind"] != self._kind:
-            self._index = None  # frees it first
-            self._index = self._build(settings["kind"])
-            self._kind = settings["kind"]
+        self._open(settings["kind"])
         # The casts do not own the index.
         index = self.faiss.downcast_index(self._index)
         if "reordered" in settings:
@@ -165,13 +182,28 @@ class Faiss:
             index.hnsw.efSearch = settings["ef_search"]
         return lambda queries: index.search(queries, K)[1]
 
+    def _open(self, kind: str) -> None:
+        """Makes it the current index: from its file, or builds it and writes the file."""
+        if kind == self._kind:
+            return
+        self._index = None  # frees it first
+        self._kind = kind
+        path = self.folder / f"faiss_{kind}.index"
+        facts = path.with_suffix(".json")
+        if not facts.exists():
+            start = time.perf_counter()
+            self._index = self._build(kind)
+            self.faiss.write_index(self._index, str(path))
+            write_json(facts, time.perf_counter() - start)
+        else:
+            self._index = self.faiss.read_index(str(path))
+        self.facts["build_seconds"][kind] = json.loads(facts.read_text())
+
     def _build(self, kind: str) -> Any:
-        start = time.perf_counter()
         metric = self.faiss.METRIC_INNER_PRODUCT
         index = self.faiss.index_factory(self.rows.shape[1], kind, metric)
         # FAISS itself samples 256 rows for each leaf.
         index.train(self.rows)
         for first in range(0, len(self.rows), BLOCK):
             index.add(np.ascontiguousarray(self.rows[first : first + BLOCK]))
-        self.facts["build_seconds"][kind] = time.perf_counter() - start
         return index

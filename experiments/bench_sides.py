@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 # Load average of the last minute above which comparisons are refused.
@@ -82,6 +83,13 @@ class Side:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(aside, path)
 
 
 def serve(answer: Callable[[Any], Any]) -> None:
