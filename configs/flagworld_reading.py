@@ -56,9 +56,8 @@ _ONE_PLACE = _STILL | {
 _PAPER = {
     "pairing.num_documents": (0, 1, 2, 4),
     "pairing.wrong_probability": 0.8,
-    "pairing.name_weight": 2.0,
+    "pairing.box_weight": 3.0,
     "pipeline.max_documents": 4,
-    "pipeline.max_position_gap": 16,
     # At least one span, as in the paper, and a whole caption in a third of the
     # documents.
     "masking.num_masks": "poisson_clamp1",
