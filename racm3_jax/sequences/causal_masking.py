@@ -60,12 +60,13 @@ class CausalMaskingConfig:
         "fixed" is `mean` spans, "single" one span, "none" no span.
       mean: of the Poisson distribution, or the number of spans for "fixed".
       max_masks: maximum spans per document; at most the number of sentinels.
-      rotation_probability: fraction of documents with one whole segment as the only
-        span. Independent of `num_masks`.
+      rotation_probability: fraction of main documents with one whole segment as the
+        only span. Independent of `num_masks`. Not of retrieved documents, whose captions
+        would follow what is read in them.
       rotation_text_share: fraction of the rotated documents in which a text is moved,
         not an image. A document without the sampled modality rotates the other one.
-      mask_retrieved: retrieved documents are masked too, as in the paper, each sampled
-        independently; their spans are moved to the end of the sequence as well.
+      mask_retrieved: retrieved documents have spans too, as in the paper, each sampled
+        independently; they are moved to the end of the sequence as well.
       sentinel_weight: loss weight of `<mask:i>` as a target.
       text_weight: loss weight of the main document's text tokens; image tokens have 1.
     """
@@ -266,6 +267,7 @@ def build_example(
     main_spans = sample_spans(main_tokens, config, vocab, rng)
     if segment_order == "as_main" and _moves_a_text(main_tokens, main_spans, vocab):
         retrieved = [layout.put_images_first(document) for document in retrieved]
+    unrotated = dataclasses.replace(config, rotation_probability=0.0)
     room = max_length - (len(main_tokens) + 2 + 3 * len(main_spans))
     sentinels_left = vocab.num_sentinels - len(main_spans)
     kept: list[TokenizedDocument] = []
@@ -278,7 +280,7 @@ def build_example(
         tokens = layout.document_tokens(document, vocab)
         spans: list[Span] = []
         if config.mask_retrieved:
-            spans = sample_spans(tokens, config, vocab, rng)[:sentinels_left]
+            spans = sample_spans(tokens, unrotated, vocab, rng)[:sentinels_left]
         length = len(tokens) + 1 + 3 * len(spans)
         if length > room:
             continue

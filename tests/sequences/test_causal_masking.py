@@ -301,6 +301,19 @@ def test_masking_retrieved_documents_keeps_within_the_sentinels(sample_document)
     assert most == 4
 
 
+def test_only_main_documents_are_rotated(vocab, make_document):
+    main, shown = make_document("t1", "i1 i2"), make_document("t2", "i3 i4")
+    for num_masks in ("none", "single"):
+        config = CausalMaskingConfig(
+            num_masks, rotation_probability=1.0, mask_retrieved=True
+        )
+        for seed in range(50):
+            example = build(main, [shown], config, vocab, seed=seed)
+            *others, own = moved_spans(example.tokens, vocab)
+            assert vocab.to_text(own) == "t1"
+            assert len(others) == (num_masks == "single")
+
+
 def test_overflow_drops_whole_retrieved_documents_that_do_not_fit(vocab, make_document):
     main = make_document("t1", "i1 i1")
     first, second = make_document("t2", "i2 i2"), make_document("t3", "i3 i3")
