@@ -85,7 +85,7 @@ def local_memory(arguments: argparse.Namespace) -> Any:
 def non_empty(text: str) -> str:
     """A non-empty string."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("is empty: give a value, or leave it out")
+        raise argparse.ArgumentTypeError("is empty: give a value")
     return text
 
 
