@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +156,12 @@ def _train(
         state, extra = saver.restore(found, state)
         check_inputs(extra, job, workdir)
         history = [e for e in extra.get("evaluations", ()) if e[0] <= found]
-        logging.info("resuming %s at step %d", workdir, found)
+        if progress and jax.process_index() == 0:
+            place = workdir if mirror is None else mirror.url
+            print(
+                f"racm3: resuming {place} after step {found} of {job.num_steps}",
+                file=sys.stderr,
+            )
     judged = _make_heldout(job, settings, workdir, history)
     start_step = int(state.step)
     if start_step < job.num_steps and not judged.is_over:
@@ -290,6 +296,19 @@ def _peak_flops(mesh: Mesh) -> float:
     return device.flops * mesh.size if device else 0.0
 
 
+def _advise(directory: Path) -> str:
+    """What to give instead of a folder without a model."""
+    own = directory / "generator"  # of `racm3 fit`
+    if (own / "model").is_dir():
+        return f"it is of `racm3 fit`; give --workdir={own}"
+    if own_files.is_own(directory / "plan.json", key="plan"):
+        return "`racm3 fit` has not finished there; run its command again"
+    return (
+        "give the --workdir of a finished `racm3 train` or `racm3 quickstart`, the "
+        "folder generator of `racm3 fit`, or shipped:flagworld"
+    )
+
+
 def load(
     path: str | Path,
     memory: Memory | str | Path | None = None,
@@ -313,10 +332,7 @@ def load(
     """
     directory = wiring.resolve(path)
     if not (directory / "model").is_dir():
-        raise ValueError(
-            f"no trained model in {directory}: give the --workdir of a finished "
-            "`racm3 train` or `racm3 quickstart`, or shipped:flagworld"
-        )
+        raise ValueError(f"no trained model in {directory}: {_advise(directory)}")
     if memory is None and (directory / "memory" / "manifest.json").exists():
         memory = directory / "memory"
     if memory is not None and not isinstance(memory, Memory):

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from racm3_jax import cli, quickstart, run
+from racm3_jax import cli, own_files, quickstart, run
 from racm3_jax.commands import configs
 from racm3_jax.commands.parser import find_parsers
 from racm3_jax.metrics import MetricsWriter
@@ -140,6 +140,14 @@ def test_missing_workdir(capsys, tmp_path):
         capsys, "generate", f"--workdir={tmp_path}/none", "--prompt=a flag"
     )
     assert "no trained model" in error and "racm3 quickstart" in error
+
+
+def test_the_folder_of_a_fit_names_the_one_of_its_generator(capsys, tmp_path):
+    words = ["generate", f"--workdir={tmp_path}", "--prompt=a flag"]
+    own_files.write_json(tmp_path / "plan.json", {"plan": {}})
+    assert "fit` has not finished there; run its" in sentence(capsys, *words)
+    (tmp_path / "generator" / "model").mkdir(parents=True)
+    assert f"give --workdir={tmp_path}/generator" in sentence(capsys, *words)
 
 
 def test_a_file_that_is_not_an_image(capsys, tmp_path):

@@ -62,7 +62,9 @@ def add_memory(sub: Any, required: bool = False) -> None:
         type=place,
         default=None,
         required=required,
-        help="its directory, or a URL" if required else "another one, or its URL",
+        help="its directory, or a URL"
+        if required
+        else "directory or URL of another one; default: that of --workdir",
     )
     sub.add_argument(
         "--memory_cache",

@@ -48,7 +48,11 @@ def register(commands: Any) -> None:
         default="racm3_out",
         help="folder of the results",
     )
-    sub.add_argument("--short", action="store_true", help="under 90 seconds, for CI")
+    sub.add_argument(
+        "--short",
+        action="store_true",
+        help="a smaller memory and fewer steps: under 90 seconds on two idle cores",
+    )
     _register_fit(commands)
     text = "Train a config, or resume it: the same command."
     sub = commands.add_parser("train", help=text, description=text)
