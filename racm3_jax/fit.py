@@ -346,7 +346,8 @@ class _Chain:
         self._load_config = load_config
         self._console = Console(highlight=False)
         self._started = time.monotonic()
-        self._done_cost = 0.0
+        # Of trainings that this call ran from their first step.
+        self._done_cost = self._done_seconds = 0.0
 
     def say(self, text: str) -> None:
         seconds = time.monotonic() - self._started
@@ -413,24 +414,26 @@ class _Chain:
             self.say(f"{name}: {folder / exported} exists")
             return
         left = sum(list(costs.values())[list(costs).index(name) :])
-        spent = time.monotonic() - self._started
         guess = ""
         if self._done_cost:
-            minutes = spent * left / self._done_cost / 60
-            guess = f"; about {minutes:.0f} minutes left in total"
+            minutes = round(self._done_seconds * left / self._done_cost / 60)
+            guess = f"; about {minutes} min left in total"
         self.say(f"{name}: up to {num_steps:,} steps{guess}")
         config.train.num_steps = num_steps
         config.optimizer.warmup_steps = min(
             config.optimizer.warmup_steps, max(1, num_steps // 10)
         )
         config.train.eval_every = min(config.train.eval_every, max(1, num_steps // 10))
+        is_new, started = not folder.exists(), time.monotonic()
         state, has_ended = run.run_training(config, folder)
         if not has_ended:
             raise StoppedEarly(
                 f"stopped and saved {name} after step {int(state.step)} of {num_steps}; "
                 "the same command resumes"
             )
-        self._done_cost += cost
+        if is_new:
+            self._done_cost += cost
+            self._done_seconds += time.monotonic() - started
         figures = _best_metrics(folder)
         self.say(
             f"{name}: step {int(state.step)}, held out: {_format_metrics(figures)}"

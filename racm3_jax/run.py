@@ -296,19 +296,6 @@ def _peak_flops(mesh: Mesh) -> float:
     return device.flops * mesh.size if device else 0.0
 
 
-def _advise(directory: Path) -> str:
-    """What to give instead of a folder without a model."""
-    own = directory / "generator"  # of `racm3 fit`
-    if (own / "model").is_dir():
-        return f"it is of `racm3 fit`; give --workdir={own}"
-    if own_files.is_own(directory / "plan.json", key="plan"):
-        return "`racm3 fit` has not finished there; run its command again"
-    return (
-        "give the --workdir of a finished `racm3 train` or `racm3 quickstart`, the "
-        "folder generator of `racm3 fit`, or shipped:flagworld"
-    )
-
-
 def load(
     path: str | Path,
     memory: Memory | str | Path | None = None,
@@ -331,8 +318,7 @@ def load(
         encoder or tokenizer.
     """
     directory = wiring.resolve(path)
-    if not (directory / "model").is_dir():
-        raise ValueError(f"no trained model in {directory}: {_advise(directory)}")
+    wiring.check_model(directory)
     if memory is None and (directory / "memory" / "manifest.json").exists():
         memory = directory / "memory"
     if memory is not None and not isinstance(memory, Memory):

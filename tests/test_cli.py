@@ -147,7 +147,7 @@ def test_the_folder_of_a_fit_names_the_one_of_its_generator(capsys, tmp_path):
     own_files.write_json(tmp_path / "plan.json", {"plan": {}})
     assert "fit` has not finished there; run its" in sentence(capsys, *words)
     (tmp_path / "generator" / "model").mkdir(parents=True)
-    assert f"give --workdir={tmp_path}/generator" in sentence(capsys, *words)
+    assert f"give {tmp_path}/generator" in sentence(capsys, *words)
 
 
 def test_a_file_that_is_not_an_image(capsys, tmp_path):

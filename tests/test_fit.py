@@ -118,12 +118,13 @@ def test_it_runs_from_files_to_images_and_resumes(photos, tmp_path, monkeypatch)
     assert all(line["eval/bits_per_image"] > 0 for line in lines)
 
 
-def test_finished_stages_are_not_run_again(photos, tmp_path, monkeypatch):
+def test_finished_stages_are_not_run_again(photos, tmp_path, monkeypatch, capsys):
     """With stand-ins: the order, the arguments of each, and where a stopped one resumes."""
     runs, stops = [], ["clip"]
 
     def train(config, folder):
         runs.append((folder.name, config.train.num_steps, config.source))
+        folder.mkdir(exist_ok=True)
         if folder.name in stops:
             stops.remove(folder.name)
             return run.Training(types.SimpleNamespace(step=1), False)  # type: ignore[arg-type]
@@ -144,7 +145,10 @@ def test_finished_stages_are_not_run_again(photos, tmp_path, monkeypatch):
 
     with pytest.raises(fit.StoppedEarly, match="saved clip after step 1 of 2"):
         begin()
+    assert "clip: up to 2 steps; about 0 min left" in capsys.readouterr().out
     begin()
+    # A resumed training does not say how long whole ones take.
+    assert "generator: up to 2 steps\n" in capsys.readouterr().out
     source = f"folder:{photos}"
     trained = [(name, 2, source) for name in ("tokenizer", "clip", "clip", "generator")]
     assert runs == [*trained[:3], "memory", trained[3], "report"]
