@@ -332,7 +332,10 @@ def _with_possible_batch(plan: Plan, data: Mapping[str, str], is_given: bool) ->
             f"--batch_size is {plan.batch_size}, but only {num_groups} captioned images "
             "of different groups are for training: give a number up to that"
         )
-    return dataclasses.replace(plan, batch_size=num_groups)
+    # Equal parts for all devices.
+    devices = jax.device_count()
+    batch_size = max(num_groups // devices, 1) * devices
+    return dataclasses.replace(plan, batch_size=batch_size)
 
 
 class _Chain:

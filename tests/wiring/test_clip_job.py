@@ -96,15 +96,15 @@ def test_a_key_whose_values_no_text_has_is_refused():
 def test_a_refused_clip_training_leaves_its_folder_free(tmp_path, part):
     photos, workdir = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
-    for i in range(6):
-        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(photos / f"{i}.png")
+    for i in range(9):
+        Image.new("RGB", (64, 64), (20 * i, 0, 0)).save(photos / f"{i}.png")
         (photos / f"{i}.txt").write_text(f"red {i}")
     config = load_config_file(f"{CONFIGS}/own_clip.py")
     config.source = f"folder:{photos}"
     if part != "held-out groups":
         config.holdout = "0.png,1.png"
     else:
-        config.holdout, config.batch_size = "0.png", 4
+        config.holdout, config.batch_size = "0.png", 8
     with pytest.raises(ValueError, match=part):
         run.train(config, workdir, progress=False)
     assert not workdir.exists()
