@@ -12,13 +12,14 @@ training or build. Afterwards `generator/` is the work directory for all other c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from rich.console import Console
 
 from racm3_jax import own_files, run, wiring
 from racm3_jax.buckets import refuse_url
-from racm3_jax.documents.readers import find_shards, read_documents
-from racm3_jax.documents.sources import parse_sources
+from racm3_jax.documents.readers import find_shards, read_documents, refuse_inside
+from racm3_jax.documents.sources import Corpus, parse_sources, source_corpus
 from racm3_jax.evaluation.perplexity import compute_likelihoods
 from racm3_jax.evaluation.report import CaptionRow, caption_rows, write_report
 from racm3_jax.generation.tasks import Generator
@@ -124,22 +125,47 @@ def main(
       sizes: fields of the plan to use instead of the chosen ones.
 
     Raises:
-      ValueError: a source without images, or `workdir` has another plan.
+      ValueError: a source with too few images or captions, `workdir` is inside the
+        source, or has another plan.
       StoppedEarly: a signal stopped a stage.
     """
     refuse_url(workdir, "the work directory of a fit")
+    for place, _ in parse_sources(source):
+        refuse_inside(place, workdir, "give another --workdir")
     own_files.check(
         workdir / "samples.png",
         workdir / "report.html",
         change="give another --workdir",
     )
     chain = _Chain(workdir, load_config)
-    chain.data, chain.plan = _decide(
-        workdir, source, group_key, holdout, sizes or {}, chain.say
-    )
-    for stage in (chain.tokenizer, chain.clip, chain.memory, chain.generator):
+    with _plan_dropped_if_refused(workdir):
+        chain.data, chain.plan = _decide(
+            workdir, source, group_key, holdout, sizes or {}, chain.say
+        )
+        chain.tokenizer()
+    for stage in (chain.clip, chain.memory, chain.generator):
         stage()
     chain.report()
+
+
+@contextlib.contextmanager
+def _plan_dropped_if_refused(workdir: Path) -> Iterator[None]:
+    """Removes a new plan if no training was started with it.
+
+    So that a corrected command is not refused.
+    """
+    plan, used = workdir / PLAN_NAME, workdir / "tokenizer" / "config.json"
+    was_made, was_new = workdir.exists(), not plan.exists()
+    was_used = used.exists()
+    try:
+        yield
+    except (ValueError, OSError):
+        if was_new and used.exists() == was_used:
+            with contextlib.suppress(OSError):
+                plan.unlink()
+                if not was_made:
+                    workdir.rmdir()  # if it is empty
+        raise
 
 
 def inspect_source(source: str) -> SourceStats:
@@ -202,8 +228,43 @@ def choose_plan(stats: SourceStats, cores: int, accelerated: bool) -> Plan:
 
 
 def choose_holdout(count: int) -> str:
-    """The fraction of a tenth of the documents, at most about 500, for `--holdout`."""
-    return f"{min(0.1, 500 / count):.4g}"
+    """The fraction of a tenth of the documents, about 4 to 500, for `--holdout`."""
+    return f"{min(max(0.1, 4 / count), 0.5, 500 / count):.4g}"
+
+
+def count_groups(source: str, group_key: str, holdout: str, enough: int) -> int:
+    """The number of groups to train on, with an image and a caption; at most `enough`.
+
+    Raises:
+      ValueError: no image has a caption, or fewer than two groups are for training or
+        held out.
+    """
+    corpus = source_corpus(source, group_key, holdout)
+    num_train = _count(corpus, corpus.train(), max(enough, 2))
+    num_heldout = _count(corpus, corpus.heldout(), 2)
+    what = f"groups by {group_key}" if group_key else "images"
+    if not num_train + num_heldout:
+        raise ValueError(
+            f"--source={source} has no image with a caption: write captions next to the "
+            "images (cat.jpg, cat.txt) or into a table (captions.csv)"
+        )
+    for number, purpose in ((num_train, "for training"), (num_heldout, "held out")):
+        if number < 2:
+            raise ValueError(
+                f"with --holdout={holdout}, {number} captioned {what} are {purpose}; at "
+                "least 2 are needed: change --holdout, or add images with captions"
+            )
+    return min(num_train, enough)
+
+
+def _count(corpus: Corpus, documents: Iterable[Document], enough: int) -> int:
+    found = set()
+    for document in documents:
+        if document.text.strip() and document.images:
+            found.add(corpus.group(document))
+            if len(found) == enough:
+                break
+    return len(found)
 
 
 def _decide(
@@ -242,6 +303,7 @@ def _decide(
     asked = dict(data)
     if not holdout:
         data["holdout"] = choose_holdout(stats.count)
+    plan = _with_possible_batch(plan, data, "batch_size" in sizes)
     machine = jax.devices()[0].device_kind if accelerated else f"{cores} cores"
     say(
         f"{stats.count:,} documents, images of about {stats.side} pixels, "
@@ -256,6 +318,26 @@ def _decide(
     return data, plan
 
 
+def _with_possible_batch(plan: Plan, data: Mapping[str, str], is_given: bool) -> Plan:
+    """The plan with a batch of as many images as there are, if they are few.
+
+    Raises:
+      ValueError: the given batch is larger, or see `count_groups`.
+    """
+    num_groups = count_groups(**data, enough=plan.batch_size)
+    if num_groups == plan.batch_size:
+        return plan
+    if is_given:
+        raise ValueError(
+            f"--batch_size is {plan.batch_size}, but only {num_groups} captioned images "
+            "of different groups are for training: give a number up to that"
+        )
+    # Equal parts for all devices.
+    devices = jax.device_count()
+    batch_size = max(num_groups // devices, 1) * devices
+    return dataclasses.replace(plan, batch_size=batch_size)
+
+
 class _Chain:
     """The stages, with their progress messages."""
 
@@ -267,7 +349,8 @@ class _Chain:
         self._load_config = load_config
         self._console = Console(highlight=False)
         self._started = time.monotonic()
-        self._done_cost = 0.0
+        # Of trainings that this call ran from their first step.
+        self._done_cost = self._done_seconds = 0.0
 
     def say(self, text: str) -> None:
         seconds = time.monotonic() - self._started
@@ -334,24 +417,26 @@ class _Chain:
             self.say(f"{name}: {folder / exported} exists")
             return
         left = sum(list(costs.values())[list(costs).index(name) :])
-        spent = time.monotonic() - self._started
         guess = ""
         if self._done_cost:
-            minutes = spent * left / self._done_cost / 60
-            guess = f"; about {minutes:.0f} minutes left in total"
+            minutes = round(self._done_seconds * left / self._done_cost / 60)
+            guess = f"; about {minutes} min left in total"
         self.say(f"{name}: up to {num_steps:,} steps{guess}")
         config.train.num_steps = num_steps
         config.optimizer.warmup_steps = min(
             config.optimizer.warmup_steps, max(1, num_steps // 10)
         )
         config.train.eval_every = min(config.train.eval_every, max(1, num_steps // 10))
+        is_new, started = not folder.exists(), time.monotonic()
         state, has_ended = run.run_training(config, folder)
         if not has_ended:
             raise StoppedEarly(
                 f"stopped and saved {name} after step {int(state.step)} of {num_steps}; "
                 "the same command resumes"
             )
-        self._done_cost += cost
+        if is_new:
+            self._done_cost += cost
+            self._done_seconds += time.monotonic() - started
         figures = _best_metrics(folder)
         self.say(
             f"{name}: step {int(state.step)}, held out: {_format_metrics(figures)}"

@@ -47,8 +47,13 @@ class Stages:
         self.console.print(f"[dim]{seconds:5.0f} s[/dim]  {text}")
 
 
-def main(config: Any, workdir: Path) -> None:
+def main(config: Any, workdir: Path, config_name: str) -> None:
     """Runs the whole quickstart in `workdir`; see the module.
+
+    Args:
+      config: its config.
+      workdir: folder of the results.
+      config_name: of the config and its changed settings, for the report.
 
     Raises:
       ValueError: `workdir` holds a run of another config.
@@ -66,7 +71,7 @@ def main(config: Any, workdir: Path) -> None:
         world = wiring.build_world(config)
         tests = choose_tests(world, config.num_prompts)
         prompts = [test.text for test in tests]
-        stages.say("opening the shipped tokenizer, CLIP and generator")
+        stages.say("opening the tokenizer and CLIP")
         tokenizer = wiring.build_tokenizer(config)
         embedder = wiring.build_embedder(config)
     if not (workdir / "samples.png").exists():
@@ -121,7 +126,7 @@ def main(config: Any, workdir: Path) -> None:
             "memory": f"{num_documents:,} documents",
             "training steps": str(config.train.num_steps),
             "captions that name the right nation": f"{right} of {len(captions)}",
-            "config": "flagworld_quickstart",
+            "config": config_name,
         },
     )
     stages.say(f"captions name the right nation {right} of {len(captions)} times")

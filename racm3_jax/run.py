@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +156,12 @@ def _train(
         state, extra = saver.restore(found, state)
         check_inputs(extra, job, workdir)
         history = [e for e in extra.get("evaluations", ()) if e[0] <= found]
-        logging.info("resuming %s at step %d", workdir, found)
+        if progress and jax.process_index() == 0:
+            place = workdir if mirror is None else mirror.url
+            print(
+                f"racm3: resuming {place} after step {found} of {job.num_steps}",
+                file=sys.stderr,
+            )
     judged = _make_heldout(job, settings, workdir, history)
     start_step = int(state.step)
     if start_step < job.num_steps and not judged.is_over:
@@ -312,11 +318,7 @@ def load(
         encoder or tokenizer.
     """
     directory = wiring.resolve(path)
-    if not (directory / "model").is_dir():
-        raise ValueError(
-            f"no trained model in {directory}: give the --workdir of a finished "
-            "`racm3 train` or `racm3 quickstart`, or shipped:flagworld"
-        )
+    wiring.check_model(directory)
     if memory is None and (directory / "memory" / "manifest.json").exists():
         memory = directory / "memory"
     if memory is not None and not isinstance(memory, Memory):

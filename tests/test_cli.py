@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from racm3_jax import cli, run
+from racm3_jax import cli, own_files, quickstart, run
 from racm3_jax.commands import configs
 from racm3_jax.commands.parser import find_parsers
 from racm3_jax.metrics import MetricsWriter
@@ -140,6 +140,14 @@ def test_missing_workdir(capsys, tmp_path):
         capsys, "generate", f"--workdir={tmp_path}/none", "--prompt=a flag"
     )
     assert "no trained model" in error and "racm3 quickstart" in error
+
+
+def test_the_folder_of_a_fit_names_the_one_of_its_generator(capsys, tmp_path):
+    words = ["generate", f"--workdir={tmp_path}", "--prompt=a flag"]
+    own_files.write_json(tmp_path / "plan.json", {"plan": {}})
+    assert "fit` has not finished there; run its" in sentence(capsys, *words)
+    (tmp_path / "generator" / "model").mkdir(parents=True)
+    assert f"give {tmp_path}/generator" in sentence(capsys, *words)
 
 
 def test_a_file_that_is_not_an_image(capsys, tmp_path):
@@ -347,3 +355,56 @@ def test_a_foreign_log_is_not_appended_to(tmp_path):
         with pytest.raises(ValueError, match="is not the log of a training"):
             MetricsWriter(tmp_path, tensorboard=False)
         assert path.read_text() == text
+
+
+def test_the_quickstart_reports_the_config_that_was_used(monkeypatch):
+    names = []
+    monkeypatch.setattr(
+        quickstart, "main", lambda config, workdir, name: names.append(name)
+    )
+    file = f"{CONFIGS}/flagworld_quickstart.py"
+    for words in (
+        [],
+        ["--short"],
+        [f"--config={file}", "--config.num_prompts=2"],
+        ["--config", "flagworld_quickstart:short", "--config.num_prompts", "2"],
+    ):
+        assert cli.main(["quickstart", *words]) == 0
+    assert names == [
+        "flagworld_quickstart",
+        "flagworld_quickstart:short",
+        f"{file} --config.num_prompts=2",
+        "flagworld_quickstart:short --config.num_prompts=2",
+    ]
+
+
+def test_options_that_a_given_config_replaces_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(run, "evaluate", lambda config, workdir: None)
+    error = sentence(capsys, "quickstart", "--config=flagworld_quickstart", "--short")
+    assert "remove one of the two" in error
+    words = ["evaluate", "--workdir=x", "--config=eval/coco"]
+    error = sentence(capsys, *words, "--suite=flagworld")
+    assert "--suite=flagworld, but the config is of the suite coco" in error
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--suite=coco"]) == 0
+
+
+def test_sizes_of_a_fit_are_positive(capsys):
+    words = ["fit", "--source=folder:x", "--workdir=x"]
+    for name in ("d_model", "num_layers", "num_codes", "batch_size", "clip_steps"):
+        error = sentence(capsys, *words, f"--{name}=0")
+        assert f"--{name}: '0' is not an integer from 1" in error
+
+
+def test_an_empty_or_missing_folder_says_what_a_source_is(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("a file")
+    for name, message in [
+        ("empty", "put images there with their captions next to them"),
+        ("file", "is a file: give a folder of images"),
+        ("none", f"there is no {tmp_path / 'none'}: give a folder of images"),
+    ]:
+        source = f"--source=folder:{tmp_path / name}"
+        assert message in sentence(capsys, "fit", source, f"--workdir={tmp_path / 'w'}")
+    error = sentence(capsys, "fit", "--source=", "--workdir=x")
+    assert "--source: is empty: give a value; see" in error

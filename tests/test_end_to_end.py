@@ -35,7 +35,7 @@ def uninterrupted(tmp_path_factory):
     return workdir, state
 
 
-def test_four_steps_equal_two_and_two(uninterrupted, tmp_path):
+def test_four_steps_equal_two_and_two(uninterrupted, tmp_path, capsys):
     """With live retrieval, bit for bit; training really stops at a checkpoint."""
     _, state = uninterrupted
     job = wiring.build_job(tiny(), tmp_path)
@@ -47,7 +47,8 @@ def test_four_steps_equal_two_and_two(uninterrupted, tmp_path):
     finally:
         wiring.build_job = original
     assert int(stopped.step) == 2
-    resumed = run.train(tiny(), tmp_path, progress=False)
+    resumed = run.train(tiny(), tmp_path)
+    assert f"resuming {tmp_path} after step 2 of 4\n" in capsys.readouterr().err
     assert int(resumed.step) == int(state.step) == 4
     for a, b in zip(leaves(state), leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,9 +66,13 @@ def test_sizes_follow_the_images_and_the_machine():
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction"), [(60, "0.1"), (50_000, "0.01"), (150_000_000, "3.333e-06")]
+    ("count", "fraction"),
+    [
+        *[(2, "0.5"), (10, "0.4"), (60, "0.1")],
+        *[(50_000, "0.01"), (150_000_000, "3.333e-06")],
+    ],
 )
-def test_a_tenth_or_about_500_documents_are_held_out(count, fraction):
+def test_a_tenth_or_about_4_to_500_documents_are_held_out(count, fraction):
     assert fit.choose_holdout(count) == fraction
     assert 0 < float(fraction) * count <= 501
 
@@ -113,12 +118,13 @@ def test_it_runs_from_files_to_images_and_resumes(photos, tmp_path, monkeypatch)
     assert all(line["eval/bits_per_image"] > 0 for line in lines)
 
 
-def test_finished_stages_are_not_run_again(photos, tmp_path, monkeypatch):
+def test_finished_stages_are_not_run_again(photos, tmp_path, monkeypatch, capsys):
     """With stand-ins: the order, the arguments of each, and where a stopped one resumes."""
     runs, stops = [], ["clip"]
 
     def train(config, folder):
         runs.append((folder.name, config.train.num_steps, config.source))
+        folder.mkdir(exist_ok=True)
         if folder.name in stops:
             stops.remove(folder.name)
             return run.Training(types.SimpleNamespace(step=1), False)  # type: ignore[arg-type]
@@ -139,7 +145,10 @@ def test_finished_stages_are_not_run_again(photos, tmp_path, monkeypatch):
 
     with pytest.raises(fit.StoppedEarly, match="saved clip after step 1 of 2"):
         begin()
+    assert "clip: up to 2 steps; about 0 min left" in capsys.readouterr().out
     begin()
+    # A resumed training does not say how long whole ones take.
+    assert "generator: up to 2 steps\n" in capsys.readouterr().out
     source = f"folder:{photos}"
     trained = [(name, 2, source) for name in ("tokenizer", "clip", "clip", "generator")]
     assert runs == [*trained[:3], "memory", trained[3], "report"]
@@ -153,3 +162,108 @@ def test_a_source_without_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(ValueError, match="has no image"):
         inspect_source(f"folder:{tmp_path}")
+
+
+def never(*arguments, **options):
+    raise AssertionError("a training was started")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"holdout": "1.5"}, "must be in 0..1"),
+        ({"holdout": "0"}, "--holdout=0, 0 captioned images are held out; at least 2"),
+        ({"holdout": "nobody"}, "0 captioned images are held out"),
+        ({"holdout": "0.99999"}, "captioned images are for training"),
+        (
+            {"sizes": {"batch_size": 500}},
+            "--batch_size is 500, but only 3[0-9] captioned",
+        ),
+        ({"sizes": {"d_model": 100}}, "must be a multiple of 64"),
+    ],
+)
+def test_a_refused_fit_leaves_its_folder_free(
+    photos, tmp_path, monkeypatch, options, message
+):
+    """All is checked before the first training, so that a corrected command runs."""
+    monkeypatch.setattr(run, "run_training", never)
+    options = {"sizes": SMALL} | options
+    for workdir in (tmp_path / "new", tmp_path):
+        with pytest.raises(ValueError, match=message):
+            fit.main(f"folder:{photos}", workdir, load_small, **options)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_dropped_if_its_first_training_is_refused(
+    photos, tmp_path, monkeypatch
+):
+    def refuse(config, folder):
+        raise ValueError("no")
+
+    def fail_later(config, folder):
+        folder.mkdir()
+        (folder / "config.json").touch()
+        raise ValueError("not finite")
+
+    monkeypatch.setattr(run, "run_training", refuse)
+    with pytest.raises(ValueError, match="no"):
+        fit.main(f"folder:{photos}", tmp_path / "new", load_small, sizes=SMALL)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(run, "run_training", fail_later)
+    with pytest.raises(ValueError, match="finite"):
+        fit.main(f"folder:{photos}", tmp_path, load_small, sizes=SMALL)
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_images_without_captions_are_refused_before_the_first_training(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run, "run_training", never)
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        Image.new("RGB", (70, 70), (i, i, i)).save(tmp_path / "photos" / f"{i}.png")
+    source, workdir = f"folder:{tmp_path / 'photos'}", tmp_path / "out"
+    with pytest.raises(ValueError, match="no image with a caption: write"):
+        fit.main(source, workdir, load_small, sizes=SMALL)
+    (tmp_path / "photos" / "0.txt").write_text("one caption")
+    with pytest.raises(ValueError, match="at least 2 are needed"):
+        fit.main(source, workdir, load_small, sizes=SMALL)
+    assert not workdir.exists()
+
+
+def test_a_batch_has_no_more_images_than_there_are(tmp_path, monkeypatch):
+    given = []
+
+    def train(config, folder):
+        given.append(config.batch_size)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_training", train)
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        Image.new("RGB", (70, 70), (i, i, i)).save(tmp_path / "photos" / f"{i}.png")
+        (tmp_path / "photos" / f"{i}.txt").write_text(f"grey {i}")
+    source = f"folder:{tmp_path / 'photos'}"
+    with pytest.raises(KeyboardInterrupt):
+        fit.main(source, tmp_path / "out", load_small, holdout="0.png,1.png")
+    assert given == [8]  # of 10, in equal parts for 8 devices
+
+
+def test_the_work_directory_is_not_inside_the_source(photos, monkeypatch):
+    """Its sheets would be read as images when it resumes."""
+    monkeypatch.setattr(run, "run_training", never)
+    before = sorted(photos.iterdir())
+    monkeypatch.chdir(photos)
+    for source, workdir in (
+        (f"folder:{photos}", photos),
+        (f"2*folder:{photos}", photos / "out"),
+        ("folder:.", Path("out")),
+    ):
+        with pytest.raises(ValueError, match="is inside .* give another --workdir"):
+            fit.main(source, workdir, load_small, sizes=SMALL)
+    config = load_small("own_tokenizer.py", "")
+    config.source = f"folder:{photos}"
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is inside .* give another --workdir"):
+        run.run_training(config, photos / "out")
+    assert sorted(photos.iterdir()) == before

@@ -62,7 +62,9 @@ def add_memory(sub: Any, required: bool = False) -> None:
         type=place,
         default=None,
         required=required,
-        help="its directory, or a URL" if required else "another one, or its URL",
+        help="its directory, or a URL"
+        if required
+        else "directory or URL of another one; default: that of --workdir",
     )
     sub.add_argument(
         "--memory_cache",
@@ -85,7 +87,7 @@ def local_memory(arguments: argparse.Namespace) -> Any:
 def non_empty(text: str) -> str:
     """A non-empty string."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("is empty: give a value, or leave it out")
+        raise argparse.ArgumentTypeError("is empty: give a value")
     return text
 
 

@@ -21,7 +21,10 @@ def register(commands: Any) -> None:
     sub = commands.add_parser("demo", help=text, description=text)
     sub.set_defaults(command=_demo)
     sub.add_argument(
-        "--workdir", type=options.path, required=True, help="of quickstart or train"
+        "--workdir",
+        type=options.path,
+        required=True,
+        help="of quickstart or train, or the folder generator of fit",
     )
     options.add_memory(sub)
     sub.add_argument(
@@ -30,7 +33,9 @@ def register(commands: Any) -> None:
         default=7860,
         help="0 takes any free port",
     )
-    sub.add_argument("--int8", action="store_true", help="8-bit weights")
+    sub.add_argument(
+        "--int8", action="store_true", help="8-bit weights, on accelerators"
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:

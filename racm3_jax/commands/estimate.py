@@ -54,7 +54,8 @@ def register(commands: Any) -> None:
     sub.add_argument(
         "--max_compiles",
         type=int,
-        help="compilations to find the largest size that fits (4); 1: no search",
+        help="compilations to find the largest size that fits; 1: no search; "
+        "default: 4",
     )
     sub.add_argument(
         "--save",

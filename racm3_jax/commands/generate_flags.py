@@ -12,15 +12,20 @@ def add_command(commands: Any, name: str) -> Any:
     text, add_flags = COMMANDS[name]
     sub = commands.add_parser(name, help=text, description=text)
     sub.add_argument(
-        "--workdir", type=options.path, required=True, help="of quickstart or train"
+        "--workdir",
+        type=options.path,
+        required=True,
+        help="of quickstart or train, or the folder generator of fit",
     )
     sub.add_argument("--json", action="store_true", help="one line of JSON")
     sub.add_argument(
         "--compilation_cache",
         type=options.path,
-        help="folder of the compilation cache",
+        help="folder of the compilation cache; default: ~/.cache/racm3/programs",
     )
-    sub.add_argument("--int8", action="store_true", help="8-bit weights")
+    sub.add_argument(
+        "--int8", action="store_true", help="8-bit weights, on accelerators"
+    )
     sub.add_argument(
         "--tensor",
         type=options.integer(1, 10_000),
@@ -217,11 +222,18 @@ def _add_sampling(sub: Any, measured: bool = False) -> None:
     sub.add_argument(
         "--guidance",
         type=options.number(),
-        help=explain("1 is none", 1.0),
+        help=explain(
+            "weight of classifier-free guidance, from what would be generated without the "
+            "prompt; 1 is none",
+            1.0,
+        ),
         **own(1.0),
     )
     sub.add_argument(
-        "--contrastive_k", type=options.integer(), default=0, help="0 is none"
+        "--contrastive_k",
+        type=options.integer(),
+        default=0,
+        help="contrastive decoding (CD-K), instead of --guidance: its k; 0 is none",
     )
     sub.add_argument(
         "--contrastive_alpha",

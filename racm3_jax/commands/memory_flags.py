@@ -212,7 +212,7 @@ def _source(sub: Any) -> None:
         "--source",
         type=options.non_empty,
         required=True,
-        help="kind:path, see documents.readers",
+        help="kind:path, e.g. folder:photos, webdataset:*.tar, parquet:FILE, coco:FOLDER",
     )
     sub.add_argument(
         "--follow_links",
@@ -252,14 +252,17 @@ def _filters(sub: Any) -> None:
         help="maximum fraction of bad records",
     )
     sub.add_argument(
-        "--opt_out", type=options.path, help="file of ids and URL patterns"
+        "--opt_out",
+        type=options.path,
+        help="file of ids and URL patterns of documents to leave out, one per line",
     )
     sub.add_argument(
         "--held_out",
         type=options.non_empty,
         action="append",
         default=[],
-        help="source of evaluation documents",
+        help="source of evaluation documents, which are left out, as are their copies; may be given "
+        "more than once",
     )
     sub.add_argument(
         "--max_nsfw",

@@ -20,11 +20,20 @@ from racm3_jax.worlds import SUITES, list_suites
 Arguments = argparse.Namespace
 # Exit status of a training stopped by a signal, after a save (EX_TEMPFAIL).
 STOPPED_EARLY = 75
+_ENDS = "; a training ends earlier when its held-out loss no longer falls"
 # Fields of `fit.Plan`, which is imported when it is needed.
-_PLAN_FLAGS = (
-    *("image_size", "num_codes", "d_model", "num_layers", "batch_size"),
-    *("num_variants", "tokenizer_steps", "clip_steps", "generator_steps"),
-)
+_PLAN_FLAGS = {
+    "image_size": "side of the images in pixels: 64, 128 or 256; a code covers 8x8",
+    "num_codes": "different codes of the image tokenizer",
+    "d_model": "width of the generator, a multiple of 64",
+    "num_layers": "layers of the generator",
+    "batch_size": "images of a tokenizer step, captioned images of a CLIP step",
+    "num_variants": "augmented versions of each image for the generator, besides the "
+    "original; 0 is none",
+    "tokenizer_steps": f"most steps of the image tokenizer's training{_ENDS}",
+    "clip_steps": "most steps of CLIP's training",
+    "generator_steps": "most steps of the generator's training",
+}
 
 
 def register(commands: Any) -> None:
@@ -39,7 +48,11 @@ def register(commands: Any) -> None:
         default="racm3_out",
         help="folder of the results",
     )
-    sub.add_argument("--short", action="store_true", help="under 90 seconds, for CI")
+    sub.add_argument(
+        "--short",
+        action="store_true",
+        help="a smaller memory and fewer steps: under 90 seconds on two idle cores",
+    )
     _register_fit(commands)
     text = "Train a config, or resume it: the same command."
     sub = commands.add_parser("train", help=text, description=text)
@@ -65,10 +78,9 @@ def register(commands: Any) -> None:
     add_config_option(sub)
     sub.add_argument(
         "--suite",
-        default="flagworld",
         choices=options.Names(list_suites),
         metavar="SUITE",
-        help="one of %(choices)s",
+        help="one of %(choices)s (default: that of --config, else flagworld)",
     )
     sub.add_argument(
         "--workdir", type=options.path, required=True, help="folder of the results"
@@ -80,18 +92,35 @@ def _register_fit(commands: Any) -> None:
     sub = commands.add_parser("fit", help=text, description=text)
     sub.set_defaults(command=_fit)
     sub.add_argument(
-        "--source", type=options.non_empty, required=True, help="e.g. folder:photos"
+        "--source",
+        type=options.non_empty,
+        required=True,
+        help="images with captions: kind:path, e.g. folder:photos with cat.jpg, cat.txt",
     )
     sub.add_argument(
-        "--workdir", type=options.path, required=True, help="folder of all stages"
+        "--workdir",
+        type=options.path,
+        required=True,
+        help="folder of all stages, not inside the source; its folder generator is the "
+        "--workdir of other commands",
     )
-    sub.add_argument("--group_key", default="", help="the metadata key of the groups")
     sub.add_argument(
-        "--holdout", default="", help="a fraction, names of groups, or key=value"
+        "--group_key",
+        default="",
+        help="metadata key that is equal for images of the same thing, which are held "
+        "out together; default: each image is its own group",
     )
-    for name in _PLAN_FLAGS:
+    sub.add_argument(
+        "--holdout",
+        default="",
+        help="groups that no training sees: a fraction, their names (a,b), or key=value "
+        "of the metadata; default: a tenth, at most about 500 images",
+    )
+    for name, text in _PLAN_FLAGS.items():
         sub.add_argument(
-            f"--{name}", type=options.integer(), help="default: chosen and printed"
+            f"--{name}",
+            type=options.integer(0 if name == "num_variants" else 1),
+            help=f"{text}; default: chosen for the images and the machine, and printed",
         )
 
 
@@ -157,23 +186,34 @@ def _parse_steps(text: str) -> tuple[int, int] | None:
 def _evaluate(arguments: Arguments) -> None:
     from racm3_jax import run
 
-    default = ""
+    default, suite = "", arguments.suite
     if not arguments.config:
-        if arguments.suite not in SUITES:
+        suite = suite or "flagworld"
+        if suite not in SUITES:
             raise UsageError(
-                f"the suite {arguments.suite} is of another package: give its config, "
+                f"the suite {suite} is of another package: give its config, "
                 "--config=FILE.py"
             )
-        default = find_config(f"eval/{arguments.suite}.py")
-    run.evaluate(read_config(arguments.config_flags, default), arguments.workdir)
+        default = find_config(f"eval/{suite}.py")
+    config = read_config(arguments.config_flags, default)
+    if suite and config.get("suite") not in (None, suite):
+        raise UsageError(
+            f"--suite={suite}, but the config is of the suite {config.suite}: remove "
+            "--suite, or give another --config"
+        )
+    run.evaluate(config, arguments.workdir)
 
 
 def _quickstart(arguments: Arguments) -> None:
     from racm3_jax import quickstart
 
-    default = find_config("flagworld_quickstart.py")
-    if arguments.short:
-        default += ":short"
-    quickstart.main(
-        read_config(arguments.config_flags, default), Path(arguments.workdir)
-    )
+    if arguments.short and arguments.config:
+        raise UsageError(
+            f"--short is a form of the quickstart's own config, so --config="
+            f"{arguments.config} has none: remove one of the two"
+        )
+    name, argument = "flagworld_quickstart", ":short" if arguments.short else ""
+    config = read_config(arguments.config_flags, find_config(f"{name}.py") + argument)
+    used = [arguments.config or name + argument]
+    used += [flag for flag in arguments.config_flags if flag.startswith("--config.")]
+    quickstart.main(config, Path(arguments.workdir), " ".join(used))

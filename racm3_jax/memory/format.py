@@ -106,7 +106,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no memory at `path`.
-      ValueError: unsupported format version.
+      ValueError: unsupported format version, or a manifest of something else.
       IntegrityError: the manifest is damaged.
     """
     remedy = rebuild_remedy(path)
@@ -120,8 +120,10 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
             "build)"
         )
     if not file.is_file():
+        # It may hold somebody's files: no advice to remove them.
         raise FileNotFoundError(
-            f"{path} is not a memory (it has no {MANIFEST_FILE}): {remedy}"
+            f"{path} is not a memory (it has no {MANIFEST_FILE}): give the folder of a "
+            "memory, or restore or rebuild it"
         )
     data = file.read_bytes()
     # Before the checksum, which other versions may compute differently.
@@ -129,6 +131,11 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         seen = json.loads(data)
     except (ValueError, RecursionError):
         seen = None
+    if seen is not None and not _may_be_manifest(seen):
+        raise ValueError(
+            f"{path} is not a memory ({MANIFEST_FILE} is of something else): give the "
+            "folder of a memory"
+        )
     if isinstance(seen, dict) and seen.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"the memory at {path} has format version {seen.get('format_version')}; "
@@ -142,6 +149,11 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         )
     _check_types(file, manifest, remedy)
     return manifest
+
+
+def _may_be_manifest(value: Any) -> bool:
+    """Whether it may be of a memory, of any version, or damaged."""
+    return isinstance(value, dict) and bool({"format", "format_version"} & value.keys())
 
 
 def _is_count(value: Any) -> bool:

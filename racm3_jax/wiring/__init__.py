@@ -11,7 +11,7 @@ from racm3_jax.wiring.corpora import (
     read_heldout,
     read_memory_documents,
 )
-from racm3_jax.wiring.generators import load_generator, save_generator
+from racm3_jax.wiring.generators import check_model, load_generator, save_generator
 from racm3_jax.wiring.heldout import generate_heldout
 from racm3_jax.wiring.job import Job
 from racm3_jax.wiring.jobs import build_job
@@ -67,6 +67,7 @@ __all__ = [
     "build_trained_columns",
     "build_vocab",
     "build_world",
+    "check_model",
     "choose_world",
     "construct",
     "count_shards",

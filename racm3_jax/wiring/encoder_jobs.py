@@ -114,11 +114,13 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     corpus, augmentation = build_corpus(config), build_augmentation(config)
     rename_key = config.get("rename_key", "")
     pairs = read_pairs(corpus, config.clip.image_size, config.seed, rename_key)
+    num_groups = len(np.unique(pairs.groups))
+    if config.batch_size > num_groups:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}, but the training documents form "
+            f"{num_groups} groups: give at most --config.batch_size={num_groups}"
+        )
     text_tokenizer = _build_text_tokenizer(config, pairs.texts)
-    with leader_first():
-        if jax.process_index() == 0:
-            text_tokenizer.save(workdir / "text" / "tokenizer.json")
-            checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
     tokenizer = clip_model.CLIPTokenizer(text_tokenizer, config.clip.context_length)
     model_config = construct(
         clip_model.CLIPConfig, config.clip, "clip", vocab_size=tokenizer.vocab_size
@@ -158,6 +160,11 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     if train.eval_every:
         judged = read_heldout(corpus, train.eval_documents)
         evaluate = heldout.judge_clip(config, mesh, loss_fn, tokenizer, corpus, judged)
+    # After all checks: a refused training leaves its folder empty.
+    with leader_first():
+        if jax.process_index() == 0:
+            text_tokenizer.save(workdir / "text" / "tokenizer.json")
+            checkpoints.write_manifest(workdir / "text", {"kind": "text tokenizer"})
     return make_job(
         config,
         mesh,

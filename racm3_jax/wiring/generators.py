@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from racm3_jax import checkpoints, storage
+from racm3_jax import checkpoints, own_files, storage
 from racm3_jax.generation.settings import CaptionDefaults
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
@@ -105,6 +105,27 @@ def carry_origin(start: Path, directory: Path) -> bool:
     return True
 
 
+def check_model(directory: Path, model: str = "model") -> None:
+    """Refuses a folder without a trained generator.
+
+    Raises:
+      ValueError: says which folder to give instead.
+    """
+    if (directory / model).is_dir():
+        return
+    own = directory / "generator"  # of `racm3 fit`
+    if (own / "model").is_dir():
+        advice = f"it is of `racm3 fit`; give {own}"
+    elif own_files.is_own(directory / "plan.json", key="plan"):
+        advice = "`racm3 fit` has not finished there; run its command again"
+    else:
+        advice = (
+            "give the --workdir of a finished `racm3 train` or `racm3 quickstart`, the "
+            "folder generator of `racm3 fit`, or shipped:flagworld"
+        )
+    raise ValueError(f"no trained model in {directory}: {advice}")
+
+
 def load_generator(
     directory: Path,
     memory: Memory | None,
@@ -127,6 +148,7 @@ def load_generator(
       ValueError: a missing or damaged directory, parts of different models, or a memory
         with another encoder or tokenizer.
     """
+    check_model(directory, model)
     if not (directory / "clip").is_dir():
         raise ValueError(
             f"{directory} has no clip/, which embeds queries and ranks samples: copy a "

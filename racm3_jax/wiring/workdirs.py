@@ -17,6 +17,8 @@ from absl import logging
 
 from racm3_jax import storage
 from racm3_jax.buckets import is_url
+from racm3_jax.documents.readers import refuse_inside
+from racm3_jax.documents.sources import parse_sources
 from racm3_jax.sharding import sharing
 from racm3_jax.training.mirror import PUSH_SECONDS, Mirror
 from racm3_jax.training.processes import wait_for_all
@@ -130,9 +132,12 @@ def claim_workdir(config: Any, workdir: Path) -> str:
       The config's fingerprint.
 
     Raises:
-      ValueError: names the settings that differ.
+      ValueError: names the settings that differ, or the directory is inside the source.
       FileExistsError: the directory holds results, but no config.
     """
+    if source := config.get("source"):
+        for place, _ in parse_sources(source):
+            refuse_inside(place, workdir, "give another --workdir")
     text = config.to_json(sort_keys=True)
     path = workdir / "config.json"
     if path.exists():

@@ -239,6 +239,18 @@ def test_a_missing_memory(tmp_path):
         Memory.load(tmp_path)
 
 
+def test_folders_of_something_else_are_not_to_be_removed(tmp_path):
+    (tmp_path / "cat.jpg").touch()
+    for text in (None, "{}", "[]", '{"name": "an app"}'):
+        if text is not None:
+            (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(
+            (ValueError, FileNotFoundError), match="is not a memory .* give the folder"
+        ) as caught:
+            Memory.load(tmp_path)
+        assert "remove" not in str(caught.value)
+
+
 def test_another_format_version(small):
     file = small / "manifest.json"
     manifest = json.loads(file.read_bytes())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from racm3_jax import run, wiring
 from racm3_jax.commands.configs import load_config_file
@@ -89,3 +90,21 @@ def test_the_texts_of_a_pair_get_one_invented_name():
 def test_a_key_whose_values_no_text_has_is_refused():
     with pytest.raises(ValueError, match="rename_key is 'split', but no training"):
         read_pairs(build_corpus(small_world()), 64, 0, "split")
+
+
+@pytest.mark.parametrize("part", ["held-out groups", "config.batch_size is 64"])
+def test_a_refused_clip_training_leaves_its_folder_free(tmp_path, part):
+    photos, workdir = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for i in range(9):
+        Image.new("RGB", (64, 64), (20 * i, 0, 0)).save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text(f"red {i}")
+    config = load_config_file(f"{CONFIGS}/own_clip.py")
+    config.source = f"folder:{photos}"
+    if part != "held-out groups":
+        config.holdout = "0.png,1.png"
+    else:
+        config.holdout, config.batch_size = "0.png", 8
+    with pytest.raises(ValueError, match=part):
+        run.train(config, workdir, progress=False)
+    assert not workdir.exists()

@@ -21,6 +21,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -62,6 +63,7 @@ __all__ = [
     "find_shards",
     "read_documents",
     "read_shard",
+    "refuse_inside",
     "with_links",
 ]
 
@@ -242,6 +244,25 @@ def _guess_kind(place: str) -> str:
 def with_links(source: str) -> str:
     """The source with `follow_links=true`."""
     return f"{source};follow_links=true"
+
+
+def refuse_inside(source: str, path: str | pathlib.Path, change: str) -> None:
+    """Refuses to write below a folder that is read: outputs would be read as images.
+
+    Raises:
+      ValueError: `path` is the folder of a source, or inside it; ends with `change`.
+    """
+    kind, folder, _ = parse_source(source)
+    if kind == "folder" and _resolve(path).is_relative_to(_resolve(folder)):
+        raise ValueError(
+            f"{path} is inside {folder}, the source, so that images written there would "
+            f"be read as documents: {change}"
+        )
+
+
+def _resolve(path: str | pathlib.Path) -> pathlib.Path:
+    # Unlike Path.resolve, it does not raise for a link to itself.
+    return pathlib.Path(os.path.realpath(path))
 
 
 def _advise(kind: str, path: str) -> str:

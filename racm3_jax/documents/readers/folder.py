@@ -68,7 +68,8 @@ def folder_shards(
     """
     root = Folder(path, follow_links)
     if not root.path.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}")
+        found = f"{path} is a file" if root.path.exists() else f"there is no {path}"
+        raise FileNotFoundError(f"{found}: give a folder of images with captions")
     names, refused = root.walk()
     images = [n for n in names if _suffix(n) in IMAGE_SUFFIXES]
     if captions:
@@ -88,7 +89,10 @@ def folder_shards(
         records += _of_files([n for n in names if n not in used], named, beside)
     records += [_Found(f"link {i}", error=error) for i, error in enumerate(refused)]
     if not records:
-        raise FileNotFoundError(f"{path} holds no images and no captions")
+        raise FileNotFoundError(
+            f"{path} holds no images and no captions: put images there with their "
+            "captions next to them (cat.jpg, cat.txt), or give another folder"
+        )
     read = functools.partial(_read, root, text=text, max_pixels=max_pixels)
     return cut_shards(path, [(r.name, functools.partial(read, r)) for r in records])
 

@@ -166,7 +166,8 @@ class ReadReport:
             return
         raise ValueError(
             f"{self.num_bad} of {seen} records are bad ({self.count_bad()}), more than "
-            f"max_bad={self.max_bad:g} allows; the first: {self.show_bad()}"
+            f"max_bad={self.max_bad:g} allows: correct or remove them; the first: "
+            f"{self.show_bad()}"
         )
 
     def count_bad(self) -> str:
