@@ -29,17 +29,39 @@ def leaves(state):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    state = run.train(tiny(), workdir, progress=False)
-    return workdir, state
+def trained(tmp_path_factory):
+    """Work directory, last state and job of an uninterrupted training."""
+    workdir, jobs = tmp_path_factory.mktemp("uninterrupted"), []
+    build = wiring.build_job
+
+    def build_once(*args):
+        jobs.append(build(*args))
+        return jobs[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wiring, "build_job", build_once)
+        state = run.train(tiny(), workdir, progress=False)
+    return workdir, state, jobs[0]
 
 
-def test_four_steps_equal_two_and_two(uninterrupted, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def uninterrupted(trained):
+    return trained[:2]
+
+
+@pytest.fixture(scope="module")
+def step_fn(trained):
+    """Its program: traced once for the trainings whose step is not what is tested."""
+    return trained[2].step_fn
+
+
+def test_four_steps_equal_two_and_two(uninterrupted, step_fn, tmp_path, capsys):
     """With live retrieval, bit for bit; training really stops at a checkpoint."""
     _, state = uninterrupted
     job = wiring.build_job(tiny(), tmp_path)
-    half = dataclasses.replace(job, num_steps=2, export=lambda state: None)
+    half = dataclasses.replace(
+        job, num_steps=2, step_fn=step_fn, export=lambda state: None
+    )
     original = wiring.build_job
     wiring.build_job = lambda config, workdir: half
     try:
@@ -54,17 +76,22 @@ def test_four_steps_equal_two_and_two(uninterrupted, tmp_path, capsys):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_work_directory_in_a_bucket_is_resumed_elsewhere(uninterrupted, monkeypatch):
+def test_a_work_directory_in_a_bucket_is_resumed_elsewhere(
+    uninterrupted, step_fn, monkeypatch
+):
     """By a process that only has the bucket; bit for bit, too."""
     _, state = uninterrupted
     url, build = "memory://runs/bucket", wiring.build_job
 
+    def whole(*args):
+        return dataclasses.replace(build(*args), step_fn=step_fn)
+
     def half(*args):
-        return dataclasses.replace(build(*args), num_steps=2, export=lambda state: None)
+        return dataclasses.replace(whole(*args), num_steps=2, export=lambda state: None)
 
     monkeypatch.setattr(wiring, "build_job", half)
     stopped = run.train(tiny(), url, progress=False)
-    monkeypatch.setattr(wiring, "build_job", build)
+    monkeypatch.setattr(wiring, "build_job", whole)
     assert int(stopped.step) == 2
     resumed = run.train(tiny(), url, progress=False)
     for a, b in zip(leaves(state), leaves(resumed), strict=True):
@@ -96,16 +123,15 @@ def test_another_config_is_refused(uninterrupted):
         run.train(config, workdir, progress=False)
 
 
-def test_another_memory_is_refused(uninterrupted, monkeypatch):
+def test_another_memory_is_refused(trained, monkeypatch):
     """For example one that grew: its rows may be other documents."""
-    workdir, _ = uninterrupted
+    workdir, state, job = trained
     with Checkpoints(workdir / "checkpoints") as saver:
         step = saver.latest_good()
-        _, extra = saver.restore(step, uninterrupted[1])
+        _, extra = saver.restore(step, state)
     with Memory.load(workdir / "memory") as memory:
         assert extra["inputs"]["memory"] == memory.fingerprint()
         assert extra["num_main_documents"] == memory.num_allowed > 0
-    job = wiring.build_job(tiny(), workdir)
     for name in job.inputs:
         other = dataclasses.replace(job, inputs={**job.inputs, name: "another"})
         monkeypatch.setattr(wiring, "build_job", lambda *_, other=other: other)
