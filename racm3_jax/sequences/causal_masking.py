@@ -66,7 +66,7 @@ class CausalMaskingConfig:
       rotation_text_share: fraction of the rotated documents in which a text is moved,
         not an image. A document without the sampled modality rotates the other one.
       mask_retrieved: retrieved documents have spans too, as in the paper, each sampled
-        independently; they are moved to the end of the sequence as well.
+        independently and moved to the document's own end.
       sentinel_weight: loss weight of `<mask:i>` as a target.
       text_weight: loss weight of the main document's text tokens; image tokens have 1.
     """
@@ -174,7 +174,7 @@ def apply_masks(
 def unmask(
     tokens: Int32[np.ndarray, " masked_length"], vocab: Vocab
 ) -> Int32[np.ndarray, " length"]:
-    """Moves spans back: the inverse of `apply_masks`.
+    """Moves spans back, document by document: the inverse of `apply_masks`.
 
     <eod> t1 <mask:0> t3 <eod> <mask:0> t2 <eoss>  ->  <eod> t1 t2 t3 <eod>
 
@@ -186,7 +186,20 @@ def unmask(
     eods = np.flatnonzero(tokens == vocab.eod)
     if not len(eods):
         raise ValueError("unmask needs a sequence with <eod>; got one without")
-    body, moved = tokens[: eods[-1] + 1], tokens[eods[-1] + 1 :]
+    pieces, start = [], 0
+    for end, limit in zip(eods + 1, [*eods[1:], len(tokens)], strict=True):
+        # The next document starts after the last moved span of this one.
+        ends = end + 1 + np.flatnonzero(tokens[end:limit] == vocab.eoss)
+        stop = limit if limit == len(tokens) else max(end, *ends.tolist(), 0)
+        pieces.append(_put_back(tokens[start:end], tokens[end:stop], vocab))
+        start = stop
+    return np.concatenate(pieces)
+
+
+def _put_back(
+    body: Int32[np.ndarray, " body"], moved: Int32[np.ndarray, " moved"], vocab: Vocab
+) -> Int32[np.ndarray, " length"]:
+    """One document with its moved spans in place; see `unmask`."""
     spans: dict[int, np.ndarray] = {}
     start = 0
     for end in np.flatnonzero(moved == vocab.eoss):
@@ -233,6 +246,9 @@ def build_example(
         weights  0     a  a       a  a     0        1       1  1     0        1  1
         is_main  .     .  .       .  .     x        x       x  x     x        x  x
 
+    Spans of a retrieved document are moved to its own end, so that the main document is
+    predicted from whole documents: log p(x | m1 .. mK) + alpha log p(m1 .. mK).
+
     Retrieved documents are added in order if they fit completely; one that does not is
     skipped, and a shorter one after it may still be added. If the main document alone
     is too long, it is truncated from its beginning (images as a whole). Moved spans are
@@ -269,32 +285,32 @@ def build_example(
         retrieved = [layout.put_images_first(document) for document in retrieved]
     unrotated = dataclasses.replace(config, rotation_probability=0.0)
     room = max_length - (len(main_tokens) + 2 + 3 * len(main_spans))
-    sentinels_left = vocab.num_sentinels - len(main_spans)
     kept: list[TokenizedDocument] = []
     kept_ranks: list[int] = []
     starts: list[int] = []
-    row_spans: list[Span] = []
     start = 1  # after the first <eod>
+    orders = [_Order(*_copied(0, start), np.zeros(start, bool))]
     ranks = range(len(retrieved)) if ranks is None else ranks
     for document, rank in zip(retrieved, ranks, strict=True):
         tokens = layout.document_tokens(document, vocab)
-        spans: list[Span] = []
+        spans = []
         if config.mask_retrieved:
-            spans = sample_spans(tokens, unrotated, vocab, rng)[:sentinels_left]
+            spans = sample_spans(tokens, unrotated, vocab, rng)
         length = len(tokens) + 1 + 3 * len(spans)
         if length > room:
             continue
         kept.append(document)
         kept_ranks.append(rank)
         starts.append(start)
-        row_spans += [(start + i, start + j) for i, j in spans]
+        orders.append(_arrange(np.append(tokens, vocab.eod), spans, vocab).after(start))
         room -= length
-        sentinels_left -= len(spans)
         start += len(tokens) + 1
-    row_spans += [(start + i, start + j) for i, j in main_spans]
 
+    orders.append(
+        _arrange(np.append(main_tokens, vocab.eod), main_spans, vocab).after(start)
+    )
     row = layout.join(kept, main_tokens, vocab)
-    order = _arrange(row, row_spans, vocab)
+    order = _Order(*map(np.concatenate, zip(*orders, strict=True)))
     if room < 0:
         order = _trim(order, row, -room, start, vocab, main.id)
     tokens = _apply(row, order)
@@ -319,7 +335,7 @@ def _find_owners(
 ) -> Int64[np.ndarray, " length"]:
     """Which retrieved document each token is of; -1 for others and for moved spans."""
     owners = np.searchsorted(starts, order.source, side="right") - 1
-    owners[is_main | (np.arange(len(is_main)) >= order.body_length)] = -1
+    owners[is_main | order.is_moved] = -1
     return owners
 
 
@@ -368,12 +384,16 @@ class _Order(NamedTuple):
       source: index into the plain sequence; for an inserted token, the index of a token
         of its span (so that both belong to the same document).
       inserted: the inserted token, or -1 if the token is copied from `source`.
-      body_length: tokens up to and including the last `<eod>`; then moved spans.
+      is_moved: True in moved spans, with their sentinels and `<eoss>`.
     """
 
     source: Int64[np.ndarray, " masked_length"]
     inserted: Int64[np.ndarray, " masked_length"]
-    body_length: int
+    is_moved: Bool[np.ndarray, " masked_length"]
+
+    def after(self, length: int) -> _Order:
+        """The same in a sequence that has `length` tokens before it."""
+        return self._replace(source=self.source + length)
 
 
 def _segment_ends(
@@ -406,6 +426,7 @@ def _arrange(
     tokens: Int32[np.ndarray, " length"], spans: Sequence[Span], vocab: Vocab
 ) -> _Order:
     """The order of the masked sequence; see the diagram of `apply_masks`."""
+    tokens = np.asarray(tokens, np.int32)
     body: list[np.ndarray] = []
     moved: list[np.ndarray] = []
     position = 0
@@ -427,7 +448,8 @@ def _arrange(
         position = end
     body.append(_copied(position, len(tokens)))
     source, inserted = np.concatenate([*body, *moved], axis=1)
-    return _Order(source, inserted, sum(piece.shape[1] for piece in body))
+    body_length = sum(piece.shape[1] for piece in body)
+    return _Order(source, inserted, np.arange(len(source)) >= body_length)
 
 
 def _copied(start: int, end: int) -> Int64[np.ndarray, "2 length"]:
@@ -459,8 +481,9 @@ def _trim(
     <eod> t1 <mask:0> t3 t4 <eod> <mask:0> t2 <eoss>      overflow 2
     <eod>    <mask:0>    t4 <eod> <mask:0> t2 <eoss>
     """
-    body = np.arange(len(order.source)) < order.body_length - 1  # not the last <eod>
-    trimmable = body & (order.source >= main_start) & (order.inserted < 0)
+    is_last = np.arange(len(row)) == len(row) - 1  # the last <eod>
+    trimmable = ~order.is_moved & (order.source >= main_start) & (order.inserted < 0)
+    trimmable &= ~is_last[order.source]
     candidates = np.flatnonzero(trimmable)
     if overflow > len(candidates):
         raise ExampleTooLong(
@@ -473,6 +496,4 @@ def _trim(
         overflow += 1
     keep = np.ones(len(order.source), bool)
     keep[candidates[:overflow]] = False
-    return _Order(
-        order.source[keep], order.inserted[keep], order.body_length - overflow
-    )
+    return _Order(*(part[keep] for part in order))

@@ -268,11 +268,12 @@ def test_sentinel_weight_is_configurable(vocab, make_document):
     np.testing.assert_array_equal(example.weights, [0, 0.5, 1, 1, 1, 1, 0.5, 1, 1])
 
 
+@pytest.mark.parametrize("mask_retrieved", [False, True])
 def test_masks_of_the_main_document_do_not_depend_on_retrieved_documents(
-    vocab, sample_document
+    vocab, sample_document, mask_retrieved
 ):
     rng = np.random.default_rng(8)
-    config = CausalMaskingConfig(mean=2.0)
+    config = CausalMaskingConfig(mean=2.0, mask_retrieved=mask_retrieved)
     for seed in range(200):
         main, *retrieved = (sample_document(rng) for _ in range(3))
         alone = build(main, [], config, vocab, seed=seed)
@@ -283,35 +284,46 @@ def test_masks_of_the_main_document_do_not_depend_on_retrieved_documents(
         )
 
 
-def test_masking_retrieved_documents_keeps_within_the_sentinels(sample_document):
-    vocab = Vocab(num_text_ids=20, num_image_codes=10, image_length=2, num_sentinels=4)
-    config = CausalMaskingConfig(
-        num_masks="fixed",
-        mean=3,
-        max_masks=4,
-        mask_retrieved=True,
-        rotation_probability=0,
-    )
-    rng = np.random.default_rng(9)
-    most = 0
+def test_spans_of_retrieved_documents_are_at_their_own_ends(vocab, sample_document):
+    """The main document is predicted from whole documents."""
+    config = CausalMaskingConfig(mean=3.0, max_masks=4, mask_retrieved=True)
+    rng, counts = np.random.default_rng(9), set()
     for seed in range(200):
         main, *retrieved = (sample_document(rng) for _ in range(3))
         example = build(main, retrieved, config, vocab, seed=seed)
-        most = max(most, len(moved_spans(example.tokens, vocab)))
-    assert most == 4
+        start = int(example.is_main.argmax())
+        assert example.is_main[start:].all() and not example.is_main[:start].any()
+        empty = np.zeros(0, np.int32)
+        plain = layout.join(retrieved, empty, vocab)[:-1]  # without an empty main one
+        shown = example.tokens[:start]
+        np.testing.assert_array_equal(unmask(shown, vocab), plain)
+        # Each document has its own numbers.
+        for part in np.split(shown, np.flatnonzero(shown == vocab.eod) + 1)[1:]:
+            moved = part[vocab.is_sentinel(part)][: (part == vocab.eoss).sum()]
+            expected = [vocab.sentinel(i) for i in range(len(moved))]
+            assert moved.tolist() == expected
+            counts.add(len(moved))
+    assert counts == {0, 1, 2, 3, 4}
 
 
-def test_only_main_documents_are_rotated(vocab, make_document):
+def test_diagram_of_a_masked_retrieved_document(vocab, make_document):
     main, shown = make_document("t1", "i1 i2"), make_document("t2", "i3 i4")
-    for num_masks in ("none", "single"):
-        config = CausalMaskingConfig(
-            num_masks, rotation_probability=1.0, mask_retrieved=True
-        )
-        for seed in range(50):
-            example = build(main, [shown], config, vocab, seed=seed)
-            *others, own = moved_spans(example.tokens, vocab)
-            assert vocab.to_text(own) == "t1"
-            assert len(others) == (num_masks == "single")
+    config = CausalMaskingConfig(
+        "single", rotation_probability=1.0, mask_retrieved=True
+    )
+    found = set()
+    for seed in range(60):
+        example = build(main, [shown], config, vocab, seed=seed)
+        text = vocab.to_text(example.tokens)
+        rest = " <mask:0> <break> i1 i2 <eod> <mask:0> t1 <eoss>"
+        assert text.endswith(rest)
+        found.add(text.removesuffix(rest))
+    assert found == {
+        "<eod> <mask:0> <break> i3 i4 <eod> <mask:0> t2 <eoss>",
+        "<eod> t2 <break> <mask:0> i4 <eod> <mask:0> i3 <eoss>",
+        "<eod> t2 <break> i3 <mask:0> <eod> <mask:0> i4 <eoss>",
+        "<eod> t2 <break> <mask:0> <eod> <mask:0> i3 i4 <eoss>",
+    }
 
 
 def test_overflow_drops_whole_retrieved_documents_that_do_not_fit(vocab, make_document):
