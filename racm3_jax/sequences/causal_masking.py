@@ -289,7 +289,8 @@ def build_example(
     kept_ranks: list[int] = []
     starts: list[int] = []
     start = 1  # after the first <eod>
-    orders = [_Order(*_copied(0, start), np.zeros(start, bool))]
+    first_source, first_inserted = _copied(0, start)
+    orders = [_Order(first_source, first_inserted, np.zeros(start, bool))]
     ranks = range(len(retrieved)) if ranks is None else ranks
     for document, rank in zip(retrieved, ranks, strict=True):
         tokens = layout.document_tokens(document, vocab)
