@@ -1,8 +1,12 @@
-"""The CM3 objective: spans of a document are moved to the end of the sequence.
+"""The CM3 objective: spans of a document are moved to its end.
 
     plain    <eod> t1 t2 t3 <break> i1 i2 <eod>
     masked   <eod> t1 <mask:0> t3 <break> i1 i2 <eod> <mask:0> t2 <eoss>
     rotated  <eod> <mask:0> <break> i1 i2 <eod> <mask:0> t1 t2 t3 <eoss>
+
+Retrieved documents, if they are masked, end with their own moved spans: at the end of the
+sequence, after the main document, these would not be there when it is predicted, and a
+small model then forgets to read (experiments/LOG.md, 2026-11-30).
 
 A causal model trained on such sequences learns infilling with context on both sides
 (arXiv 2201.07520, section 2). Spans do not cross `<break>` (arXiv 2309.02591): one that

@@ -6,7 +6,8 @@
 The caller decides the order of the retrieved documents: best first in generation, and
 in training unless `pipeline.document_order` or pairing shuffles them.
 
-With causal masking (`causal_masking`), spans are moved after the last `<eod>`:
+With causal masking (`causal_masking`), spans are moved after the `<eod>` of their
+document:
 
     ... <eod> text <mask:0> text <break> image <eod> <mask:0> span <eoss>
 
