@@ -21,7 +21,7 @@ FLOORS = [
     {"evaluation", "porting"},
     {"wiring"},
     {"compilation", "flagworld"},
-    {"run"},
+    {"run", "fit_plan"},
     {"quickstart", "fit", "sweeps", "doctor", "demo"},
     {"commands"},
     {"cli"},

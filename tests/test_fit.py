@@ -12,7 +12,12 @@ from PIL import Image
 
 from racm3_jax import fit, run
 from racm3_jax.commands.configs import find_config, load_config_file
-from racm3_jax.fit import SourceStats, choose_plan, inspect_source
+from racm3_jax.fit_plan import (
+    SourceStats,
+    choose_holdout,
+    choose_plan,
+    inspect_source,
+)
 from racm3_jax.metrics import read_jsonl
 
 STEPS = {"tokenizer_steps": 2, "clip_steps": 2, "generator_steps": 2}
@@ -73,7 +78,7 @@ def test_sizes_follow_the_images_and_the_machine():
     ],
 )
 def test_a_tenth_or_about_4_to_500_documents_are_held_out(count, fraction):
-    assert fit.choose_holdout(count) == fraction
+    assert choose_holdout(count) == fraction
     assert 0 < float(fraction) * count <= 501
 
 

@@ -21,7 +21,7 @@ Arguments = argparse.Namespace
 # Exit status of a training stopped by a signal, after a save (EX_TEMPFAIL).
 STOPPED_EARLY = 75
 _ENDS = "; a training ends earlier when its held-out loss no longer falls"
-# Fields of `fit.Plan`, which is imported when it is needed.
+# Fields of `fit_plan.Plan`, which is imported when it is needed.
 _PLAN_FLAGS = {
     "image_size": "side of the images in pixels: 64, 128 or 256; a code covers 8x8",
     "num_codes": "different codes of the image tokenizer",
