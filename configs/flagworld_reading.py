@@ -16,7 +16,8 @@ Each stage starts from the one before:
     larger   36 codes   as in `names`
     full     64 codes   as in `first`
     second   64 codes   flags of two sizes, one document or two
-    third    64 codes   waving flags; 0, 1, 2 or 4 documents, CM3 masks on all of them, labels
+    waves    64 codes   waving flags; 0, 1, 2 or 4 documents, labels
+    third    64 codes   CM3 masks on all documents, too
     twin     64 codes   the baseline: main documents of `third` from the start, no others
 
 Large batches, one right and one wrong document in any order, a new name for every
@@ -53,20 +54,24 @@ _ONE_PLACE = _STILL | {
     "world.name_share": 1.0,
     "optimizer.learning_rate": 2e-3,
 }
-_PAPER = {
+# 0, 1, 2 or 4 documents, and questions about labels that are new in every example.
+_MANY = {
     "pairing.num_documents": (0, 1, 2, 4),
     "pairing.wrong_probability": 0.8,
     "pairing.box_weight": 3.0,
     "pipeline.max_documents": 4,
-    # At least one span, as in the paper, and a whole caption in a third of the
+    "episodes.probability": 0.1,
+    "episodes.label_weight": 6.0,
+}
+_PAPER = _MANY | {
+    # At least one span, as in the paper, and a whole caption in a third of the main
     # documents.
     "masking.num_masks": "poisson_clamp1",
     "masking.mean": 1.0,
     "masking.mask_retrieved": True,
     "masking.rotation_probability": 0.35,
-    "episodes.probability": 0.1,
-    "episodes.label_weight": 6.0,
     "optimizer.schedule": "cosine",
+    "train.num_steps": 2600,
 }
 _LARGER = {
     "world.image_size": 48,
@@ -94,8 +99,9 @@ _STAGES = {
         "optimizer.schedule": "cosine",
         "train.num_steps": 5200,
     },
+    "waves": _MANY | {"optimizer.learning_rate": 7e-4, "train.num_steps": 780},
     "third": _PAPER,
-    "twin": _PAPER | {"pipeline.rows": 4},
+    "twin": _PAPER | {"pipeline.rows": 4, "train.num_steps": 8000},
 }
 
 

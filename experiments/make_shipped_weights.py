@@ -103,6 +103,7 @@ RECIPES = {
             "larger": "flagworld_reading.py:larger",
             "full": "flagworld_reading.py:full",
             "second": "flagworld_reading.py:second",
+            "waves": "flagworld_reading.py:waves",
             "racm3": "flagworld_reading.py:third",
             "cm3": "flagworld_reading.py:twin",
         },
@@ -112,7 +113,8 @@ RECIPES = {
             "larger": "first",
             "full": "larger",
             "second": "full",
-            "racm3": "second",
+            "waves": "second",
+            "racm3": "waves",
         },
     ),
 }

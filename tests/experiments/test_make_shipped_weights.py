@@ -41,6 +41,7 @@ def test_models_are_trained_before_what_starts_from_them():
             "larger",
             "full",
             "second",
+            "waves",
             "racm3",
             "cm3",
             "generators",
