@@ -53,7 +53,8 @@ ONE_PAIR = (
 TAIL = """\
 ## The other files here
 
-`bench_*.py` measure speed; `faults.py`, `memory_faults.py` and `checkpoint_faults.py`
+`bench_*.py` measure speed, and `speed_table.py` makes the table of their records in
+`results/README.md`; `faults.py`, `memory_faults.py` and `checkpoint_faults.py`
 test robustness to faults; each has its description and usage in its first lines.
 `make_shipped_weights.py` trains the shipped weights again, from scratch.
 `emojiworld/` tests generation of real emoji of held-out things: see its README.md.

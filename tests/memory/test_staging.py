@@ -141,10 +141,8 @@ def test_errors_in_the_bucket_are_reported(there, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", full)
     with pytest.raises(OSError, match="GB more, but the disk.*give another --memory_c"):
         Memory.load(URL)
-    (there / "manifest.json").write_bytes(b"{}")
-    with pytest.raises(
-        ValueError, match=f"at {URL} has format version None.*: copy it"
-    ):
+    (there / "manifest.json").write_bytes(b'{"format_version": 99}')
+    with pytest.raises(ValueError, match=f"at {URL} has format version 99.*: copy it"):
         Memory.load(URL)
 
 
