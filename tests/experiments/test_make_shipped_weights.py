@@ -53,7 +53,7 @@ def test_models_are_trained_before_what_starts_from_them():
     assert shipped.stages == ["vqgan", "clip", "parts", "racm3", "cm3", "generators"]
 
 
-@pytest.mark.parametrize("stage", ["names", "first", "full", "second"])
+@pytest.mark.parametrize("stage", ["names", "first", "full", "second", "third"])
 def test_the_kept_weights_of_the_curriculum_fit_its_config(stage):
     folder = make_shipped_weights.ROOT / f"experiments/weights/reading_{stage}"
     params, found, _ = checkpoints.load_weights(folder, "generator")
