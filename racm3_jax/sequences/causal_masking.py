@@ -307,13 +307,11 @@ def build_example(
         kept.append(document)
         kept_ranks.append(rank)
         starts.append(start)
-        orders.append(_arrange(np.append(tokens, vocab.eod), spans, vocab).after(start))
+        orders.append(_arrange(_close(tokens, vocab), spans, vocab).after(start))
         room -= length
         start += len(tokens) + 1
 
-    orders.append(
-        _arrange(np.append(main_tokens, vocab.eod), main_spans, vocab).after(start)
-    )
+    orders.append(_arrange(_close(main_tokens, vocab), main_spans, vocab).after(start))
     row = layout.join(kept, main_tokens, vocab)
     order = _Order(*map(np.concatenate, zip(*orders, strict=True)))
     if room < 0:
@@ -324,6 +322,13 @@ def build_example(
     owners = _find_owners(order, starts, is_main)
     cuts = _find_cuts(tokens, owners, np.array(kept_ranks, np.int64), vocab)
     return Example(tokens=tokens, weights=weights, is_main=is_main, cuts=cuts)
+
+
+def _close(
+    tokens: Int32[np.ndarray, " length"], vocab: Vocab
+) -> Int32[np.ndarray, " closed"]:
+    """A document with its `<eod>`."""
+    return np.append(tokens, vocab.eod).astype(np.int32)
 
 
 def _moves_a_text(
@@ -431,7 +436,6 @@ def _arrange(
     tokens: Int32[np.ndarray, " length"], spans: Sequence[Span], vocab: Vocab
 ) -> _Order:
     """The order of the masked sequence; see the diagram of `apply_masks`."""
-    tokens = np.asarray(tokens, np.int32)
     body: list[np.ndarray] = []
     moved: list[np.ndarray] = []
     position = 0
