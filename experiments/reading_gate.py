@@ -39,6 +39,7 @@ from racm3_jax.model.transformer import init_params
 from racm3_jax.retrieval.strategy import StrategyConfig
 from racm3_jax.training.optimizer import OptimizerConfig, build_optimizer
 from racm3_jax.training.step import init_state
+from racm3_jax.wiring.generators import ask_as_trained
 from racm3_jax.wiring.parts import build_mesh, build_model_config, construct
 
 
@@ -48,6 +49,7 @@ class Gate:
     def __init__(self, workdir: Path, num_questions: int, num_documents: int) -> None:
         config = ConfigDict(json.loads((workdir / "config.json").read_text()))
         self.config: Any = config
+        self.segment_order = config.pipeline.get("segment_order", "stored")
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         self.tokenizer = wiring.build_tokenizer(config)
         self.model_config = build_model_config(config, self.tokenizer.vocab)
@@ -78,7 +80,7 @@ class Gate:
                 num_documents=num_documents,
                 exclude_keys=strategy.parsed_exclude_keys,
             )
-            turned = config.pipeline.get("segment_order", "") == "as_main"
+            turned = self.segment_order == "as_main"
             self.measure = lambda generator: measure_bits(
                 generator, questions, images_first=turned
             )
@@ -98,7 +100,7 @@ class Gate:
             jax.device_get(state.params),
             kind="generator",
             config=dataclasses.asdict(self.model_config),
-            extra={"step": step},
+            extra={"step": step, "defaults": ask_as_trained({}, self.segment_order)},
             dtype="float16",
         )
 
