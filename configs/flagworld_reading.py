@@ -27,8 +27,8 @@ emerges suddenly, and only after many examples; those of a quarter of the size c
 third. Each stage changes little: from `first` straight to full images with flags of two
 sizes, waving, a model follows the document whose flag has the wanted size, not the name.
 
-Weights after `names`, `first`, `full`, `second` and `third` are kept in experiments/weights. After `names`,
-15 minutes of a core that did other work beside it, the right document's flag is preferred
+Weights after `names`, `first`, `full`, `second` and `third` are kept in
+experiments/weights. After `names`, 15 minutes of a core that did other work beside it, the right document's flag is preferred
 in 99% of held-out nations if it is first, in 96% if it is last, its name in 98% and 99%;
 after `first`, 6 minutes later, in 98%, 97%, 99% and 99%; after `full`, another half an
 hour, in 99%, 97%, 96% and 95%; after `second`, 80 minutes, of all 320 nations in 94%, 92%,

@@ -17,12 +17,14 @@ queries/s in one batch, and the median latency of single queries. The load is ch
 first. Writes `results.json` and `sweep.png`; results/bench_memory.json is a copy of the
 former, and `python experiments/speed_table.py` makes the table of results/README.md from
 it. An interrupted run keeps finished indexes and sweeps in --out, and the same command
-reuses them: --only_build makes the indexes on a busy machine. Tiny form: --num_rows=4000 --d_embed=32 --num_queries=64 --busy.
+reuses them: --only_build makes the indexes on a busy machine. Tiny form:
+--num_rows=4000 --d_embed=32 --num_queries=64 --busy.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -103,12 +105,17 @@ def run_side(name: str, folder: Path, threads: int, target: float) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         yield {"facts": side.facts, "peak_gb": peak}
 
-    for index in side.build():
-        show(name, f"{index} is built")
+    @functools.cache
+    def build_once() -> None:
+        for index in side.build():
+            show(name, f"{index} is ready")
+
     answers = sweep_settings()
 
     def answer(request: dict[str, Any]) -> Any:
-        if request.get("only") == "build":  # done above
+        # Not before the first request: another side may be measured.
+        build_once()
+        if request.get("only") == "build":
             return side.facts
         if "settings" in request:
             search = side.prepare(request["settings"])
@@ -317,9 +324,9 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
     command = [__file__, f"--out={out}", f"--threads={arguments.threads}"]
     command.append(f"--recall_target={arguments.recall_target}")
+    for name in names:
+        build(Side(name, [*command, f"--side={name}"], cores))
     if arguments.only_build:
-        for name in names:
-            build(Side(name, [*command, f"--side={name}"], cores))
         return
     sides = {n: Side(n, [*command, f"--side={n}"], cores) for n in names}
     try:
