@@ -111,7 +111,9 @@ def test_the_help_names_every_option_and_its_default():
                 continue
             assert action.help and "None" not in action.help, (parser.prog, action)
         shown[parser.prog] = " ".join(parser.format_help().split())
-    assert "of the kept tokens (default: 0.9)" in shown["racm3 generate"]
+    measured = "(default: what was measured best with the weights, else 0.9)"
+    assert f"of the kept tokens {measured}" in shown["racm3 generate"]
+    assert "maximum number of masks for the region (default: 1)" in shown["racm3 edit"]
     assert (
         "PNG file of the results (default: search.png)" in shown["racm3 memory search"]
     )

@@ -71,6 +71,8 @@ def test_captions_are_asked_for_in_the_order_of_the_training():
         ({"caption": {"temperature": -1}}, "temperature must be a number >= 0"),
         ({"caption": {"num_candidates": -1}}, "num_candidates must be >= 0; got -1"),
         ({"caption": {"top": 1}}, "says top, which CaptionDefaults does not have"),
+        ({"image": {"top_p": 2.0}}, "top_p must be above 0 and at most 1"),
+        ({"image": {"guidance": 2.0}}, "guidance, which ImageDefaults does not have"),
     ],
 )
 def test_measured_settings_of_wrong_types_are_refused(tmp_path, defaults, message):

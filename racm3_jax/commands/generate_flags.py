@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from racm3_jax.commands import arguments as options
@@ -86,7 +87,7 @@ def _add_caption(sub: Any) -> None:
         help="show documents with their images in front of their texts, to models that "
         f"were trained so ({_MEASURED}, else not)",
     )
-    _add_sampling(sub, measured=True)
+    _add_sampling(sub, ("temperature", "guidance", "guide_documents"))
 
 
 def _add_infill(sub: Any) -> None:
@@ -170,18 +171,20 @@ def _add_neighbours(sub: Any) -> None:
     )
 
 
-# Of the options of `caption` that weights may have their own defaults for.
+# Of the options that weights may have their own defaults for.
 _MEASURED = "default: what was measured best with the weights"
 
 
-def _add_sampling(sub: Any, measured: bool = False) -> None:
-    """With `measured`, options left out are the weights' own where they have them."""
+def _add_sampling(sub: Any, measured: Sequence[str] = ("temperature", "top_p")) -> None:
+    """Options in `measured` that are left out are the weights' own if they have them."""
 
-    def own(value: Any) -> dict[str, Any]:
-        return {"default": None if measured else value}
-
-    def explain(text: str, value: Any) -> str:
-        return f"{text} ({_MEASURED}, else {value})" if measured else text
+    def explain(name: str, text: str, value: Any, shown: str = "") -> dict[str, Any]:
+        if name not in measured:
+            return {"help": text, "default": value}
+        return {
+            "help": f"{text} ({_MEASURED}, else {shown or value})",
+            "default": None,
+        }
 
     sub.add_argument(
         "--num_samples",
@@ -198,14 +201,12 @@ def _add_sampling(sub: Any, measured: bool = False) -> None:
     sub.add_argument(
         "--temperature",
         type=options.number(),
-        help=explain("softmax temperature; 0 is greedy decoding", 1.0),
-        **own(1.0),
+        **explain("temperature", "softmax temperature; 0 is greedy decoding", 1.0),
     )
     sub.add_argument(
         "--top_p",
         type=options.number(0, 1),
-        default=0.9,
-        help="nucleus sampling: probability mass of the kept tokens",
+        **explain("top_p", "nucleus sampling: probability mass of the kept tokens", 0.9),
     )
     sub.add_argument(
         "--top_k",
@@ -222,12 +223,12 @@ def _add_sampling(sub: Any, measured: bool = False) -> None:
     sub.add_argument(
         "--guidance",
         type=options.number(),
-        help=explain(
+        **explain(
+            "guidance",
             "weight of classifier-free guidance, from what would be generated without the "
             "prompt; 1 is none",
             1.0,
         ),
-        **own(1.0),
     )
     sub.add_argument(
         "--contrastive_k",
@@ -244,11 +245,12 @@ def _add_sampling(sub: Any, measured: bool = False) -> None:
     sub.add_argument(
         "--guide_documents",
         action="store_true",
-        help=explain(
+        **explain(
+            "guide_documents",
             "classifier-free guidance also against generation without the documents",
+            False,
             "not",
         ),
-        **own(False),
     )
     sub.add_argument(
         "--attribute",

@@ -81,7 +81,7 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
     with gr.Row(equal_height=True):
         prompt = gr.Textbox(
             show_label=False,
-            placeholder="the flag of Velmoria on the moon",
+            placeholder="the flag of Ginelia on the moon",
             max_lines=2,
             scale=5,
             elem_id="prompt",
@@ -102,7 +102,7 @@ def _draw_tab(parts: Parts, prompts: list[str]) -> None:
                 add = gr.Button("Add", size="sm", elem_id="own_add")
             with gr.Accordion("Settings", open=False):
                 num_documents = _documents_slider()
-                settings = _settings()
+                settings = _settings(do.session)
             before = _panel("", "earlier")
         with gr.Column(scale=2):
             gr.Markdown("### Image")
@@ -182,7 +182,7 @@ def _infill_tab(parts: Parts) -> None:
             )
             with gr.Accordion("Settings", open=False):
                 num_documents = _documents_slider()
-                settings = _settings()
+                settings = _settings(do.session)
                 settings[1].render()
             ask = gr.Button("Regenerate", variant="primary", elem_id="infill_go")
             picture = _panel(panels.draw_stage(None), "infilled")
@@ -307,12 +307,13 @@ def _picture(
     return image, panel
 
 
-def _settings() -> list[Any]:
+def _settings(session: Session) -> list[Any]:
     """Sliders in the order of `handlers.name_settings`; the caller adds the seed."""
+    measured = session.generator.defaults.get("image", {})
     num_samples = _samples_slider()
     seed = _seed(render=False)
     with gr.Row():
-        temperature = _temperature(0.5)
+        temperature = _temperature(measured.get("temperature", 0.5))
         guidance = gr.Slider(0, 6, value=2, step=0.5, label="guidance (1: off)")
     guide_documents = gr.Checkbox(
         True, label="guidance also against generation without documents"

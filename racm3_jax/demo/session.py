@@ -82,7 +82,7 @@ class Session:
 
     def search(self, desk: Desk, prompt: str, num_documents: int) -> Desk:
         """Keeps own and pinned documents, and adds retrieved ones."""
-        prompt = check_text(prompt, "the prompt", "the flag of Velmoria on the moon")
+        prompt = check_text(prompt, "the prompt", "the flag of Ginelia on the moon")
         num_documents = int(num_documents)
         if not 0 <= num_documents <= MAX_DOCUMENTS:
             raise ValueError(
@@ -126,7 +126,7 @@ class Session:
         """Adds the visitor's own document first, without adding it to the memory."""
         if image is None:
             raise ValueError("upload an image for your document first")
-        caption = check_text(caption, "the caption", "the flag of Velmoria")
+        caption = check_text(caption, "the caption", "the flag of Ginelia")
         taken = {g.id for g in desk.given}
         name = next(n for i in range(1, 100) if (n := f"own-{i}") not in taken)
         document = Document(name, (Segment(text=caption), Segment(image=image)))

@@ -63,7 +63,7 @@ class Engine:
           max_rows: rows decoded at once by each copy of the model: samples, twice as
             many with guidance; by default as many as fit, 64 at most.
           defaults: by task, the settings measured as the best for these weights, used by
-            calls that do not give them (see `captioning.fill_in_defaults`).
+            calls that do not give them (see `CaptionDefaults`, `ImageDefaults`).
           mesh: of devices that decode, from `sharding.make_mesh`. By default all devices
             of this process, with a copy of the model on each, or on each group that is
             large enough.

@@ -10,7 +10,7 @@ batch of one, so it gives the same samples as in a batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def run_task(
     """
     if not num_rows:
         return []
-    config = make_config(options.settings)
+    make_config(options.settings)  # checks them
     seeds = row_seeds(options.seed, num_rows)
     num_samples, (num_retrieved, documents, own, noun, name) = (
         options.num_samples,
@@ -75,8 +75,11 @@ def run_task(
         task = make_task()
     if task.choose is not None:
         retrieved = task.choose(retrieved)
+    measured: Mapping[str, Any] = {}
     if task.read is None:
         check_rank_by(options.rank_by, engine, retrieved)
+        measured = engine.defaults.get("image", {})
+    config = make_config(options.settings, measured)
     samples = sample_prompts(
         engine, task, retrieved, seeds, config, num_samples, options.on_progress
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 from racm3_jax.generation.drafts import DRAFT_MODES, DraftMode
@@ -138,7 +139,27 @@ class CaptionDefaults:
         SamplingConfig(temperature=self.temperature, guidance=self.guidance)
 
 
-def make_config(settings: SamplingSettings) -> SamplingConfig:
-    """The settings of a call, top_p 0.9 unless given; each task sets the length."""
-    given: dict[str, Any] = {"top_p": 0.9, **settings}
+@dataclasses.dataclass(frozen=True)
+class ImageDefaults:
+    """What a folder of weights may say about images: `Engine.defaults["image"]`.
+
+    Attributes:
+      temperature, top_p: see `SamplingConfig`.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        SamplingConfig(temperature=self.temperature, top_p=self.top_p)
+
+
+def make_config(
+    settings: SamplingSettings, measured: Mapping[str, Any] | None = None
+) -> SamplingConfig:
+    """The settings of a call, top_p 0.9 unless given; each task sets the length.
+
+    `measured` are those of the weights, for what the call leaves open.
+    """
+    given: dict[str, Any] = {"top_p": 0.9, **(measured or {}), **settings}
     return SamplingConfig(**given)

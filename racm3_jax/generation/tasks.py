@@ -57,7 +57,9 @@ class Generator(Engine):
         prompt, the likelihood), "document" (similarity to the image of the first
         document), "likelihood" (mean log-likelihood of the sampled tokens) or "auto" (by
         CLIP if it was measured to align texts with images, else by likelihood).
-      **settings: see `SamplingConfig`; top_p is 0.9 unless given.
+      **settings: see `SamplingConfig`; top_p is 0.9 unless given, and of images
+        temperature and top_p are those measured as the best for these weights, if any
+        (`Engine.defaults`).
       **options: further arguments of the batched form.
 
     All raise ValueError on invalid arguments.

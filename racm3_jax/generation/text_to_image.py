@@ -21,7 +21,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
         if not prompt.strip():
             raise ValueError(
                 f"the prompt is empty ({prompt!r}): describe an image, for example "
-                "'the flag of Velmoria on the moon'"
+                "'the flag of Ginelia on the moon'"
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from racm3_jax import checkpoints, own_files, storage
-from racm3_jax.generation.settings import CaptionDefaults
+from racm3_jax.generation.settings import CaptionDefaults, ImageDefaults
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.memory.memory import Memory
 from racm3_jax.model.config import ModelConfig
@@ -202,4 +202,5 @@ def read_defaults(extra: Mapping[str, Any], where: Path) -> dict[str, dict[str, 
             "copy it again"
         )
     checkpoints.build_config(CaptionDefaults, defaults.get("caption", {}), where)
+    checkpoints.build_config(ImageDefaults, defaults.get("image", {}), where)
     return defaults

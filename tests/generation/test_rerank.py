@@ -116,6 +116,23 @@ def test_defaults_of_a_caption_are_those_measured_for_the_weights(
     assert found == (candidates, own | call)
 
 
+def test_images_are_sampled_with_the_measured_settings(generator, monkeypatch):
+    monkeypatch.setattr(
+        generator, "defaults", {"image": {"temperature": 0.0, "top_p": 0.5}}
+    )
+    box = {"region": (0, 0, 8, 8), "num_retrieved": 0}
+    for out in (
+        generator.text_to_image("a flag", num_retrieved=1),
+        generator.infill(grey(90), **box),
+    ):
+        assert out.settings["temperature"] == 0.0 and out.settings["top_p"] == 0.5
+    chosen = generator.text_to_image("a flag", num_retrieved=1, top_p=0.7)
+    assert chosen.settings["top_p"] == 0.7 and chosen.settings["temperature"] == 0.0
+    # Texts are not images.
+    text = generator.infill_text("a <mask>", num_retrieved=0, max_span_length=2)
+    assert text.settings["temperature"] == 1.0 and text.settings["top_p"] == 0.9
+
+
 def test_a_caption_uses_the_measured_settings(generator, measured, quick):
     left = {"num_retrieved": 1, "max_caption_length": 4}
     said = {**left, **MEASURED["caption"], "num_candidates": 3}
