@@ -73,6 +73,7 @@ def test_captions_are_asked_for_in_the_order_of_the_training():
         ({"caption": {"top": 1}}, "says top, which CaptionDefaults does not have"),
         ({"image": {"top_p": 2.0}}, "top_p must be above 0 and at most 1"),
         ({"image": {"guidance": 2.0}}, "guidance, which ImageDefaults does not have"),
+        ({"image": {"region_prompt": "near"}}, "'near'; allowed: 'masked', 'in_place'"),
     ],
 )
 def test_measured_settings_of_wrong_types_are_refused(tmp_path, defaults, message):

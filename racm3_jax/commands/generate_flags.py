@@ -206,7 +206,9 @@ def _add_sampling(sub: Any, measured: Sequence[str] = ("temperature", "top_p")) 
     sub.add_argument(
         "--top_p",
         type=options.number(0, 1),
-        **explain("top_p", "nucleus sampling: probability mass of the kept tokens", 0.9),
+        **explain(
+            "top_p", "nucleus sampling: probability mass of the kept tokens", 0.9
+        ),
     )
     sub.add_argument(
         "--top_k",
@@ -315,8 +317,9 @@ def _add_region(sub: Any) -> None:
     sub.add_argument(
         "--region_prompt",
         choices=("masked", "in_place"),
-        default="masked",
-        help="masked: the image with a mask in the region; in_place: the image up to it",
+        default=None,
+        help="masked: the image with a mask in the region; in_place: the image up to it "
+        f"({_MEASURED}, else masked)",
     )
     sub.add_argument(
         "--out", type=options.path, default="sample.png", help="PNG file to write"

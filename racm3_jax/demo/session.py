@@ -217,8 +217,7 @@ class Session:
         image = resize_image(check_picture(image), self.image_size)
         if not cells.any():
             raise ValueError("first paint over the region to regenerate")
-        # In place: much better for models of the shipped size (see README.md).
-        settings = check_settings(settings) | {"region_prompt": "in_place"}
+        settings = check_settings(settings)
         prompt = prompt.strip()
         if prompt:
             check_text(prompt, "the caption", "")

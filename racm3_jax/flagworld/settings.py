@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from racm3_jax.generation.classification import CLASSIFY_BY, ClassifyBy
-from racm3_jax.generation.infilling import REGION_PROMPTS, RegionPrompt
+from racm3_jax.generation.settings import REGION_PROMPTS, RegionPrompt
 
 
 @dataclasses.dataclass(frozen=True)

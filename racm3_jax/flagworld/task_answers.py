@@ -16,7 +16,7 @@ from racm3_jax.evaluation.suite import keep_outputs
 from racm3_jax.flagworld.settings import TaskSettings
 from racm3_jax.flagworld.task_probes import TaskProbes
 from racm3_jax.generation.classification import ClassifyBy
-from racm3_jax.generation.infilling import RegionPrompt
+from racm3_jax.generation.settings import RegionPrompt
 from racm3_jax.generation.tasks import Generator
 from racm3_jax.types import GenerationOutput
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from racm3_jax.evaluation.pictures import Panel, Row, memory_panels, save_sheet
 from racm3_jax.flagworld.task_probes import Box, TaskProbes
-from racm3_jax.generation.infilling import REGION_PROMPTS
+from racm3_jax.generation.settings import REGION_PROMPTS
 from racm3_jax.generation.tasks import Generator
 
 # Task -> variant -> columns of the outputs, see `keep_outputs`.

@@ -34,7 +34,7 @@ from racm3_jax.flagworld import task_answers
 from racm3_jax.flagworld.settings import TaskSettings
 from racm3_jax.flagworld.task_probes import TaskProbes
 from racm3_jax.flagworld.task_sheets import make_titles, write_task_sheets
-from racm3_jax.generation.infilling import RegionPrompt
+from racm3_jax.generation.settings import RegionPrompt
 from racm3_jax.generation.tasks import Generator
 
 # Suffixes of task names, and their arguments.

@@ -10,8 +10,8 @@ code outside the region. Editing is infilling after a chosen document (RA-CM3, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -36,12 +36,11 @@ from racm3_jax.generation.requests import (
     check_image,
     prompt_each,
 )
+from racm3_jax.generation.settings import REGION_PROMPTS, RegionPrompt
 from racm3_jax.sequences.layout import beginning_prompt, infill_prompt
 from racm3_jax.types import Segment
 
 TEXT_MARKER = "<mask>"
-RegionPrompt = Literal["masked", "in_place"]
-REGION_PROMPTS: tuple[RegionPrompt, ...] = get_args(RegionPrompt)
 
 
 class Hole(NamedTuple):
@@ -158,13 +157,19 @@ def make_task(
     regions: Sequence[Region],
     prompts: Sequence[str] | None,
     max_spans: int,
-    region_prompt: RegionPrompt,
+    region_prompt: RegionPrompt | None,
     name: str = "infill",
 ) -> Task:
     """Fills in the regions; every code outside them is kept.
 
-    The query is the prompt, or the image without the region.
+    The query is the prompt, or the image without the region. A `region_prompt` of None
+    is the one that was measured best with the weights, if any, else "masked".
     """
+    if region_prompt is None:
+        own: Mapping[str, Any] = (
+            engine.defaults.get("image", {}) if max_spans == 1 else {}
+        )
+        region_prompt = own.get("region_prompt", "masked")
     texts = prompt_each(prompts, len(images))
     images = [check_image(image) for image in images]
     holes = cut_holes(engine, images, regions, max_spans, region_prompt)
@@ -186,6 +191,7 @@ def make_task(
         longest,
         exact=True,
         writes_images=True,
+        settings={"region_prompt": region_prompt, "max_spans": max_spans},
     )
 
 

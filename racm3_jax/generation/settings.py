@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from racm3_jax.generation.drafts import DRAFT_MODES, DraftMode
 
 # How samples that are images are ranked; see `Generator`.
 RankBy = Literal["auto", "clip", "document", "likelihood"]
+# How a region is asked for; see `infilling`.
+RegionPrompt = Literal["masked", "in_place"]
+REGION_PROMPTS: tuple[RegionPrompt, ...] = get_args(RegionPrompt)
 
 
 class SamplingSettings(TypedDict, total=False):
@@ -145,13 +148,20 @@ class ImageDefaults:
 
     Attributes:
       temperature, top_p: see `SamplingConfig`.
+      region_prompt: how a region is asked for (see `infilling`).
     """
 
     temperature: float = 1.0
     top_p: float = 0.9
+    region_prompt: RegionPrompt = "masked"
 
     def __post_init__(self) -> None:
         SamplingConfig(temperature=self.temperature, top_p=self.top_p)
+        if self.region_prompt not in REGION_PROMPTS:
+            raise ValueError(
+                f"region_prompt is {self.region_prompt!r}; allowed: "
+                + ", ".join(map(repr, REGION_PROMPTS))
+            )
 
 
 def make_config(
@@ -161,5 +171,9 @@ def make_config(
 
     `measured` are those of the weights, for what the call leaves open.
     """
-    given: dict[str, Any] = {"top_p": 0.9, **(measured or {}), **settings}
-    return SamplingConfig(**given)
+    open_ = {"top_p": 0.9} | {
+        name: value
+        for name, value in (measured or {}).items()
+        if name in SamplingSettings.__annotations__
+    }
+    return SamplingConfig(**{**open_, **settings})

@@ -27,7 +27,6 @@ from racm3_jax.generation.attribution import attribute_sample
 from racm3_jax.generation.captioning import CaptionPrompt
 from racm3_jax.generation.classification import Classification, ClassifyBy, Example
 from racm3_jax.generation.engine import Engine
-from racm3_jax.generation.infilling import RegionPrompt
 from racm3_jax.generation.regions import Region
 from racm3_jax.generation.requests import (
     CallOptions,
@@ -38,7 +37,7 @@ from racm3_jax.generation.requests import (
 )
 from racm3_jax.generation.runner import run_task
 from racm3_jax.generation.sample import OnProgress, Progress
-from racm3_jax.generation.settings import RankBy, SamplingSettings
+from racm3_jax.generation.settings import RankBy, RegionPrompt, SamplingSettings
 from racm3_jax.types import GenerationOutput
 
 
@@ -244,7 +243,7 @@ class Generator(Engine):
         seed: int | Sequence[int] = 0,
         documents: Documents | None = None,
         max_spans: int = 1,
-        region_prompt: RegionPrompt = "masked",
+        region_prompt: RegionPrompt | None = None,
         rank_by: RankBy = "auto",
         on_progress: OnProgress | None = None,
         **settings: Unpack[SamplingSettings],
@@ -253,7 +252,8 @@ class Generator(Engine):
 
         The query is the prompt, or the image without the region. `max_spans`: how many
         masks a region may have (see `regions`); known codes inside them are kept.
-        `region_prompt`: "masked" or "in_place" (see `infilling`).
+        `region_prompt`: "masked" or "in_place" (see `infilling`); None is what was
+        measured best with the weights, or "masked".
         """
         hole = regions, prompts, max_spans, region_prompt
         return run_task(
@@ -309,7 +309,7 @@ class Generator(Engine):
         num_samples: int = 1,
         seed: int | Sequence[int] = 0,
         max_spans: int = 1,
-        region_prompt: RegionPrompt = "masked",
+        region_prompt: RegionPrompt | None = None,
         num_neighbours: int = 0,
         rank_by: RankBy = "auto",
         on_progress: OnProgress | None = None,

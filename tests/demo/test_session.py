@@ -126,7 +126,6 @@ def test_infilling_covers_whole_codes(session, desk):
     task, _, prompt, options = session.generator.calls[-1]
     # Without a text, guidance leaves out only the documents, or nothing.
     assert (task, prompt, options["guidance"]) == ("edit", "", 2.0)
-    assert options["region_prompt"] == "in_place"
     assert last.desk.given == desk.given and (last.images[0] == 11).all()
     finish(session.infill(grey(10), cells, "", 1, guidance=2.0, guide_documents=False))
     assert session.generator.calls[-1][-1]["guidance"] == 1.0

@@ -118,9 +118,18 @@ def test_defaults_of_a_caption_are_those_measured_for_the_weights(
 
 def test_images_are_sampled_with_the_measured_settings(generator, monkeypatch):
     monkeypatch.setattr(
-        generator, "defaults", {"image": {"temperature": 0.0, "top_p": 0.5}}
+        generator,
+        "defaults",
+        {"image": {"temperature": 0.0, "top_p": 0.5, "region_prompt": "in_place"}},
     )
     box = {"region": (0, 0, 8, 8), "num_retrieved": 0}
+    for given, used in (
+        ({}, "in_place"),
+        ({"max_spans": 2}, "masked"),  # in place is one span
+        ({"region_prompt": "masked"}, "masked"),
+    ):
+        out = generator.infill(grey(90), **box, **given)
+        assert out.settings["region_prompt"] == used
     for out in (
         generator.text_to_image("a flag", num_retrieved=1),
         generator.infill(grey(90), **box),
