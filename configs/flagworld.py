@@ -1,4 +1,4 @@
-"""The RA-CM3 generator of flagworld, and the baseline without retrieval (`twin`).
+"""An RA-CM3 of flagworld by live retrieval, and the baseline without it (`twin`).
 
     racm3 train --config=configs/flagworld.py --workdir=out/racm3
     racm3 train --config=configs/flagworld.py:twin --workdir=out/cm3
@@ -6,7 +6,8 @@
 Both start from scratch, see the same main documents with the same masks in the same
 order, and take the same number of steps; the baseline's rows have no retrieved
 documents. Each took 1.4 hours including its memory: the first on two CPU cores shared
-with other work, the baseline on one of them.
+with other work, the baseline on one of them. It learns to copy its first document; the
+shipped one, of configs/flagworld_reading.py, chooses the right one.
 """
 
 from ml_collections import ConfigDict

@@ -10,7 +10,7 @@ nations.
 
 from ml_collections import ConfigDict
 
-from configs import flagworld
+from configs import flagworld, flagworld_reading
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -18,14 +18,17 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "short"):
         raise ValueError(f"unknown argument {arg!r}: use :short, or none")
     short = arg == "short"
-    config = flagworld.get_config()
+    config = flagworld_reading.get_config("fifth")
     config.world = flagworld.world()
     config.init_from = "shipped:flagworld/model"
     # Documents of training nations in the memory, besides all held-out ones.
     config.num_train_documents = 1500 if short else 8500
     config.num_prompts = 4 if short else 8
+    del config.pairing  # documents are retrieved, not chosen by class
+    config.memory.index = "scann"
     config.memory.num_query_variants = 1
     config.memory.include_heldout = True
+    config.pipeline.max_documents = 2
     config.optimizer.learning_rate = 5e-5
     config.optimizer.warmup_steps = 5
     config.optimizer.schedule = "linear"

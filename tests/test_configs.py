@@ -48,6 +48,8 @@ GENERATORS = [
     ("flagworld_reading", "full"),
     ("flagworld_reading", "second"),
     ("flagworld_reading", "third"),
+    ("flagworld_reading", "fourth"),
+    ("flagworld_reading", "fifth"),
     ("flagworld_reading", "twin"),
     ("own_generator", ""),
     ("own_generator", "64"),

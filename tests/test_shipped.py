@@ -86,12 +86,16 @@ def test_a_folder_with_wrong_settings_is_refused_in_one_sentence(tmp_path, capsy
     for name in ("tokenizer", "clip"):
         (tmp_path / name).symlink_to(SHIPPED / name)
     path = tmp_path / "model" / "config.json"
-    path.write_text(path.read_text().replace('"guidance": 2.0', '"guidance": "2"'))
+    path.write_text(
+        path.read_text().replace('"num_candidates": 16', '"num_candidates": "2"')
+    )
     checkpoints.write_manifest(tmp_path / "model", {"kind": "generator"})
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     command = ["caption", f"--image={tmp_path / 'a.png'}", f"--workdir={tmp_path}"]
     assert cli.main([*command, "--num_retrieved=0"]) == 2
-    assert "says guidance='2', but CaptionDefaults wants" in capsys.readouterr().err
+    assert (
+        "says num_candidates='2', but CaptionDefaults wants" in capsys.readouterr().err
+    )
 
 
 def test_all_together_are_below_25_megabytes():

@@ -22,11 +22,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.strategy = dict(max_similarity=0.95, num_candidates=24)
     config.settings = dict(
         num_retrieved=2,
-        temperature=0.5,
-        top_p=0.9,
+        temperature=0.7,
+        top_p=1.0,
         guidance=2.0,
         caption_temperature=0.0,
-        caption_guidance=2.0,
+        caption_guidance=1.0,
         caption_candidates=16,
         num_reading=320,
         seed=0,

@@ -17,8 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
         dict(
             num_items=0,
             num_retrieved=2,
-            temperature=0.5,
-            top_p=0.9,
+            temperature=0.7,
+            top_p=1.0,
             max_spans=1,
             region_prompts=("masked", "in_place"),
             guidance=(2.0,),

@@ -38,10 +38,12 @@ its own initialisation and data order. Brackets are 95% intervals: Student's t o
 seeds; for fractions the wider, at each end, of that and Wilson's over all outcomes. The
 plots show them as bars, and each seed as a small circle. Images are sampled at
 temperature 0.5, top-p 0.9; "guided" means guidance with weight 2 against generation
-without the documents; captions are greedy. Experiments 1, 2, 9, 10 and half of 5 test
-the shipped models (3.6 million parameters); the others train small ones from scratch,
-in an easier world (flags of one size, not waving, at two heights), so that all of them
-together take hours on two cores, not days. FID is computed on our own features, and is
+without the documents; captions are greedy. Experiments 1, 2, 9, 10 and half of 5 tested
+the shipped models of before (3.6 million parameters, configs/flagworld.py, which copy
+their first document); the models that are shipped now, which choose, are measured in
+results/README.md, and a run asks them. The others train small ones from scratch, with
+documents as the retriever finds them, in an easier world (flags of one size, not waving,
+at two heights), so that all of them together take hours on two cores, not days. FID is computed on our own features, and is
 comparable only within a table.
 """
 

@@ -10,8 +10,8 @@ code outside the region. Editing is infilling after a chosen document (RA-CM3, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -165,20 +165,21 @@ def make_task(
     The query is the prompt, or the image without the region. A `region_prompt` of None
     is the one that was measured best with the weights, if any, else "masked".
     """
-    if region_prompt is None:
-        own: Mapping[str, Any] = (
-            engine.defaults.get("image", {}) if max_spans == 1 else {}
-        )
-        region_prompt = own.get("region_prompt", "masked")
+    if region_prompt is not None:
+        asked = region_prompt
+    elif max_spans == 1:
+        asked = engine.defaults.get("image", {}).get("region_prompt", "masked")
+    else:
+        asked = "masked"
     texts = prompt_each(prompts, len(images))
     images = [check_image(image) for image in images]
-    holes = cut_holes(engine, images, regions, max_spans, region_prompt)
+    holes = cut_holes(engine, images, regions, max_spans, asked)
     queries = [
         text or hide_region(engine, image, hole)
         for text, image, hole in zip(texts, images, holes, strict=True)
     ]
     written = [
-        write_region(engine, hole, text, region_prompt)
+        write_region(engine, hole, text, asked)
         for hole, text in zip(holes, texts, strict=True)
     ]
     longest = max(len(place_spans(hole.spans)) for hole in holes)
@@ -191,7 +192,7 @@ def make_task(
         longest,
         exact=True,
         writes_images=True,
-        settings={"region_prompt": region_prompt, "max_spans": max_spans},
+        settings={"region_prompt": asked, "max_spans": max_spans},
     )
 
 

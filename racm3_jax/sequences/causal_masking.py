@@ -71,6 +71,9 @@ class CausalMaskingConfig:
         not an image. A document without the sampled modality rotates the other one.
       mask_retrieved: retrieved documents have spans too, as in the paper, each sampled
         independently and moved to the document's own end.
+      retrieved_probability: with `mask_retrieved`, the fraction of retrieved documents
+        that have spans; 1 in the paper. The documents that a user's prompt reads have
+        none, and a model that never saw such ones forgets how to answer after them.
       sentinel_weight: loss weight of `<mask:i>` as a target.
       text_weight: loss weight of the main document's text tokens; image tokens have 1.
     """
@@ -81,6 +84,7 @@ class CausalMaskingConfig:
     rotation_probability: float = 0.25
     rotation_text_share: float = 1.0
     mask_retrieved: bool = False
+    retrieved_probability: float = 1.0
     sentinel_weight: float = 0.0
     text_weight: float = 1.0
 
@@ -96,7 +100,7 @@ class CausalMaskingConfig:
             raise ValueError(
                 f"causal_masking.text_weight must be above 0; got {self.text_weight}"
             )
-        shares = ("rotation_probability", "rotation_text_share")
+        shares = "rotation_probability", "rotation_text_share", "retrieved_probability"
         check_range(self, "causal_masking", *shares, low=0, high=1)
 
 
@@ -299,7 +303,10 @@ def build_example(
     for document, rank in zip(retrieved, ranks, strict=True):
         tokens = layout.document_tokens(document, vocab)
         spans = []
-        if config.mask_retrieved:
+        masked = config.mask_retrieved
+        if masked and config.retrieved_probability < 1:
+            masked = rng.random() < config.retrieved_probability
+        if masked:
             spans = sample_spans(tokens, unrotated, vocab, rng)
         length = len(tokens) + 1 + 3 * len(spans)
         if length > room:

@@ -38,7 +38,7 @@ def test_a_source_without_groups_is_refused():
         document_bits.make_questions(make_corpus("id"), 4)
 
 
-def test_bits_tell_that_the_shipped_model_copies_the_first_document():
+def test_bits_tell_that_the_shipped_model_reads_both_documents():
     generator = wiring.load_generator(wiring.resolve("shipped:flagworld"), None)
     # Documents as training shows them: the asked one is not among them.
     questions = document_bits.make_questions(make_corpus(), 6, num_documents=2)
@@ -46,9 +46,12 @@ def test_bits_tell_that_the_shipped_model_copies_the_first_document():
     image, caption = found["image"], found["caption"]
     assert found["questions"] == 6
     assert image["itself"] < image["right"] < image["wrong"]
-    assert image["right_first"] < image["right_last"]
     assert caption["right"] < caption["wrong"]
-    assert caption["right_first"] < caption["right_last"]
+    # A wrong one in front costs little: a model that copies the first loses all.
+    for bits in image, caption:
+        gained = bits["wrong"] - bits["right"]
+        assert bits["wrong"] - bits["right_last"] > 0.5 * gained
+        assert bits["wrong"] - bits["right_first"] > 0.5 * gained
     assert image["right_wins"] > 0.5
     alone = document_bits.measure_bits(
         generator,

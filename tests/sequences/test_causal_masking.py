@@ -284,6 +284,24 @@ def test_masks_of_the_main_document_do_not_depend_on_retrieved_documents(
         )
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+def test_a_fraction_of_the_retrieved_documents_has_spans(
+    vocab, sample_document, share, expected
+):
+    """A user's prompt reads whole documents: training must show some."""
+    config = CausalMaskingConfig(mask_retrieved=True, retrieved_probability=share)
+    rng, masked = np.random.default_rng(10), []
+    for seed in range(400):
+        main, retrieved = sample_document(rng), sample_document(rng)
+        example = build(main, [retrieved], config, vocab, seed=seed)
+        shown = example.tokens[~example.is_main]
+        masked.append(vocab.is_sentinel(shown).any())
+        alone = build(main, [], config, vocab, seed=seed)
+        after = len(example.tokens) - len(alone.tokens) + 1
+        np.testing.assert_array_equal(alone.tokens[1:], example.tokens[after:])
+    assert abs(np.mean(masked) - expected) < 0.06
+
+
 def test_spans_of_retrieved_documents_are_at_their_own_ends(vocab, sample_document):
     """The main document is predicted from whole documents."""
     config = CausalMaskingConfig(mean=3.0, max_masks=4, mask_retrieved=True)
