@@ -8,8 +8,8 @@ One run, three tables:
   guided   samples with guidance after a shared prefix of 2 documents: one, and ten
   memory   (with --bandwidth) seconds per image and the fraction of the memory bandwidth
   drafts   (with --memory=DIR, of `racm3 quickstart`) the shipped model and that memory,
-           one image at a time: with and without speculative decoding, passes,
-             acceptance, equal codes
+           one image at a time, sampled as its weights say: with and without speculative
+           decoding, passes, acceptance, equal codes
 
 The other tables are without speculative decoding: random weights accept no drafts. The
 machine's load is checked first: above 0.5 comparisons are not meaningful, and --busy is
@@ -57,6 +57,7 @@ from racm3_jax.generation import decoding, text_to_image
 from racm3_jax.generation.batching import sample_prompts
 from racm3_jax.generation.grammar import image_grammar
 from racm3_jax.generation.sample import SamplingConfig, Unconditional, sample
+from racm3_jax.generation.settings import make_config
 from racm3_jax.model.config import ModelConfig, racm3_2b7
 from racm3_jax.model.quantization import quantize_weights
 from racm3_jax.model.transformer import (
@@ -373,10 +374,9 @@ def time_drafts(memory: Path, repeats: int, guidance: float) -> dict[str, Any]:
     found: dict[str, list[tuple[float, Any]]] = {"off": [], "table": [], "jacobi": []}
     for i in [0, *range(repeats)]:  # the first one compiles
         for source, taken in found.items():
-            config = SamplingConfig(
-                top_p=0.9,
-                guidance=guidance,
-                draft=source,  # pyright: ignore[reportArgumentType]
+            config = make_config(
+                {"guidance": guidance, "draft": source},  # pyright: ignore
+                model.defaults.get("image"),
             )
             started = time.perf_counter()
             samples = sample_prompts(model, tasks[i], [retrieved[i]], [i], config, 1)

@@ -98,10 +98,10 @@ def main(config: Any, workdir: Path, config_name: str) -> None:
     twin = wiring.load_generator(
         wiring.resolve("shipped:flagworld"), None, model="twin"
     )
-    how = {"seed": config.seed, "temperature": 0.5}
-    guided = {"guidance": 2.0, "guide_documents": True}
-    generated = generator.text_to_image_batch(prompts, num_retrieved=2, **how, **guided)
-    plain = twin.text_to_image_batch(prompts, num_retrieved=0, **how)
+    generated = generator.text_to_image_batch(
+        prompts, num_retrieved=2, seed=config.seed, guidance=2.0, guide_documents=True
+    )
+    plain = twin.text_to_image_batch(prompts, num_retrieved=0, seed=config.seed)
     save_outputs(workdir / "samples.png", generator, generated, plain)
     stages.say(f"images of {len(prompts)} held-out nations: {workdir / 'samples.png'}")
 
