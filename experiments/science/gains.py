@@ -136,7 +136,7 @@ EXPERIMENT = Experiment(
         Panel("FID, own features", {"fid": "FID"}, percent=False),
         Panel("CIDEr-D", {"cider": "CIDEr-D"}, percent=False),
     ),
-    hours=2.0,
+    hours=1.6,
     reference="twin",
     proof=("retrieval", "random", "twin_equal_compute", "copy"),
     settings={

@@ -90,7 +90,7 @@ EXPERIMENT = Experiment(
         ),
         Panel("text perplexity", {"text_perplexity": "perplexity"}, percent=False),
     ),
-    hours=2.1,
+    hours=1.8,
     reference="query_dropout",
     also_compared={"diversity": ("random", "relevance", "query_dropout")},
     proof=("random", "query_dropout"),
