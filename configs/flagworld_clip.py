@@ -52,6 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         retrieval_temperature=0.05,
         max_pair_similarity=0.6,
         separation_weight=20.0,
+        aligned_dims=0,
         query_drop=0.2,
     )
     config.rename_key = ""

@@ -75,6 +75,10 @@ class CLIPLossConfig:
         orthogonal, the maximum is 0.71; 1 turns the limit off.
       separation_weight: weight of the mean squared similarity of query embeddings with
         document embeddings of the other modality.
+      aligned_dims: the contrast is of this many first numbers of an embedding, and the
+        separation of the others: a part that aligns texts and images, and one that finds
+        documents by what only their texts, or only their images, have. 0 is all of them,
+        for both.
       query_drop: fraction of a query's tokens or patches that is dropped.
     """
 
@@ -84,6 +88,7 @@ class CLIPLossConfig:
     retrieval_temperature: float = 0.05
     max_pair_similarity: float = 0.6
     separation_weight: float = 20.0
+    aligned_dims: int = 0
     query_drop: float = 0.2
 
     def __post_init__(self) -> None:
@@ -96,10 +101,24 @@ class CLIPLossConfig:
             raise ValueError(
                 f"clip_loss.query_drop must be in [0, 1); got {self.query_drop}"
             )
+        if self.aligned_dims < 0:
+            raise ValueError(
+                f"clip_loss.aligned_dims must be >= 0 (0 is all); got {self.aligned_dims}"
+            )
 
 
 def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
-    """Builds the training loss: (params, batch, key, step) -> (loss, metrics)."""
+    """Builds the training loss: (params, batch, key, step) -> (loss, metrics).
+
+    Raises:
+      ValueError: `aligned_dims` leaves no numbers of an embedding to separate.
+    """
+    dims = loss_config.aligned_dims
+    if dims >= config.d_embed:
+        raise ValueError(
+            f"clip_loss.aligned_dims is {dims}, but clip.d_embed {config.d_embed}: give "
+            "fewer, or 0 for all"
+        )
     model: Any = CLIP(config)
 
     def encode_images(params: Any, images: Array, kept: Array | None) -> Array:
@@ -133,14 +152,17 @@ def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
         document = normalise(text + image)
 
         scale = jnp.exp(jnp.minimum(params["logit_scale"], MAX_LOG_SCALE))
-        contrast, contrast_hits = info_nce(image, text, scale)
+        contrast, contrast_hits = info_nce(
+            take_aligned(image, dims), take_aligned(text, dims), scale
+        )
         scale = 1 / loss_config.retrieval_temperature
         cap = loss_config.max_pair_similarity
         by_text, text_hits = info_nce(query_text, document, scale, cap)
         by_image, image_hits = info_nce(query_image, document, scale, cap)
         by_alike, alike_hits = info_nce(query_image, image, scale, cap)
         across = (
-            jnp.square(query_text @ image.T) + jnp.square(query_image @ text.T)
+            jnp.square(query_text[:, dims:] @ image[:, dims:].T)
+            + jnp.square(query_image[:, dims:] @ text[:, dims:].T)
         ) / 2
         separation = across.mean()
         loss = (
@@ -172,6 +194,13 @@ def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
 def normalise(x: Float[Array, "rows d_embed"]) -> Float[Array, "rows d_embed"]:
     """Unit rows; a row of zeros stays zero, with a finite gradient."""
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
+
+
+def take_aligned(
+    embeddings: Float[Array, "rows d_embed"], dims: int
+) -> Float[Array, "rows aligned"]:
+    """Unit rows of the first `dims` numbers, or all of them if 0."""
+    return normalise(embeddings[:, :dims]) if dims else embeddings
 
 
 def info_nce(

@@ -298,6 +298,40 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(params):
     np.testing.assert_allclose(float(loss), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dims", [0, 3])
+def test_one_part_of_an_embedding_is_aligned_and_the_other_separated(params, dims):
+    config = CLIPLossConfig(query_drop=0.0, aligned_dims=dims)
+    batch = next(loss_lib.make_pair_batches(*make_data(), num_pairs=8, seed=0))
+    metrics = loss_lib.clip_loss(SMALL, config)(
+        params, batch, jax.random.key(0), jnp.int32(0)
+    )[1]
+    value = {name: float(total / weight) for name, (total, weight) in metrics.items()}
+    model, vectors = CLIP(SMALL), {}
+    for side in "ab":
+        pixels = loss_lib.normalise_images(batch[f"images_{side}"], SMALL)
+        for kind, inputs in (("image", pixels), ("text", batch[f"tokens_{side}"])):
+            method = getattr(CLIP, f"encode_{kind}")
+            found = np.asarray(model.apply({"params": params}, inputs, method=method))
+            vectors[kind, side] = found / np.linalg.norm(found, axis=1, keepdims=True)
+    image, text = (vectors[kind, "b"][:, : dims or None] for kind in ("image", "text"))
+    cosines = (image @ text.T) / np.outer(
+        np.linalg.norm(image, axis=1), np.linalg.norm(text, axis=1)
+    )
+    logits = cosines * float(np.exp(params["logit_scale"]))
+    lost = [
+        (np.log(np.exp(rows).sum(1)) - np.diag(rows)).mean()
+        for rows in (logits, logits.T)
+    ]
+    np.testing.assert_allclose(value["contrast_loss"], np.mean(lost), rtol=1e-4)
+    across = [
+        vectors["text", "a"][:, dims:] @ vectors["image", "b"][:, dims:].T,
+        vectors["image", "a"][:, dims:] @ vectors["text", "b"][:, dims:].T,
+    ]
+    np.testing.assert_allclose(
+        value["across_similarity"], np.square(across).mean() ** 0.5, rtol=1e-4
+    )
+
+
 def test_a_zero_embedding_has_a_finite_gradient():
     grad = jax.grad(lambda x: loss_lib.normalise(x).sum())(jnp.zeros((1, 4)))
     assert np.isfinite(grad).all()
@@ -308,6 +342,10 @@ def test_wrong_loss_settings_are_refused():
         CLIPLossConfig(retrieval_temperature=0)
     with pytest.raises(ValueError, match=r"query_drop must be in \[0, 1\); got 1"):
         CLIPLossConfig(query_drop=1)
+    with pytest.raises(ValueError, match="aligned_dims must be >= 0"):
+        CLIPLossConfig(aligned_dims=-1)
+    with pytest.raises(ValueError, match=r"aligned_dims is \d+, but clip.d_embed"):
+        loss_lib.clip_loss(SMALL, CLIPLossConfig(aligned_dims=SMALL.d_embed))
 
 
 @pytest.mark.parametrize("causal", [False, True])
