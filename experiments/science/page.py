@@ -43,8 +43,8 @@ the shipped models of before (3.6 million parameters, configs/flagworld.py, whic
 their first document); the models that are shipped now, which choose, are measured in
 results/README.md, and a run asks them. The others train small ones from scratch, with
 documents as the retriever finds them, in an easier world (flags of one size, not waving,
-at two heights), so that all of them together take hours on two cores, not days. FID is computed on our own features, and is
-comparable only within a table.
+at two heights), so that all of them together take hours on two cores, not days. FID is
+computed on our own features, and is comparable only within a table.
 """
 
 # For experiments with the shipped models, whose weights are among their settings.

@@ -154,7 +154,10 @@ def _record(arguments: Arguments, output: Any, more: dict[str, Any]) -> dict[str
         if document.metadata.get("near_copy")
     ]
     names = {*_SETTINGS, *SamplingSettings.__annotations__}
-    settings = {k: v for k, v in vars(arguments).items() if k in names}
+    # What was left open is in the output's, if the task has it at all.
+    settings = {
+        k: v for k, v in vars(arguments).items() if k in names and v is not None
+    }
     settings |= output.settings
     return {
         "prompt": output.prompt,

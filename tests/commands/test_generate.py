@@ -201,6 +201,9 @@ def test_infill_takes_a_box_a_mask_or_a_text(generator, capsys):
     assert mask[1][1].dtype == bool and mask[1][1].sum() == 32
     assert text[0] == "infill_text" and text[1] == ("the <mask> flag", None)
     assert "words" in capsys.readouterr().out
+    run("infill", "--text=the <mask> flag", "--json")
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["num_retrieved"] == 2 and None not in settings.values()
 
 
 def test_edit_and_caption(generator, capsys):
