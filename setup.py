@@ -48,6 +48,7 @@ setup(
         "bm25s>=0.2.6",
         "clu>=0.0.12",
         "etils[epath]>=1.9",
+        "faiss-cpu>=1.10",
         "flax>=0.12",
         "fsspec>=2024.2",
         "grain>=0.2.15",
@@ -94,15 +95,11 @@ setup(
             # sources in parquet, and HEIC images
             "pyarrow>=17",
             "pillow-heif>=0.21",
-            # an index of its own
-            "faiss-cpu>=1.10",
         ],
         # Builds a memory on any runner; Beam wants pillow < 13.
         "beam": ["apache-beam>=2.65"],
         # Sources in parquet, and ready embeddings.
         "parquet": ["pyarrow>=17"],
-        # An index where ScaNN has no wheel.
-        "faiss": ["faiss-cpu>=1.10"],
         # HEIC, in which telephones save photographs.
         "heic": ["pillow-heif>=0.21"],
         "hub": ["huggingface_hub>=0.34"],
@@ -117,7 +114,6 @@ setup(
         # implementations, and photographs (scikit-image, scikit-learn). No torchvision.
         "parity": [
             "diffusers>=0.35",
-            "faiss-cpu>=1.10",
             "ftfy>=6.3",
             "gcsfs>=2024.2",
             "huggingface_hub>=0.34",

@@ -5,10 +5,12 @@
 Clustered vectors (random ones are not meaningful for recall), and two kinds of queries,
 like text and image queries: near the rows, and shifted from them by a common offset.
 
-    ours        ScaNN as a memory builds and tunes it
+    ours        the index that a memory of this size has by default, as it is tuned
+    ScaNN       as a memory with --index=scann has it
     flat        exact search, block by block, in NumPy
-    FAISS       the fastest of its kinds at its best setting: IVF with 4-bit product codes
-                of 2, 3 or 4 dimensions, rescored; IVF with 8 bits; HNSW; flat
+    FAISS       by its own classes, the fastest of its kinds at its best setting: IVF with
+                4-bit product codes of 2, 3 or 4 dimensions, rescored; IVF with 8 bits;
+                HNSW of float32 and of half precision; flat
 
 Each side is a process of its own on the same cores; FAISS is measured if installed. A
 sweep of every side's settings finds its fastest one at `--recall_target`, or at the
@@ -43,7 +45,9 @@ from speed_table import format_table
 
 from racm3_jax.index import registry, streaming
 
-SIDES = ("ours", "flat", "FAISS")
+SIDES = ("ours", "ScaNN", "flat", "FAISS")
+# Indexes of this package, by side.
+KINDS = {"ours": "auto", "ScaNN": "scann"}
 NUM_SINGLES = 200
 # Exact search needs seconds per hundred queries.
 NUM_FLAT = 100
@@ -85,8 +89,8 @@ def run_side(name: str, folder: Path, threads: int, target: float) -> None:
     queries = dict(np.load(folder / "queries.npz"))
     expected = dict(np.load(folder / "expected.npz"))
     side: Searcher
-    if name == "ours":
-        side = Ours(folder, np.asarray(rows), threads, target)
+    if name in KINDS:
+        side = Ours(KINDS[name], folder, np.asarray(rows), threads, target)
     elif name == "flat":
         side = Flat(np.asarray(rows))
         queries = {kind: some[:NUM_FLAT] for kind, some in queries.items()}
@@ -342,6 +346,7 @@ def main() -> None:
         "threads": arguments.threads,
         "load_average": load,
         "repeats": arguments.repeats,
+        "kind": sweeps["ours"]["facts"]["kind"],
         **found,
         "sweeps": sweeps,
     }
@@ -349,10 +354,11 @@ def main() -> None:
     plot(out / "sweep.png", sweeps)
     for name in ("parameters.json", "rows.npy", "queries.npz", "expected.npz"):
         (out / name).unlink()
-    for pattern in ("sweep_*.json", "index.json", "faiss_*"):
+    for pattern in ("sweep_*.json", "index_*.json", "faiss_*"):
         for path in out.glob(pattern):
             path.unlink()
-    shutil.rmtree(out / "index")
+    for path in out.glob("index_*"):
+        shutil.rmtree(path)
     print(format_table({"bench_memory": results}))
 
 

@@ -15,14 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from bench_sides import write_json
 
-from racm3_jax.index import streaming, tuning
-from racm3_jax.index.scann import ScannIndex
+from racm3_jax.index import registry, streaming, tuning
 
 K = 10
 SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 # Rows that are rescored exactly.
 REORDERED = (200, 800, 3200)
-EF_SEARCH = (32, 64, 128, 256, 512)
+EF_SEARCH = (32, 48, 64, 80, 96, 128, 192, 256, 512)
 BLOCK = 20_000
 
 Settings = dict[str, Any]
@@ -47,39 +46,44 @@ class Searcher(Protocol):
 
 
 class Ours:
-    """ScaNN, built and tuned as by a memory; the queries of a batch in threads.
+    """An index of this package, built and tuned as by a memory; batches in threads.
 
     Args:
-      folder: with `queries.npz`, on which it is tuned; for `index` and its facts.
+      kind: of index; "auto" is the default of a memory.
+      folder: with `queries.npz`, on which it is tuned; for the index and its facts.
       rows: of the index.
       threads: of a batch.
       target: recall.
     """
 
-    def __init__(self, folder: Path, rows: np.ndarray, threads: int, target: float):
+    def __init__(
+        self, kind: str, folder: Path, rows: np.ndarray, threads: int, target: float
+    ):
+        self.kind = registry.choose_kind(kind, len(rows))
         self.folder, self.rows = folder, rows
         self.threads, self.target = threads, target
-        self.facts = {}
+        self.facts: dict[str, Any] = {}
 
     def build(self) -> Iterator[str]:
-        path = self.folder / "index.json"
+        path = self.folder / f"index_{self.kind}.json"
         if not path.exists():
             write_json(path, self._build())
         self.facts = json.loads(path.read_text())
-        self.index = ScannIndex.load(self.folder / "index")
-        yield "ScaNN"
+        self.index: Any = registry.open_index(self.folder / f"index_{self.kind}")
+        yield self.kind
 
     def _build(self) -> dict[str, Any]:
-        folder = self.folder / "index"
+        folder = self.folder / f"index_{self.kind}"
         shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
-        index = ScannIndex.build(self.rows, folder)
+        index: Any = registry.build_index(self.kind, self.rows, folder)
         built = time.perf_counter()
         queries = dict(np.load(self.folder / "queries.npz"))
         found = tuning.tune(
             index, folder, self.rows, queries, recall_target=self.target
         )
         return {
+            "kind": self.kind,
             "build_seconds": built - start,
             "tune_seconds": time.perf_counter() - built,
             "tuned_recall": found,
@@ -87,6 +91,9 @@ class Ours:
 
     def settings(self) -> Iterator[Settings]:
         yield dict(self.index.settings)
+        if "ef_search" in self.index.settings:
+            for ef in EF_SEARCH:
+                yield self.index.settings | {"ef_search": ef}
         leaves = self.index.settings.get("num_leaves")
         if not leaves:
             return
@@ -162,8 +169,8 @@ class Faiss:
                 yield {"kind": kind} | self._probes(share) | {"reordered": reordered}
         for share in SHARES:
             yield {"kind": f"IVF{self.leaves},SQ8"} | self._probes(share)
-        for ef in EF_SEARCH:
-            yield {"kind": "HNSW32", "ef_search": ef}
+        for kind, ef in itertools.product(("HNSW32", "HNSW32,SQfp16"), EF_SEARCH):
+            yield {"kind": kind, "ef_search": ef}
         yield {"kind": "Flat"}
 
     def _probes(self, share: float) -> Settings:

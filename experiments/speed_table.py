@@ -43,6 +43,10 @@ PEERS = {
     "torch, bfloat16 autocast": "bfloat16 autocast",
 }
 
+# Those that are shown of an index.
+SEARCH_SETTINGS = ("kind", "mode", "searched", "reordered", "ef_search")
+SEARCH_SETTINGS += ("num_searched", "num_reordered")
+
 Record = Mapping[str, Any]
 
 
@@ -131,13 +135,17 @@ def read_memory(record: Record) -> Iterator[Row | str]:
         titles = {"flat": "exact search in NumPy", "FAISS": f"FAISS {version}".strip()}
         names = {
             name: titles.get(name, name)
-            + "".join(f"; {key} {value}" for key, value in side["settings"].items())
+            + "".join(
+                f"; {key} {side['settings'][key]}"
+                for key in SEARCH_SETTINGS
+                if key in side["settings"]
+            )
             + f" (recall {side['recall']:.3f})"
             for name, side in sides.items()
         }
         what = (
-            f"search of {rows} rows {how}, recall {record['common_recall']:.3f}; ScaNN "
-            f"(recall {sides['ours']['recall']:.3f})"
+            f"search of {rows} rows {how}, recall {record['common_recall']:.3f}; ours is "
+            f"`--index={record['kind']}` (recall {sides['ours']['recall']:.3f})"
         )
         power = -1 if by == "qps" else 1  # seconds of a query
         seconds = {names[n]: side["median"] ** power for n, side in sides.items()}

@@ -28,20 +28,28 @@ class Entry(NamedTuple):
 
     Attributes:
       place: module of this package, and its `Backend`; imported on use.
-      library: required library; "auto" takes the first kind whose library is installed.
+      library: required library, if any.
+      fastest_at: "auto" prefers this kind at these numbers of rows, where it was measured
+        to be the fastest (experiments/results).
       is_shardable: can be opened without the rows of the memory.
       is_built_of_rows: False if it is built in another way, and only opened here.
     """
 
     place: str
     library: str | None = None
+    fastest_at: range = range(0)
     is_shardable: bool = False
     is_built_of_rows: bool = True
 
 
 TABLE = {
     "scann": Entry("scann:ScannIndex", library="scann", is_shardable=True),
-    "faiss": Entry("faiss:FaissIndex", library="faiss", is_shardable=True),
+    "faiss": Entry(
+        "faiss:FaissIndex",
+        library="faiss",
+        fastest_at=range(20_000, 1_000_000),
+        is_shardable=True,
+    ),
     "exact": Entry("exact:ExactIndex"),
     "table": Entry("table:TableIndex", is_built_of_rows=False),
 }
@@ -75,7 +83,7 @@ def _import_library(kind: IndexKind) -> None:
 
 
 def choose_kind(kind: IndexKind | Literal["auto"], num_rows: int) -> IndexKind:
-    """Resolves "auto": the first installed library, or exact for a small memory.
+    """Resolves "auto": the fastest installed library, or exact for a small memory.
 
     Raises:
       ValueError: an unknown kind, or its library is not installed.
@@ -83,7 +91,8 @@ def choose_kind(kind: IndexKind | Literal["auto"], num_rows: int) -> IndexKind:
     if kind == "auto":
         libraries = [k for k, entry in TABLE.items() if entry.library is not None]
         usable = [k for k in libraries if num_rows >= MIN_ROWS and is_installed(k)]
-        return [*usable, "exact"][0]
+        fastest = [k for k in usable if num_rows in TABLE[k].fastest_at]
+        return [*fastest, *usable, "exact"][0]
     if kind not in list_kinds():
         words = ", ".join(f'"{k}"' for k in list_kinds())
         raise ValueError(f'index must be "auto" or one of {words}; got {kind!r}')

@@ -72,6 +72,7 @@ def memory_record():
         "load_average": 0.25,
         "repeats": 5,
         "common_recall": 0.95,
+        "kind": "faiss",
         "qps": {
             "ours": side(300.0, 400.0),
             "flat": side(100.0, 100.0),

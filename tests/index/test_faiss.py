@@ -17,7 +17,7 @@ from index_vectors import QUERIES, ROWS, clustered
 
 from racm3_jax import storage
 from racm3_jax.index import faiss as faiss_index
-from racm3_jax.index import registry
+from racm3_jax.index import registry, tuning
 from racm3_jax.index.faiss import FaissConfig, FaissIndex
 
 faiss = pytest.importorskip("faiss", reason="the extra [faiss] is not installed")
@@ -36,7 +36,14 @@ def test_settings_follow_the_size_and_width():
         "num_searched": 160,
         "num_reordered": 200,
     }
-    assert resolve(FaissConfig(), 50_000, 15)["dimensions_per_code"] == 1
+    assert resolve(FaissConfig("ivf"), 50_000, 15)["dimensions_per_code"] == 1
+    for num_rows in (20_000, 999_999):
+        assert resolve(FaissConfig(), num_rows, 768) == {
+            "mode": "hnsw",
+            "num_threads": 1,
+            "num_links": 32,
+            "ef_search": 64,
+        }
     # 384 codes of 4 bits; half precision; an id.
     assert FaissIndex.index_row_bytes(768) == 192 + 1536 + 8
 
@@ -50,8 +57,12 @@ def test_widths_that_are_not_a_multiple_of_4(tmp_path, width):
 
 
 def test_wrong_settings(tmp_path):
-    with pytest.raises(ValueError, match=r"faiss\.mode must be .*; got 'hnsw'"):
-        FaissConfig(mode="hnsw")
+    with pytest.raises(ValueError, match=r"faiss\.mode must be .*; got 'tree'"):
+        FaissConfig(mode="tree")
+    with pytest.raises(
+        ValueError, match=r"faiss\.num_links must be in 2\.\.512; got 1"
+    ):
+        FaissConfig(num_links=1)
     with pytest.raises(ValueError, match=r"in \(0, 1\]; got 2"):
         FaissConfig(searched_share=2)
     with pytest.raises(ValueError, match=r"faiss\.num_threads must be >= 1; got 0"):
@@ -119,7 +130,7 @@ def _put(path, index):
 
 
 def test_other_files_of_faiss_are_refused(tmp_path):
-    for config in (IVF, FaissConfig()):
+    for config in (IVF, FaissConfig("hnsw"), FaissConfig()):
         FaissIndex.build(ROWS, tmp_path, config)
         for recipe, rows, metric in (
             ("Flat", ROWS, faiss.METRIC_INNER_PRODUCT),
@@ -128,6 +139,8 @@ def test_other_files_of_faiss_are_refused(tmp_path):
             ("IVF20,Flat", ROWS, faiss.METRIC_INNER_PRODUCT),
             ("IVF20,Flat,RFlat", ROWS, faiss.METRIC_INNER_PRODUCT),
             ("IVF20,PQ8x4fs,RFlat", ROWS, faiss.METRIC_INNER_PRODUCT),
+            ("HNSW8,Flat", ROWS, faiss.METRIC_INNER_PRODUCT),
+            ("HNSW8,SQ8", ROWS, faiss.METRIC_L2),
         ):
             index = faiss.index_factory(rows.shape[1], recipe, metric)
             index.train(rows)
@@ -156,6 +169,47 @@ def test_leaves_that_name_rows_which_do_not_exist(tmp_path):
         ids[ids == 299] = 300
     with pytest.raises(storage.IntegrityError, match="is inconsistent"):
         index.search(ROWS[299:], 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("neighbors", lambda values: np.where(values >= 0, len(ROWS), values)),
+        ("neighbors", lambda values: values[:-1]),
+        ("levels", lambda values: values + 20),
+        ("levels", lambda values: values * 0),
+        ("offsets", lambda values: values + 1),
+        ("cum_nneighbor_per_level", lambda values: values[::-1].copy()),
+    ],
+)
+def test_graphs_with_links_that_lead_out_of_it_are_refused(tmp_path, column, change):
+    index = FaissIndex.build(ROWS, tmp_path, FaissConfig("hnsw"))
+    registry.open_index(tmp_path)
+    vector = getattr(index._index.hnsw, column)
+    values = faiss.vector_to_array(vector)
+    faiss.copy_array_to_vector(change(values).astype(values.dtype), vector)
+    _put(tmp_path, index._index)
+    with pytest.raises(storage.IntegrityError, match="faiss"):
+        registry.open_index(tmp_path)
+
+
+def test_a_graph_without_its_first_row_is_refused(tmp_path):
+    index = FaissIndex.build(ROWS, tmp_path, FaissConfig("hnsw"))
+    for entry_point in (-1, len(ROWS)):
+        index._index.hnsw.entry_point = entry_point
+        _put(tmp_path, index._index)
+        with pytest.raises(storage.IntegrityError, match="faiss"):
+            registry.open_index(tmp_path)
+
+
+def test_a_graph_is_searched_as_long_as_the_recall_needs(tmp_path):
+    rows, queries = clustered(2000, 64)
+    index = FaissIndex.build(rows, tmp_path, FaissConfig("hnsw", num_links=4))
+    found = tuning.tune(index, tmp_path, rows, {"text": queries}, recall_target=0.99)
+    tuned = index.settings["ef_search"]
+    assert found["text"] >= 0.99 and 16 < tuned < 2000
+    less = tuning.tune(index, tmp_path, rows, {"text": queries}, recall_target=0.9)
+    assert 0.9 <= less["text"] and index.settings["ef_search"] < tuned
 
 
 def test_opened_again_in_every_process(tmp_path):

@@ -70,6 +70,9 @@ VARIANTS = {
     "faiss, ivf": lambda rows, path: FaissIndex.build(
         rows, path, FaissConfig(mode="ivf", num_leaves=10, searched_share=0.8)
     ),
+    "faiss, hnsw": lambda rows, path: FaissIndex.build(
+        rows, path, FaissConfig(mode="hnsw")
+    ),
 }
 NEEDS_ROWS = ("scann, hash", "scann, tree", "faiss, ivf")
 
@@ -429,16 +432,17 @@ def test_kinds(monkeypatch):
         registry, "is_installed", lambda kind: kind in installed or kind == "exact"
     )
     assert registry.choose_kind("auto", 10) == "exact"
-    assert registry.choose_kind("auto", 10_000) == "scann"
+    for num_rows, kind in ((10_000, "scann"), (50_000, "faiss"), (2_000_000, "scann")):
+        assert registry.choose_kind("auto", num_rows) == kind
     installed.remove("scann")
     assert registry.choose_kind("auto", 10_000) == "faiss"
     installed.remove("faiss")
-    assert registry.choose_kind("auto", 10_000) == "exact"
+    assert registry.choose_kind("auto", 50_000) == "exact"
 
 
 def test_a_library_that_is_not_installed(monkeypatch, tmp_path):
     ScannIndex.build(ROWS, tmp_path)
-    for name, advice in (("scann", "Linux"), ("faiss", r"racm3_jax\[faiss\]")):
+    for name, advice in (("scann", "Linux"), ("faiss", "pip install faiss-cpu")):
         for module in (name, f"{name}.scann_ops.py"):
             monkeypatch.setitem(sys.modules, module, None)
         for kind in (name, f"{name}_sharded"):
