@@ -1,7 +1,7 @@
 """Light fine-tuning of converted Chameleon weights with retrieved documents.
 
     racm3 convert chameleon SRC out/chameleon --vqgan=... --clip=... --accept_licence
-    racm3 memory build --source=folder:photos --memory=out/memory \
+    racm3 memory build --source=folder:photos --memory=out/memory --for=training \
         --tokenizer=out/chameleon/tokenizer --embedder=out/chameleon/clip
     racm3 train --config=configs/chameleon_finetune.py:image_output --workdir=out/tuned \
         --config.init_from=out/chameleon/model --config.embedder=out/chameleon/clip \

@@ -76,6 +76,9 @@ class FakeEmbedder:
         names = [(text.split()[0], text.split()[-1]) for text in texts]
         return self._embed(names, "text", drop, rng)
 
+    def fit_images(self, images):
+        return images
+
     def embed_images(self, images, drop=0.0, rng=None):
         names = [(f"nation{i[0, 0, 0]}", f"scene{i[0, 0, 1]}") for i in images]
         return self._embed(names, "image", drop, rng)

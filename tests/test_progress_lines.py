@@ -1,9 +1,11 @@
-"""Without a terminal, progress is one line per 10%."""
+"""Without a terminal, progress is one line per 10%; stages and their times."""
 
 import io
 
+import pytest
+
 from racm3_jax import quickstart
-from racm3_jax.progress import ProgressLines, open_progress
+from racm3_jax.progress import ProgressLines, StageClock, open_progress
 
 
 def test_one_line_per_10_percent(capsys):
@@ -44,3 +46,34 @@ def test_no_colour_is_respected(monkeypatch):
         shown.append(stages.console.file.getvalue())
     assert "hello" in shown[0] and "hello" in shown[1]
     assert "\x1b" not in shown[1]
+
+
+def test_stages_inside_others_are_counted_once():
+    times = iter([0.0, 2.0, 3.0, 7.0, 7.0, 8.0, 8.0, 8.004])
+    clock = StageClock(lambda: next(times))
+    with clock.measure("writing"):
+        with clock.measure("embedding"):
+            pass
+        with clock.measure("reading"):
+            pass
+    with clock.measure("hashing"):
+        pass
+    seconds = {"writing": 7.0, "embedding": 1.0, "reading": 0.0, "hashing": 0.004}
+    assert clock.seconds == pytest.approx(seconds)
+    # Less than half a per cent is not shown.
+    assert clock.describe() == "87% writing, 12% embedding"
+
+
+def test_waiting_for_items_is_counted():
+    now = [0.0]
+
+    def make():
+        for number in range(3):
+            now[0] += 2
+            yield number
+        now[0] += 1
+
+    clock = StageClock(lambda: now[0])
+    for _ in clock.measure_each("reading", make()):
+        now[0] += 10
+    assert clock.seconds == {"reading": 7.0}

@@ -95,7 +95,7 @@ def _build(arguments: Arguments) -> None:
     config = _config(
         arguments,
         index=arguments.index,
-        num_query_variants=arguments.num_query_variants,
+        num_query_variants=_count_variants(arguments),
         query_drop=arguments.query_drop,
         seed=arguments.seed,
         recall_target=arguments.recall_target,
@@ -126,6 +126,12 @@ def _build(arguments: Arguments) -> None:
     _print_mismatch(arguments)
 
 
+def _count_variants(arguments: Arguments) -> int:
+    if arguments.num_query_variants is not None:
+        return arguments.num_query_variants
+    return memory_flags.TRAINING_VARIANTS if arguments.purpose == "training" else 0
+
+
 def _print_mismatch(arguments: Arguments) -> None:
     """Prints a note if the embedder does not suit the memory's documents."""
     from racm3_jax.memory.memory import Memory
@@ -145,9 +151,10 @@ def _say(lines: Iterable[str]) -> None:
 
 def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
     from racm3_jax.memory import builder
-    from racm3_jax.progress import open_progress
+    from racm3_jax.progress import StageClock, open_progress
 
     tokenizer, embedder = _load_models(arguments)
+    clock = StageClock()
     with open_progress(desc="build memory", unit="steps") as bar:
 
         def show(num_documents: int, done: int, total: int) -> None:
@@ -163,7 +170,10 @@ def _build_here(arguments: Arguments, path: Path, config: Any) -> None:
             config=config,
             overwrite=arguments.overwrite,
             progress=show,
+            clock=clock,
         )
+    if clock.seconds:
+        print(f"{sum(clock.seconds.values()):.1f} s: {clock.describe()}")
 
 
 def _add_documents(arguments: Arguments) -> None:

@@ -10,6 +10,8 @@ from racm3_jax.index import registry
 # Actions that copy a memory at a URL.
 _READING = ("search", "stats", "verify")
 _SHIPPED = "shipped:flagworld"
+# Queries with dropout of each document, where a memory is built for a training.
+TRAINING_VARIANTS = 4
 
 
 def add_action(actions: Any, name: str) -> Any:
@@ -36,10 +38,17 @@ def _add_build(sub: Any) -> None:
     _filters(sub)
     sub.add_argument("--index", default="auto", help=f"auto|{_kinds()}")
     sub.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("search", "training"),
+        default="search",
+        help="a training also needs queries with dropout, which take several times as long",
+    )
+    sub.add_argument(
         "--num_query_variants",
         type=options.integer(0, 1000),
-        default=4,
-        help="training queries with dropout per document",
+        help=f"of each document for a training (default: {TRAINING_VARIANTS} with "
+        "--for=training, else none)",
     )
     sub.add_argument(
         "--query_drop",

@@ -33,6 +33,7 @@ from racm3_jax.memory.chunks import DocumentTokenizer, Embedder
 from racm3_jax.memory.config import CorpusConfig, encoder_name, make_chunk_builder
 from racm3_jax.memory.merge import merge_parts, part_path
 from racm3_jax.memory.parts import ChunkBuilder
+from racm3_jax.progress import StageClock
 from racm3_jax.types import Document
 
 SPEC_FILE = "plan.json"
@@ -60,6 +61,7 @@ def build_memory(
     config: CorpusConfig | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    clock: StageClock | None = None,
 ) -> None:
     """Builds a memory, or resumes an interrupted build.
 
@@ -72,6 +74,7 @@ def build_memory(
       config: see `CorpusConfig`.
       overwrite: replace an existing memory at `path`.
       progress: called with documents done here, sizes of finished shards and of all.
+      clock: counts the stages of what this process does.
 
     Raises:
       FileExistsError: `path` exists and may not be replaced.
@@ -82,7 +85,10 @@ def build_memory(
     refuse_url(path, "a memory that is built")
     path = pathlib.Path(path)
     shards = find_shards(source) if isinstance(source, str) else None
-    chunk_builder = make_chunk_builder(config, tokenizer, embedder)
+    clock = clock or StageClock()
+    chunk_builder = dataclasses.replace(
+        make_chunk_builder(config, tokenizer, embedder), clock=clock
+    )
     spec = make_build_spec(source, shards, config, tokenizer, embedder)
     if not begin(path, spec, overwrite):
         return
@@ -99,17 +105,18 @@ def build_memory(
             if held and (work / SPEC_FILE).is_file():
                 name = source if isinstance(source, str) else ""
                 digest = storage.content_digest(spec)
-                merge_parts(
-                    work,
-                    path,
-                    name,
-                    digest,
-                    num_parts,
-                    chunk_builder,
-                    config,
-                    overwrite,
-                )
-                storage.delete_directory(work)
+                with clock.measure("index"):
+                    merge_parts(
+                        work,
+                        path,
+                        name,
+                        digest,
+                        num_parts,
+                        chunk_builder,
+                        config,
+                        overwrite,
+                    )
+                    storage.delete_directory(work)
 
 
 def work_directory(path: pathlib.Path) -> pathlib.Path:

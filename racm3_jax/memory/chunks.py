@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt64
 
-from racm3_jax.types import Document, TokenizedDocument
+from racm3_jax.progress import StageClock
+from racm3_jax.types import Document, Segment, TokenizedDocument
 from racm3_jax.vocab import Vocab
 
 CHUNK_SIZE = 512
@@ -44,6 +46,10 @@ class Embedder(Protocol):
 
     def embed_texts(self, texts: list[str], drop: float, rng: Any) -> np.ndarray:
         """Unit rows, with a fraction `drop` of each text's tokens dropped."""
+        ...
+
+    def fit_images(self, images: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """Images of any size as it embeds them; these it does not resize again."""
         ...
 
     def embed_images(
@@ -92,12 +98,43 @@ def make_chunk(
     embedder: Embedder,
     query_drop: float,
     rngs: Sequence[np.random.Generator],
+    clock: StageClock,
 ) -> MemoryChunk:
-    """Runs the models on some documents; `rngs` has one generator per query variant."""
-    tokenized = tokenize(documents, tokenizer)
-    text, image, document = embedder.embed_documents(documents)[:3]
-    queries = embed_queries(documents, embedder, query_drop, rngs)
+    """Runs the models on some documents.
+
+    Args:
+      documents: each with text or images.
+      tokenizer: of text and images.
+      embedder: of text and images.
+      query_drop: fraction of tokens or patches that training queries drop.
+      rngs: one per query variant.
+      clock: counts the stages.
+    """
+    with clock.measure("tokenizing"):
+        tokenized = tokenize(documents, tokenizer)
+    with clock.measure("resizing"):
+        fitted = fit_documents(documents, embedder)
+    with clock.measure("embedding"):
+        text, image, document = embedder.embed_documents(fitted)[:3]
+    with clock.measure("training queries"):
+        queries = embed_queries(fitted, embedder, query_drop, rngs)
     return MemoryChunk(tokenized, text, image, document, *queries)
+
+
+def fit_documents(documents: Sequence[Document], embedder: Embedder) -> list[Document]:
+    """The documents with their images as the embedder wants them, resized once."""
+    images = [image for document in documents for image in document.images]
+    fitted = iter(embedder.fit_images(images))
+    return [
+        dataclasses.replace(
+            document,
+            segments=tuple(
+                s if s.image is None else Segment(image=next(fitted))
+                for s in document.segments
+            ),
+        )
+        for document in documents
+    ]
 
 
 def tokenize(

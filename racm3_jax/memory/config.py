@@ -21,7 +21,8 @@ class CorpusConfig:
 
     Attributes:
       index: kind of index; "auto" depends on the size and `max_ram_gb`.
-      num_query_variants: queries with dropout per document.
+      num_query_variants: queries with dropout per document, for a training; each costs
+        as much as the embedding itself.
       query_drop: fraction of a query that is dropped.
       seed: of the dropout.
       max_bad: fraction of bad records above which the build stops.
@@ -37,7 +38,7 @@ class CorpusConfig:
     """
 
     index: IndexKind | Literal["auto"] = "auto"
-    num_query_variants: int = 4
+    num_query_variants: int = 0
     query_drop: float = 0.2
     seed: int = 0
     max_bad: float = 0.1

@@ -323,6 +323,20 @@ class Memory:
             )
         self._table = table
 
+    def check_variant(self, variant: int) -> None:
+        """Checks that there are queries of a variant; 0 is without query dropout.
+
+        Raises:
+          ValueError: there are none.
+        """
+        if not 0 <= variant <= self.num_query_variants:
+            raise ValueError(
+                f"query variant {variant} does not exist: the memory at {self.path} "
+                f"holds 0..{self.num_query_variants}; build it for a training "
+                "(racm3 memory build --for=training), or set "
+                f"config.memory.num_query_variants={self.num_query_variants}"
+            )
+
     def queries(
         self, ids: Int[np.ndarray, " n"], modality: Modality, variant: int = 0
     ) -> Float32[np.ndarray, "n d_embed"]:
@@ -339,11 +353,7 @@ class Memory:
         """
         if modality not in MODALITY_BITS:
             raise ValueError(f'modality must be "text" or "image"; got {modality!r}')
-        if not 0 <= variant <= self.num_query_variants:
-            raise ValueError(
-                f"query variant {variant} does not exist: the memory at {self.path} "
-                f"holds 0..{self.num_query_variants}"
-            )
+        self.check_variant(variant)
         rows = self._check_ids(ids)
         queries = np.asarray(self.part(rows, modality, variant), np.float32)
         # A precomputed embedding may represent an image that is not available, so the

@@ -8,11 +8,13 @@ interrupted build only makes the missing parts.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -25,7 +27,10 @@ from racm3_jax.memory import chunks as chunks_lib
 from racm3_jax.memory import filters, writer
 from racm3_jax.memory import format as format_lib
 from racm3_jax.memory.chunks import DocumentTokenizer, Embedder, MemoryChunk
+from racm3_jax.progress import StageClock
 from racm3_jax.types import Document
+
+Item = TypeVar("Item")
 
 REPORT_FILE = "report.json"
 # Limit of the pixels of a chunk's images.
@@ -51,6 +56,7 @@ class ChunkBuilder:
       held_out: evaluation documents.
       limits: of NSFW and watermark scores.
       chunk_size: documents at a time.
+      clock: counts the stages of everything that is built with it.
     """
 
     tokenizer: DocumentTokenizer
@@ -62,6 +68,7 @@ class ChunkBuilder:
     held_out: filters.HeldOut | None = None
     limits: filters.ScoreLimits = dataclasses.field(default_factory=filters.ScoreLimits)
     chunk_size: int = chunks_lib.CHUNK_SIZE
+    clock: StageClock = dataclasses.field(default_factory=StageClock, compare=False)
 
     def chunks(
         self,
@@ -80,7 +87,8 @@ class ChunkBuilder:
         """
         first = 0
         records = self._kept(records, filtered)
-        for batch in _batches(records, self.chunk_size):
+        batches = run_ahead(_batches(records, self.chunk_size))
+        for batch in self.clock.measure_each("reading", batches):
             rngs = [
                 np.random.default_rng([self.seed, number, first, v])
                 for v in range(self.num_query_variants)
@@ -120,12 +128,19 @@ class ChunkBuilder:
         else:
             _check_unembedded(batch, self.embedder.d_embed)
             chunk = chunks_lib.make_chunk(
-                documents, self.tokenizer, self.embedder, self.query_drop, rngs
+                documents,
+                self.tokenizer,
+                self.embedder,
+                self.query_drop,
+                rngs,
+                self.clock,
             )
-        hashes = [_first_image_hash(document) for document in documents]
+        with self.clock.measure("hashing"):
+            contents = [_hash_record(record) for record in batch]
+            images = [_first_image_hash(document) for document in documents]
         return chunk._replace(
-            content_hashes=np.asarray([_hash_record(r) for r in batch], np.uint64),
-            image_hashes=np.asarray(hashes, np.uint64),
+            content_hashes=np.asarray(contents, np.uint64),
+            image_hashes=np.asarray(images, np.uint64),
         )
 
     def _passed(
@@ -200,6 +215,19 @@ def _batches(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
         yield batch
 
 
+def run_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; a thread makes the next one while one is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+        def start() -> concurrent.futures.Future[list[Item]]:
+            return pool.submit(lambda: list(itertools.islice(items, 1)))
+
+        ahead = start()
+        while item := ahead.result():
+            ahead = start()
+            yield item[0]
+
+
 def _ready_chunk(
     batch: list[Record], tokenizer: DocumentTokenizer, num_variants: int
 ) -> MemoryChunk:
@@ -252,7 +280,8 @@ def write_records_part(
       progress: called with the number of documents of each chunk.
     """
     filtered: dict[str, int] = {}
-    with storage.new_directory(path) as directory:
+    measured = chunk_builder.clock.measure("writing")
+    with storage.new_directory(path) as directory, measured:
         chunks = chunk_builder.chunks(records, number, filtered, progress)
         part = writer.write_part(directory, chunks, index=None)
         content = {

@@ -158,7 +158,7 @@ class DocumentEmbedder:
         Raises:
           ValueError: not uint8[height, width, 3] each.
         """
-        images = _fit_images(images, self.config.image_size)
+        images = self.fit_images(images)
         kept = _sample_kept_patches(len(images), self.config.num_patches, drop, rng)
         # On the host: an accelerator pads an axis of three colours to its lanes, a TPU
         # to 128 of them.
@@ -166,6 +166,18 @@ class DocumentEmbedder:
         if kept is None:
             return self._embed(encode_patches, patches)
         return self._embed(encode_patches, patches, kept)
+
+    def fit_images(
+        self,
+        images: UInt8[np.ndarray, "images height width 3"]
+        | Sequence[UInt8[np.ndarray, "height width 3"]],
+    ) -> UInt8[np.ndarray, "images size size 3"]:
+        """Images of any size at the size of the tower, as `embed_images` does first.
+
+        Raises:
+          ValueError: not uint8[height, width, 3] each.
+        """
+        return _fit_images(images, self.config.image_size)
 
     def embed_documents(self, documents: Sequence[Document]) -> DocumentEmbeddings:
         """Embeds the text, the images and the whole of each document."""

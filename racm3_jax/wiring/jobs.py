@@ -99,6 +99,8 @@ def build_generator_job(config: Any, workdir: Path) -> Job:
     tokenizer, embedder = build_tokenizer(config), build_embedder(config)
     memory = _prepare_memory(config, workdir, tokenizer, embedder)
     corpus = _find_corpus(config)
+    if pipeline.retrieval:
+        memory.check_variant(pipeline.num_query_variants)
     main_ids = find_main_rows(memory, workdir)
     if corpus is not None and corpus.times != (1.0,):
         main_ids = _repeat_main_rows(main_ids, memory, corpus, config.seed, workdir)

@@ -17,6 +17,7 @@ from racm3_jax.commands import memory as family
 from racm3_jax.commands.configs import UsageError
 from racm3_jax.memory import beam as beam_build
 from racm3_jax.memory.builder import build_memory
+from racm3_jax.memory.memory import Memory
 
 
 class Tokenizer(FakeTokenizer):
@@ -57,6 +58,7 @@ def test_from_build_to_removal(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "40 documents, exact index" in shown and "read 40, bad 0" in shown
     assert "excluded from retrieval for some documents: 40 itself" in shown
+    assert re.search(r"^\d+\.\d s: \d+% ", shown, re.MULTILINE)
     # filters without matches are not listed
     assert not re.search(r"\b0 (?!bad)\w+", shown)
     out = f"--out={tmp_path}/a.png"
@@ -155,6 +157,24 @@ def test_an_encoder_that_does_not_fit_is_named(capsys, tmp_path, monkeypatch):
     Mixed.text_tokenizer = types.SimpleNamespace(encode=str.split)
     run("search", f"--memory={path}", f"--out={tmp_path}/a.png", "--text=x y", "--json")
     assert output(capsys)["note"] == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], 0),
+        (["--for=search"], 0),
+        (["--for=training"], 4),
+        (["--for=training", "--num_query_variants=2"], 2),
+    ],
+)
+def test_training_queries_are_made_when_asked_for(tmp_path, words, expected):
+    source, path = forty(tmp_path / "in"), tmp_path / "memory"
+    run("build", f"--memory={path}", f"--source={source}", "--index=exact", *words)
+    with Memory.load(path) as memory:
+        assert memory.num_query_variants == expected
+        with pytest.raises(ValueError, match="build --for=training"):
+            memory.check_variant(expected + 1)
 
 
 def test_wrong_input(tmp_path):
