@@ -74,6 +74,7 @@ def test_captions_are_asked_for_in_the_order_of_the_training():
         ({"image": {"top_p": 2.0}}, "top_p must be above 0 and at most 1"),
         ({"image": {"guidance": 2.0}}, "guidance, which ImageDefaults does not have"),
         ({"image": {"region_prompt": "near"}}, "'near'; allowed: 'masked', 'in_place'"),
+        ({"image": {"rank_by": "luck"}}, "rank_by is 'luck'; allowed: 'auto', 'clip'"),
     ],
 )
 def test_measured_settings_of_wrong_types_are_refused(tmp_path, defaults, message):

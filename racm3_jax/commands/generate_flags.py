@@ -275,8 +275,8 @@ def _add_ranking(sub: Any) -> None:
         choices=("auto", "clip", "document", "likelihood"),
         default="auto",
         help="rank the samples by similarity to the prompt (clip), similarity to the "
-        "first document, or likelihood; auto is clip if it was measured to align texts "
-        "with images, else likelihood",
+        "first document, or likelihood; auto is what was measured best with the weights, "
+        "else clip if it was measured to align texts with images, else likelihood",
     )
 
 

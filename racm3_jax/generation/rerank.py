@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt8
 
 from racm3_jax.generation.likelihood import Scored, compute_log_likelihoods
-from racm3_jax.generation.settings import RankBy
+from racm3_jax.generation.settings import RANKINGS, RankBy
 from racm3_jax.sequences.layout import beginning_prompt
 from racm3_jax.types import Retrieved, TokenizedDocument
 from racm3_jax.vocab import Vocab
@@ -17,7 +17,6 @@ from racm3_jax.vocab import Vocab
 if TYPE_CHECKING:
     from racm3_jax.generation.engine import Engine
 
-RANKINGS: tuple[RankBy, ...] = get_args(RankBy)
 # Fraction of codes equal to those of a retrieved image, position by position, from which a
 # generated image is called a near copy. Two images of the same scene share far fewer.
 NEAR_COPY = 0.9
@@ -39,11 +38,15 @@ def check_rank_by(rank_by: str, engine: Engine, retrieved: Sequence[Retrieved]) 
 
 
 def choose_ranking(engine: Engine) -> RankBy:
-    """ "clip" where the CLIP was measured to align texts with images, else "likelihood".
+    """The ranking that was measured best with the weights, if they say one.
 
+    Else "clip" where the CLIP was measured to align texts with images, else "likelihood".
     The paper ranks by CLIP. A CLIP whose alignment is poor, or was never measured, would
     order samples by noise; see `retrieval.alignment`.
     """
+    measured = engine.defaults.get("image", {}).get("rank_by", "auto")
+    if measured != "auto":
+        return measured
     embedder = engine.embedder
     alignment = None if embedder is None else embedder.alignment
     return "clip" if alignment is not None and alignment.may_rank else "likelihood"

@@ -10,6 +10,7 @@ from racm3_jax.generation.drafts import DRAFT_MODES, DraftMode
 
 # How samples that are images are ranked; see `Generator`.
 RankBy = Literal["auto", "clip", "document", "likelihood"]
+RANKINGS: tuple[RankBy, ...] = get_args(RankBy)
 # How a region is asked for; see `infilling`.
 RegionPrompt = Literal["masked", "in_place"]
 REGION_PROMPTS: tuple[RegionPrompt, ...] = get_args(RegionPrompt)
@@ -149,11 +150,13 @@ class ImageDefaults:
     Attributes:
       temperature, top_p: see `SamplingConfig`.
       region_prompt: how a region is asked for (see `infilling`).
+      rank_by: by what samples are ranked; "auto" depends on the CLIP's alignment.
     """
 
     temperature: float = 1.0
     top_p: float = 0.9
     region_prompt: RegionPrompt = "masked"
+    rank_by: RankBy = "auto"
 
     def __post_init__(self) -> None:
         SamplingConfig(temperature=self.temperature, top_p=self.top_p)
@@ -161,6 +164,11 @@ class ImageDefaults:
             raise ValueError(
                 f"region_prompt is {self.region_prompt!r}; allowed: "
                 + ", ".join(map(repr, REGION_PROMPTS))
+            )
+        if self.rank_by not in RANKINGS:
+            raise ValueError(
+                f"rank_by is {self.rank_by!r}; allowed: "
+                + ", ".join(map(repr, RANKINGS))
             )
 
 

@@ -279,7 +279,9 @@ def test_ranking_by_similarity_to_the_first_document(generator, quick):
         assert (np.diff(out.scores) <= 0).all() and len(set(out.scores.tolist())) > 1
 
 
-def test_the_clip_ranks_only_where_it_was_measured_to_align(generator, quick):
+def test_the_clip_ranks_only_where_it_was_measured_to_align(
+    generator, quick, monkeypatch
+):
     def measured(preference):
         return Alignment(100, 0.7, 0.7, preference, 0.5, 0.0)
 
@@ -298,6 +300,10 @@ def test_the_clip_ranks_only_where_it_was_measured_to_align(generator, quick):
             assert generator.text_to_image("a", 4).scores.tolist() == by[expected]
         finally:
             generator.embedder.alignment = None
+    # What was measured with the weights comes first.
+    for name in ("clip", "likelihood"):
+        monkeypatch.setattr(generator, "defaults", {"image": {"rank_by": name}})
+        assert generator.text_to_image("a", 4).scores.tolist() == by[name]
 
 
 def test_ranking_by_likelihood_and_near_copies(generator, quick):
