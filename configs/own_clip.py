@@ -36,6 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
         text_heads=4,
         context_length=64,
         d_embed=128,
+        aligned_dims=0,
     )
     config.clip_loss = dict(
         contrast_weight=1.0,
@@ -44,7 +45,6 @@ def get_config(arg: str = "") -> ConfigDict:
         retrieval_temperature=0.05,
         max_pair_similarity=0.9,
         separation_weight=0.0,
-        aligned_dims=0,
         query_drop=0.2,
     )
     # A metadata key whose values, in the captions, get invented names in every batch: for

@@ -71,7 +71,12 @@ STARTS = {
 }
 # By task, the settings that were measured best (experiments/LOG.md).
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "image": {"temperature": 0.7, "top_p": 1.0, "region_prompt": "in_place"},
+    "image": {
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "region_prompt": "in_place",
+        "rank_by": "likelihood",
+    },
     "caption": {"num_candidates": 16, "temperature": 0.0, "image_first": True},
 }
 

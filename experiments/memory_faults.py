@@ -107,6 +107,9 @@ class WordEmbedder:
     def fit_images(self, images):
         return images
 
+    def align(self, rows):
+        return rows
+
     def embed_images(self, images, drop=0.0, rng=None):
         pixels = np.stack([resize_image(image, 8) for image in images])
         pixels = pixels.reshape(len(images), -1).astype(np.float32) - 128

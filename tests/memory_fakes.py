@@ -79,6 +79,9 @@ class FakeEmbedder:
     def fit_images(self, images):
         return images
 
+    def align(self, rows):
+        return rows
+
     def embed_images(self, images, drop=0.0, rng=None):
         names = [(f"nation{i[0, 0, 0]}", f"scene{i[0, 0, 1]}") for i in images]
         return self._embed(names, "image", drop, rng)

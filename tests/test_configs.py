@@ -166,9 +166,8 @@ def test_learned_positions_limit_the_length():
     check_positions(rotary, fits, None, pairing)
 
 
-@pytest.mark.parametrize("arg", ["", "aligned"])
-def test_clip_config(arg):
-    config = load("flagworld_clip", arg)
+def test_clip_config():
+    config = load("flagworld_clip")
     model = wiring.construct(CLIPConfig, config.clip, "clip", vocab_size=1026)
     wiring.construct(CLIPLossConfig, config.clip_loss, "clip_loss")
     params = jax.eval_shape(lambda key: init_clip(model, key), jax.random.key(0))

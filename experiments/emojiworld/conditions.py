@@ -230,8 +230,8 @@ class ConditionRunner:
         return {
             "by_text": _first_rows(model.retrieve_for(texts, 1, None)),
             "by_image": _first_rows(model.retrieve_for(images, 1, None)),
-            "text": model.embedder.embed_texts(texts),
-            "image": model.embedder.embed_images(images),
+            "text": model.embedder.align(model.embedder.embed_texts(texts)),
+            "image": model.embedder.align(model.embedder.embed_images(images)),
         }
 
     def score(self, condition: str, items: range, device: Any) -> dict[str, np.ndarray]:

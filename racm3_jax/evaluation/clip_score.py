@@ -45,9 +45,10 @@ class CLIPScorer:
             )
         if not len(images):
             return np.zeros(0, np.float32)
+        found = self.embedder.embed_texts([self.prompt + text for text in texts])
         return score_embeddings(
-            embed_any_size(self.embedder, images),
-            self.embedder.embed_texts([self.prompt + text for text in texts]),
+            self.embedder.align(embed_any_size(self.embedder, images)),
+            self.embedder.align(found),
         )
 
     def settings(self, retrieval: DocumentEmbedder | None) -> dict[str, Any]:

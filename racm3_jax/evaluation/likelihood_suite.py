@@ -115,6 +115,7 @@ class LikelihoodSuite(Suite):
         self.memory, self.tokenizer = generator.retriever.memory, generator.tokenizer
         devices = self.process["devices"]
         self._models = Replicas(generator, devices)
+        self._embedder = generator.embedder
         self._twins = None if twin is None else Replicas(twin, devices)
         self._embedded = self.finish(Stage("embedded", self.parts, self._embed))
         self._retrievers, self.num_removed = retrieval.without_near_duplicates(
@@ -161,6 +162,7 @@ class LikelihoodSuite(Suite):
             self.right,
             self.settings.recall_ks,
             self.memory.num_allowed,
+            self._embedder.align,
         )
         results["num_near_duplicates_removed"] = self.num_removed
         return results

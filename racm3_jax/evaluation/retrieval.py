@@ -88,6 +88,7 @@ def compute_recalls(
     right: Sequence[Sequence[int]],
     ks: Sequence[int],
     num_rows: int,
+    align: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> dict[str, Share | float]:
     """Recall@k of a test set, and the recall of random retrieval, by name.
 
@@ -101,13 +102,15 @@ def compute_recalls(
       right: rows of the memory that each document should find; possibly none.
       ks: numbers of rows.
       num_rows: of the memory.
+      align: the part of rows by which texts are compared with images.
     """
     results: dict[str, Share | float] = {}
     both = np.flatnonzero(embedded["has_text"] & embedded["has_image"])
     for query, candidates in (("text", "image"), ("image", "text")):
         if len(both):
             name = f"recall/{query}_to_{candidates}"
-            shares = pair_recall(embedded[query][both], embedded[candidates][both], ks)
+            rows = (align(embedded[name][both]) for name in (query, candidates))
+            shares = pair_recall(*rows, ks)
             for k, share in shares.items():
                 results[f"{name}@{k}"] = share
                 results[f"{name}@{k}/chance"] = min(k, len(both)) / len(both)

@@ -79,13 +79,15 @@ def score_pictures(
     if rank_by == "clip":
         if not all(prompts):
             return log_probs
-        queries = embedder.embed_texts(list(prompts))
+        queries = embedder.align(embedder.embed_texts(list(prompts)))
     else:
         firsts = [_first_picture(r) for r in retrieved]
         whole = [engine.tokenizer.decode(d) for d in firsts if d is not None]
         queries = embedder.embed_images([d.images[0] for d in whole])
     rows, samples = images.shape[:2]
     embeddings = embedder.embed_images(images.reshape(-1, *images.shape[2:]))
+    if rank_by == "clip":
+        embeddings = embedder.align(embeddings)
     return np.einsum("nd,nsd->ns", queries, embeddings.reshape(rows, samples, -1))
 
 

@@ -58,6 +58,10 @@ class Embedder(Protocol):
         """Unit rows of images of any size; a fraction `drop` of patches is dropped."""
         ...
 
+    def align(self, rows: np.ndarray) -> np.ndarray:
+        """Unit rows by which texts are compared with images, from rows of either."""
+        ...
+
     def embed_documents(self, documents: list[Document]) -> Sequence[np.ndarray]:
         """Text embeddings, image embeddings (zero rows if absent), documents, …."""
         ...

@@ -146,14 +146,19 @@ class ChunkBuilder:
     def _passed(
         self, batch: list[Record], chunk: MemoryChunk, filtered: dict[str, int]
     ) -> Bool[np.ndarray, " n"]:
-        embed = None
+        embed, images = None, chunk.image
         if not isinstance(self.embedder, str):
-            embed = functools.partial(self.embedder.embed_texts, drop=0.0, rng=None)
-        names = self.limits.rejected([r.document for r in batch], chunk.image, embed)
+            embed = functools.partial(_embed_aligned, self.embedder)
+            images = self.embedder.align(images)
+        names = self.limits.rejected([r.document for r in batch], images, embed)
         for name in names:
             if name is not None:
                 filtered[name] = filtered.get(name, 0) + 1
         return np.asarray([name is None for name in names], bool)
+
+
+def _embed_aligned(embedder: Embedder, texts: list[str]) -> np.ndarray:
+    return embedder.align(embedder.embed_texts(texts, 0.0, None))
 
 
 def _given_rows(batch: Iterable[Record]) -> Iterator[tuple[Document, np.ndarray]]:

@@ -47,6 +47,9 @@ class CLIPConfig:
       patch_size: side of a patch, in pixels; divides `image_size`.
       context_length: tokens of a text, including `<start>` and `<end>`.
       d_embed: dimensions of the shared space.
+      aligned_dims: texts and images are compared with each other by this many first
+        numbers of an embedding; the others find documents by what only their texts, or
+        only their images, have (see `CLIPLossConfig`). 0 is all.
       activation: "quick_gelu" for OpenAI's weights, "gelu" for most others.
       image_mean: subtracted from pixels of 0..1, by channel.
       image_std: divisor of the difference, by channel.
@@ -67,6 +70,7 @@ class CLIPConfig:
     text_heads: int = 4
     context_length: int = 40
     d_embed: int = 128
+    aligned_dims: int = 0
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     image_mean: tuple[float, float, float] = OPENAI_IMAGE_MEAN
     image_std: tuple[float, float, float] = OPENAI_IMAGE_STD
@@ -89,6 +93,11 @@ class CLIPConfig:
                     f"clip.{tower}_width {width} is not a multiple of "
                     f"clip.{tower}_heads {heads}"
                 )
+        if not 0 <= self.aligned_dims < self.d_embed:
+            raise ValueError(
+                f"clip.aligned_dims must be in 0..{self.d_embed - 1}, below clip.d_embed "
+                f"(0 is all); got {self.aligned_dims}"
+            )
         dtypes = ("auto", "bfloat16", "float32")
         check_choices(
             self, "clip", activation=sorted(ACTIVATIONS), compute_dtype=dtypes
@@ -103,6 +112,8 @@ class CLIPConfig:
         """The fields stored with the weights and covered by their fingerprint."""
         fields = dataclasses.asdict(self)
         del fields["compute_dtype"]
+        if not self.aligned_dims:  # as in weights from before it
+            del fields["aligned_dims"]
         return fields
 
     @property

@@ -74,11 +74,8 @@ class CLIPLossConfig:
         strategy drops documents with a similarity above 0.9. If texts and images are
         orthogonal, the maximum is 0.71; 1 turns the limit off.
       separation_weight: weight of the mean squared similarity of query embeddings with
-        document embeddings of the other modality.
-      aligned_dims: the contrast is of this many first numbers of an embedding, and the
-        separation of the others: a part that aligns texts and images, and one that finds
-        documents by what only their texts, or only their images, have. 0 is all of them,
-        for both.
+        document embeddings of the other modality. With `CLIPConfig.aligned_dims` it is of
+        the numbers after those, and the contrast of those alone.
       query_drop: fraction of a query's tokens or patches that is dropped.
     """
 
@@ -88,7 +85,6 @@ class CLIPLossConfig:
     retrieval_temperature: float = 0.05
     max_pair_similarity: float = 0.6
     separation_weight: float = 20.0
-    aligned_dims: int = 0
     query_drop: float = 0.2
 
     def __post_init__(self) -> None:
@@ -101,24 +97,11 @@ class CLIPLossConfig:
             raise ValueError(
                 f"clip_loss.query_drop must be in [0, 1); got {self.query_drop}"
             )
-        if self.aligned_dims < 0:
-            raise ValueError(
-                f"clip_loss.aligned_dims must be >= 0 (0 is all); got {self.aligned_dims}"
-            )
 
 
 def clip_loss(config: CLIPConfig, loss_config: CLIPLossConfig) -> LossFn:
-    """Builds the training loss: (params, batch, key, step) -> (loss, metrics).
-
-    Raises:
-      ValueError: `aligned_dims` leaves no numbers of an embedding to separate.
-    """
-    dims = loss_config.aligned_dims
-    if dims >= config.d_embed:
-        raise ValueError(
-            f"clip_loss.aligned_dims is {dims}, but clip.d_embed {config.d_embed}: give "
-            "fewer, or 0 for all"
-        )
+    """Builds the training loss: (params, batch, key, step) -> (loss, metrics)."""
+    dims = config.aligned_dims
     model: Any = CLIP(config)
 
     def encode_images(params: Any, images: Array, kept: Array | None) -> Array:

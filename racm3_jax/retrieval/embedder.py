@@ -179,6 +179,13 @@ class DocumentEmbedder:
         """
         return _fit_images(images, self.config.image_size)
 
+    def align(
+        self, rows: Float32[np.ndarray, "rows d_embed"]
+    ) -> Float32[np.ndarray, "rows aligned"]:
+        """Unit rows of the numbers by which a text is compared with an image."""
+        dims = self.config.aligned_dims
+        return _normalise(rows[:, :dims]) if dims else rows
+
     def embed_documents(self, documents: Sequence[Document]) -> DocumentEmbeddings:
         """Embeds the text, the images and the whole of each document."""
         texts = [document.text for document in documents]
@@ -272,7 +279,9 @@ class DocumentEmbedder:
         """
         found = self.embed_documents(documents)
         both = found.has_text & found.has_image
-        self.alignment = measure_alignment(found.text[both], found.image[both])
+        self.alignment = measure_alignment(
+            self.align(found.text[both]), self.align(found.image[both])
+        )
         return self.alignment
 
     def _embed(

@@ -40,7 +40,7 @@ def explain_mismatch(
     rows = _sample(memory)
     if len(rows) < _MIN_PAIRS:
         return ""
-    found = measure_rows(memory, rows)
+    found = measure_rows(memory, rows, embedder)
     if found.preference >= MIN_FIT:
         return ""
     reason = (
@@ -61,12 +61,15 @@ def explain_mismatch(
     )
 
 
-def measure_rows(memory: Memory, rows: Int64[np.ndarray, " n"]) -> Alignment:
+def measure_rows(
+    memory: Memory, rows: Int64[np.ndarray, " n"], embedder: DocumentEmbedder | None
+) -> Alignment:
     """The alignment of the stored text and image embeddings of these rows."""
-    return measure_alignment(
-        np.asarray(memory.text_embeddings[rows], np.float32),
-        np.asarray(memory.image_embeddings[rows], np.float32),
-    )
+    texts = np.asarray(memory.text_embeddings[rows], np.float32)
+    images = np.asarray(memory.image_embeddings[rows], np.float32)
+    if embedder is not None:
+        texts, images = embedder.align(texts), embedder.align(images)
+    return measure_alignment(texts, images)
 
 
 def _sample(memory: Memory) -> Int64[np.ndarray, " n"]:

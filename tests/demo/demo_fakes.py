@@ -86,6 +86,9 @@ class FakeEmbedder:
     def fit_images(self, images):
         return images
 
+    def align(self, rows):
+        return rows
+
     def embed_images(self, images, drop=0.0, rng=None):
         return self.embed_texts([f"nation{image[0, 0, 0] // 10}" for image in images])
 

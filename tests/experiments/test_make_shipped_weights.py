@@ -49,18 +49,17 @@ def test_the_kept_weights_of_the_curriculum_fit_its_config(stage):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-def test_the_kept_clip_aligns_captions_with_images_and_finds_names():
-    folder = make_shipped_weights.ROOT / "experiments/weights/clip_aligned"
+def test_the_shipped_clip_aligns_captions_with_images_and_finds_names():
     file = make_shipped_weights.ROOT / "configs/flagworld_clip.py"
-    config = configs.load_config_file(f"{file}:aligned")
-    embedder = DocumentEmbedder.load(folder)
+    config = configs.load_config_file(str(file))
+    embedder = DocumentEmbedder.load(make_shipped_weights.SHIPPED / "clip")
     assert all(getattr(embedder.config, k) == v for k, v in config.clip.items())
     undescribed = dataclasses.replace(wiring.build_world(config), description_share=0.0)
     world = WORLD.measured(wiring.build_world(config))
     one_each = {d.metadata["nation"]: d for d in WORLD.read(world, "heldout_test")}
     found = embedder.measure([*one_each.values()])
     assert found.num_pairs == 320
-    assert found.text_to_image > 0.7 and found.image_to_text > 0.7
+    assert found.text_to_image > 0.85 and found.image_to_text > 0.85
     # Names of nations that it has not seen, in captions that say nothing else.
     tests = {d.metadata["nation"]: d for d in WORLD.read(undescribed, "heldout_test")}
     memory = list(WORLD.read(undescribed, "heldout_memory"))[::2]
@@ -68,4 +67,4 @@ def test_the_kept_clip_aligns_captions_with_images_and_finds_names():
     queries = embedder.embed_texts([d.text for d in tests.values()])
     nearest = (queries @ documents.T).argmax(axis=1)
     named = [memory[row].metadata["nation"] for row in nearest]
-    assert np.mean([a == b for a, b in zip(named, tests, strict=True)]) > 0.9
+    assert np.mean([a == b for a, b in zip(named, tests, strict=True)]) > 0.98

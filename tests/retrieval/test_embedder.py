@@ -267,3 +267,17 @@ def test_patches_cut_on_the_host_are_those_that_the_tower_cuts(embedder):
     whole = np.asarray(encode(embedder.params, images))
     whole = whole / np.linalg.norm(whole, axis=-1, keepdims=True)
     np.testing.assert_allclose(embedder.embed_images(images), whole, atol=1e-6)
+
+
+def test_texts_are_compared_with_images_by_the_aligned_part(embedder):
+    """Weights without such a part keep their fingerprint."""
+    assert "aligned_dims" not in embedder.config.of_weights()
+    config = dataclasses.replace(embedder.config, aligned_dims=3)
+    assert config.of_weights()["aligned_dims"] == 3
+    other = DocumentEmbedder(config, embedder.params, embedder.text_tokenizer)
+    rows = np.random.default_rng(0).normal(size=(5, embedder.d_embed))
+    found = other.align(rows)
+    expected = rows[:, :3] / np.linalg.norm(rows[:, :3], axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert embedder.align(rows) is rows
+    assert other.fingerprint() != embedder.fingerprint()

@@ -21,11 +21,11 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def test_a_clip_is_measured_on_unseen_nations(tmp_path):
-    config = load_config_file(f"{CONFIGS}/flagworld_clip.py:aligned")
+    config = load_config_file(f"{CONFIGS}/flagworld_clip.py")
     config.world.num_nations, config.world.num_heldout = 8, 5
     config.world.documents_per_nation = 2
     config.batch_size = 8
-    for name in ("vision_width", "text_width", "d_embed"):
+    for name in ("vision_width", "text_width"):
         config.clip[name] = 16
     for name in ("vision_layers", "text_layers"):
         config.clip[name] = 1
@@ -41,7 +41,7 @@ def test_a_clip_is_measured_on_unseen_nations(tmp_path):
 
 
 def small_world():
-    config = load_config_file(f"{CONFIGS}/flagworld_clip.py:aligned")
+    config = load_config_file(f"{CONFIGS}/flagworld_clip.py")
     config.world.num_nations, config.world.num_heldout = 6, 2
     config.world.documents_per_nation = 2
     return config
