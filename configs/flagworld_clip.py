@@ -53,6 +53,9 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     # A name says nothing about an image here, and is compared letter by letter.
     config.rename_key = "nation"
+    # Chosen on the nations of another world: what the aligned part describes makes an
+    # image find another nation's image of the same scene.
+    config.aligned_scale = 0.5
     config.batch_size = 128
     config.optimizer = dict(
         learning_rate=1.5e-3,

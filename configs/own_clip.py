@@ -50,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # A metadata key whose values, in the captions, get invented names in every batch: for
     # names of one person or place each, that say nothing about how it looks.
     config.rename_key = ""
+    config.aligned_scale = 1.0
     config.batch_size = 64
     config.optimizer = dict(
         learning_rate=1e-3,

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -304,6 +305,41 @@ class TextTower(nn.Module):
             "float32",  # embeddings are compared
             use_bias=False,
         )(x)
+
+
+def check_scale(factor: float) -> None:
+    """Checks a factor of the aligned part.
+
+    Raises:
+      ValueError: it is not above 0.
+    """
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"config.aligned_scale must be above 0; got {factor}")
+
+
+def scale_aligned(params: Any, config: CLIPConfig, factor: float) -> Any:
+    """Weights whose embeddings have the aligned part times `factor`, before they are
+    normalised: it then weighs less, or more, where whole embeddings are compared.
+
+    Args:
+      params: of both towers.
+      config: with `aligned_dims`; without, nothing changes.
+      factor: above 0.
+
+    Raises:
+      ValueError: the factor is not above 0.
+    """
+    check_scale(factor)
+
+    def scale(path: tuple[Any, ...], leaf: Any) -> Any:
+        # tower, layer, tensor
+        if len(path) < 2 or path[1].key != "projection":
+            return leaf
+        columns = np.ones(config.d_embed, np.float32)
+        columns[: config.aligned_dims] = factor
+        return leaf * columns
+
+    return jax.tree_util.tree_map_with_path(scale, params)
 
 
 def cut_patches(

@@ -112,7 +112,8 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     mesh = build_mesh(config)
     rows = local_rows(mesh, config.batch_size)
     corpus, augmentation = build_corpus(config), build_augmentation(config)
-    rename_key = config.get("rename_key", "")
+    rename_key, scale = config.get("rename_key", ""), config.get("aligned_scale", 1.0)
+    clip_model.check_scale(scale)
     pairs = read_pairs(corpus, config.clip.image_size, config.seed, rename_key)
     num_groups = len(np.unique(pairs.groups))
     if config.batch_size > num_groups:
@@ -146,7 +147,8 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
         return take_rows(batches, rows)
 
     def export(state: TrainState) -> None:
-        params = checkpoints.round_to_half(fetch_all(state.params))
+        params = clip_model.scale_aligned(fetch_all(state.params), model_config, scale)
+        params = checkpoints.round_to_half(params)
         if jax.process_index() != 0:
             return
         embedder = DocumentEmbedder(model_config, params, text_tokenizer)

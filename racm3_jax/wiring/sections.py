@@ -206,6 +206,9 @@ class CLIPTraining(_Training):
       rename_key: metadata key of names that a batch replaces in its texts by invented
         ones, the same in both texts of a pair, so that no image can be learned by name
         and names are compared by their letters; "" keeps the names.
+      aligned_scale: the aligned part of the exported embeddings is multiplied by this
+        (`clip.scale_aligned`). It describes, and documents are found better by a whole
+        in which it weighs less.
     """
 
     clip: CLIPConfig
@@ -213,6 +216,7 @@ class CLIPTraining(_Training):
     text_tokenizer: TextTokenizerConfig
     batch_size: int
     rename_key: str = ""
+    aligned_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from racm3_jax import sharding
 from racm3_jax.checkpoints import CheckpointError, write_manifest
+from racm3_jax.retrieval import clip
 from racm3_jax.retrieval.clip import CLIP, CLIPConfig, init_params, normalise_images
 from racm3_jax.retrieval.embedder import DocumentEmbedder
 from racm3_jax.tokenizers.bpe import TextTokenizer
@@ -281,3 +282,19 @@ def test_texts_are_compared_with_images_by_the_aligned_part(embedder):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert embedder.align(rows) is rows
     assert other.fingerprint() != embedder.fingerprint()
+
+
+def test_the_aligned_part_weighs_less_in_scaled_weights(embedder, images):
+    config = dataclasses.replace(embedder.config, aligned_dims=3)
+    params = clip.scale_aligned(embedder.params, config, 0.25)
+    other = DocumentEmbedder(config, params, embedder.text_tokenizer)
+    for embed, inputs in (("embed_texts", TEXTS), ("embed_images", images)):
+        before, after = (getattr(e, embed)(inputs) for e in (embedder, other))
+        expected = before * np.where(np.arange(8) < 3, 0.25, 1)
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-6)
+        aligned = before[:, :3] / np.linalg.norm(before[:, :3], axis=1, keepdims=True)
+        np.testing.assert_allclose(other.align(after), aligned, rtol=1e-5, atol=1e-6)
+    for factor in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="aligned_scale must be above 0"):
+            clip.scale_aligned(embedder.params, config, factor)

@@ -32,6 +32,7 @@ def test_a_clip_is_measured_on_unseen_nations(tmp_path):
     config.train.num_steps, config.train.log_every = 2, 1
     run.train(config, tmp_path, progress=False)
     embedder = DocumentEmbedder.load(tmp_path / "clip")
+    assert embedder.config.aligned_dims == config.clip.aligned_dims
     assert embedder.alignment is not None
     assert embedder.alignment.num_pairs == 5
     assert not embedder.alignment.may_rank  # after two steps
@@ -45,6 +46,13 @@ def small_world():
     config.world.num_nations, config.world.num_heldout = 6, 2
     config.world.documents_per_nation = 2
     return config
+
+
+def test_a_wrong_scale_is_refused_before_the_training(tmp_path):
+    config = small_world()
+    config.aligned_scale = 0.0
+    with pytest.raises(ValueError, match="aligned_scale must be above 0; got 0"):
+        run.train(config, tmp_path, progress=False)
 
 
 def test_the_texts_of_a_pair_get_one_invented_name():

@@ -61,6 +61,7 @@ def test_every_key_of_every_file_is_read(name):
         ),
         ("flagworld.py", {"pipeline.seed": 3}, "config.pipeline.seed is not a setting"),
         ("flagworld_clip.py", {"clip_los": {}}, "did you mean config.clip_loss?"),
+        ("flagworld_clip.py", {"aligned_scale": "1"}, "it must be of type float"),
         ("flagworld_vqgan.py", {"codebook_image": 1}, "config.codebook_images?"),
         ("flagworld_tiny.py", {"train.checkpoint_every": 0}, "must be >= 1; got 0"),
         ("eval/flagworld.py", {"settings.num_promts": 1}, "is not a setting"),
