@@ -42,7 +42,7 @@ def _add_build(sub: Any) -> None:
         dest="purpose",
         choices=("search", "training"),
         default="search",
-        help="a training also needs queries with dropout, which take several times as long",
+        help="a training also needs queries with dropout, which take longer to build",
     )
     sub.add_argument(
         "--num_query_variants",

@@ -21,8 +21,8 @@ class CorpusConfig:
 
     Attributes:
       index: kind of index; "auto" depends on the size and `max_ram_gb`.
-      num_query_variants: queries with dropout per document, for a training; each costs
-        as much as the embedding itself.
+      num_query_variants: queries with dropout per document, for a training; each embeds
+        text and image once more.
       query_drop: fraction of a query that is dropped.
       seed: of the dropout.
       max_bad: fraction of bad records above which the build stops.

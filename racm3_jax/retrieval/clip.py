@@ -307,12 +307,17 @@ class TextTower(nn.Module):
         )(x)
 
 
-def check_scale(factor: float) -> None:
+def check_scale(factor: float, aligned_dims: int) -> None:
     """Checks a factor of the aligned part.
 
     Raises:
-      ValueError: it is not above 0.
+      ValueError: it is not above 0, or there is no aligned part to scale.
     """
+    if factor != 1 and not aligned_dims:
+        raise ValueError(
+            f"config.aligned_scale is {factor}, but config.clip.aligned_dims is 0, so "
+            "there is no part to scale: set it, or leave the scale at 1"
+        )
     if not 0 < factor < float("inf"):
         raise ValueError(f"config.aligned_scale must be above 0; got {factor}")
 
@@ -323,13 +328,13 @@ def scale_aligned(params: Any, config: CLIPConfig, factor: float) -> Any:
 
     Args:
       params: of both towers.
-      config: with `aligned_dims`; without, nothing changes.
+      config: with `aligned_dims`.
       factor: above 0.
 
     Raises:
-      ValueError: the factor is not above 0.
+      ValueError: see `check_scale`.
     """
-    check_scale(factor)
+    check_scale(factor, config.aligned_dims)
 
     def scale(path: tuple[Any, ...], leaf: Any) -> Any:
         # tower, layer, tensor

@@ -113,7 +113,7 @@ def build_clip_job(config: Any, workdir: Path) -> Job:
     rows = local_rows(mesh, config.batch_size)
     corpus, augmentation = build_corpus(config), build_augmentation(config)
     rename_key, scale = config.get("rename_key", ""), config.get("aligned_scale", 1.0)
-    clip_model.check_scale(scale)
+    clip_model.check_scale(scale, config.clip.get("aligned_dims", 0))
     pairs = read_pairs(corpus, config.clip.image_size, config.seed, rename_key)
     num_groups = len(np.unique(pairs.groups))
     if config.batch_size > num_groups:

@@ -37,6 +37,8 @@ def test_settings_follow_the_size_and_width():
         "num_reordered": 200,
     }
     assert resolve(FaissConfig("ivf"), 50_000, 15)["dimensions_per_code"] == 1
+    graphs = range(faiss_index.FLAT_ROWS, faiss_index.GRAPH_ROWS)
+    assert registry.TABLE["faiss"].fastest_at == graphs
     for num_rows in (20_000, 999_999):
         assert resolve(FaissConfig(), num_rows, 768) == {
             "mode": "hnsw",

@@ -298,3 +298,5 @@ def test_the_aligned_part_weighs_less_in_scaled_weights(embedder, images):
     for factor in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="aligned_scale must be above 0"):
             clip.scale_aligned(embedder.params, config, factor)
+    with pytest.raises(ValueError, match="there is no part to scale: set it"):
+        clip.scale_aligned(embedder.params, embedder.config, 0.5)
