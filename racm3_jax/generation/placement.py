@@ -192,12 +192,12 @@ def constrain_cache(cache: Cache) -> Cache:
 
 
 def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Any:
-    """The sharding of each array of a cache: `[rows, heads, ...]` or `[rows]`."""
+    """The sharding of each array of a cache: `[rows, heads, ...]` or `[rows, ...]`."""
     copies, tensor = sharding.count_row_shards(mesh), mesh.shape["tensor"]
 
     def place(x: Any) -> PartitionSpec:
         rows = BATCH_AXES if len(x) % copies == 0 else None
-        if x.ndim == 1:
+        if x.ndim < 4:
             return PartitionSpec(rows)
         return PartitionSpec(rows, "tensor" if x.shape[1] % tensor == 0 else None)
 

@@ -84,16 +84,39 @@ class Cache:
     """A pytree: one `LayerCache` per layer, and the number of each row's own tokens.
 
     A tuple over layers, not one stacked array: slicing a stack copies it each step.
+    `codes` counts, for each own token, the adjacent image codes that end with it; only
+    for models with `image_positions`.
     """
 
     layers: tuple[LayerCache, ...]
     length: Int32[Array, " batch"]
     prefix: Prefix | None = None
+    codes: Int32[Array, "batch max_length"] | None = None
 
     @property
     def max_length(self) -> int:
         """Maximum number of tokens per row."""
         return self.layers[0].v.shape[2]
+
+    def last_codes(self) -> Int32[Array, "batch 1"] | int:
+        """The count of each row's last token."""
+        if self.codes is None:
+            return 0
+        last = jnp.maximum(self.length - 1, 0)[:, None]
+        found = jnp.take_along_axis(self.codes, last, axis=1)
+        return jnp.where(self.length[:, None] > 0, found, 0)
+
+    def write_codes(
+        self,
+        counts: Int[Array, "batch length"] | None,
+        write_at: Int[Array, "batch length"],
+    ) -> Int32[Array, "batch max_length"] | None:
+        """The counts with those of new tokens; drops those past the end."""
+        if self.codes is None or counts is None:
+            return None
+        return jax.vmap(lambda row, new, at: row.at[at].set(new, mode="drop"))(
+            self.codes, counts, write_at
+        )
 
     def advance(self, counts: Int[Array, " batch"]) -> Cache:
         """Marks the next `counts` tokens of each row, already written, as read."""
@@ -105,8 +128,8 @@ class Cache:
         prefix = self.prefix
         if prefix is not None:  # its keys and values are shared, not repeated
             prefix = Prefix(prefix.layers, repeat(prefix.visible))
-        layers = jax.tree.map(repeat, self.layers)
-        return Cache(layers=layers, length=repeat(self.length), prefix=prefix)
+        layers, codes = jax.tree.map(repeat, (self.layers, self.codes))
+        return Cache(layers, repeat(self.length), prefix, codes)
 
 
 def make_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
@@ -123,6 +146,9 @@ def make_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
     shape = (batch, max_length, config.kv_heads, config.head_dim)
     zeros = jnp.zeros(shape, config.dtype)
     empty = LayerCache.of(zeros, zeros)
+    codes = jnp.zeros((batch, max_length), jnp.int32)
     return Cache(
-        layers=(empty,) * config.num_layers, length=jnp.zeros(batch, jnp.int32)
+        layers=(empty,) * config.num_layers,
+        length=jnp.zeros(batch, jnp.int32),
+        codes=codes if config.image_positions else None,
     )

@@ -70,6 +70,10 @@ class ModelConfig:
       scan_layers: one compiled block and stacked parameters, instead of one per layer.
       remat: what the backward pass recomputes: nothing, all of each block, or all
         except the matmuls.
+      image_positions: also add a learned position within the image to every code, so that
+        the same place of two images is one comparison, however long their texts are.
+      image_length, first_code, num_codes: for `image_positions`: codes of an image, the
+        token of code 0, and number of codes. A training takes them from its tokenizer.
       outputs_first: kernels are stored in panels of 16 outputs, as by
         `prepare_decoding` on a CPU, which makes matmuls of few rows contiguous.
     """
@@ -96,6 +100,10 @@ class ModelConfig:
     max_segments: int = 16
     scan_layers: bool = False
     remat: RematKind = "none"
+    image_positions: bool = False
+    image_length: int = 0
+    first_code: int = 0
+    num_codes: int = 0
     outputs_first: bool = False
 
     def __post_init__(self) -> None:
@@ -115,6 +123,8 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; use 0 <= dropout < 1")
+        if self.image_positions:
+            check_range(self, "model", "image_length", "num_codes", low=1)
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; rope needs it even")
 

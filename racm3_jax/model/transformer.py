@@ -77,6 +77,12 @@ class Transformer(nn.Module):
                 partitioned(normal, "position", "embed"),
                 (c.max_length, c.d_model),
             )
+        if c.image_positions:
+            self.image_position_embedding = self.param(
+                "image_position_embedding",
+                partitioned(normal, "position", "embed"),
+                (c.image_length, c.d_model),
+            )
         if not c.tie_embeddings:
             self.head = self.param(
                 "head",
@@ -116,7 +122,7 @@ class Transformer(nn.Module):
           positions: of each token in its own example; below `config.max_length`.
           segment_ids: numbers the examples of each row; 0 is padding.
         """
-        x, rotary = self._embed(inputs, positions)
+        x, rotary = self._embed(inputs, positions, self._count_codes(inputs))
         if self.config.scan_layers:
             x, _ = self.layers(x, rotary, segment_ids)
         else:
@@ -149,12 +155,16 @@ class Transformer(nn.Module):
             )
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segment_ids = (index < lengths[:, None]).astype(jnp.int32)
-        x, rotary = self._embed(tokens, index)
+        codes = self._count_codes(tokens)
+        x, rotary = self._embed(tokens, index, codes)
         layers = []
         for i in range(self.config.num_layers):
             x, cached = self._layer(i, "prefill", x, rotary, segment_ids)
             layers.append(cached.pad(max_length))
-        cache = Cache(layers=tuple(layers), length=lengths.astype(jnp.int32))
+        if codes is not None:
+            more = max_length - tokens.shape[1]
+            codes = jnp.pad(codes, ((0, 0), (0, more)))
+        cache = Cache(tuple(layers), lengths.astype(jnp.int32), codes=codes)
         last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         return self._logits(last), cache
 
@@ -170,12 +180,12 @@ class Transformer(nn.Module):
         Args:
           tokens: the rows after the prefix, right-padded with any token.
           lengths: true length of each, at least 1.
-          prefix: shared by the rows.
+          prefix: shared by the rows; it does not end within an image.
           max_length: room for each row's own and generated tokens; the caller must
             ensure that prefix and row together fit the model.
         """
         empty = make_cache(self.config, len(tokens), max_length)
-        cache = Cache(layers=empty.layers, length=empty.length, prefix=prefix)
+        cache = Cache(empty.layers, empty.length, prefix, empty.codes)
         return self.extend(tokens, lengths, cache)
 
     def extend(
@@ -194,9 +204,8 @@ class Transformer(nn.Module):
           cache: the tokens read so far; rows may differ in length.
           head: from `slice_head`, if only the logits of some tokens are needed.
         """
-        x, layers = self._read_after(tokens, lengths, cache)
-        length = cache.length + lengths
-        cache = Cache(layers=layers, length=length, prefix=cache.prefix)
+        x, cache = self._read_after(tokens, lengths, cache)
+        cache = cache.advance(lengths)
         last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         return self._logits(last, head), cache
 
@@ -227,14 +236,14 @@ class Transformer(nn.Module):
           `cache.advance` accepts tokens.
         """
         lengths = jnp.full(len(tokens), tokens.shape[1], jnp.int32)
-        x, layers = self._read_after(tokens, lengths, cache)
+        x, cache = self._read_after(tokens, lengths, cache)
         logits = self._logits(x.reshape(-1, x.shape[2]), head)
-        cache = Cache(layers=layers, length=cache.length, prefix=cache.prefix)
         return logits.reshape(*tokens.shape, -1), cache
 
     def _read_after(
         self, tokens: _Tokens, lengths: Int[Array, " batch"], cache: Cache
-    ) -> tuple[_Hidden, tuple[LayerCache, ...]]:
+    ) -> tuple[_Hidden, Cache]:
+        """The last hidden states, and the cache with the tokens, not yet advanced."""
         index = jnp.arange(tokens.shape[1])
         positions = cache.length[:, None] + index
         write_at = jnp.where(
@@ -242,7 +251,8 @@ class Transformer(nn.Module):
         )
         shared = cache.prefix
         offset = 0 if shared is None else shared.visible[:, None]
-        x, rotary = self._embed(tokens, positions + offset)
+        counts = self._count_codes(tokens, cache.last_codes())
+        x, rotary = self._embed(tokens, positions + offset, counts)
         layers = []
         for i, cached in enumerate(cache.layers):
             prefix = None if shared is None else (shared.layers[i], shared.visible)
@@ -250,10 +260,37 @@ class Transformer(nn.Module):
                 i, "extend", x, rotary, cached, positions, write_at, prefix
             )
             layers.append(cached)
-        return x, tuple(layers)
+        codes = cache.write_codes(counts, write_at)
+        return x, Cache(tuple(layers), cache.length, shared, codes)
 
-    def _embed(self, tokens: _Tokens, positions: _Tokens) -> tuple[_Hidden, Rotary]:
+    def _count_codes(
+        self, tokens: _Tokens, before: Int[Array, "batch 1"] | int = 0
+    ) -> _Tokens | None:
+        """Number of adjacent codes that end with each token; 0 if it is not a code.
+
+        tokens       a <break> c c c <eod>
+        counts       0 0       1 2 3 0
+
+        Args:
+          tokens: adjacent ones.
+          before: the count of the token before them.
+        """
+        c = self.config
+        if not c.image_positions:
+            return None
+        is_code = (tokens >= c.first_code) & (tokens < c.first_code + c.num_codes)
+        index = jnp.arange(tokens.shape[1])
+        last = jax.lax.cummax(jnp.where(is_code, -1 - before, index), axis=1)
+        return jnp.where(is_code, index - last, 0)
+
+    def _embed(
+        self, tokens: _Tokens, positions: _Tokens, codes: _Tokens | None
+    ) -> tuple[_Hidden, Rotary]:
         x = look_up(self.embedding, tokens).astype(jnp.float32)
+        if codes is not None:  # more codes than an image has only in wrong input
+            place = jnp.clip(codes - 1, 0, self.config.image_length - 1)
+            added = look_up(self.image_position_embedding, place, "position")
+            x = x + jnp.where(codes[..., None] > 0, added, 0)
         if self.config.position == "learned":
             x = x + look_up(self.position_embedding, positions, "position")
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))

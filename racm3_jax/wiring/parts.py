@@ -223,7 +223,12 @@ def build_model_config(config: Any, vocab: Vocab) -> ModelConfig:
     if config.get("init_from"):
         start = checkpoints.read_config(resolve(config.init_from))["config"]
         rows = max(rows, start.get("vocab_size", 0))
-    model_config = construct(ModelConfig, config.model, "model", vocab_size=rows)
+    facts = {"vocab_size": rows}
+    if config.model.get("image_positions"):
+        facts["image_length"] = vocab.image_length
+        facts["first_code"] = vocab.image_range.start
+        facts["num_codes"] = len(vocab.image_range)
+    model_config = construct(ModelConfig, config.model, "model", **facts)
     if model_config.dropout:
         raise ValueError(
             f"config.model.dropout is {model_config.dropout}, but the trainer has no "

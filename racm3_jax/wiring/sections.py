@@ -403,8 +403,11 @@ def _refuse_urls(section: Any, where: str) -> None:
 
 def _computed(section: str, config: Any) -> dict[str, Any]:
     """Settings of a section that follow from other sections."""
-    if section in ("model", "clip"):
+    if section == "clip":
         return {"vocab_size": _UNKNOWN_VOCAB_SIZE}
+    if section == "model":
+        images = {"image_length": 1, "first_code": 0, "num_codes": 1}
+        return {"vocab_size": _UNKNOWN_VOCAB_SIZE} | images
     if section == "optimizer":
         train = construct(TrainConfig, config["train"], "train")
         return {"num_steps": train.num_steps}

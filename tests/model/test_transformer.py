@@ -25,6 +25,10 @@ from racm3_jax.model.transformer import (
 )
 
 STYLES = [tiny, tiny_chameleon]
+# Half of the tokens are codes.
+WITH_PLACES = functools.partial(
+    tiny, image_positions=True, image_length=4, first_code=16, num_codes=32
+)
 LENGTH = 24
 TOKENS = jax.random.randint(jax.random.key(7), (3, LENGTH), 0, 64)
 POSITIONS = jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape)
@@ -74,7 +78,9 @@ def run(config, params, inputs, method, *rest, max_length=None):
     return Transformer(config).apply({"params": params}, inputs, *rest, method=method)
 
 
-@pytest.mark.parametrize(("style", "scan"), [(tiny, False), (tiny_chameleon, True)])
+@pytest.mark.parametrize(
+    ("style", "scan"), [(tiny, False), (tiny_chameleon, True), (WITH_PLACES, False)]
+)
 def test_cached_decode_equals_full_forward(style, scan):
     """Prompts of 5, 9 and 12 tokens, read by prefill, extend and decode."""
     config = style(scan_layers=scan)
@@ -95,6 +101,41 @@ def test_cached_decode_equals_full_forward(style, scan):
         assert_close(logits, full[rows, lengths])
         lengths += 1
     np.testing.assert_array_equal(cache.length, lengths)
+
+
+def test_codes_are_at_the_same_place_of_every_image():
+    """Two images of equal codes, after texts of 1 and 3 tokens."""
+    config = WITH_PLACES()
+    params = make_params(config)
+    tokens = jnp.asarray([[1, 20, 21, 22, 2, 3, 4, 20, 21, 22]])
+    model = Transformer(config).bind({"params": params})
+    codes = model._count_codes(tokens)
+    x, _ = model._embed(tokens, jnp.zeros_like(tokens), codes)
+    assert codes[0].tolist() == [0, 1, 2, 3, 0, 0, 0, 1, 2, 3]
+    np.testing.assert_array_equal(x[0, 1:4], x[0, 7:10])
+    plain = params["embedding"][tokens[0]] + params["position_embedding"][0]
+    added = np.stack(x[0] - plain)
+    np.testing.assert_allclose(added[[0, 4, 5, 6]], 0, atol=1e-6)
+    table = params["image_position_embedding"]
+    np.testing.assert_allclose(added[1:4], table[:3], atol=1e-6)
+
+
+def test_a_window_of_codes_is_read_as_one_by_one():
+    """Of three tokens two are accepted: the next one continues the image."""
+    config = WITH_PLACES()
+    params = make_params(config)
+    tokens = jnp.asarray([[1, 20, 21, 22, 2, 23], [1, 2, 20, 21, 22, 23]])
+    lengths = jnp.asarray([2, 2])
+    positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
+    full = compute(config, params, tokens, positions, jnp.ones_like(tokens))
+    _, cache = run(config, params, tokens[:, :2], "prefill", lengths, max_length=8)
+    window = tokens[:, 2:5].at[:, 2].set(40)  # the last guess is wrong
+    logits, cache = run(config, params, window, "decode_window", cache)
+    assert_close(logits[:, :2], full[:, 2:4])
+    cache = cache.advance(jnp.asarray([2, 2]))
+    for place in (4, 5):
+        logits, cache = run(config, params, tokens[:, place], "decode", cache)
+        assert_close(logits, full[:, place])
 
 
 def test_a_prefix_is_read_once_and_repeated():
