@@ -85,7 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # A small model without it learns sooner to choose between its documents.
         qk_norm=is_large,
         # A learned position within the image: drawings of one thing agree by place.
-        image_positions=False,
+        image_positions=True,
         activation="gelu",
         compute_dtype="auto",
     )

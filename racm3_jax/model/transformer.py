@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -345,6 +346,33 @@ def _trace_shapes(config: ModelConfig, mesh: jax.sharding.AbstractMesh) -> Param
     """Tracing a large model takes seconds; a training asks for its shapes repeatedly."""
     del mesh  # in which it is called: part of the key
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), boxed=True))
+
+
+def fit_image_positions(params: Params, config: ModelConfig) -> Params:
+    """Weights with the positions within images that `config` wants.
+
+    Those of another number of codes are interpolated in two dimensions, so that a model
+    can go on with larger images; where there are none yet, they start at zero.
+
+    Raises:
+      ValueError: they cannot be interpolated, as the images are not square.
+    """
+    name, wanted = "image_position_embedding", (config.image_length, config.d_model)
+    table = params.get(name)
+    if not config.image_positions or (table is not None and len(table) == wanted[0]):
+        return params
+    if table is None:
+        return {**params, name: jnp.zeros(wanted)}
+    old, new = (math.isqrt(length) for length in (len(table), wanted[0]))
+    if old**2 != len(table) or new**2 != wanted[0]:
+        raise ValueError(
+            f"the initial weights have positions for images of {len(table)} codes, and "
+            f"{wanted[0]} are wanted: only those of square images can be interpolated; "
+            "use the tokenizer of these weights"
+        )
+    grid = jnp.asarray(table).reshape(old, old, -1)
+    grid = jax.image.resize(grid, (new, new, grid.shape[2]), "linear")
+    return {**params, name: grid.reshape(wanted)}
 
 
 def count_params(params: Params) -> int:

@@ -19,6 +19,7 @@ from racm3_jax.model.config import ModelConfig
 from racm3_jax.model.transformer import (
     abstract_params,
     count_params,
+    fit_image_positions,
     init_params,
     stack_layers,
     unstack_layers,
@@ -240,6 +241,7 @@ def _read_first_params(config: Any, model_config: ModelConfig) -> Any:
     start = resolve(config.init_from)
     params, _, extra = checkpoints.load_weights(start, "generator")
     read_defaults(extra, start)  # they are kept with the trained weights
+    params = fit_image_positions(params, model_config)
     if not model_config.scan_layers:
         return unstack_layers(params)
     return params if "layers" in params else stack_layers(params)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from racm3_jax.model.cache import make_cache
+from racm3_jax.model.cache import Prefix, make_cache
 from racm3_jax.model.config import tiny, tiny_chameleon
 from racm3_jax.model.transformer import (
     Transformer,
     abstract_params,
     compute_logits,
+    fit_image_positions,
     head_weights,
     init_params,
     prepare_decoding,
@@ -118,6 +119,45 @@ def test_codes_are_at_the_same_place_of_every_image():
     np.testing.assert_allclose(added[[0, 4, 5, 6]], 0, atol=1e-6)
     table = params["image_position_embedding"]
     np.testing.assert_allclose(added[1:4], table[:3], atol=1e-6)
+
+
+def test_codes_after_a_shared_prefix_have_their_places():
+    config = WITH_PLACES()
+    params = make_params(config)
+    tokens = jnp.asarray([[1, 20, 21, 2, 3, 22, 23], [1, 20, 21, 2, 24, 25, 26]])
+    positions = jnp.broadcast_to(jnp.arange(7), tokens.shape)
+    full = compute(config, params, tokens, positions, jnp.ones_like(tokens))
+    one = jnp.asarray([4])
+    _, read = run(config, params, tokens[:1, :4], "prefill", one, max_length=4)
+    prefix = Prefix(read.layers, jnp.asarray([4, 4]))
+    logits, cache = run(
+        config,
+        params,
+        tokens[:, 4:6],
+        "prefill_after",
+        jnp.asarray([2, 2]),
+        prefix,
+        max_length=4,
+    )
+    assert_close(logits, full[:, 5])
+    logits, _ = run(config, params, tokens[:, 6], "decode", cache)
+    assert_close(logits, full[:, 6])
+
+
+def test_places_of_larger_images_are_interpolated():
+    """2 x 2 codes to 4 x 4: rows of the table 0 1 / 2 3 in its first column."""
+    config = WITH_PLACES(image_length=16)
+    table = jnp.zeros((4, config.d_model)).at[:, 0].set(jnp.arange(4.0))
+    larger = fit_image_positions({"image_position_embedding": table}, config)
+    grid = np.asarray(larger["image_position_embedding"][:, 0]).reshape(4, 4)
+    np.testing.assert_allclose(grid[0], [0, 0.25, 0.75, 1], atol=1e-6)
+    np.testing.assert_allclose(grid[:, 0], [0, 0.5, 1.5, 2], atol=1e-6)
+    none = fit_image_positions({}, config)["image_position_embedding"]
+    assert none.shape == (16, config.d_model)
+    assert not none.any()
+    assert fit_image_positions({}, tiny()) == {}
+    with pytest.raises(ValueError, match="positions for images of 3 codes, and 16"):
+        fit_image_positions({"image_position_embedding": table[:3]}, config)
 
 
 def test_a_window_of_codes_is_read_as_one_by_one():
