@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from emojiworld.drawings import Drawings
+from emojiworld.scorers import reconstruct
 from emojiworld.world import BY_NAME, SETS
 from racm3_jax.evaluation.perplexity import compute_likelihoods
 from racm3_jax.evaluation.replicas import Replicas
@@ -169,11 +170,8 @@ class ConditionRunner:
         model = self._open(condition, targets, device)
         rows = np.full((len(targets), NUM_RETRIEVED), -1, np.int64)
         if condition == "reconstruction":
-            codec = model.tokenizer.image
-            return {
-                "images": codec.decode(codec.encode(self._real[items])),
-                "retrieved": rows,
-            }
+            images = reconstruct(model.tokenizer.image, self._real[items])
+            return {"images": images, "retrieved": rows}
         prompts = [target.text for target in targets]
         if condition == "copy":
             found = model.retrieve_for(prompts, 1, None)
