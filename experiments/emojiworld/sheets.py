@@ -37,9 +37,11 @@ class Sampled(Protocol):
 
 
 def draw_samples(suite: Sampled) -> np.ndarray:
-    """Prompt, retrieved, with retrieval, without, the vendor's own image."""
+    """Prompt, retrieved, with retrieval (guided), without, the vendor's own image."""
     first = suite.seeds[0]
-    with_documents = f"retrieval-seed{first}"
+    with_documents = f"guided-seed{first}"
+    if not suite.has(with_documents):
+        with_documents = f"retrieval-seed{first}"
     without = [c for c in ("baseline", "no_documents") if suite.has(f"{c}-seed{first}")]
     memory, tokenizer = suite.runner.memory, suite.generator.tokenizer
     found = suite.parts.load(with_documents) if suite.has(with_documents) else None
