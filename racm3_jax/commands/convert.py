@@ -180,14 +180,21 @@ def _refuse_foreign_options(arguments: Arguments) -> None:
 
 
 def _export(arguments: Arguments) -> None:
+    from racm3_jax.checkpoints import read_config
     from racm3_jax.porting.export import export_hf
 
-    kind = export_hf(
-        Path(arguments.source).expanduser(),
-        Path(arguments.out).expanduser(),
-        overwrite=arguments.overwrite,
-    )
+    source = Path(arguments.source).expanduser()
+    out = Path(arguments.out).expanduser()
+    kind = export_hf(source, out, overwrite=arguments.overwrite)
     print(f"wrote {arguments.out}: a {kind} for transformers")
+    aligned = 0
+    if kind == "clip":
+        aligned = read_config(source)["config"].get("aligned_dims", 0)
+    if aligned:
+        print(
+            f"compare texts with images by the first {aligned} numbers of their "
+            "embeddings only: transformers compares all of them"
+        )
 
 
 def _tokenize(arguments: Arguments) -> None:

@@ -52,10 +52,12 @@ def export_hf(source: str | Path, out: str | Path, *, overwrite: bool = False) -
       overwrite: replace an earlier export at `out`.
 
     Returns:
-      The kind, "clip" or "generator".
+      The kind, "clip" or "generator". Of a CLIP with `aligned_dims` all numbers are
+      exported; which of them compare texts with images, `transformers` does not know.
 
     Raises:
-      PortingError: another kind, or a model without a class in `transformers`.
+      PortingError: another kind, or a model without a class in `transformers`, or
+        weights that this class does not have.
     """
     source = Path(source)
     generator = (source / "model").is_dir()
@@ -214,7 +216,8 @@ def _export_chameleon(source: Path, record: Mapping[str, Any], directory: Path) 
     weights = _Outgoing(source / "model")
     weights.add(chameleon_rules(config, vocabulary, "hf"))
     encoder = [r for r in vqgan_rules(vqgan, "taming") if "decoder/" not in r.ours]
-    weights.add(encoder, source / "tokenizer" / "image", "model.vqmodel.")
+    image_folder = source / "tokenizer" / "image"
+    weights.add(encoder, image_folder, "model.vqmodel.", whole=False)
     weights.write(directory / WEIGHTS_NAME)
     shutil.copyfile(source / "source" / "tokenizer.json", directory / "tokenizer.json")
     theirs = source / "source" / "config.json"
@@ -271,9 +274,25 @@ class _Outgoing:
         self._rules: dict[str, tuple[Rule, SafetensorsFile]] = {}
 
     def add(
-        self, rules: list[Rule], folder: Path | None = None, prefix: str = ""
+        self,
+        rules: list[Rule],
+        folder: Path | None = None,
+        prefix: str = "",
+        *,
+        whole: bool = True,
     ) -> None:
+        """Adds the weights of a folder; `whole`: all of them.
+
+        Raises:
+          PortingError: some would be left out.
+        """
         weights = SafetensorsFile((folder or self._folder) / WEIGHTS_NAME)
+        more = sorted(set(weights.tensors) - {rule.ours for rule in rules})
+        if whole and more:
+            raise PortingError(
+                f"{folder or self._folder} has weights that the model in transformers "
+                f"does not have: {', '.join(more[:3])}; it can be used here only"
+            )
         for rule in rules:
             self._rules[prefix + rule.theirs] = (rule, weights)
 

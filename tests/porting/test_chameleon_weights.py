@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -20,7 +21,7 @@ from chameleon_fakes import (
 from porting_fakes import write_torch_file
 from vqgan_fakes import VQGAN_CONFIG, vqgan_state
 
-from racm3_jax.checkpoints import load_weights, verify_manifest
+from racm3_jax.checkpoints import load_weights, save_weights, verify_manifest
 from racm3_jax.checkpoints.manifest import MANIFEST_NAME
 from racm3_jax.porting.chameleon import convert_chameleon
 from racm3_jax.porting.chameleon_rules import halves_from_neighbours
@@ -119,6 +120,27 @@ def test_export_is_bit_exact(tmp_path, vqgan):
             for name in ("again", "ours")
         )
         assert again == ours
+
+
+def test_no_weight_is_left_out_of_an_export(tmp_path, vqgan):
+    """A model that was trained on with positions within images."""
+    record = hf_record()
+    source = write_chameleon(tmp_path / "hf", record, native_state(record), "hf")
+    convert(source, tmp_path / "ours", vqgan)
+    model = tmp_path / "ours" / "model"
+    params, config, extra = load_weights(model, "generator")
+    places = np.zeros((4, config["d_model"]), np.float32)
+    shutil.rmtree(model)
+    save_weights(
+        model,
+        {**params, "image_position_embedding": places},
+        kind="generator",
+        config=config,
+        extra=extra,
+    )
+    with pytest.raises(PortingError, match="not have: image_position_embedding"):
+        export_hf(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def test_the_licence_must_be_accepted(tmp_path, vqgan):

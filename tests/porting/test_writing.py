@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from crash_checks import check_every_crash
 from porting_fakes import CLIP_CONFIG, clip_state, write_hf_clip
 
+import racm3_jax
 from racm3_jax import cli
 from racm3_jax.checkpoints import CheckpointError, load_weights, verify_folder
 from racm3_jax.porting.clip import convert_clip
@@ -103,6 +105,13 @@ def test_the_command_replaces_only_its_own_kind(sources, tmp_path, capsys):
     with pytest.raises(FileExistsError, match="left alone"):
         convert_clip(sources / "b", tmp_path / "file", overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_exported_clip_of_two_parts_says_how_to_compare(tmp_path, capsys):
+    clip = Path(racm3_jax.__file__).parent / "shipped/flagworld/clip"
+    status, printed = racm3(capsys, "export", clip, tmp_path / "hf")
+    assert status == 0
+    assert "by the first 64 numbers of their embeddings only" in printed.out
 
 
 def test_the_command_takes_a_part(sources, tmp_path, capsys):
