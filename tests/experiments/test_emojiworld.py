@@ -608,15 +608,16 @@ def draw_tower():
     return np.asarray(tower.resize((64, 64), Image.Resampling.LANCZOS))[None]
 
 
-def test_the_kept_weights_read_another_drawing_of_the_same_thing():
+@pytest.mark.parametrize(("name", "side"), [("reading", 32), ("reading_64", 64)])
+def test_the_kept_weights_read_another_drawing_of_the_same_thing(name, side):
     """Fewer nats of a face that they never saw, after a face than after a tower."""
     text = TextTokenizer.load(KEPT / "text" / "tokenizer.json")
-    image = ImageTokenizer.load(KEPT / "vqgan").resized(32)
+    image = ImageTokenizer.load(KEPT / "vqgan").resized(side)
     tokenizer = MixedTokenizer(text, image, 16)
-    params, fields, _ = checkpoints.load_weights(KEPT / "reading", "generator")
-    config = checkpoints.build_config(ModelConfig, fields, KEPT / "reading")
+    params, fields, _ = checkpoints.load_weights(KEPT / name, "generator")
+    config = checkpoints.build_config(ModelConfig, fields, KEPT / name)
     assert config.vocab_size == tokenizer.vocab.size
-    assert config.image_positions and config.image_length == 64
+    assert config.image_positions and config.image_length == (side // 4) ** 2
     generator = Generator(config, params, tokenizer, None, None)
     drawn = {
         "a face in the style of Noto": draw_face(),
@@ -624,8 +625,10 @@ def test_the_kept_weights_read_another_drawing_of_the_same_thing():
         "a tower in the style of Twemoji": draw_tower(),
     }
     documents = [
-        Document(name, (Segment(text=name), Segment(image=resize_image(images[0], 32))))
-        for name, images in drawn.items()
+        Document(
+            text, (Segment(text=text), Segment(image=resize_image(images[0], side)))
+        )
+        for text, images in drawn.items()
     ]
     asked, right, wrong = tokenizer.tokenize(documents)
     vocab = tokenizer.vocab
