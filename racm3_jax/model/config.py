@@ -72,6 +72,8 @@ class ModelConfig:
         except the matmuls.
       image_positions: also add a learned position within the image to every code, so that
         the same place of two images is one comparison, however long their texts are.
+        Counted from the last token that is no code: after a mask within an image from
+        0, as when the masked part is generated.
       image_length, first_code, num_codes: for `image_positions`: codes of an image, the
         token of code 0, and number of codes. A training takes them from its tokenizer.
       outputs_first: kernels are stored in panels of 16 outputs, as by
