@@ -62,6 +62,9 @@ class ByteTokenizer:
     def fingerprint(self) -> str:
         return "bytes"
 
+    def fit_images(self, images):
+        return images
+
     def tokenize(self, documents):
         for document in documents:
             segments = []

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import jax
 
 from racm3_jax import own_files
+from racm3_jax.documents.ahead import count_cores
 from racm3_jax.documents.readers import find_shards, read_documents
 from racm3_jax.documents.sources import Corpus, parse_sources, source_corpus
 from racm3_jax.types import Document
@@ -210,7 +210,7 @@ def decide(
         return kept["data"], Plan(**kept["plan"])
     stats = inspect_source(source)
     accelerated = jax.default_backend() != "cpu"
-    cores = os.cpu_count() or 1
+    cores = count_cores()
     plan = choose_plan(stats, cores, accelerated)
     plan = dataclasses.replace(plan, **sizes)
     asked = dict(data)

@@ -29,6 +29,9 @@ class FakeTokenizer:
     def fingerprint(self) -> str:
         return "tokenizer-1"
 
+    def fit_images(self, images):
+        return images
+
     def tokenize(self, documents):
         for document in documents:
             segments = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import struct
+import threading
 import warnings
 import zlib
 
@@ -28,6 +30,33 @@ _PARSE_ERRORS = (
     *(SyntaxError, EOFError, struct.error, zlib.error, LookupError, TypeError),
     *(RuntimeError, ArithmeticError, AssertionError, AttributeError),
 )
+
+
+class _SilencedWarnings:
+    """Hides warnings while any thread is inside; `warnings` itself is not thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._num_inside += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                self._filters.__exit__(None, None, None)
+
+
+# Pillow's own limit of pixels only warns; `_check_size` refuses.
+_silenced_warnings = _SilencedWarnings()
 
 
 class ImageError(ValueError):
@@ -65,13 +94,11 @@ def read_image(
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with warnings.catch_warnings():
-            # Pillow's own limit only warns; ours is checked below.
-            warnings.simplefilter("ignore")
-            with Image.open(stream, formats=_formats()) as picture:
-                _check_size(picture, name, max_pixels)
-                picture.load()
-                return _to_rgb(_rotated(picture))
+        with _silenced_warnings, Image.open(stream, formats=_formats()) as picture:
+            _check_size(picture, name, max_pixels)
+            picture.load()
+            _rotate(picture)
+            return _to_rgb(picture)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -133,12 +160,10 @@ def _check_size(picture: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _rotated(picture: Image.Image) -> Image.Image:
-    """Applies the EXIF rotation; damaged EXIF is ignored."""
-    try:
-        return ImageOps.exif_transpose(picture)
-    except (*_PARSE_ERRORS, ValueError, OSError):
-        return picture
+def _rotate(picture: Image.Image) -> None:
+    """Applies the EXIF rotation in place; damaged EXIF is ignored."""
+    with contextlib.suppress(*_PARSE_ERRORS, ValueError, OSError):
+        ImageOps.exif_transpose(picture, in_place=True)
 
 
 def _to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
@@ -149,7 +174,7 @@ def _to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
         front = picture.convert("RGBA")
         picture = Image.new("RGBA", front.size, "white")
         picture.alpha_composite(front)
-    return np.array(picture.convert("RGB"))
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _scale_grey(

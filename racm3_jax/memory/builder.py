@@ -25,6 +25,7 @@ from typing import Any
 
 from racm3_jax import storage
 from racm3_jax.buckets import refuse_url
+from racm3_jax.documents.ahead import map_ahead
 from racm3_jax.documents.readers import ReadReport, Record, Shard, find_shards
 from racm3_jax.memory import filters, writer
 from racm3_jax.memory import format as format_lib
@@ -277,7 +278,7 @@ def _make_document_parts(
                 storage.delete_directory(place)
             report = ReadReport(max_bad=1.0)
             report.num_documents = len(block)
-            records = map(Record, block)
+            records = map_ahead(chunk_builder.prepare, map(Record, block))
             parts_lib.write_records_part(
                 place, records, digest, number - 1, chunk_builder, report, count
             )

@@ -24,6 +24,10 @@ class DocumentTokenizer(Protocol):
         """Its vocabulary."""
         ...
 
+    def fit_images(self, images: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """Images of any size as it tokenises them; these it does not resize again."""
+        ...
+
     def tokenize(self, documents: Iterable[Document]) -> Iterable[TokenizedDocument]:
         """One tokenised document for each document, in order."""
         ...
@@ -98,6 +102,7 @@ class MemoryChunk(NamedTuple):
 
 def make_chunk(
     documents: list[Document],
+    fitted: list[Document],
     tokenizer: DocumentTokenizer,
     embedder: Embedder,
     query_drop: float,
@@ -107,7 +112,8 @@ def make_chunk(
     """Runs the models on some documents.
 
     Args:
-      documents: each with text or images.
+      documents: each with text or images, of any size.
+      fitted: the same documents; their images are those of `embedder.fit_images`.
       tokenizer: of text and images.
       embedder: of text and images.
       query_drop: fraction of tokens or patches that training queries drop.
@@ -116,8 +122,6 @@ def make_chunk(
     """
     with clock.measure("tokenizing"):
         tokenized = tokenize(documents, tokenizer)
-    with clock.measure("resizing"):
-        fitted = fit_documents(documents, embedder)
     with clock.measure("embedding"):
         text, image, document = embedder.embed_documents(fitted)[:3]
     with clock.measure("training queries"):
@@ -125,20 +129,14 @@ def make_chunk(
     return MemoryChunk(tokenized, text, image, document, *queries)
 
 
-def fit_documents(documents: Sequence[Document], embedder: Embedder) -> list[Document]:
-    """The documents with their images as the embedder wants them, resized once."""
-    images = [image for document in documents for image in document.images]
-    fitted = iter(embedder.fit_images(images))
-    return [
-        dataclasses.replace(
-            document,
-            segments=tuple(
-                s if s.image is None else Segment(image=next(fitted))
-                for s in document.segments
-            ),
-        )
-        for document in documents
-    ]
+def fit_document(document: Document, model: DocumentTokenizer | Embedder) -> Document:
+    """The document with its images as the model wants them."""
+    fitted = iter(model.fit_images(document.images))
+    segments = (
+        segment if segment.image is None else Segment(image=next(fitted))
+        for segment in document.segments
+    )
+    return dataclasses.replace(document, segments=tuple(segments))
 
 
 def tokenize(

@@ -27,7 +27,7 @@ from jaxtyping import Float32, Int64, UInt64
 
 from racm3_jax import checksums, storage
 from racm3_jax.buckets import refuse_url
-from racm3_jax.documents.readers import ReadReport, find_shards, read_shard
+from racm3_jax.documents.readers import ReadReport, find_shards, read_shard_ahead
 from racm3_jax.index import streaming
 from racm3_jax.memory import filters, staging, writer
 from racm3_jax.memory import format as format_lib
@@ -186,7 +186,7 @@ def _chunks(
     filtered: dict[str, int],
 ) -> Iterator[MemoryChunk]:
     for place, shard in enumerate(find_shards(source)):
-        records = read_shard(shard, report)
+        records = read_shard_ahead(shard, report, chunk_builder.prepare)
         yield from chunk_builder.chunks(records, number * 100_000 + place, filtered)
 
 

@@ -8,20 +8,19 @@ interrupted build only makes the missing parts.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from racm3_jax import storage
 from racm3_jax.documents import store
-from racm3_jax.documents.readers import ReadReport, Record, Shard, read_shard
+from racm3_jax.documents.ahead import run_ahead
+from racm3_jax.documents.readers import ReadReport, Record, Shard, read_shard_ahead
 from racm3_jax.index.rows import Records, Rows
 from racm3_jax.memory import chunks as chunks_lib
 from racm3_jax.memory import filters, writer
@@ -30,16 +29,39 @@ from racm3_jax.memory.chunks import DocumentTokenizer, Embedder, MemoryChunk
 from racm3_jax.progress import StageClock
 from racm3_jax.types import Document
 
-Item = TypeVar("Item")
-
 REPORT_FILE = "report.json"
-# Limit of the pixels of a chunk's images.
+# Limit of the pixels of a chunk's images, at the sizes of the models.
 MAX_CHUNK_BYTES = 1 << 28
 _COLUMNS = (
     *("embeddings_text", "embeddings_image", "embeddings_document"),
     *("queries_text", "queries_image"),
 )
 _HASHES = ("content_hashes", "image_hashes")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedRecord:
+    """A record at the sizes of the models, so that its full images are freed.
+
+    Attributes:
+      record: its images are as the tokenizer wants them.
+      to_embed: its document, with images as the embedder wants them.
+      content_hash: of text and pixels, and of embeddings of missing images or texts.
+      image_hash: perceptual hash of the first image; 0 without an image.
+      reason: why it is left out of the memory, if so.
+    """
+
+    record: Record
+    to_embed: Document
+    content_hash: int = 0
+    image_hash: int = 0
+    reason: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the images."""
+        documents = (self.record.document, self.to_embed)
+        return sum(image.nbytes for d in documents for image in d.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +92,28 @@ class ChunkBuilder:
     chunk_size: int = chunks_lib.CHUNK_SIZE
     clock: StageClock = dataclasses.field(default_factory=StageClock, compare=False)
 
+    def prepare(self, record: Record) -> PreparedRecord:
+        """What needs the images at their full size; may be called in several threads."""
+        document, to_embed = record.document, record.document
+        if self.opt_out is not None and self.opt_out.matches(
+            document.id, document.source, document.metadata
+        ):
+            return PreparedRecord(record, to_embed, reason="opted out")
+        if self.held_out is not None and self.held_out.matches(document):
+            return PreparedRecord(record, to_embed, reason="evaluation document")
+        if not isinstance(self.embedder, str):
+            to_embed = chunks_lib.fit_document(document, self.embedder)
+        fitted = chunks_lib.fit_document(document, self.tokenizer)
+        return PreparedRecord(
+            dataclasses.replace(record, document=fitted),
+            to_embed,
+            _hash_record(record),
+            _first_image_hash(document),
+        )
+
     def chunks(
         self,
-        records: Iterable[Record],
+        records: Iterable[PreparedRecord],
         number: int,
         filtered: dict[str, int],
         progress: Callable[[int], None] | None = None,
@@ -80,14 +121,13 @@ class ChunkBuilder:
         """The chunks of a part.
 
         Args:
-          records: e.g. of a shard.
+          records: of `prepare`, e.g. of a shard.
           number: of the part; seeds the dropout.
           filtered: counts skipped documents, by reason.
           progress: called with the number of documents of each chunk.
         """
         first = 0
-        records = self._kept(records, filtered)
-        batches = run_ahead(_batches(records, self.chunk_size))
+        batches = run_ahead(_batches(_kept(records, filtered), self.chunk_size))
         for batch in self.clock.measure_each("reading", batches):
             rngs = [
                 np.random.default_rng([self.seed, number, first, v])
@@ -101,56 +141,38 @@ class ChunkBuilder:
             if passed.any():
                 yield select_rows(chunk, passed)
 
-    def _kept(
-        self, records: Iterable[Record], filtered: dict[str, int]
-    ) -> Iterator[Record]:
-        for record in records:
-            document = record.document
-            reason = None
-            if self.opt_out is not None and self.opt_out.matches(
-                document.id, document.source, document.metadata
-            ):
-                reason = "opted out"
-            elif self.held_out is not None and self.held_out.matches(document):
-                reason = "evaluation document"
-            if reason is None:
-                yield record
-            else:
-                filtered[reason] = filtered.get(reason, 0) + 1
-
     def _chunk(
-        self, batch: list[Record], rngs: Sequence[np.random.Generator]
+        self, batch: list[PreparedRecord], rngs: Sequence[np.random.Generator]
     ) -> MemoryChunk:
-        documents = [record.document for record in batch]
+        records = [prepared.record for prepared in batch]
         if isinstance(self.embedder, str):
-            _check_widths(batch)
-            chunk = _ready_chunk(batch, self.tokenizer, len(rngs))
+            _check_widths(records)
+            chunk = _ready_chunk(records, self.tokenizer, len(rngs))
         else:
-            _check_unembedded(batch, self.embedder.d_embed)
+            _check_unembedded(records, self.embedder.d_embed)
             chunk = chunks_lib.make_chunk(
-                documents,
+                [record.document for record in records],
+                [prepared.to_embed for prepared in batch],
                 self.tokenizer,
                 self.embedder,
                 self.query_drop,
                 rngs,
                 self.clock,
             )
-        with self.clock.measure("hashing"):
-            contents = [_hash_record(record) for record in batch]
-            images = [_first_image_hash(document) for document in documents]
         return chunk._replace(
-            content_hashes=np.asarray(contents, np.uint64),
-            image_hashes=np.asarray(images, np.uint64),
+            content_hashes=np.asarray([p.content_hash for p in batch], np.uint64),
+            image_hashes=np.asarray([p.image_hash for p in batch], np.uint64),
         )
 
     def _passed(
-        self, batch: list[Record], chunk: MemoryChunk, filtered: dict[str, int]
+        self, batch: list[PreparedRecord], chunk: MemoryChunk, filtered: dict[str, int]
     ) -> Bool[np.ndarray, " n"]:
         embed, images = None, chunk.image
         if not isinstance(self.embedder, str):
             embed = functools.partial(_embed_aligned, self.embedder)
             images = self.embedder.align(images)
-        names = self.limits.rejected([r.document for r in batch], images, embed)
+        documents = [prepared.record.document for prepared in batch]
+        names = self.limits.rejected(documents, images, embed)
         for name in names:
             if name is not None:
                 filtered[name] = filtered.get(name, 0) + 1
@@ -206,31 +228,30 @@ def _first_image_hash(document: Document) -> int:
     return filters.hash_image(images[0]) if images else 0
 
 
-def _batches(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
+def _kept(
+    records: Iterable[PreparedRecord], filtered: dict[str, int]
+) -> Iterator[PreparedRecord]:
+    for record in records:
+        if record.reason is None:
+            yield record
+        else:
+            filtered[record.reason] = filtered.get(record.reason, 0) + 1
+
+
+def _batches(
+    records: Iterator[PreparedRecord], size: int
+) -> Iterator[list[PreparedRecord]]:
     """Batches of at most `size` records and about `MAX_CHUNK_BYTES` of pixels."""
-    batch: list[Record] = []
+    batch: list[PreparedRecord] = []
     num_bytes = 0
     for record in records:
         batch.append(record)
-        num_bytes += sum(image.nbytes for image in record.document.images)
+        num_bytes += record.num_bytes
         if len(batch) == size or num_bytes >= MAX_CHUNK_BYTES:
             yield batch
             batch, num_bytes = [], 0
     if batch:
         yield batch
-
-
-def run_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; a thread makes the next one while one is used."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-
-        def start() -> concurrent.futures.Future[list[Item]]:
-            return pool.submit(lambda: list(itertools.islice(items, 1)))
-
-        ahead = start()
-        while item := ahead.result():
-            ahead = start()
-            yield item[0]
 
 
 def _ready_chunk(
@@ -266,7 +287,7 @@ def select_rows(chunk: MemoryChunk, kept: Bool[np.ndarray, " n"]) -> MemoryChunk
 
 def write_records_part(
     path: pathlib.Path,
-    records: Iterable[Record],
+    records: Iterable[PreparedRecord],
     name: str,
     number: int,
     chunk_builder: ChunkBuilder,
@@ -277,7 +298,7 @@ def write_records_part(
 
     Args:
       path: of the part.
-      records: its content.
+      records: its content, of `chunk_builder.prepare`.
       name: of the shard, or a digest of the documents.
       number: seeds the dropout.
       chunk_builder: the models and filters.
@@ -307,7 +328,7 @@ def write_shard_part(
 ) -> None:
     """Writes the part of one shard of a source at `path` atomically."""
     report = ReadReport(max_bad=1.0)
-    records = read_shard(shard, report)
+    records = read_shard_ahead(shard, report, chunk_builder.prepare)
     write_records_part(
         path, records, shard.name, number, chunk_builder, report, progress
     )

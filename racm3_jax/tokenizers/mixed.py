@@ -79,6 +79,12 @@ class MixedTokenizer:
         if chunk:
             yield from self._tokenize_chunk(chunk)
 
+    def fit_images(
+        self, images: Sequence[UInt8[np.ndarray, "height width 3"]]
+    ) -> list[UInt8[np.ndarray, "size size 3"]]:
+        """Images of any size, cropped and resized as `tokenize` does first."""
+        return [resize_image(image, self.image.image_size) for image in images]
+
     def encode_text(self, text: str) -> Int32[np.ndarray, " length"]:
         """Tokens of a text, all in the text range."""
         return self.text.encode(text)
@@ -239,8 +245,7 @@ class MixedTokenizer:
     ) -> Sequence[Int32[np.ndarray, " length"]]:
         if not images:
             return []
-        size = self.image.image_size
-        pixels = np.stack([resize_image(image, size) for image in images])
+        pixels = np.stack(self.fit_images(images))
         return list(self.vocab.image_tokens(self.image.encode(pixels)).astype(np.int32))
 
     def _check_image(self, tokens: Int[np.ndarray, " length"]) -> None:

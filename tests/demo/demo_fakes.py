@@ -44,6 +44,9 @@ class FakeTokenizer:
     def fingerprint(self):
         return "tokenizer"
 
+    def fit_images(self, images):
+        return images
+
     def tokenize(self, documents):
         for document in documents:
             segments = [self._tokenize(segment) for segment in document.segments]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import struct
 import sys
+import threading
+import warnings
 import zlib
 
 import numpy as np
@@ -212,3 +215,20 @@ def test_changed_bytes_are_an_image_or_refused(kind):
         except images.ImageError:
             continue
         assert image.dtype == np.uint8 and image.shape[2] == 3
+
+
+def test_threads_hide_warnings_and_leave_the_filters_as_they_were(monkeypatch):
+    both_inside, filters = threading.Barrier(2, timeout=20), warnings.filters[:]
+    to_rgb = images._to_rgb
+
+    def wait_for_the_other(picture):
+        both_inside.wait()
+        warnings.warn("of Pillow", stacklevel=1)
+        return to_rgb(picture)
+
+    monkeypatch.setattr(images, "_to_rgb", wait_for_the_other)
+    data = encode(Image.new("RGB", (3, 2), "red"))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for image in pool.map(read_image, [data] * 20):
+            assert image.shape == (2, 3, 3)
+    assert warnings.filters == filters

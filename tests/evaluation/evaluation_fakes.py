@@ -67,6 +67,9 @@ class AsciiTokenizer:
         grey = (np.asarray(codes) * 16).astype(np.uint8).reshape(-1, 2, 2, 1)
         return np.repeat(np.repeat(grey.repeat(3, 3), SIZE // 2, 1), SIZE // 2, 2)
 
+    def fit_images(self, images):
+        return images
+
     def tokenize(self, documents, batch=64):
         for document in documents:
             segments = []

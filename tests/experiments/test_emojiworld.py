@@ -313,6 +313,9 @@ class FakeTokenizer:
         grey = np.asarray(codes, np.uint8).reshape(-1, 8, 8, 1).repeat(3, 3)
         return grey.repeat(8, 1).repeat(8, 2)
 
+    def fit_images(self, images):
+        return images
+
     def tokenize(self, documents, batch=64):
         for d in documents:
             text = np.frombuffer(d.text.encode("ascii"), np.uint8).astype(np.int32)

@@ -71,6 +71,9 @@ class AsciiTokenizer:
         )
         return Document(document.id, segments)
 
+    def fit_images(self, images):
+        return images
+
     def tokenize(self, documents, batch=64):
         for document in documents:
             segments = tuple(

@@ -14,16 +14,17 @@ import threading
 import numpy as np
 import pytest
 from corpus_files import forty, line, write_corpus
-from memory_fakes import FakeEmbedder, FakeTokenizer
+from memory_fakes import FakeEmbedder, FakeTokenizer, make_document
 
 from racm3_jax import storage
-from racm3_jax.documents.readers import read_documents
+from racm3_jax.documents.readers import Record, read_documents
 from racm3_jax.memory import builder, filters, merge
-from racm3_jax.memory.builder import CorpusConfig, build_memory
+from racm3_jax.memory.builder import CorpusConfig, build_memory, make_chunk_builder
 from racm3_jax.memory.memory import Memory
 from racm3_jax.memory.stats import compute_stats
 from racm3_jax.types import Document, Segment
 
+LARGE = np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8)
 EXACT = CorpusConfig(index="exact", num_query_variants=2)
 
 
@@ -61,6 +62,34 @@ def test_a_source_becomes_a_memory(tmp_path):
         assert found.ids[:, 0].tolist() == list(range(40))
     assert [c[0] for c in seen][-1] == 40 and seen[-1][1] == seen[-1][2]
     assert sorted(os.listdir(tmp_path)) == ["in", "memory"]
+
+
+def test_full_images_are_not_kept():
+    class Fitting:
+        fit_images = staticmethod(lambda images: [image[:2, :2] for image in images])
+
+    class FittingTokenizer(Fitting, FakeTokenizer):
+        pass
+
+    class FittingEmbedder(Fitting, FakeEmbedder):
+        pass
+
+    document = make_document(3, segments=(Segment("a b"), Segment(image=LARGE)))
+    maker = make_chunk_builder(EXACT, FittingTokenizer(), FittingEmbedder())
+    prepared = maker.prepare(Record(document))
+    fitted = prepared.record.document
+    assert fitted.text == "a b" and fitted.metadata == document.metadata
+    assert [i.shape for i in (*fitted.images, *prepared.to_embed.images)] == [
+        (2, 2, 3)
+    ] * 2
+    assert prepared.num_bytes == 24
+    # Of what was read, not of what the models see.
+    assert prepared.content_hash == filters.hash_content(document)
+    assert prepared.image_hash == filters.hash_image(LARGE) != 0
+    (chunk,) = maker.chunks([prepared], 0, {})
+    assert chunk.content_hashes is not None and chunk.image_hashes is not None
+    assert chunk.content_hashes.tolist() == [prepared.content_hash]
+    assert chunk.image_hashes.tolist() == [prepared.image_hash]
 
 
 def test_coco_as_downloaded_becomes_a_memory(tmp_path):

@@ -43,6 +43,7 @@ from racm3_jax.documents.readers.records import (
     Record,
     Shard,
     read_shard,
+    read_shard_ahead,
 )
 from racm3_jax.documents.readers.records_on_disk import (
     array_record_shards,
@@ -63,6 +64,7 @@ __all__ = [
     "find_shards",
     "read_documents",
     "read_shard",
+    "read_shard_ahead",
     "refuse_inside",
     "with_links",
 ]

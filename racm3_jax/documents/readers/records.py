@@ -8,15 +8,19 @@ skipped without decoding images.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
 
 from racm3_jax.buckets import BucketError, MissingError
+from racm3_jax.documents.ahead import map_ahead
 from racm3_jax.documents.images import ImageError
 from racm3_jax.types import Document
+
+Result = TypeVar("Result")
 
 # Number of bad records listed by name; all are counted.
 MAX_LISTED = 1000
@@ -192,37 +196,76 @@ def read_shard(shard: Shard, report: ReadReport) -> Iterator[Record]:
       ValueError: more bad records than `report.max_bad` allows.
       BucketError: a bucket cannot be read; this is not counted as a bad record.
     """
-    raws = _open(shard)
-    while True:
-        try:
-            raw = next(raws, None)
-        except BucketError:
-            raise
-        except _RECORD_ERRORS as error:
-            report.add_bad(shard.name, _named("damaged file", error))
-            report.check()
-            return
-        if raw is None:
-            return
-        try:
-            record = raw.read()
-        except LeftOut as error:
-            report.add_left_out(error.reason)
-        except _RECORD_ERRORS as error:
-            if isinstance(error, BucketError) and not isinstance(error, MissingError):
-                raise
-            report.add_bad(raw.name, _named("unreadable", error))
-        else:
-            record = record if isinstance(record, Record) else Record(record)
-            report.num_documents += 1
-            for reason in record.left_out:
-                report.add_left_out(reason)
-            yield record
-        report.check()
+    return _count(map(functools.partial(_read, None), _open(shard)), report)
+
+
+def read_shard_ahead(
+    shard: Shard, report: ReadReport, prepare: Callable[[Record], Result]
+) -> Iterator[Result]:
+    """`prepare` of the records that `read_shard` gives, in order.
+
+    Threads read and prepare a few records each ahead of their use.
+
+    Args:
+      shard: of a source.
+      report: see `read_shard`.
+      prepare: called in several threads at a time.
+    """
+    return _count(map_ahead(functools.partial(_read, prepare), _open(shard)), report)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Outcome:
+    """What became of a raw record: an error, or a record and what was made of it."""
+
+    raw: RawRecord
+    error: Exception | None = None
+    left_out: tuple[str, ...] = ()
+    result: Any = None
 
 
 def _open(shard: Shard) -> Iterator[RawRecord]:
-    yield from shard.open()
+    """Its records; a damaged file ends with one that cannot be read."""
+    try:
+        yield from shard.open()
+    except BucketError:
+        raise
+    except _RECORD_ERRORS as error:
+        named = _named("damaged file", error)
+        yield RawRecord(shard.name, functools.partial(_refuse, named))
+
+
+def _refuse(error: Exception) -> NoReturn:
+    raise error
+
+
+def _read(prepare: Callable[[Record], Any] | None, raw: RawRecord) -> _Outcome:
+    try:
+        found = raw.read()
+    except LeftOut as error:
+        return _Outcome(raw, error)
+    except _RECORD_ERRORS as error:
+        if isinstance(error, BucketError) and not isinstance(error, MissingError):
+            raise
+        return _Outcome(raw, _named("unreadable", error))
+    record = found if isinstance(found, Record) else Record(found)
+    result = record if prepare is None else prepare(record)
+    return _Outcome(raw, None, record.left_out, result)
+
+
+def _count(outcomes: Iterator[_Outcome], report: ReadReport) -> Iterator[Any]:
+    """The results, in order; everything is counted in `report`."""
+    for outcome in outcomes:
+        if isinstance(outcome.error, LeftOut):
+            report.add_left_out(outcome.error.reason)
+        elif outcome.error is not None:
+            report.add_bad(outcome.raw.name, outcome.error)
+        else:
+            report.num_documents += 1
+            for reason in outcome.left_out:
+                report.add_left_out(reason)
+            yield outcome.result
+        report.check()
 
 
 def _named(reason: str, error: Exception) -> Exception:

@@ -10,7 +10,12 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from racm3_jax.documents.readers import ReadReport, read_documents
+from racm3_jax.documents.readers import (
+    ReadReport,
+    find_shards,
+    read_documents,
+    read_shard_ahead,
+)
 from racm3_jax.types import Document
 
 
@@ -18,6 +23,14 @@ def read(source: str, max_bad: float = 1.0, **options):
     report = ReadReport(max_bad)
     found = list(read_documents(source, report=report, **options))
     assert len(found) == report.num_documents
+    in_threads = ReadReport(max_bad)
+    ids = [
+        id
+        for shard in find_shards(source, **options)
+        for id in read_shard_ahead(shard, in_threads, lambda r: r.document.id)
+    ]
+    assert ids == [document.id for document in found]
+    assert in_threads.as_dict() == report.as_dict()
     return found, report
 
 

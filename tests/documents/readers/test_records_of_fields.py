@@ -24,6 +24,7 @@ from racm3_jax.documents.readers.records import (
     Record,
     Shard,
     read_shard,
+    read_shard_ahead,
 )
 
 CONVERSATION = """{"image": "1.jpg", "conversations": [
@@ -289,6 +290,17 @@ def test_reports_count_omitted_values():
     both.merge({"num_documents": 1, "reasons": {}, "listed": []})
     assert both.left_out == {"metadata value that JSON cannot hold": 4, "a film": 2}
     assert both.num_documents == 3
+
+
+def test_an_error_of_preparing_is_not_a_bad_record():
+    def prepare(record: Record) -> None:
+        raise ValueError(f"{record.document.id} does not fit")
+
+    raws = [RawRecord("0", lambda: fields.make_record("a", ["x"], {}))]
+    report = ReadReport(1.0)
+    with pytest.raises(ValueError, match="a does not fit"):
+        list(read_shard_ahead(Shard("s", 1, lambda: iter(raws)), report, prepare))
+    assert not report.num_bad
 
 
 def write_annotations(root, images, annotations):
